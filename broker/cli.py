@@ -1,0 +1,351 @@
+"""The command line: every command finds the broker by its data directory, and works beside a running one.
+
+Exit codes: 0 done; 1 refused, not executed, or a fault found; 2 the command line or a setting is wrong;
+3 the broker or its log cannot be reached. Errors are one sentence on standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
+
+import httpx2
+import msgspec
+import structlog
+import uvloop
+from cyclopts import App, CycloptsError, Parameter
+
+from broker import __version__
+from broker.cli_base import (
+    DONE,
+    POLL_SEC,
+    REFUSED,
+    UNREACHABLE,
+    USAGE,
+    Data,
+    Failed,
+    Json,
+    Text,
+    print_json,
+    print_table,
+    settings_of,
+)
+from broker.cli_log import logs
+from broker.control import operator
+from broker.seams import Broken
+from broker.serve import serve as serve_until_signal
+from broker.settings import BadSetting
+from broker.world import InUse
+
+T = TypeVar("T")
+
+CLOSED = ("executed", "failed", "timed_out", "expired", "cancelled")
+
+app = App(
+    name="ordain",
+    version=__version__,
+    help="An event-sourced command broker for MQTT devices.",
+    help_epilogue="Exit codes: 0 done; 1 refused, not executed, or a fault found; "
+    "2 wrong command line or setting; 3 the broker or its log cannot be reached.",
+)
+keys = App(name="keys", help="API keys: make, list, revoke.")
+devices = App(name="devices", help="Devices: add, list.")
+for part in (keys, devices, logs):
+    app.command(part)
+
+
+def main() -> None:
+    """Entry point of `ordain`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """One command line; gives its exit code."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except Failed as error:
+        return _error(str(error), error.code)
+    except (BadSetting, CycloptsError) as error:
+        return _error(str(error), USAGE)
+    except (InUse, Broken, OSError, sqlite3.Error, httpx2.HTTPError) as error:
+        return _error(str(error) or type(error).__name__, UNREACHABLE)
+    except ExceptionGroup as group:
+        known, rest = group.split((BadSetting, Broken, InUse, OSError))
+        if rest is not None or known is None:
+            raise
+        first = _first(known)
+        return _error(str(first), USAGE if isinstance(first, BadSetting) else UNREACHABLE)
+    except KeyboardInterrupt:
+        return 130
+    return DONE
+
+
+def _first(group: BaseException) -> BaseException:
+    return _first(group.exceptions[0]) if isinstance(group, BaseExceptionGroup) else group
+
+
+def _error(message: str, code: int) -> int:
+    print("ordain:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+# --- serve ---------------------------------------------------------------------------------------
+
+
+@app.command
+def serve(
+    *,
+    data: Data = None,
+    http: Text = None,
+    mqtt_listen: Text = None,
+    mqtt_url: Text = None,
+    config: Text = None,
+    demo: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Run the broker until SIGTERM or Ctrl-C.
+
+    Parameters
+    ----------
+    http
+        HOST:PORT of the HTTP server; else ORDAIN_HTTP, else 127.0.0.1:8080.
+    mqtt_listen
+        HOST:PORT of the embedded MQTT server; else ORDAIN_MQTT_LISTEN, else 127.0.0.1:1883.
+    mqtt_url
+        An external MQTT server instead, mqtt://user:password@host:port; else ORDAIN_MQTT_URL.
+    config
+        A TOML file of settings; else ORDAIN_CONFIG.
+    demo
+        Also run a few simulated devices, and print a curl to try.
+    """
+    settings = settings_of(data=data, http=http, mqtt_listen=mqtt_listen, mqtt_url=mqtt_url, config=config)
+    _log_to_stderr()
+    uvloop.run(serve_until_signal(settings, demo=demo, say=lambda text: print(text, flush=True)))
+
+
+def _log_to_stderr() -> None:
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
+        ],
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+# --- what goes through the operator's door ---------------------------------------------------------
+
+
+def _ask(data: str | None, work: Callable[[httpx2.AsyncClient, bool], Awaitable[T]]) -> T:
+    """Does something as the operator of a data directory; `work` is told whether a broker is serving."""
+    settings = settings_of(data=data)
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger("critical")
+    )  # errors are exceptions here
+
+    async def asking() -> T:
+        async with operator(settings) as (client, serving):
+            return await work(client, serving)
+
+    return uvloop.run(asking())
+
+
+async def _call(client: httpx2.AsyncClient, method: str, path: str, body: object = None) -> Any:
+    """The answer's JSON.
+
+    Raises:
+        Failed: the broker refused, in its words.
+    """
+    response = (
+        await client.request(method, path, json=body)
+        if body is not None
+        else await client.request(method, path)
+    )
+    answer = response.json()
+    if response.is_error:
+        code = UNREACHABLE if response.status_code >= 500 else REFUSED
+        raise Failed(code, answer["error"]["message"])
+    return answer
+
+
+async def _pages(client: httpx2.AsyncClient, path: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    cursor: str | None = ""
+    while cursor is not None:
+        page = await _call(client, "GET", f"{path}?limit=100" + (f"&cursor={cursor}" if cursor else ""))
+        found += page["data"]
+        cursor = page["next_cursor"]
+    return found
+
+
+@keys.command(name="create")
+def create_key(
+    *, project: str, scope: list[str], name: Text = None, data: Data = None, as_json: Json = False
+) -> None:
+    """Make an API key; it is printed alone, this once. Making a key for a project makes the project.
+
+    Parameters
+    ----------
+    project
+        The project it belongs to.
+    scope
+        devices:read, devices:write, events:read or admin; may be given several times.
+    name
+        What it is for.
+    """
+    body = {"project": project, "scopes": scope, "name": name}
+    made = _ask(data, lambda client, _: _call(client, "POST", "/local/keys", body))
+    if as_json:
+        print_json(made)
+    else:
+        print(made["key"])
+
+
+@keys.command(name="list")
+def list_keys(*, data: Data = None, as_json: Json = False) -> None:
+    """All keys, without their secrets."""
+    found = _ask(data, lambda client, _: _call(client, "GET", "/local/keys"))["data"]
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (
+            k["id"],
+            k["project"],
+            " ".join(k["scopes"]),
+            k["name"] or "",
+            k["created_at"],
+            k["revoked_at"] or "",
+        )
+        for k in found
+    ]
+    print_table(("id", "project", "scopes", "name", "created", "revoked"), rows)
+
+
+@keys.command(name="revoke")
+def revoke_key(key_id: str, /, *, data: Data = None, as_json: Json = False) -> None:
+    """Take a key away, at once and for ever. What it made goes on."""
+    gone = _ask(data, lambda client, _: _call(client, "DELETE", f"/local/keys/{key_id}"))
+    if as_json:
+        print_json(gone)
+    else:
+        print(f"{gone['id']} revoked")
+
+
+@devices.command(name="add")
+def add_device(
+    hardware_id: str,
+    /,
+    *,
+    type: str,
+    project: str = "default",
+    id: Text = None,
+    name: Text = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Register a device; its token is printed alone, this once.
+
+    Parameters
+    ----------
+    hardware_id
+        Its name in topics; also its MQTT client id and user name.
+    type
+        Its device type, such as generic, recorder or iotee_device.
+    project
+        The project it belongs to.
+    """
+    given = {"hardware_id": hardware_id, "type": type, "project": project, "id": id, "name": name}
+    body = {key: value for key, value in given.items() if value is not None}
+    made = _ask(data, lambda client, _: _call(client, "POST", "/v1/devices", body))
+    if as_json:
+        print_json(made)
+    else:
+        print(made["device_token"])
+
+
+@devices.command(name="list")
+def list_devices(*, data: Data = None, as_json: Json = False) -> None:
+    """All devices, newest first."""
+    found = _ask(data, lambda client, _: _pages(client, "/v1/devices"))
+    if as_json:
+        print_json(found)
+        return
+    rows = [(d["id"], d["hardware_id"], d["type"], d["project"], d["created_at"]) for d in found]
+    print_table(("id", "hardware id", "type", "project", "created"), rows)
+
+
+@app.command
+def send(
+    device: str,
+    command: str,
+    /,
+    *params: str,
+    ttl: int | None = None,
+    wait: Annotated[bool, Parameter(negative="")] = False,
+    timeout: float = 60,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Send one command; without --wait its id is printed as soon as it is durable.
+
+    Parameters
+    ----------
+    device
+        The device's id or hardware id.
+    command
+        The command, such as lock.
+    params
+        Parameters as key=value; a value that is JSON is taken as such, else as text.
+    ttl
+        Seconds until it expires; else 300, and 0 for never.
+    wait
+        Wait until it is closed; exit 0 only if it was executed.
+    timeout
+        Seconds to wait at most.
+    """
+    body: dict[str, Any] = {"type": command, "params": _params(params)}
+    if ttl is not None:
+        body["ttl_sec"] = ttl or None
+
+    async def sending(client: httpx2.AsyncClient, serving: bool) -> dict[str, Any]:
+        made: dict[str, Any] = await _call(client, "POST", f"/v1/devices/{device}/commands", body)
+        if wait and not serving:
+            raise Failed(UNREACHABLE, f"{made['id']} is recorded, but no broker serves: nothing to wait for")
+        until = time.monotonic() + timeout
+        while wait and made["state"] not in CLOSED:
+            if time.monotonic() > until:
+                raise Failed(REFUSED, f"{made['id']} is {made['state']} after {timeout:g} s")
+            await asyncio.sleep(POLL_SEC)
+            made = await _call(client, "GET", f"/v1/commands/{made['id']}")
+        return made
+
+    made = _ask(data, sending)
+    if as_json:
+        print_json(made)
+    elif wait:
+        outcome = made["result"] if made["error"] is None else made["error"]["message"]
+        print(made["id"], made["state"], "" if outcome is None else msgspec.json.encode(outcome).decode())
+    else:
+        print(made["id"])
+    if wait and made["state"] != "executed":
+        raise Failed(REFUSED, f"{made['id']} was not executed: it is {made['state']}")
+
+
+def _params(pairs: tuple[str, ...]) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise Failed(USAGE, f"{pair!r} is no parameter: it must be key=value")
+        try:
+            params[key] = msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            params[key] = text
+    return params

@@ -1,0 +1,342 @@
+"""Requests on commands: create, cancel, abandon, retry. Load, decide, stage, and wait until durable.
+
+Nothing between looking at the state and staging the event may await. Whatever is answered, a
+refusal too, waits at the commit barrier, because it may stand on events that are not durable yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from broker.decisions import Decision, Verdict, decide
+from broker.errors import Refusal, invalid, not_found
+from broker.events import CommandEvent, Created, Defined, definition_stream
+from broker.fleet import DeviceState
+from broker.ids import new_id
+from broker.lanes import Member
+from broker.lifecycle import CommandState, Input, Request, State, evolve
+from broker.live import Live
+from broker.seams import Sql
+from broker.settings import Limits
+from broker.writer import Writer
+from devices.types import BadParams, Definition, DeviceType, UnknownCommand
+from devices.wire import command_topic
+
+MAX_TTL_SEC = 31_536_000
+
+
+Key = tuple[str, str, str]  # project, idempotency key, scope
+
+
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """Who asks. `project` None: all projects (an admin). `device_id`: it is the device itself."""
+
+    actor: str
+    project: str | None
+    scopes: frozenset[str] = frozenset()
+    device_id: str | None = None
+
+    def sees(self, project: str) -> bool:
+        return self.project is None or self.project == project
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What a service asks of one device. `ttl_sec` unset: the type's default, else never.
+
+    `fingerprint`: digest of the request as it came; with `idempotency_key` it makes a repeated
+    request name the first command.
+    """
+
+    device: str
+    type: str
+    params: Any = msgspec.UNSET
+    ttl_sec: int | msgspec.UnsetType | None = msgspec.UNSET
+    device_type: str | None = None
+    idempotency_key: str | None = None
+    fingerprint: bytes = b""
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """`state` is the command as of its `created` event, or the first one as it is now if replayed."""
+
+    state: CommandState
+    replayed: bool = False
+
+
+class Commands:
+    """The command side: everything that becomes an event of a command passes through `record`.
+
+    `changed(member)` is called synchronously after each new event was staged.
+    """
+
+    def __init__(
+        self, writer: Writer, live: Live, types: dict[str, DeviceType], prefix: str, limits: Limits
+    ) -> None:
+        self.writer = writer
+        self.live = live
+        self.types = types
+        self.prefix = prefix
+        self.limits = limits
+        self.changed: Callable[[Member], None] = lambda _: None
+
+    # --- recording ---
+
+    def record(
+        self,
+        event: CommandEvent,
+        *,
+        command_id: str,
+        before: CommandState | None,
+        definition: Definition,
+        project: str,
+        device_id: str,
+        actor: str,
+    ) -> CommandState:
+        """Stages one event and folds it in; the caller decided that it may follow."""
+        version = 1 if before is None else before.version + 1
+        recorded = self.writer.stage(
+            command_id, version, event, project=project, device_id=device_id, actor=actor
+        )
+        state = evolve(before, recorded)
+        self.writer.touch_command(state)
+        self.changed(self.live.put_command(state, definition))
+        return state
+
+    def apply(self, state: CommandState, decision: Decision, actor: str) -> CommandState:
+        """Records what was decided about a known command, if anything is to be recorded."""
+        if decision.event is None:
+            return state
+        return self.record(
+            decision.event,
+            command_id=state.id,
+            before=state,
+            definition=self.live.definitions[state.definition],
+            project=state.project,
+            device_id=state.device_id,
+            actor=actor,
+        )
+
+    # --- looking up ---
+
+    async def ready(
+        self, names: Iterable[str] = (), command_ids: Iterable[str] = (), key: Key | None = None
+    ) -> None:
+        """Returns when the log can be written and what is asked for is in memory, if it exists.
+
+        The caller may decide and stage until it next awaits. Everything is read again if the state was
+        loaded anew meanwhile.
+        """
+        names, command_ids = list(names), list(command_ids)
+        while True:
+            await self.writer.room()
+            epoch = self.live.epoch
+            await self.live.bring(self.writer.storage, names, command_ids)
+            if key is not None:
+                await self._bring_key(key)
+            if self.writer.open and self.live.epoch == epoch:
+                return
+
+    def device(self, caller: Caller, name: str) -> DeviceState:
+        """A device of the caller's project by either name, from memory: see `ready`.
+
+        Raises:
+            Refusal: not_found, also when it belongs to another project or was deleted.
+        """
+        device = self.live.device(name)
+        if device is None or not caller.sees(device.project) or device.deleted_at is not None:
+            raise not_found("device", name)
+        return device
+
+    # --- create ---
+
+    async def create(self, caller: Caller, order: Order) -> Accepted:
+        """Accepts one command, or names the one that the same key made before.
+
+        Raises:
+            Refusal: not_found (device), invalid_request (type, params, ttl), idempotency_conflict,
+                queue_full.
+            Unavailable: the log could not be written.
+        """
+        await self.ready([order.device])
+        device = self.device(caller, order.device)
+        key = (device.project, order.idempotency_key or "", "")
+        if order.idempotency_key is not None:
+            await self.ready([order.device], key=key)
+            device = self.device(caller, order.device)
+        params, definition = self.check(device, order)
+        if (first := self.live.keys.get(key)) is not None:
+            return await self._replay(first, order.fingerprint)
+        self._check_queue(device, order.type)
+        state = self._accept(caller, device, order, params, definition)
+        if order.idempotency_key is not None:
+            self._keep_key(key, order.fingerprint, state)
+        await self.writer.barrier()
+        return Accepted(state)
+
+    def check(self, device: DeviceState, order: Order) -> tuple[msgspec.Raw, Definition]:
+        """The parameters with defaults, encoded, and the definition of the command.
+
+        Raises:
+            Refusal: invalid_request, naming the field.
+        """
+        name = order.device_type or device.device_type
+        kind = self.types.get(name)
+        if kind is None:
+            raise invalid("device_type", f"must be one of {', '.join(sorted(self.types))}", name)
+        if isinstance(order.ttl_sec, int) and not 1 <= order.ttl_sec <= MAX_TTL_SEC:
+            raise invalid("ttl_sec", f"must be 1 to {MAX_TTL_SEC} seconds, or null for never", order.ttl_sec)
+        try:
+            definition = kind.definition(order.type)
+            params = kind.check_params(order.type, {} if order.params is msgspec.UNSET else order.params)
+            encoded = msgspec.json.encode(params)
+        except UnknownCommand as error:
+            raise invalid("type", str(error)) from error
+        except BadParams as error:
+            raise invalid(error.field, error.reason) from error
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise invalid("params", f"cannot be kept as JSON: {error}") from error
+        if len(encoded) > self.limits.params_bytes:
+            raise Refusal(
+                "too_large", f"params: {len(encoded)} bytes; at most {self.limits.params_bytes} are taken"
+            )
+        return msgspec.Raw(encoded), definition
+
+    def _accept(
+        self,
+        caller: Caller,
+        device: DeviceState,
+        order: Order,
+        params: msgspec.Raw,
+        definition: Definition,
+        retry_of: str | None = None,
+    ) -> CommandState:
+        """Stages `created`; from here to the return nothing may await."""
+        writer = self.writer
+        digest = self._define(definition)
+        now = writer.now()
+        ttl_sec = order.ttl_sec
+        if isinstance(ttl_sec, msgspec.UnsetType):
+            ttl_sec = self.types[definition.device_type].default_ttl(order.type)
+        ttl_ms = None if ttl_sec is None else ttl_sec * 1_000
+        command_id = new_id("cmd", now, writer.entropy)
+        created = Created(
+            hardware_id=device.hardware_id,
+            type=order.type,
+            device_type=definition.device_type,
+            definition=digest,
+            topic=command_topic(self.prefix, device.hardware_id, definition),
+            params=params,
+            expires_at=None if ttl_ms is None else now + ttl_ms,
+            ttl_ms=ttl_ms,
+            retry_of=retry_of,
+        )
+        decision = decide(None, Request(input=Input.CREATE, created=created, now=now))
+        assert isinstance(decision.event, Created)
+        return self.record(
+            decision.event,
+            command_id=command_id,
+            before=None,
+            definition=definition,
+            project=device.project,
+            device_id=device.id,
+            actor=caller.actor,
+        )
+
+    def _define(self, definition: Definition) -> str:
+        """The digest of a definition; the first command that needs it puts it on the log."""
+        body = msgspec.to_builtins(definition)
+        digest = hashlib.sha256(msgspec.json.encode(body, order="sorted")).hexdigest()[:32]
+        if digest not in self.live.definitions:
+            event = Defined(definition=body)
+            self.writer.stage(definition_stream(digest), 1, event, project="", device_id=None, actor="broker")
+            self.writer.touch_definition(digest, body)
+            self.live.definitions[digest] = definition
+        return digest
+
+    def _check_queue(self, device: DeviceState, name: str) -> None:
+        lane = self.live.lanes.get(device.id)
+        if lane is None:
+            return
+        same = sum(1 for member in lane.members.values() if member.state.type == name)
+        if len(lane.members) >= self.limits.queue_per_device or same >= self.limits.queue_per_name:
+            raise Refusal(
+                "queue_full",
+                f"device {device.hardware_id} has {len(lane.members)} open commands, {same} of them {name}; "
+                f"at most {self.limits.queue_per_device} and {self.limits.queue_per_name} are queued",
+            )
+
+    # --- idempotency ---
+
+    async def _bring_key(self, key: Key) -> None:
+        if self.live.keys.get(key) is not None:
+            return
+
+        def work(sql: Sql) -> Any:
+            return sql.execute(
+                "SELECT digest, command_id FROM idempotency WHERE project = ? AND key = ? AND scope = ?", key
+            ).fetchone()
+
+        row = await self.writer.storage.read(work)
+        if row is not None and self.live.keys.get(key) is None:
+            self.live.keys.put(key, (bytes(row[0]), row[1]))
+
+    def _keep_key(self, key: Key, fingerprint: bytes, state: CommandState) -> None:
+        self.live.keys.put(key, (fingerprint, state.id))
+        values = (*key, fingerprint, state.id, state.created_at)
+        self.writer.also(lambda sql: sql.execute("INSERT INTO idempotency VALUES (?,?,?,?,?,?)", values))
+
+    async def _replay(self, first: tuple[bytes, str], fingerprint: bytes) -> Accepted:
+        await self.writer.barrier()
+        digest, command_id = first
+        if digest != fingerprint:
+            raise Refusal(
+                "idempotency_conflict",
+                f"this idempotency key belongs to {command_id}, which was made by a different request",
+                {"command_id": command_id},
+            )
+        await self.ready(command_ids=[command_id])
+        state = self.live.command(command_id)
+        if state is None:
+            raise Refusal("gone", f"{command_id}, made with this idempotency key, was erased")
+        return Accepted(state, replayed=True)
+
+    # --- the other requests ---
+
+    async def request(self, caller: Caller, command_id: str, request: Request) -> CommandState:
+        """Decides one request on one command; returns its state once that is durable.
+
+        Raises:
+            Refusal: not_found; conflict, saying the state.
+            Unavailable: the log could not be written.
+        """
+        await self.ready(command_ids=[command_id])
+        state = self.live.command(command_id)
+        if state is None or not caller.sees(state.project):
+            raise not_found("command", command_id)
+        decision = decide(state, msgspec.structs.replace(request, now=self.writer.now(), by=caller.actor))
+        if decision.event is not None:
+            state = self.apply(state, decision, caller.actor)
+        await self.writer.barrier()
+        if decision.verdict is Verdict.CONFLICT:
+            raise _conflict(state, request.input)
+        return state
+
+    async def cancel(self, caller: Caller, command_id: str, reason: str | None = None) -> CommandState:
+        return await self.request(caller, command_id, Request(input=Input.CANCEL, reason=reason))
+
+    async def abandon(self, caller: Caller, command_id: str, reason: str | None = None) -> CommandState:
+        return await self.request(caller, command_id, Request(input=Input.ABANDON, reason=reason))
+
+
+def _conflict(state: CommandState, wanted: Input) -> Refusal:
+    handed = "" if state.published_at is None else ", it was handed over to the device's transport"
+    hint = " (cancel it)" if wanted is Input.ABANDON and state.state is State.PENDING else ""
+    return Refusal(
+        "conflict",
+        f"{state.id} is {state.state.value}{handed}: {wanted.value} is not possible{hint}",
+        {"state": state.state.value},
+    )

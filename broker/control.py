@@ -1,0 +1,118 @@
+"""The way in for the command line: the private socket of a running broker, or the log itself.
+
+While a broker serves a data directory, the command line asks it through a Unix socket in that
+directory; when none does, the same HTTP app answers in this process, with the log opened for it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2
+
+from broker.core import Core
+from broker.http.app import create_app
+from broker.http.services import Services
+from broker.metrics import Metrics
+from broker.settings import Settings
+from broker.world import SqliteStorage, SystemClock, SystemEntropy
+from devices.types import shipped_types
+
+SOCKET = "ordain.sock"
+TIMEOUT_SEC = 30.0
+
+
+def services(core: Core) -> Services:
+    """What the HTTP app needs of a core that is open and has its link."""
+    metrics = Metrics(core.writer.clock)
+    metrics.watch(core.writer, core.live, core.link, core.intake)
+    return Services(
+        commands=core.commands,
+        registry=core.registry,
+        keys=core.keys,
+        grants=core.grants,
+        dispatch=core.dispatch,
+        intake=core.intake,
+        link=core.link,
+        metrics=metrics,
+        limits=core.settings.limits,
+        log_id=core.log_id,
+        cursor_key=core.cursor_key,
+        ready=core.not_ready,
+    )
+
+
+@contextmanager
+def socket_path(directory: Path) -> Iterator[str]:
+    """The socket's path in a form short enough for the system (108 bytes), wherever the directory lies."""
+    full = str(directory / SOCKET)
+    if len(os.fsencode(full)) < 100:
+        yield full
+        return
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{handle}/{SOCKET}"
+    finally:
+        os.close(handle)
+
+
+def listen(directory: Path) -> socket.socket:
+    """A listening socket that only the owner of the data directory can reach."""
+    with socket_path(directory) as path:
+        Path(path).unlink(missing_ok=True)
+        listening = socket.socket(socket.AF_UNIX)
+        before = os.umask(0o177)
+        try:
+            listening.bind(path)
+        finally:
+            os.umask(before)
+        listening.listen(64)
+    return listening
+
+
+def answers(directory: Path) -> bool:
+    """Does a broker serve this directory?"""
+    if not (directory / SOCKET).exists():
+        return False
+    with socket_path(directory) as path, socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True
+
+
+@asynccontextmanager
+async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient, bool]]:
+    """An HTTP client that is the operator of this data directory, and whether a broker is serving it.
+
+    Raises:
+        InUse: a broker has the log but does not answer (it is just starting or ending).
+        OSError, Broken: the directory or the log cannot be opened.
+    """
+    directory = Path(settings.data)
+    if answers(directory):
+        with socket_path(directory) as path:
+            transport = httpx2.AsyncHTTPTransport(uds=path)
+            async with _client(transport) as client:
+                yield client, True
+        return
+    storage = await SqliteStorage.open(directory)
+    try:
+        core = Core(storage, SystemClock(), SystemEntropy(), shipped_types(), settings)
+        await core.open(embedded=False)
+        async with core.running(None):
+            app = create_app(services(core), local=True)
+            async with _client(httpx2.ASGITransport(app=cast(Any, app))) as client:
+                yield client, False
+    finally:
+        await storage.close()
+
+
+def _client(transport: httpx2.AsyncBaseTransport) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(transport=transport, base_url="http://ordain", timeout=TIMEOUT_SEC)

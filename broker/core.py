@@ -1,0 +1,175 @@
+"""The broker without its surroundings: log, live state, requests, dispatch and intake, put together.
+
+Knows only the seams, so that production and simulation run exactly this. Must never import the
+world, HTTP or an MQTT library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+from broker import __version__
+from broker.commands import Commands
+from broker.deadlines import Deadlines
+from broker.dispatch import Dispatch
+from broker.events import ClockStepped
+from broker.grants import load_grants
+from broker.ids import new_id
+from broker.intake import Intake
+from broker.keys import Keys
+from broker.live import Live
+from broker.log import sqlite as log
+from broker.registry import Registry
+from broker.seams import Clock, Entropy, Link, Message, Outgoing, Receipt, Sql, Storage
+from broker.settings import Settings
+from broker.writer import CLOCK_STEP_MS, Writer
+from devices.types import DeviceType
+from projections import follower
+
+IDEMPOTENCY_MS = 7 * 86_400_000
+CLOCK_WATCH_SEC = 1.0
+HOUSEKEEPING_SEC = 3_600.0
+
+
+class NoLink:
+    """No MQTT server: the log is open for requests, and nothing is handed over."""
+
+    up = False
+
+    def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
+        return False
+
+    def puback(self, message: Message) -> None:
+        return
+
+
+class Core:
+    """One broker on one log. `open` it, give it a link, run its tasks."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        clock: Clock,
+        entropy: Entropy,
+        types: dict[str, DeviceType],
+        settings: Settings,
+    ) -> None:
+        self.storage = storage
+        self.settings = settings
+        self.writer = Writer(storage, clock, entropy)
+        self.live = Live()
+        self.commands = Commands(self.writer, self.live, types, settings.prefix, settings.limits)
+        self.registry = Registry(self.commands)
+        self.keys = Keys(self.writer)
+        self.link: Link = NoLink()
+        self.log_id = ""
+        self.cursor_key = b""
+        self.dispatch: Dispatch
+        self.intake: Intake
+        self._stepped_ms = 0
+
+    @property
+    def deadlines(self) -> Deadlines:
+        return self.dispatch.deadlines
+
+    async def open(self, *, embedded: bool) -> None:
+        """Makes or reads the log and brings the live state up; nothing is handed over without a link."""
+        writer, entropy = self.writer, self.writer.entropy
+        log_id = new_id("log", writer.now(), entropy)
+        cursor_key = entropy.token(32).hex()
+
+        def work(sql: Sql) -> tuple[str, str]:
+            log.create(sql, log_id, cursor_key)
+            follower.create(sql)
+            return log.meta(sql, "log_id"), log.meta(sql, "cursor_key")
+
+        self.log_id, key = await self.storage.write(work)
+        self.cursor_key = bytes.fromhex(key)
+        self.grants = await load_grants(self.storage, entropy, self.settings.issuer, writer.now())
+        self.dispatch = Dispatch(self.commands, self.grants, self.link)
+        self.intake = Intake(self.commands, self.registry, self.dispatch, self.link, embedded=embedded)
+        writer.reload = self._reload
+        await writer.start()
+        await self.keys.load()
+        self._watch_clock()
+
+    async def _reload(self) -> None:
+        await self.live.load(self.storage, self.writer.entropy, self.writer.now())
+        await self.registry.load()
+        self.dispatch.recovered()
+
+    def attach(self, link: Link) -> None:
+        self.link = self.dispatch.link = self.intake.link = link
+
+    def tasks(self) -> list[Coroutine[Any, Any, None]]:
+        """What must run as long as the broker does; each ends only by failing or being cancelled."""
+        return [
+            self.writer.run(),
+            self.deadlines.run(),
+            self.intake.run(),
+            self._every(CLOCK_WATCH_SEC, self._watch_clock),
+            self._every(HOUSEKEEPING_SEC, self._forget_keys),
+        ]
+
+    @asynccontextmanager
+    async def running(self, mqtt: Literal["embedded", "external"] | None) -> AsyncIterator[asyncio.TaskGroup]:
+        """Runs the tasks; at the end what is staged is made durable first.
+
+        Raises (as a group): Broken, when the storage has failed.
+        """
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(task) for task in self.tasks()]
+            try:
+                if mqtt is not None:
+                    await self.registry.started(__version__, mqtt)
+                yield group
+                await self.writer.drain()
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    def not_ready(self) -> list[str]:
+        """Why the broker is not fully at work, as sentences; nothing if it is."""
+        reasons = []
+        if not self.writer.open:
+            reasons.append("log: it cannot be written")
+        if not self.link.up:
+            reasons.append("mqtt: not connected to the MQTT server")
+        if self.dispatch.halted:
+            reasons.append(self.dispatch.halted)
+        if abs(self._stepped_ms) > CLOCK_STEP_MS:
+            reasons.append(f"clock: the wall clock was stepped by {self._stepped_ms} ms since the start")
+        return reasons
+
+    async def _every(self, seconds: float, work: Callable[[], None]) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            if self.writer.open:
+                work()
+
+    def _watch_clock(self) -> None:
+        """A step of the wall clock is recorded; one that lies before the log stops handing over."""
+        writer, dispatch = self.writer, self.dispatch
+        if writer.behind_log_ms() > CLOCK_STEP_MS and not writer.reanchor():
+            dispatch.halted = f"clock: it is {writer.behind_log_ms()} ms before the last event of the log"
+        elif dispatch.halted:
+            dispatch.halted = None
+            dispatch.pump_all()
+        step = writer.wall_step_ms()
+        if abs(step - self._stepped_ms) > CLOCK_STEP_MS and writer.open:
+            self._stepped_ms = step
+            self.registry.record_system(ClockStepped(by_ms=step))
+
+    def _forget_keys(self) -> None:
+        """Idempotency keys are remembered for a week, and as long as their command is open."""
+        before = self.writer.now() - IDEMPOTENCY_MS
+        self.writer.also(
+            lambda sql: sql.execute(
+                "DELETE FROM idempotency WHERE created_at < ? AND NOT EXISTS (SELECT 1 FROM commands c JOIN "
+                "lanes l ON l.device_id = c.device_id AND l.position = c.position WHERE c.id = command_id)",
+                (before,),
+            )
+        )

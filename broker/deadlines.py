@@ -1,0 +1,69 @@
+"""The broker's own timers: a heap of moments at which a command or a lane must be looked at again.
+
+Nothing here is durable; every moment follows from the log and is set again after a restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable
+
+STALL_MS = 1_000
+
+
+class Deadlines:
+    """At most one moment per key; setting it again moves it. `fire(key)` is called when it has come."""
+
+    def __init__(self, now: Callable[[], int], fire: Callable[[str], None]) -> None:
+        self._now = now
+        self._fire = fire
+        self._heap: list[tuple[int, str]] = []
+        self._set: dict[str, int] = {}
+        self._wake = asyncio.Event()
+        self.stalled: Callable[[], None] | None = None
+
+    def set(self, key: str, at: int | None) -> None:
+        """`at` in ms of the broker's clock; None takes the moment away."""
+        if at is None:
+            self._set.pop(key, None)
+            return
+        if self._set.get(key) == at:
+            return
+        self._set[key] = at
+        heapq.heappush(self._heap, (at, key))
+        if self._heap[0][1] == key:
+            self._wake.set()
+
+    def clear(self) -> None:
+        self._heap.clear()
+        self._set.clear()
+
+    def __len__(self) -> int:
+        return len(self._set)
+
+    def next(self) -> int | None:
+        """The earliest moment that still stands."""
+        while self._heap and self._set.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    async def run(self) -> None:
+        """Fires what is due, for ever. Tells `stalled` when the loop stood still for over a second."""
+        while True:
+            at, now = self.next(), self._now()
+            if at is not None and at <= now:
+                if at < now - STALL_MS and self.stalled is not None:
+                    self.stalled()
+                _, key = heapq.heappop(self._heap)
+                del self._set[key]
+                self._fire(key)
+                if len(self._heap) % 64 == 0:
+                    await asyncio.sleep(0)  # thousands may be due at once; others must get their turn
+                continue
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(None if at is None else (at - now) / 1_000):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass

@@ -1,0 +1,1 @@
+"""Ordain over HTTP: reads projections and sends requests to the core; decides nothing itself."""

@@ -1,0 +1,63 @@
+"""The ASGI app: the routes, the one form of errors, and what every request has in common."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from litestar import Litestar
+from litestar.datastructures import State
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from broker.http import local as local_routes
+from broker.http import openapi, system, v1, v1_devices
+from broker.http.auth import Call
+from broker.http.errors import HANDLERS
+from broker.http.services import Services
+
+ROUTES = (v1_devices.routes, v1.routes, system.routes, openapi.routes)
+# Answers hold grants and tokens: nobody on the way may keep them, whichever header carried the key.
+HEADERS = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
+
+
+def create_app(services: Services, *, local: bool = False) -> ASGIApp:
+    """The app on the public address, or, `local`, the one on the private socket.
+
+    Whoever reaches the private socket is the operator: no key, all scopes, and the routes under
+    /local that the public app does not have.
+    """
+    inner = Litestar(
+        route_handlers=[*ROUTES, *([local_routes.routes] if local else [])],
+        request_class=Call,
+        exception_handlers=HANDLERS,
+        state=State({"services": services, "local": local}),
+        request_max_body_size=services.limits.body_bytes,
+        openapi_config=None,
+        logging_config=None,
+    )
+    metrics = services.metrics
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        request: dict[str, Any] = {**scope}
+        if request["type"] != "http":
+            await inner(scope, receive, send)
+            return
+        if request["method"] == "HEAD":
+            # A GET whose body the server leaves out; its own scope still says HEAD.
+            request["method"] = "GET"
+        since, status = metrics.now_ms(), 500
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *HEADERS]
+            await send(message)
+
+        try:
+            await inner(cast(Scope, request), receive, noting)
+        finally:
+            # Whatever was asked of no route of ours is one line: its words are the caller's.
+            route = request.get("path_template")
+            metrics.request(request["method"] if route else "-", route or "-", status, since)
+
+    return app

@@ -1,0 +1,34 @@
+"""What the HTTP surface stands on, put together by whoever starts the broker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from broker.commands import Commands
+from broker.dispatch import Dispatch
+from broker.grants import Grants
+from broker.intake import Intake
+from broker.keys import Keys
+from broker.metrics import Metrics
+from broker.registry import Registry
+from broker.seams import Link
+from broker.settings import Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """`cursor_key` signs the cursors of lists; `ready` gives the reasons why not, none when it is."""
+
+    commands: Commands
+    registry: Registry
+    keys: Keys
+    grants: Grants
+    dispatch: Dispatch
+    intake: Intake
+    link: Link
+    metrics: Metrics
+    limits: Limits
+    log_id: str
+    cursor_key: bytes
+    ready: Callable[[], list[str]]

@@ -1,0 +1,349 @@
+"""`/v1`: commands, their events, and the device types."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Response, Router, delete, get, post
+from litestar.params import FromPath, HeaderParameter, JSONBody, QueryParameter
+from msgspec import UNSET, Meta, UnsetType
+
+from broker.commands import MAX_TTL_SEC, Caller, Order
+from broker.errors import invalid, not_found
+from broker.http import views
+from broker.http.auth import Call, authorize, needs
+from broker.http.errors import documented
+from broker.http.pages import Cursor, Limit, Pager, cut
+from broker.http.v1_devices import find_device
+from broker.http.views import STATUS, Command, CommandList, EventList, StateName, Status, TypeList
+from broker.lifecycle import CommandState, State
+from broker.log import sqlite as log
+from broker.log.chain import Row
+from broker.registry import NAME_RULE
+from broker.seams import Sql
+from devices.names import is_name
+from projections import commands as commands_view
+from projections import devices as devices_view
+from projections.commands import Filter
+
+DEFAULT_TTL_SEC = 300
+CREATE = "POST /v1/devices/{device}/commands"
+
+IdempotencyKey = Annotated[str, Meta(min_length=1, max_length=255)]
+KeyHeader = Annotated[
+    str | None,
+    HeaderParameter(name="Idempotency-Key", min_length=1, max_length=255, description="As in the body."),
+]
+ByStatus = Annotated[Status | None, QueryParameter(description="Only commands of this status.")]
+ByState = Annotated[
+    StateName | None, QueryParameter(name="state", description="Only commands in this state.")
+]
+ByType = Annotated[str | None, QueryParameter(description="Only commands of this name.")]
+ByDevice = Annotated[
+    str | None, QueryParameter(description="Only commands of this device: id or hardware id.")
+]
+EventLimit = Annotated[int, QueryParameter(ge=1, le=1_000, description="How many at most.")]
+
+
+class CommandBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    type: Annotated[str, Meta(description="A command that the device's type has.")]
+    params: Annotated[Any, Meta(description="What the command takes; absent is `{}`.")] = UNSET
+    idempotency_key: Annotated[
+        IdempotencyKey | UnsetType,
+        Meta(description="A repeated request with the same key names the first command."),
+    ] = UNSET
+    ttl_sec: Annotated[
+        Annotated[int, Meta(ge=1, le=MAX_TTL_SEC)] | UnsetType | None,
+        Meta(description="Seconds until it expires; absent is 300, null is never."),
+    ] = UNSET
+
+
+class AbandonBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    reason: Annotated[str, Meta(max_length=200)] | None = None
+
+
+@post(
+    "/devices/{device:str}/commands",
+    status_code=201,
+    opt=needs("devices:write"),
+    responses=documented(404, 409, 410, 413, 415, 429),
+    tags=["Commands"],
+)
+async def create_command(
+    request: Call, device: FromPath[str], data: JSONBody[CommandBody], idempotency_key: KeyHeader = None
+) -> Response[Command]:
+    """Send a command
+
+    Accepted as soon as it is durable, whether the device is online or not; the answer shows it as it was
+    created. The same idempotency key with the same body answers 200 with the first command and the header
+    `Idempotent-Replayed: true`.
+    """
+    commands, caller = request.services.commands, request.user
+    key = _one_key(data.idempotency_key, idempotency_key)
+    fingerprint = b""
+    if key is not None:
+        await commands.ready([device])
+        fingerprint = _fingerprint(commands.device(caller, device).id, data)
+    order = Order(
+        device=device,
+        type=data.type,
+        params=data.params,
+        ttl_sec=DEFAULT_TTL_SEC if data.ttl_sec is UNSET else data.ttl_sec,
+        idempotency_key=key,
+        fingerprint=fingerprint,
+    )
+    accepted = await commands.create(caller, order)
+    shown = _shown(request, accepted.state)
+    if accepted.replayed:
+        return Response(shown, status_code=200, headers={"Idempotent-Replayed": "true"})
+    return Response(shown, status_code=201)
+
+
+@get(
+    "/devices/{device:str}/commands",
+    opt=needs("devices:read"),
+    responses=documented(404),
+    tags=["Commands"],
+)
+async def list_device_commands(
+    request: Call,
+    device: FromPath[str],
+    status: ByStatus = None,
+    in_state: ByState = None,
+    type: ByType = None,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+) -> CommandList:
+    """List the commands of a device
+
+    Newest first. A page stays where it is while new commands arrive.
+    """
+    return await _list(request, "device", device, status, in_state, type, limit, cursor)
+
+
+@get(
+    "/devices/{device:str}/commands/{command_id:str}",
+    opt=needs("devices:read"),
+    responses=documented(404),
+    tags=["Commands"],
+)
+async def get_device_command(request: Call, device: FromPath[str], command_id: FromPath[str]) -> Command:
+    """Read a command of a device"""
+    return _shown(request, await _find(request, command_id, device))
+
+
+@delete(
+    "/devices/{device:str}/commands/{command_id:str}",
+    status_code=200,
+    opt=needs("devices:write"),
+    responses=documented(404, 409),
+    tags=["Commands"],
+)
+async def cancel_command(request: Call, device: FromPath[str], command_id: FromPath[str]) -> Command:
+    """Cancel a command
+
+    Only while it was never handed over: `state` is `pending`. After that 409 says the state, even where
+    `status` is still `pending`. Cancelling again answers 200.
+    """
+    await _find(request, command_id, device)
+    return _shown(request, await request.services.commands.cancel(request.user, command_id))
+
+
+@get("/commands", opt=needs("devices:read"), responses=documented(), tags=["Commands"])
+async def list_commands(
+    request: Call,
+    device: ByDevice = None,
+    status: ByStatus = None,
+    in_state: ByState = None,
+    type: ByType = None,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+) -> CommandList:
+    """List commands
+
+    Of the key's project, an admin's of all; newest first.
+    """
+    return await _list(request, "all", device, status, in_state, type, limit, cursor)
+
+
+@get("/commands/{command_id:str}", opt=needs("devices:read"), responses=documented(404), tags=["Commands"])
+async def get_command(request: Call, command_id: FromPath[str]) -> Command:
+    """Read a command"""
+    return _shown(request, await _find(request, command_id))
+
+
+@post(
+    "/commands/{command_id:str}/abandon",
+    status_code=200,
+    opt=needs("devices:write"),
+    responses=documented(404, 409, 413, 415),
+    tags=["Commands"],
+)
+async def abandon_command(
+    request: Call, command_id: FromPath[str], data: JSONBody[AbandonBody | None] = None
+) -> Command:
+    """Give up waiting for a command
+
+    Ends what cancelling cannot: a command that was handed over becomes `timed_out`. The device may still do
+    it, and a late answer still corrects it.
+    """
+    reason = None if data is None else data.reason
+    return _shown(request, await request.services.commands.abandon(request.user, command_id, reason))
+
+
+@get(
+    "/commands/{command_id:str}/events",
+    opt=needs("devices:read"),
+    responses=documented(404),
+    tags=["Commands"],
+)
+async def list_command_events(
+    request: Call, command_id: FromPath[str], limit: EventLimit = 100, cursor: Cursor = None
+) -> EventList:
+    """List the events of a command
+
+    Everything that was ever recorded about it, in order.
+    """
+    caller = request.user
+    pager = Pager(request.services.cursor_key, "events", caller.project, command_id)
+    after = pager.after(cursor) or 0
+
+    def work(sql: Sql) -> list[Row]:
+        find_command(sql, caller, command_id)
+        return [row for row in log.stream(sql, command_id) if row.version > after]
+
+    page, more = cut(await request.services.commands.writer.storage.read(work), limit)
+    return EventList(
+        data=[views.event(row) for row in page],
+        has_more=more,
+        next_cursor=pager.seal(page[-1].version) if more else None,
+    )
+
+
+@get("/types", opt=needs("devices:read"), responses=documented(), tags=["Devices"])
+async def list_types(request: Call) -> TypeList:
+    """List the device types
+
+    What kinds of devices there are, their commands, and the parameters these take.
+    """
+    return views.types(request.services.commands.types)
+
+
+def find_command(
+    sql: Sql, caller: Caller, command_id: FromPath[str], device_id: str | None = None
+) -> CommandState:
+    """A command as far as the caller may know of it; with a device, only if it is its.
+
+    Raises:
+        Refusal: not_found.
+    """
+    state = commands_view.get(sql, command_id)
+    if state is None or not caller.sees(state.project) or device_id not in (None, state.device_id):
+        raise not_found("command", command_id)
+    return state
+
+
+async def _find(request: Call, command_id: str, device: str | None = None) -> CommandState:
+    caller = request.user
+
+    def work(sql: Sql) -> CommandState:
+        device_id = None if device is None else find_device(sql, caller, device).id
+        return find_command(sql, caller, command_id, device_id)
+
+    return await request.services.commands.writer.storage.read(work)
+
+
+async def _list(
+    request: Call,
+    route: str,
+    device: str | None,
+    status: Status | None,
+    state: StateName | None,
+    type_name: str | None,
+    limit: int,
+    cursor: str | None,
+) -> CommandList:
+    caller = request.user
+    if type_name is not None and not is_name(type_name):
+        raise invalid("type", NAME_RULE, type_name)
+    pager = Pager(
+        request.services.cursor_key, "commands", route, caller.project, device, status, state, type_name
+    )
+    before = pager.after(cursor)
+
+    def work(sql: Sql) -> list[CommandState]:
+        device_id = None
+        if route == "device" and device is not None:
+            device_id = find_device(sql, caller, device).id
+        elif device is not None:
+            # A filter that fits nothing finds nothing; those of a deleted device can still be found.
+            known = devices_view.by_name(sql, [device]).get(device)
+            if known is None:
+                return []
+            device_id = known.id
+        wanted = Filter(
+            project=caller.project,
+            device_id=device_id,
+            type=type_name,
+            states=_states(status, state),
+            before=before,
+        )
+        return commands_view.newest(sql, wanted, limit + 1)
+
+    page, more = cut(await request.services.commands.writer.storage.read(work), limit)
+    return CommandList(
+        data=[_shown(request, command) for command in page],
+        has_more=more,
+        next_cursor=pager.seal(page[-1].position) if more else None,
+    )
+
+
+def _states(status: Status | None, state: StateName | None) -> tuple[State, ...] | None:
+    """The states that fit both filters; None if there is no filter."""
+    if status is None and state is None:
+        return None
+    return tuple(
+        each for each, word in STATUS.items() if status in (None, word) and state in (None, each.value)
+    )
+
+
+def _shown(request: Call, state: CommandState) -> Command:
+    """A command with a fresh grant for those who may write."""
+    token = None
+    if "devices:write" in request.user.scopes:
+        services = request.services
+        token = services.grants.mint(state, services.commands.writer.now())
+    return views.command(state, token)
+
+
+def _one_key(body: str | UnsetType, header: str | None) -> str | None:
+    if body is UNSET:
+        return header
+    if header is not None and header != body:
+        raise invalid("idempotency_key", "the body and the header Idempotency-Key name two different keys")
+    return body
+
+
+def _fingerprint(device_id: str, data: CommandBody) -> bytes:
+    """What makes two requests the same: route, device, and the body as it came, whatever its spelling."""
+    body = msgspec.json.encode(msgspec.structs.replace(data, idempotency_key=UNSET), order="sorted")
+    return hashlib.sha256(b"\0".join([CREATE.encode(), device_id.encode(), body])).digest()
+
+
+routes = Router(
+    "/v1",
+    route_handlers=[
+        create_command,
+        list_device_commands,
+        get_device_command,
+        cancel_command,
+        list_commands,
+        get_command,
+        abandon_command,
+        list_command_events,
+        list_types,
+    ],
+    guards=[authorize],
+)

@@ -1,0 +1,174 @@
+"""`/v1/devices`: registering, listing and changing devices, and their tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Router, get, patch, post
+from litestar.params import FromPath, JSONBody
+from msgspec import UNSET, Meta, UnsetType
+
+from broker.commands import Caller
+from broker.errors import invalid, not_found
+from broker.events import Changed
+from broker.fleet import DeviceState
+from broker.http import views
+from broker.http.auth import Call, authorize, needs
+from broker.http.errors import documented
+from broker.http.pages import Cursor, Limit, Pager, cut
+from broker.http.views import Device, DeviceList, DeviceName
+from broker.registry import NewDevice
+from broker.seams import Sql
+from projections import devices as devices_view
+
+Title = Annotated[str, Meta(max_length=200)]
+Attributes = Annotated[dict[str, Any], Meta(description="Anything worth keeping about it.")]
+# What is kept must stay readable wherever it is decoded later, however deep the stack is there.
+ATTRIBUTE_LEVELS = 16
+LOCAL_PROJECT = "default"
+
+
+class DeviceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    hardware_id: DeviceName
+    type: Annotated[str, Meta(description="A device type of `GET /v1/types`.")]
+    id: Annotated[DeviceName | UnsetType, Meta(description="Made up (`dev_…`) if absent.")] = UNSET
+    name: Title | None = None
+    attributes: Attributes = {}
+    project: Annotated[str | UnsetType, Meta(description="For admins: another project than the key's.")] = (
+        UNSET
+    )
+
+
+class DeviceChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is absent keeps its value."""
+
+    type: str | UnsetType = UNSET
+    name: Title | UnsetType | None = UNSET
+    attributes: Attributes | UnsetType = UNSET
+
+
+@post("/", status_code=201, opt=needs("devices:write"), responses=documented(409, 413, 415))
+async def register(request: Call, data: JSONBody[DeviceBody]) -> Device:
+    """Register a device
+
+    Makes a device known and gives its token, which is shown this once. A name, as `id` or as `hardware_id`,
+    is given once in the whole broker, for ever: 409 if it is taken.
+    """
+    if data.id == "":
+        raise invalid("id", "must not be empty; leave it out to have one made up")
+    _check_levels(data.attributes)
+    new = NewDevice(
+        hardware_id=data.hardware_id,
+        type=data.type,
+        project=_project(request, data.project),
+        id=None if data.id is UNSET else data.id,
+        name=data.name,
+        attributes=data.attributes,
+    )
+    device, token = await request.services.registry.register(request.user, new)
+    return views.device(device, None, token)
+
+
+@get("/", opt=needs("devices:read"), responses=documented())
+async def list_devices(request: Call, limit: Limit = 20, cursor: Cursor = None) -> DeviceList:
+    """List devices
+
+    Newest first; an admin's key sees those of all projects.
+    """
+    project = request.user.project
+    pager = Pager(request.services.cursor_key, "devices", project)
+    before = pager.after(cursor)
+
+    def work(sql: Sql) -> list[DeviceState]:
+        return devices_view.newest(sql, project, before, limit + 1)
+
+    page, more = cut(await request.services.commands.writer.storage.read(work), limit)
+    return DeviceList(
+        data=[_shown(request, device) for device in page],
+        has_more=more,
+        next_cursor=pager.seal(page[-1].position) if more else None,
+    )
+
+
+@get("/{device:str}", opt=needs("devices:read"), responses=documented(404))
+async def get_device(request: Call, device: FromPath[str]) -> Device:
+    """Read a device
+
+    `{device}` is its id or its hardware id.
+    """
+    caller = request.user
+    found = await request.services.commands.writer.storage.read(lambda sql: find_device(sql, caller, device))
+    return _shown(request, found)
+
+
+@patch("/{device:str}", opt=needs("devices:write"), responses=documented(404, 413, 415))
+async def change_device(request: Call, device: FromPath[str], data: JSONBody[DeviceChange]) -> Device:
+    """Change a device
+
+    Its type, name or attributes; commands accepted before keep what the type said then. Attributes are
+    replaced as a whole.
+    """
+    if data.attributes is not UNSET:
+        _check_levels(data.attributes)
+    change = Changed(device_type=data.type, name=data.name, attributes=data.attributes)
+    return _shown(request, await request.services.registry.change(request.user, device, change))
+
+
+@post("/{device:str}/token", status_code=201, opt=needs("devices:write"), responses=documented(404))
+async def rotate_token(request: Call, device: FromPath[str]) -> Device:
+    """Give a device a new token
+
+    Shown this once; the old one stops working at once.
+    """
+    found, token = await request.services.registry.rotate_token(request.user, device)
+    return msgspec.structs.replace(_shown(request, found), device_token=token)
+
+
+def find_device(sql: Sql, caller: Caller, name: str) -> DeviceState:
+    """A device by either name, as far as the caller may know of it.
+
+    Raises:
+        Refusal: not_found.
+    """
+    device = devices_view.by_name(sql, [name]).get(name)
+    if device is None or not caller.sees(device.project) or device.deleted_at is not None:
+        raise not_found("device", name)
+    return device
+
+
+def _shown(request: Call, device: DeviceState) -> Device:
+    return views.device(device, request.services.commands.live.presence.get(device.id))
+
+
+def _project(request: Call, wanted: str | UnsetType) -> str:
+    """Where a new device goes: an admin may choose, all others have one project."""
+    caller = request.user
+    own = caller.project or request.services.keys.project_of(caller.actor) or LOCAL_PROJECT
+    if wanted is UNSET or wanted == own:
+        return own
+    if caller.project is not None:
+        raise invalid("project", "this key registers devices in its own project only")
+    return wanted
+
+
+def _check_levels(attributes: dict[str, Any]) -> None:
+    level: list[Any] = [attributes]
+    for _ in range(ATTRIBUTE_LEVELS):
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise invalid("attributes", f"nested deeper than {ATTRIBUTE_LEVELS} levels")
+
+
+routes = Router(
+    "/v1/devices",
+    route_handlers=[register, list_devices, get_device, change_device, rotate_token],
+    guards=[authorize],
+    tags=["Devices"],
+)

@@ -1,0 +1,240 @@
+"""Takes in what devices say over MQTT: answers and status messages, in order of arrival.
+
+A message is acknowledged to the MQTT server only when everything that follows from it is durable.
+The device is named by the topic, never by the payload. What fits nothing is counted and kept for
+the operator; nothing a device sends may ever stop this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from broker.commands import Commands
+from broker.decisions import Verdict, decide
+from broker.dispatch import Dispatch
+from broker.events import Error, Evidence
+from broker.fleet import DeviceState
+from broker.lanes import Member, Presence, candidates
+from broker.lifecycle import ANSWERS, CommandState, Request
+from broker.log import sqlite as log
+from broker.registry import Registry
+from broker.seams import Link, Message
+from devices.wire import Answer, Malformed, decode_answer, decode_status, parse_topic, status_topic
+
+logger = structlog.get_logger()
+
+BATCH = 1_000
+KEPT_BYTES = 1_024
+OWN = object()  # the token of what our own MQTT server says of a device
+
+
+class Intake:
+    """`link` acknowledges; `embedded` says that presence is told by our own MQTT server alone."""
+
+    def __init__(
+        self, commands: Commands, registry: Registry, dispatch: Dispatch, link: Link, *, embedded: bool
+    ) -> None:
+        self.commands = commands
+        self.live = commands.live
+        self.writer = commands.writer
+        self.registry = registry
+        self.dispatch = dispatch
+        self.link = link
+        self.embedded = embedded
+        registry.presence = dispatch.presence
+        self.on_unmatched: Callable[[str], None] = lambda _: None
+        self._queue: deque[Message] = deque()
+        self._wake = asyncio.Event()
+        self._backlog_until = 0
+
+    # --- what the link tells ---
+
+    def link_up(self) -> None:
+        self._backlog_until = self.writer.now() + 2_000
+        if not self.embedded:
+            self.registry.nobody_known_online()
+        self.dispatch.link_up()
+
+    def link_down(self, why: str) -> None:
+        logger.warning("mqtt.link_down", why=why)
+        self.dispatch.link_down()
+
+    def message(self, message: Message) -> None:
+        self._queue.append(message)
+        self._wake.set()
+
+    # What our own server says comes the same way, so that it stands in order with the answers.
+
+    def device_online(self, hardware_id: str) -> None:
+        self._own(hardware_id, b"online")
+
+    def device_offline(self, hardware_id: str) -> None:
+        self._own(hardware_id, b"offline")
+
+    def _own(self, hardware_id: str, word: bytes) -> None:
+        self.message(Message(topic=status_topic(self.commands.prefix, hardware_id), payload=word, token=OWN))
+
+    # --- taking in ---
+
+    async def run(self) -> None:
+        """Takes in messages, for ever, a batch at a time."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                await self._take_batch()
+
+    async def _take_batch(self) -> None:
+        batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
+        places = [parse_topic(self.commands.prefix, message.topic) for message in batch]
+        names = {place[0] for place in places if place is not None}
+        await self.commands.ready(names)
+        answers = [self._read(message, place) for message, place in zip(batch, places, strict=True)]
+        named = {answer.id for answer in answers if isinstance(answer, Answer) and answer.id is not None}
+        await self.commands.ready(names, named)
+        # From here on nothing may come in between.
+        for message, place, answer in zip(batch, places, answers, strict=True):
+            try:
+                self._take(message, place, answer)
+            except Exception:
+                # One message must not stop the next; it is acknowledged, so that it cannot come for ever.
+                logger.exception("intake.failed", topic=message.topic[:200])
+        self.writer.then(lambda: self._puback(batch), lambda: self._again(batch))
+
+    def _puback(self, batch: list[Message]) -> None:
+        for message in batch:
+            if message.token is not OWN:
+                self.link.puback(message)
+
+    def _again(self, batch: list[Message]) -> None:
+        """The commit failed: what was decided is void, so the messages are taken in anew, in order."""
+        self._queue.extendleft(reversed(batch))
+        self._wake.set()
+
+    def _read(self, message: Message, place: tuple[str, str] | None) -> Answer | Malformed | None:
+        """The answer in a message, or why there is none; None for status messages and foreign topics."""
+        device = self.live.device(place[0]) if place is not None else None
+        if place is None or device is None or place[1] == "status":
+            return None
+        kind = self.commands.types.get(device.device_type)
+        try:
+            return decode_answer(message.payload, message.correlation, kind.answers if kind else {})
+        except Malformed as error:
+            return error
+
+    def _take(
+        self, message: Message, place: tuple[str, str] | None, answer: Answer | Malformed | None
+    ) -> None:
+        device = self.live.device(place[0]) if place is not None else None
+        if device is None or place is None or device.hardware_id != place[0] or device.deleted_at is not None:
+            self.unmatched(message, None, "unknown_device")
+        elif place[1] == "status":
+            self._take_status(message, device)
+        elif answer is None or isinstance(answer, Malformed):
+            self.unmatched(message, device, "malformed")
+        else:
+            self._heard(device, message)
+            self._take_answer(message, device, answer)
+
+    def _take_status(self, message: Message, device: DeviceState) -> None:
+        if self.embedded and message.token is not OWN:
+            return  # our own server knows better than any message
+        try:
+            online, session = decode_status(message.payload)
+        except Malformed:
+            self.unmatched(message, device, "malformed")
+            return
+        if message.retain:
+            # A retained `online` may be a year old: the device was heard once, nothing more.
+            self.registry.heard(device, Presence.UNKNOWN if online else Presence.OFFLINE, session)
+        elif online:
+            self.registry.heard(device, Presence.ONLINE, session)
+        elif device.session is None or session is None or session == device.session:
+            self.registry.heard(device, Presence.OFFLINE, session)
+
+    def _heard(self, device: DeviceState, message: Message) -> None:
+        """Any live message shows that the device is there; one from the backlog only that it was."""
+        if self.embedded:
+            return
+        known = self.live.presence.get(device.id, Presence.NEVER)
+        if self.writer.now() < self._backlog_until:
+            if known is Presence.NEVER:
+                self.registry.heard(device, Presence.UNKNOWN, device.session)
+        elif known is not Presence.ONLINE and not message.retain:
+            self.registry.heard(device, Presence.ONLINE, device.session)
+
+    # --- answers ---
+
+    def _take_answer(self, message: Message, device: DeviceState, answer: Answer) -> None:
+        evidence: Evidence = (
+            "device_ack" if answer.status in ("acknowledged", "progress") else "device_result"
+        )
+        if answer.id is None:
+            found = self._candidate(message, device)
+            if isinstance(found, str):
+                self.unmatched(message, device, found)
+                return
+            state, evidence = found.state, "inferred"
+        else:
+            known = self.live.command(answer.id)
+            if known is not None and known.device_id != device.id:
+                self.unmatched(message, device, "wrong_device", answer.id)
+                return
+            if known is None:
+                self.unmatched(message, device, "unknown", answer.id)
+                return
+            state = known
+        self.answered(state, answer, evidence, message, device)
+
+    def _candidate(self, message: Message, device: DeviceState) -> Member | str:
+        """The one command an answer without id can mean, or the reason why there is none."""
+        lane = self.live.lanes.get(device.id)
+        found = candidates(lane, self.writer.now()) if lane is not None else []
+        if not found or message.dup:
+            return "nothing_in_flight"
+        return found[0] if len(found) == 1 else "ambiguous"
+
+    def answered(
+        self, state: CommandState, answer: Answer, evidence: Evidence, message: Message, device: DeviceState
+    ) -> None:
+        """Decides one answer on one command and does what was decided."""
+        error = answer.error
+        request = Request(
+            input=ANSWERS[answer.status],
+            now=self.writer.now(),
+            evidence=evidence,
+            at=answer.at,
+            result=msgspec.Raw(msgspec.json.encode(answer.result)),
+            error=msgspec.convert(error, Error) if error is not None else None,
+            percent=answer.progress.percent if answer.progress else None,
+            note=answer.progress.note if answer.progress else None,
+        )
+        decision = decide(state, request)
+        if decision.verdict is Verdict.RECORD:
+            self.commands.apply(state, decision, f"device:{device.id}")
+        elif decision.verdict is Verdict.UNMATCHED:
+            if decision.word == "promise_broken":
+                logger.error("delivery.promise_broken", command_id=state.id, state=state.state.value)
+            self.unmatched(message, device, decision.word, state.id)
+
+    def unmatched(
+        self, message: Message, device: DeviceState | None, reason: str, command_id: str | None = None
+    ) -> None:
+        """Keeps an answer that fits nothing for the operator, outside the log, and counts it."""
+        entry = (
+            self.writer.now(),
+            None if device is None else device.project,
+            None if device is None else device.id,
+            reason,
+            message.topic[:256],
+            command_id,
+            message.payload[:KEPT_BYTES],
+        )
+        self.writer.also(lambda sql: log.add_unmatched(sql, [entry]))
+        self.on_unmatched(reason)
+        logger.info("answer.unmatched", reason=reason, topic=message.topic[:200], command_id=command_id)

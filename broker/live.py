@@ -1,0 +1,180 @@
+"""What the broker holds in memory: open commands in their lanes, and what was lately used.
+
+All of it can be read anew from the log; it is never the only place of a fact. Decisions are made
+against this state, synchronously, so that nothing can come between looking and recording.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+import msgspec
+
+from broker import lanes
+from broker.fleet import DeviceState
+from broker.lanes import Lane, Member, Presence
+from broker.lifecycle import CommandState, State
+from broker.seams import Entropy, Sql, Storage
+from devices.types import Definition
+from projections import commands as commands_view
+from projections import devices as devices_view
+from projections import lanes as lanes_view
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+KEPT = 20_000
+
+
+class Recent(Generic[K, V]):
+    """A bounded map that forgets what was used longest ago."""
+
+    def __init__(self, bound: int = KEPT) -> None:
+        self._bound = bound
+        self._items: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K) -> V | None:
+        if key in self._items:
+            self._items.move_to_end(key)
+            return self._items[key]
+        return None
+
+    def put(self, key: K, value: V) -> None:
+        self._items[key] = value
+        self._items.move_to_end(key)
+        if len(self._items) > self._bound:
+            self._items.popitem(last=False)
+
+    def forget(self, key: K) -> None:
+        self._items.pop(key, None)
+
+    def clear(self) -> None:
+        self._items.clear()
+
+
+class Live:
+    """`members` are the open commands and those timed out lately; `closed` are others lately used."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[str, Lane] = {}
+        self.members: dict[str, Member] = {}
+        self.definitions: dict[str, Definition] = {}
+        self.closed: Recent[str, CommandState] = Recent()
+        self.devices: Recent[str, DeviceState] = Recent()
+        self.names: Recent[str, str] = Recent(2 * KEPT)
+        self.keys: Recent[tuple[str, str, str], tuple[bytes, str]] = Recent()
+        self.presence: dict[str, Presence] = {}
+        self.epoch = 0  # how often everything was read anew
+
+    # --- looking up ---
+
+    def command(self, command_id: str) -> CommandState | None:
+        """The state of a command that is in memory; None says nothing about the log."""
+        member = self.members.get(command_id)
+        return member.state if member is not None else self.closed.get(command_id)
+
+    def device(self, name: str) -> DeviceState | None:
+        """A device by id or hardware id, if it is in memory; deleted ones too."""
+        device_id = self.names.get(name)
+        return None if device_id is None else self.devices.get(device_id)
+
+    def lane(self, device_id: str) -> Lane:
+        lane = self.lanes.get(device_id)
+        if lane is None:
+            lane = self.lanes[device_id] = Lane(device_id)
+        return lane
+
+    def put_device(self, device: DeviceState) -> None:
+        self.devices.put(device.id, device)
+        self.names.put(device.id, device.id)
+        self.names.put(device.hardware_id, device.id)
+
+    # --- changing, always after the event was staged ---
+
+    def put_command(self, state: CommandState, definition: Definition) -> Member:
+        """Takes in a command's new state, and opens or closes its place in the lane."""
+        lane = self.lane(state.device_id)
+        member = self.members.get(state.id)
+        if member is None:
+            member = Member(state, definition)
+            self.members[state.id] = member
+            self.closed.forget(state.id)
+            if not state.closed:
+                lane.members[state.id] = member
+        before, member.state = member.state, state
+        if state.closed:
+            lanes.closed(lane, member, state.updated_at)
+            if state.state is not State.TIMED_OUT:
+                del self.members[state.id]
+                self.closed.put(state.id, state)
+        elif before.closed:
+            lanes.reopened(lane, member)
+        return member
+
+    def forget_late(self, lane: Lane, now: int) -> None:
+        """Lets go of commands whose late answers no longer need a place in memory, and of an empty lane."""
+        for member in [m for m in lane.late.values() if now >= lanes.late_until(m)]:
+            del lane.late[member.state.id]
+            del self.members[member.state.id]
+            self.closed.put(member.state.id, member.state)
+        if not lane.members and not lane.late and now >= lane.shut_until:
+            self.lanes.pop(lane.device_id, None)
+
+    # --- from the log ---
+
+    async def load(self, storage: Storage, entropy: Entropy, now: int) -> None:
+        """Reads everything anew, as after a restart; what is known of devices being online stays."""
+
+        def work(sql: Sql) -> tuple[list[CommandState], list[CommandState], dict[str, bytes]]:
+            definitions = devices_view.definitions(sql)
+            return (
+                lanes_view.open_commands(sql),
+                commands_view.timed_out_since(sql, now - lanes.ms(_longest_late(definitions.values()))),
+                definitions,
+            )
+
+        open_commands, late, definitions = await storage.read(work)
+        for cache in (self.closed, self.devices, self.names, self.keys):
+            cache.clear()
+        self.lanes.clear()
+        self.members.clear()
+        self.epoch += 1
+        self.definitions = {digest: _definition(body) for digest, body in definitions.items()}
+        for state in open_commands:
+            definition = self.definitions[state.definition]
+            member = self.put_command(state, definition)
+            member.flight = lanes.recovered(state, definition, now, entropy.uniform)
+            if not definition.carries_ids:
+                # An end in the last moment before the stop may still have its doubled answer under way.
+                self.lane(state.device_id).shut_until = now + lanes.IDLESS_PAUSE_MS
+        for state in late:
+            self.put_command(state, self.definitions[state.definition])
+
+    async def bring(self, storage: Storage, names: Iterable[str], command_ids: Iterable[str] = ()) -> None:
+        """Reads those devices (by either name) and commands into memory that are not there yet."""
+        missing_names = {name for name in names if self.device(name) is None}
+        missing_ids = {command_id for command_id in command_ids if self.command(command_id) is None}
+        if not missing_names and not missing_ids:
+            return
+
+        def work(sql: Sql) -> tuple[dict[str, DeviceState], dict[str, CommandState]]:
+            return devices_view.by_name(sql, missing_names), commands_view.get_many(sql, missing_ids)
+
+        devices, commands = await storage.read(work)
+        for device in devices.values():
+            # What was changed in memory while we read is newer.
+            if self.devices.get(device.id) is None:
+                self.put_device(device)
+        for state in commands.values():
+            if self.command(state.id) is None:
+                self.closed.put(state.id, state)
+
+
+def _definition(body: bytes) -> Definition:
+    return msgspec.json.decode(body, type=Definition)
+
+
+def _longest_late(bodies: Iterable[bytes]) -> float:
+    return max((_definition(body).late_answer_sec for body in bodies), default=0)

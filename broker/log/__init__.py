@@ -1,0 +1,1 @@
+"""The append-only log: its rows, its hash chain, and the one writer."""

@@ -1,0 +1,95 @@
+"""The hash chain over the log: every row's hash depends on all rows before it and on its own data.
+
+Pure. `digest` covers salt and data, `hash` covers the previous hash, every header column and the
+digest; each part is length-prefixed, so no two different rows have the same bytes. Erasing data and
+salt leaves the digest and with it the chain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+GENESIS = bytes(32)
+NULL = b"\xff\xff\xff\xff"  # the length no part can have: an absent value is not an empty one
+
+
+class Row(NamedTuple):
+    """One row of the table `events`, bytes as stored. `recorded_at`: Unix time in ms."""
+
+    position: int
+    stream: str
+    version: int
+    type: str
+    schema: int
+    recorded_at: int
+    project: str
+    device_id: str | None
+    actor: str
+    data: bytes | None
+    salt: bytes | None
+    digest: bytes
+    hash: bytes
+
+
+def _part(value: bytes) -> bytes:
+    return len(value).to_bytes(4, "big") + value
+
+
+def _text(value: str) -> bytes:
+    return _part(value.encode())
+
+
+def _number(value: int) -> bytes:
+    return b"\x00\x00\x00\x08" + value.to_bytes(8, "big", signed=True)
+
+
+def digest(salt: bytes, data: bytes) -> bytes:
+    """SHA-256 over salt and stored data. The salt keeps a short erased text from being guessed."""
+    return hashlib.sha256(_part(salt) + _part(data)).digest()
+
+
+def link(
+    previous: bytes,
+    position: int,
+    stream: str,
+    version: int,
+    type_name: str,
+    schema: int,
+    recorded_at: int,
+    project: str,
+    device_id: str | None,
+    actor: str,
+    row_digest: bytes,
+) -> bytes:
+    """The hash of one row."""
+    return hashlib.sha256(
+        _part(previous)
+        + _number(position)
+        + _text(stream)
+        + _number(version)
+        + _text(type_name)
+        + _number(schema)
+        + _number(recorded_at)
+        + _text(project)
+        + (NULL if device_id is None else _text(device_id))
+        + _text(actor)
+        + _part(row_digest)
+    ).digest()
+
+
+def fault(row: Row, previous: bytes, expected_position: int, erased: bool) -> str | None:
+    """What is wrong with a row that should follow `previous`, as a sentence; None if nothing is.
+
+    `erased`: an `erased` event names this row or covers it, so its data may be gone.
+    """
+    if row.position != expected_position:
+        return f"position {expected_position} is missing: the next row is {row.position}"
+    if row.data is None or row.salt is None:
+        if not erased:
+            return f"position {row.position} has no data, and no erased event names it"
+    elif digest(row.salt, row.data) != row.digest:
+        return f"position {row.position} was changed: its data does not match its digest"
+    if link(previous, *row[:9], row.digest) != row.hash:
+        return f"position {row.position} does not follow from the row before it: one of them was changed"
+    return None

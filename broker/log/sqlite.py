@@ -1,0 +1,209 @@
+"""The log on SQLite: its tables, appending a batch, reading it back and verifying it.
+
+Everything here runs inside a transaction that somebody else holds (`seams.Storage`). Rows of
+`events` are only ever added; the unique index on (stream, version) is the whole concurrency rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from broker.events import ERASURES, NAMES, SCHEMA, Erased, Recorded, decode, encode
+from broker.log import chain
+from broker.log.chain import Row
+from broker.seams import Sql
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (
+    position INTEGER PRIMARY KEY, stream TEXT NOT NULL, version INTEGER NOT NULL, type TEXT NOT NULL,
+    schema INTEGER NOT NULL, recorded_at INTEGER NOT NULL, project TEXT NOT NULL, device_id TEXT,
+    actor TEXT NOT NULL, data BLOB, salt BLOB, digest BLOB NOT NULL, hash BLOB NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS events_stream ON events (stream, version);
+CREATE TABLE IF NOT EXISTS idempotency (
+    project TEXT NOT NULL, key TEXT NOT NULL, scope TEXT NOT NULL, digest BLOB NOT NULL,
+    command_id TEXT NOT NULL, created_at INTEGER NOT NULL, PRIMARY KEY (project, key, scope)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS idempotency_age ON idempotency (created_at);
+CREATE TABLE IF NOT EXISTS unmatched (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, project TEXT, device_id TEXT,
+    reason TEXT NOT NULL, topic TEXT NOT NULL, command_id TEXT, payload BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS unmatched_device ON unmatched (device_id, id);
+CREATE TABLE IF NOT EXISTS api_keys (
+    id TEXT PRIMARY KEY, digest BLOB NOT NULL UNIQUE, project TEXT NOT NULL, scopes TEXT NOT NULL, name TEXT,
+    created_at INTEGER NOT NULL, revoked_at INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS grant_keys (
+    kid TEXT PRIMARY KEY, private BLOB NOT NULL, created_at INTEGER NOT NULL,
+    retired_at INTEGER) WITHOUT ROWID;
+"""
+COLUMNS = (
+    "position, stream, version, type, schema, recorded_at, "
+    "project, device_id, actor, data, salt, digest, hash"
+)
+INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"
+UNMATCHED_PER_DEVICE, UNMATCHED_IN_ALL = 100, 10_000
+
+
+class Head(NamedTuple):
+    """The end of the log: what the next row follows."""
+
+    position: int = 0
+    recorded_at: int = 0
+    hash: bytes = chain.GENESIS
+
+
+def create(sql: Sql, log_id: str, cursor_key: str) -> None:
+    """Makes the tables that are missing; a log keeps the id and the key it was first given."""
+    for statement in TABLES.split(";"):
+        if statement.strip():
+            sql.execute(statement)
+    sql.execute(
+        "INSERT OR IGNORE INTO meta VALUES ('log_id', ?), ('cursor_key', ?), ('format', '1')",
+        (log_id, cursor_key),
+    )
+
+
+def meta(sql: Sql, key: str) -> str:
+    """A fact about this log: `log_id`, `cursor_key` (signs the cursors of lists), `format`."""
+    return str(sql.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
+
+
+def head(sql: Sql) -> Head:
+    row = sql.execute(
+        "SELECT position, recorded_at, hash FROM events ORDER BY position DESC LIMIT 1"
+    ).fetchone()
+    return Head(row[0], row[1], bytes(row[2])) if row else Head()
+
+
+def append(sql: Sql, after: Head, events: Sequence[Recorded], salts: bytes) -> Head:
+    """Adds events that already carry their positions; `salts` holds 16 bytes for each of them.
+
+    Raises:
+        ValueError: a position or time does not follow from the head: the caller's bookkeeping is wrong.
+    """
+    rows: list[Row] = []
+    position, recorded_at, previous = after
+    for index, event in enumerate(events):
+        if event.position != position + 1 or event.recorded_at < recorded_at:
+            raise ValueError(f"position {event.position} cannot follow {position}")
+        position, recorded_at = event.position, event.recorded_at
+        data, salt = encode(event.event), salts[index * 16 : index * 16 + 16]
+        row_digest = chain.digest(salt, data)
+        header = (
+            position,
+            event.stream,
+            event.version,
+            NAMES[type(event.event)],
+            SCHEMA,
+            recorded_at,
+            event.project,
+            event.device_id,
+            event.actor,
+        )
+        previous = chain.link(previous, *header, row_digest)
+        rows.append(Row(*header, data, salt, row_digest, previous))
+    sql.executemany(INSERT, rows)
+    return Head(position, recorded_at, previous)
+
+
+def rows(sql: Sql, after: int = 0, limit: int = 1_000) -> list[Row]:
+    """A page of rows, ascending."""
+    found = sql.execute(
+        f"SELECT {COLUMNS} FROM events WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
+    )
+    return [Row(*row) for row in found.fetchall()]
+
+
+def all_rows(sql: Sql, after: int = 0, page: int = 5_000) -> Iterator[Row]:
+    """Every row after a position, page by page, so that memory stays small."""
+    while batch := rows(sql, after, page):
+        yield from batch
+        after = batch[-1].position
+
+
+def stream(sql: Sql, name: str) -> list[Row]:
+    """All rows of one stream, ascending by version."""
+    found = sql.execute(f"SELECT {COLUMNS} FROM events WHERE stream = ? ORDER BY version", (name,))
+    return [Row(*row) for row in found.fetchall()]
+
+
+def recorded(row: Row) -> Recorded:
+    """A row as the event it holds.
+
+    Raises:
+        ValueError: the data was erased, or is of a later release.
+    """
+    if row.data is None:
+        raise ValueError(f"the data of position {row.position} was erased")
+    return Recorded(
+        position=row.position,
+        stream=row.stream,
+        version=row.version,
+        recorded_at=row.recorded_at,
+        project=row.project,
+        device_id=row.device_id,
+        actor=row.actor,
+        event=decode(row.type, row.data, row.schema),
+    )
+
+
+class Verified(NamedTuple):
+    """`fault` names the first bad row, or is None; `hash` is that of the last good one."""
+
+    rows: int
+    hash: bytes
+    fault: str | None
+
+
+def verify(sql: Sql) -> Verified:
+    """Walks the whole chain: positions, digests, hashes, versions, times, erasures."""
+    named, cutoff = _erased(sql)
+    previous, position, recorded_at = chain.GENESIS, 0, 0
+    for row in all_rows(sql):
+        covered = row.stream in named or (row.recorded_at < cutoff and row.data is None)
+        fault = chain.fault(row, previous, position + 1, covered)
+        if fault is None and row.recorded_at < recorded_at:
+            fault = f"position {row.position} is older than the row before it"
+        if fault is not None:
+            return Verified(position, previous, fault)
+        previous, position, recorded_at = row.hash, row.position, row.recorded_at
+    gap = sql.execute(
+        "SELECT stream, count(*), max(version) FROM events GROUP BY stream "
+        "HAVING count(*) <> max(version) OR min(version) <> 1 LIMIT 1"
+    ).fetchone()
+    if gap:
+        return Verified(position, previous, f"stream {gap[0]} has {gap[1]} events up to version {gap[2]}")
+    return Verified(position, previous, None)
+
+
+def _erased(sql: Sql) -> tuple[set[str], int]:
+    named: set[str] = set()
+    cutoff = 0
+    for row in stream(sql, ERASURES):
+        event = decode(row.type, row.data or b"{}", row.schema)
+        if isinstance(event, Erased):
+            named.update(event.ids)
+            cutoff = max(cutoff, event.cutoff or 0)
+    return named, cutoff
+
+
+def add_unmatched(sql: Sql, entries: Iterable[tuple[object, ...]]) -> None:
+    """Keeps answers that fit nothing: the newest 100 of a device, 10,000 in all.
+
+    An entry: (at, project, device_id, reason, topic, command_id, payload).
+    """
+    devices = set()
+    for entry in entries:
+        sql.execute(
+            "INSERT INTO unmatched (at, project, device_id, reason, topic, command_id, payload) "
+            "VALUES (?,?,?,?,?,?,?)",
+            entry,
+        )
+        devices.add(entry[2])
+    for device in devices:
+        sql.execute(
+            "DELETE FROM unmatched WHERE device_id IS ?1 AND id <= (SELECT id FROM unmatched "
+            "WHERE device_id IS ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)",
+            (device, UNMATCHED_PER_DEVICE),
+        )
+    sql.execute("DELETE FROM unmatched WHERE id <= (SELECT max(id) FROM unmatched) - ?", (UNMATCHED_IN_ALL,))

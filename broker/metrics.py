@@ -1,0 +1,165 @@
+"""What is counted, for Prometheus: requests, events, stage latencies, and what should never happen.
+
+Counts what others tell it and looks at the rest when asked; nothing is ever decided on a figure.
+Times come from the broker's own clock, in whole milliseconds.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from broker import __version__
+from broker.events import Acknowledged, Executed, Failed, Published, Recorded
+from broker.intake import Intake
+from broker.live import Live
+from broker.seams import Clock, Link
+from broker.writer import Writer
+
+# Without the charset, which whoever answers adds to any text.
+CONTENT_TYPE = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")
+# Up to the longest back-off; a command that waits for its device to come online is beyond any bucket.
+STAGES_SEC = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+FAST_SEC = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+BATCHES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
+
+
+class Metrics:
+    """`watch` connects it to the parts of one broker. Labels are bounded: never a device or a command."""
+
+    def __init__(self, clock: Clock) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._clock = clock
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        Info("ordain", "The running release", registry=self.registry).info({"version": __version__})
+        self._requests = Counter(
+            "ordain_http_requests_total",
+            "HTTP requests answered",
+            ("method", "route", "status"),
+            registry=self.registry,
+        )
+        self._request_seconds = Histogram(
+            "ordain_http_request_seconds",
+            "Time until an HTTP request was answered",
+            ("method", "route"),
+            buckets=FAST_SEC,
+            registry=self.registry,
+        )
+        self._events = Counter(
+            "ordain_events_total", "Events recorded, durable", ("type",), registry=self.registry
+        )
+        self._batch = Histogram(
+            "ordain_commit_events", "Events in one commit", buckets=BATCHES, registry=self.registry
+        )
+        self._commit = Histogram(
+            "ordain_commit_seconds",
+            "From the first event of a batch being decided to the batch being durable",
+            buckets=FAST_SEC,
+            registry=self.registry,
+        )
+        self._hand_overs = Counter(
+            "ordain_hand_overs_total",
+            "Attempts recorded, by transport",
+            ("transport",),
+            registry=self.registry,
+        )
+        self._stages = Histogram(
+            "ordain_command_stage_seconds",
+            "From one stage of a command to the next, at its first time",
+            ("stage",),
+            buckets=STAGES_SEC,
+            registry=self.registry,
+        )
+        self._unmatched = Counter(
+            "ordain_unmatched_total", "Answers that fitted nothing", ("reason",), registry=self.registry
+        )
+        self._broken = Counter(
+            "ordain_promise_broken_total",
+            "A device did what was expired or cancelled: should be 0 for ever",
+            registry=self.registry,
+        )
+        self._request_labels: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._live: Live | None = None
+        self._writer: Writer | None = None
+
+    def watch(self, writer: Writer, live: Live, link: Link, intake: Intake) -> None:
+        self._live, self._writer = live, writer
+        writer.listeners.append(self._committed)
+        intake.on_unmatched = self._unmatched_answer
+        gauges = (
+            ("ordain_open_commands", "Commands that are not closed", lambda: _open(live)),
+            ("ordain_mqtt_link_up", "1 while connected to the MQTT server", lambda: float(link.up)),
+            ("ordain_log_writable", "1 while the log can be written", lambda: float(writer.open)),
+        )
+        for name, what, look in gauges:
+            Gauge(name, what, registry=self.registry).set_function(look)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    # --- what others tell ---
+
+    def now_ms(self) -> int:
+        return self._clock.monotonic_ms()
+
+    def request(self, method: str, route: str, status: int, since_ms: int) -> None:
+        key = (method, route, status)
+        found = self._request_labels.get(key)
+        if found is None:
+            found = (
+                self._requests.labels(method, route, str(status)),
+                self._request_seconds.labels(method, route),
+            )
+            self._request_labels[key] = found
+        counter, seconds = found
+        counter.inc()
+        seconds.observe((self.now_ms() - since_ms) / 1_000)
+
+    def _unmatched_answer(self, reason: str) -> None:
+        self._unmatched.labels(reason).inc()
+        if reason == "promise_broken":
+            self._broken.inc()
+
+    def _committed(self, events: list[Recorded]) -> None:
+        if not events or self._live is None or self._writer is None:
+            return
+        self._batch.observe(len(events))
+        self._commit.observe((self._writer.now() - events[0].recorded_at) / 1_000)
+        for recorded in events:
+            self._events.labels(recorded.type).inc()
+            event = recorded.event
+            if isinstance(event, Published):
+                self._hand_overs.labels(event.transport).inc()
+            if isinstance(event, Published | Acknowledged | Executed | Failed):
+                self._stage(self._live, recorded)
+
+    def _stage(self, live: Live, recorded: Recorded) -> None:
+        state = live.command(recorded.stream)
+        if state is None:
+            return
+        at = recorded.recorded_at
+        if isinstance(recorded.event, Published):
+            if recorded.event.attempt == 1:
+                self._observe("created_to_published", at - state.created_at)
+        elif state.published_at is not None:
+            if not isinstance(recorded.event, Acknowledged):
+                self._observe("published_to_result", at - state.published_at)
+            elif state.acknowledged_at == at:
+                self._observe("published_to_acknowledged", at - state.published_at)
+
+    def _observe(self, stage: str, ms: int) -> None:
+        self._stages.labels(stage).observe(ms / 1_000)
+
+
+def _open(live: Live) -> float:
+    return float(sum(len(lane.members) for lane in live.lanes.values()))

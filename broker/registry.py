@@ -1,0 +1,185 @@
+"""Devices: registering, changing, their tokens, and what is known of them being reachable.
+
+A name belongs to one device only, as id or as hardware id, in the whole broker and for ever.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from typing import Any, Literal
+
+import msgspec
+
+from broker.commands import Caller, Commands
+from broker.errors import Refusal, invalid
+from broker.events import (
+    SYSTEM,
+    Changed,
+    ClockStepped,
+    DeviceEvent,
+    Offline,
+    Online,
+    Registered,
+    Started,
+    TokenRotated,
+    device_stream,
+)
+from broker.fleet import DeviceState, evolve_device
+from broker.ids import new_id, new_secret, secret_digest
+from broker.lanes import Presence
+from broker.seams import Sql
+from devices.names import is_name
+from projections import devices as devices_view
+
+NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be me or pending"
+
+
+class NewDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """What registers a device; `id` is made up if it is not given."""
+
+    hardware_id: str
+    type: str
+    project: str
+    id: str | None = None
+    name: str | None = None
+    attributes: dict[str, Any] = {}
+
+
+class Registry:
+    """`presence(device_id, presence)` is called when what is known of a device being reachable changes."""
+
+    def __init__(self, commands: Commands) -> None:
+        self.commands = commands
+        self.writer = commands.writer
+        self.live = commands.live
+        self.types = commands.types
+        self.presence: Callable[[str, Presence], None] = lambda device_id, presence: None
+        self._system_version = 0
+        self.token_changed: Callable[[str], None] = lambda hardware_id: None
+
+    def record(
+        self, event: DeviceEvent, device_id: str, before: DeviceState | None, project: str, actor: str
+    ) -> DeviceState:
+        version = 1 if before is None else before.version + 1
+        recorded = self.writer.stage(
+            device_stream(device_id), version, event, project=project, device_id=device_id, actor=actor
+        )
+        device = evolve_device(before, recorded)
+        names = (device.id, device.hardware_id) if before is None else ()
+        self.writer.touch_device(device, names)
+        self.live.put_device(device)
+        return device
+
+    # --- requests ---
+
+    async def register(self, caller: Caller, new: NewDevice) -> tuple[DeviceState, str]:
+        """Makes a device known; gives its token, which is shown this once.
+
+        Raises:
+            Refusal: invalid_request, or conflict if a name is taken.
+        """
+        device_id = new.id or new_id("dev", self.writer.now(), self.writer.entropy)
+        for field, value in (("hardware_id", new.hardware_id), ("id", device_id), ("project", new.project)):
+            if not is_name(value):
+                raise invalid(field, NAME_RULE, value)
+        if new.type not in self.types:
+            raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", new.type)
+        await self.commands.ready([device_id, new.hardware_id])
+        for name in (device_id, new.hardware_id):
+            if self.live.device(name) is not None:
+                await self.writer.barrier()
+                raise Refusal("conflict", f"the name {name} is taken; names are never given twice")
+        token = new_secret("dtok_", self.writer.entropy)
+        event = Registered(
+            hardware_id=new.hardware_id,
+            device_type=new.type,
+            token_digest=secret_digest(token),
+            name=new.name,
+            attributes=new.attributes,
+        )
+        device = self.record(event, device_id, None, new.project, caller.actor)
+        await self.writer.barrier()
+        return device, token
+
+    async def change(self, caller: Caller, name: str, change: Changed) -> DeviceState:
+        """Sets what is given anew.
+
+        Raises:
+            Refusal: not_found, or invalid_request.
+        """
+        if isinstance(change.device_type, str) and change.device_type not in self.types:
+            raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", change.device_type)
+        device = await self.find(caller, name)
+        if change != Changed():
+            device = self.record(change, device.id, device, device.project, caller.actor)
+        await self.writer.barrier()
+        return device
+
+    async def rotate_token(self, caller: Caller, name: str) -> tuple[DeviceState, str]:
+        """Gives the device a new token; the old one stops working at once."""
+        device = await self.find(caller, name)
+        token = new_secret("dtok_", self.writer.entropy)
+        event = TokenRotated(token_digest=secret_digest(token))
+        device = self.record(event, device.id, device, device.project, caller.actor)
+        await self.writer.barrier()
+        self.token_changed(device.hardware_id)
+        return device, token
+
+    async def find(self, caller: Caller, name: str) -> DeviceState:
+        """A device of the caller's project by either name, ready to be changed without further waiting.
+
+        Raises:
+            Refusal: not_found, also when it belongs to another project or was deleted.
+        """
+        await self.commands.ready([name])
+        return self.commands.device(caller, name)
+
+    async def authenticate(self, name: str, token: str) -> DeviceState | None:
+        """The device this token belongs to, if it is its."""
+        await self.live.bring(self.writer.storage, [name] if is_name(name) else [])
+        device = self.live.device(name)
+        if device is None or device.deleted_at is not None:
+            return None
+        return device if hmac.compare_digest(device.token_digest, secret_digest(token)) else None
+
+    # --- presence ---
+
+    async def load(self) -> None:
+        self._system_version = await self.writer.storage.read(_system_version)
+
+    async def started(self, release: str, mqtt: Literal["embedded", "external"]) -> None:
+        """A new process serves this log: nobody is known online; with our own server all are offline."""
+        self.record_system(Started(release=release, mqtt=mqtt))
+        for device in await self.writer.storage.read(devices_view.believed_online):
+            self.live.put_device(device)
+            if mqtt == "embedded":
+                self.heard(device, Presence.OFFLINE, device.session)
+            else:
+                self.live.presence[device.id] = Presence.UNKNOWN
+        await self.writer.barrier()
+
+    def record_system(self, event: Started | ClockStepped) -> None:
+        self._system_version += 1
+        self.writer.stage(SYSTEM, self._system_version, event, project="", device_id=None, actor="broker")
+
+    def nobody_known_online(self) -> None:
+        """A new MQTT session began: whoever was online may have gone while we were not listening."""
+        for device_id, presence in list(self.live.presence.items()):
+            if presence is Presence.ONLINE:
+                self.presence(device_id, Presence.UNKNOWN)
+
+    def heard(self, device: DeviceState, presence: Presence, session: str | None) -> None:
+        """Takes in what was learnt of a device; an event is recorded when it came or went."""
+        known = self.live.presence.get(device.id)
+        if presence is Presence.ONLINE and (not device.online or session != device.session):
+            self.record(Online(session=session), device.id, device, device.project, f"device:{device.id}")
+        elif presence is Presence.OFFLINE and device.online:
+            self.record(Offline(session=session), device.id, device, device.project, f"device:{device.id}")
+        if presence is not known:
+            self.presence(device.id, presence)
+
+
+def _system_version(sql: Sql) -> int:
+    row = sql.execute("SELECT coalesce(max(version), 0) FROM events WHERE stream = ?", (SYSTEM,)).fetchone()
+    return int(row[0])

@@ -1,0 +1,200 @@
+"""`ordain serve`: puts all parts together and runs them until a signal, cleanly.
+
+The only module that knows every part. It must never decide anything about a command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import structlog
+import uvicorn
+from litestar.types import ASGIApp
+
+from broker.control import SOCKET, listen, services
+from broker.core import Core
+from broker.demo import Demo
+from broker.http.app import create_app
+from broker.ids import new_secret
+from broker.mqtt import MqttLink
+from broker.mqtt_access import Access
+from broker.mqtt_server import EmbeddedServer
+from broker.settings import BadSetting, Settings, address
+from broker.world import SqliteStorage, SystemClock, SystemEntropy
+from devices.types import DeviceType, shipped_types
+
+logger = structlog.get_logger()
+
+GRACE_SEC = 5  # for open requests after a signal; with everything else the end stays under 10 s
+LINK_CLIENT_ID = "ordain"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which would re-raise SIGTERM and skip our own end."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -> None:
+    """Serves a data directory until SIGTERM or SIGINT. `say` gets the lines for the person who started it.
+
+    Raises:
+        BadSetting: an address cannot be listened on.
+        InUse: another broker serves the directory.
+        OSError: the directory cannot be made or written.
+        ExceptionGroup (of Broken): the storage failed while serving.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with _bound("http", settings.http) as listening:
+        storage = await SqliteStorage.open(Path(settings.data))
+        try:
+            await _serve(settings, storage, listening, demo, say, stop)
+        finally:
+            await storage.close()
+    logger.info("broker.ended")
+
+
+async def _serve(
+    settings: Settings,
+    storage: SqliteStorage,
+    listening: socket.socket,
+    demo: bool,
+    say: Callable[[str], None],
+    stop: asyncio.Event,
+) -> None:
+    types = shipped_types()
+    entropy = SystemEntropy()
+    core = Core(storage, SystemClock(), entropy, types, settings)
+    embedded = not settings.mqtt_url
+    await core.open(embedded=embedded)
+    async with core.running("embedded" if embedded else "external") as group:
+        async with _mqtt_server(settings, core, types) as server:
+            link = MqttLink(
+                settings.mqtt_url if server is None else server.url,
+                client_id=LINK_CLIENT_ID,
+                subscriptions=_subscriptions(settings.prefix, types),
+                events=core.intake,
+                clean_session=embedded,
+                entropy=entropy,
+            )
+            core.attach(link)
+            group.create_task(link.run())
+            async with _http(core, listening, Path(settings.data)):
+                base = "http://{}:{}".format(*listening.getsockname()[:2])
+                logger.info("broker.serving", http=base, data=settings.data, log=core.log_id)
+                devices = None
+                if demo:
+                    fleet = Demo(core, Path(settings.data))
+                    url = settings.mqtt_url if server is None else f"mqtt://{server.host}:{server.port}"
+                    devices = group.create_task(fleet.run(url))
+                    await fleet.ready()
+                    say(fleet.welcome(base))
+                gc.collect()
+                gc.freeze()
+                gc.set_threshold(10_000, 20, 50)
+                await stop.wait()
+                logger.info("broker.ending")
+                if devices is not None:
+                    devices.cancel()
+            await link.close()
+
+
+@asynccontextmanager
+async def _mqtt_server(
+    settings: Settings, core: Core, types: dict[str, DeviceType]
+) -> AsyncIterator[EmbeddedServer | None]:
+    """The embedded MQTT server, unless an external one is set."""
+    if settings.mqtt_url:
+        yield None
+        return
+
+    async def check_device(hardware_id: str, token: str) -> bool:
+        device = await core.registry.authenticate(hardware_id, token)
+        return device is not None and device.hardware_id == hardware_id
+
+    suffixes = {kind.command_suffix for kind in types.values()}
+    for kind in types.values():
+        suffixes |= {own.command_suffix for own in kind.commands.values() if own.command_suffix is not None}
+    host, port = address("mqtt_listen", settings.mqtt_listen)
+    access = Access(
+        prefix=settings.prefix,
+        link_password=new_secret("", core.writer.entropy),
+        check_device=check_device,
+        command_suffixes=suffixes,
+        answer_suffixes={kind.answer_suffix for kind in types.values()},
+    )
+    server = EmbeddedServer(host=host, port=port, access=access, presence=core.intake)
+    try:
+        await server.start()
+    except OSError as error:
+        raise BadSetting(f"mqtt_listen = {settings.mqtt_listen!r}: {error}") from error
+    core.registry.token_changed = server.disconnect
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+@asynccontextmanager
+async def _http(core: Core, listening: socket.socket, directory: Path) -> AsyncIterator[None]:
+    """The public app on its address, the operator's on the private socket; at the end requests finish."""
+    parts = services(core)
+    private = listen(directory)
+    servers = [
+        _uvicorn(create_app(parts)),
+        _uvicorn(create_app(parts, local=True)),
+    ]
+    async with asyncio.TaskGroup() as group:
+        for server, listener in zip(servers, (listening, private), strict=True):
+            group.create_task(server.serve(sockets=[listener]))
+        try:
+            yield
+        finally:
+            for server in servers:
+                server.should_exit = True
+    (directory / SOCKET).unlink(missing_ok=True)
+
+
+def _uvicorn(app: ASGIApp) -> _Server:
+    config = uvicorn.Config(
+        app,
+        loop="none",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SEC,
+    )
+    return _Server(config)
+
+
+def _subscriptions(prefix: str, types: dict[str, DeviceType]) -> list[str]:
+    suffixes = sorted({kind.answer_suffix for kind in types.values()} | {"status"})
+    return [f"{prefix}/dev/+/{suffix}" for suffix in suffixes]
+
+
+@contextmanager
+def _bound(key: str, text: str) -> Iterator[socket.socket]:
+    host, port = address(key, text)
+    try:
+        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(where)
+    except OSError as error:
+        raise BadSetting(f"{key} = {text!r}: cannot be listened on: {error.strerror or error}") from error
+    with listening:
+        yield listening

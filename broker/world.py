@@ -1,0 +1,197 @@
+"""The real world behind the seams: the system's clock and randomness, and SQLite on a disk.
+
+The only module of the broker that reads a clock, draws random bytes or opens the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import random
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+
+import aiosqlite
+
+from broker.seams import Broken, Conflict, Full, Sql
+
+T = TypeVar("T")
+
+DATABASE = "ordain.db"
+LOCK = "ordain.lock"
+RUN = "-- run"
+
+
+class InUse(Exception):
+    """Another broker serves this data directory."""
+
+
+class SystemClock:
+    def wall_ms(self) -> int:
+        return time.time_ns() // 1_000_000
+
+    def monotonic_ms(self) -> int:
+        return time.monotonic_ns() // 1_000_000
+
+
+class SystemEntropy:
+    def __init__(self) -> None:
+        self._random = random.SystemRandom()
+
+    def token(self, size: int) -> bytes:
+        return os.urandom(size)
+
+    def uniform(self, low: float, high: float) -> float:
+        return self._random.uniform(low, high)
+
+
+class _One:
+    """Gives one value back the way a cursor gives rows."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def fetchall(self) -> list[object]:
+        return [self._value]
+
+
+class _Transactions(sqlite3.Connection):
+    """A connection that runs a whole transaction as one call, so that it is one hop to the thread."""
+
+    def execute(self, sql: str, parameters: Any = (), /) -> Any:
+        if sql is not RUN:
+            return super().execute(sql, parameters)
+        begin, work = parameters
+        super().execute(begin)
+        try:
+            value = work(self)
+            super().execute("COMMIT")
+        except BaseException:
+            if self.in_transaction:
+                super().execute("ROLLBACK")
+            raise
+        return _One(value)
+
+
+class SqliteStorage:
+    """One writing and one reading connection on the database of a data directory; holds its lock.
+
+    WAL with synchronous=FULL, because NORMAL loses acknowledged commits at power loss. Only the
+    writing connection checkpoints: libraries before 3.51.3 can lose a reset WAL otherwise.
+    """
+
+    def __init__(self, lock: IO[str], writer: aiosqlite.Connection, reader: aiosqlite.Connection) -> None:
+        self._lock = lock
+        self._writer = writer
+        self._reader = reader
+
+    @classmethod
+    async def open(cls, directory: Path) -> SqliteStorage:
+        """Opens (and makes) the database; the directory and its files are the owner's alone.
+
+        Raises:
+            InUse: another broker has it.
+            Broken: it is no database, or SQLite does not give the guarantees asked for.
+            OSError: the directory cannot be made or written.
+        """
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        lock = _lock(directory / LOCK)
+        path = directory / DATABASE
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            writer = await _connect(path)
+            await writer.execute_fetchall("PRAGMA secure_delete = ON")
+            mode = next(iter(await writer.execute_fetchall("PRAGMA journal_mode = WAL")))[0]
+            await writer.execute_fetchall("PRAGMA synchronous = FULL")
+            level = next(iter(await writer.execute_fetchall("PRAGMA synchronous")))[0]
+            if (mode, level) != ("wal", 2):
+                raise Broken(
+                    f"SQLite gives journal_mode {mode} and synchronous {level}, not wal and 2 (FULL)"
+                )
+            reader = await _connect(path)
+            await reader.execute_fetchall("PRAGMA query_only = ON")
+            await reader.execute_fetchall("PRAGMA wal_autocheckpoint = 0")
+        except sqlite3.Error as error:
+            lock.close()
+            raise Broken(f"{path}: {error}") from error
+        except BaseException:
+            lock.close()
+            raise
+        return cls(lock, writer, reader)
+
+    async def write(self, work: Callable[[Sql], T]) -> T:
+        return await self._run(self._writer, "BEGIN IMMEDIATE", work)
+
+    async def read(self, work: Callable[[Sql], T]) -> T:
+        return await self._run(self._reader, "BEGIN", work)
+
+    async def _run(self, connection: aiosqlite.Connection, begin: str, work: Callable[[Sql], T]) -> T:
+        # Cancelling a waiter would not stop the statement; shielded, the transaction ends by itself.
+        hop = asyncio.ensure_future(connection.execute_fetchall(RUN, (begin, work)))
+        try:
+            rows = await asyncio.shield(hop)
+        except sqlite3.Error as error:
+            raise _translated(error) from error
+        return cast(T, next(iter(rows)))
+
+    async def close(self) -> None:
+        """Ends the reader first, so that the last connection, which checkpoints, is the writing one."""
+        await self._reader.close()
+        await self._writer.close()
+        self._lock.close()
+
+
+def open_for_reading(directory: Path) -> sqlite3.Connection:
+    """A connection for looking at a log, beside a running broker or without one; it can change nothing.
+
+    Raises:
+        Broken: there is no log, or it cannot be read.
+    """
+    path = directory / DATABASE
+    if not path.exists():
+        raise Broken(f"there is no log at {directory}: name another directory with --data")
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, timeout=10)
+        connection.execute("PRAGMA query_only = ON")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+        connection.execute("SELECT 1 FROM events LIMIT 1")
+    except sqlite3.Error as error:
+        raise Broken(f"{path}: {error}") from error
+    return connection
+
+
+async def _connect(path: Path) -> aiosqlite.Connection:
+    return await aiosqlite.connect(path, factory=_Transactions, isolation_level=None, timeout=10)
+
+
+def _lock(path: Path) -> IO[str]:
+    lock = open(path, "a+", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        owner = lock.read().strip()
+        lock.close()
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        who = f" (process {owner})" if owner else ""
+        raise InUse(f"another broker{who} serves {path.parent}; one data directory has one broker") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _translated(error: sqlite3.Error) -> Exception:
+    """Driver errors in the words of the seam, in this one place."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if isinstance(error, sqlite3.IntegrityError):
+        return Conflict(str(error))
+    if code == sqlite3.SQLITE_FULL:
+        return Full(str(error))
+    return Broken(f"{getattr(error, 'sqlite_errorname', 'error')}: {error}")

@@ -1,0 +1,1 @@
+"""Ordain's device side: what the maker of a device would import."""

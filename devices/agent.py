@@ -1,0 +1,238 @@
+"""The reference device: a `Core` with a clock, handlers and one MQTT connection that it keeps up.
+
+All that is decided is decided in `devices.core`. The agent must never PUBACK a command that its
+memory does not hold, and never drop an answer for which it has seen no PUBACK.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+import socket
+import ssl
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiomqtt
+
+from devices.core import Core, Effect, Send
+from devices.grant import GrantVerifier
+from devices.memory import Memory, RamMemory
+from devices.types import DeviceType, shipped_types
+from devices.wire import CommandMessage, encode_status, status_topic
+
+log = logging.getLogger("ordain.device")
+# What paho calls an error is a connection that ended, and we say that ourselves.
+silent = logging.getLogger("ordain.device.mqtt")
+silent.setLevel(logging.CRITICAL)
+
+# An answer lost beyond this is not lost for good: it is remembered, and sent when asked for again.
+MAX_UNSENT = 1_000
+KEEPALIVE_SEC = 15
+RECONNECT_FIRST_SEC = 0.5
+RECONNECT_CAP_SEC = 30
+FAREWELL_SEC = 2
+
+
+class CommandFailed(Exception):
+    """Raised by a handler: the command could not be done, and this is what the broker is told."""
+
+    def __init__(self, code: str, message: str, details: Any = None) -> None:
+        self.error = {"code": code, "message": message} | ({} if details is None else {"details": details})
+        super().__init__(message)
+
+
+class Call:
+    """One command as its handler sees it."""
+
+    def __init__(self, command: CommandMessage, report: Callable[[float, str | None], None]) -> None:
+        self.id, self.type, self.params, self.attempt = (
+            command.id,
+            command.type,
+            command.params,
+            command.attempt,
+        )
+        self._report = report
+
+    async def progress(self, percent: float, note: str | None = None) -> None:
+        self._report(percent, note)
+
+
+Handler = Callable[[Call], Awaitable[Any]]
+
+
+class Agent:
+    """A device that connects as `hardware_id` with its token. `session` makes its status distinguishable."""
+
+    def __init__(
+        self,
+        hardware_id: str,
+        token: str,
+        url: str,
+        *,
+        prefix: str = "iotee",
+        device_type: DeviceType | None = None,
+        memory: Memory | None = None,
+        verifier: GrantVerifier | None = None,
+        session: str | None = None,
+        clean_session: bool = False,
+    ) -> None:
+        self._hardware_id, self._token, self._url = hardware_id, token, urlsplit(url)
+        self._status_topic = status_topic(prefix, hardware_id)
+        self._session, self._clean_session = session or secrets.token_hex(4), clean_session
+        self._handlers: dict[str, Handler] = {}
+        self._idempotent: dict[str, bool] = {}
+        kind = device_type or shipped_types()["generic"]
+        self._bare = kind.payload == "bare"
+        self._core = Core(
+            hardware_id,
+            kind,
+            RamMemory() if memory is None else memory,
+            self._idempotent,
+            prefix=prefix,
+            verifier=verifier,
+        )
+        self._runs: asyncio.Queue[CommandMessage] = asyncio.Queue()
+        self._unsent: deque[Send] = deque(maxlen=MAX_UNSENT)
+        self._something_to_send = asyncio.Event()
+        self._connections = 0
+        self._failures = 0
+        self._leaving = False
+
+    def command(self, name: str, *, idempotent: bool = False) -> Callable[[Handler], Handler]:
+        """Registers a handler. `idempotent`: after a crash in the middle it is simply run again."""
+
+        def register(handler: Handler) -> Handler:
+            self._handlers[name] = handler
+            self._idempotent[name] = idempotent
+            return handler
+
+        return register
+
+    async def run(self) -> None:
+        """Until cancelled. The commands go on while the connection is away. Call it once."""
+        self._apply(self._core.recover(_now_ms()))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._work())
+            tasks.create_task(self._stay_connected())
+            try:
+                await asyncio.Future()
+            finally:
+                self._leaving = True
+
+    def _apply(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._unsent.append(effect)
+                self._something_to_send.set()
+            else:
+                self._runs.put_nowait(effect.command)
+
+    async def _work(self) -> None:
+        while not self._leaving:
+            command = await self._runs.get()
+            result, error = await self._execute(command)
+            self._apply(self._core.finish(_now_ms(), command, result, error))
+
+    async def _execute(self, command: CommandMessage) -> tuple[Any, dict[str, Any] | None]:
+        def report(percent: float, note: str | None) -> None:
+            self._apply(self._core.progress(_now_ms(), command, percent, note))
+
+        try:
+            return await self._handlers[command.type](Call(command, report)), None
+        except CommandFailed as failed:
+            return None, failed.error
+        except Exception as error:
+            log.exception("device.handler_failed", extra={"command_id": command.id, "command": command.type})
+            return None, {"code": "device_error", "message": str(error) or type(error).__name__}
+
+    async def _stay_connected(self) -> None:
+        while True:
+            try:
+                await self._one_connection()
+            except* aiomqtt.MqttError as lost:
+                log.warning("device.disconnected: %s: %s", self._hardware_id, lost.exceptions[0])
+            if self._leaving:
+                return
+            ceiling = min(RECONNECT_CAP_SEC, RECONNECT_FIRST_SEC * 2 ** min(self._failures, 16))
+            self._failures += 1
+            await asyncio.sleep(random.uniform(ceiling / 4, ceiling))  # noqa: S311 - jitter, no secret
+
+    async def _one_connection(self) -> None:
+        self._connections += 1
+        session = f"{self._session}-{self._connections}"
+        async with self._client(encode_status(False, session)) as client:
+            try:
+                await self._converse(client, session)
+            except asyncio.CancelledError:
+                # An orderly DISCONNECT makes the server drop the will, so we say it ourselves.
+                with contextlib.suppress(aiomqtt.MqttError, TimeoutError):
+                    async with asyncio.timeout(FAREWELL_SEC):
+                        await self._say(client, encode_status(False, session))
+                raise
+
+    async def _converse(self, client: aiomqtt.Client, session: str) -> None:
+        # Private, as in the broker's link: else paho sends the PUBACK before anybody has the message.
+        client._client.manual_ack_set(True)
+        granted = await client.subscribe([(topic, 1) for topic in self._core.command_topics])
+        if any((code if isinstance(code, int) else code.value) >= 0x80 for code in granted):
+            raise aiomqtt.MqttError("the MQTT server refused the subscription to our own topic")
+        await self._say(client, encode_status(True, session))
+        self._leave_if_asked()
+        self._failures = 0
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen(client))
+            tasks.create_task(self._speak(client))
+
+    def _leave_if_asked(self) -> None:
+        """In 3.11 `wait_for`, which aiomqtt uses, swallows a cancellation that meets its result."""
+        if self._leaving:
+            raise asyncio.CancelledError
+
+    def _client(self, will: bytes) -> aiomqtt.Client:
+        """A new one per connection: paho's would send what it holds again, under new ids."""
+        secure = self._url.scheme == "mqtts"
+        return aiomqtt.Client(
+            self._url.hostname or "127.0.0.1",
+            self._url.port or (8883 if secure else 1883),
+            identifier=self._hardware_id,
+            username=self._hardware_id,
+            password=self._token,
+            logger=silent,
+            will=aiomqtt.Will(self._status_topic, will, qos=1, retain=True),
+            clean_session=self._clean_session,
+            keepalive=KEEPALIVE_SEC,
+            tls_context=ssl.create_default_context() if secure else None,
+            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
+        )
+
+    async def _say(self, client: aiomqtt.Client, status: bytes) -> None:
+        await client.publish(self._status_topic, status, qos=1, retain=True)
+
+    async def _listen(self, client: aiomqtt.Client) -> None:
+        async for message in client.messages:
+            # A bare device cannot know a retained command from a new one, and would do it at each connect.
+            if isinstance(message.payload, bytes) and not (self._bare and message.retain):
+                self._apply(self._core.receive(_now_ms(), message.topic.value, message.payload))
+            client._client.ack(message.mid, message.qos)
+
+    async def _speak(self, client: aiomqtt.Client) -> None:
+        while True:
+            self._something_to_send.clear()
+            while self._unsent:
+                answer = self._unsent[0]
+                await client.publish(answer.topic, answer.payload, qos=1)
+                if self._unsent[0] is answer:
+                    self._unsent.popleft()
+                self._leave_if_asked()
+            await self._something_to_send.wait()
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,40 @@
+"""Instants as text: RFC 3339 with milliseconds and `Z` outwards, any strict RFC 3339 inwards.
+
+Pure conversions of whole milliseconds since 1970; this module never reads a clock.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+_INSTANT = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?(?:Z|([+-])([0-9]{2}):([0-9]{2}))"
+)
+
+
+def rfc3339(ms: int) -> str:
+    """`2026-11-20T09:30:00.000Z` of milliseconds since 1970; OverflowError outside years 1 to 9999."""
+    return (_EPOCH + timedelta(milliseconds=ms)).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def parse_rfc3339(text: str) -> int:
+    """Milliseconds since 1970 of an instant with `Z` or an offset; digits beyond the third are cut off."""
+    found = _INSTANT.fullmatch(text)
+    if found is None:
+        raise ValueError(f"not an RFC 3339 instant with Z or an offset: {text[:64]!r}")
+    local, fraction, sign, hours, minutes = found.groups()
+    ms = (datetime.fromisoformat(local + "Z") - _EPOCH) // _MILLISECOND + int(
+        (fraction or "0").ljust(3, "0")[:3]
+    )
+    if sign is not None:
+        if int(hours) > 23 or int(minutes) > 59:
+            raise ValueError(f"offset beyond 23:59: {text!r}")
+        ms -= int(sign + "1") * (int(hours) * 60 + int(minutes)) * 60_000
+    try:
+        rfc3339(ms)
+    except OverflowError:
+        raise ValueError(f"outside years 1 to 9999: {text!r}") from None
+    return ms

@@ -1,0 +1,223 @@
+"""What a device decides: which command to run, what to answer, what it has already done.
+
+Pure but for its memory: messages and the time go in, effects come out in the order in which they are
+to happen. No clock, no randomness, no asyncio, no MQTT: the agent and the simulation drive the same
+object. It must never run a command's handler twice, nor before the memory holds that it may have run.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from devices.clock import parse_rfc3339, rfc3339
+from devices.grant import GrantRefused, GrantVerifier
+from devices.memory import Memory, Remembered
+from devices.types import DeviceType
+from devices.wire import (
+    Answer,
+    CommandMessage,
+    Malformed,
+    Progress,
+    as_error,
+    as_result,
+    decode_answer,
+    decode_command,
+    device_topic,
+    encode_answer,
+    parse_topic,
+)
+
+# The broker hands over at most 100 (`max_in_flight`); a flood beyond that is not even remembered.
+MAX_WAITING = 100
+
+
+class Send(msgspec.Struct, frozen=True, kw_only=True):
+    """Publish with QoS 1, not retained; again after a reconnect if no PUBACK was seen."""
+
+    topic: str
+    payload: bytes
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """Run the handler of this command, then call `Core.finish`. A bare device's command has no id ("")."""
+
+    command: CommandMessage
+
+
+Effect = Send | Run
+
+
+class Core:
+    """One device. `handlers` names its commands; the value says whether repeating one does no harm."""
+
+    def __init__(
+        self,
+        hardware_id: str,
+        device_type: DeviceType,
+        memory: Memory,
+        handlers: Mapping[str, bool],
+        *,
+        prefix: str = "iotee",
+        verifier: GrantVerifier | None = None,
+    ) -> None:
+        self._hardware_id, self._type, self._prefix = hardware_id, device_type, prefix
+        self._memory, self._handlers, self._verifier = memory, handlers, verifier
+        self._bare = device_type.payload == "bare"
+        self._texts = {status: text for text, status in reversed(device_type.answers.items())}
+        self._words = {
+            (command.command_suffix or device_type.command_suffix, command.text): name
+            for name, command in device_type.commands.items()
+        }
+        self._suffixes = {device_type.command_suffix, *(suffix for suffix, _ in self._words)}
+        self._waiting: deque[CommandMessage] = deque()
+        self._running: CommandMessage | None = None
+
+    @property
+    def command_topics(self) -> list[str]:
+        """What the device subscribes to."""
+        return [device_topic(self._prefix, self._hardware_id, suffix) for suffix in sorted(self._suffixes)]
+
+    def recover(self, now_ms: int) -> list[Effect]:
+        """To be called once, before the first message: what an earlier life of this device left open.
+
+        A command that had not begun is run now. One that had begun may or may not have been done: it
+        is run again only if that does no harm, else the answer says so.
+        """
+        effects: list[Effect] = []
+        for entry in self._memory.unfinished():
+            command = entry.command
+            assert command is not None, "an unfinished command is remembered whole"
+            if not entry.begun or self._handlers.get(command.type):
+                self._waiting.append(command)
+            else:
+                message = "the device stopped while the command was running: it may or may not have been done"
+                effects += self._end(now_ms, command, error={"code": "interrupted", "message": message})
+        return effects + self._start_next(now_ms)
+
+    def receive(self, now_ms: int, topic: str, payload: bytes) -> list[Effect]:
+        """Everything it follows from is durable when this returns, so the message may be PUBACKed."""
+        place = parse_topic(self._prefix, topic)
+        if place is None or place[0] != self._hardware_id or place[1] not in self._suffixes:
+            return []
+        command = self._understand(place[1], payload)
+        if command is None:
+            return []
+        seen = self._memory.get(command.id) if command.id else None
+        if seen is not None:
+            return self._send(seen.answer)
+        refusal = self._refusal(now_ms, command)
+        if refusal is not None:
+            return self._end(now_ms, command, error=refusal)
+        if len(self._waiting) >= MAX_WAITING:
+            return []
+        answer = Answer(id=command.id or None, status="acknowledged", at=rfc3339(now_ms))
+        idle = self._running is None
+        self._remember(command, Remembered(answer=answer, begun=idle, command=command))
+        if idle:
+            self._running = command
+            return [*self._send(answer), Run(command=command)]
+        self._waiting.append(command)
+        return self._send(answer)
+
+    def progress(
+        self, now_ms: int, command: CommandMessage, percent: float, note: str | None
+    ) -> list[Effect]:
+        """A report of the running handler; ValueError if it is not 0 to 100. Not remembered."""
+        if command is not self._running:
+            return []
+        report = Progress(percent=percent, note=note)
+        answer = Answer(id=command.id or None, status="progress", progress=report, at=rfc3339(now_ms))
+        sendable = _sendable(answer)
+        if sendable is None:
+            raise ValueError(f"not a progress: {percent!r:.40} %, note {note!r:.40}")
+        return self._send(sendable)
+
+    def finish(
+        self, now_ms: int, command: CommandMessage, result: Any = None, error: dict[str, Any] | None = None
+    ) -> list[Effect]:
+        """The handler has ended: with a result, or with an error."""
+        assert command is self._running, "only the running command can end"
+        self._running = None
+        return self._end(now_ms, command, result=result, error=error) + self._start_next(now_ms)
+
+    def _understand(self, suffix: str, payload: bytes) -> CommandMessage | None:
+        if self._bare:
+            name = self._words.get((suffix, payload.decode("utf-8", "replace").strip()))
+            return None if name is None else CommandMessage(id="", type=name)
+        try:
+            return decode_command(payload)
+        except Malformed:
+            return None
+
+    def _refusal(self, now_ms: int, command: CommandMessage) -> dict[str, Any] | None:
+        if command.expires_at is not None and parse_rfc3339(command.expires_at) <= now_ms:
+            return {"code": "expired", "message": f"expired at {command.expires_at}"}
+        if self._verifier is not None and not self._bare:
+            try:
+                self._verifier.verify(
+                    command.grant, command_id=command.id, command=command.type, params=command.params
+                )
+            except GrantRefused as refused:
+                details = {"reason": refused.code}
+                return {"code": "grant_refused", "message": refused.sentence, "details": details}
+        if command.type not in self._handlers:
+            return {"code": "unknown_command", "message": f"this device has no command {command.type}"}
+        return None
+
+    def _start_next(self, now_ms: int) -> list[Effect]:
+        effects: list[Effect] = []
+        while self._waiting and self._running is None:
+            command = self._waiting.popleft()
+            # Asked again: neither the command nor its grant may have run out while it waited.
+            refusal = self._refusal(now_ms, command)
+            if refusal is not None:
+                effects += self._end(now_ms, command, error=refusal)
+                continue
+            acknowledged = Answer(id=command.id or None, status="acknowledged", at=rfc3339(now_ms))
+            self._remember(command, Remembered(answer=acknowledged, begun=True, command=command))
+            self._running = command
+            effects.append(Run(command=command))
+        return effects
+
+    def _end(
+        self, now_ms: int, command: CommandMessage, result: Any = None, error: dict[str, Any] | None = None
+    ) -> list[Effect]:
+        named, at = command.id or None, rfc3339(now_ms)
+        if error is None:
+            answer = Answer(id=named, status="executed", result=as_result(result), at=at)
+            plain = msgspec.structs.replace(answer, result={"omitted": "too large, or not JSON"})
+        else:
+            answer = Answer(id=named, status="failed", error=error, at=at)
+            plain = msgspec.structs.replace(answer, error=as_error("the error is too large, or not JSON"))
+        answer = _sendable(answer) or plain
+        self._remember(command, Remembered(answer=answer, begun=True))
+        return self._send(answer)
+
+    def _remember(self, command: CommandMessage, remembered: Remembered) -> None:
+        if command.id:
+            self._memory.put(command.id, remembered)
+
+    def _send(self, answer: Answer) -> list[Effect]:
+        if not self._bare:
+            payload = encode_answer(answer)
+        elif answer.status in self._texts:
+            payload = self._texts[answer.status].encode()
+        else:
+            return []
+        return [
+            Send(
+                topic=device_topic(self._prefix, self._hardware_id, self._type.answer_suffix), payload=payload
+            )
+        ]
+
+
+def _sendable(answer: Answer) -> Answer | None:
+    """The answer as the broker will read it, or None if it could not."""
+    try:
+        return decode_answer(encode_answer(answer), None, {})
+    except (Malformed, TypeError, ValueError, RecursionError, OverflowError):
+        return None

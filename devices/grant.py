@@ -1,0 +1,195 @@
+"""Grants, as a device checks them: the signed word that this device may execute this command, now.
+
+Pure: the time is a parameter. A token that is not exactly what the contract says is refused with
+`GrantRefused`; nothing in here may ever accept an algorithm that the key was not made for.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import jwt
+import msgspec
+import rfc8785
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+TYPE = "grant+jwt"
+# For clocks that differ a little. Never applied to `exp`: a command must not outlive its grant.
+LEEWAY_SEC = 30
+MIN_SECRET_BYTES = 32
+MAX_TOKEN_CHARS = 8_192
+
+Key = Ed25519PublicKey | bytes
+
+
+class GrantRefused(Exception):
+    """The grant does not allow what was asked; `code` is for programs, the sentence for people."""
+
+    def __init__(self, code: str, sentence: str) -> None:
+        self.code, self.sentence = code, sentence
+        super().__init__(f"{code}: {sentence}")
+
+
+class Claims(msgspec.Struct, frozen=True, kw_only=True):
+    """What a grant says. `cmd` is the command's type, `phs` the hash of its parameters."""
+
+    iss: str
+    aud: str
+    sub: str
+    jti: str
+    iat: int
+    nbf: int
+    exp: int
+    cmd: str
+    phs: str
+
+
+def params_hash(params: Any) -> str:
+    """base64url (no padding) of SHA-256 over the RFC 8785 form; ValueError if there is no such form."""
+    try:
+        canonical = rfc8785.dumps(params)
+    except RecursionError as error:
+        raise ValueError("parameters nested too deeply") from error
+    return base64.urlsafe_b64encode(hashlib.sha256(canonical).digest()).rstrip(b"=").decode()
+
+
+def keys_from_jwks(document: Mapping[str, Any]) -> dict[str, Key]:
+    """The Ed25519 signature keys of a JWKS by `kid`; others are passed over, two of one `kid` refused."""
+    entries = document.get("keys")
+    if not isinstance(entries, list):
+        raise ValueError("a JWKS needs a list `keys`")
+    keys: dict[str, Key] = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or (entry.get("kty"), entry.get("crv")) != ("OKP", "Ed25519"):
+            continue
+        if entry.get("alg", "EdDSA") != "EdDSA" or entry.get("use", "sig") != "sig":
+            continue
+        kid, x = entry.get("kid"), entry.get("x")
+        if not isinstance(kid, str) or not isinstance(x, str):
+            raise ValueError("an Ed25519 key needs `kid` and `x`")
+        if kid in keys:
+            raise ValueError(f"two keys are called {kid!r}")
+        keys[kid] = Ed25519PublicKey.from_public_bytes(_unbase64(x))
+    return keys
+
+
+class GrantVerifier:
+    """Checks grants for one device. The kind of key under a `kid` decides the one algorithm it may have."""
+
+    def __init__(
+        self, keys: Mapping[str, Key], issuer: str, hardware_id: str, now: Callable[[], float]
+    ) -> None:
+        for kid, key in keys.items():
+            if isinstance(key, bytes) and len(key) < MIN_SECRET_BYTES:
+                raise ValueError(f"the HS256 secret {kid!r} is shorter than {MIN_SECRET_BYTES} bytes")
+        self._keys = dict(keys)
+        self._issuer, self._hardware_id, self._now = issuer, hardware_id, now
+
+    def verify(self, token: str | None, *, command_id: str, command: str, params: Any) -> Claims:
+        """The claims of a grant that allows exactly this; raises `GrantRefused` otherwise."""
+        if not token:
+            raise GrantRefused("missing", "the command came without a grant")
+        claims = _claims(self._verified_payload(token))
+        self._check_time(claims)
+        self._check_purpose(claims, command_id, command, params)
+        return claims
+
+    def _verified_payload(self, token: str) -> bytes:
+        if len(token) > MAX_TOKEN_CHARS or not token.isascii():
+            raise GrantRefused("malformed", "the grant is not a token of at most 8,192 characters")
+        header = _object("header", token.partition(".")[0])
+        if header.get("typ") != TYPE:
+            raise GrantRefused("wrong_type", f"the token's typ is {header.get('typ')!r:.40}, not {TYPE}")
+        kid = header.get("kid")
+        key = self._keys.get(kid) if isinstance(kid, str) else None
+        if key is None:
+            raise GrantRefused("unknown_key", f"no key is called {kid!r:.80}")
+        algorithm = "HS256" if isinstance(key, bytes) else "EdDSA"
+        if header.get("alg") != algorithm:
+            raise GrantRefused(
+                "wrong_algorithm", f"alg {header.get('alg')!r:.40}, this key is for {algorithm}"
+            )
+        if "crit" in header or "b64" in header:
+            raise GrantRefused("malformed", "the header demands extensions, and there are none")
+        try:
+            payload = jwt.PyJWS([algorithm]).decode(token, key, algorithms=[algorithm])
+        except jwt.InvalidSignatureError:
+            raise GrantRefused("bad_signature", "the signature does not belong to the token") from None
+        except jwt.InvalidTokenError as error:
+            raise GrantRefused("malformed", f"not a signed token: {error}") from error
+        assert isinstance(payload, bytes)
+        return payload
+
+    def _check_time(self, claims: Claims) -> None:
+        now = self._now()
+        if now >= claims.exp:
+            raise GrantRefused("expired", f"the grant ended {now - claims.exp:.0f} s ago")
+        if claims.nbf > now + LEEWAY_SEC or claims.iat > now + LEEWAY_SEC:
+            ahead = max(claims.nbf, claims.iat) - now
+            raise GrantRefused("not_yet_valid", f"the grant begins in {ahead:.0f} s")
+
+    def _check_purpose(self, claims: Claims, command_id: str, command: str, params: Any) -> None:
+        if claims.iss != self._issuer:
+            raise GrantRefused("wrong_issuer", f"issued by {claims.iss!r:.80}, not by {self._issuer!r}")
+        if claims.aud != self._hardware_id:
+            raise GrantRefused("wrong_device", f"for device {claims.aud!r:.80}, not {self._hardware_id!r}")
+        if claims.sub != command_id or claims.jti != command_id or claims.cmd != command:
+            raise GrantRefused("wrong_command", f"for command {claims.sub!r:.80} ({claims.cmd!r:.80})")
+        try:
+            hashed = params_hash(params)
+        except ValueError as error:
+            raise GrantRefused("changed_parameters", f"the parameters cannot be hashed: {error}") from error
+        if not hmac.compare_digest(claims.phs.encode(), hashed.encode()):
+            raise GrantRefused("changed_parameters", "the parameters are not those that were granted")
+
+
+def _claims(payload: bytes) -> Claims:
+    found = _strict_json("payload", payload)
+    missing = [name for name in Claims.__struct_fields__ if name not in found]
+    if missing:
+        raise GrantRefused("missing_claim", f"the grant has no {', '.join(missing)}")
+    try:
+        return msgspec.convert(found, Claims)
+    except msgspec.ValidationError as error:
+        raise GrantRefused("malformed", f"a claim has the wrong type: {error}") from error
+
+
+def _object(name: str, segment: str) -> dict[str, Any]:
+    try:
+        return _strict_json(name, _unbase64(segment))
+    except binascii.Error as error:
+        raise GrantRefused("malformed", f"the {name} is not base64url") from error
+
+
+def _strict_json(name: str, raw: bytes) -> dict[str, Any]:
+    """PyJWT keeps the last of two equal members; another reader may keep the first. So neither."""
+    try:
+        found = json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise GrantRefused("malformed", f"the {name} is not plain JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise GrantRefused("malformed", f"the {name} is not a JSON object")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a member is there twice")
+    return found
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _unbase64(text: str) -> bytes:
+    return binascii.a2b_base64(
+        text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4), strict_mode=True
+    )

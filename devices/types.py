@@ -1,0 +1,387 @@
+"""Device types: how one kind of device is spoken to, and when a command to it counts as done.
+
+A `DeviceType` is read from TOML (one file a type) and checked whole before anything runs. What one
+command of it needs to be delivered and its answers understood is its `Definition`: a plain value
+that the log keeps, so that a later change of the type does not touch a command already accepted.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tomllib
+from collections.abc import Iterator
+from functools import cache, cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import jsonschema_rs
+import msgspec
+from msgspec import UNSET, Meta
+
+from devices.names import is_name
+
+PayloadFormat = Literal["bare", "json"]
+AnswerStatus = Literal["acknowledged", "executed", "failed", "progress"]
+Transport = Literal["mqtt", "heartbeat", "relay"]
+CompletesOn = Literal["executed", "published"]
+
+Ttl = Annotated[int, Meta(ge=1, le=31_536_000)]
+Seconds = Annotated[float, Meta(ge=0.05, le=31_536_000)]
+Count = Annotated[int, Meta(ge=1, le=1_000)]
+T = TypeVar("T", bound=msgspec.Struct)
+
+# Beyond these a JSON number is not the same number to every reader, and RFC 8785 cannot sign it.
+MAX_SIGNED_INTEGER = 2**53 - 1
+# A fixed bound, so that what was accepted here never meets the interpreter's recursion limit later.
+MAX_DEPTH = 64
+_NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be `me` or `pending`"
+
+
+class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One command of one device type, resolved: every default filled in. Times in seconds.
+
+    `text` is the fixed payload of a `bare` command; `answers` maps a bare answer to its status.
+    `carries_ids`: the device gets the command's id and can name it in its answer.
+    """
+
+    device_type: str
+    command: str
+    payload: PayloadFormat = "json"
+    text: str | None = None
+    command_suffix: str = "rls"
+    answer_suffix: str = "ack"
+    answers: dict[str, AnswerStatus] = {}
+    carries_ids: bool = True
+    carries_grant: bool = True
+    completes_on: Literal["executed", "published"] = "executed"
+    repeatable: bool = True
+    presence: Literal["required", "none"] = "required"
+    transports: tuple[Transport, ...] = ("mqtt",)
+    max_in_flight: int = 1
+    max_attempts: int = 5
+    ack_timeout_sec: float = 10
+    result_timeout_sec: float = 60
+    max_run_sec: float = 86_400
+    backoff_base_sec: float = 5
+    backoff_factor: float = 2
+    backoff_cap_sec: float = 300
+    late_answer_sec: float = 20
+    heartbeat_lease_sec: float = 60
+    relay_lease_sec: float = 60
+    max_payload_bytes: int = 65_536
+
+
+class UnknownCommand(Exception):
+    """The device type has no such command. The caller must act."""
+
+    def __init__(self, device_type: str, command: str, known: tuple[str, ...]) -> None:
+        self.device_type, self.command, self.known = device_type, command, known
+        names = ", ".join(known) or "any valid name"
+        super().__init__(f"{device_type} has no command {command!r:.80}; it has: {names}")
+
+
+class BadParams(Exception):
+    """The parameters are not what the command takes. The caller must act."""
+
+    def __init__(self, field: str, value: Any, reason: str) -> None:
+        self.field, self.value, self.reason = field, value, reason
+        super().__init__(f"{field}: {reason}")
+
+
+class BadType(Exception):
+    """A device type file is wrong. Whoever wrote it must act."""
+
+    def __init__(self, file: str, key: str, value: Any, right: str) -> None:
+        self.file, self.key, self.value, self.right = file, key, value, right
+        super().__init__(f"{file}: {key} = {value!r:.120}: {right}")
+
+
+class CommandType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """One command as its type's file declares it. What is None falls back to the type."""
+
+    title: str | None = None
+    text: str | None = None
+    command_suffix: str | None = None
+    params: dict[str, Any] | None = None
+    repeatable: bool | None = None
+    default_ttl_sec: Ttl | None = None
+    completes_on: CompletesOn | None = None
+    max_attempts: Count | None = None
+    ack_timeout_sec: Seconds | None = None
+    result_timeout_sec: Seconds | None = None
+    max_run_sec: Seconds | None = None
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        rules: dict[str, Any] = (self.params or {}).get("properties", {})
+        objects = {key: rule for key, rule in rules.items() if isinstance(rule, dict)}
+        return {key: rule["default"] for key, rule in objects.items() if "default" in rule}
+
+    @cached_property
+    def validator(self) -> jsonschema_rs.Validator | None:
+        if self.params is None:
+            return None
+        # `mask`: a parameter's value may be private, and messages end up in logs.
+        return jsonschema_rs.validator_for(self.params, mask="value", retriever=_no_reference)
+
+
+class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One kind of device. `open`: any command name; `any_params`: parameters need not be an object."""
+
+    name: str
+    title: str | None = None
+    payload: PayloadFormat = "json"
+    command_suffix: str = "rls"
+    answer_suffix: str = "ack"
+    answers: dict[str, AnswerStatus] = {}
+    open: bool = False
+    any_params: bool = False
+    commands: dict[str, CommandType] = {}
+    carries_ids: bool | None = None
+    carries_grant: bool | None = None
+    completes_on: CompletesOn = "executed"
+    repeatable: bool | None = None
+    presence: Literal["required", "none"] = "required"
+    transports: tuple[Transport, ...] = ("mqtt",)
+    default_ttl_sec: Ttl | None = None
+    max_in_flight: Annotated[int, Meta(ge=1, le=100)] = 1
+    max_attempts: Count = 5
+    ack_timeout_sec: Seconds = 10
+    result_timeout_sec: Seconds = 60
+    max_run_sec: Seconds = 86_400
+    backoff_base_sec: Seconds = 5
+    backoff_factor: Annotated[float, Meta(ge=1, le=10)] = 2
+    backoff_cap_sec: Seconds = 300
+    late_answer_sec: Annotated[float, Meta(ge=0, le=31_536_000)] | None = None
+    heartbeat_lease_sec: Seconds = 60
+    relay_lease_sec: Seconds = 60
+    max_payload_bytes: Annotated[int, Meta(ge=1, le=65_536)] = 65_536
+
+    def command(self, command: str) -> CommandType:
+        found = self.commands.get(command)
+        if found is None and self.open and is_name(command):
+            return CommandType()
+        if found is None:
+            raise UnknownCommand(self.name, command, tuple(self.commands))
+        return found
+
+    def definition(self, command: str) -> Definition:
+        own = self.command(command)
+        carries_ids = _first(self.carries_ids, self.payload != "bare")
+        ack_timeout_sec = _first(own.ack_timeout_sec, self.ack_timeout_sec)
+        return Definition(
+            device_type=self.name,
+            command=command,
+            payload=self.payload,
+            text=own.text,
+            command_suffix=_first(own.command_suffix, self.command_suffix),
+            answer_suffix=self.answer_suffix,
+            answers=self.answers,
+            carries_ids=carries_ids,
+            carries_grant=_first(self.carries_grant, self.payload != "bare"),
+            completes_on=_first(own.completes_on, self.completes_on),
+            repeatable=_first(own.repeatable, self.repeatable, carries_ids),
+            presence=self.presence,
+            transports=self.transports,
+            max_in_flight=self.max_in_flight,
+            max_attempts=_first(own.max_attempts, self.max_attempts),
+            ack_timeout_sec=ack_timeout_sec,
+            result_timeout_sec=_first(own.result_timeout_sec, self.result_timeout_sec),
+            max_run_sec=_first(own.max_run_sec, self.max_run_sec),
+            backoff_base_sec=self.backoff_base_sec,
+            backoff_factor=self.backoff_factor,
+            backoff_cap_sec=self.backoff_cap_sec,
+            late_answer_sec=_first(self.late_answer_sec, 2 * ack_timeout_sec),
+            heartbeat_lease_sec=self.heartbeat_lease_sec,
+            relay_lease_sec=self.relay_lease_sec,
+            max_payload_bytes=self.max_payload_bytes,
+        )
+
+    def default_ttl(self, command: str) -> int | None:
+        """Seconds, or None for never."""
+        own = self.command(command).default_ttl_sec
+        return self.default_ttl_sec if own is None else own
+
+    def check_params(self, command: str, params: Any = UNSET) -> Any:
+        """The parameters with the defaults of the command's schema filled in; absent is an empty object."""
+        own = self.command(command)
+        given = {} if params is UNSET else params
+        if reason := _unsignable(given):
+            raise BadParams("params", given, reason)
+        if not isinstance(given, dict):
+            if self.any_params and own.validator is None:
+                return given
+            raise BadParams("params", given, "must be an object")
+        filled = copy.deepcopy(own.defaults) | given
+        if own.validator is not None:
+            for error in own.validator.iter_errors(filled):
+                raise _bad_params(error, filled)
+        return filled
+
+
+def load_type(source: Path | str) -> DeviceType:
+    """A device type from a file (`Path`) or from TOML text (`str`), checked whole; raises `BadType`."""
+    file = str(source) if isinstance(source, Path) else "(text)"
+    try:
+        text = source.read_text("utf-8") if isinstance(source, Path) else source
+        table = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadType(file, "(file)", None, f"cannot be read as TOML: {error}") from error
+    commands = table.pop("commands", {})
+    if not isinstance(commands, dict):
+        raise BadType(file, "commands", commands, "must be tables, [commands.<name>]")
+    if "name" not in table:
+        raise BadType(file, "name", None, "a device type needs a name")
+    declared = {
+        name: _convert(file, f"commands.{name}.", command, CommandType) for name, command in commands.items()
+    }
+    device_type = msgspec.structs.replace(_convert(file, "", table, DeviceType), commands=declared)
+    for key, value, right in _contradictions(device_type):
+        raise BadType(file, key, value, right)
+    return device_type
+
+
+@cache
+def shipped_types() -> dict[str, DeviceType]:
+    """The types that come with Ordain, by name."""
+    files = sorted((resources.files("devices") / "shipped").iterdir(), key=lambda file: file.name)
+    types = [load_type(file.read_text("utf-8")) for file in files if file.name.endswith(".toml")]
+    return {device_type.name: device_type for device_type in types}
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _no_reference(uri: str) -> Any:
+    raise ValueError(f"a schema may not refer to {uri}: nothing is fetched")
+
+
+def _unsignable(value: Any, depth: int = 0) -> str | None:
+    """Why a grant could not name exactly this JSON value, or None."""
+    if isinstance(value, dict | list):
+        if depth == MAX_DEPTH:
+            return f"nested deeper than {MAX_DEPTH} levels"
+        items = value.values() if isinstance(value, dict) else value
+        return next((reason for item in items if (reason := _unsignable(item, depth + 1))), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a finite number"
+    if isinstance(value, int) and abs(value) > MAX_SIGNED_INTEGER:
+        return f"integers beyond ±{MAX_SIGNED_INTEGER} are not exact in JSON: send them as text"
+    return None
+
+
+def _bad_params(error: jsonschema_rs.ValidationError, params: dict[str, Any]) -> BadParams:
+    path, reason, kinds = list(error.instance_path), error.message, jsonschema_rs.ValidationErrorKind
+    value: Any = params
+    for step in path:
+        value = value[step]
+    extra: str | None = None
+    match error.kind:
+        case kinds.AdditionalProperties(unexpected=[first, *_]):
+            extra, reason = first, "is not a parameter of this command"
+        case kinds.FalseSchema() if isinstance(value, dict) and value:
+            extra, reason = next(iter(value)), "is not a parameter of this command"
+        case kinds.Required(property=missing):
+            extra, reason = missing, "is required"
+    if extra is not None:
+        path, value = [*path, extra], value.get(extra)
+    return BadParams(".".join(["params", *map(str, path)]), value, reason)
+
+
+def _convert(file: str, where: str, table: Any, kind: type[T]) -> T:
+    """The Struct of a TOML table; a wrong key is named with its value and what would be right."""
+    known = kind.__struct_fields__
+    for key, value in table.items() if isinstance(table, dict) else ():
+        if key not in known:
+            raise BadType(file, where + key, value, f"unknown key; known are: {', '.join(known)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadType(file, where + key, value, "must be a finite number")
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        right, _, path = str(error).partition(" - at `")
+        key = path.removeprefix("$.").removeprefix("$").removesuffix("`").partition("[")[0]
+        value = table.get(key) if isinstance(table, dict) else table
+        raise BadType(file, (where + key).removesuffix("."), value, right) from error
+
+
+def _contradictions(device_type: DeviceType) -> Iterator[tuple[str, Any, str]]:
+    """Every rule that more than one field is part of: (key, value, what would be right)."""
+    t, bare = device_type, device_type.payload == "bare"
+    if not is_name(t.name):
+        yield "name", t.name, _NAME_RULE
+    yield from _wrong_suffixes("", t.command_suffix, t)
+    if not _is_suffix(t.answer_suffix):
+        yield "answer_suffix", t.answer_suffix, "must be one level of a topic and not `status`"
+    if not t.commands and not t.open:
+        yield "commands", {}, "at least one [commands.<name>], or `open = true`"
+    if bare and t.open:
+        yield "open", True, "a bare type needs a `text` for each command, so it cannot be open"
+    if bare and t.carries_ids:
+        yield "carries_ids", True, "a bare payload has no place for an id"
+    if bare and t.carries_grant:
+        yield "carries_grant", True, "a bare payload has no place for a grant"
+    if t.max_in_flight > 1 and not _first(t.carries_ids, not bare):
+        yield "max_in_flight", t.max_in_flight, "must be 1 without ids: the answers name no command"
+    if not t.transports or len(set(t.transports)) < len(t.transports):
+        yield "transports", t.transports, "at least one, each once"
+    if t.backoff_cap_sec < t.backoff_base_sec:
+        yield "backoff_cap_sec", t.backoff_cap_sec, f"at least backoff_base_sec ({t.backoff_base_sec})"
+    for text, status in t.answers.items():
+        if not text or text != text.strip() or text.startswith("{"):
+            yield (
+                f"answers.{text}",
+                status,
+                "a text that is not empty, has no spaces around it and no { first",
+            )
+    said: dict[tuple[str, str], str] = {}
+    for name, command in t.commands.items():
+        yield from _wrong_command(name, command, t)
+        words = command.command_suffix or t.command_suffix, command.text or ""
+        if bare and words in said:
+            yield f"commands.{name}.text", command.text, f"on this suffix it already means {said[words]}"
+        said[words] = name
+
+
+def _wrong_command(name: str, command: CommandType, t: DeviceType) -> Iterator[tuple[str, Any, str]]:
+    where = f"commands.{name}."
+    if not is_name(name):
+        yield f"commands.{name}", command.title, _NAME_RULE
+    if t.payload == "bare" and not command.text:
+        yield where + "text", command.text, "a bare command needs the text that is sent for it"
+    if t.payload != "bare" and command.text is not None:
+        yield where + "text", command.text, "only commands of bare types have a text"
+    if len((command.text or "").encode()) > t.max_payload_bytes:
+        yield where + "text", command.text, f"must not exceed max_payload_bytes ({t.max_payload_bytes})"
+    yield from _wrong_suffixes(where, command.command_suffix or t.command_suffix, t)
+    if t.presence == "none" and (command.completes_on or t.completes_on) == "published":
+        right = 'needs presence = "required": else a first boot loses the command silently'
+        yield where + "completes_on", "published", right
+    if command.params is not None:
+        yield from _wrong_schema(where + "params", command, command.params)
+
+
+def _wrong_schema(where: str, command: CommandType, schema: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    try:
+        validator = command.validator
+        assert validator is not None
+    except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError, TypeError) as error:
+        yield where, schema, f"is not a JSON Schema: {str(error).splitlines()[0]}"
+        return
+    for key, value in command.defaults.items():
+        for wrong in validator.iter_errors({key: value}):
+            if wrong.instance_path[:1] == [key]:
+                yield f"{where}.properties.{key}.default", value, f"breaks its own rule: {wrong.message}"
+
+
+def _wrong_suffixes(where: str, suffix: str, t: DeviceType) -> Iterator[tuple[str, Any, str]]:
+    if not _is_suffix(suffix) or suffix == t.answer_suffix:
+        right = "must be one level of a topic, not `status` and not the answer suffix"
+        yield where + "command_suffix", suffix, right
+
+
+def _is_suffix(text: str) -> bool:
+    return is_name(text) and text != "status"

@@ -1,0 +1,1 @@
+"""Ordain's read side: functions of the log."""

@@ -1,0 +1,102 @@
+"""Every device that was ever registered, by its names, and the definitions commands were accepted with.
+
+Written in the transaction of the events that changed them. Names are never given again, so the
+rows of deleted devices stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from broker.fleet import DeviceState
+from broker.seams import Sql
+
+TABLES = (
+    """CREATE TABLE IF NOT EXISTS devices (
+        id TEXT PRIMARY KEY, position INTEGER NOT NULL UNIQUE, project TEXT NOT NULL,
+        hardware_id TEXT NOT NULL, deleted INTEGER NOT NULL, body BLOB NOT NULL) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS devices_project ON devices (project, position)",
+    "CREATE TABLE IF NOT EXISTS names (name TEXT PRIMARY KEY, device_id TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS definitions (digest TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
+)
+NAMES = ("devices", "names", "definitions")
+UPSERT = """INSERT INTO devices (id, position, project, hardware_id, deleted, body) VALUES (?,?,?,?,?,?)
+    ON CONFLICT (id) DO UPDATE SET deleted = excluded.deleted, body = excluded.body"""
+
+_encode = msgspec.json.Encoder(order="deterministic").encode
+_decode = msgspec.json.Decoder(DeviceState).decode
+
+
+def upsert(sql: Sql, states: Iterable[DeviceState]) -> None:
+    """Writes the latest state of each device touched."""
+    sql.executemany(
+        UPSERT,
+        [(s.id, s.position, s.project, s.hardware_id, s.deleted_at is not None, _encode(s)) for s in states],
+    )
+
+
+def name(sql: Sql, names: Iterable[tuple[str, str]]) -> None:
+    """Gives names to devices, for ever.
+
+    Raises (from the storage): Conflict, if a name belongs to a device already.
+    """
+    sql.executemany("INSERT INTO names VALUES (?, ?)", names)
+
+
+def define(sql: Sql, definitions: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    sql.executemany(
+        "INSERT INTO definitions VALUES (?, ?)", [(digest, _encode(body)) for digest, body in definitions]
+    )
+
+
+def definitions(sql: Sql) -> dict[str, bytes]:
+    """Every definition a command was ever accepted with, JSON, by digest."""
+    return {row[0]: bytes(row[1]) for row in sql.execute("SELECT digest, body FROM definitions").fetchall()}
+
+
+def by_name(sql: Sql, names: Iterable[str]) -> dict[str, DeviceState]:
+    """Those that exist, deleted ones too, by the name (id or hardware id) they were asked for."""
+    found = {}
+    for name in names:
+        row = sql.execute(
+            "SELECT d.body FROM names n JOIN devices d ON d.id = n.device_id WHERE n.name = ?", (name,)
+        ).fetchone()
+        if row:
+            found[name] = _decode(row[0])
+    return found
+
+
+def newest(sql: Sql, project: str | None, before: int | None, limit: int) -> list[DeviceState]:
+    """Devices that are not deleted, newest first."""
+    where, values = ["NOT deleted"], []
+    if project is not None:
+        where.append("project = ?")
+        values.append(project)
+    bounds: list[Any] = []
+    if before is not None:
+        where.append("position < ?")
+        bounds.append(before)
+    found = sql.execute(
+        f"SELECT body FROM devices WHERE {' AND '.join(where)} ORDER BY position DESC LIMIT ?",
+        (*values, *bounds, limit),
+    )
+    return [_decode(row[0]) for row in found.fetchall()]
+
+
+def believed_online(sql: Sql) -> list[DeviceState]:
+    """Devices whose last presence event says online."""
+    found = sql.execute("SELECT body FROM devices WHERE NOT deleted AND body LIKE '%\"online\":true%'")
+    states = [_decode(row[0]) for row in found.fetchall()]
+    return [state for state in states if state.online]
+
+
+def dump(sql: Sql) -> list[tuple[Any, ...]]:
+    """Every row of the three tables, for comparing a rebuilt projection with the one kept up."""
+    found: list[tuple[Any, ...]] = []
+    for table, order in (("devices", "id"), ("names", "name"), ("definitions", "digest")):
+        rows = sql.execute(f"SELECT * FROM {table} ORDER BY {order}").fetchall()
+        found += [(table, *row) for row in rows]
+    return found

@@ -1,0 +1,50 @@
+"""Which commands are open, by device in order of creation. What a broker needs to know at its start.
+
+Written in the transaction of the events that open and close commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from broker.lifecycle import CommandState
+from broker.seams import Sql
+
+TABLES = (
+    """CREATE TABLE IF NOT EXISTS lanes (
+        device_id TEXT NOT NULL, position INTEGER NOT NULL,
+        PRIMARY KEY (device_id, position)) WITHOUT ROWID""",
+)
+NAMES = ("lanes",)
+_decode = msgspec.json.Decoder(CommandState).decode
+
+
+def apply(sql: Sql, states: Iterable[CommandState]) -> None:
+    """Puts open commands in and takes closed ones out."""
+    opened: list[tuple[str, int]] = []
+    closed: list[tuple[str, int]] = []
+    for state in states:
+        (closed if state.closed else opened).append((state.device_id, state.position))
+    if opened:
+        sql.executemany("INSERT OR IGNORE INTO lanes VALUES (?, ?)", opened)
+    if closed:
+        sql.executemany("DELETE FROM lanes WHERE device_id = ? AND position = ?", closed)
+
+
+def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:
+    """All open commands (of one device), lane by lane, each in order of creation."""
+    where, values = ("WHERE l.device_id = ?", (device_id,)) if device_id is not None else ("", ())
+    found = sql.execute(
+        "SELECT c.body FROM lanes l JOIN commands c ON c.position = l.position "
+        f"{where} ORDER BY l.device_id, l.position",
+        values,
+    )
+    return [_decode(row[0]) for row in found.fetchall()]
+
+
+def dump(sql: Sql) -> list[tuple[Any, ...]]:
+    found = sql.execute("SELECT device_id, position FROM lanes ORDER BY device_id, position")
+    return [tuple(row) for row in found.fetchall()]

@@ -1,0 +1,112 @@
+"""Fixtures that every room of the tests may use: a free port and a real MQTT server.
+
+The server is Mosquitto itself, never a stand-in; without it a test fails and says what to install.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+READY_WITHIN_SEC = 10
+LOOK_AGAIN_SEC = 0.01
+# Debian puts the server where only root's PATH leads.
+PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+# It would give up root's rights and then not be able to read a test's own directory.
+AS_US = "user root\n"
+
+MINIMAL = """
+listener {port} 127.0.0.1
+allow_anonymous true
+set_tcp_nodelay true
+max_inflight_messages 1000
+max_queued_messages 100000
+"""
+
+
+def program(name: str) -> str:
+    """The full path of a program of Mosquitto's."""
+    found = shutil.which(name, path=PATH)
+    if found is None:
+        pytest.fail(
+            f"{name} is not installed (Debian: apt install mosquitto mosquitto-clients)", pytrace=False
+        )
+    return found
+
+
+def unused_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class Mosquitto:
+    """One Mosquitto with its own directory: `kill()` is SIGKILL, `start()` again keeps the port."""
+
+    host = "127.0.0.1"
+
+    def __init__(self, config: str, port: int, home: Path) -> None:
+        self.port = port
+        self.home = home
+        self._process: subprocess.Popen[bytes] | None = None
+        (home / "test.conf").write_text(AS_US + config)
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://{self.host}:{self.port}"
+
+    def start(self) -> None:
+        """Returns when the port accepts a connection."""
+        assert self._process is None, "already running"
+        with (self.home / "test.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [program("mosquitto"), "-c", "test.conf"], cwd=self.home, stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + READY_WITHIN_SEC
+        while not self._accepts():
+            try:
+                self._process.wait(LOOK_AGAIN_SEC)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() < deadline:
+                    continue
+            self.kill()
+            pytest.fail(f"Mosquitto did not start:\n{self.log()}", pytrace=False)
+
+    def kill(self) -> None:
+        """As a power cut would: nothing is saved. Does nothing if it is not running."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def log(self) -> str:
+        return (self.home / "test.log").read_text()
+
+    def _accepts(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((self.host, self.port)) == 0
+
+
+@pytest.fixture
+def free_port() -> int:
+    return unused_port()
+
+
+@pytest.fixture
+def mosquitto(tmp_path: Path) -> Iterator[Mosquitto]:
+    """A running Mosquitto that lets everybody in and keeps nothing on disk."""
+    port = unused_port()
+    home = tmp_path / "mosquitto"
+    home.mkdir()
+    server = Mosquitto(MINIMAL.format(port=port), port, home)
+    server.start()
+    yield server
+    server.kill()

@@ -1,0 +1,118 @@
+"""The real core behind the HTTP app, in this process: a temporary SQLite file, and no MQTT server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from litestar.types import ASGIApp
+
+from broker.core import Core
+from broker.http.app import create_app
+from broker.http.services import Services
+from broker.metrics import Metrics
+from broker.seams import Message, Outgoing, Receipt
+from broker.settings import Limits, Settings
+from broker.world import SqliteStorage, SystemClock, SystemEntropy
+from devices.types import shipped_types
+
+WRITE = ("devices:read", "devices:write", "events:read")
+READ = ("devices:read",)
+
+
+class NoServer:
+    """A link whose far end is the test: `up` as it says, and everything handed over is kept."""
+
+    def __init__(self) -> None:
+        self.up = False
+        self.sent: list[Outgoing] = []
+
+    def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
+        if self.up:
+            self.sent.append(outgoing)
+        return self.up
+
+    def puback(self, message: Message) -> None:
+        return
+
+
+class Broker:
+    """A running core, its two apps, and keys for them."""
+
+    def __init__(self, core: Core, link: NoServer) -> None:
+        self.core = core
+        self.link = link
+        metrics = Metrics(core.writer.clock)
+        metrics.watch(core.writer, core.live, link, core.intake)
+        services = Services(
+            commands=core.commands,
+            registry=core.registry,
+            keys=core.keys,
+            grants=core.grants,
+            dispatch=core.dispatch,
+            intake=core.intake,
+            link=link,
+            metrics=metrics,
+            limits=core.settings.limits,
+            log_id=core.log_id,
+            cursor_key=core.cursor_key,
+            ready=core.not_ready,
+        )
+        self.app: ASGIApp = create_app(services)
+        self.private: ASGIApp = create_app(services, local=True)
+
+    def client(self, key: str | None = None, app: ASGIApp | None = None) -> httpx2.AsyncClient:
+        transport = httpx2.ASGITransport(app or self.app)  # type: ignore[arg-type]
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx2.AsyncClient(transport=transport, base_url="http://ordain", headers=headers)
+
+    async def someone(self, project: str = "acme", scopes: tuple[str, ...] = WRITE) -> httpx2.AsyncClient:
+        """A client with a new key of a project."""
+        _, secret = await self.core.keys.create(project, scopes, None)
+        return self.client(secret)
+
+    def online(self, hardware_id: str) -> None:
+        """From here on commands to the device are handed over."""
+        self.link.up = True
+        self.core.intake.link_up()
+        self.core.intake.device_online(hardware_id)
+
+    def says(self, hardware_id: str, payload: bytes) -> None:
+        """The device answers."""
+        self.core.intake.message(Message(topic=f"iotee/dev/{hardware_id}/ack", payload=payload))
+
+
+@asynccontextmanager
+async def running(directory: Path, limits: Limits | None = None) -> AsyncIterator[Broker]:
+    storage = await SqliteStorage.open(directory)
+    try:
+        settings = Settings(limits=limits or Limits())
+        core = Core(storage, SystemClock(), SystemEntropy(), shipped_types(), settings)
+        await core.open(embedded=True)
+        link = NoServer()
+        core.attach(link)
+        async with core.running("embedded"):
+            yield Broker(core, link)
+    finally:
+        await storage.close()
+
+
+async def register(client: httpx2.AsyncClient, hardware_id: str = "lamp-1", **fields: Any) -> dict[str, Any]:
+    answer = await client.post("/v1/devices", json={"hardware_id": hardware_id, "type": "generic"} | fields)
+    assert answer.status_code == 201, answer.text
+    device: dict[str, Any] = answer.json()
+    return device
+
+
+def error_of(answer: httpx2.Response, status: int, code: str) -> dict[str, Any]:
+    """The error of an answer, after checking that it has the one form."""
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert list(body) == ["error"]
+    assert {"code", "message"} <= body["error"].keys() <= {"code", "message", "details"}
+    assert body["error"]["code"] == code
+    error: dict[str, Any] = body["error"]
+    return error

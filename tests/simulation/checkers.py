@@ -1,0 +1,380 @@
+"""The invariants as pure functions of a recorded history: each gives the sentences that say what was broken.
+
+Nothing here may be imported from the broker: the table of a command's life is written down a second time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from tests.simulation.history import Call, Commit, History, Row, Wire
+
+# event: (states it may follow, state it gives); contract.md, section 2.
+TABLE: dict[str, tuple[frozenset[str], str]] = {
+    "created": (frozenset({"none"}), "pending"),
+    "published": (frozenset({"pending", "published"}), "published"),
+    "acknowledged": (frozenset({"published", "timed_out"}), "acknowledged"),
+    "progressed": (frozenset({"published", "acknowledged", "timed_out"}), "acknowledged"),
+    "executed": (frozenset({"published", "acknowledged", "timed_out"}), "executed"),
+    "failed": (frozenset({"pending", "published", "acknowledged", "timed_out"}), "failed"),
+    "timed_out": (frozenset({"published", "acknowledged"}), "timed_out"),
+    "expired": (frozenset({"pending"}), "expired"),
+    "cancelled": (frozenset({"pending"}), "cancelled"),
+}
+FINAL = frozenset({"executed", "failed", "expired", "cancelled"})
+CLOSING = FINAL | {"timed_out"}
+ANSWER_EVENT = {
+    "acknowledged": "acknowledged",
+    "progress": "progressed",
+    "executed": "executed",
+    "failed": "failed",
+}
+FROM_DEVICE = frozenset({"device_ack", "device_result"})
+NEVER = 1 << 62
+_NO_COMMANDS = ("system", "erasures")
+
+
+class Facts:
+    """A history, sorted for looking things up."""
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.streams: dict[str, list[Row]] = defaultdict(list)
+        for row in history.log:
+            self.streams[row["stream"]].append(row)
+        self.commands = {
+            name: rows for name, rows in self.streams.items() if "/" not in name and name not in _NO_COMMANDS
+        }
+        self.created = {name: rows[0] for name, rows in self.commands.items() if rows[0]["type"] == "created"}
+        self.publishes = [record for record in history.wire if record.what == "publish"]
+        self._commits: list[Commit] = []
+        for commit in history.commits:
+            if not self._commits or commit.head > self._commits[-1].head:
+                self._commits.append(commit)
+        self._heads = [commit.head for commit in self._commits]
+
+    def commit_of(self, row: Row) -> Commit | None:
+        """The first moment at which anybody could know that the row is durable."""
+        index = bisect_left(self._heads, row["position"])
+        return self._commits[index] if index < len(self._commits) else None
+
+    def durable(self, row: Row) -> int:
+        commit = self.commit_of(row)
+        return commit.seq if commit else NEVER
+
+    def first(self, command_id: str, event: str) -> Row | None:
+        return next((row for row in self.commands.get(command_id, ()) if row["type"] == event), None)
+
+    def definition(self, command_id: str) -> dict[str, Any]:
+        """What the device type said of this command when it was accepted."""
+        row = self.created.get(command_id)
+        digest = data(row).get("definition") if row else None
+        rows = self.streams.get(f"type/{digest}")
+        return data(rows[0]).get("definition", {}) if rows else {}
+
+
+def data(row: Row) -> dict[str, Any]:
+    """Erased rows have none."""
+    return row["data"] or {}
+
+
+def _succeeded(call: Call, *kinds: str) -> bool:
+    return call.kind in kinds and call.status in (200, 201)
+
+
+# --- requests --------------------------------------------------------------------------------------
+
+
+def r1(facts: Facts) -> Iterator[str]:
+    """Every id of a 200/201 is in the log, durable before the answer."""
+    for call in facts.history.calls:
+        if not _succeeded(call, "create", "retry"):
+            continue
+        for command_id in call.ids:
+            row = facts.created.get(command_id)
+            if row is None:
+                yield f"{command_id} was answered {call.status} and is not in the log"
+            elif facts.durable(row) > (call.returned or 0):
+                yield f"{command_id} was answered {call.status} before it was durable"
+
+
+def r3(facts: Facts) -> Iterator[str]:
+    """One idempotency key, one command."""
+    seen: dict[str, Call] = {}
+    for call in facts.history.calls:
+        if call.key is None or not _succeeded(call, "create"):
+            continue
+        first = seen.setdefault(call.key, call)
+        if call.body != first.body:
+            yield f"key {call.key} was taken with two bodies: {first.ids} and {call.ids}"
+        elif call.ids != first.ids:
+            yield f"key {call.key} gave two commands: {first.ids} and {call.ids}"
+
+
+def r6(facts: Facts) -> Iterator[str]:
+    """Cancel answered 200: `cancelled` is final, and it was never handed over."""
+    sent = {record.command_id for record in facts.publishes}
+    for call in facts.history.calls:
+        if not _succeeded(call, "cancel"):
+            continue
+        for command_id in call.ids:
+            types = [row["type"] for row in facts.commands.get(command_id, ())]
+            if not types or types[-1] != "cancelled":
+                yield f"cancel of {command_id} was answered 200 and its log says {types}"
+            if "published" in types or command_id in sent:
+                yield f"{command_id} was cancelled and handed over"
+
+
+# --- life ------------------------------------------------------------------------------------------
+
+
+def l1(facts: Facts) -> Iterator[str]:
+    """Only transitions of the table, attempts numbered from 1, what corrects `timed_out` marked late."""
+    for command_id, rows in facts.commands.items():
+        state, attempts = "none", 0
+        for row in rows:
+            event, said = row["type"], data(row)
+            allowed, gives = TABLE.get(event, (frozenset[str](), event))
+            by_broker = said.get("by") == "broker" or row["data"] is None
+            if state not in allowed or (event == "failed" and state == "pending" and not by_broker):
+                yield f"{command_id}: {event} after {state} at version {row['version']}"
+            if event == "published":
+                attempts += 1
+                if said.get("attempt", attempts) != attempts:
+                    yield f"{command_id}: attempt {said['attempt']} where {attempts} was due"
+            if state == "timed_out" and gives in TABLE and row["data"] is not None and not said.get("late"):
+                yield f"{command_id}: {event} after timed_out is not marked late"
+            state = gives
+
+
+def l2(facts: Facts) -> Iterator[str]:
+    """One final event, nothing after it."""
+    for command_id, rows in facts.commands.items():
+        for before, after in pairwise(rows):
+            if before["type"] in FINAL:
+                yield f"{command_id}: {after['type']} after its final {before['type']}"
+
+
+# --- delivery --------------------------------------------------------------------------------------
+
+
+def d1(facts: Facts) -> Iterator[str]:
+    """Every publish on the wire has its durable `published` event before it."""
+    unnamed: Counter[str] = Counter()
+    handed_over: dict[str, list[int]] = defaultdict(list)
+    for command_id, created in facts.created.items():
+        for row in facts.commands[command_id]:
+            if row["type"] == "published" and data(row).get("transport", "mqtt") == "mqtt":
+                handed_over[data(created).get("topic", "")].append(facts.durable(row))
+    for record in facts.publishes:
+        if record.command_id is None:  # bare payloads: told apart by their number on the topic
+            unnamed[record.topic] += 1
+            if sum(seq < record.seq for seq in handed_over[record.topic]) < unnamed[record.topic]:
+                yield f"publish {unnamed[record.topic]} on {record.topic} has no durable event before it"
+            continue
+        event = _handing_over(facts, record)
+        if event is None:
+            yield f"{record.command_id} attempt {record.attempt} was sent and never recorded as published"
+        elif facts.durable(event) > record.seq:
+            yield f"{record.command_id} attempt {record.attempt} was sent before its event was durable"
+
+
+def _handing_over(facts: Facts, record: Wire) -> Row | None:
+    for row in facts.commands.get(record.command_id or "", ()):
+        if row["type"] == "published" and record.attempt in (None, data(row).get("attempt")):
+            return row
+    return None
+
+
+def d3(facts: Facts) -> Iterator[str]:
+    """No command executed twice by a device that gets ids; one that is not repeatable is sent once."""
+    executed = Counter((run.hardware_id, run.command_id) for run in facts.history.executions)
+    for (hardware_id, command_id), times in executed.items():
+        if times > 1:
+            yield f"{hardware_id} executed {command_id} {times} times"
+    sent = Counter(record.command_id for record in facts.publishes)
+    for command_id, rows in facts.commands.items():
+        if facts.definition(command_id).get("repeatable", True):
+            continue
+        times = max(sent[command_id], sum(row["type"] == "published" for row in rows))
+        if times > 1:
+            yield f"{command_id} is not repeatable and was sent {times} times"
+
+
+def d4(facts: Facts) -> Iterator[str]:
+    """We publish nothing after `expires_at`, by the broker's clock.
+
+    Which, when the bytes left, showed at least the event's `recorded_at` plus what passed since its commit.
+    """
+    for record in facts.publishes:
+        row = _handing_over(facts, record)
+        commit = facts.commit_of(row) if row else None
+        created = facts.created.get(record.command_id or "")
+        expires_at = data(created).get("expires_at") if created else None
+        if row is None or commit is None or expires_at is None:
+            continue
+        late_by = row["recorded_at"] + max(0, record.t - commit.t) - expires_at
+        if late_by >= 0:
+            yield f"{record.command_id} attempt {record.attempt} was sent {late_by} ms after it expired"
+
+
+def d6(facts: Facts) -> Iterator[str]:
+    """First executions of a device are in order of creation.
+
+    Excused: the earlier one was closed before the later one was first handed over; then the pipe was late.
+    """
+    firsts: dict[str, dict[str, int]] = defaultdict(dict)
+    for run in facts.history.executions:
+        if facts.definition(run.command_id).get("max_in_flight", 1) == 1 and run.command_id in facts.created:
+            firsts[run.hardware_id].setdefault(run.command_id, run.seq)
+    for hardware_id, executed in firsts.items():
+        done: list[str] = []
+        for command_id in sorted(executed, key=executed.__getitem__):
+            position = facts.created[command_id]["position"]
+            for other in done:
+                if facts.created[other]["position"] > position and not _closed_before(
+                    facts, command_id, other
+                ):
+                    yield f"{hardware_id} executed {command_id} after {other}, which was created later"
+            done.append(command_id)
+
+
+def _closed_before(facts: Facts, earlier: str, later: str) -> bool:
+    sent = facts.first(later, "published")
+    return sent is None or any(
+        row["type"] in CLOSING and row["position"] < sent["position"] for row in facts.commands[earlier]
+    )
+
+
+def d8(facts: Facts) -> Iterator[str]:
+    """We start no publish after a closing event."""
+    closed: dict[str, int] = {}
+    for command_id, rows in facts.commands.items():
+        closed[command_id] = min(
+            (facts.durable(row) for row in rows if row["type"] in CLOSING), default=NEVER
+        )
+    for record in facts.publishes:
+        if record.seq > closed.get(record.command_id or "", NEVER):
+            yield f"{record.command_id} attempt {record.attempt} was sent after it was closed"
+
+
+# --- answers ---------------------------------------------------------------------------------------
+
+
+def a1(facts: Facts) -> Iterator[str]:
+    """At our PUBACK of an answer the durable state is one that this answer changes no more."""
+    for record in facts.history.wire:
+        created = facts.created.get(record.command_id or "")
+        event = ANSWER_EVENT.get(record.status or "")
+        if record.what != "puback" or record.retain or created is None or event is None:
+            continue
+        if data(created).get("hardware_id") != record.hardware_id:
+            continue
+        state, reason = "none", None
+        for row in facts.commands[created["stream"]]:
+            if facts.durable(row) < record.seq:
+                state = TABLE[row["type"]][1] if row["type"] in TABLE else state
+                reason = data(row).get("reason")
+        # An answer may say nothing new about progress, and nobody listens to a deleted device.
+        idle = (state == "acknowledged" and event == "progressed") or reason == "device_deleted"
+        if state in TABLE[event][0] - {"pending"} and not idle:
+            yield f"{record.command_id}: {record.status} got its PUBACK while only {state} was durable"
+
+
+def a2(facts: Facts) -> Iterator[str]:
+    """n copies, one event: no more events than answers were sent, and no two alike next to each other."""
+    sent = Counter((sent.hardware_id, sent.command_id, sent.status) for sent in facts.history.answers)
+    for command_id, rows in facts.commands.items():
+        if rows[0]["data"] is None:
+            continue
+        hardware_id = str(data(rows[0]).get("hardware_id"))
+        for status, event in ANSWER_EVENT.items():
+            recorded = sum(row["type"] == event and data(row).get("evidence") in FROM_DEVICE for row in rows)
+            if recorded > sent[hardware_id, command_id, status]:
+                times = sent[hardware_id, command_id, status]
+                yield f"{command_id}: {recorded} {event} events of {times} answers"
+        for before, after in pairwise(rows):
+            if after["type"] in ANSWER_EVENT.values() and _told(before) == _told(after):
+                yield f"{command_id}: the same {after['type']} was recorded twice"
+
+
+def _told(row: Row) -> tuple[Any, ...]:
+    said = data(row)
+    erased = row["version"] if row["data"] is None else None  # no two erased ones are known to be alike
+    return row["type"], said.get("percent"), said.get("note"), erased
+
+
+# --- log and projections ---------------------------------------------------------------------------
+
+
+def s1(facts: Facts) -> Iterator[str]:
+    """Positions 1..N, time never falls; an earlier dump is a prefix of a later one, erased data aside."""
+    dumps = facts.history.dumps
+    for index, row in enumerate(facts.history.log, 1):
+        if row["position"] != index:
+            yield f"position {row['position']} stands where {index} belongs"
+            break
+    for before, after in pairwise(facts.history.log):
+        if after["recorded_at"] < before["recorded_at"]:
+            yield f"recorded_at falls at position {after['position']}"
+    for earlier, later in pairwise(dumps):
+        if len(later) < len(earlier):
+            yield f"the log had {len(earlier)} events and later {len(later)}"
+        for before, after in zip(earlier, later, strict=False):
+            if any(
+                before[name] != after[name]
+                for name in before
+                if name not in ("data", "salt") or after[name] is not None
+            ):
+                yield f"the event at position {before['position']} was changed"
+
+
+def s2(facts: Facts) -> Iterator[str]:
+    """Versions 1..n in every stream."""
+    for stream, rows in facts.streams.items():
+        versions = [row["version"] for row in rows]
+        if versions != list(range(1, len(rows) + 1)):
+            yield f"{stream} has versions {versions}"
+
+
+def s4(incremental: Mapping[str, Sequence[Any]], rebuilt: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Every projection, kept up event by event, equals the rebuilt one. Rows by table, in one order."""
+    found = []
+    for table in sorted(incremental.keys() | rebuilt.keys()):
+        kept, fresh = incremental.get(table, ()), rebuilt.get(table, ())
+        if len(kept) != len(fresh):
+            found.append(f"S4: {table} has {len(kept)} rows and rebuilt {len(fresh)}")
+        found += [
+            f"S4: {table} has {one} and rebuilt {other}"
+            for one, other in zip(kept, fresh, strict=False)
+            if one != other
+        ]
+    return found
+
+
+CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
+    "R1": r1,
+    "R3": r3,
+    "R6": r6,
+    "L1": l1,
+    "L2": l2,
+    "D1": d1,
+    "D3": d3,
+    "D4": d4,
+    "D6": d6,
+    "D8": d8,
+    "A1": a1,
+    "A2": a2,
+    "S1": s1,
+    "S2": s2,
+}
+
+
+def check(history: History) -> list[str]:
+    """Every violation of every invariant here, each with its name before it."""
+    facts = Facts(history)
+    return [f"{name}: {sentence}" for name, checker in CHECKERS.items() for sentence in checker(facts)]

@@ -1,0 +1,334 @@
+"""A disk in memory under real SQLite, and the broker's storage on top of it, both on the virtual clock.
+
+What was not synced is lost or torn by sector when the power goes, and kept when only the process dies.
+Creating and deleting a file is durable at once: the one thing here that is kinder than a real disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import itertools
+import random
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import apsw
+
+from broker.seams import Broken, Conflict, Full, Sql
+from tests.simulation.loop import SimLoop, current_node
+
+T = TypeVar("T")
+Operation = Literal["read", "write", "sync"]
+
+SECTOR = 512
+_UNIQUE = (apsw.SQLITE_CONSTRAINT_UNIQUE, apsw.SQLITE_CONSTRAINT_PRIMARYKEY, apsw.SQLITE_CONSTRAINT_ROWID)
+_BROKEN = (apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError, apsw.ConnectionClosedError)
+
+
+class _File:
+    """What programs see, and in `undo` what the platter holds where the two differ."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.undo: dict[int, bytes] = {}
+        self.durable_size = 0
+
+    def write(self, data: bytes, offset: int) -> None:
+        end = offset + len(data)
+        size = len(self.data)
+        self._remember(min(offset, size), end)
+        if offset > size:
+            self.data.extend(bytes(offset - size))
+        self.data[offset:end] = data
+
+    def truncate(self, size: int) -> None:
+        self._remember(size, len(self.data))
+        del self.data[size:]
+
+    def sync(self) -> None:
+        self.undo.clear()
+        self.durable_size = len(self.data)
+
+    def lose_power(self, rng: random.Random) -> None:
+        if self.undo or len(self.data) != self.durable_size:
+            survives = rng.choice((0.0, 0.5, 0.9))
+            size = len(self.data) if rng.random() < survives else self.durable_size
+            for sector, old in self.undo.items():
+                if rng.random() >= survives:
+                    start = sector * SECTOR
+                    self.data.extend(bytes(max(0, start + SECTOR - len(self.data))))
+                    self.data[start : start + SECTOR] = old.ljust(SECTOR, b"\0")
+            del self.data[size:]
+            self.data.extend(bytes(size - len(self.data)))
+        self.sync()
+
+    def _remember(self, start: int, end: int) -> None:
+        undo = self.undo
+        for sector in range(start // SECTOR, (end - 1) // SECTOR + 1):
+            if sector not in undo:
+                undo[sector] = bytes(self.data[sector * SECTOR : (sector + 1) * SECTOR])
+
+
+class SimDisk:
+    """Faults are attributes: set `capacity` (bytes) for a full disk, `failing` for I/O errors."""
+
+    _ids = itertools.count()
+
+    def __init__(self, loop: SimLoop) -> None:
+        self.files: dict[str, _File] = {}
+        self.capacity: int | None = None
+        self.failing: set[Operation] = set()
+        self.stopped = False
+        self.epoch = 0
+        self._id = str(next(self._ids))
+        self._loop = loop
+        self._random = loop.rng("disk")
+        self._left = 0
+        self._then: Callable[[], object] | None = None
+        _VFS.disks[self._id] = self
+
+    def connect(self, *, synchronous: str = "FULL", checkpoint_pages: int = 1000) -> apsw.Connection:
+        connection = apsw.Connection(f"/{self._id}/ordain.db", vfs=_VFS.NAME)
+        # An orderly end writes no more than a kill does, so that every start has a log to recover from.
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        # Exclusive first: then the WAL's index lives in the heap and needs no shared memory from us.
+        connection.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
+        connection.execute("PRAGMA journal_mode=WAL").fetchall()
+        connection.execute(f"PRAGMA synchronous={synchronous}").fetchall()
+        connection.execute("PRAGMA temp_store=MEMORY").fetchall()
+        connection.execute(f"PRAGMA wal_autocheckpoint={checkpoint_pages}").fetchall()
+        return connection
+
+    def stop_after(self, operations: int, then: Callable[[], object]) -> None:
+        """After so many more writes and syncs nothing gets through, in the middle of whatever that is.
+
+        `then` is called soon, outside of every node, to kill the process or cut the power.
+        """
+        self._left, self._then = operations, then
+
+    def lose_process(self) -> None:
+        """Kill -9: the kernel keeps what was written."""
+        self._loop.note("disk lost its process")
+        self._begin_again()
+
+    def lose_power(self) -> None:
+        self._loop.note("disk lost power")
+        for file in self.files.values():
+            file.lose_power(self._random)
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        self.epoch += 1
+        self.stopped = False
+        self._then = None
+
+    def allow(self, operation: Operation) -> None:
+        if self.stopped or operation in self.failing:
+            raise apsw.IOError(f"simulated I/O error: {operation}")
+        if self._then is not None and operation != "read":
+            if self._left == 0:
+                self.stopped = True
+                self._loop.call_soon(self._then, context=contextvars.Context())
+                raise apsw.IOError("the machine stops here")
+            self._left -= 1
+
+    def make_room(self, growth: int) -> None:
+        if self.capacity is not None and growth > 0:
+            used = sum(len(file.data) for file in self.files.values())
+            if used + growth > self.capacity:
+                raise apsw.FullError("simulated disk is full")
+
+
+class _Handle:
+    """An open file. It belongs to one life of the disk; afterwards it can touch nothing."""
+
+    def __init__(self, disk: SimDisk, file: _File) -> None:
+        self._disk = disk
+        self._file = file
+        self._epoch = disk.epoch
+
+    def _allow(self, operation: Operation) -> None:
+        if self._epoch != self._disk.epoch:
+            raise apsw.IOError("this process is dead")
+        self._disk.allow(operation)
+
+    def xRead(self, amount: int, offset: int) -> bytes:
+        self._allow("read")
+        return bytes(self._file.data[offset : offset + amount])
+
+    def xWrite(self, data: bytes, offset: int) -> None:
+        self._allow("write")
+        self._disk.make_room(offset + len(data) - len(self._file.data))
+        self._file.write(data, offset)
+
+    def xTruncate(self, size: int) -> None:
+        self._allow("write")
+        self._file.truncate(size)
+
+    def xSync(self, _flags: int) -> None:
+        self._allow("sync")
+        self._file.sync()
+
+    def xFileSize(self) -> int:
+        return len(self._file.data)
+
+    def xLock(self, _level: int) -> None: ...
+
+    def xUnlock(self, _level: int) -> None: ...
+
+    def xCheckReservedLock(self) -> bool:
+        return False
+
+    def xFileControl(self, _operation: int, _pointer: int) -> bool:
+        return False
+
+    def xSectorSize(self) -> int:
+        return 4096
+
+    def xDeviceCharacteristics(self) -> int:
+        # What SQLite assumes of every disk under Linux: a write harms no byte next to it.
+        return apsw.SQLITE_IOCAP_POWERSAFE_OVERWRITE
+
+    def xClose(self) -> None: ...
+
+
+class _Vfs(apsw.VFS):
+    """SQLite's way to the simulated disks: the first part of a path says which."""
+
+    NAME = "simulated"
+
+    def __init__(self) -> None:
+        self.disks: weakref.WeakValueDictionary[str, SimDisk] = weakref.WeakValueDictionary()
+        super().__init__(self.NAME, "", iVersion=1)
+
+    def xOpen(self, name: str | apsw.URIFilename | None, flags: list[int]) -> Any:
+        if name is None:
+            raise apsw.CantOpenError("temporary files are not simulated")
+        path = name if isinstance(name, str) else name.filename()
+        disk = self._disk(path)
+        if not flags[0] & apsw.SQLITE_OPEN_CREATE and path not in disk.files:
+            raise apsw.CantOpenError(f"no such file: {path}")
+        flags[1] = flags[0]
+        return _Handle(disk, disk.files.setdefault(path, _File()))
+
+    def xDelete(self, filename: str, _sync_directory: bool) -> None:
+        self._disk(filename).files.pop(filename, None)
+
+    def xAccess(self, pathname: str, _flags: int) -> bool:
+        return pathname in self._disk(pathname).files
+
+    def xFullPathname(self, name: str) -> str:
+        return name
+
+    def xCurrentTime(self) -> float:
+        return 2440587.5  # SQL that asks for the time gets 1970: it has a seam to ask
+
+    def _disk(self, path: str) -> SimDisk:
+        return self.disks[path.split("/")[1]]
+
+
+_VFS = _Vfs()
+
+
+class SimStorage:
+    """`broker.seams.Storage` on a simulated disk: one writing queue, reads beside it, drawn latency.
+
+    As with a database thread, a waiter that is cancelled does not take its transaction back. Belongs to
+    the node that makes it: when that is killed, whatever is under way ends where it is.
+    """
+
+    def __init__(
+        self,
+        loop: SimLoop,
+        disk: SimDisk,
+        *,
+        synchronous: Literal["FULL", "NORMAL"] = "FULL",
+        latency: tuple[float, float] = (0.0002, 0.004),
+        checkpoint_pages: int = 200,
+        on_commit: Callable[[apsw.Connection], object] | None = None,
+    ) -> None:
+        self._loop = loop
+        self._disk = disk
+        self._latency = latency
+        self._random = loop.rng(f"storage/{disk.epoch}")
+        self._on_commit = on_commit
+        self._writes: deque[tuple[Callable[[Sql], Any], asyncio.Future[Any]]] = deque()
+        node = current_node()
+        if node is not None:
+            node.on_kill.append(self._abandon)
+        try:
+            self._connection = disk.connect(synchronous=synchronous, checkpoint_pages=checkpoint_pages)
+        except apsw.Error as error:
+            raise _translated(error) from error
+
+    async def write(self, work: Callable[[Sql], T]) -> T:
+        outcome: asyncio.Future[T] = self._loop.create_future()
+        self._writes.append((work, outcome))
+        if len(self._writes) == 1:
+            self._later(self._write_first)
+        return await outcome
+
+    async def read(self, work: Callable[[Sql], T]) -> T:
+        outcome: asyncio.Future[T] = self._loop.create_future()
+        self._later(self._run, "BEGIN", work, "ROLLBACK", outcome)
+        return await outcome
+
+    async def close(self) -> None:
+        await self.write(lambda sql: None)
+        self._connection.close()
+
+    def _write_first(self) -> None:
+        work, outcome = self._writes[0]
+        self._run("BEGIN IMMEDIATE", work, "COMMIT", outcome)
+        self._writes.popleft()
+        if self._writes:
+            self._later(self._write_first)
+
+    def _run(self, begin: str, work: Callable[[Sql], T], end: str, outcome: asyncio.Future[T]) -> None:
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            self._connection.execute(begin)
+            result = work(self._connection)
+            self._connection.execute(end)
+        except Exception as raised:
+            error = _translated(raised)
+            with contextlib.suppress(apsw.Error):
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+        if self._disk.stopped:
+            return  # the machine stands still: nobody learns what became of it
+        if error is None and end == "COMMIT" and self._on_commit is not None:
+            self._on_commit(self._connection)
+        self._later(_deliver, outcome, result, error)
+
+    def _later(self, callback: Callable[..., object], *args: Any) -> None:
+        self._loop.call_later(self._random.uniform(*self._latency), callback, *args)
+
+    def _abandon(self) -> None:
+        self._disk.lose_process()
+        with contextlib.suppress(apsw.Error):
+            self._connection.close()
+
+
+def _deliver(outcome: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if outcome.done():
+        return
+    if error is None:
+        outcome.set_result(result)
+    else:
+        outcome.set_exception(error)
+
+
+def _translated(error: Exception) -> Exception:
+    if isinstance(error, apsw.FullError):
+        return Full(str(error))
+    if isinstance(error, apsw.ConstraintError) and getattr(error, "extendedresult", None) in _UNIQUE:
+        return Conflict(str(error))
+    if isinstance(error, _BROKEN):
+        return Broken(str(error))
+    return error

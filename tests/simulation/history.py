@@ -1,0 +1,176 @@
+"""What was seen from outside in one run: by HTTP clients, on the wire, by devices, on the disk, in the log.
+
+Plain records in the order in which they happened (`seq`), with the true time in milliseconds (`t`).
+It judges nothing and reads nothing of the broker's; `checkers` do the judging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import msgspec
+
+What = Literal["publish", "delivery", "puback", "reached"]
+Row = dict[str, Any]  # an event as the log has it, `data` decoded; None where it was erased
+
+
+class Call(msgspec.Struct, kw_only=True):
+    """One HTTP request. While `status` is None its outcome is unknown: it may or may not have happened.
+
+    `ids`: the commands that it names (cancel, read) or that the answer names (create, retry, fan-out).
+    """
+
+    kind: str
+    invoked: int
+    t: int
+    key: str | None = None
+    body: str = ""
+    ids: tuple[str, ...] = ()
+    status: int | None = None
+    returned: int | None = None
+    answer: Any = None
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True):
+    """From here on everything up to position `head` is durable."""
+
+    seq: int
+    t: int
+    head: int
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True):
+    """One MQTT message at one end of its way, as far as the payload tells.
+
+    `publish`: the broker began to write it. `delivery`: it reached the broker. `puback`: the broker gave
+    its own. `reached`: it reached a device.
+    """
+
+    what: What
+    seq: int
+    t: int
+    topic: str
+    hardware_id: str
+    command_id: str | None
+    attempt: int | None = None
+    status: str | None = None
+    retain: bool = False
+
+
+class Execution(msgspec.Struct, frozen=True, kw_only=True):
+    """The device did it, whatever became of its answer."""
+
+    seq: int
+    t: int
+    hardware_id: str
+    command_id: str
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """The device sent an answer once (by MQTT or HTTP), however many copies arrived. Forged ones too."""
+
+    seq: int
+    t: int
+    hardware_id: str
+    command_id: str | None
+    status: str
+
+
+class _Named(msgspec.Struct):
+    id: str | None = None
+    attempt: int | None = None
+    status: str | None = None
+
+
+_decode = msgspec.json.Decoder(_Named).decode
+_NOTHING = _Named()
+
+
+class History:
+    """The recorder. `now_ms` is the true time; `note` mixes what was seen into the trace of the run."""
+
+    def __init__(self, now_ms: Callable[[], int], note: Callable[[str], object] = lambda what: None) -> None:
+        self.calls: list[Call] = []
+        self.commits: list[Commit] = []
+        self.wire: list[Wire] = []
+        self.executions: list[Execution] = []
+        self.answers: list[Answer] = []
+        self.dumps: list[list[Row]] = []
+        self._now_ms = now_ms
+        self._note = note
+        self._seq = 0
+
+    @property
+    def log(self) -> list[Row]:
+        """The last dump is the final log."""
+        return self.dumps[-1] if self.dumps else []
+
+    def _next(self) -> int:
+        self._seq += 1
+        return self._seq
+
+    def invoked(
+        self, kind: str, *, key: str | None = None, body: str = "", ids: tuple[str, ...] = ()
+    ) -> Call:
+        call = Call(kind=kind, invoked=self._next(), t=self._now_ms(), key=key, body=body, ids=ids)
+        self.calls.append(call)
+        self._note(f"call {kind} {ids}")
+        return call
+
+    def returned(self, call: Call, status: int, *, ids: tuple[str, ...] = (), answer: Any = None) -> None:
+        call.status, call.returned, call.answer = status, self._next(), answer
+        call.ids = ids or call.ids
+        self._note(f"returned {call.kind} {status} {call.ids}")
+
+    def committed(self, head: int) -> None:
+        if not self.commits or self.commits[-1].head != head:
+            self.commits.append(Commit(seq=self._next(), t=self._now_ms(), head=head))
+
+    def on_wire(
+        self,
+        what: What,
+        topic: str,
+        payload: bytes,
+        correlation: bytes | None = None,
+        retain: bool = False,
+    ) -> None:
+        try:
+            named = _decode(payload)
+        except msgspec.MsgspecError:
+            named = _NOTHING
+        command_id = named.id or (correlation.decode("ascii", "replace") if correlation else None)
+        self.wire.append(
+            Wire(
+                what=what,
+                seq=self._next(),
+                t=self._now_ms(),
+                topic=topic,
+                hardware_id=topic.split("/")[-2] if "/" in topic else "",
+                command_id=command_id,
+                attempt=named.attempt,
+                status=named.status,
+                retain=retain,
+            )
+        )
+        self._note(f"{what} {topic} {command_id} {named.attempt} {named.status}")
+
+    def executed(self, hardware_id: str, command_id: str) -> None:
+        self.executions.append(
+            Execution(seq=self._next(), t=self._now_ms(), hardware_id=hardware_id, command_id=command_id)
+        )
+        self._note(f"executed {hardware_id} {command_id}")
+
+    def answered(self, hardware_id: str, command_id: str | None, status: str) -> None:
+        self.answers.append(
+            Answer(
+                seq=self._next(),
+                t=self._now_ms(),
+                hardware_id=hardware_id,
+                command_id=command_id,
+                status=status,
+            )
+        )
+
+    def dumped(self, rows: list[Row]) -> None:
+        self.dumps.append(rows)

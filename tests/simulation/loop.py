@@ -1,0 +1,340 @@
+"""An event loop on a virtual clock whose every choice comes from one seed; its clock and entropy beside it.
+
+It never waits, opens a socket or starts a thread, and nothing in it may depend on real time, on hash
+seeds or on when garbage is collected: one seed gives one run, and `trace` says whether two were the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import heapq
+import itertools
+import random
+import threading
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar, TypeVarTuple
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_NODE: contextvars.ContextVar[Node | None] = contextvars.ContextVar("node", default=None)
+# Collections at fixed steps instead of at allocation counts, which differ from process to process.
+_STEPS_PER_COLLECTION = 1 << 16
+# Code that awaits in `finally` refuses its first GeneratorExit; each further one gets past one more await.
+_CLOSE_TRIES = 100
+
+
+class Livelock(Exception):
+    """Steps go on and nothing comes of it: the budget of steps is spent."""
+
+
+class Deadlock(Exception):
+    """Nobody will ever go on: no handle and no timer is left, or the budget of virtual time is spent."""
+
+
+class Node:
+    """One process of the simulated world. It dies once; restarted it is another Node of the same name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.alive = True
+        self.on_kill: list[Callable[[], object]] = []
+        self.context = contextvars.copy_context()
+        self.context.run(_NODE.set, self)
+
+
+def current_node() -> Node | None:
+    """Whose handle is running; None is the world outside of every node."""
+    return _NODE.get()
+
+
+class _Future(asyncio.Future[T]):
+    """Sets of futures (TaskGroup and `wait` keep some) are walked by hash, which is no address here."""
+
+    __slots__ = ("_number",)
+
+    def __init__(self, *, loop: SimLoop) -> None:
+        self._number = loop.number()
+        super().__init__(loop=loop)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class _Task(asyncio.Task[T]):
+    """The same for tasks."""
+
+    __slots__ = ("_number",)
+
+    def __init__(self, coro: Coroutine[Any, Any, T], *, loop: SimLoop, **options: Any) -> None:
+        self._number = loop.number()
+        super().__init__(coro, loop=loop, **options)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class SimLoop(asyncio.BaseEventLoop):
+    """`kill` is the end of a process: its handles never run again, and no `finally` of it does."""
+
+    # Private parts of BaseEventLoop, the same in 3.11 to 3.13.
+    _ready: deque[Any]
+    _scheduled: list[Any]
+    _stopping: bool
+    _thread_id: int | None
+    _timer_cancelled_count: int
+
+    def __init__(
+        self,
+        seed: int | str,
+        *,
+        max_steps: int = 1 << 40,
+        max_idle_steps: int = 200_000,
+        max_time: float = 1e9,
+    ) -> None:
+        super().__init__()
+        self.seed = seed
+        self.steps = 0
+        self.trace = 0
+        self.unhandled: list[tuple[str, BaseException | None]] = []
+        self._now = 0.0
+        self._moved_at = 0
+        self._max_steps = max_steps
+        self._max_idle_steps = max_idle_steps
+        self._max_time = max_time
+        self._random = self.rng("scheduler")
+        # Whose each task is. The dead ones stay: collected, their coroutines would run their `finally`.
+        self._tasks: list[tuple[Node | None, asyncio.Task[Any]]] = []
+        self._sweep_at = 64
+        self.number = itertools.count(1).__next__
+        self.set_task_factory(self._make_task)  # type: ignore[arg-type]
+
+    # --- what the world uses ---------------------------------------------------------------------
+
+    def rng(self, name: str) -> random.Random:
+        """An own stream of randomness for each part, so that one more draw here changes nothing there."""
+        return random.Random(f"{self.seed}/{name}")
+
+    def spawn(self, node: Node, coro: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        return self.create_task(coro, context=node.context.copy())
+
+    def kill(self, node: Node) -> None:
+        """Kill -9: from outside of the node only, for a frame that runs can't be taken away under itself."""
+        if _NODE.get() is node:
+            raise RuntimeError(f"{node.name} cannot kill itself: call_soon it from outside")
+        if not node.alive:
+            return
+        node.alive = False
+        self.note(f"kill {node.name}")
+        self._ready = deque(handle for handle in self._ready if handle._context.get(_NODE) is not node)
+        self._keep_timers(lambda timer: timer._context.get(_NODE) is not node)
+        for owner, task in self._tasks:
+            if owner is node and task.done():
+                task._log_traceback = False  # whoever would have looked at its exception is gone
+        for tell in node.on_kill:
+            tell()
+
+    def note(self, what: str) -> None:
+        """Mixes a fact into the trace."""
+        self.trace = zlib.crc32(what.encode(), self.trace)
+
+    # --- what asyncio uses -----------------------------------------------------------------------
+
+    def time(self) -> float:
+        return self._now
+
+    def run_forever(self) -> None:
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            super().run_forever()
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _run_once(self) -> None:
+        choose = self._random.random
+        while True:
+            ready = self._ready  # `kill` puts another one there
+            if not ready:
+                self._advance()
+                ready = self._ready
+            if len(ready) > 1 and choose() < 0.25:
+                index = self._random.randrange(len(ready))
+                handle = ready[index]
+                del ready[index]
+                self.trace ^= index
+            else:
+                handle = ready.popleft()
+            if handle._cancelled:
+                continue
+            node = handle._context.get(_NODE)
+            if node is not None and not node.alive:
+                continue
+            self.steps += 1
+            self.trace = zlib.crc32(_label(handle._callback), self.trace)
+            handle._run()
+            if self._stopping:
+                return
+            if not self.steps % 1024:
+                self._check_budget()
+
+    def _advance(self) -> None:
+        """Nothing is ready: the clock jumps to the next timer, and all that are due then become ready."""
+        timers = self._scheduled
+        if self._timer_cancelled_count > 100 and self._timer_cancelled_count * 2 > len(timers):
+            self._keep_timers(lambda timer: not timer._cancelled)
+            timers = self._scheduled
+        while timers and timers[0]._cancelled:
+            heapq.heappop(timers)._scheduled = False
+            self._timer_cancelled_count -= 1
+        if not timers:
+            raise Deadlock(f"at {self._now:.3f} s nothing is ready and no timer is set")
+        self._now = max(self._now, timers[0].when())
+        self._moved_at = self.steps
+        if self._now > self._max_time:
+            raise Deadlock(f"{self._max_time:.0f} s of virtual time are spent")
+        self.note(repr(self._now))
+        while timers and timers[0].when() <= self._now:
+            timer = heapq.heappop(timers)
+            timer._scheduled = False
+            self._ready.append(timer)
+
+    def _keep_timers(self, keep: Callable[[Any], bool]) -> None:
+        kept = []
+        for timer in self._scheduled:
+            if not timer._cancelled and keep(timer):
+                kept.append(timer)
+            else:
+                timer._scheduled = False
+        heapq.heapify(kept)
+        self._scheduled = kept
+        self._timer_cancelled_count = 0
+
+    def _check_budget(self) -> None:
+        if self.steps > self._max_steps:
+            raise Livelock(f"{self._max_steps} steps are spent at {self._now:.3f} s")
+        if self.steps - self._moved_at > self._max_idle_steps:
+            raise Livelock(f"{self._max_idle_steps} steps and the clock still stands at {self._now:.3f} s")
+        if not self.steps % _STEPS_PER_COLLECTION:
+            gc.collect(1)
+
+    def _make_task(
+        self, _loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T], **options: Any
+    ) -> asyncio.Task[T]:
+        """Keeps every task: asyncio holds them weakly, and when one is collected is no seed's decision."""
+        task = _Task(coro, loop=self, **options)
+        context = options.get("context")
+        self._tasks.append((_NODE.get() if context is None else context.get(_NODE), task))
+        if len(self._tasks) >= self._sweep_at:
+            self.forget_done_tasks()
+        return task
+
+    def forget_done_tasks(self) -> None:
+        self._tasks = [kept for kept in self._tasks if not kept[1].done()]
+        self._sweep_at = 64 + 2 * len(self._tasks)
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return _Future(loop=self)
+
+    def run_in_executor(self, executor: Any, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+        """Runs it here and now: a thread would be somebody whom the seed does not decide."""
+        future: asyncio.Future[T] = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def call_soon_threadsafe(
+        self,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        if self._thread_id not in (None, threading.get_ident()):
+            raise RuntimeError("a thread reached into the simulation")
+        return self.call_soon(callback, *args, context=context)
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        if not self.is_closed():
+            self.unhandled.append((context["message"], context.get("exception")))
+
+    def close(self) -> None:
+        """Ends what was left pending, when its `finally` can reach nobody any more."""
+        left, self._tasks = self._tasks, []
+        super().close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _owner, task in left:
+                task._log_destroy_pending = False  # type: ignore[attr-defined]
+                coro: Any = task.get_coro()
+                for _ in range(_CLOSE_TRIES):
+                    with contextlib.suppress(BaseException):
+                        coro.close()
+                        break
+
+
+def _label(callback: Any) -> bytes:
+    owner = getattr(callback, "__self__", None)
+    if isinstance(owner, asyncio.Task):
+        callback = owner.get_coro()
+    name: str = getattr(callback, "__qualname__", None) or type(callback).__name__
+    return name.encode()
+
+
+def run(main: Callable[[SimLoop], Awaitable[T]], seed: int | str = 0, **budgets: Any) -> T:
+    """Runs a whole world from one seed. An exception that nobody handled fails it."""
+    loop = SimLoop(seed, **budgets)
+    try:
+        result = loop.run_until_complete(main(loop))
+        loop.forget_done_tasks()
+        gc.collect()  # a task that failed unseen says so when it is collected
+        if loop.unhandled:
+            message, error = loop.unhandled[0]
+            raise RuntimeError(f"unhandled in the simulation: {message}") from error
+        return result
+    finally:
+        loop.close()
+
+
+class SimClock:
+    """A node's clock: `step` moves its wall, the other reading never steps."""
+
+    def __init__(self, loop: SimLoop, epoch_ms: int = 1_800_000_000_000) -> None:
+        self._loop = loop
+        self._epoch_ms = epoch_ms
+        self.offset_ms = 0
+
+    def true_ms(self) -> int:
+        """The wall as it would be had nobody stepped it: what histories are recorded in."""
+        return self._epoch_ms + self.monotonic_ms()
+
+    def wall_ms(self) -> int:
+        return self.true_ms() + self.offset_ms
+
+    def monotonic_ms(self) -> int:
+        # A timer for 1.001 s must not be read as 1000 ms because of binary fractions.
+        return int(self._loop.time() * 1000 + 1e-3)
+
+    def step(self, by_ms: int) -> None:
+        self.offset_ms += by_ms
+
+
+class SimEntropy:
+    """Randomness of one part of the world, by its name."""
+
+    def __init__(self, loop: SimLoop, name: str) -> None:
+        self._random = loop.rng(f"entropy/{name}")
+
+    def token(self, size: int) -> bytes:
+        return self._random.randbytes(size)
+
+    def uniform(self, low: float, high: float) -> float:
+        return self._random.uniform(low, high)

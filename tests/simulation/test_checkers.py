@@ -1,0 +1,292 @@
+"""Each checker of the simulation stays silent on a history that is right and names the one that is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.simulation.checkers import CHECKERS, Facts, check, s4
+from tests.simulation.history import History, Row
+
+A, B = "cmd_a", "cmd_b"
+TOPIC = "iotee/dev/hw1/rls"
+DEFINITION = "d1"
+
+
+class Story:
+    """Builds a history: every `log` is a commit of its own, one millisecond after what came before."""
+
+    def __init__(self) -> None:
+        self.now = 1000
+        self.history = History(self.tick)
+        self.rows: list[Row] = []
+
+    def tick(self) -> int:
+        self.now += 1
+        return self.now
+
+    def log(self, stream: str, event: str, *, durable: bool = True, **data: Any) -> Story:
+        version = 1 + sum(row["stream"] == stream for row in self.rows)
+        position = len(self.rows) + 1
+        row = {"position": position, "stream": stream, "version": version, "type": event, "data": data}
+        self.rows.append({**row, "recorded_at": self.tick(), "device_id": "dev_1"})
+        if durable:
+            self.durable()
+        return self
+
+    def durable(self) -> Story:
+        self.history.committed(len(self.rows))
+        return self
+
+    def created(self, command_id: str = A, **data: Any) -> Story:
+        said = {"hardware_id": "hw1", "topic": TOPIC, "definition": DEFINITION, "expires_at": None}
+        return self.log(command_id, "created", **{**said, **data})
+
+    def published(self, command_id: str = A, attempt: int = 1, **options: Any) -> Story:
+        return self.log(command_id, "published", attempt=attempt, **options)
+
+    def ended(self, command_id: str = A, event: str = "executed", **data: Any) -> Story:
+        return self.log(command_id, event, **{"evidence": "device_result", **data})
+
+    def wire(self, command_id: str | None = A, attempt: int = 1) -> Story:
+        payload = json.dumps({"id": command_id, "attempt": attempt}) if command_id else "1"
+        self.history.on_wire("publish", TOPIC, payload.encode())
+        return self
+
+    def puback(self, status: str, command_id: str = A, hardware_id: str = "hw1") -> Story:
+        payload = json.dumps({"id": command_id, "status": status}).encode()
+        self.history.on_wire("puback", f"iotee/dev/{hardware_id}/ack", payload)
+        return self
+
+    def executes(self, command_id: str = A) -> Story:
+        self.history.executed("hw1", command_id)
+        return self
+
+    def answers(self, status: str, command_id: str = A, hardware_id: str = "hw1") -> Story:
+        self.history.answered(hardware_id, command_id, status)
+        return self
+
+    def call(self, kind: str, status: int | None, *ids: str, key: str | None = None, body: str = "") -> Story:
+        call = self.history.invoked(kind, key=key, body=body)
+        if status is not None:
+            self.history.returned(call, status, ids=ids)
+        return self
+
+    def dump(self) -> Story:
+        self.history.dumped([dict(row) for row in self.rows])
+        return self
+
+    def without_last(self) -> Story:
+        self.rows.pop()
+        return self
+
+    def sent(self, command_id: str = A) -> Story:
+        return self.created(command_id).published(command_id).wire(command_id)
+
+    def defined(self, **definition: Any) -> Story:
+        return self.log(f"type/{DEFINITION}", "defined", definition=definition)
+
+    def erase(self, position: int) -> Story:
+        self.rows[position - 1]["data"] = None
+        return self
+
+    def change(self, at: int, **columns: Any) -> Story:
+        self.rows[at - 1].update(columns)
+        return self
+
+
+def whole_life() -> Story:
+    """One of everything, as it should be."""
+    story = Story().log("system", "started").defined(repeatable=True).created(expires_at=10_000)
+    story.call("create", 201, A, key="k", body="x").call("create", 200, A, key="k", body="x")
+    story.published().wire().executes().answers("acknowledged").answers("progress").answers("executed")
+    story.ended(event="acknowledged", evidence="device_ack").puback("acknowledged").puback("acknowledged")
+    story.ended(event="progressed", percent=10, evidence="device_ack").puback("progress")
+    story.ended().puback("executed").puback("failed")
+    story.created(B).call("create", None).log(B, "cancelled", by="ops").call("cancel", 200, B)
+    story.created("cmd_c").published("cmd_c").wire("cmd_c").dump()
+    story.log("cmd_c", "timed_out", reason="no_answer").answers("executed", "cmd_c").executes("cmd_c")
+    story.ended("cmd_c", late=True).puback("executed", "cmd_c").puback("executed", "cmd_c", "hw2")
+    return story.erase(3).log("erasures", "erased", ids=[A])
+
+
+RIGHT: dict[str, Callable[[], Story]] = {
+    "a whole life": whole_life,
+    "R1 an answer that nobody saw": lambda: Story().call("create", None),
+    "R1 a request that was refused": lambda: Story().call("create", 409, "cmd_never"),
+    "L1 a broker that cannot send": lambda: (
+        Story().created().ended(event="failed", by="broker", evidence="broker")
+    ),
+    "D1 bare payloads, each with its event": lambda: (
+        Story().created().published().wire(None).published(attempt=2).wire(None)
+    ),
+    "D3 what may be repeated was": lambda: Story().defined().sent().published(attempt=2).wire(attempt=2),
+    "D6 the pipe was late": lambda: (
+        Story().sent(A).log(A, "timed_out", reason="no_answer").sent(B).executes(B).executes(A)
+    ),
+    "D6 several may be in flight": lambda: (
+        Story().defined(max_in_flight=2).sent(A).sent(B).executes(B).executes(A)
+    ),
+    "A1 the device was deleted": lambda: (
+        Story().sent().log(A, "timed_out", reason="device_deleted").puback("executed")
+    ),
+    "A1 never handed over": lambda: Story().created().puback("executed").puback("failed"),
+    "A2 the device answered twice, and it is one event": lambda: (
+        Story().sent().answers("executed").answers("executed").ended()
+    ),
+    "A2 an id-less answer": lambda: Story().sent().ended(evidence="inferred"),
+}
+
+WRONG: dict[str, tuple[Callable[[], Story], str]] = {
+    "R1 lost": (lambda: Story().call("create", 201, A), "R1: cmd_a was answered 201 and is not in the log"),
+    "R1 answered too early": (
+        lambda: Story().log(A, "created", durable=False).call("create", 201, A).durable(),
+        "R1: cmd_a was answered 201 before it was durable",
+    ),
+    "R3 two commands": (
+        lambda: Story().created(A).created(B).call("create", 201, A, key="k").call("create", 201, B, key="k"),
+        "R3: key k gave two commands: ('cmd_a',) and ('cmd_b',)",
+    ),
+    "R3 two bodies": (
+        lambda: (
+            Story()
+            .created()
+            .call("create", 201, A, key="k", body="x")
+            .call("create", 200, A, key="k", body="y")
+        ),
+        "R3: key k was taken with two bodies: ('cmd_a',) and ('cmd_a',)",
+    ),
+    "R6 forgotten": (
+        lambda: Story().created().call("cancel", 200, A),
+        "R6: cancel of cmd_a was answered 200 and its log says ['created']",
+    ),
+    "R6 sent all the same": (
+        lambda: Story().created().log(A, "cancelled", by="ops").call("cancel", 200, A).wire(),
+        "R6: cmd_a was cancelled and handed over",
+    ),
+    "L1 not in the table": (
+        lambda: Story().created().log(A, "acknowledged"),
+        "L1: cmd_a: acknowledged after pending at version 2",
+    ),
+    "L1 failed before any hand-over": (
+        lambda: Story().created().log(A, "failed", by="device"),
+        "L1: cmd_a: failed after pending at version 2",
+    ),
+    "L1 attempt skipped": (
+        lambda: Story().created().published(attempt=2),
+        "L1: cmd_a: attempt 2 where 1 was due",
+    ),
+    "L1 not marked late": (
+        lambda: Story().sent().log(A, "timed_out", reason="ttl").answers("executed").ended(),
+        "L1: cmd_a: executed after timed_out is not marked late",
+    ),
+    "L2 an event after the end": (
+        lambda: Story().sent().answers("executed").ended().log(A, "timed_out", reason="ttl"),
+        "L2: cmd_a: timed_out after its final executed",
+    ),
+    "D1 never recorded": (
+        lambda: Story().created().wire(),
+        "D1: cmd_a attempt 1 was sent and never recorded as published",
+    ),
+    "D1 sent before durable": (
+        lambda: Story().created().published(durable=False).wire().durable(),
+        "D1: cmd_a attempt 1 was sent before its event was durable",
+    ),
+    "D1 a bare payload too many": (
+        lambda: Story().created().published().wire(None).wire(None).published(attempt=2),
+        "D1: publish 2 on iotee/dev/hw1/rls has no durable event before it",
+    ),
+    "D3 executed twice": (lambda: Story().sent().executes().executes(), "D3: hw1 executed cmd_a 2 times"),
+    "D3 sent twice": (
+        lambda: Story().defined(repeatable=False).sent().published(attempt=2),
+        "D3: cmd_a is not repeatable and was sent 2 times",
+    ),
+    "D4 sent after its time": (
+        lambda: Story().created(expires_at=1007).published().puback("x").puback("x").puback("x").wire(),
+        "D4: cmd_a attempt 1 was sent 0 ms after it expired",
+    ),
+    "D6 the later one first": (
+        lambda: Story().sent(A).sent(B).executes(B).executes(A),
+        "D6: hw1 executed cmd_a after cmd_b, which was created later",
+    ),
+    "D8 sent after its end": (
+        lambda: Story().sent().log(A, "timed_out", reason="ttl").wire(),
+        "D8: cmd_a attempt 1 was sent after it was closed",
+    ),
+    "A1 PUBACK before the event": (
+        lambda: Story().sent().answers("executed").ended(durable=False).puback("executed").durable(),
+        "A1: cmd_a: executed got its PUBACK while only published was durable",
+    ),
+    "A1 a late answer dropped": (
+        lambda: Story().sent().log(A, "timed_out", reason="no_answer").puback("failed"),
+        "A1: cmd_a: failed got its PUBACK while only timed_out was durable",
+    ),
+    "A2 an answer that its device never sent": (
+        lambda: Story().sent().answers("executed", hardware_id="hw2").ended(),
+        "A2: cmd_a: 1 executed events of 0 answers",
+    ),
+    "A2 one report recorded twice": (
+        lambda: (
+            Story()
+            .sent()
+            .answers("progress")
+            .answers("progress")
+            .ended(event="progressed", percent=5)
+            .ended(event="progressed", percent=5)
+        ),
+        "A2: cmd_a: the same progressed was recorded twice",
+    ),
+    "S1 a gap": (lambda: Story().created().change(1, position=2), "S1: position 2 stands where 1 belongs"),
+    "S1 time falls": (
+        lambda: Story().created().published().change(2, recorded_at=1),
+        "S1: recorded_at falls at position 2",
+    ),
+    "S1 shorter than it was": (
+        lambda: Story().created().published().dump().without_last(),
+        "S1: the log had 2 events and later 1",
+    ),
+    "S1 rewritten": (
+        lambda: Story().created().dump().change(1, data={"hardware_id": "hw2"}),
+        "S1: the event at position 1 was changed",
+    ),
+    "S2 a version twice": (
+        lambda: Story().created().published().change(2, version=1),
+        "S2: cmd_a has versions [1, 1]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_history_that_is_right_is_passed_in_silence(name: str) -> None:
+    assert check(RIGHT[name]().dump().history) == []
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_history_that_is_wrong_is_named(name: str) -> None:
+    story, sentence = WRONG[name]
+
+    assert sentence in check(story().dump().history)
+
+
+def test_every_checker_has_a_history_that_it_finds_wrong() -> None:
+    assert {name.split()[0] for name in WRONG} == CHECKERS.keys()
+
+
+def test_rebuilt_projections_must_equal_the_incremental_ones() -> None:
+    kept = {"commands": [("cmd_a", "executed")], "lanes": []}
+
+    assert s4(kept, kept) == []
+    assert s4(kept, {**kept, "lanes": [("dev_1",)]}) == ["S4: lanes has 0 rows and rebuilt 1"]
+    assert s4(kept, {**kept, "commands": [("cmd_a", "failed")]}) == [
+        "S4: commands has ('cmd_a', 'executed') and rebuilt ('cmd_a', 'failed')"
+    ]
+
+
+def test_what_is_durable_is_known_from_the_first_commit_that_covers_it() -> None:
+    story = Story().log(A, "created", durable=False).log(A, "published", durable=False).durable().dump()
+    facts = Facts(story.history)
+
+    assert {facts.durable(row) for row in story.rows} == {story.history.commits[0].seq}

@@ -1,0 +1,284 @@
+"""Style as tests: which way imports run, what may reach the world, how long things get.
+
+The rules are the data at the top. Each checker takes a path and a source text and returns its complaints,
+and the last tests here plant a fault for each of them, so that none can go blind unnoticed.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("broker", "projections", "devices")
+LONGEST_FUNCTION = 70
+LONGEST_MODULE = 400
+
+PURE = ("broker/events.py", "broker/lifecycle.py", "broker/decisions.py", "broker/lanes.py", "broker/fleet.py")
+NEVER_IN_PURE = {
+    "asyncio",
+    "time",
+    "random",
+    "os",
+    "sqlite3",
+    "aiosqlite",
+    "aiomqtt",
+    "litestar",
+    "structlog",
+}
+
+# Only these may read a clock, draw a random number, start a thread or open a socket.
+SEAMS = (
+    "broker/world.py",
+    "broker/mqtt.py",
+    "broker/mqtt_server.py",
+    "broker/serve.py",
+    "broker/cli.py",
+    "broker/cli_log.py",
+    "broker/control.py",
+    "devices/agent.py",
+    "devices/simulator.py",
+)
+WORLD_MODULES = {
+    "time", "random", "secrets", "uuid", "threading", "socket", "socketserver", "ssl", "select", "concurrent",
+    "multiprocessing", "subprocess", "signal",
+}  # fmt: skip
+WORLD_NAMES = {
+    "datetime.now", "datetime.utcnow", "datetime.today", "date.today", "os.urandom", "os.getrandom",
+    "asyncio.to_thread", "asyncio.open_connection", "asyncio.start_server",
+}  # fmt: skip
+
+# A room or module -> all it may import of ours.
+MAY_IMPORT = {
+    "devices": {"devices"},
+    "projections": {
+        "projections", "broker.events", "broker.fleet", "broker.lifecycle", "broker.log", "broker.seams", "devices.types",
+    },
+}  # fmt: skip
+# A room or module -> what it must not import.
+MUST_NOT_IMPORT = {"broker/log": {"broker.http", "litestar", "uvicorn", "httpx2"}}
+# What is imported -> the only files of `broker/` and `projections/` that may.
+IMPORTED_ONLY_BY = {
+    "aiomqtt": {"broker/mqtt.py"},
+    "paho": {"broker/mqtt.py"},
+    "amqtt": {"broker/mqtt_server.py"},
+    "broker.cli": {"broker/__main__.py"},
+    "broker.serve": {"broker/cli.py"},
+    "broker.world": {"broker/serve.py", "broker/control.py", "broker/cli.py", "broker/cli_log.py"},
+    "broker.mqtt": {"broker/serve.py"},
+    "broker.mqtt_server": {"broker/serve.py"},
+}
+
+Checker = Callable[[str, str], list[str]]
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text()
+
+
+def complaints(checker: Checker) -> list[str]:
+    return [complaint for path, text in sources() for complaint in checker(path, text)]
+
+
+def within(name: str, modules: set[str]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def in_room(path: str, room: str) -> bool:
+    return path == f"{room}.py" or path.startswith(room + "/")
+
+
+def imports(path: str, text: str) -> Iterator[str]:
+    """Every imported thing by its full dotted name: `from a import b` is a.b."""
+    package = path.split("/")[:-1]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def names_the_world(text: str) -> Iterator[str]:
+    """Dotted names in use, such as `dt.datetime.now`, that end in one of WORLD_NAMES."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute):
+            name = dotted(node)
+            if any(f".{name}".endswith(f".{forbidden}") for forbidden in WORLD_NAMES):
+                yield name
+
+
+def wrong_imports(path: str, text: str) -> list[str]:
+    found = []
+    for name in imports(path, text):
+        ours = within(name, set(ROOMS))
+        found += [
+            f"{path} imports {name}; {room} may not"
+            for room, allowed in MAY_IMPORT.items()
+            if ours and in_room(path, room) and not within(name, allowed)
+        ]
+        found += [
+            f"{path} imports {name}; {room} must not"
+            for room, forbidden in MUST_NOT_IMPORT.items()
+            if in_room(path, room) and within(name, forbidden)
+        ]
+        found += [
+            f"{path} imports {name}; only {', '.join(sorted(allowed))} may"
+            for thing, allowed in IMPORTED_ONLY_BY.items()
+            if within(name, {thing}) and not in_room(path, "devices") and path not in allowed
+        ]
+    return found
+
+
+def impure(path: str, text: str) -> list[str]:
+    if path not in PURE:
+        return []
+    names = [name for name in imports(path, text) if within(name, NEVER_IN_PURE | WORLD_MODULES)]
+    return [f"{path} is pure and uses {name}" for name in [*names, *names_the_world(text)]]
+
+
+def reaches_the_world(path: str, text: str) -> list[str]:
+    if path in SEAMS:
+        return []
+    names = [name for name in imports(path, text) if within(name, WORLD_MODULES | WORLD_NAMES)]
+    return [f"{path} reaches past the seams: {name}" for name in [*names, *names_the_world(text)]]
+
+
+def too_long(path: str, text: str) -> list[str]:
+    lines = len(text.splitlines())
+    found = [f"{path} has {lines} lines"] if lines > LONGEST_MODULE else []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > LONGEST_FUNCTION:
+                found.append(f"{path}:{node.lineno} {node.name} has {length} lines")
+    return found
+
+
+def swallows(path: str, text: str) -> list[str]:
+    """`except Exception: pass`, in any of its spellings."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            caught, silent = node.type, all(does_nothing(statement) for statement in node.body)
+            if silent and (caught is None or is_broad(caught)):
+                found.append(f"{path}:{node.lineno} swallows every exception")
+        elif (
+            isinstance(node, ast.Call)
+            and dotted(node.func).endswith("suppress")
+            and any(map(is_broad, node.args))
+        ):
+            found.append(f"{path}:{node.lineno} swallows every exception")
+    return found
+
+
+def does_nothing(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Pass | ast.Continue) or (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    )
+
+
+def is_broad(caught: ast.expr) -> bool:
+    kinds = caught.elts if isinstance(caught, ast.Tuple) else [caught]
+    return any(dotted(kind).split(".")[-1] in ("Exception", "BaseException") for kind in kinds)
+
+
+def addresses(path: str, text: str) -> list[str]:
+    return [
+        f"{path}:{number} holds an address"
+        for number, line in enumerate(text.splitlines(), 1)
+        if "://" in line
+    ]
+
+
+def test_imports_run_inward_and_only_serve_wires() -> None:
+    assert complaints(wrong_imports) == []
+
+
+def test_pure_modules_are_pure() -> None:
+    assert complaints(impure) == []
+
+
+def test_every_module_called_pure_exists() -> None:
+    assert [path for path in PURE if not (ROOT / path).is_file()] == []
+
+
+def test_only_the_seams_reach_the_world() -> None:
+    assert complaints(reaches_the_world) == []
+
+
+def test_functions_and_modules_stay_short() -> None:
+    assert complaints(too_long) == []
+
+
+def test_no_exception_is_swallowed() -> None:
+    assert complaints(swallows) == []
+
+
+def test_lock_files_hold_no_addresses() -> None:
+    locks = [*ROOT.glob("requirements*.lock"), *ROOT.glob("scripts/*.lock")]
+    assert len(locks) == 3
+    assert [line for lock in locks for line in addresses(lock.name, lock.read_text())] == []
+
+
+PLANTED = [
+    (wrong_imports, "devices/agent.py", "import broker.events"),
+    (wrong_imports, "devices/agent.py", "from projections import lanes"),
+    (wrong_imports, "projections/lanes.py", "from broker.commands import Commands"),
+    (wrong_imports, "projections/lanes.py", "from devices import wire"),
+    (wrong_imports, "broker/log/sqlite.py", "from broker import http"),
+    (wrong_imports, "broker/log/sqlite.py", "from ..http import v1"),
+    (wrong_imports, "broker/dispatch.py", "import aiomqtt"),
+    (wrong_imports, "broker/dispatch.py", "from . import mqtt"),
+    (wrong_imports, "broker/http/app.py", "from broker.serve import serve"),
+    (impure, "broker/lanes.py", "def now():\n    import time"),
+    (impure, "broker/events.py", "from datetime import datetime\nAT = datetime.now()"),
+    (impure, "broker/lifecycle.py", "if TYPE_CHECKING:\n    import asyncio"),
+    (reaches_the_world, "broker/commands.py", "from time import monotonic"),
+    (reaches_the_world, "broker/commands.py", "import datetime as dt\nAT = dt.datetime.utcnow()"),
+    (reaches_the_world, "projections/lanes.py", "import os\nSALT = os.urandom(16)"),
+    (reaches_the_world, "projections/lanes.py", "from os import urandom"),
+    (reaches_the_world, "devices/wire.py", "import socket"),
+    (too_long, "broker/commands.py", "async def long():\n" + "    pass\n" * LONGEST_FUNCTION),
+    (too_long, "broker/commands.py", "A = 1\n" * (LONGEST_MODULE + 1)),
+    (swallows, "broker/commands.py", "try:\n    f()\nexcept:\n    pass"),
+    (swallows, "broker/commands.py", "try:\n    f()\nexcept (OSError, Exception) as e:\n    ..."),
+    (swallows, "broker/commands.py", "for x in y:\n  try:\n    f()\n  except BaseException:\n    continue"),
+    (swallows, "broker/commands.py", "with contextlib.suppress(Exception):\n    f()"),
+    (addresses, "requirements.lock", "--index-url https:" + "//example.org"),
+]
+
+CLEAN = """
+import timeit
+from datetime import UTC, datetime
+from broker.events import Created
+AT = datetime.fromtimestamp(0, UTC)
+LATER = sorted({"time": 1, "now": 2})
+try:
+    f()
+except OSError:
+    pass
+"""
+
+
+@pytest.mark.parametrize(("checker", "path", "text"), PLANTED)
+def test_a_planted_fault_is_found(checker: Checker, path: str, text: str) -> None:
+    assert checker(path, text) != []
+
+
+@pytest.mark.parametrize("path", ["broker/commands.py", "broker/lanes.py"])
+@pytest.mark.parametrize("checker", [wrong_imports, reaches_the_world, impure, too_long, swallows, addresses])
+def test_clean_code_is_left_alone(checker: Checker, path: str) -> None:
+    assert checker(path, CLEAN) == []

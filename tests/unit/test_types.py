@@ -1,0 +1,221 @@
+"""Device types: what ships, what a wrong file is told, and what becomes of parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devices.names import is_name
+from devices.types import BadParams, BadType, DeviceType, UnknownCommand, load_type, shipped_types
+
+BARE = """
+name = "gate"
+payload = "bare"
+[answers]
+done = "executed"
+[commands.open]
+text = "O"
+"""
+JSON = """
+name = "lamp"
+[commands.dim]
+default_ttl_sec = 5
+[commands.dim.params]
+type = "object"
+required = ["level"]
+additionalProperties = false
+[commands.dim.params.properties.level]
+type = "integer"
+maximum = 100
+[commands.dim.params.properties.fade]
+type = "object"
+default = {ms = 10}
+"""
+
+
+def shipped(name: str) -> DeviceType:
+    return shipped_types()[name]
+
+
+def test_three_types_are_shipped() -> None:
+    assert set(shipped_types()) == {"iotee_device", "generic", "recorder"}
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "suffix", "repeatable"),
+    [("lock", "1", "rls", True), ("unlock", "0", "rls", True), ("reboot", "1", "rbt", False)],
+)
+def test_iotee_device_is_told_by_fixed_texts(command: str, text: str, suffix: str, repeatable: bool) -> None:
+    iotee = shipped("iotee_device")
+
+    definition = iotee.definition(command)
+
+    assert (definition.text, definition.command_suffix, definition.repeatable) == (text, suffix, repeatable)
+    assert (definition.payload, definition.presence) == ("bare", "none")
+    assert (definition.carries_ids, definition.carries_grant) == (False, False)
+    assert definition.answers == {"ack": "acknowledged", "ok": "executed", "error": "failed"}
+    assert iotee.default_ttl(command) == 60
+
+
+def test_an_unknown_command_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UnknownCommand, match="lock, unlock, reboot"):
+        shipped("iotee_device").definition("explode")
+
+
+@pytest.mark.parametrize("params", [{}, None, 5, "x", [1, {"a": None}], {"a": 1.5}, False])
+def test_generic_takes_any_command_name_and_any_json(params: Any) -> None:
+    generic = shipped("generic")
+
+    assert generic.definition("anything_at-all").presence == "required"
+    assert generic.check_params("anything_at-all", params) == params
+    assert generic.check_params("x") == {}
+    assert generic.default_ttl("x") is None
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-a", "a/b", "a" * 65, "me", "lock\n", "schloß"])
+def test_generic_takes_no_command_that_is_not_a_name(name: str) -> None:
+    assert not is_name(name)
+    with pytest.raises(UnknownCommand):
+        shipped("generic").definition(name)
+
+
+def test_recorder_fills_in_what_was_left_out() -> None:
+    recorder = shipped("recorder")
+    given = {"metadata": {"room": "A"}}
+
+    filled = recorder.check_params("start_recording", given)
+
+    assert filled == {"metadata": {"room": "A"}, "max_duration_sec": 3600, "upload_immediately": True}
+    assert given == {"metadata": {"room": "A"}}
+    assert recorder.check_params("stop_recording") == {}
+    assert recorder.definition("start_recording").transports == ("mqtt", "heartbeat", "relay")
+
+
+@pytest.mark.parametrize(
+    ("command", "params", "field"),
+    [
+        ("start_recording", {"max_duration_sec": 0}, "params.max_duration_sec"),
+        ("start_recording", {"max_duration_sec": 86_401}, "params.max_duration_sec"),
+        ("start_recording", {"max_duration_sec": True}, "params.max_duration_sec"),
+        ("start_recording", {"max_duration_sec": "10"}, "params.max_duration_sec"),
+        ("start_recording", {"upload_immediately": 1}, "params.upload_immediately"),
+        ("start_recording", {"metadata": []}, "params.metadata"),
+        ("start_recording", {"colour": "red"}, "params.colour"),
+        ("stop_recording", {"now": True}, "params.now"),
+        ("stop_recording", [], "params"),
+        ("stop_recording", None, "params"),
+    ],
+)
+def test_recorder_names_the_parameter_that_is_wrong(command: str, params: Any, field: str) -> None:
+    with pytest.raises(BadParams) as refused:
+        shipped("recorder").check_params(command, params)
+
+    assert refused.value.field == field
+    assert refused.value.reason
+
+
+def test_a_missing_parameter_is_named() -> None:
+    with pytest.raises(BadParams, match=r"params\.level: is required"):
+        load_type(JSON).check_params("dim", {})
+
+
+def test_a_default_is_not_shared_between_commands() -> None:
+    lamp = load_type(JSON)
+
+    lamp.check_params("dim", {"level": 1})["fade"]["ms"] = 99
+
+    assert lamp.check_params("dim", {"level": 1})["fade"] == {"ms": 10}
+
+
+def test_parameters_that_no_grant_could_name_exactly_are_refused() -> None:
+    deep: Any = 1
+    for _ in range(65):
+        deep = [deep]
+
+    for params in (2**53, {"a": [-(2**53)]}, deep, {"x": float("inf")}):
+        with pytest.raises(BadParams):
+            shipped("generic").check_params("x", params)
+    assert shipped("generic").check_params("x", deep[0]) == deep[0]
+
+
+def test_a_value_is_not_repeated_in_the_reason() -> None:
+    with pytest.raises(BadParams) as refused:
+        load_type(JSON).check_params("dim", {"level": "my secret"})
+
+    assert "my secret" not in str(refused.value)
+    assert refused.value.value == "my secret"
+
+
+def test_what_a_command_leaves_open_comes_from_its_type() -> None:
+    lamp = load_type("ack_timeout_sec = 3\n" + JSON)
+
+    assert lamp.definition("dim").ack_timeout_sec == 3
+    assert lamp.definition("dim").late_answer_sec == 6
+    assert lamp.definition("dim").repeatable is True
+    assert load_type(BARE).definition("open").repeatable is False
+    assert lamp.default_ttl("dim") == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('nam = "x"\n' + JSON, "nam"),
+        ("max_in_flight = 101\n" + JSON, "max_in_flight"),
+        ("default_ttl_sec = 0\n" + JSON, "default_ttl_sec"),
+        ("default_ttl_sec = 31536001\n" + JSON, "default_ttl_sec"),
+        ("max_payload_bytes = 65537\n" + JSON, "max_payload_bytes"),
+        ("ack_timeout_sec = nan\n" + JSON, "ack_timeout_sec"),
+        ('ack_timeout_sec = "10"\n' + JSON, "ack_timeout_sec"),
+        ("backoff_cap_sec = 1\n" + JSON, "backoff_cap_sec"),
+        ("transports = []\n" + JSON, "transports"),
+        ('transports = ["pigeon"]\n' + JSON, "transports"),
+        ('command_suffix = "a/b"\n' + JSON, "command_suffix"),
+        ('command_suffix = "ack"\n' + JSON, "command_suffix"),
+        ('answer_suffix = "status"\n' + JSON, "answer_suffix"),
+        ('payload = "msgpack"\n' + JSON, "payload"),
+        (JSON + "[commands.dim.extra]\n", "commands.dim.extra"),
+        (JSON + '[commands.bad]\ntext = "1"\n', "commands.bad.text"),
+        (JSON + '[commands."a b"]\n', "commands.a b"),
+        (JSON + '[commands.bad]\nparams = {type = "wrong"}\n', "commands.bad.params"),
+        (JSON + '[commands.bad]\nparams = {"$ref" = "http://127.0.0.1:9/x"}\n', "commands.bad.params"),
+        (
+            JSON + '[commands.bad.params.properties.a]\ntype = "integer"\ndefault = "x"\n',
+            "commands.bad.params.properties.a.default",
+        ),
+        (BARE + "[commands.shut]\n", "commands.shut.text"),
+        (BARE + '[commands.shut]\ntext = "O"\n', "commands.shut.text"),
+        ("carries_ids = true\n" + BARE, "carries_ids"),
+        ("carries_grant = true\n" + BARE, "carries_grant"),
+        ("open = true\n" + BARE, "open"),
+        ("max_in_flight = 2\n" + BARE, "max_in_flight"),
+        ('presence = "none"\ncompletes_on = "published"\n' + BARE, "commands.open.completes_on"),
+        (BARE.replace('done = "executed"', 'done = "finished"'), "answers"),
+        (BARE.replace('done = "executed"', '" done" = "executed"'), "answers. done"),
+        ('name = "x"', "commands"),
+        ('commands = 5\nname = "x"', "commands"),
+        ('name = "x"\n[commands]\ny = 5', "commands.y"),
+        ("open = true", "name"),
+        ("open = yes", "(file)"),
+    ],
+)
+def test_a_wrong_file_is_told_which_key_is_wrong(text: str, key: str) -> None:
+    with pytest.raises(BadType) as refused:
+        load_type(text)
+
+    assert refused.value.key == key
+    assert refused.value.right
+
+
+def test_the_error_names_file_key_value_and_what_is_right(tmp_path: Path) -> None:
+    path = tmp_path / "lamp.toml"
+    path.write_text("max_in_flight = 101\n" + JSON)
+
+    with pytest.raises(BadType, match=r"lamp\.toml: max_in_flight = 101: .*100"):
+        load_type(path)
+
+
+def test_a_missing_file_is_a_bad_type(tmp_path: Path) -> None:
+    with pytest.raises(BadType, match="cannot be read"):
+        load_type(tmp_path / "none.toml")

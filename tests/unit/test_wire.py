@@ -1,0 +1,330 @@
+"""The wire: what leaves for a device, and what any bytes from one become."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from devices.clock import parse_rfc3339, rfc3339
+from devices.types import AnswerStatus, Definition, shipped_types
+from devices.wire import (
+    MAX_ANSWER_BYTES,
+    Answer,
+    Malformed,
+    Progress,
+    Unsendable,
+    answer_topic,
+    command_topic,
+    decode_answer,
+    decode_command,
+    decode_status,
+    encode_answer,
+    encode_command,
+    encode_status,
+    parse_topic,
+    status_topic,
+)
+
+TEXTS: dict[str, AnswerStatus] = {"ack": "acknowledged", "ok": "executed", "error": "failed"}
+LAST_MS = 253_402_300_799_999
+FIRST_MS = -62_135_596_800_000
+
+
+def definition(type_name: str = "generic", command: str = "lock") -> Definition:
+    return shipped_types()[type_name].definition(command)
+
+
+def encoded(of: Definition, params: Any = None) -> bytes:
+    return encode_command(of, command_id="cmd_1", params=params, attempt=2, expires_at=None, grant=None)
+
+
+def answer(said: Any, correlation: bytes | None = None) -> Answer:
+    payload = said if isinstance(said, bytes) else json.dumps(said).encode()
+    return decode_answer(payload, correlation, TEXTS)
+
+
+def test_a_json_device_is_told_everything() -> None:
+    payload = encode_command(
+        definition(),
+        command_id="cmd_1",
+        params={"a": [1]},
+        attempt=3,
+        expires_at="2026-11-20T09:30:00.000Z",
+        grant="x.y.z",
+    )
+
+    assert json.loads(payload) == {
+        "id": "cmd_1",
+        "type": "lock",
+        "params": {"a": [1]},
+        "attempt": 3,
+        "expires_at": "2026-11-20T09:30:00.000Z",
+        "grant": "x.y.z",
+    }
+
+
+def test_what_is_null_is_said_to_be_null() -> None:
+    assert json.loads(encoded(definition())) == {
+        "id": "cmd_1",
+        "type": "lock",
+        "params": None,
+        "attempt": 2,
+        "expires_at": None,
+        "grant": None,
+    }
+
+
+def test_a_bare_device_is_told_its_text_alone() -> None:
+    assert encoded(definition("iotee_device"), {"ignored": True}) == b"1"
+
+
+def test_what_does_not_fit_cannot_be_sent() -> None:
+    with pytest.raises(Unsendable, match="65536"):
+        encoded(definition(), "x" * 65_536)
+
+
+@pytest.mark.parametrize("params", [{1, object()}, "\ud800", object()])
+def test_what_is_not_json_cannot_be_sent(params: Any) -> None:
+    with pytest.raises(Unsendable):
+        encoded(definition(), params)
+
+
+def test_a_device_reads_what_was_encoded() -> None:
+    command = decode_command(encoded(definition(), {"a": 1}))
+
+    assert (command.id, command.type, command.params, command.attempt) == ("cmd_1", "lock", {"a": 1}, 2)
+
+
+def test_a_device_ignores_fields_it_does_not_know() -> None:
+    assert decode_command(b'{"id":"c","type":"t","colour":"red"}').params == {}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"1",
+        b"{}",
+        b'{"id":"c"}',
+        b'{"id":"a/b","type":"t"}',
+        b'{"id":"c","type":"t","attempt":0}',
+        b'{"id":"c","type":"t","expires_at":"soon"}',
+        b'{"id":"c","type":"t","params":' + b"[" * 65 + b"]" * 65 + b"}",
+        b'{"id":"c","type":"t","params":' + b"[" * 100_000,
+    ],
+)
+def test_a_device_refuses_what_is_no_command(payload: bytes) -> None:
+    with pytest.raises(Malformed):
+        decode_command(payload)
+
+
+@pytest.mark.parametrize(
+    ("said", "understood"),
+    [
+        (b"ack", Answer(status="acknowledged")),
+        (b" ok\r\n", Answer(status="executed")),
+        ({"status": "acknowledged"}, Answer(status="acknowledged")),
+        ({"id": "c", "status": "executed", "colour": "red"}, Answer(id="c", status="executed")),
+        ({"status": "executed", "result": {"a": 1}}, Answer(status="executed", result={"a": 1})),
+        ({"status": "executed", "result": [1]}, Answer(status="executed", result={"value": [1]})),
+        ({"status": "executed", "result": False}, Answer(status="executed", result={"value": False})),
+        ({"status": "executed", "result": None}, Answer(status="executed")),
+        (
+            {"status": "failed", "error": "jammed"},
+            Answer(status="failed", error={"code": "device_error", "message": "jammed"}),
+        ),
+        (
+            {"status": "failed", "error": {"code": "jam", "message": "m", "details": [1], "x": 2}},
+            Answer(status="failed", error={"code": "jam", "message": "m", "details": [1]}),
+        ),
+        (
+            {"status": "failed", "error": {"code": 5}},
+            Answer(status="failed", error={"code": "device_error", "message": ""}),
+        ),
+        (
+            {"status": "failed", "error": 17},
+            Answer(status="failed", error={"code": "device_error", "message": "17"}),
+        ),
+        (
+            {"status": "failed"},
+            Answer(status="failed", error={"code": "device_error", "message": "the device gave no reason"}),
+        ),
+        (b"error", Answer(status="failed", error={"code": "device_error", "message": "error"})),
+        (
+            {"status": "progress", "progress": {"percent": 100, "note": "n"}},
+            Answer(status="progress", progress=Progress(percent=100, note="n")),
+        ),
+        (
+            {"status": "executed", "at": "1970-01-01T00:00:00Z"},
+            Answer(status="executed", at="1970-01-01T00:00:00Z"),
+        ),
+    ],
+)
+def test_an_answer_is_understood(said: Any, understood: Answer) -> None:
+    assert answer(said) == understood
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"1",
+        b"maybe",
+        b'"ok"',
+        b"[]",
+        b"\xff",
+        {},
+        {"status": "done"},
+        {"status": "progress"},
+        {"status": "progress", "progress": {}},
+        {"status": "progress", "progress": {"percent": 101}},
+        {"status": "progress", "progress": {"percent": -0.1}},
+        {"status": "progress", "progress": {"percent": True}},
+        {"status": "executed", "id": 5},
+        {"status": "executed", "id": ""},
+        {"status": "executed", "id": "a/b"},
+        {"status": "executed", "id": "me"},
+        {"status": "executed", "at": "yesterday"},
+        {"status": "executed", "at": 0},
+        b'{"status":"executed","result":NaN}',
+        b'{"status":"executed","result":1e999}',
+        b'{"status":"executed","result":' + b"[" * 30_000,
+        b'{"status":"executed","result":' + b"[" * 65 + b"]" * 65 + b"}",
+        b'{"status":"executed","result":' + b"9" * 5_000 + b"}",
+        b'{"status":"executed"} x',
+        b'{"status":"executed","result":"' + b"x" * MAX_ANSWER_BYTES + b'"}',
+    ],
+)
+def test_what_is_no_answer_is_malformed(said: Any) -> None:
+    with pytest.raises(Malformed) as refused:
+        answer(said)
+
+    assert refused.value.reason
+
+
+def test_an_answer_is_named_by_its_id_else_by_correlation_data() -> None:
+    assert answer({"id": "a", "status": "executed"}, b"b").id == "a"
+    assert answer({"status": "executed"}, b"b").id == "b"
+    assert answer(b"ok", b"b").id == "b"
+    with pytest.raises(Malformed):
+        answer(b"ok", b"\xff")
+
+
+@given(st.binary(max_size=200), st.none() | st.binary(max_size=70))
+def test_any_bytes_are_an_answer_or_malformed(payload: bytes, correlation: bytes | None) -> None:
+    for bytes_ in (payload, b'{"status":"failed","error":' + payload + b"}"):
+        with contextlib.suppress(Malformed):
+            decode_answer(bytes_, correlation, TEXTS)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5))
+def test_any_json_result_can_be_recorded_and_read_again(result: Any) -> None:
+    understood = answer(json.dumps({"status": "executed", "result": result}).encode())
+
+    assert answer(encode_answer(understood)) == understood
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_a_status_or_malformed(payload: bytes) -> None:
+    with contextlib.suppress(Malformed):
+        decode_status(payload)
+
+
+@pytest.mark.parametrize(
+    ("payload", "status"),
+    [
+        (b"online", (True, None)),
+        (b" offline\n", (False, None)),
+        (b'{"status":"online"}', (True, None)),
+        (encode_status(False, "s-1"), (False, "s-1")),
+    ],
+)
+def test_a_status_is_read(payload: bytes, status: tuple[bool, str | None]) -> None:
+    assert decode_status(payload) == status
+
+
+def test_topics_name_the_device() -> None:
+    reboot = definition("iotee_device", "reboot")
+
+    assert command_topic("iotee", "ABC", reboot) == "iotee/dev/ABC/rbt"
+    assert answer_topic("a/b", "ABC", reboot) == "a/b/dev/ABC/ack"
+    assert parse_topic("a/b", "a/b/dev/ABC/ack") == ("ABC", "ack")
+    assert parse_topic("iotee", status_topic("iotee", "ABC")) == ("ABC", "status")
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "",
+        "iotee/dev/ABC",
+        "iotee/dev/ABC/",
+        "iotee/dev//ack",
+        "iotee/dev/ABC/ack/x",
+        "iotee/dev/me/ack",
+        "x/iotee/dev/A/ack",
+        "iotee/evt/A/b",
+    ],
+)
+def test_a_topic_of_another_shape_names_nobody(topic: str) -> None:
+    assert parse_topic("iotee", topic) is None
+
+
+@given(st.integers(FIRST_MS, LAST_MS))
+def test_an_instant_survives_being_written(ms: int) -> None:
+    assert parse_rfc3339(rfc3339(ms)) == ms
+
+
+@given(st.datetimes(timezones=st.timezones()))
+def test_an_instant_with_an_offset_is_read_as_python_does(instant: datetime) -> None:
+    offset = instant.utcoffset()
+    if offset is None or offset.total_seconds() % 60:
+        return
+    expected = (instant - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() // 0.001
+
+    assert abs(parse_rfc3339(instant.isoformat()) - expected) <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"),
+    [
+        ("1970-01-01T00:00:00Z", 0),
+        ("1970-01-01T00:00:00.5Z", 500),
+        ("1970-01-01T00:00:00.123456789Z", 123),
+        ("1970-01-01T01:30:00+01:30", 0),
+        ("1969-12-31T23:59:59.999Z", -1),
+    ],
+)
+def test_an_instant_is_read(text: str, ms: int) -> None:
+    assert parse_rfc3339(text) == ms
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "0",
+        "1970-01-01",
+        "1970-01-01T00:00:00",
+        "1970-01-01 00:00:00Z",
+        "1970-01-01T00:00:00.Z",
+        "1970-01-01T00:00:00.1234567890Z",
+        "1970-13-01T00:00:00Z",
+        "1970-02-30T00:00:00Z",
+        "1970-01-01T24:00:00Z",
+        "1970-01-01T00:00:60Z",
+        "1970-01-01T00:00:00+24:00",
+        "1970-01-01T00:00:00+0100",
+        "0001-01-01T00:00:00+00:01",
+        "１970-01-01T00:00:00Z",
+        "1970-01-01T00:00:00Z\n",
+    ],
+)
+def test_what_is_no_instant_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_rfc3339(text)
