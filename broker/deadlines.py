@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Callable
 
 STALL_MS = 1_000
+SLACK = 1_000
 
 
 class Deadlines:
@@ -32,6 +33,10 @@ class Deadlines:
             return
         self._set[key] = at
         heapq.heappush(self._heap, (at, key))
+        if len(self._heap) > 2 * len(self._set) + SLACK:
+            # Moments taken away stay in the heap until they come; with long lives they would pile up.
+            self._heap = [(moment, name) for name, moment in self._set.items()]
+            heapq.heapify(self._heap)
         if self._heap[0][1] == key:
             self._wake.set()
 

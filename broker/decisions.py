@@ -137,8 +137,7 @@ def _progress_again(state: CommandState, request: Request) -> Cell:
 
 
 def _same_result(state: CommandState, request: Request) -> Cell:
-    known = b"null" if state.result is None else bytes(state.result)
-    return ALREADY if same_json(known, bytes(request.result)) else unmatched("contradiction")
+    return ALREADY if same_json(bytes(state.result), bytes(request.result)) else unmatched("contradiction")
 
 
 def _same_error(state: CommandState, request: Request) -> Cell:

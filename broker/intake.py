@@ -61,7 +61,6 @@ class Intake:
         self.dispatch.link_up()
 
     def link_down(self, why: str) -> None:
-        logger.warning("mqtt.link_down", why=why)
         self.dispatch.link_down()
 
     def message(self, message: Message) -> None:

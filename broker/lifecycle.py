@@ -103,6 +103,7 @@ TRANSITIONS: dict[State, dict[str, State]] = {
 }
 
 MAX_PROGRESS_RECORDED = 1_000
+NO_RESULT = msgspec.Raw(b"null")
 PROGRESS_INTERVAL_MS = 1_000
 
 
@@ -146,7 +147,7 @@ class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     percent: float | None = None
     note: str | None = None
     progress_count: int = 0
-    result: msgspec.Raw | None = None
+    result: msgspec.Raw = NO_RESULT  # JSON
     error: Error | None = None
     reason: str | None = None
     by: str | None = None

@@ -12,7 +12,6 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -43,8 +42,8 @@ _SILENT = logging.getLogger("broker.mqtt.aiomqtt")
 _SILENT.disabled = True
 
 
-async def _connected_socket(host: str, port: int) -> socket.socket:
-    """Not left to paho: it would connect in a thread, which cannot be cancelled."""
+async def _connected_socket(host: str, port: int, tls: ssl.SSLContext | None) -> socket.socket:
+    """Not left to paho: it would do this in a thread, which cannot be cancelled."""
     loop = asyncio.get_running_loop()
     failure = OSError(f"{host} has no address")
     for family, kind, proto, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
@@ -54,6 +53,9 @@ async def _connected_socket(host: str, port: int) -> socket.socket:
             # Without it Nagle's algorithm and delayed acknowledgements make 88 ms of a 0.7 ms round trip.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await loop.sock_connect(sock, address)
+            if tls is not None:
+                sock = secured = tls.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+                await _handshake(secured)
         except BaseException as error:
             sock.close()
             if not isinstance(error, OSError):
@@ -62,6 +64,23 @@ async def _connected_socket(host: str, port: int) -> socket.socket:
         else:
             return sock
     raise failure
+
+
+async def _handshake(sock: ssl.SSLSocket) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        ready = asyncio.Event()
+        try:
+            return sock.do_handshake()
+        except ssl.SSLWantReadError:
+            loop.add_reader(sock.fileno(), ready.set)
+        except ssl.SSLWantWriteError:
+            loop.add_writer(sock.fileno(), ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(sock.fileno())
+            loop.remove_writer(sock.fileno())
 
 
 def _publish_properties(outgoing: Outgoing) -> Properties:
@@ -102,7 +121,6 @@ class _Connection:
         self._paho.on_publish = self._on_publish
         self._paho.on_disconnect = self._on_disconnect
         self._inbox: deque[tuple[Callable[[], None], str]] = deque()
-        self._socket: socket.socket | None = None
         self._entering: asyncio.Task[Any] | None = None
 
     async def open(
@@ -110,10 +128,10 @@ class _Connection:
     ) -> None:
         """Returns when the server has granted everything; messages wait in the inbox until `announce`."""
         async with asyncio.timeout(OPEN_WITHIN_SEC):
-            self._socket = await _connected_socket(host, port)
-            self._paho._create_socket = partial(self._secured, host, tls)  # type: ignore[method-assign]
+            connected = await _connected_socket(host, port, tls)
+            self._paho._create_socket = lambda: connected  # type: ignore[method-assign]
             self._entering = asyncio.create_task(self._aio.__aenter__())
-            # Shielded: the TLS handshake runs in a thread, and `end` must clear up after it.
+            # Shielded: part of it runs in a thread, and `end` must clear up after that.
             await asyncio.shield(self._entering)
             sock = self._paho.socket()
             if sock is None:
@@ -126,15 +144,6 @@ class _Connection:
             if value >= REFUSED:
                 logger.error("mqtt.subscription_refused", topic=topic, code=value)
                 raise aiomqtt.MqttError(f"the server refused the subscription to {topic}: {value:#04x}")
-
-    def _secured(self, host: str, tls: ssl.SSLContext | None) -> socket.socket:
-        """Called by paho in a thread. Its own way forgets to close a socket whose certificate is wrong."""
-        assert self._socket is not None
-        if tls is not None:
-            self._socket = tls.wrap_socket(self._socket, server_hostname=host, do_handshake_on_connect=False)
-            self._socket.settimeout(OPEN_WITHIN_SEC)
-            self._socket.do_handshake()
-        return self._socket
 
     async def _subscribe(self, subscriptions: Sequence[str]) -> list[int]:
         """The server's codes. aiomqtt alone would not notice here that the connection has ended."""
@@ -181,24 +190,16 @@ class _Connection:
         if self._entering is None:
             return
         self._paho.disconnect()
-        self._entering.add_done_callback(self._clear_up)
         if not self._aio._connected.done():
             self._aio._connected.set_exception(aiomqtt.MqttError("closed"))
             self._aio._connected.exception()
-        if not self._entering.done() and self._socket is not None:
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread of a handshake
-        await asyncio.wait({self._entering}, timeout=0.5)
+        await asyncio.wait({self._entering})
+        if not self._entering.cancelled():
+            self._entering.exception()
+        self._paho._sock_close()
         if self._aio._misc_task is not None:
             self._aio._misc_task.cancel()
             await asyncio.wait({self._aio._misc_task})
-
-    def _clear_up(self, entering: asyncio.Task[Any]) -> None:
-        if not entering.cancelled():
-            entering.exception()  # looked at, so that the loop does not report it
-        self._paho._sock_close()
-        if self._socket is not None:
-            self._socket.close()
 
     def _on_message(self, _client: Any, _userdata: Any, raw: paho.MQTTMessage) -> None:
         message = Message(
