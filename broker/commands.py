@@ -129,6 +129,9 @@ class Commands:
 
         The caller may decide and stage until it next awaits. Everything is read again if the state was
         loaded anew meanwhile.
+
+        Raises:
+            Unavailable: the log cannot be written now.
         """
         names, command_ids = list(names), list(command_ids)
         while True:
@@ -153,7 +156,7 @@ class Commands:
 
     # --- create ---
 
-    async def create(self, caller: Caller, order: Order) -> Accepted:
+    async def create(self, caller: Caller, order: Order, retry_of: str | None = None) -> Accepted:
         """Accepts one command, or names the one that the same key made before.
 
         Raises:
@@ -162,16 +165,20 @@ class Commands:
             Unavailable: the log could not be written.
         """
         await self.ready([order.device])
-        device = self.device(caller, order.device)
-        key = (device.project, order.idempotency_key or "", "")
-        if order.idempotency_key is not None:
-            await self.ready([order.device], key=key)
+        try:
             device = self.device(caller, order.device)
-        params, definition = self.check(device, order)
-        if (first := self.live.keys.get(key)) is not None:
-            return await self._replay(first, order.fingerprint)
-        self._check_queue(device, order.type)
-        state = self._accept(caller, device, order, params, definition)
+            key = (device.project, order.idempotency_key or "", "")
+            if order.idempotency_key is not None:
+                await self.ready([order.device], key=key)
+                device = self.device(caller, order.device)
+                if (first := self.live.keys.get(key)) is not None:
+                    return await self._replay(first, order.fingerprint)
+            params, definition = self.check(device, order)
+            self._check_queue(device, order.type)
+        except Refusal:
+            await self.writer.barrier()  # a refusal, too, may stand on what is not durable yet
+            raise
+        state = self._accept(caller, device, order, params, definition, retry_of)
         if order.idempotency_key is not None:
             self._keep_key(key, order.fingerprint, state)
         await self.writer.barrier()
@@ -212,7 +219,7 @@ class Commands:
         order: Order,
         params: msgspec.Raw,
         definition: Definition,
-        retry_of: str | None = None,
+        retry_of: str | None,
     ) -> CommandState:
         """Stages `created`; from here to the return nothing may await."""
         writer = self.writer
@@ -300,6 +307,7 @@ class Commands:
             )
         await self.ready(command_ids=[command_id])
         state = self.live.command(command_id)
+        await self.writer.barrier()
         if state is None:
             raise Refusal("gone", f"{command_id}, made with this idempotency key, was erased")
         return Accepted(state, replayed=True)
@@ -314,15 +322,13 @@ class Commands:
             Unavailable: the log could not be written.
         """
         await self.ready(command_ids=[command_id])
-        state = self.live.command(command_id)
-        if state is None or not caller.sees(state.project):
-            raise not_found("command", command_id)
+        state = self.seen(caller, command_id)
         decision = decide(state, msgspec.structs.replace(request, now=self.writer.now(), by=caller.actor))
         if decision.event is not None:
             state = self.apply(state, decision, caller.actor)
         await self.writer.barrier()
         if decision.verdict is Verdict.CONFLICT:
-            raise _conflict(state, request.input)
+            raise conflict(state, request.input)
         return state
 
     async def cancel(self, caller: Caller, command_id: str, reason: str | None = None) -> CommandState:
@@ -331,8 +337,20 @@ class Commands:
     async def abandon(self, caller: Caller, command_id: str, reason: str | None = None) -> CommandState:
         return await self.request(caller, command_id, Request(input=Input.ABANDON, reason=reason))
 
+    def seen(self, caller: Caller, command_id: str) -> CommandState:
+        """A command of the caller's project, from memory: see `ready`.
 
-def _conflict(state: CommandState, wanted: Input) -> Refusal:
+        Raises:
+            Refusal: not_found, also when it belongs to another project.
+        """
+        state = self.live.command(command_id)
+        if state is None or not caller.sees(state.project):
+            raise not_found("command", command_id)
+        return state
+
+
+def conflict(state: CommandState, wanted: Input) -> Refusal:
+    """The refusal of a request that the state does not allow; it says the state."""
     handed = "" if state.published_at is None else ", it was handed over to the device's transport"
     hint = " (cancel it)" if wanted is Input.ABANDON and state.state is State.PENDING else ""
     return Refusal(

@@ -23,6 +23,7 @@ from broker.keys import Keys
 from broker.live import Live
 from broker.log import sqlite as log
 from broker.registry import Registry
+from broker.repairs import Repairs
 from broker.seams import Clock, Entropy, Link, Message, Outgoing, Receipt, Sql, Storage
 from broker.settings import Settings
 from broker.writer import CLOCK_STEP_MS, Writer
@@ -62,6 +63,7 @@ class Core:
         self.writer = Writer(storage, clock, entropy)
         self.live = Live()
         self.commands = Commands(self.writer, self.live, types, settings.prefix, settings.limits)
+        self.repairs = Repairs(self.commands)
         self.registry = Registry(self.commands)
         self.keys = Keys(self.writer)
         self.link: Link = NoLink()

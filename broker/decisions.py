@@ -61,6 +61,8 @@ class Decision(msgspec.Struct, frozen=True):
 
 Rule = Callable[[CommandState, Request], Cell]
 
+UNEXPLAINED = Error(code="device_error", message="the device said only that it failed")
+
 NOTHING = Cell(Verdict.NOTHING)
 ALREADY = Cell(Verdict.ALREADY)
 CONFLICT = Cell(Verdict.CONFLICT)
@@ -115,7 +117,7 @@ def _attempt_timer(_: CommandState, request: Request) -> Cell:
     return record("timed_out", "no_answer") if request.last_attempt else attempt("back_off")
 
 
-def _went_offline(_: CommandState, request: Request) -> Cell:
+def _void(_: CommandState, request: Request) -> Cell:
     # One that may be sent only once keeps its attempt: there is no other, and its timer must end it.
     return attempt("void") if request.repeatable else NOTHING
 
@@ -131,9 +133,11 @@ def _came_online(_: CommandState, request: Request) -> Cell:
 def _progress_again(state: CommandState, request: Request) -> Cell:
     changed = (request.percent, request.note) != (state.percent, state.note)
     soon = state.progress_count > 0 and request.now - state.updated_at < PROGRESS_INTERVAL_MS
-    if not changed or soon or state.progress_count >= MAX_PROGRESS_RECORDED:
-        return NOTHING
-    return record("progressed")
+    return NOTHING if not changed or soon else _progress_late(state, request)
+
+
+def _progress_late(state: CommandState, _: Request) -> Cell:
+    return record("progressed") if state.progress_count < MAX_PROGRESS_RECORDED else NOTHING
 
 
 def _same_result(state: CommandState, request: Request) -> Cell:
@@ -141,7 +145,7 @@ def _same_result(state: CommandState, request: Request) -> Cell:
 
 
 def _same_error(state: CommandState, request: Request) -> Cell:
-    return ALREADY if state.error == request.error else unmatched("contradiction")
+    return ALREADY if state.error == (request.error or UNEXPLAINED) else unmatched("contradiction")
 
 
 def same_json(left: bytes, right: bytes) -> bool:
@@ -150,6 +154,8 @@ def same_json(left: bytes, right: bytes) -> bool:
 
 
 def _without_id(_: CommandState, request: Request) -> Cell:
+    if request.candidates == 0:
+        return unmatched("nothing_in_flight")
     return unmatched("ambiguous") if request.candidates > 1 else attempt("again")
 
 
@@ -200,18 +206,18 @@ TABLE: dict[Input, dict[State, Cell | Rule]] = {
     Input.FETCH:           row(_,       record("published"), _fetch_again,    _,                   _,                     _,            _,           _,        _),
     Input.UNSENDABLE:      row(_,       record("failed", "unsendable"), record("timed_out", "unsendable"), _, _,          _,            _,           _,        _),
     Input.REFUSED:         row(_,       _,               _refused,            _,                   _,                     _,            _,           _,        _),
-    Input.NO_SUBSCRIBER:   row(_,       _,               attempt("void"),     _,                   _,                     _,            _,           _,        _),
+    Input.NO_SUBSCRIBER:   row(_,       _,               _void,               _,                   _,                     _,            _,           _,        _),
     Input.ACCEPTED:        row(_,       _,               _accepted,           _,                   _,                     _,            _,           _,        _),
     Input.WRITE_UNKNOWN:   every(_),
     Input.ATTEMPT_TIMER:   row(_,       _,               _attempt_timer,      _,                   _,                     _,            _,           _,        _),
     Input.EXPIRY:          row(_,       record("expired"), record("timed_out", "ttl"), _,          _,                     _,            _,           _,        _),
     Input.RESULT_TIMER:    row(_,       _,               _,                   record("timed_out", "no_result"), _,        _,            _,           _,        _),
-    Input.WENT_OFFLINE:    row(_,       _,               _went_offline,       _,                   _,                     _,            _,           _,        _),
+    Input.WENT_OFFLINE:    row(_,       _,               _void,               _,                   _,                     _,            _,           _,        _),
     Input.CAME_ONLINE:     row(_,       _,               _came_online,        _,                   _,                     _,            _,           _,        _),
     Input.RESTARTED:       row(_,       _,               _restarted,          _,                   _,                     _,            _,           _,        _),
     # answers of the right device on the right topic
     Input.ANSWER_ACKNOWLEDGED: row(UNKNOWN, NEVER,       record("acknowledged"), _,                record("acknowledged"), _,           _,           BROKEN,   BROKEN),
-    Input.ANSWER_PROGRESS: row(UNKNOWN, NEVER,           record("progressed"), _progress_again,    record("progressed"),  _,            _,           BROKEN,   BROKEN),
+    Input.ANSWER_PROGRESS: row(UNKNOWN, NEVER,           record("progressed"), _progress_again,    _progress_late,        _,            _,           BROKEN,   BROKEN),
     Input.ANSWER_EXECUTED: row(UNKNOWN, NEVER,           record("executed"),  record("executed"),  record("executed"),    _same_result, AGAINST,     BROKEN,   BROKEN),
     Input.ANSWER_FAILED:   row(UNKNOWN, NEVER,           record("failed"),    record("failed"),    record("failed"),      AGAINST,      _same_error, BROKEN,   BROKEN),
     # answers that never reach a command's row by name
@@ -238,11 +244,14 @@ def decide(state: CommandState | None, request: Request) -> Decision:
     return Decision(cell.verdict, cell.word)
 
 
+HANDED_OVER = (State.PUBLISHED, State.ACKNOWLEDGED, State.TIMED_OUT)
+
+
 def _as_report(state: CommandState | None, request: Request, cell: Cell) -> Cell:
     """An answer over HTTP: its sender waits for a verdict, so what would be unmatched is refused [22]."""
     if state is None:
         return MISSING
-    if cell.verdict is Verdict.RECORD and not (state.pulled or request.may_report):
+    if state.state in HANDED_OVER and not (state.pulled or request.may_report):
         return CONFLICT
     if cell.verdict is Verdict.NOTHING:
         return ALREADY
@@ -300,5 +309,6 @@ def _failed(request: Request, cell: Cell, late: bool) -> Failed:
     if cell.reason == "unsendable":
         error = Error(code="unsendable", message=request.reason or "the device type cannot express it")
         return Failed(error=error, by="broker", evidence="broker")
-    error = request.error or Error(code="device_error", message="the device said only that it failed")
-    return Failed(error=error, by="device", late=late, at=request.at, evidence=request.evidence)
+    return Failed(
+        error=request.error or UNEXPLAINED, by="device", late=late, at=request.at, evidence=request.evidence
+    )

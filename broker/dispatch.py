@@ -15,6 +15,7 @@ from broker import lanes
 from broker.commands import Commands
 from broker.deadlines import Deadlines
 from broker.decisions import Decision, Verdict, decide
+from broker.explain import Explanation, Situation, explain
 from broker.grants import Grants
 from broker.lanes import Lane, Member, Presence
 from broker.lifecycle import CommandState, Input, Request, State
@@ -116,6 +117,27 @@ class Dispatch:
                 if member.definition.presence == "required":
                     self._input(member, Input.CAME_ONLINE if came else Input.WENT_OFFLINE)
         self.pump(device_id)
+
+    async def explain(self, state: CommandState) -> Explanation:
+        """Why a command is where it is, and what happens next; `state` as it was read."""
+        await self.live.bring(self.writer.storage, [state.device_id])
+        await self.writer.barrier()
+        member = self.live.members.get(state.id)
+        device = self.live.device(state.device_id)
+        presence = self.live.presence.get(state.device_id, Presence.NEVER)
+        return explain(
+            Situation(
+                state=state if member is None else member.state,
+                now=self.writer.now(),
+                member=member,
+                lane=self.live.lanes.get(state.device_id),
+                presence=presence,
+                offline_since=device.seen_at if device is not None and not device.online else None,
+                link_up=self.link.up,
+                halted=self.halted,
+                slots_free=self._slots > self._staged + self._outstanding,
+            )
+        )
 
     # --- handing over ---
 

@@ -77,7 +77,7 @@ class Acknowledged(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 class Progressed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The device reports progress, 0 to 100 percent."""
 
-    percent: float | None = None
+    percent: int | float | None = None
     note: str | None = None
     late: bool = False
     at: str | None = None

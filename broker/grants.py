@@ -28,6 +28,7 @@ class Grants:
         self.keys = keys
         self.kid = next(reversed(keys))
         self._key = keys[self.kid]
+        self._last: tuple[tuple[str, str, int, int], str] = (("", "", 0, 0), "")
 
     def mint(self, state: CommandState, now_ms: int) -> str:
         """A grant for this hand-over; ends with the command, and for a closed one not after its closing."""
@@ -36,6 +37,14 @@ class Grants:
         for end in (state.expires_at, state.closed_at):
             if end is not None:
                 exp = min(exp, end // 1_000)
+        # The answer of a create and the hand-over right after it carry the same claims: sign once.
+        if self._last[0] == (made := (self.kid, state.id, now, exp)):
+            return self._last[1]
+        token = self._sign(state, now, exp)
+        self._last = made, token
+        return token
+
+    def _sign(self, state: CommandState, now: int, exp: int) -> str:
         claims = {
             "iss": self.issuer,
             "aud": state.hardware_id,

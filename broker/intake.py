@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import structlog
@@ -17,6 +17,7 @@ import structlog
 from broker.commands import Commands
 from broker.decisions import Verdict, decide
 from broker.dispatch import Dispatch
+from broker.errors import Unavailable
 from broker.events import Error, Evidence
 from broker.fleet import DeviceState
 from broker.lanes import Member, Presence, candidates
@@ -92,10 +93,10 @@ class Intake:
         batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
         places = [parse_topic(self.commands.prefix, message.topic) for message in batch]
         names = {place[0] for place in places if place is not None}
-        await self.commands.ready(names)
+        await self._ready(names)
         answers = [self._read(message, place) for message, place in zip(batch, places, strict=True)]
         named = {answer.id for answer in answers if isinstance(answer, Answer) and answer.id is not None}
-        await self.commands.ready(names, named)
+        await self._ready(names, named)
         # From here on nothing may come in between.
         for message, place, answer in zip(batch, places, answers, strict=True):
             try:
@@ -104,6 +105,16 @@ class Intake:
                 # One message must not stop the next; it is acknowledged, so that it cannot come for ever.
                 logger.exception("intake.failed", topic=message.topic[:200])
         self.writer.then(lambda: self._puback(batch), lambda: self._again(batch))
+
+    async def _ready(self, names: Iterable[str], command_ids: Iterable[str] = ()) -> None:
+        """Like `Commands.ready`, but waits until the log can be written: a device's answer is not refused."""
+        while True:
+            await self.writer.opened()
+            try:
+                await self.commands.ready(names, command_ids)
+                return
+            except Unavailable:
+                continue
 
     def _puback(self, batch: list[Message]) -> None:
         for message in batch:

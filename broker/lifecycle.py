@@ -144,7 +144,7 @@ class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     reported_at: int | None = None
     executed_at: int | None = None
     closed_at: int | None = None
-    percent: float | None = None
+    percent: int | float | None = None
     note: str | None = None
     progress_count: int = 0
     result: msgspec.Raw = NO_RESULT  # JSON
@@ -317,7 +317,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     at: str | None = None
     result: msgspec.Raw = msgspec.Raw(b"null")
     error: Error | None = None
-    percent: float | None = None
+    percent: int | float | None = None
     note: str | None = None
     over_http: bool = False
     may_report: bool = False

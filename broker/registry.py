@@ -12,11 +12,13 @@ from typing import Any, Literal
 import msgspec
 
 from broker.commands import Caller, Commands
+from broker.decisions import decide
 from broker.errors import Refusal, invalid
 from broker.events import (
     SYSTEM,
     Changed,
     ClockStepped,
+    Deleted,
     DeviceEvent,
     Offline,
     Online,
@@ -28,10 +30,12 @@ from broker.events import (
 from broker.fleet import DeviceState, evolve_device
 from broker.ids import new_id, new_secret, secret_digest
 from broker.lanes import Presence
+from broker.lifecycle import Input, Request
 from broker.seams import Sql
 from devices.names import is_name
 from projections import devices as devices_view
 
+MQTT_USERS = frozenset({"ordain", "service"})
 NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be me or pending"
 
 
@@ -83,6 +87,8 @@ class Registry:
         for field, value in (("hardware_id", new.hardware_id), ("id", device_id), ("project", new.project)):
             if not is_name(value):
                 raise invalid(field, NAME_RULE, value)
+        if new.hardware_id in MQTT_USERS:
+            raise invalid("hardware_id", "ordain and service are users of the MQTT server", new.hardware_id)
         if new.type not in self.types:
             raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", new.type)
         await self.commands.ready([device_id, new.hardware_id])
@@ -114,6 +120,34 @@ class Registry:
         if change != Changed():
             device = self.record(change, device.id, device, device.project, caller.actor)
         await self.writer.barrier()
+        return device
+
+    async def delete(self, caller: Caller, name: str, *, force: bool) -> DeviceState:
+        """Takes a device away for ever; with `force` also while commands to it are open.
+
+        Those never handed over are cancelled, the others end as timed out: they may have been done.
+
+        Raises:
+            Refusal: not_found, or conflict while its lane is not empty.
+        """
+        device = await self.find(caller, name)
+        lane = self.live.lanes.get(device.id)
+        open_ones = list(lane.members.values()) if lane is not None else []
+        if open_ones and not force:
+            await self.writer.barrier()
+            raise Refusal(
+                "conflict",
+                f"device {device.hardware_id} has {len(open_ones)} open commands; force=true ends them",
+                {"open_commands": len(open_ones)},
+            )
+        # Deleted first: what is recorded of its commands from here on hands nothing over.
+        device = self.record(Deleted(), device.id, device, device.project, caller.actor)
+        self.presence(device.id, Presence.NEVER)
+        request = Request(input=Input.DEVICE_DELETED, by=caller.actor, now=self.writer.now())
+        for member in reversed(open_ones):
+            self.commands.apply(member.state, decide(member.state, request), caller.actor)
+        await self.writer.barrier()
+        self.token_changed(device.hardware_id)
         return device
 
     async def rotate_token(self, caller: Caller, name: str) -> tuple[DeviceState, str]:

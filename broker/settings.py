@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from broker.mqtt_url import parse_url
 from devices.names import is_name
 
 
@@ -73,6 +74,11 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
         raise BadSetting(f"{place or 'settings'}: {error}") from error
     for key in ("http", "mqtt_listen"):
         address(key, getattr(settings, key))
+    if settings.mqtt_url:
+        try:
+            parse_url(settings.mqtt_url)
+        except ValueError as error:  # the URL itself may hold a password
+            raise BadSetting(f"mqtt_url: {error}") from error
     if not is_name(settings.prefix):
         raise BadSetting(f"prefix = {settings.prefix!r}: must be one topic level of letters, digits, _ and -")
     return settings

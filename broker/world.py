@@ -13,6 +13,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -85,10 +86,12 @@ class SqliteStorage:
     writing connection checkpoints: libraries before 3.51.3 can lose a reset WAL otherwise.
     """
 
-    def __init__(self, lock: IO[str], writer: aiosqlite.Connection, reader: aiosqlite.Connection) -> None:
-        self._lock = lock
+    def __init__(
+        self, writer: aiosqlite.Connection, reader: aiosqlite.Connection, opened: AsyncExitStack
+    ) -> None:
         self._writer = writer
         self._reader = reader
+        self._opened = opened
 
     @classmethod
     async def open(cls, directory: Path) -> SqliteStorage:
@@ -100,29 +103,27 @@ class SqliteStorage:
             OSError: the directory cannot be made or written.
         """
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        lock = _lock(directory / LOCK)
         path = directory / DATABASE
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            writer = await _connect(path)
-            await writer.execute_fetchall("PRAGMA secure_delete = ON")
-            mode = next(iter(await writer.execute_fetchall("PRAGMA journal_mode = WAL")))[0]
-            await writer.execute_fetchall("PRAGMA synchronous = FULL")
-            level = next(iter(await writer.execute_fetchall("PRAGMA synchronous")))[0]
-            if (mode, level) != ("wal", 2):
-                raise Broken(
-                    f"SQLite gives journal_mode {mode} and synchronous {level}, not wal and 2 (FULL)"
-                )
-            reader = await _connect(path)
-            await reader.execute_fetchall("PRAGMA query_only = ON")
-            await reader.execute_fetchall("PRAGMA wal_autocheckpoint = 0")
+            # What was opened is closed again if the rest fails: a connection's thread would never end.
+            async with AsyncExitStack() as opened:
+                opened.enter_context(_lock(directory / LOCK))
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+                writer = await opened.enter_async_context(_connection(path))
+                await writer.execute_fetchall("PRAGMA secure_delete = ON")
+                mode = next(iter(await writer.execute_fetchall("PRAGMA journal_mode = WAL")))[0]
+                await writer.execute_fetchall("PRAGMA synchronous = FULL")
+                level = next(iter(await writer.execute_fetchall("PRAGMA synchronous")))[0]
+                if (mode, level) != ("wal", 2):
+                    raise Broken(
+                        f"SQLite gives journal_mode {mode} and synchronous {level}, not wal and 2 (FULL)"
+                    )
+                reader = await opened.enter_async_context(_connection(path))
+                await reader.execute_fetchall("PRAGMA query_only = ON")
+                await reader.execute_fetchall("PRAGMA wal_autocheckpoint = 0")
+                return cls(writer, reader, opened.pop_all())
         except sqlite3.Error as error:
-            lock.close()
             raise Broken(f"{path}: {error}") from error
-        except BaseException:
-            lock.close()
-            raise
-        return cls(lock, writer, reader)
 
     async def write(self, work: Callable[[Sql], T]) -> T:
         return await self._run(self._writer, "BEGIN IMMEDIATE", work)
@@ -141,9 +142,7 @@ class SqliteStorage:
 
     async def close(self) -> None:
         """Ends the reader first, so that the last connection, which checkpoints, is the writing one."""
-        await self._reader.close()
-        await self._writer.close()
-        self._lock.close()
+        await self._opened.aclose()
 
 
 def open_for_reading(directory: Path) -> sqlite3.Connection:
@@ -165,8 +164,8 @@ def open_for_reading(directory: Path) -> sqlite3.Connection:
     return connection
 
 
-async def _connect(path: Path) -> aiosqlite.Connection:
-    return await aiosqlite.connect(path, factory=_Transactions, isolation_level=None, timeout=10)
+def _connection(path: Path) -> aiosqlite.Connection:
+    return aiosqlite.connect(path, factory=_Transactions, isolation_level=None, timeout=10)
 
 
 def _lock(path: Path) -> IO[str]:

@@ -157,11 +157,19 @@ class Writer:
         if len(self._batch.events) >= BATCH_EVENTS:
             self._room.clear()
 
+    async def opened(self) -> None:
+        """Waits while the log cannot be written."""
+        await self._opened.wait()
+
     async def room(self) -> None:
-        """Waits while the log cannot be written or a full batch is waiting: the bound of the queue."""
-        while not (self.open and self._room.is_set()):
-            await self._opened.wait()
-            await self._room.wait()
+        """Waits while a full batch is waiting: the bound of the queue.
+
+        Raises:
+            Unavailable: the log cannot be written now.
+        """
+        await self._room.wait()
+        if not self.open:
+            raise Unavailable("the log cannot be written now")
 
     async def barrier(self) -> None:
         """Waits until everything staged so far is durable. No answer leaves us before that.

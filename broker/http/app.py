@@ -10,6 +10,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from broker.http import local as local_routes
 from broker.http import openapi, system, v1, v1_devices
+from broker.http.answers import Json
 from broker.http.auth import Call
 from broker.http.errors import HANDLERS
 from broker.http.services import Services
@@ -28,9 +29,9 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
     inner = Litestar(
         route_handlers=[*ROUTES, *([local_routes.routes] if local else [])],
         request_class=Call,
+        response_class=Json,
         exception_handlers=HANDLERS,
         state=State({"services": services, "local": local}),
-        request_max_body_size=services.limits.body_bytes,
         openapi_config=None,
         logging_config=None,
     )

@@ -33,6 +33,25 @@ class Call(Request[Caller, Any, State]):
     def services(self) -> Services:
         return cast(Services, self.scope["litestar_app"].state["services"])
 
+    async def body(self) -> bytes:
+        """The whole body, kept.
+
+        Raises:
+            HTTPException: 413, as soon as more has come than is taken, whatever length was announced.
+        """
+        if not isinstance(self._body, bytes):
+            most, body, more = self.services.limits.body_bytes, b"", True
+            while more:
+                event = cast(dict[str, Any], await self.receive())
+                if event["type"] == "http.disconnect":
+                    raise HTTPException("the client went away")
+                body += event.get("body", b"")
+                more = event.get("more_body", False)
+                if len(body) > most:
+                    raise HTTPException(status_code=413)
+            self._body = body
+        return self._body
+
     async def json(self) -> Any:
         """The body as the Struct that the handler's `data` says, strictly.
 

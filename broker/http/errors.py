@@ -18,6 +18,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from msgspec import UNSET, Meta, UnsetType
 
 from broker.errors import Refusal, Unavailable, invalid
+from broker.http.answers import Json
 from broker.seams import Broken, Full
 
 logger = structlog.get_logger()
@@ -65,6 +66,8 @@ DOCUMENTED = {
     429: "`queue_full`: too many open commands; `Retry-After` says when to ask again.",
     503: "`unavailable`: the log cannot be written now; the outcome is unknown, ask again.",
 }
+# Parameters of handlers that could not have the name they have outside.
+RENAMED = {"in_state": "state"}
 _NAMED = re.compile(r"Object (?:(contains unknown)|missing required) field `(.*)`", re.DOTALL)
 
 
@@ -93,12 +96,7 @@ def answer(
     code: str, message: str, details: dict[str, Any] | None = None, headers: Mapping[str, str] | None = None
 ) -> Response[ErrorBody]:
     body = ErrorBody(error=ErrorDetail(code=code, message=message, details=details or UNSET))
-    return Response(
-        body,
-        status_code=STATUS[code],
-        media_type="application/json",
-        headers={**HEADERS.get(code, {}), **(headers or {})},
-    )
+    return Json(body, status_code=STATUS[code], headers={**HEADERS.get(code, {}), **(headers or {})})
 
 
 def refused(_: Request[Any, Any, Any], error: Refusal) -> Response[ErrorBody]:
@@ -150,7 +148,8 @@ def _parameter_fault(error: ValidationException) -> Refusal:
     if first.get("key") == "data":
         return invalid("body", "is required")
     reason = str(first.get("message", error.detail)).partition(" - at `")[0]
-    return invalid(str(first.get("key", "request")), reason)
+    field = str(first.get("key", "request"))
+    return invalid(RENAMED.get(field, field), reason)
 
 
 def body_fault(error: Exception) -> Refusal:

@@ -9,6 +9,7 @@ from litestar import Response, Router, get
 from litestar.openapi.datastructures import ResponseSpec
 
 from broker import metrics
+from broker.http.answers import Json
 from broker.http.auth import Call
 from broker.http.errors import ErrorBody, answer
 
@@ -53,7 +54,7 @@ async def readyz(request: Call) -> Response[Health | ErrorBody]:
             "unavailable", f"not ready: {'; '.join(reasons)}", {"reasons": reasons}
         )
         return refusal
-    return Response(Health("ready"))
+    return Json(Health("ready"))
 
 
 @get("/metrics", security=[{}], media_type="text/plain")

@@ -13,6 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from broker.commands import MAX_TTL_SEC, Caller, Order
 from broker.errors import invalid, not_found
 from broker.http import views
+from broker.http.answers import Json
 from broker.http.auth import Call, authorize, needs
 from broker.http.errors import documented
 from broker.http.pages import Cursor, Limit, Pager, cut
@@ -97,8 +98,8 @@ async def create_command(
     accepted = await commands.create(caller, order)
     shown = _shown(request, accepted.state)
     if accepted.replayed:
-        return Response(shown, status_code=200, headers={"Idempotent-Replayed": "true"})
-    return Response(shown, status_code=201)
+        return Json(shown, status_code=200, headers={"Idempotent-Replayed": "true"})
+    return Json(shown)
 
 
 @get(

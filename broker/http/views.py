@@ -174,7 +174,7 @@ def command(state: CommandState, grant_token: str | None) -> Command:
         status=STATUS[state.state],
         params=state.params,
         grant_token=grant_token,
-        result=state.result if isinstance(state.result, msgspec.Raw) else None,
+        result=state.result,
         error=_error(state),
         expires_at=_time(state.expires_at),
         delivered_at=_time(state.delivered_at),

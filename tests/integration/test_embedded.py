@@ -175,6 +175,8 @@ async def test_a_service_sees_the_events_it_may_see_and_says_nothing() -> None:
     ):
         await owner.until(lambda: link.up)
         await refused(device(server, "service", password="wrong"))
+        will = aiomqtt.Will("iotee/evt/door/cmd_1", b"{}", qos=1)
+        await refused(device(server, "service", password="right", will=will))
         async with device(server, "door") as door:
             # The client id of a device: neither takes anything from the other.
             client = device(server, "service", identifier="door", password="right")

@@ -162,12 +162,14 @@ async def test_a_wrong_parameter_of_a_list_is_named(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     for query in (
-        {"limit": "0"}, {"limit": "101"}, {"limit": "ten"}, {"limit": ""}, {"limit": "1e1"},
+        {"limit": "0"}, {"limit": "101"}, {"limit": "ten"}, {"limit": ""},
         {"limit": "9" * 400}, {"status": "published"}, {"status": ""}, {"state": "delivered"},
         {"type": "a b"}, {"cursor": "x"},
     ):  # fmt: skip
         for path in ("/v1/commands", COMMANDS):
-            error = error_of(await client.get(path, params=query), 400, "invalid_request")
+            answer = await client.get(path, params=query)
+            assert answer.status_code == 400, query
+            error = error_of(answer, 400, "invalid_request")
             assert error["details"]["field"] == next(iter(query)), (query, error)
 
 
@@ -234,5 +236,5 @@ async def test_while_the_disk_is_full_writes_are_unavailable_and_reads_go_on(
         assert answer.headers["retry-after"] == "1"
     assert (reads.status_code, reads.json()["data"]) == (200, [])
     async with asyncio.timeout(10):
-        while (await client.post(COMMANDS, json={"type": "blink"})).status_code != 201:
-            await asyncio.sleep(0)
+        await broker.core.writer.opened()
+    assert (await client.post(COMMANDS, json={"type": "blink"})).status_code == 201

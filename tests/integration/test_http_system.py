@@ -68,7 +68,8 @@ async def test_metrics_count_requests_by_route_and_events_by_type(broker: Broker
     broker.says("lamp-1", b"[")
     while (await client.get(f"/v1/commands/{command['id']}")).json()["state"] != "executed":
         pass
-    await client.post("/v1/devices/lamp-1/commands", json={"type": "glow", "ttl_sec": None})
+    await register(client, "lamp-2")
+    await client.post("/v1/devices/lamp-2/commands", json={"type": "blink"})
 
     answer = await client.get("/metrics")
 

@@ -34,6 +34,7 @@ ANSWER_EVENT = {
     "failed": "failed",
 }
 FROM_DEVICE = frozenset({"device_ack", "device_result"})
+GRACE_MS = 15_000
 NEVER = 1 << 62
 _NO_COMMANDS = ("system", "erasures")
 
@@ -157,6 +158,28 @@ def l2(facts: Facts) -> Iterator[str]:
         for before, after in pairwise(rows):
             if before["type"] in FINAL:
                 yield f"{command_id}: {after['type']} after its final {before['type']}"
+
+
+def l4(facts: Facts) -> Iterator[str]:
+    """Once faults have stopped every command is closed: by `expires_at` + 15 s, or, once acknowledged, by its
+    last report + its result time + 15 s. One without expiry ends as well, because its device is online then.
+    """
+    healed, ended = facts.history.healed_at, facts.history.ended_at
+    if healed is None or ended is None:
+        return
+    for command_id, created in facts.created.items():
+        expires_at: int | None = data(created).get("expires_at")
+        result_ms = round(1000 * facts.definition(command_id).get("result_timeout_sec", 60))
+        due, state = expires_at, "none"
+        for row in facts.commands[command_id]:
+            late = due is not None and row["recorded_at"] > max(due, healed) + GRACE_MS
+            if late and state not in CLOSING and row["type"] in CLOSING:
+                yield f"{command_id}: {row['type']} came {row['recorded_at'] - (due or 0)} ms after it was due"
+            state = TABLE[row["type"]][1]
+            if state == "acknowledged":
+                due = row["recorded_at"] + result_ms
+        if state not in CLOSING and (due is None or ended > max(due, healed) + GRACE_MS):
+            yield f"{command_id} is {state} at the end, {ended - healed} ms after the faults stopped"
 
 
 # --- delivery --------------------------------------------------------------------------------------
@@ -362,6 +385,7 @@ CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
     "R6": r6,
     "L1": l1,
     "L2": l2,
+    "L4": l4,
     "D1": d1,
     "D3": d3,
     "D4": d4,

@@ -110,6 +110,11 @@ class SimDisk:
         """
         self._left, self._then = operations, then
 
+    @property
+    def armed(self) -> bool:
+        """Is a stop still to come?"""
+        return self._then is not None
+
     def lose_process(self) -> None:
         """Kill -9: the kernel keeps what was written."""
         self._loop.note("disk lost its process")

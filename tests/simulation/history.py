@@ -77,6 +77,14 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     status: str
 
 
+class Note(msgspec.Struct, frozen=True, kw_only=True):
+    """What the world did to the broker, for whoever reads the history. No checker may look at it."""
+
+    seq: int
+    t: int
+    what: str
+
+
 class _Named(msgspec.Struct):
     id: str | None = None
     attempt: int | None = None
@@ -97,6 +105,10 @@ class History:
         self.executions: list[Execution] = []
         self.answers: list[Answer] = []
         self.dumps: list[list[Row]] = []
+        self.notes: list[Note] = []
+        # From when to when, by the broker's clock, everything was well; None if it never was.
+        self.healed_at: int | None = None
+        self.ended_at: int | None = None
         self._now_ms = now_ms
         self._note = note
         self._seq = 0
@@ -171,6 +183,10 @@ class History:
                 status=status,
             )
         )
+
+    def said(self, what: str) -> None:
+        self.notes.append(Note(seq=self._next(), t=self._now_ms(), what=what))
+        self._note(what)
 
     def dumped(self, rows: list[Row]) -> None:
         self.dumps.append(rows)

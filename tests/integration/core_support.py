@@ -1,0 +1,296 @@
+"""Builders of the core's tests, and the real core on a real log without an MQTT server.
+
+The far end of the link is the test: it sees every publish and says what becomes of it. Nothing here
+stands in for a part of the broker, and nothing knows which event may follow which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from broker.commands import Accepted, Caller, Order
+from broker.core import Core
+from broker.events import (
+    Acknowledged,
+    Cancelled,
+    Created,
+    Error,
+    Event,
+    Executed,
+    Expired,
+    Failed,
+    Progressed,
+    Published,
+    Recorded,
+    TimedOut,
+)
+from broker.fleet import DeviceState
+from broker.lifecycle import CommandState, State, evolve
+from broker.log import sqlite as log
+from broker.log.chain import Row
+from broker.registry import NewDevice
+from broker.seams import Clock, Message, Outgoing, Receipt, Sql, Storage
+from broker.settings import Limits, Settings
+from broker.world import SqliteStorage, SystemClock
+from devices.types import Definition, shipped_types
+from tests.simulation.disk import SimDisk, SimStorage
+from tests.simulation.loop import SimClock, SimLoop
+from tests.simulation.loop import run as simulation
+
+R = TypeVar("R")
+
+T = 1_800_000_000_000
+COMMAND = "cmd_01h455vb4pex5vsknk084sn02q"
+DEVICE = "dev_1"
+PROJECT = "acme"
+ME = Caller(actor="key:key_1", project=PROJECT)
+TAKEN = Receipt(written=True, reason=0)
+UNKNOWN = Receipt(written=True, reason=None)
+
+# --- pure ------------------------------------------------------------------------------------------
+
+PUBLISHED = Published(attempt=1)
+WAYS: dict[State, tuple[Event, ...]] = {
+    State.PENDING: (),
+    State.PUBLISHED: (PUBLISHED,),
+    State.ACKNOWLEDGED: (PUBLISHED, Acknowledged()),
+    State.TIMED_OUT: (PUBLISHED, TimedOut(reason="no_answer")),
+    State.EXECUTED: (PUBLISHED, Executed(result=msgspec.Raw(b'{"open":1}'))),
+    State.FAILED: (PUBLISHED, Failed(error=Error(code="jammed", message="it is jammed"))),
+    State.EXPIRED: (Expired(),),
+    State.CANCELLED: (Cancelled(by="key:key_1"),),
+}
+
+
+def definition(**changes: Any) -> Definition:
+    return Definition(**{"device_type": "generic", "command": "open"} | changes)
+
+
+def created(**changes: Any) -> Created:
+    fields: dict[str, Any] = {
+        "hardware_id": "lamp-1",
+        "type": "open",
+        "device_type": "generic",
+        "definition": "d1",
+        "topic": "iotee/dev/lamp-1/rls",
+        "params": msgspec.Raw(b"{}"),
+    }
+    if (ttl_ms := changes.pop("ttl_ms", None)) is not None:
+        fields |= {"ttl_ms": ttl_ms, "expires_at": T + ttl_ms}
+    return Created(**fields | changes)
+
+
+def recorded(event: Event, version: int, at: int = T, stream: str = COMMAND) -> Recorded:
+    return Recorded(
+        position=version,
+        stream=stream,
+        version=version,
+        recorded_at=at,
+        project=PROJECT,
+        device_id=DEVICE,
+        actor="key:key_1",
+        event=event,
+    )
+
+
+def folded(*events: Event | tuple[Event, int], first: Created | None = None, id: str = COMMAND) -> CommandState:
+    """A command after `created` and these events; one that comes with a number is that many ms later."""
+    state = evolve(None, recorded(first or created(), 1, stream=id))
+    for entry in events:
+        event, after = entry if isinstance(entry, tuple) else (entry, 0)
+        state = evolve(state, recorded(event, state.version + 1, T + after, id))
+    return state
+
+
+def command_in(state: State, **first: Any) -> CommandState | None:
+    """A command that came to a state by the shortest way; None for `none`."""
+    return None if state is State.NONE else folded(*WAYS[state], first=created(**first))
+
+
+# --- the world -------------------------------------------------------------------------------------
+
+
+class ManualClock:
+    """Both readings stand still until they are moved."""
+
+    def __init__(self, wall: int = T, monotonic: int = 50_000) -> None:
+        self.wall, self.monotonic = wall, monotonic
+
+    def wall_ms(self) -> int:
+        return self.wall
+
+    def monotonic_ms(self) -> int:
+        return self.monotonic
+
+    def pass_ms(self, ms: int) -> None:
+        self.wall += ms
+        self.monotonic += ms
+
+
+class SeededEntropy:
+    def __init__(self, seed: int = 1) -> None:
+        self._random = random.Random(seed)
+
+    def token(self, size: int) -> bytes:
+        return self._random.randbytes(size)
+
+    def uniform(self, low: float, high: float) -> float:
+        return self._random.uniform(low, high)
+
+
+class Wire:
+    """A link whose far end is the test: what was handed over, whose receipt is due, what was PUBACKed."""
+
+    def __init__(self) -> None:
+        self.up = True
+        self.sent: list[Outgoing] = []
+        self.due: list[tuple[Outgoing, Callable[[Receipt], None]]] = []
+        self.pubacks: list[Message] = []
+        self.on_publish: Callable[[Outgoing], None] = lambda _: None
+
+    def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
+        if self.up:
+            self.on_publish(outgoing)
+            self.sent.append(outgoing)
+            self.due.append((outgoing, done))
+        return self.up
+
+    def puback(self, message: Message) -> None:
+        self.pubacks.append(message)
+
+    def receipt(self, receipt: Receipt = TAKEN) -> None:
+        """Gives the oldest publish its receipt."""
+        _, done = self.due.pop(0)
+        done(receipt)
+
+
+class Bench:
+    """A running core and what a test asks of it."""
+
+    def __init__(self, core: Core, wire: Wire) -> None:
+        self.core, self.wire = core, wire
+        self.writer, self.live = core.writer, core.live
+
+    async def device(
+        self, hardware_id: str = "lamp-1", type: str = "generic", *, online: bool = True
+    ) -> DeviceState:
+        device, _ = await self.core.registry.register(
+            ME, NewDevice(hardware_id=hardware_id, type=type, project=PROJECT)
+        )
+        if online:
+            self.core.intake.device_online(hardware_id)
+            await until(lambda: self.live.presence.get(device.id) == "online")
+        return device
+
+    async def order(self, device: str = "lamp-1", type: str = "open", **fields: Any) -> CommandState:
+        return (await self.accepted(device, type, **fields)).state
+
+    async def accepted(self, device: str = "lamp-1", type: str = "open", **fields: Any) -> Accepted:
+        return await self.core.commands.create(ME, Order(device=device, type=type, **fields))
+
+    def says(self, payload: bytes, hardware_id: str = "lamp-1", **fields: Any) -> Message:
+        """The device sends an answer."""
+        message = Message(topic=f"iotee/dev/{hardware_id}/ack", payload=payload, **fields)
+        self.core.intake.message(message)
+        return message
+
+    def answers(self, command_id: str, status: str = "executed", hardware_id: str = "lamp-1", **said: Any) -> Message:
+        return self.says(msgspec.json.encode({"id": command_id, "status": status} | said), hardware_id)
+
+    def state(self, command_id: str) -> str:
+        found = self.live.command(command_id)
+        return "forgotten" if found is None else found.state.value
+
+    async def becomes(self, command_id: str, state: str) -> CommandState:
+        await until(lambda: self.state(command_id) == state)
+        await self.writer.barrier()
+        found = self.live.command(command_id)
+        assert found is not None
+        return found
+
+    async def rows(self) -> list[Row]:
+        return await self.writer.storage.read(lambda sql: list(log.all_rows(sql)))
+
+    async def types(self, stream: str) -> list[str]:
+        return [row.type for row in await self.writer.storage.read(lambda sql: log.stream(sql, stream))]
+
+    async def unmatched(self) -> list[str]:
+        def work(sql: Sql) -> list[str]:
+            return [row[0] for row in sql.execute("SELECT reason FROM unmatched ORDER BY id").fetchall()]
+
+        return await self.writer.storage.read(work)
+
+
+async def until(fact: Callable[[], bool], within_sec: float = 10) -> None:
+    """Waits for a fact; other tasks and the database's thread get their turn meanwhile."""
+    async with asyncio.timeout(within_sec):
+        while not fact():
+            await asyncio.sleep(0.001)
+
+
+def new_core(storage: Storage, clock: Clock | None = None, limits: Limits | None = None, seed: int = 1) -> Core:
+    settings = Settings(limits=limits or Limits())
+    return Core(storage, clock or SystemClock(), SeededEntropy(seed), shipped_types(), settings)
+
+
+@asynccontextmanager
+async def running(
+    place: Path | Storage, clock: Clock | None = None, limits: Limits | None = None, seed: int = 1
+) -> AsyncIterator[Bench]:
+    """A core with its link up, on a directory or on a storage that the test keeps."""
+    storage = await SqliteStorage.open(place) if isinstance(place, Path) else place
+    try:
+        core = new_core(storage, clock, limits, seed)
+        await core.open(embedded=True)
+        wire = Wire()
+        core.attach(wire)
+        async with core.running("embedded"):
+            core.intake.link_up()
+            yield Bench(core, wire)
+    finally:
+        if isinstance(place, Path):
+            await storage.close()
+
+
+class Held:
+    """A storage whose commits wait until the test lets them go. Reads pass."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.commits = 0
+        self.waiting = 0
+
+    async def write(self, work: Callable[[Sql], R]) -> R:
+        self.waiting += 1
+        await self.gate.wait()
+        self.waiting -= 1
+        self.commits += 1
+        return await self.storage.write(work)
+
+    async def read(self, work: Callable[[Sql], R]) -> R:
+        return await self.storage.read(work)
+
+    async def close(self) -> None:
+        await self.storage.close()
+
+
+def simulated(world: Callable[[SimLoop], Coroutine[Any, Any, R]], seed: int = 0) -> R:
+    """Runs a world on the virtual clock: waiting costs nothing there."""
+    return simulation(world, seed)
+
+
+@asynccontextmanager
+async def on_virtual_time(loop: SimLoop, limits: Limits | None = None) -> AsyncIterator[tuple[Bench, SimDisk]]:
+    disk = SimDisk(loop)
+    storage = SimStorage(loop, disk)
+    async with running(storage, SimClock(loop), limits) as bench:
+        yield bench, disk

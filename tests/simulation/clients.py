@@ -1,0 +1,276 @@
+"""The services that use the simulated broker: they ask over the real HTTP app and never trust a lost answer.
+
+Every request and its outcome goes into the history; an answer counts from the moment it left the broker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgspec
+from litestar.types import ASGIApp
+
+from broker.http.app import create_app
+from broker.http.services import Services
+from tests.simulation.fleet import COMMANDS, Device
+from tests.simulation.history import Call, History
+from tests.simulation.loop import Node, SimLoop
+
+SERVICES: contextvars.ContextVar[Services] = contextvars.ContextVar("services")
+PATIENCE_SEC = 15
+TTLS = (5, 20, 60, 60, 300, 300, 600, None)
+
+
+class _Current:
+    """Stands for what the node that runs has: the app is built once, because building it costs a run."""
+
+    def __init__(self, look: Callable[[], Any]) -> None:
+        self._look = look
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._look(), name)
+
+
+_APP: list[ASGIApp] = []
+
+
+def _app() -> ASGIApp:
+    if not _APP:
+        current = _Current(SERVICES.get)
+        current.metrics = _Current(lambda: SERVICES.get().metrics)
+        _APP.append(create_app(cast(Services, current)))
+    return _APP[0]
+
+
+class _Exchange:
+    """One request on its way through the app of one broker process."""
+
+    def __init__(self, history: History, call: Call, scope: dict[str, Any], body: bytes) -> None:
+        self.status = 0
+        self.gone = asyncio.Event()
+        self.over = asyncio.Event()
+        self._history, self._call, self._scope = history, call, scope
+        self._incoming = [body]
+        self._outgoing = b""
+
+    async def run(self) -> None:
+        await _app()(cast(Any, self._scope), cast(Any, self._receive), cast(Any, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._incoming:
+            return {"type": "http.request", "body": self._incoming.pop(), "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            return
+        self._outgoing += message.get("body", b"")
+        if not message.get("more_body"):
+            answer = msgspec.json.decode(self._outgoing)
+            created = self._call.kind == "create" and self.status in (200, 201)
+            ids = (answer["id"],) if created else ()
+            self._history.returned(self._call, self.status, ids=ids, answer=answer)
+            self.gone.set()
+            self.over.set()
+
+
+class Door:
+    """The way to the broker over HTTP. `node` is the process that listens, if one does."""
+
+    def __init__(self, loop: SimLoop, history: History) -> None:
+        self.node: Node | None = None
+        self.secret = ""
+        self.failures: list[str] = []
+        self._loop, self._history = loop, history
+        self._random = loop.rng("door")
+        self._numbers = itertools.count()
+        self._open: dict[int, _Exchange] = {}
+
+    def reset(self) -> None:
+        """The process died: its connections are closed."""
+        self.node = None
+        for exchange in self._open.values():
+            exchange.over.set()
+
+    async def call(
+        self,
+        kind: str,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        key: str | None = None,
+        ids: tuple[str, ...] = (),
+        patience: float = PATIENCE_SEC,
+    ) -> Call:
+        """Asks, and waits as long as its patience: without `status` the outcome is unknown."""
+        raw = b"" if body is None else msgspec.json.encode(body)
+        call = self._history.invoked(kind, key=key, body=f"{path} {raw.decode()}", ids=ids)
+        await asyncio.sleep(self._random.uniform(0.0003, 0.01))
+        if self.node is None:
+            return call
+        exchange = _Exchange(self._history, call, self._scope(method, path, key), raw)
+        task = self._loop.spawn(self.node, exchange.run())
+        task.add_done_callback(self._ended, context=contextvars.Context())
+        number = next(self._numbers)
+        self._open[number] = exchange
+        try:
+            async with asyncio.timeout(patience):
+                await exchange.over.wait()
+        except TimeoutError:
+            exchange.gone.set()
+            if self._random.random() < 0.5:
+                task.cancel()
+        finally:
+            del self._open[number]
+        await asyncio.sleep(self._random.uniform(0.0003, 0.01))
+        return call
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.failures.append(f"HTTP: a request raised {error!r}")
+
+    def _scope(self, method: str, path: str, key: str | None) -> dict[str, Any]:
+        path, _, query = path.partition("?")
+        headers = [(b"x-api-key", self.secret.encode()), (b"content-type", b"application/json")]
+        if key is not None:
+            headers.append((b"idempotency-key", key.encode()))
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "root_path": "",
+            "headers": headers,
+            "client": ("127.0.0.1", 40_000),
+            "server": ("127.0.0.1", 8080),
+            "state": {},
+        }
+
+
+class Clients:
+    """Several services at work on one fleet, until told to stop."""
+
+    def __init__(self, loop: SimLoop, door: Door, devices: list[Device], count: int, pause: float) -> None:
+        self.stopped = False
+        self.sent: list[tuple[str, str]] = []  # hardware id, command id
+        self._loop, self._door, self._devices = loop, door, devices
+        self._pause = pause
+        self._random = loop.rng("clients")
+        self._keys = itertools.count(1)
+        self._orders: list[tuple[str, str, dict[str, Any]]] = []
+        for device in devices:
+            device.on_end = self._device_ended
+        for _ in range(count):
+            loop.create_task(self._work())
+
+    async def _work(self) -> None:
+        requests = (self._create, self._crowd, self._queue, self._again, self._cancel, self._read, self._list)
+        while True:
+            await asyncio.sleep(self._random.expovariate(1 / self._pause))
+            if self.stopped:
+                return
+            request = self._random.choices(requests, (10, 3, 2, 3, 3, 4, 1))[0]
+            await request()
+
+    # --- what they ask ---
+
+    def _order(self, device: Device | None = None) -> tuple[str, dict[str, Any]]:
+        device = device or self._random.choice(self._devices)
+        name = self._random.choice(list(COMMANDS[device.kind]))
+        body = {"type": name, "params": COMMANDS[device.kind][name], "ttl_sec": self._random.choice(TTLS)}
+        return device.hardware_id, body
+
+    async def _create(self) -> None:
+        hardware_id, body = self._order()
+        if self._random.random() < 0.4:
+            await self._post(hardware_id, body, None)
+        else:
+            key = self._new_key(hardware_id, body)
+            await self._insist(hardware_id, body, key)
+
+    async def _crowd(self) -> None:
+        """The same request several times at once: one command."""
+        hardware_id, body = self._order()
+        key = self._new_key(hardware_id, body)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._random.randint(2, 4)):
+                group.create_task(self._insist(hardware_id, body, key))
+
+    async def _queue(self) -> None:
+        """Several commands for one device, so that some wait behind others."""
+        device = self._random.choice(self._devices)
+        for _ in range(self._random.randint(2, 4)):
+            await self._post(*self._order(device), None)
+
+    async def _again(self) -> None:
+        """An old key once more; now and then with another body."""
+        if not self._orders:
+            return
+        hardware_id, key, body = self._random.choice(self._orders)
+        if self._random.random() < 0.2:
+            body = {**body, "ttl_sec": 77}
+        await self._post(hardware_id, body, key)
+
+    async def _cancel(self) -> None:
+        if self.sent:
+            hardware_id, command_id = self._random.choice(self.sent[-10:])
+            await self._ask("cancel", "DELETE", f"/v1/devices/{hardware_id}/commands/{command_id}", command_id)
+
+    async def _read(self) -> None:
+        if self.sent:
+            _, command_id = self._random.choice(self.sent[-30:])
+            await self._ask("read", "GET", f"/v1/commands/{command_id}", command_id)
+
+    async def _list(self) -> None:
+        await self._door.call("list", "GET", "/v1/commands?limit=5")
+
+    def _device_ended(self, device: Device) -> None:
+        """Somebody sees the device become free and takes a waiting command back at that very moment."""
+        waiting = [sent for sent in self.sent[-12:] if sent[0] == device.hardware_id]
+        if not self.stopped and waiting and self._random.random() < 0.5:
+            context = contextvars.Context()
+            self._loop.create_task(self._snatch(*self._random.choice(waiting)), context=context)
+
+    async def _snatch(self, hardware_id: str, command_id: str) -> None:
+        await asyncio.sleep(self._random.uniform(0, 0.04))
+        await self._ask("cancel", "DELETE", f"/v1/devices/{hardware_id}/commands/{command_id}", command_id)
+
+    # --- how they ask ---
+
+    def _new_key(self, hardware_id: str, body: dict[str, Any]) -> str:
+        key = f"key-{next(self._keys)}"
+        self._orders.append((hardware_id, key, body))
+        return key
+
+    async def _insist(self, hardware_id: str, body: dict[str, Any], key: str) -> None:
+        """Retries what may or may not have happened, as a client with a key may."""
+        for _ in range(4):
+            call = await self._post(hardware_id, body, key)
+            if call.status not in (None, 503):
+                return
+            await asyncio.sleep(self._random.uniform(0.05, 5))
+
+    async def _post(self, hardware_id: str, body: dict[str, Any], key: str | None) -> Call:
+        path = f"/v1/devices/{hardware_id}/commands"
+        call = await self._door.call("create", "POST", path, body, key=key, patience=self._patience())
+        if call.status == 201:
+            self.sent.append((hardware_id, call.ids[0]))
+        return call
+
+    async def _ask(self, kind: str, method: str, path: str, command_id: str) -> None:
+        await self._door.call(kind, method, path, ids=(command_id,), patience=self._patience())
+
+    def _patience(self) -> float:
+        """Some hang up at any moment."""
+        return self._random.uniform(0, 0.012) if self._random.random() < 0.1 else PATIENCE_SEC

@@ -1,0 +1,178 @@
+"""The simulated devices: the real device core and its memory, driven by hand, at a port of the simulated server.
+
+Each is a process of its own that may be killed and started again with its memory kept. The forgeries,
+too, are sent here. Nothing in it reads the broker's state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from broker.seams import Message, Receipt
+from devices.core import Core, Effect, Run, Send
+from devices.grant import GrantVerifier, keys_from_jwks
+from devices.memory import RamMemory
+from devices.types import DeviceType, shipped_types
+from devices.wire import CommandMessage, device_topic, status_topic
+from tests.simulation.history import History
+from tests.simulation.link import SimDevicePort
+from tests.simulation.loop import Node, SimClock, SimLoop
+from tests.simulation.network import SimMqttServer
+
+PREFIX, ISSUER = "iotee", "ordain"
+# What clients may ask of each type, with parameters that it takes.
+COMMANDS: dict[str, dict[str, dict[str, Any]]] = {
+    "generic": {"ping": {}, "set": {"level": 3}, "run": {"steps": [1, 2]}},
+    "recorder": {"start_recording": {"max_duration_sec": 60}, "stop_recording": {}},
+    "iotee_device": {"lock": {}, "unlock": {}, "reboot": {}},
+}
+MALFORMED = (b"", b"{", b"\xff\xfe", b'{"status":"done"}', b"[1]", b"x" * 70_000, b'{"id":3,"status":"executed"}')
+
+
+class _Said(msgspec.Struct):
+    id: str | None = None
+    status: str = ""
+
+
+class Device:
+    """One device; `verifier` from the first time it is told the broker's keys."""
+
+    def __init__(
+        self, loop: SimLoop, server: SimMqttServer, history: History, hardware_id: str, kind: str
+    ) -> None:
+        self.hardware_id, self.kind = hardware_id, kind
+        self.jwks: dict[str, Any] | None = None
+        self.port: SimDevicePort
+        self.node: Node | None = None
+        self.on_end: Callable[[Device], object] = lambda device: None
+        self._loop, self._server, self._history = loop, server, history
+        self._clock = SimClock(loop)
+        self._random = loop.rng(f"device/{hardware_id}")
+        self._type: DeviceType = shipped_types()[kind]
+        self._memory = RamMemory()
+        self._sessions = itertools.count(1)
+        self._names_session = self._random.random() < 0.5
+        self._clean = self._random.random() < 0.5
+        self._checks_grants = self._random.random() < 0.3
+        self._unsent: dict[int, Send] = {}
+        self._sent = itertools.count()
+        self._core: Core
+
+    @property
+    def bare(self) -> bool:
+        return self._type.payload == "bare"
+
+    def start(self) -> None:
+        if self.node is None:
+            self.node = Node(self.hardware_id)
+            self.node.context.run(self._boot)
+
+    def die(self) -> None:
+        """What it has in memory is kept; what it had not sent yet is not."""
+        if self.node is not None:
+            node, self.node = self.node, None
+            self._loop.kill(node)
+            self._unsent.clear()
+
+    def connect(self) -> None:
+        """After `port.disconnect`; a port that is not closed dials again by itself."""
+        session = f"s{next(self._sessions)}" if self._names_session else None
+        online, offline = (_status(word, session) for word in ("online", "offline"))
+        topic = status_topic(PREFIX, self.hardware_id)
+
+        def up() -> None:
+            self.port.publish(topic, online, retain=True)
+            for number in list(self._unsent):
+                self._transmit(number)
+
+        self.port.connect(self._received, on_up=up, will=(topic, offline), clean=self._clean)
+
+    def say_goodbye(self) -> None:
+        self.port.publish(status_topic(PREFIX, self.hardware_id), b"offline", retain=True)
+        self.port.disconnect()
+
+    def forge(self, command_id: str | None, status: str) -> None:
+        """Answers for a command out of nowhere: its own, another's, or one that never was."""
+        payload = msgspec.json.encode({"id": command_id, "status": status, "result": {"forged": True}})
+        if self._say_raw(payload):
+            self._history.answered(self.hardware_id, command_id, status)
+
+    def babble(self) -> None:
+        self._say_raw(self._random.choice(MALFORMED))
+
+    def _say_raw(self, payload: bytes) -> bool:
+        if self.node is None:
+            return False
+        topic = device_topic(PREFIX, self.hardware_id, self._type.answer_suffix)
+        return self.port.publish(topic, payload)
+
+    # --- inside its process ---
+
+    def _boot(self) -> None:
+        verifier = None
+        if self.jwks is not None and self._checks_grants:
+            keys = keys_from_jwks(self.jwks)
+            verifier = GrantVerifier(keys, ISSUER, self.hardware_id, lambda: self._now() / 1_000)
+        handlers = dict.fromkeys(COMMANDS[self.kind], False)
+        self._core = Core(
+            self.hardware_id, self._type, self._memory, handlers, prefix=PREFIX, verifier=verifier
+        )
+        self.port = SimDevicePort(self._server, self.hardware_id, tuple(self._core.command_topics))
+        self.connect()
+        self._do(self._core.recover(self._now()))
+
+    def _now(self) -> int:
+        return self._clock.true_ms()
+
+    def _received(self, message: Message) -> None:
+        self._do(self._core.receive(self._now(), message.topic, message.payload))
+
+    def _do(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._say(effect)
+            else:
+                self._begin(effect)
+
+    def _begin(self, run: Run) -> None:
+        if run.command.id:
+            self._history.executed(self.hardware_id, run.command.id)
+        self._loop.create_task(self._execute(run.command))
+
+    async def _execute(self, command: CommandMessage) -> None:
+        draw = self._random.random()
+        if draw < 0.02:
+            return  # stuck: its handler never ends, and nothing behind it is run before a reboot
+        await asyncio.sleep(self._random.uniform(0.01, 3) if draw < 0.9 else self._random.uniform(3, 90))
+        if self._random.random() < 0.2:
+            self._do(self._core.progress(self._now(), command, 50, None))
+            await asyncio.sleep(self._random.uniform(0.1, 5))
+        failed = self._random.random() < 0.1
+        error = {"code": "broken", "message": "it did not work"} if failed else None
+        self._do(self._core.finish(self._now(), command, {"n": 1}, error))
+        self.on_end(self)
+
+    def _say(self, send: Send) -> None:
+        if not self.bare:
+            said = msgspec.json.decode(send.payload, type=_Said)
+            self._history.answered(self.hardware_id, said.id, said.status)
+        number = next(self._sent)
+        self._unsent[number] = send
+        self._transmit(number)
+
+    def _transmit(self, number: int) -> None:
+        def done(receipt: Receipt) -> None:
+            if receipt.reason is not None:
+                self._unsent.pop(number, None)
+
+        send = self._unsent[number]
+        self.port.publish(send.topic, send.payload, done=done)
+
+
+def _status(word: str, session: str | None) -> bytes:
+    return word.encode() if session is None else msgspec.json.encode({"status": word, "session": session})

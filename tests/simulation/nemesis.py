@@ -1,0 +1,194 @@
+"""Everything that goes wrong in a simulated run, at moments drawn from the seed, and how it ends.
+
+Only acts from outside: on processes, machines, the network, clocks and devices. `heal` ends all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from broker.seams import Outgoing
+from tests.simulation.fleet import Device
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+STATUSES = ("acknowledged", "progress", "executed", "failed")
+REFUSALS = (0x80, 0x83, 0x87, 0x90, 0x95, 0x97, 0x99)
+Fault = Callable[[], None]
+
+
+class Nemesis:
+    def __init__(self, world: World, pause: float) -> None:
+        self.stopped = False
+        self._world, self._pause = world, pause
+        self._loop, self._server, self._disk = world.loop, world.server, world.disk
+        self._random = world.loop.rng("nemesis")
+        self._faults: dict[Fault, int] = {
+            self._kill: 3,
+            self._cut_power: 3,
+            self._stop_within_a_write: 4,
+            self._restart_mqtt: 2,
+            self._drop_link: 2,
+            self._halve_link: 2,
+            self._slow_link: 1,
+            self._step_clock: 1,
+            self._reboot_device: 4,
+            self._drop_device: 2,
+            self._halve_device: 1,
+            self._device_away: 3,
+            self._double: 2,
+            self._delay: 2,
+            self._forge: 4,
+            self._babble: 2,
+            self._fill_disk: 2,
+            self._refuse_publishes: 1,
+        }
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._random.expovariate(1 / self._pause))
+            if self.stopped:
+                return
+            fault = self._random.choices(list(self._faults), list(self._faults.values()))[0]
+            self._world.history.said(fault.__name__)
+            fault()
+
+    def heal(self) -> None:
+        """No new fault, and every lasting one undone."""
+        self.stopped = True
+        self._server.up = self._server.up or not self._world.embedded
+        self._calm()
+        self._drop("ordain")  # it may be slow or half-open
+        self._disk.capacity = None
+        self._server.refuse = lambda client_id, outgoing: None
+        for device in self._world.devices:
+            device.start()
+            if not device.port.up:
+                device.connect()
+
+    def _calm(self) -> None:
+        faults = self._server.faults
+        faults.duplicate = faults.late = faults.lose_while_away = 0.0
+        faults.reorder_topics = False
+
+    def _later(self, low: float, high: float, undo: Callable[[], object]) -> None:
+        self._loop.call_later(self._random.uniform(low, high), lambda: None if self.stopped else undo())
+
+    # --- the broker's process and machine ---
+
+    def _kill(self) -> None:
+        self._world.crash()
+
+    def _cut_power(self) -> None:
+        self._world.crash(power=True)
+
+    def _stop_within_a_write(self) -> None:
+        power = self._random.random() < 0.7
+        self._disk.stop_after(self._random.randrange(8), lambda: self._world.crash(power=power))
+
+    def _fill_disk(self) -> None:
+        used = sum(len(file.data) for file in self._disk.files.values())
+        self._disk.capacity = used + self._random.randrange(40_000)
+        self._later(2, 60, lambda: setattr(self._disk, "capacity", None))
+
+    def _step_clock(self) -> None:
+        far = 86_400_000 if self._random.random() < 0.1 else 300_000
+        by = self._random.randint(-far, far)
+        self._world.clock.step(by)
+        if self._random.random() < 0.7:
+            self._later(10, 300, lambda: self._world.clock.step(-by))
+
+    # --- the MQTT server and the ways to it ---
+
+    def _restart_mqtt(self) -> None:
+        if self._world.embedded:
+            self._world.crash()  # it lives and dies in the broker's process
+            return
+        sessions = self._random.choice(("kept", "emptied", "lost"))
+        self._server.restart(sessions, self._random.uniform(0.1, 20))
+
+    def _drop_link(self) -> None:
+        self._drop("ordain")
+
+    def _halve_link(self) -> None:
+        self._halve("ordain")
+
+    def _slow_link(self) -> None:
+        connection = self._server.connection("ordain")
+        if connection is not None:
+            slow = self._random.choice((20.0, 100.0, 400.0))
+            connection.to_server.slow = connection.to_client.slow = slow
+            self._later(5, 60, lambda: connection.close("too slow"))
+
+    def _double(self) -> None:
+        self._server.faults.duplicate = self._random.choice((0.1, 0.5))
+        self._server.faults.reorder_topics = self._random.random() < 0.5
+        self._later(10, 120, self._calm)
+
+    def _delay(self) -> None:
+        self._server.faults.late = self._random.choice((0.05, 0.3))
+        self._server.faults.lose_while_away = self._random.choice((0.0, 0.5))
+        self._later(10, 120, self._calm)
+
+    def _refuse_publishes(self) -> None:
+        reason = self._random.choice(REFUSALS)
+
+        def refuse(client_id: str, outgoing: Outgoing) -> int | None:
+            return reason if client_id == "ordain" and outgoing.correlation else None
+
+        self._server.refuse = refuse
+        self._later(2, 60, lambda: setattr(self._server, "refuse", lambda client_id, outgoing: None))
+
+    def _drop(self, client_id: str) -> None:
+        connection = self._server.connection(client_id)
+        if connection is not None:
+            connection.close("cut")
+
+    def _halve(self, client_id: str) -> None:
+        connection = self._server.connection(client_id)
+        if connection is not None:
+            connection.go_half_open(self._random.uniform(5, 40))
+
+    # --- devices ---
+
+    def _device(self) -> Device:
+        return self._random.choice(self._world.devices)
+
+    def _reboot_device(self) -> None:
+        device = self._device()
+        device.die()
+        self._later(0.5, 60, device.start)
+
+    def _drop_device(self) -> None:
+        self._drop(self._device().hardware_id)
+
+    def _halve_device(self) -> None:
+        self._halve(self._device().hardware_id)
+
+    def _device_away(self) -> None:
+        device = self._device()
+        node = device.node
+        if node is None:
+            return
+        leave = device.say_goodbye if self._random.random() < 0.5 else device.port.disconnect
+        leave()
+
+        def come_back() -> None:
+            if device.node is node and not device.port.up:
+                device.connect()
+
+        self._later(5, 120, come_back)
+
+    def _forge(self) -> None:
+        device = self._device()
+        sent = self._world.clients.sent
+        known = self._random.choice(sent[-8:])[1] if sent else "cmd_none"
+        own = [command_id for hardware_id, command_id in sent[-20:] if hardware_id == device.hardware_id]
+        named = self._random.choice([known, "cmd_" + "0" * 26, own[-1] if own else known])
+        device.forge(named, self._random.choice(STATUSES))
+
+    def _babble(self) -> None:
+        self._device().babble()

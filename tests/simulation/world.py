@@ -1,0 +1,323 @@
+"""One simulated run from one seed: a broker process on a simulated machine, devices, clients and a nemesis.
+
+The broker is the real `Core` under the real HTTP app; only what lies behind the seams is simulated. After
+the faults comes a heal phase, then the log is read from the disk and everything seen is handed to the checkers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import apsw
+import msgspec
+import structlog
+
+from broker.control import services
+from broker.core import Core
+from broker.errors import Unavailable
+from broker.log import sqlite as log
+from broker.log.chain import Row
+from broker.seams import Broken, Full, Sql
+from broker.settings import Settings
+from devices.types import shipped_types
+from projections import follower
+from tests.simulation.checkers import check, s4
+from tests.simulation.clients import SERVICES, Clients, Door
+from tests.simulation.disk import SimDisk, SimStorage
+from tests.simulation.fleet import ISSUER, PREFIX, Device
+from tests.simulation.history import History
+from tests.simulation.link import SimLink
+from tests.simulation.loop import Node, SimClock, SimEntropy, SimLoop, run
+from tests.simulation.nemesis import Nemesis
+from tests.simulation.network import EMBEDDED, MOSQUITTO, SimMqttServer
+
+SUBSCRIPTIONS = (f"{PREFIX}/dev/+/ack", f"{PREFIX}/dev/+/status")
+SETTINGS = Settings(prefix=PREFIX, issuer=ISSUER)
+LATENCIES = ((0.0002, 0.004), (0.0002, 0.004), (0.003, 0.03), (0.02, 0.2))
+FAULTS_SEC, FAULT_EVERY_SEC = 900.0, 45.0
+UP_WITHIN_SEC, LONGEST_HEAL_SEC = 60, 7_200
+FOREVER_SEC = 1e8
+# What may never be logged, whatever happens.
+WRONG = ("intake.failed", "http.unexpected")
+
+Synchronous = Literal["FULL", "NORMAL"]
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one run came to. `trace` is equal for two runs exactly if they were the same."""
+
+    seed: int
+    found: list[str]
+    trace: int
+    steps: int
+    history: History
+    log: list[str]
+
+
+class World:
+    """The parts of one run, and the life and death of the broker's process."""
+
+    def __init__(self, loop: SimLoop, synchronous: Synchronous) -> None:
+        self.loop = loop
+        draw = loop.rng("world")
+        self.clock = SimClock(loop)
+        self.history = History(self.clock.true_ms, loop.note)
+        self.disk = SimDisk(loop)
+        self.server = SimMqttServer(loop, draw.choice((EMBEDDED, MOSQUITTO)), history=self.history)
+        self.embedded = not self.server.kind.keeps_sessions
+        kinds = ["generic", "recorder", "iotee_device"] + [draw.choice(["generic", "recorder"])] * 5
+        self.devices = [
+            Device(loop, self.server, self.history, f"hw{number}", kind)
+            for number, kind in enumerate(kinds[: draw.randint(3, 8)], 1)
+        ]
+        self.door = Door(loop, self.history)
+        self.clients: Clients
+        self.core: Core | None = None
+        self.found: list[str] = []
+        self._node: Node | None = None
+        self._lives = 0
+        self._stop = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._latency = draw.choice(LATENCIES)
+        self._synchronous: Synchronous = synchronous
+        self._draw = draw
+        self.server.up = not self.embedded
+
+    # --- the broker's process ---
+
+    def start(self) -> None:
+        if self._node is not None:
+            return
+        self._lives += 1
+        self._node = Node("broker")
+        task = self.loop.spawn(self._node, self._live(self._node))
+        task.add_done_callback(self._process_ended, context=contextvars.Context())
+
+    async def _live(self, node: Node) -> None:
+        storage = SimStorage(
+            self.loop,
+            self.disk,
+            synchronous=self._synchronous,
+            latency=self._latency,
+            checkpoint_pages=100,
+            on_commit=self._committed,
+        )
+        entropy = SimEntropy(self.loop, f"broker/{self._lives}")
+        core = Core(storage, self.clock, entropy, shipped_types(), SETTINGS)
+        await core.open(embedded=self.embedded)
+        link = SimLink(self.server, core.intake, SUBSCRIPTIONS)
+        core.attach(link)
+        async with core.running("embedded" if self.embedded else "external") as group:
+            if self.embedded:
+                self.server.tell(core.intake)
+                self.server.up = True
+            group.create_task(link.run())
+            parts = services(core)
+            node.context.run(SERVICES.set, parts)
+            self.core, self.door.node = core, node
+            await self._stop.wait()
+            self.door.node = None
+            link.close()
+        await storage.close()
+
+    def _committed(self, connection: apsw.Connection) -> None:
+        row = connection.execute("SELECT max(position) FROM events").fetchone()
+        self.history.committed(row[0] or 0)
+
+    def _process_ended(self, task: asyncio.Task[None]) -> None:
+        """It ended by itself: as it was asked to, or because its storage failed."""
+        error = task.exception()
+        if error is None:
+            self._ended.set()
+            return
+        self.history.said(f"the broker ended: {error!r}")
+        for cause in _leaves(error):
+            full = isinstance(cause, (Full, Unavailable)) and self.disk.capacity is not None
+            if not full and not (isinstance(cause, Broken) and self.disk.stopped):
+                self.found.append(f"O3: the broker ended by {cause!r}")
+        if not self.disk.stopped:  # else its end is on its way already
+            self.crash()
+
+    def crash(self, *, power: bool = False) -> None:
+        """Kill -9, or a power cut, and a start some time later."""
+        node, self._node, self.core = self._node, None, None
+        if node is None:
+            return
+        self.door.reset()
+        self.loop.kill(node)
+        self.disk.lose_process()
+        if power:
+            self.disk.lose_power()
+        if self.embedded:
+            self.server.restart("lost", FOREVER_SEC)
+        self.inspect()
+        self.loop.call_later(self._draw.uniform(0.1, 10), self.start, context=contextvars.Context())
+
+    def inspect(self) -> None:
+        """Reads the log from the disk of a stopped machine: its chain, and its projections made anew."""
+        capacity, self.disk.capacity = self.disk.capacity, None
+        sql = self.disk.connect()
+        try:
+            if sql.execute("SELECT 1 FROM sqlite_master WHERE name = 'lanes'").fetchone() is None:
+                return
+            rows = [_row(row) for row in log.all_rows(sql)]
+            self.history.dumped(rows)
+            fault = log.verify(sql).fault
+            if fault is not None:
+                self.found.append(f"S3: {fault}")
+            kept = follower.dump(sql)
+            sql.execute("BEGIN")
+            follower.rebuild(sql)
+            self.found += s4(kept, follower.dump(sql))
+            sql.execute("ROLLBACK")
+        finally:
+            sql.close()
+            self.disk.capacity = capacity
+
+    # --- the run ---
+
+    async def live_through(self) -> None:
+        self.start()
+        await self._wait(lambda: self.core is not None and self.core.link.up, "the broker did not start")
+        await self._furnish()
+        clients = self._draw.randint(1, 4)
+        self.clients = Clients(self.loop, self.door, self.devices, clients, pause=8.0 * clients)
+        nemesis = Nemesis(self, FAULT_EVERY_SEC)
+        self.loop.create_task(nemesis.run())
+        await asyncio.sleep(FAULTS_SEC)
+        self.history.said("heal")
+        nemesis.heal()
+        self.clients.stopped = True
+        await self._heal()
+        await self._core().storage.read(self._compare_live_state)
+        self.history.ended_at = self._core().writer.now()
+        self._stop.set()
+        async with asyncio.timeout(UP_WITHIN_SEC):
+            await self._ended.wait()
+        self._node = None
+        self.inspect()
+
+    async def _furnish(self) -> None:
+        """Keys and devices, as an operator makes them before anything goes wrong."""
+        core, node = self._core(), self._node
+        assert node is not None
+        _, self.door.secret = await self.loop.spawn(node, core.keys.create("acme", ("admin",), None))
+        for device in self.devices:
+            body = {"hardware_id": device.hardware_id, "type": device.kind}
+            call = await self.door.call("register", "POST", "/v1/devices", body)
+            assert call.status == 201, call
+            device.jwks = core.grants.jwks()
+            device.start()
+
+    async def _heal(self) -> None:
+        """Everything is put right; then time passes until no command is open, or far too long."""
+        if self.disk.armed:
+            self.crash()
+        await self._wait(lambda: self._node is not None and self.core is not None, "the broker did not start")
+        self.clock.offset_ms = max(0, self._core().writer.now() - self.clock.true_ms())
+        await self._wait(lambda: self._healthy(), "the broker did not get ready")
+        self.history.healed_at = self._core().writer.now()
+        end = self.loop.time() + LONGEST_HEAL_SEC
+        while self.loop.time() < end and self._open_commands():
+            await asyncio.sleep(5)
+        await asyncio.sleep(130)  # what is late comes in at last
+
+    def _healthy(self) -> bool:
+        core = self.core
+        return core is not None and core.writer.open and core.link.up and core.dispatch.halted is None
+
+    def _open_commands(self) -> int:
+        return sum(len(lane.members) for lane in self._core().live.lanes.values())
+
+    async def _wait(self, fact: Callable[[], bool], otherwise: str) -> None:
+        end = self.loop.time() + UP_WITHIN_SEC
+        while not fact():
+            if self.loop.time() > end:
+                raise AssertionError(otherwise)
+            await asyncio.sleep(0.1)
+
+    def _core(self) -> Core:
+        assert self.core is not None
+        return self.core
+
+    def _compare_live_state(self, sql: Sql) -> None:
+        """L6: what the broker has in memory is what its log says."""
+        live, folded = self._core().live, follower.Touched()
+        for row in log.all_rows(sql):
+            folded.fold(log.recorded(row))
+        for command_id, state in folded.commands.items():
+            known = live.command(command_id)
+            if known is not None and msgspec.json.encode(known) != msgspec.json.encode(state):
+                self.found.append(f"L6: {command_id} is {known} in memory and {state} by the log")
+            if known is None and not state.closed:
+                self.found.append(f"L6: {command_id} is open and not in memory")
+
+
+def simulate(seed: int, *, synchronous: Synchronous = "FULL") -> Outcome:
+    """The whole of one run. What is found is sentences, each with the name of the invariant before it."""
+    logged: list[str] = []
+
+    async def main(loop: SimLoop) -> World:
+        world = World(loop, synchronous)
+        try:
+            await world.live_through()
+        except AssertionError as error:
+            world.found.append(f"L4: {error}")
+            world.inspect()
+        return world
+
+    loops: list[SimLoop] = []
+
+    async def noted(loop: SimLoop) -> World:
+        loops.append(loop)
+        return await main(loop)
+
+    with _quiet(logged):
+        world = run(noted, seed, max_time=FAULTS_SEC + 2 * LONGEST_HEAL_SEC)
+    found = [*world.found, *world.door.failures, *check(world.history)]
+    found += [f"LOG: {line}" for line in logged if line.startswith(WRONG)]
+    found += [
+        f"HTTP: {call.kind} was answered {call.status}: {call.answer}"
+        for call in world.history.calls
+        if call.status is not None and call.status >= 500 and call.status != 503
+    ]
+    return Outcome(
+        seed=seed,
+        found=found,
+        trace=loops[0].trace,
+        steps=loops[0].steps,
+        history=world.history,
+        log=logged,
+    )
+
+
+@contextmanager
+def _quiet(logged: list[str]) -> Iterator[None]:
+    """Log lines go into a list: they are part of what was seen."""
+
+    def keep(_logger: Any, level: str, event: dict[str, Any]) -> str:
+        logged.append(f"{event.pop('event')} {event}")
+        raise structlog.DropEvent
+
+    before = structlog.get_config()
+    structlog.configure(processors=[structlog.processors.format_exc_info, keep])
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]
+
+
+def _row(row: Row) -> dict[str, Any]:
+    found = row._asdict()
+    found["data"] = None if row.data is None else msgspec.json.decode(row.data)
+    return found

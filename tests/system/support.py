@@ -1,0 +1,353 @@
+"""Ordain as a user has it: real processes, spoken to by what they print, by HTTP, MQTT and the command line.
+
+Nothing here looks inside the broker, and nothing sleeps for a guessed time: each wait is for a fact, with a
+deadline. Whatever was started is killed by the fixtures in `conftest.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import httpx2
+import pytest
+
+from devices.agent import Agent
+from tests.conftest import program
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).parents[2]
+WITHIN_SEC = 30
+END_WITHIN_SEC = 10
+LOOK_AGAIN_SEC = 0.02
+# A key, a device's token, or any JWT: nothing of the kind may ever be in a log line.
+SECRET = re.compile(r"sk_live_[\w-]{16,}|dtok_[\w-]{16,}|eyJ[\w-]+\.[\w-]+\.[\w-]+")
+
+
+def _ordain() -> str:
+    places = os.pathsep.join([str(Path(sys.executable).parent), str(ROOT / ".venv" / "bin")])
+    found = shutil.which("ordain", path=places)
+    assert found is not None, "ordain is not installed: run `make setup`"
+    return found
+
+
+ORDAIN = _ordain()
+
+
+def environment(**more: str) -> dict[str, str]:
+    """What every user has, and none of the settings of whoever runs the tests."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("ORDAIN_")}
+    return kept | more
+
+
+def until(fact: Callable[[], T | None], about: object = "", within: float = WITHIN_SEC) -> T:
+    """The first true value of `fact`; fails at the deadline."""
+    deadline = time.monotonic() + within
+    pause = threading.Event()
+    while not (found := fact()):
+        assert time.monotonic() < deadline, f"not within {within} s: {about}"
+        pause.wait(LOOK_AGAIN_SEC)
+    return found
+
+
+class Lines:
+    """What a process prints, as it comes."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._lines: list[str] = []
+        self._news = threading.Condition()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._reader.start()
+
+    def _read(self, stream: IO[str]) -> None:
+        with stream:
+            for line in stream:
+                with self._news:
+                    self._lines.append(line)
+                    self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    def wait(self, words: str, within: float = WITHIN_SEC) -> str:
+        """The first line that holds these words."""
+        with self._news:
+            self._news.wait_for(lambda: self._ended or self._find(words) is not None, within)
+            found = self._find(words)
+            assert found is not None, f"{words!r} is not in:\n{''.join(self._lines)}"
+            return found
+
+    def _find(self, words: str) -> str | None:
+        return next((line for line in self._lines if words in line), None)
+
+    def all(self, within: float = WITHIN_SEC) -> str:
+        """Everything, once the process has ended."""
+        self._reader.join(within)
+        return self.so_far()
+
+    def so_far(self) -> str:
+        with self._news:
+            return "".join(self._lines)
+
+
+class Process:
+    """A program that runs beside the test."""
+
+    def __init__(self, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
+            env=env or environment(),
+        )
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.out, self.err = Lines(self.process.stdout), Lines(self.process.stderr)
+
+    def wait(self, within: float = WITHIN_SEC) -> int:
+        return self.process.wait(within)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL; does nothing to what has ended."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Broker:
+    """`ordain serve` on a data directory and free ports; it keeps its MQTT port when it is started again."""
+
+    def __init__(self, data: Path, *options: str, cwd: Path) -> None:
+        self.data = data
+        self.cwd = cwd
+        self.options = options
+        self.url = ""
+        self.mqtt_port = 0
+        self.key = ""
+        self.runs: list[Process] = []
+
+    def launch(self, *more: str) -> Process:
+        """Starts the process and waits for nothing."""
+        options = [*self.options, *more]
+        if "--http" not in options:
+            options += ["--http", "127.0.0.1:0"]
+        if "--mqtt-url" not in options and "--mqtt-listen" not in options:
+            options += ["--mqtt-listen", f"127.0.0.1:{self.mqtt_port}"]
+        self.runs.append(Process(ORDAIN, "serve", "--data", str(self.data), *options, cwd=self.cwd))
+        return self.runs[-1]
+
+    def start(self, *more: str) -> Broker:
+        """Returns when it serves."""
+        run = self.launch(*more)
+        serving = run.err.wait("event=broker.serving")
+        self.url = serving.split("http=")[1].split()[0]
+        if "event=mqtt.embedded_up" in run.err.so_far():
+            self.mqtt_port = int(run.err.wait("event=mqtt.embedded_up").split("port=")[1].split()[0])
+        return self
+
+    @property
+    def run(self) -> Process:
+        return self.runs[-1]
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Its exit code after a signal."""
+        self.run.signal(number)
+        return self.run.wait(END_WITHIN_SEC)
+
+    def kill(self) -> None:
+        for run in self.runs:
+            run.kill()
+
+    def said(self) -> str:
+        """Every log line of every run so far."""
+        return "".join(run.err.so_far() for run in self.runs)
+
+    def ordain(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return ordain(*arguments, data=self.data, **env)
+
+    # --- HTTP ---
+
+    def http(self, method: str, path: str, body: object = None, **headers: str) -> httpx2.Response:
+        if not self.key:
+            self.key = made(
+                self.ordain("keys", "create", "--project", "default", "--scope", "devices:read",
+                            "--scope", "devices:write")
+            )  # fmt: skip
+        headers = {"Authorization": f"Bearer {self.key}"} | headers
+        return httpx2.request(
+            method, self.url + path, json=body, headers=headers, timeout=WITHIN_SEC, trust_env=False
+        )
+
+    def device(self, hardware_id: str, type: str = "generic") -> str:
+        """Registers a device; its token."""
+        answer = self.http("POST", "/v1/devices", {"hardware_id": hardware_id, "type": type})
+        assert answer.status_code == 201, answer.text
+        token: str = answer.json()["device_token"]
+        return token
+
+    def create(self, hardware_id: str, type: str = "lock", **fields: object) -> str:
+        """Creates a command; its id."""
+        answer = self.http("POST", f"/v1/devices/{hardware_id}/commands", {"type": type} | fields)
+        assert answer.status_code == 201, answer.text
+        command_id: str = answer.json()["id"]
+        return command_id
+
+    def command(self, command_id: str) -> dict[str, Any]:
+        answer = self.http("GET", f"/v1/commands/{command_id}")
+        assert answer.status_code == 200, answer.text
+        command: dict[str, Any] = answer.json()
+        return command
+
+    def events(self, command_id: str) -> list[str]:
+        found = self.http("GET", f"/v1/commands/{command_id}/events").json()["data"]
+        return [event["type"] for event in found]
+
+    def reaches(self, command_id: str, state: str) -> dict[str, Any]:
+        """The command, once it is in this state."""
+
+        def there() -> dict[str, Any] | None:
+            command = self.command(command_id)
+            return command if command["state"] == state else None
+
+        return until(there, lambda: self.command(command_id))
+
+    def not_ready(self) -> list[str]:
+        """What /readyz says against it; nothing if it is ready."""
+        answer = self.http("GET", "/readyz")
+        return [] if answer.status_code == 200 else answer.json()["error"]["details"]["reasons"]
+
+    def verified(self) -> bool:
+        checked = self.ordain("log", "verify")
+        assert checked.returncode == 0, checked.stderr
+        return "no fault" in checked.stdout
+
+
+def ordain(*arguments: str, data: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """One command line, to its end."""
+    where = {} if data is None else {"ORDAIN_DATA": str(data)}
+    return subprocess.run(
+        [ORDAIN, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_SEC * 2,
+        env=environment(**(where | env)),
+    )
+
+
+def made(done: subprocess.CompletedProcess[str]) -> str:
+    """The one thing a command printed alone."""
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert re.fullmatch(r"\S+\n", done.stdout)
+    return done.stdout.strip()
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """It ended with this code and one sentence on standard error that names these things."""
+    one_sentence(done.stderr, *words)
+    assert done.returncode == code, done.stderr
+
+
+def one_sentence(said: str, *words: str) -> None:
+    lines = [line for line in said.splitlines() if not line.startswith("timestamp=")]
+    assert len(lines) == 1, said
+    assert lines[0].startswith("ordain: ")
+    assert "Traceback" not in said
+    for word in words:
+        assert word in lines[0]
+
+
+# --- a device made of Mosquitto's tools ------------------------------------------------------------
+
+
+class Device:
+    """A device as somebody with a shell has it: mosquitto_sub listens, mosquitto_pub speaks."""
+
+    def __init__(self, port: int, hardware_id: str, token: str = "", *, own_server: bool = True) -> None:
+        self.port = port
+        self.hardware_id = hardware_id
+        self._login = ["-u", hardware_id, "-P", token] if token else []
+        # Where the client id must be the hardware id, the second connection ends the first.
+        self._speaker = hardware_id if own_server else f"{hardware_id}-speaks"
+
+    def topic(self, suffix: str) -> str:
+        return f"iotee/dev/{self.hardware_id}/{suffix}"
+
+    def listen(self, suffix: str = "rls", *more: str, topic: str = "") -> Process:
+        """Waits for one message, prints it and ends."""
+        return Process(
+            program("mosquitto_sub"), "-p", str(self.port), "-i", self.hardware_id, *self._login, "-q", "1",
+            "-C", "1", "-W", str(WITHIN_SEC), "-t", topic or self.topic(suffix), *more,
+        )  # fmt: skip
+
+    def next(self, listening: Process | None = None) -> str:
+        """The next message to this device."""
+        listening = listening or self.listen()
+        assert listening.wait() == 0, listening.err.all()
+        return listening.out.all().removesuffix("\n")
+
+    def say(self, *messages: str, suffix: str = "ack", topic: str = "", retain: bool = False) -> int:
+        """One message after the other; mosquitto_pub's exit code."""
+        done = subprocess.run(
+            [program("mosquitto_pub"), "-p", str(self.port), "-i", self._speaker, *self._login, "-q", "1",
+             "-t", topic or self.topic(suffix), "-l", *(["-r"] if retain else [])],
+            input="".join(message + "\n" for message in messages), text=True, capture_output=True,
+            timeout=WITHIN_SEC,
+        )  # fmt: skip
+        return done.returncode
+
+    def online(self) -> None:
+        assert self.say("online", suffix="status", retain=True) == 0
+
+    def subscribe(self) -> None:
+        """Leaves a session with the server that collects what comes."""
+        done = Process(
+            program("mosquitto_sub"), "-p", str(self.port), "-i", self.hardware_id, "-c", "-E", "-q", "1",
+            "-t", self.topic("rls"),
+        )  # fmt: skip
+        assert done.wait() == 0
+
+
+def executed(command_id: str, **result: object) -> str:
+    return json.dumps({"id": command_id, "status": "executed", "result": result})
+
+
+@contextmanager
+def running(agent: Agent) -> Iterator[None]:
+    """The reference device, in a loop of its own."""
+    ready: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
+
+    async def run() -> None:
+        task = asyncio.create_task(agent.run())
+        ready.append((asyncio.get_running_loop(), task))
+        await asyncio.wait({task})
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    loop, task = until(lambda: ready and ready[0])
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(WITHIN_SEC)
+        if thread.is_alive():
+            pytest.fail("the agent did not end")

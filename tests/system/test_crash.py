@@ -1,0 +1,147 @@
+"""kill -9 at the worst moments: nothing answered for is lost, and nothing is executed twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from devices.agent import Agent, Call
+from devices.memory import SqliteMemory
+from tests.conftest import Mosquitto, unused_port
+from tests.system.conftest import NewBroker
+from tests.system.support import Broker, Device, Process, executed, running, until
+
+CLIENTS = 20
+ANSWERS = 200
+
+
+def test_after_a_crash_the_same_command_comes_again_as_its_second_attempt(new_broker: NewBroker) -> None:
+    broker = new_broker("--mqtt-listen", f"127.0.0.1:{unused_port()}").start()
+    door = Device(broker.mqtt_port, "door-7", broker.device("door-7"))
+    command_id = broker.create("door-7")
+    first = json.loads(door.next())
+
+    broker.kill()
+    broker.start()
+    second = json.loads(door.next())
+    door.say(executed(command_id))
+
+    assert (first["id"], first["attempt"]) == (command_id, 1)
+    assert (second["id"], second["attempt"]) == (command_id, 2)
+    broker.reaches(command_id, "executed")
+    assert broker.verified()
+
+
+def test_after_a_crash_the_reference_device_executes_once_what_came_twice(
+    mosquitto: Mosquitto, new_broker: NewBroker, tmp_path: Path
+) -> None:
+    broker = new_broker("--mqtt-url", mosquitto.url).start()
+    broker.device("door-7")
+    queue = Device(mosquitto.port, "door-7", own_server=False)
+    queue.subscribe()
+    queue.online()
+    command_id = broker.create("door-7")
+    until(lambda: broker.events(command_id) == ["created", "published"])
+
+    broker.kill()
+    broker.start()
+    queue.online()
+    until(lambda: broker.events(command_id) == ["created", "published", "published"])
+    agent = Agent("door-7", "", mosquitto.url, memory=SqliteMemory(tmp_path / "door.sqlite3"))
+    calls: list[tuple[str, int]] = []
+
+    @agent.command("lock")
+    async def lock(call: Call) -> dict[str, int]:
+        calls.append((call.id, call.attempt))
+        return {"times": len(calls)}
+
+    with running(agent):
+        command = broker.reaches(command_id, "executed")
+    assert calls == [(command_id, 1)]
+    assert command["result"] == {"times": 1}
+    assert broker.verified()
+
+
+async def keep_creating(url: str, key: str, device: str, accepted: list[str]) -> None:
+    """One client that creates commands until the broker is gone."""
+    headers = {"Authorization": f"Bearer {key}"}
+    async with httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False) as client:
+        while True:
+            try:
+                answer = await client.post(f"/v1/devices/{device}/commands", json={"type": "lock"})
+            except httpx2.TransportError:
+                return
+            if answer.status_code != 201:
+                return  # its queue is full
+            accepted.append(answer.json()["id"])
+
+
+async def test_every_command_that_was_answered_201_survives_kill_9(broker: Broker) -> None:
+    names = [f"lamp-{number}" for number in range(CLIENTS)]
+    for name in names:
+        await asyncio.to_thread(broker.device, name)
+    accepted: list[str] = []
+
+    async with asyncio.TaskGroup() as clients:
+        for name in names:
+            clients.create_task(keep_creating(broker.url, broker.key, name, accepted))
+        await asyncio.to_thread(until, lambda: len(accepted) > ANSWERS)
+        broker.run.signal(signal.SIGKILL)
+
+    await asyncio.to_thread(broker.start)
+    tail = await asyncio.to_thread(broker.ordain, "log", "tail", "--lines", "100000", "--json")
+    recorded = {json.loads(line)["stream"] for line in tail.stdout.splitlines()}
+    assert len(accepted) > ANSWERS
+    assert set(accepted) <= recorded
+    assert broker.verified()
+
+
+def _exists(name: str) -> Callable[[Broker, Process], bool]:
+    return lambda broker, run: (broker.data / name).exists()
+
+
+def _said(event: str) -> Callable[[Broker, Process], bool]:
+    return lambda broker, run: f"event={event}" in run.err.so_far()
+
+
+MOMENTS = {
+    "the lock is there": _exists("ordain.lock"),
+    "the database is there": _exists("ordain.db"),
+    "its journal is there": _exists("ordain.db-wal"),
+    "the MQTT server is up": _said("mqtt.embedded_up"),
+    "the socket is there": _exists("ordain.sock"),
+    "it serves": _said("broker.serving"),
+}
+
+
+def test_kill_9_again_and_again_while_it_starts_does_no_harm(new_broker: NewBroker) -> None:
+    broker = new_broker()
+    for moment, there in MOMENTS.items():
+        run = broker.launch()
+        until(lambda there=there, run=run: there(broker, run), moment)  # type: ignore[misc]
+        run.kill()
+
+    broker.start()
+    broker.device("lamp")
+    assert broker.create("lamp")
+    assert broker.verified()
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_several_kill_9_between_commands_lose_none_of_them(new_broker: NewBroker, last: int) -> None:
+    broker = new_broker().start()
+    broker.device("lamp")
+    made = []
+    for _ in range(last):
+        made.append(broker.create("lamp"))
+        broker.kill()
+        broker.start()
+
+    assert [broker.command(command_id)["state"] for command_id in made] == ["pending"] * last
+    assert broker.verified()
