@@ -7,10 +7,10 @@ Exit codes: 0 done; 1 refused, not executed, or a fault found; 2 the command lin
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 import httpx2
@@ -30,18 +30,29 @@ from broker.cli_base import (
     Failed,
     Json,
     Text,
+    ask,
+    call,
     print_json,
     print_table,
     settings_of,
 )
+from broker.cli_explain import explain
+from broker.cli_grants import grants
 from broker.cli_log import logs
-from broker.control import operator
-from broker.seams import Broken
+from broker.cli_simulate import simulate
+from broker.errors import Unavailable
+from broker.seams import Broken, Full
 from broker.serve import serve as serve_until_signal
 from broker.settings import BadSetting
 from broker.world import InUse
+from devices.types import BadType
 
 T = TypeVar("T")
+
+WRONG = (BadSetting, BadType, CycloptsError)
+EXPECTED = (
+    *WRONG, Failed, InUse, Broken, Full, Unavailable, OSError, sqlite3.Error, httpx2.HTTPError,
+)  # fmt: skip
 
 CLOSED = ("executed", "failed", "timed_out", "expired", "cancelled")
 
@@ -54,31 +65,35 @@ app = App(
 )
 keys = App(name="keys", help="API keys: make, list, revoke.")
 devices = App(name="devices", help="Devices: add, list.")
-for part in (keys, devices, logs):
+for part in (keys, devices, grants, logs, simulate):
     app.command(part)
+app.command(explain)
 
 
 def main() -> None:
     """Entry point of `ordain`."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads us has read enough, as in `ordain log tail | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DONE
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """One command line; gives its exit code."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except Failed as error:
-        return _error(str(error), error.code)
-    except (BadSetting, CycloptsError) as error:
-        return _error(str(error), USAGE)
-    except (InUse, Broken, OSError, sqlite3.Error, httpx2.HTTPError) as error:
-        return _error(str(error) or type(error).__name__, UNREACHABLE)
+    except BrokenPipeError:
+        raise
+    except EXPECTED as error:
+        return _error(error)
     except ExceptionGroup as group:
-        known, rest = group.split((BadSetting, Broken, InUse, OSError))
+        known, rest = group.split(EXPECTED)
         if rest is not None or known is None:
             raise
-        first = _first(known)
-        return _error(str(first), USAGE if isinstance(first, BadSetting) else UNREACHABLE)
+        return _error(_first(known))
     except KeyboardInterrupt:
         return 130
     return DONE
@@ -88,9 +103,15 @@ def _first(group: BaseException) -> BaseException:
     return _first(group.exceptions[0]) if isinstance(group, BaseExceptionGroup) else group
 
 
-def _error(message: str, code: int) -> int:
+def _error(error: BaseException) -> int:
+    """Says what went wrong in one line; gives the exit code."""
+    message = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        message = ": ".join([*([str(error.filename)] if error.filename else []), error.strerror])
     print("ordain:", " ".join(message.split()), file=sys.stderr)
-    return code
+    if isinstance(error, Failed):
+        return error.code
+    return USAGE if isinstance(error, WRONG) else UNREACHABLE
 
 
 # --- serve ---------------------------------------------------------------------------------------
@@ -142,43 +163,11 @@ def _log_to_stderr() -> None:
 # --- what goes through the operator's door ---------------------------------------------------------
 
 
-def _ask(data: str | None, work: Callable[[httpx2.AsyncClient, bool], Awaitable[T]]) -> T:
-    """Does something as the operator of a data directory; `work` is told whether a broker is serving."""
-    settings = settings_of(data=data)
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger("critical")
-    )  # errors are exceptions here
-
-    async def asking() -> T:
-        async with operator(settings) as (client, serving):
-            return await work(client, serving)
-
-    return uvloop.run(asking())
-
-
-async def _call(client: httpx2.AsyncClient, method: str, path: str, body: object = None) -> Any:
-    """The answer's JSON.
-
-    Raises:
-        Failed: the broker refused, in its words.
-    """
-    response = (
-        await client.request(method, path, json=body)
-        if body is not None
-        else await client.request(method, path)
-    )
-    answer = response.json()
-    if response.is_error:
-        code = UNREACHABLE if response.status_code >= 500 else REFUSED
-        raise Failed(code, answer["error"]["message"])
-    return answer
-
-
 async def _pages(client: httpx2.AsyncClient, path: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     cursor: str | None = ""
     while cursor is not None:
-        page = await _call(client, "GET", f"{path}?limit=100" + (f"&cursor={cursor}" if cursor else ""))
+        page = await call(client, "GET", f"{path}?limit=100" + (f"&cursor={cursor}" if cursor else ""))
         found += page["data"]
         cursor = page["next_cursor"]
     return found
@@ -200,7 +189,7 @@ def create_key(
         What it is for.
     """
     body = {"project": project, "scopes": scope, "name": name}
-    made = _ask(data, lambda client, _: _call(client, "POST", "/local/keys", body))
+    made = ask(data, lambda client, _: call(client, "POST", "/local/keys", body))
     if as_json:
         print_json(made)
     else:
@@ -210,7 +199,7 @@ def create_key(
 @keys.command(name="list")
 def list_keys(*, data: Data = None, as_json: Json = False) -> None:
     """All keys, without their secrets."""
-    found = _ask(data, lambda client, _: _call(client, "GET", "/local/keys"))["data"]
+    found = ask(data, lambda client, _: call(client, "GET", "/local/keys"))["data"]
     if as_json:
         print_json(found)
         return
@@ -231,7 +220,7 @@ def list_keys(*, data: Data = None, as_json: Json = False) -> None:
 @keys.command(name="revoke")
 def revoke_key(key_id: str, /, *, data: Data = None, as_json: Json = False) -> None:
     """Take a key away, at once and for ever. What it made goes on."""
-    gone = _ask(data, lambda client, _: _call(client, "DELETE", f"/local/keys/{key_id}"))
+    gone = ask(data, lambda client, _: call(client, "DELETE", f"/local/keys/{key_id}"))
     if as_json:
         print_json(gone)
     else:
@@ -263,7 +252,7 @@ def add_device(
     """
     given = {"hardware_id": hardware_id, "type": type, "project": project, "id": id, "name": name}
     body = {key: value for key, value in given.items() if value is not None}
-    made = _ask(data, lambda client, _: _call(client, "POST", "/v1/devices", body))
+    made = ask(data, lambda client, _: call(client, "POST", "/v1/devices", body))
     if as_json:
         print_json(made)
     else:
@@ -273,7 +262,7 @@ def add_device(
 @devices.command(name="list")
 def list_devices(*, data: Data = None, as_json: Json = False) -> None:
     """All devices, newest first."""
-    found = _ask(data, lambda client, _: _pages(client, "/v1/devices"))
+    found = ask(data, lambda client, _: _pages(client, "/v1/devices"))
     if as_json:
         print_json(found)
         return
@@ -315,7 +304,7 @@ def send(
         body["ttl_sec"] = ttl or None
 
     async def sending(client: httpx2.AsyncClient, serving: bool) -> dict[str, Any]:
-        made: dict[str, Any] = await _call(client, "POST", f"/v1/devices/{device}/commands", body)
+        made: dict[str, Any] = await call(client, "POST", f"/v1/devices/{device}/commands", body)
         if wait and not serving:
             raise Failed(UNREACHABLE, f"{made['id']} is recorded, but no broker serves: nothing to wait for")
         until = time.monotonic() + timeout
@@ -323,10 +312,10 @@ def send(
             if time.monotonic() > until:
                 raise Failed(REFUSED, f"{made['id']} is {made['state']} after {timeout:g} s")
             await asyncio.sleep(POLL_SEC)
-            made = await _call(client, "GET", f"/v1/commands/{made['id']}")
+            made = await call(client, "GET", f"/v1/commands/{made['id']}")
         return made
 
-    made = _ask(data, sending)
+    made = ask(data, sending)
     if as_json:
         print_json(made)
     elif wait:

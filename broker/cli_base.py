@@ -1,15 +1,21 @@
-"""What all commands of the command line share: exit codes, options, output."""
+"""What all commands of the command line share: exit codes, options, asking the broker, output."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Any, TypeVar
 
+import httpx2
 import msgspec
+import structlog
+import uvloop
 from cyclopts import Parameter
 
+from broker.control import operator
 from broker.settings import Settings, load
+
+T = TypeVar("T")
 
 DONE, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
 POLL_SEC = 0.1
@@ -34,6 +40,38 @@ def settings_of(config: str | None = None, **flags: str | None) -> Settings:
         BadSetting: one of them is wrong.
     """
     return load(flags, os.environ, config)
+
+
+def ask(data: str | None, work: Callable[[httpx2.AsyncClient, bool], Awaitable[T]]) -> T:
+    """Does something as the operator of a data directory; `work` is told whether a broker is serving."""
+    settings = settings_of(data=data)
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger("critical")
+    )  # errors are exceptions here
+
+    async def asking() -> T:
+        async with operator(settings) as (client, serving):
+            return await work(client, serving)
+
+    return uvloop.run(asking())
+
+
+async def call(client: httpx2.AsyncClient, method: str, path: str, body: object = None) -> Any:
+    """The answer's JSON.
+
+    Raises:
+        Failed: the broker refused, in its words.
+    """
+    response = (
+        await client.request(method, path, json=body)
+        if body is not None
+        else await client.request(method, path)
+    )
+    answer = response.json()
+    if response.is_error:
+        code = UNREACHABLE if response.status_code >= 500 else REFUSED
+        raise Failed(code, answer["error"]["message"])
+    return answer
 
 
 def print_json(value: object) -> None:

@@ -19,7 +19,7 @@ from broker.fleet import DeviceState
 from broker.ids import new_id
 from broker.lanes import Member
 from broker.lifecycle import CommandState, Input, Request, State, evolve
-from broker.live import Live
+from broker.live import Live, Recent
 from broker.seams import Sql
 from broker.settings import Limits
 from broker.writer import Writer
@@ -81,6 +81,8 @@ class Commands:
         self.types = types
         self.prefix = prefix
         self.limits = limits
+        # What each command of each type resolves to, and its digest; types do not change while we run.
+        self._digests: Recent[tuple[str, str], tuple[Definition, str]] = Recent(1_024)
         self.changed: Callable[[Member], None] = lambda _: None
 
     # --- recording ---
@@ -197,7 +199,8 @@ class Commands:
         if isinstance(order.ttl_sec, int) and not 1 <= order.ttl_sec <= MAX_TTL_SEC:
             raise invalid("ttl_sec", f"must be 1 to {MAX_TTL_SEC} seconds, or null for never", order.ttl_sec)
         try:
-            definition = kind.definition(order.type)
+            known = self._digests.get((kind.name, order.type))
+            definition = kind.definition(order.type) if known is None else known[0]
             params = kind.check_params(order.type, {} if order.params is msgspec.UNSET else order.params)
             encoded = msgspec.json.encode(params)
         except UnknownCommand as error:
@@ -255,9 +258,16 @@ class Commands:
 
     def _define(self, definition: Definition) -> str:
         """The digest of a definition; the first command that needs it puts it on the log."""
-        body = msgspec.to_builtins(definition)
-        digest = hashlib.sha256(msgspec.json.encode(body, order="sorted")).hexdigest()[:32]
+        name = (definition.device_type, definition.command)
+        known = self._digests.get(name)
+        if known is not None and known[0] is definition:
+            digest = known[1]
+        else:
+            encoded = msgspec.json.encode(msgspec.to_builtins(definition), order="sorted")
+            digest = hashlib.sha256(encoded).hexdigest()[:32]
+            self._digests.put(name, (definition, digest))
         if digest not in self.live.definitions:
+            body = msgspec.to_builtins(definition)
             event = Defined(definition=body)
             self.writer.stage(definition_stream(digest), 1, event, project="", device_id=None, actor="broker")
             self.writer.touch_definition(digest, body)

@@ -6,6 +6,7 @@ directory; when none does, the same HTTP app answers in this process, with the l
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -20,11 +21,13 @@ from broker.http.app import create_app
 from broker.http.services import Services
 from broker.metrics import Metrics
 from broker.settings import Settings
-from broker.world import SqliteStorage, SystemClock, SystemEntropy
-from devices.types import shipped_types
+from broker.type_files import load_types
+from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy
 
 SOCKET = "ordain.sock"
 TIMEOUT_SEC = 30.0
+FREE_WITHIN_SEC = 10.0
+LOOK_AGAIN_SEC = 0.05
 
 
 def services(core: Core) -> Services:
@@ -92,19 +95,20 @@ async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient
     """An HTTP client that is the operator of this data directory, and whether a broker is serving it.
 
     Raises:
-        InUse: a broker has the log but does not answer (it is just starting or ending).
+        InUse: somebody has the log, and neither answers nor lets go of it.
+        BadType: a file of device types is wrong.
         OSError, Broken: the directory or the log cannot be opened.
     """
     directory = Path(settings.data)
-    if answers(directory):
+    storage = await _opened(directory)
+    if storage is None:
         with socket_path(directory) as path:
             transport = httpx2.AsyncHTTPTransport(uds=path)
             async with _client(transport) as client:
                 yield client, True
         return
-    storage = await SqliteStorage.open(directory)
     try:
-        core = Core(storage, SystemClock(), SystemEntropy(), shipped_types(), settings)
+        core = Core(storage, SystemClock(), SystemEntropy(), load_types(settings.types), settings)
         await core.open(embedded=False)
         async with core.running(None):
             app = create_app(services(core), local=True)
@@ -112,6 +116,20 @@ async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient
                 yield client, False
     finally:
         await storage.close()
+
+
+async def _opened(directory: Path) -> SqliteStorage | None:
+    """The log, opened for us; None if a broker answers. A broker that starts or ends is waited for."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + FREE_WITHIN_SEC
+    while not answers(directory):
+        try:
+            return await SqliteStorage.open(directory)
+        except InUse:
+            if loop.time() > deadline:
+                raise
+        await asyncio.sleep(LOOK_AGAIN_SEC)
+    return None
 
 
 def _client(transport: httpx2.AsyncBaseTransport) -> httpx2.AsyncClient:

@@ -16,7 +16,7 @@ from broker.commands import Commands
 from broker.deadlines import Deadlines
 from broker.dispatch import Dispatch
 from broker.events import ClockStepped
-from broker.grants import load_grants
+from broker.grants import Grants
 from broker.ids import new_id
 from broker.intake import Intake
 from broker.keys import Keys
@@ -66,6 +66,7 @@ class Core:
         self.repairs = Repairs(self.commands)
         self.registry = Registry(self.commands)
         self.keys = Keys(self.writer)
+        self.grants = Grants(self.writer, self.live, self.registry.secrets, settings.issuer)
         self.link: Link = NoLink()
         self.log_id = ""
         self.cursor_key = b""
@@ -90,10 +91,11 @@ class Core:
 
         self.log_id, key = await self.storage.write(work)
         self.cursor_key = bytes.fromhex(key)
-        self.grants = await load_grants(self.storage, entropy, self.settings.issuer, writer.now())
+        await self.grants.load()
         self.dispatch = Dispatch(self.commands, self.grants, self.link)
         self.intake = Intake(self.commands, self.registry, self.dispatch, self.link, embedded=embedded)
         writer.reload = self._reload
+        writer.resumed = self.dispatch.pump_all
         await writer.start()
         await self.keys.load()
         self._watch_clock()
@@ -160,6 +162,7 @@ class Core:
         elif dispatch.halted:
             dispatch.halted = None
             dispatch.pump_all()
+            self.deadlines.look_again()
         step = writer.wall_step_ms()
         if abs(step - self._stepped_ms) > CLOCK_STEP_MS and writer.open:
             self._stepped_ms = step

@@ -22,6 +22,8 @@ class Deadlines:
         self._heap: list[tuple[int, str]] = []
         self._set: dict[str, int] = {}
         self._wake = asyncio.Event()
+        self._asleep = False
+        self._asleep_until: int | None = None
         self.stalled: Callable[[], None] | None = None
 
     def set(self, key: str, at: int | None) -> None:
@@ -37,12 +39,16 @@ class Deadlines:
             # Moments taken away stay in the heap until they come; with long lives they would pile up.
             self._heap = [(moment, name) for name, moment in self._set.items()]
             heapq.heapify(self._heap)
-        if self._heap[0][1] == key:
+        if self._asleep and (self._asleep_until is None or at < self._asleep_until):
             self._wake.set()
 
     def clear(self) -> None:
         self._heap.clear()
         self._set.clear()
+
+    def look_again(self) -> None:
+        """The clock jumped: what seemed far away may be due."""
+        self._wake.set()
 
     def __len__(self) -> int:
         return len(self._set)
@@ -67,8 +73,11 @@ class Deadlines:
                     await asyncio.sleep(0)  # thousands may be due at once; others must get their turn
                 continue
             self._wake.clear()
+            self._asleep, self._asleep_until = True, at
             try:
                 async with asyncio.timeout(None if at is None else (at - now) / 1_000):
                     await self._wake.wait()
             except TimeoutError:
                 pass
+            finally:
+                self._asleep = False

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +26,7 @@ OPERATOR = Caller(actor="operator:demo", project=None)
 
 
 class Demo:
-    """The devices of one broker's demo. `ready` before `welcome`."""
+    """The devices of one broker's demo."""
 
     def __init__(self, core: Core, data: Path) -> None:
         self._core = core
@@ -37,8 +39,8 @@ class Demo:
         devices = [(name, await self._token(name, kind), kind) for name, kind in DEVICES]
         await run_demo(url, devices, prefix=self._core.settings.prefix, memory_dir=self._home)
 
-    async def ready(self) -> None:
-        """Returns when there is a key and the devices are online, or late."""
+    async def greet(self, base: str, say: Callable[[str], None]) -> None:
+        """Says what to try, once there is a key and the devices are online, or late."""
         recorded = asyncio.Event()
         self._core.writer.listeners.append(lambda _: recorded.set())
         self._key = await self._secret_key()
@@ -47,6 +49,7 @@ class Demo:
                 while not all(self._online(name) for name, _ in DEVICES):
                     await recorded.wait()
                     recorded.clear()
+        say(self._welcome(base))
 
     def _online(self, name: str) -> bool:
         device = self._core.live.device(name)
@@ -58,13 +61,13 @@ class Demo:
         if kept and await registry.authenticate(name, kept) is not None:
             return kept
         try:
-            _, token = await registry.register(
+            issued = await registry.register(
                 OPERATOR, NewDevice(hardware_id=name, type=kind, project=PROJECT, name=f"demo {kind}")
             )
         except Refusal:
-            _, token = await registry.rotate_token(OPERATOR, name)  # it was made before, its file is gone
-        _write(self._home / f"{name}.token", token)
-        return token
+            issued = await registry.rotate_token(OPERATOR, name)  # it was made before, its file is gone
+        _write(self._home / f"{name}.token", issued.token)
+        return issued.token
 
     async def _secret_key(self) -> str:
         kept = _read(self._home / "key")
@@ -75,7 +78,8 @@ class Demo:
         _write(self._home / "key", secret)
         return secret
 
-    def welcome(self, base: str) -> str:
+    def _welcome(self, base: str) -> str:
+        where = shlex.quote(self._core.settings.data)
         return f"""
 Ordain is ready, with the demo devices {", ".join(name for name, _ in DEVICES)}.
 
@@ -84,7 +88,7 @@ Ordain is ready, with the demo devices {", ".join(name for name, _ in DEVICES)}.
              -H 'Content-Type: application/json' -d '{{"type": "lock"}}'
   look     curl -s {base}/v1/devices/demo_lock/commands -H 'Authorization: Bearer {self._key}'
   docs     {base}/docs
-  log      .venv/bin/ordain log tail
+  log      .venv/bin/ordain log tail --data {where}
 """
 
 

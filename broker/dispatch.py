@@ -353,7 +353,10 @@ class Dispatch:
             return
         due = lanes.overdue(member, now)
         if due is not None and member.state.state is not State.PENDING and not self._drained(now):
-            self._undrained[key] = None
+            if self.link.up and self._drained_at is not None:
+                self.deadlines.set(key, self._drained_at)
+            else:
+                self._undrained[key] = None
         elif due is Input.ATTEMPT_TIMER:
             self._input(member, due)
         elif due is not None:

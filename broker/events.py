@@ -131,7 +131,7 @@ class Cancelled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
 
 
 class Registered(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A device is known from here on. `token_digest`: SHA-256 of its token, hex."""
+    """A device is known from here on. `token_digest`: in the form of Mosquitto's password file."""
 
     hardware_id: str
     device_type: str

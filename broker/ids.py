@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 
 from broker.seams import Entropy
 
@@ -29,3 +30,26 @@ def new_secret(prefix: str, entropy: Entropy) -> str:
 def secret_digest(secret: str) -> str:
     """SHA-256, hex. Enough for a secret of 256 random bits: there is nothing to guess faster."""
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def token_digest(token: str, entropy: Entropy) -> str:
+    """A device token's digest in the form of Mosquitto's password file, so that it serves both of us.
+
+    `$7$rounds$salt$hash`, PBKDF2 with SHA-512. One round: there are 256 random bits and nothing to guess.
+    """
+    salt = entropy.token(12)
+    return f"$7$1${_base64(salt)}${_base64(_pbkdf2(token, salt))}"
+
+
+def is_token(token: str, digest: str) -> bool:
+    """Is this the token of that digest?"""
+    _, _, _, salt, wanted = digest.split("$")
+    return hmac.compare_digest(_base64(_pbkdf2(token, base64.b64decode(salt))), wanted)
+
+
+def _pbkdf2(token: str, salt: bytes) -> bytes:
+    return hashlib.pbkdf2_hmac("sha512", token.encode(), salt, 1)
+
+
+def _base64(value: bytes) -> str:
+    return base64.b64encode(value).decode()

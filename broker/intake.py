@@ -25,7 +25,16 @@ from broker.lifecycle import ANSWERS, CommandState, Request
 from broker.log import sqlite as log
 from broker.registry import Registry
 from broker.seams import Link, Message
-from devices.wire import Answer, Malformed, decode_answer, decode_status, parse_topic, status_topic
+from devices.types import AnswerStatus
+from devices.wire import (
+    Answer,
+    Malformed,
+    bare_word,
+    decode_answer,
+    decode_status,
+    parse_topic,
+    status_topic,
+)
 
 logger = structlog.get_logger()
 
@@ -49,6 +58,7 @@ class Intake:
         self.embedded = embedded
         registry.presence = dispatch.presence
         self.on_unmatched: Callable[[str], None] = lambda _: None
+        self.on_unfit: Callable[[str], None] = lambda _: None
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
         self._backlog_until = 0
@@ -131,11 +141,22 @@ class Intake:
         device = self.live.device(place[0]) if place is not None else None
         if place is None or device is None or place[1] == "status":
             return None
-        kind = self.commands.types.get(device.device_type)
         try:
-            return decode_answer(message.payload, message.correlation, kind.answers if kind else {})
+            return decode_answer(message.payload, message.correlation, self._words(device, message.payload))
         except Malformed as error:
             return error
+
+    def _words(self, device: DeviceState, payload: bytes) -> dict[str, AnswerStatus]:
+        """The bare texts a device may answer with: its type's, or those its open commands were made with."""
+        kind = self.commands.types.get(device.device_type)
+        words, word = kind.words if kind else {}, bare_word(payload)
+        lane = self.live.lanes.get(device.id)
+        if word is None or word in words or lane is None:
+            return words
+        for member in (*lane.members.values(), *lane.late.values()):
+            if word in member.definition.answers:
+                return member.definition.answers
+        return words
 
     def _take(
         self, message: Message, place: tuple[str, str] | None, answer: Answer | Malformed | None
@@ -199,13 +220,20 @@ class Intake:
                 self.unmatched(message, device, "unknown", answer.id)
                 return
             state = known
+        if (word := bare_word(message.payload)) is not None:
+            # What a text means is a matter of the command: "ON" does not answer an "off".
+            own = self.live.definitions[state.definition].answers
+            if own.get(word) != answer.status:
+                self.unmatched(message, device, "nothing_in_flight", state.id)
+                return
         self.answered(state, answer, evidence, message, device)
 
     def _candidate(self, message: Message, device: DeviceState) -> Member | str:
         """The one command an answer without id can mean, or the reason why there is none."""
         lane = self.live.lanes.get(device.id)
         found = candidates(lane, self.writer.now()) if lane is not None else []
-        if not found or message.dup:
+        # A retained text is what the device said once, not what it says to this command.
+        if not found or message.dup or (message.retain and not self.embedded):
             return "nothing_in_flight"
         return found[0] if len(found) == 1 else "ambiguous"
 
@@ -227,10 +255,21 @@ class Intake:
         decision = decide(state, request)
         if decision.verdict is Verdict.RECORD:
             self.commands.apply(state, decision, f"device:{device.id}")
+            self._check_result(state, answer)
         elif decision.verdict is Verdict.UNMATCHED:
             if decision.word == "promise_broken":
                 logger.error("delivery.promise_broken", command_id=state.id, state=state.state.value)
             self.unmatched(message, device, decision.word, state.id)
+
+    def _check_result(self, state: CommandState, answer: Answer) -> None:
+        """It was done, whatever the result looks like: a wrong one is recorded, and counted."""
+        definition = self.live.definitions[state.definition]
+        fault = definition.result_fault(answer.result) if answer.status == "executed" else None
+        if fault is not None:
+            logger.warning(
+                "result.unfit", command_id=state.id, type=definition.device_type, fault=fault[:200]
+            )
+            self.on_unfit(definition.device_type)
 
     def unmatched(
         self, message: Message, device: DeviceState | None, reason: str, command_id: str | None = None

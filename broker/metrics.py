@@ -6,6 +6,8 @@ Times come from the broker's own clock, in whole milliseconds.
 
 from __future__ import annotations
 
+from collections import Counter as Counts
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -83,6 +85,12 @@ class Metrics:
         self._unmatched = Counter(
             "ordain_unmatched_total", "Answers that fitted nothing", ("reason",), registry=self.registry
         )
+        self._unfit = Counter(
+            "ordain_unfit_results_total",
+            "Results that are not what the device type's schema says; recorded all the same",
+            ("type",),
+            registry=self.registry,
+        )
         self._broken = Counter(
             "ordain_promise_broken_total",
             "A device did what was expired or cancelled: should be 0 for ever",
@@ -96,6 +104,7 @@ class Metrics:
         self._live, self._writer = live, writer
         writer.listeners.append(self._committed)
         intake.on_unmatched = self._unmatched_answer
+        intake.on_unfit = lambda device_type: self._unfit.labels(device_type).inc()
         gauges = (
             ("ordain_open_commands", "Commands that are not closed", lambda: _open(live)),
             ("ordain_mqtt_link_up", "1 while connected to the MQTT server", lambda: float(link.up)),
@@ -135,8 +144,9 @@ class Metrics:
             return
         self._batch.observe(len(events))
         self._commit.observe((self._writer.now() - events[0].recorded_at) / 1_000)
+        for name, count in Counts(recorded.type for recorded in events).items():
+            self._events.labels(name).inc(count)
         for recorded in events:
-            self._events.labels(recorded.type).inc()
             event = recorded.event
             if isinstance(event, Published):
                 self._hand_overs.labels(event.transport).inc()

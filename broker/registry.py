@@ -5,9 +5,8 @@ A name belongs to one device only, as id or as hardware id, in the whole broker 
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -28,7 +27,8 @@ from broker.events import (
     device_stream,
 )
 from broker.fleet import DeviceState, evolve_device
-from broker.ids import new_id, new_secret, secret_digest
+from broker.grants import Secrets
+from broker.ids import is_token, new_id, new_secret, token_digest
 from broker.lanes import Presence
 from broker.lifecycle import Input, Request
 from broker.seams import Sql
@@ -50,6 +50,14 @@ class NewDevice(msgspec.Struct, frozen=True, kw_only=True):
     attributes: dict[str, Any] = {}
 
 
+class Issued(NamedTuple):
+    """A device and what is shown of it this once; `secret` where its type signs grants with HMAC."""
+
+    device: DeviceState
+    token: str
+    secret: str | None
+
+
 class Registry:
     """`presence(device_id, presence)` is called when what is known of a device being reachable changes."""
 
@@ -58,6 +66,7 @@ class Registry:
         self.writer = commands.writer
         self.live = commands.live
         self.types = commands.types
+        self.secrets = Secrets(commands.writer)
         self.presence: Callable[[str, Presence], None] = lambda device_id, presence: None
         self._system_version = 0
         self.token_changed: Callable[[str], None] = lambda hardware_id: None
@@ -77,8 +86,8 @@ class Registry:
 
     # --- requests ---
 
-    async def register(self, caller: Caller, new: NewDevice) -> tuple[DeviceState, str]:
-        """Makes a device known; gives its token, which is shown this once.
+    async def register(self, caller: Caller, new: NewDevice) -> Issued:
+        """Makes a device known; gives its token and secret, which are shown this once.
 
         Raises:
             Refusal: invalid_request, or conflict if a name is taken.
@@ -100,13 +109,14 @@ class Registry:
         event = Registered(
             hardware_id=new.hardware_id,
             device_type=new.type,
-            token_digest=secret_digest(token),
+            token_digest=token_digest(token, self.writer.entropy),
             name=new.name,
             attributes=new.attributes,
         )
         device = self.record(event, device_id, None, new.project, caller.actor)
+        secret = self._new_secret(device)
         await self.writer.barrier()
-        return device, token
+        return Issued(device, token, secret)
 
     async def change(self, caller: Caller, name: str, change: Changed) -> DeviceState:
         """Sets what is given anew.
@@ -142,6 +152,7 @@ class Registry:
             )
         # Deleted first: what is recorded of its commands from here on hands nothing over.
         device = self.record(Deleted(), device.id, device, device.project, caller.actor)
+        self.secrets.forget(device.id)
         self.presence(device.id, Presence.NEVER)
         request = Request(input=Input.DEVICE_DELETED, by=caller.actor, now=self.writer.now())
         for member in reversed(open_ones):
@@ -150,15 +161,24 @@ class Registry:
         self.token_changed(device.hardware_id)
         return device
 
-    async def rotate_token(self, caller: Caller, name: str) -> tuple[DeviceState, str]:
-        """Gives the device a new token; the old one stops working at once."""
+    async def rotate_token(self, caller: Caller, name: str) -> Issued:
+        """Gives the device a new token and secret; the old ones stop working at once."""
         device = await self.find(caller, name)
         token = new_secret("dtok_", self.writer.entropy)
-        event = TokenRotated(token_digest=secret_digest(token))
+        event = TokenRotated(token_digest=token_digest(token, self.writer.entropy))
         device = self.record(event, device.id, device, device.project, caller.actor)
+        secret = self._new_secret(device)
         await self.writer.barrier()
         self.token_changed(device.hardware_id)
-        return device, token
+        return Issued(device, token, secret)
+
+    def _new_secret(self, device: DeviceState) -> str | None:
+        """Staged with the token, so that both are new or neither; only for types that sign with it."""
+        kind = self.types.get(device.device_type)
+        if kind is not None and kind.grants == "HS256":
+            return self.secrets.renew(device.id)
+        self.secrets.forget(device.id)
+        return None
 
     async def find(self, caller: Caller, name: str) -> DeviceState:
         """A device of the caller's project by either name, ready to be changed without further waiting.
@@ -175,7 +195,7 @@ class Registry:
         device = self.live.device(name)
         if device is None or device.deleted_at is not None:
             return None
-        return device if hmac.compare_digest(device.token_digest, secret_digest(token)) else None
+        return device if is_token(token, device.token_digest) else None
 
     # --- presence ---
 

@@ -12,7 +12,9 @@ import msgspec
 from broker.commands import Accepted, Caller, Commands, Order, conflict
 from broker.decisions import Verdict, decide
 from broker.errors import Refusal
-from broker.lifecycle import Input, Request, State
+from broker.lifecycle import CommandState, Input, Request, State
+
+BATCH = 500  # cancelled in one go; between two of them others get their turn
 
 
 class Which(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,16 +39,22 @@ class Repairs:
             Refusal: not_found, conflict, device_deleted; and whatever `create` raises.
             Unavailable: the log could not be written.
         """
-        await self._commands.ready(command_ids=[command_id])
-        old = self._commands.seen(caller, command_id)
-        decision = decide(old, Request(input=Input.RETRY, now=self._commands.writer.now(), by=caller.actor))
-        if decision.verdict is not Verdict.RENEW:
-            await self._commands.writer.barrier()
-            raise conflict(old, Input.RETRY)
-        await self._commands.ready([old.device_id])
-        device = self._commands.live.device(old.device_id)
+        commands = self._commands
+        await commands.ready(command_ids=[command_id])
+        old = commands.seen(caller, command_id)
+        place = (old.project, key or "", "")
+        await commands.ready([old.device_id], [command_id], place if key is not None else None)
+        old = commands.seen(caller, command_id)
+        device = commands.live.device(old.device_id)
         if device is None or device.deleted_at is not None:
+            await commands.writer.barrier()
             raise Refusal("device_deleted", f"the device of {old.id} was deleted")
+        # A repeated request names what the first one made, whatever has become of the old one since.
+        if key is None or commands.live.keys.get(place) is None:
+            request = Request(input=Input.RETRY, now=commands.writer.now(), by=caller.actor)
+            if decide(old, request).verdict is not Verdict.RENEW:
+                await commands.writer.barrier()
+                raise conflict(old, Input.RETRY)
         order = Order(
             device=old.device_id,
             type=old.type,
@@ -56,7 +64,7 @@ class Repairs:
             idempotency_key=key,
             fingerprint=hashlib.sha256(f"retry {old.id}".encode()).digest(),
         )
-        return await self._commands.create(caller, order, retry_of=old.id)
+        return await commands.create(caller, order, retry_of=old.id)
 
     async def cancel_many(self, caller: Caller, which: Which, reason: str | None = None) -> list[str]:
         """Cancels every command that was never handed over and fits; gives their ids, in order of creation.
@@ -65,23 +73,39 @@ class Repairs:
             Refusal: not_found (device).
             Unavailable: the log could not be written; some may have been cancelled.
         """
-        await self._commands.ready([] if which.device is None else [which.device])
-        device_id = None if which.device is None else self._commands.device(caller, which.device).id
+        commands = self._commands
+        await commands.ready([] if which.device is None else [which.device])
+        device_id = None if which.device is None else commands.device(caller, which.device).id
+        # From the end of each lane, so that nothing moves up and is handed over meanwhile.
+        found = sorted(
+            (
+                member.state
+                for member in commands.live.members.values()
+                if member.state.state is State.PENDING and _fits(caller, which, device_id, member.state)
+            ),
+            key=lambda state: -state.position,
+        )
         cancelled = []
-        for member in sorted(self._commands.live.members.values(), key=lambda member: -member.state.position):
-            # From the end of each lane, so that nothing moves up and is handed over meanwhile.
-            state = member.state
-            fits = (
-                caller.sees(state.project)
-                and device_id in (None, state.device_id)
-                and which.type in (None, state.type)
-                and which.created_by in (None, state.actor)
-            )
-            if fits and state.state is State.PENDING:
+        for start in range(0, len(found), BATCH):
+            await commands.ready()
+            for state in found[start : start + BATCH]:
+                member = commands.live.members.get(state.id)
+                if member is None or member.state.state is not State.PENDING:
+                    continue  # since we looked, its time ran out or it was handed over
                 request = Request(
-                    input=Input.CANCEL, now=self._commands.writer.now(), by=caller.actor, reason=reason
+                    input=Input.CANCEL, now=commands.writer.now(), by=caller.actor, reason=reason
                 )
-                self._commands.apply(state, decide(state, request), caller.actor)
+                commands.apply(member.state, decide(member.state, request), caller.actor)
                 cancelled.append(state.id)
-        await self._commands.writer.barrier()
+            await commands.writer.barrier()
+        await commands.writer.barrier()
         return cancelled[::-1]
+
+
+def _fits(caller: Caller, which: Which, device_id: str | None, state: CommandState) -> bool:
+    return (
+        caller.sees(state.project)
+        and device_id in (None, state.device_id)
+        and which.type in (None, state.type)
+        and which.created_by in (None, state.actor)
+    )

@@ -26,12 +26,14 @@ from broker.mqtt import MqttLink
 from broker.mqtt_access import Access
 from broker.mqtt_server import EmbeddedServer
 from broker.settings import BadSetting, Settings, address
+from broker.type_files import load_types
 from broker.world import SqliteStorage, SystemClock, SystemEntropy
-from devices.types import DeviceType, shipped_types
+from devices.types import DeviceType
 
 logger = structlog.get_logger()
 
 GRACE_SEC = 5  # for open requests after a signal; with everything else the end stays under 10 s
+BACKLOG = 2_048
 LINK_CLIENT_ID = "ordain"
 
 
@@ -48,6 +50,7 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
 
     Raises:
         BadSetting: an address cannot be listened on.
+        BadType: a file of device types is wrong.
         InUse: another broker serves the directory.
         OSError: the directory cannot be made or written.
         ExceptionGroup (of Broken): the storage failed while serving.
@@ -73,7 +76,7 @@ async def _serve(
     say: Callable[[str], None],
     stop: asyncio.Event,
 ) -> None:
-    types = shipped_types()
+    types = load_types(settings.types)
     entropy = SystemEntropy()
     core = Core(storage, SystemClock(), entropy, types, settings)
     embedded = not settings.mqtt_url
@@ -93,20 +96,18 @@ async def _serve(
             async with _http(core, listening, Path(settings.data)):
                 base = "http://{}:{}".format(*listening.getsockname()[:2])
                 logger.info("broker.serving", http=base, data=settings.data, log=core.log_id)
-                devices = None
+                helpers = []
                 if demo:
                     fleet = Demo(core, Path(settings.data))
                     url = settings.mqtt_url if server is None else f"mqtt://{server.host}:{server.port}"
-                    devices = group.create_task(fleet.run(url))
-                    await fleet.ready()
-                    say(fleet.welcome(base))
+                    helpers = [group.create_task(fleet.run(url)), group.create_task(fleet.greet(base, say))]
                 gc.collect()
                 gc.freeze()
                 gc.set_threshold(10_000, 20, 50)
                 await stop.wait()
                 logger.info("broker.ending")
-                if devices is not None:
-                    devices.cancel()
+                for helper in helpers:
+                    helper.cancel()
             await link.close()
 
 
@@ -175,6 +176,7 @@ def _uvicorn(app: ASGIApp) -> _Server:
         lifespan="off",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE_SEC,
     )
@@ -194,6 +196,7 @@ def _bound(key: str, text: str) -> Iterator[socket.socket]:
         listening = socket.socket(family)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(where)
+        listening.listen(BACKLOG)  # from here on nobody is turned away, and nobody else can have the port
     except OSError as error:
         raise BadSetting(f"{key} = {text!r}: cannot be listened on: {error.strerror or error}") from error
     with listening:

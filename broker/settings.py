@@ -39,6 +39,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     mqtt_url: str = ""
     prefix: str = "iotee"
     issuer: str = "ordain"
+    types: str = ""
     limits: Limits = Limits()
 
 
@@ -47,6 +48,7 @@ ENVIRONMENT = {
     "http": "ORDAIN_HTTP",
     "mqtt_listen": "ORDAIN_MQTT_LISTEN",
     "mqtt_url": "ORDAIN_MQTT_URL",
+    "types": "ORDAIN_TYPES",
 }
 CONFIG = "ORDAIN_CONFIG"
 

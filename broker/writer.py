@@ -47,13 +47,18 @@ class _Batch:
 
 
 class Writer:
-    """Owns the end of the log. `reload` is called after a failed commit, before anything is staged again."""
+    """Owns the end of the log.
+
+    `reload` is called after a failed commit, before anything is staged again, and `resumed` whenever
+    staging is possible again.
+    """
 
     def __init__(self, storage: Storage, clock: Clock, entropy: Entropy) -> None:
         self.storage = storage
         self.clock = clock
         self.entropy = entropy
         self.reload: Callable[[], Awaitable[None]] | None = None
+        self.resumed: Callable[[], None] = lambda: None
         self.listeners: list[Callable[[list[Recorded]], None]] = []
         self.fatal: BaseException | None = None
         self.open = False
@@ -122,7 +127,7 @@ class Writer:
         return recorded
 
     def touch_command(self, state: CommandState) -> None:
-        self._batch.touched.commands[state.id] = state
+        self._batch.touched.put(state)
 
     def touch_device(self, state: DeviceState, names: tuple[str, ...] = ()) -> None:
         self._batch.touched.devices[state.id] = state
@@ -193,6 +198,7 @@ class Writer:
             await self.reload()
         self.open = True
         self._opened.set()
+        self.resumed()
 
     async def run(self) -> None:
         """Commits what is staged, for ever. Ends by raising `Broken` when the storage has failed."""
@@ -244,9 +250,10 @@ class Writer:
         self._room.set()
         if isinstance(error, Broken):
             self.fatal = error
-        for lost in (batch, discarded):
+        # The newest first: each puts what it takes back in front of what is there already.
+        for lost in (discarded, batch):
             lost.settled.set()
-            for failed in lost.failed:
+            for failed in reversed(lost.failed):
                 failed()
         if self.fatal is not None:
             raise self.fatal

@@ -67,7 +67,6 @@ class Core:
         self._hardware_id, self._type, self._prefix = hardware_id, device_type, prefix
         self._memory, self._handlers, self._verifier = memory, handlers, verifier
         self._bare = device_type.payload == "bare"
-        self._texts = {status: text for text, status in reversed(device_type.answers.items())}
         self._words = {
             (command.command_suffix or device_type.command_suffix, command.text): name
             for name, command in device_type.commands.items()
@@ -108,7 +107,7 @@ class Core:
             return []
         seen = self._memory.get(command.id) if command.id else None
         if seen is not None:
-            return self._send(seen.answer)
+            return self._send(seen.answer, command)
         refusal = self._refusal(now_ms, command)
         if refusal is not None:
             return self._end(now_ms, command, error=refusal)
@@ -119,9 +118,9 @@ class Core:
         self._remember(command, Remembered(answer=answer, begun=idle, command=command))
         if idle:
             self._running = command
-            return [*self._send(answer), Run(command=command)]
+            return [*self._send(answer, command), Run(command=command)]
         self._waiting.append(command)
-        return self._send(answer)
+        return self._send(answer, command)
 
     def progress(
         self, now_ms: int, command: CommandMessage, percent: float, note: str | None
@@ -131,10 +130,10 @@ class Core:
             return []
         report = Progress(percent=percent, note=note)
         answer = Answer(id=command.id or None, status="progress", progress=report, at=rfc3339(now_ms))
-        sendable = _sendable(answer)
+        sendable = self._sendable(answer)
         if sendable is None:
             raise ValueError(f"not a progress: {percent!r:.40} %, note {note!r:.40}")
-        return self._send(sendable)
+        return self._send(sendable, command)
 
     def finish(
         self, now_ms: int, command: CommandMessage, result: Any = None, error: dict[str, Any] | None = None
@@ -193,31 +192,29 @@ class Core:
         else:
             answer = Answer(id=named, status="failed", error=error, at=at)
             plain = msgspec.structs.replace(answer, error=as_error("the error is too large, or not JSON"))
-        answer = _sendable(answer) or plain
+        answer = self._sendable(answer) or plain
         self._remember(command, Remembered(answer=answer, begun=True))
-        return self._send(answer)
+        return self._send(answer, command)
 
     def _remember(self, command: CommandMessage, remembered: Remembered) -> None:
         if command.id:
             self._memory.put(command.id, remembered)
 
-    def _send(self, answer: Answer) -> list[Effect]:
-        if not self._bare:
-            payload = encode_answer(answer)
-        elif answer.status in self._texts:
-            payload = self._texts[answer.status].encode()
+    def _send(self, answer: Answer, command: CommandMessage) -> list[Effect]:
+        if self._bare:
+            answers = self._type.definition(command.type).answers.items()
+            text = next((text for text, status in answers if status == answer.status), None)
+            if text is None:
+                return []
+            payload = text.encode()
         else:
-            return []
-        return [
-            Send(
-                topic=device_topic(self._prefix, self._hardware_id, self._type.answer_suffix), payload=payload
-            )
-        ]
+            payload = encode_answer(answer, self._type.payload)
+        topic = device_topic(self._prefix, self._hardware_id, self._type.answer_suffix)
+        return [Send(topic=topic, payload=payload)]
 
-
-def _sendable(answer: Answer) -> Answer | None:
-    """The answer as the broker will read it, or None if it could not."""
-    try:
-        return decode_answer(encode_answer(answer), None, {})
-    except (Malformed, TypeError, ValueError, RecursionError, OverflowError):
-        return None
+    def _sendable(self, answer: Answer) -> Answer | None:
+        """The answer as the broker will read it, or None if it could not."""
+        try:
+            return decode_answer(encode_answer(answer, self._type.payload), None, {})
+        except (Malformed, TypeError, ValueError, RecursionError, OverflowError):
+            return None

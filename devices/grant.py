@@ -59,6 +59,11 @@ def params_hash(params: Any) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(canonical).digest()).rstrip(b"=").decode()
 
 
+def secret_key(device_secret: str) -> bytes:
+    """The HS256 key that a `device_secret` stands for; ValueError if it is not base64url."""
+    return _unbase64(device_secret)
+
+
 def keys_from_jwks(document: Mapping[str, Any]) -> dict[str, Key]:
     """The Ed25519 signature keys of a JWKS by `kid`; others are passed over, two of one `kid` refused."""
     entries = document.get("keys")
@@ -85,11 +90,15 @@ class GrantVerifier:
     def __init__(
         self, keys: Mapping[str, Key], issuer: str, hardware_id: str, now: Callable[[], float]
     ) -> None:
+        self.use(keys)
+        self._issuer, self._hardware_id, self._now = issuer, hardware_id, now
+
+    def use(self, keys: Mapping[str, Key]) -> None:
+        """From now on these keys and no others: after the JWKS was read again, or with a new secret."""
         for kid, key in keys.items():
             if isinstance(key, bytes) and len(key) < MIN_SECRET_BYTES:
                 raise ValueError(f"the HS256 secret {kid!r} is shorter than {MIN_SECRET_BYTES} bytes")
         self._keys = dict(keys)
-        self._issuer, self._hardware_id, self._now = issuer, hardware_id, now
 
     def verify(self, token: str | None, *, command_id: str, command: str, params: Any) -> Claims:
         """The claims of a grant that allows exactly this; raises `GrantRefused` otherwise."""

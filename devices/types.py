@@ -21,21 +21,24 @@ import msgspec
 from msgspec import UNSET, Meta
 
 from devices.names import is_name
+from devices.schema import MAX_DEPTH as MAX_DEPTH
+from devices.schema import MAX_SIGNED_INTEGER as MAX_SIGNED_INTEGER
+from devices.schema import BadParams as BadParams
+from devices.schema import bad_params, compiled, misfit, unsignable
 
-PayloadFormat = Literal["bare", "json"]
+PayloadFormat = Literal["bare", "json", "msgpack"]
 AnswerStatus = Literal["acknowledged", "executed", "failed", "progress"]
 Transport = Literal["mqtt", "heartbeat", "relay"]
 CompletesOn = Literal["executed", "published"]
+GrantAlgorithm = Literal["EdDSA", "HS256"]
 
 Ttl = Annotated[int, Meta(ge=1, le=31_536_000)]
 Seconds = Annotated[float, Meta(ge=0.05, le=31_536_000)]
 Count = Annotated[int, Meta(ge=1, le=1_000)]
 T = TypeVar("T", bound=msgspec.Struct)
 
-# Beyond these a JSON number is not the same number to every reader, and RFC 8785 cannot sign it.
-MAX_SIGNED_INTEGER = 2**53 - 1
-# A fixed bound, so that what was accepted here never meets the interpreter's recursion limit later.
-MAX_DEPTH = 64
+MAX_SUFFIX_LEVELS = 4
+_SUFFIX_RULE = f"one to {MAX_SUFFIX_LEVELS} levels of a topic, each an identifier, and not `status`"
 _NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be `me` or `pending`"
 
 
@@ -71,6 +74,13 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     heartbeat_lease_sec: float = 60
     relay_lease_sec: float = 60
     max_payload_bytes: int = 65_536
+    # Later than the log: definitions already in it lack these, so each needs its default.
+    grant_algorithm: GrantAlgorithm = "EdDSA"
+    result_schema: dict[str, Any] | None = None
+
+    def result_fault(self, result: dict[str, Any] | None) -> str | None:
+        """Why a recorded result is not what the command's schema says, or None."""
+        return misfit(self.result_schema, result)
 
 
 class UnknownCommand(Exception):
@@ -80,14 +90,6 @@ class UnknownCommand(Exception):
         self.device_type, self.command, self.known = device_type, command, known
         names = ", ".join(known) or "any valid name"
         super().__init__(f"{device_type} has no command {command!r:.80}; it has: {names}")
-
-
-class BadParams(Exception):
-    """The parameters are not what the command takes. The caller must act."""
-
-    def __init__(self, field: str, value: Any, reason: str) -> None:
-        self.field, self.value, self.reason = field, value, reason
-        super().__init__(f"{field}: {reason}")
 
 
 class BadType(Exception):
@@ -105,6 +107,8 @@ class CommandType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     text: str | None = None
     command_suffix: str | None = None
     params: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
+    answers: dict[str, AnswerStatus] | None = None
     repeatable: bool | None = None
     default_ttl_sec: Ttl | None = None
     completes_on: CompletesOn | None = None
@@ -121,14 +125,14 @@ class CommandType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @cached_property
     def validator(self) -> jsonschema_rs.Validator | None:
-        if self.params is None:
-            return None
-        # `mask`: a parameter's value may be private, and messages end up in logs.
-        return jsonschema_rs.validator_for(self.params, mask="value", retriever=_no_reference)
+        return None if self.params is None else compiled(self.params)
 
 
-class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One kind of device. `open`: any command name; `any_params`: parameters need not be an object."""
+class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """One kind of device. `open`: any command name; `any_params`: parameters need not be an object.
+
+    `grants`: how they are signed, or "none" where the payload carries none.
+    """
 
     name: str
     title: str | None = None
@@ -140,7 +144,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     any_params: bool = False
     commands: dict[str, CommandType] = {}
     carries_ids: bool | None = None
-    carries_grant: bool | None = None
+    grants: GrantAlgorithm | Literal["none"] | None = None
     completes_on: CompletesOn = "executed"
     repeatable: bool | None = None
     presence: Literal["required", "none"] = "required"
@@ -159,6 +163,19 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     relay_lease_sec: Seconds = 60
     max_payload_bytes: Annotated[int, Meta(ge=1, le=65_536)] = 65_536
 
+    @cached_property
+    def command_suffixes(self) -> frozenset[str]:
+        own = (command.command_suffix for command in self.commands.values())
+        return frozenset({self.command_suffix, *filter(None, own)})
+
+    @cached_property
+    def words(self) -> dict[str, AnswerStatus]:
+        """Every bare answer that some command of this type knows."""
+        found = dict(self.answers)
+        for command in self.commands.values():
+            found |= command.answers or {}
+        return found
+
     def command(self, command: str) -> CommandType:
         found = self.commands.get(command)
         if found is None and self.open and is_name(command):
@@ -171,6 +188,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         own = self.command(command)
         carries_ids = _first(self.carries_ids, self.payload != "bare")
         ack_timeout_sec = _first(own.ack_timeout_sec, self.ack_timeout_sec)
+        grants = _first(self.grants, "none" if self.payload == "bare" else "EdDSA")
         return Definition(
             device_type=self.name,
             command=command,
@@ -178,9 +196,10 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             text=own.text,
             command_suffix=_first(own.command_suffix, self.command_suffix),
             answer_suffix=self.answer_suffix,
-            answers=self.answers,
+            answers=_first(own.answers, self.answers),
             carries_ids=carries_ids,
-            carries_grant=_first(self.carries_grant, self.payload != "bare"),
+            carries_grant=grants != "none",
+            grant_algorithm="HS256" if grants == "HS256" else "EdDSA",
             completes_on=_first(own.completes_on, self.completes_on),
             repeatable=_first(own.repeatable, self.repeatable, carries_ids),
             presence=self.presence,
@@ -197,6 +216,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             heartbeat_lease_sec=self.heartbeat_lease_sec,
             relay_lease_sec=self.relay_lease_sec,
             max_payload_bytes=self.max_payload_bytes,
+            result_schema=own.result,
         )
 
     def default_ttl(self, command: str) -> int | None:
@@ -208,7 +228,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """The parameters with the defaults of the command's schema filled in; absent is an empty object."""
         own = self.command(command)
         given = {} if params is UNSET else params
-        if reason := _unsignable(given):
+        if reason := unsignable(given):
             raise BadParams("params", given, reason)
         if not isinstance(given, dict):
             if self.any_params and own.validator is None:
@@ -217,7 +237,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         filled = copy.deepcopy(own.defaults) | given
         if own.validator is not None:
             for error in own.validator.iter_errors(filled):
-                raise _bad_params(error, filled)
+                raise bad_params(error, filled)
         return filled
 
 
@@ -255,42 +275,6 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _no_reference(uri: str) -> Any:
-    raise ValueError(f"a schema may not refer to {uri}: nothing is fetched")
-
-
-def _unsignable(value: Any, depth: int = 0) -> str | None:
-    """Why a grant could not name exactly this JSON value, or None."""
-    if isinstance(value, dict | list):
-        if depth == MAX_DEPTH:
-            return f"nested deeper than {MAX_DEPTH} levels"
-        items = value.values() if isinstance(value, dict) else value
-        return next((reason for item in items if (reason := _unsignable(item, depth + 1))), None)
-    if isinstance(value, float) and not math.isfinite(value):
-        return "not a finite number"
-    if isinstance(value, int) and abs(value) > MAX_SIGNED_INTEGER:
-        return f"integers beyond ±{MAX_SIGNED_INTEGER} are not exact in JSON: send them as text"
-    return None
-
-
-def _bad_params(error: jsonschema_rs.ValidationError, params: dict[str, Any]) -> BadParams:
-    path, reason, kinds = list(error.instance_path), error.message, jsonschema_rs.ValidationErrorKind
-    value: Any = params
-    for step in path:
-        value = value[step]
-    extra: str | None = None
-    match error.kind:
-        case kinds.AdditionalProperties(unexpected=[first, *_]):
-            extra, reason = first, "is not a parameter of this command"
-        case kinds.FalseSchema() if isinstance(value, dict) and value:
-            extra, reason = next(iter(value)), "is not a parameter of this command"
-        case kinds.Required(property=missing):
-            extra, reason = missing, "is required"
-    if extra is not None:
-        path, value = [*path, extra], value.get(extra)
-    return BadParams(".".join(["params", *map(str, path)]), value, reason)
-
-
 def _convert(file: str, where: str, table: Any, kind: type[T]) -> T:
     """The Struct of a TOML table; a wrong key is named with its value and what would be right."""
     known = kind.__struct_fields__
@@ -315,28 +299,24 @@ def _contradictions(device_type: DeviceType) -> Iterator[tuple[str, Any, str]]:
         yield "name", t.name, _NAME_RULE
     yield from _wrong_suffixes("", t.command_suffix, t)
     if not _is_suffix(t.answer_suffix):
-        yield "answer_suffix", t.answer_suffix, "must be one level of a topic and not `status`"
+        yield "answer_suffix", t.answer_suffix, f"must be {_SUFFIX_RULE}"
     if not t.commands and not t.open:
         yield "commands", {}, "at least one [commands.<name>], or `open = true`"
     if bare and t.open:
         yield "open", True, "a bare type needs a `text` for each command, so it cannot be open"
     if bare and t.carries_ids:
         yield "carries_ids", True, "a bare payload has no place for an id"
-    if bare and t.carries_grant:
-        yield "carries_grant", True, "a bare payload has no place for a grant"
+    if bare and t.grants not in (None, "none"):
+        yield "grants", t.grants, 'a bare payload has no place for a grant: "none", or leave it out'
     if t.max_in_flight > 1 and not _first(t.carries_ids, not bare):
         yield "max_in_flight", t.max_in_flight, "must be 1 without ids: the answers name no command"
     if not t.transports or len(set(t.transports)) < len(t.transports):
         yield "transports", t.transports, "at least one, each once"
     if t.backoff_cap_sec < t.backoff_base_sec:
         yield "backoff_cap_sec", t.backoff_cap_sec, f"at least backoff_base_sec ({t.backoff_base_sec})"
-    for text, status in t.answers.items():
-        if not text or text != text.strip() or text.startswith("{"):
-            yield (
-                f"answers.{text}",
-                status,
-                "a text that is not empty, has no spaces around it and no { first",
-            )
+    yield from _wrong_answers("", t.answers)
+    if t.open:
+        yield from _wrong_end("", t.completes_on, t)
     said: dict[tuple[str, str], str] = {}
     for name, command in t.commands.items():
         yield from _wrong_command(name, command, t)
@@ -357,31 +337,54 @@ def _wrong_command(name: str, command: CommandType, t: DeviceType) -> Iterator[t
     if len((command.text or "").encode()) > t.max_payload_bytes:
         yield where + "text", command.text, f"must not exceed max_payload_bytes ({t.max_payload_bytes})"
     yield from _wrong_suffixes(where, command.command_suffix or t.command_suffix, t)
-    if t.presence == "none" and (command.completes_on or t.completes_on) == "published":
-        right = 'needs presence = "required": else a first boot loses the command silently'
-        yield where + "completes_on", "published", right
+    yield from _wrong_end(where, command.completes_on or t.completes_on, t)
+    yield from _wrong_answers(where, command.answers or {})
     if command.params is not None:
         yield from _wrong_schema(where + "params", command, command.params)
+    if command.result is not None:
+        yield from _no_schema(where + "result", command.result)
+
+
+def _wrong_end(where: str, completes_on: CompletesOn, t: DeviceType) -> Iterator[tuple[str, Any, str]]:
+    if completes_on == "published" and t.presence == "none":
+        right = 'needs presence = "required": else a first boot loses the command silently'
+        yield where + "completes_on", completes_on, right
+    if completes_on == "published" and t.transports != ("mqtt",):
+        yield where + "completes_on", completes_on, 'needs transports = ["mqtt"]: only there is a PUBACK'
+
+
+def _wrong_answers(where: str, answers: dict[str, AnswerStatus]) -> Iterator[tuple[str, Any, str]]:
+    for text, status in answers.items():
+        if not text or text != text.strip() or text[0] == "{" or text.encode()[0] in (0xDE, 0xDF):
+            right = "must not be empty, have spaces around it, or begin as JSON or msgpack do"
+            yield f"{where}answers.{text}", status, right
+        if status == "progress":
+            yield f"{where}answers.{text}", status, "a bare text has no place for a percentage"
 
 
 def _wrong_schema(where: str, command: CommandType, schema: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    try:
-        validator = command.validator
-        assert validator is not None
-    except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError, TypeError) as error:
-        yield where, schema, f"is not a JSON Schema: {str(error).splitlines()[0]}"
+    wrong_schema = list(_no_schema(where, schema))
+    yield from wrong_schema
+    if wrong_schema or command.validator is None:
         return
     for key, value in command.defaults.items():
-        for wrong in validator.iter_errors({key: value}):
+        for wrong in command.validator.iter_errors({key: value}):
             if wrong.instance_path[:1] == [key]:
                 yield f"{where}.properties.{key}.default", value, f"breaks its own rule: {wrong.message}"
 
 
+def _no_schema(where: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    try:
+        compiled(schema)
+    except ValueError as error:
+        yield where, schema, str(error)
+
+
 def _wrong_suffixes(where: str, suffix: str, t: DeviceType) -> Iterator[tuple[str, Any, str]]:
     if not _is_suffix(suffix) or suffix == t.answer_suffix:
-        right = "must be one level of a topic, not `status` and not the answer suffix"
-        yield where + "command_suffix", suffix, right
+        yield where + "command_suffix", suffix, f"must be {_SUFFIX_RULE}, nor the answer suffix"
 
 
 def _is_suffix(text: str) -> bool:
-    return is_name(text) and text != "status"
+    levels = text.split("/")
+    return text != "status" and len(levels) <= MAX_SUFFIX_LEVELS and all(map(is_name, levels))

@@ -6,6 +6,7 @@ Pure, and used by both sides. Whatever a device sends either becomes an `Answer`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -14,9 +15,12 @@ from msgspec import Meta
 
 from devices.clock import parse_rfc3339
 from devices.names import is_name
-from devices.types import MAX_DEPTH, AnswerStatus, Definition
+from devices.schema import MAX_DEPTH
+from devices.types import AnswerStatus, Definition, PayloadFormat
 
 MAX_ANSWER_BYTES = 65_536
+# A msgpack map begins with one of these; JSON and the texts of answers with none of them.
+MAP_BYTES = frozenset({*range(0x80, 0x90), 0xDE, 0xDF})
 S = TypeVar("S")
 
 
@@ -37,7 +41,7 @@ class Unsendable(Exception):
 
 
 class CommandMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """A command as a `json` device receives it; unknown fields are ignored."""
+    """A command as a `json` or `msgpack` device receives it; unknown fields are ignored."""
 
     id: str
     type: str
@@ -64,7 +68,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class _Said(msgspec.Struct):
-    """An answer before normalisation: the only place where its JSON may still have any shape."""
+    """An answer before normalisation: the only place where what it says may still have any shape."""
 
     status: AnswerStatus
     id: str | None = None
@@ -79,8 +83,11 @@ class _Status(msgspec.Struct):
     session: str | None = None
 
 
+Decoder = msgspec.json.Decoder[S] | msgspec.msgpack.Decoder[S]
 _ANSWERS = msgspec.json.Decoder(_Said)
+_PACKED_ANSWERS = msgspec.msgpack.Decoder(_Said)
 _COMMANDS = msgspec.json.Decoder(CommandMessage)
+_PACKED_COMMANDS = msgspec.msgpack.Decoder(CommandMessage)
 _STATUSES = msgspec.json.Decoder(_Status)
 
 
@@ -108,9 +115,9 @@ def encode_command(
             grant=grant,
         )
         try:
-            payload = msgspec.json.encode(message)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise Unsendable(f"the parameters cannot be written as JSON: {error}") from error
+            payload = _encode(message, definition.payload)
+        except (TypeError, ValueError, RecursionError, OverflowError) as error:
+            raise Unsendable(f"the parameters cannot be written as {definition.payload}: {error}") from error
     if len(payload) > definition.max_payload_bytes:
         limit = definition.max_payload_bytes
         raise Unsendable(f"payload of {len(payload)} bytes, {definition.device_type} takes {limit}")
@@ -118,36 +125,36 @@ def encode_command(
 
 
 def decode_command(payload: bytes) -> CommandMessage:
-    """The device's reading of a command; raises `Malformed`."""
-    message = _decode(_COMMANDS, payload)
+    """The device's reading of a command, JSON or msgpack; raises `Malformed`."""
+    packed = _is_map(payload)
+    message = _decode(_PACKED_COMMANDS, payload) if packed else _decode(_COMMANDS, payload)
     if not is_name(message.id) or not is_name(message.type):
         raise Malformed("id and type must be identifiers")
     _check_time("expires_at", message.expires_at)
-    if _deeper_than(message.params, MAX_DEPTH):
-        raise Malformed(f"params nested deeper than {MAX_DEPTH} levels")
+    _check_value(message.params, MAX_DEPTH)
     return message
 
 
-def encode_answer(answer: Answer) -> bytes:
-    return msgspec.json.encode(answer)
+def encode_answer(answer: Answer, payload: PayloadFormat = "json") -> bytes:
+    return _encode(answer, payload)
 
 
 def decode_answer(payload: bytes, correlation: bytes | None, answers: Mapping[str, AnswerStatus]) -> Answer:
-    """An answer from JSON or from a bare text of `answers`; raises `Malformed` and nothing else.
+    """An answer from JSON, msgpack or a bare text of `answers`; raises `Malformed` and nothing else.
 
     The command is named by `id`, else by `correlation`, else by nobody (`id` is None).
     """
     if len(payload) > MAX_ANSWER_BYTES:
         raise Malformed(f"answer of {len(payload)} bytes, at most {MAX_ANSWER_BYTES}")
-    text = payload.strip()
-    if not text.startswith(b"{"):
-        return _bare_answer(text, correlation, answers)
-    said = _decode(_ANSWERS, text)
+    word = bare_word(payload)
+    if word is not None:
+        return _bare_answer(word, correlation, answers)
+    said = _decode(_PACKED_ANSWERS, payload) if _is_map(payload) else _decode(_ANSWERS, payload.strip())
     _check_time("at", said.at)
     if said.status == "progress" and said.progress is None:
         raise Malformed("progress without a percentage")
-    if _deeper_than((said.result, said.error), MAX_DEPTH + 1):
-        raise Malformed(f"nested deeper than {MAX_DEPTH} levels")
+    _check_value(said.result, MAX_DEPTH)
+    _check_value(said.error, MAX_DEPTH)
     return Answer(
         id=_named(said.id, correlation),
         status=said.status,
@@ -156,6 +163,12 @@ def decode_answer(payload: bytes, correlation: bytes | None, answers: Mapping[st
         progress=said.progress if said.status == "progress" else None,
         at=said.at,
     )
+
+
+def bare_word(payload: bytes) -> str | None:
+    """The text of an answer that is neither JSON nor msgpack, else None."""
+    text = payload.strip()
+    return None if text.startswith(b"{") or _is_map(payload) else text.decode(errors="replace")
 
 
 def as_result(result: Any) -> dict[str, Any] | None:
@@ -212,16 +225,15 @@ def device_topic(prefix: str, hardware_id: str, suffix: str) -> str:
 
 
 def parse_topic(prefix: str, topic: str) -> tuple[str, str] | None:
-    """(hardware_id, suffix) of a device's topic, or None if it is not one."""
+    """(hardware_id, suffix) of a device's topic, or None if it is not one. A suffix may have levels."""
     start = f"{prefix}/dev/"
     if not topic.startswith(start):
         return None
     hardware_id, _, suffix = topic[len(start) :].partition("/")
-    return (hardware_id, suffix) if is_name(hardware_id) and is_name(suffix) else None
+    return (hardware_id, suffix) if all(map(is_name, (hardware_id, *suffix.split("/")))) else None
 
 
-def _bare_answer(text: bytes, correlation: bytes | None, answers: Mapping[str, AnswerStatus]) -> Answer:
-    word = _text(text)
+def _bare_answer(word: str, correlation: bytes | None, answers: Mapping[str, AnswerStatus]) -> Answer:
     status = answers.get(word)
     if status is None:
         raise Malformed(f"neither a JSON object nor an answer of this device type: {word[:32]!r}")
@@ -253,17 +265,35 @@ def _text(payload: bytes) -> str:
         raise Malformed("not UTF-8") from None
 
 
-def _decode(decoder: msgspec.json.Decoder[S], payload: bytes) -> S:
+def _is_map(payload: bytes) -> bool:
+    return payload[:1] != b"" and payload[0] in MAP_BYTES
+
+
+def _encode(message: CommandMessage | Answer, payload: PayloadFormat) -> bytes:
+    """Msgpack by way of JSON, so that both say the same: no type that only one of them has."""
+    text = msgspec.json.encode(message)
+    return msgspec.msgpack.encode(msgspec.json.decode(text)) if payload == "msgpack" else text
+
+
+def _decode(decoder: Decoder[S], payload: bytes) -> S:
     try:
         return decoder.decode(payload)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
         raise Malformed(str(error)) from error
     except RecursionError as error:
         raise Malformed("nested too deeply") from error
 
 
-def _deeper_than(value: Any, levels: int) -> bool:
-    if not isinstance(value, dict | list | tuple):
-        return False
-    items = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_deeper_than(item, levels - 1) for item in items)
+def _check_value(value: Any, levels: int) -> None:
+    """Msgpack has more than JSON: bytes, times, keys that are no text, numbers that are none."""
+    if isinstance(value, dict | list):
+        if levels == 0:
+            raise Malformed(f"nested deeper than {MAX_DEPTH} levels")
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            raise Malformed("a key that is not a text")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_value(item, levels - 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise Malformed("not a finite number")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise Malformed(f"a value that JSON has no word for: {type(value).__name__}")

@@ -6,7 +6,7 @@ the log again gives the same rows. Nothing here decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import msgspec
@@ -27,20 +27,26 @@ UPSERT = """INSERT INTO commands (position, id, project, device_id, type, state,
     VALUES (?,?,?,?,?,?,?,?)
     ON CONFLICT (position) DO UPDATE
     SET state = excluded.state, closed_at = excluded.closed_at, body = excluded.body"""
+UPDATE = "UPDATE commands SET state = ?, closed_at = ?, body = ? WHERE position = ?"
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(CommandState).decode
 
 
-def upsert(sql: Sql, states: Iterable[CommandState]) -> None:
-    """Writes the latest state of each command touched."""
-    sql.executemany(
-        UPSERT,
-        [
-            (s.position, s.id, s.project, s.device_id, s.type, s.state.value, s.closed_at, _encode(s))
-            for s in states
-        ],
-    )
+def write(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> None:
+    """Writes the latest state of each command touched; rows of those that were `opened` may be new."""
+    new: list[tuple[Any, ...]] = []
+    known: list[tuple[Any, ...]] = []
+    for s in states:
+        body = _encode(s)
+        if s.id in opened:
+            new.append((s.position, s.id, s.project, s.device_id, s.type, s.state.value, s.closed_at, body))
+        else:
+            known.append((s.state.value, s.closed_at, body, s.position))
+    if new:
+        sql.executemany(UPSERT, new)
+    if known:
+        sql.executemany(UPDATE, known)
 
 
 def get(sql: Sql, command_id: str) -> CommandState | None:

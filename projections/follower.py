@@ -24,15 +24,22 @@ class Touched(msgspec.Struct, kw_only=True):
     """The latest state of everything that a run of events changed."""
 
     commands: dict[str, CommandState] = {}
+    opened: set[str] = set()
     devices: dict[str, DeviceState] = {}
     names: dict[str, str] = {}
     definitions: dict[str, dict[str, Any]] = {}
+
+    def put(self, state: CommandState) -> None:
+        """The new state of a command; notes that it was created or came back."""
+        self.commands[state.id] = state
+        if state.version == 1 or state.reopened:
+            self.opened.add(state.id)
 
     def fold(self, recorded: Recorded) -> None:
         """Takes in one event; the states before it must be here, unless it is the first of its stream."""
         kind = subject_kind(recorded.stream)
         if kind == "command":
-            self.commands[recorded.stream] = evolve(self.commands.get(recorded.stream), recorded)
+            self.put(evolve(self.commands.get(recorded.stream), recorded))
         elif kind == "device":
             device_id = recorded.device_id or ""
             self.devices[device_id] = evolve_device(self.devices.get(device_id), recorded)
@@ -51,8 +58,8 @@ def create(sql: Sql) -> None:
 def write(sql: Sql, touched: Touched) -> None:
     """Brings the projections up to what was touched, in the caller's transaction."""
     if touched.commands:
-        commands.upsert(sql, touched.commands.values())
-        lanes.apply(sql, touched.commands.values())
+        commands.write(sql, touched.commands.values(), touched.opened)
+        lanes.apply(sql, touched.commands.values(), touched.opened)
     if touched.devices:
         devices.upsert(sql, touched.devices.values())
         devices.name(sql, touched.names.items())

@@ -5,7 +5,7 @@ Written in the transaction of the events that open and close commands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import msgspec
@@ -22,14 +22,17 @@ NAMES = ("lanes",)
 _decode = msgspec.json.Decoder(CommandState).decode
 
 
-def apply(sql: Sql, states: Iterable[CommandState]) -> None:
-    """Puts open commands in and takes closed ones out."""
-    opened: list[tuple[str, int]] = []
+def apply(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> None:
+    """Puts in the commands that are open and were `opened` (created or reopened), takes closed ones out."""
+    put: list[tuple[str, int]] = []
     closed: list[tuple[str, int]] = []
     for state in states:
-        (closed if state.closed else opened).append((state.device_id, state.position))
-    if opened:
-        sql.executemany("INSERT OR IGNORE INTO lanes VALUES (?, ?)", opened)
+        if state.closed:
+            closed.append((state.device_id, state.position))
+        elif state.id in opened:
+            put.append((state.device_id, state.position))
+    if put:
+        sql.executemany("INSERT OR IGNORE INTO lanes VALUES (?, ?)", put)
     if closed:
         sql.executemany("DELETE FROM lanes WHERE device_id = ? AND position = ?", closed)
 

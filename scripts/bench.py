@@ -42,7 +42,10 @@ def main() -> None:
         print(f"{'':44} {'median':>11} {'min':>11} {'max':>11}", flush=True)
         figures: dict[str, Figures] = {}
         for part, measure in _parts(given, Path(home)).items():
-            figures[part] = uvloop.run(measure())
+            try:
+                figures[part] = uvloop.run(measure())
+            except (OSError, TimeoutError, subprocess.CalledProcessError) as error:
+                raise SystemExit(f"{part}: {str(error) or 'not done in time'}") from error
             if part == "b" and "a" in figures:
                 figures["b"]["lives/s / round trips/s"] = _ratio(figures["b"], figures["a"])
             for name, values in figures[part].items():

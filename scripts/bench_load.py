@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 import time
 from typing import cast
 
@@ -117,7 +118,10 @@ def main() -> None:
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--key", required=True)
     given = parser.parse_args()
-    report = uvloop.run(_run(given.port, given.key, given.devices, given.count))
+    try:
+        report = uvloop.run(_run(given.port, given.key, given.devices, given.count))
+    except OSError as error:
+        sys.exit(f"load: {error}")
     print(msgspec.json.encode(report).decode())
 
 

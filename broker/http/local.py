@@ -1,4 +1,7 @@
-"""Routes for the operator of this machine alone: keys. Only the app on the private socket has them."""
+"""Routes for the operator of this machine alone: API keys, and the keys that grants are signed with.
+
+Only the app on the private socket has them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from litestar import Router, delete, get, post
 from litestar.params import FromPath, JSONBody
 from msgspec import UNSET, UnsetType
 
+from broker.grants import GrantKey
 from broker.http.auth import Call, authorize, needs
 from broker.http.views import Time
 from broker.keys import Key
@@ -37,6 +41,19 @@ class KeyList(msgspec.Struct, frozen=True, kw_only=True):
     next_cursor: str | None = None
 
 
+class GrantKeyView(msgspec.Struct, frozen=True, kw_only=True):
+    kid: str
+    signing: bool
+    created_at: Time
+    retired_at: Time | None
+
+
+class GrantKeyList(msgspec.Struct, frozen=True, kw_only=True):
+    data: list[GrantKeyView]
+    has_more: bool = False
+    next_cursor: str | None = None
+
+
 @post("/keys", status_code=201)
 async def create_key(request: Call, data: JSONBody[KeyBody]) -> KeyView:
     key, secret = await request.services.keys.create(data.project, data.scopes, data.name)
@@ -53,6 +70,30 @@ async def revoke_key(request: Call, key_id: FromPath[str]) -> KeyView:
     return _shown(await request.services.keys.revoke(key_id))
 
 
+@get("/grants")
+async def list_grant_keys(request: Call) -> GrantKeyList:
+    return GrantKeyList(data=[_grant_key(request, key) for key in request.services.grants.all()])
+
+
+@post("/grants/rotate", status_code=201)
+async def rotate_grant_key(request: Call) -> GrantKeyView:
+    return _grant_key(request, await request.services.grants.rotate())
+
+
+@post("/grants/{kid:str}/retire", status_code=200)
+async def retire_grant_key(request: Call, kid: FromPath[str]) -> GrantKeyView:
+    return _grant_key(request, await request.services.grants.retire(kid))
+
+
+def _grant_key(request: Call, key: GrantKey) -> GrantKeyView:
+    return GrantKeyView(
+        kid=key.kid,
+        signing=key is request.services.grants.signing,
+        created_at=rfc3339(key.created_at),
+        retired_at=None if key.retired_at is None else rfc3339(key.retired_at),
+    )
+
+
 def _shown(key: Key, secret: str | UnsetType = UNSET) -> KeyView:
     return KeyView(
         id=key.id,
@@ -66,5 +107,8 @@ def _shown(key: Key, secret: str | UnsetType = UNSET) -> KeyView:
 
 
 routes = Router(
-    "/local", route_handlers=[create_key, list_keys, revoke_key], guards=[authorize], opt=needs("admin")
+    "/local",
+    route_handlers=[create_key, list_keys, revoke_key, list_grant_keys, rotate_grant_key, retire_grant_key],
+    guards=[authorize],
+    opt=needs("admin"),
 )

@@ -16,10 +16,18 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import Components, SecurityScheme
 
 from broker import __version__
-from broker.http import system, v1, v1_devices
+from broker.http import lanes, repairs, system, unmatched, v1, v1_devices, v1_system
 from broker.http.auth import Call
 
-DESCRIBED = (v1_devices.routes, v1.routes, system.routes)
+DESCRIBED = (
+    v1_devices.routes,
+    lanes.routes,
+    v1.routes,
+    repairs.routes,
+    unmatched.routes,
+    v1_system.routes,
+    system.routes,
+)
 # The page runs its own script and speaks to this broker alone.
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 DESCRIPTION = """Commands for MQTT devices: accepted durably, delivered at least once, explained afterwards.
@@ -109,7 +117,7 @@ def _finish(path: str, operation: dict[str, Any]) -> None:
     answers = operation["responses"]
     for status in {"429", "503"} & answers.keys():
         answers[status]["headers"] = RETRY_AFTER
-    if path == v1.CREATE:
+    if path == v1.CREATE or path.endswith("/retry"):
         answers["200"] = REPLAYED | {"content": answers["201"]["content"]}
-    if path.endswith("/abandon"):
+    if path.endswith(("/abandon", "/retry")):
         operation["requestBody"]["required"] = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from broker.commands import Commands
 from broker.dispatch import Dispatch
@@ -12,13 +12,17 @@ from broker.intake import Intake
 from broker.keys import Keys
 from broker.metrics import Metrics
 from broker.registry import Registry
+from broker.repairs import Repairs
 from broker.seams import Link
-from broker.settings import Limits
+from broker.settings import Limits, Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """`cursor_key` signs the cursors of lists; `ready` gives the reasons why not, none when it is."""
+    """`cursor_key` signs the cursors of lists; `ready` gives the reasons why not, none when it is.
+
+    `settings` are only shown, never acted on.
+    """
 
     commands: Commands
     registry: Registry
@@ -32,3 +36,8 @@ class Services:
     log_id: str
     cursor_key: bytes
     ready: Callable[[], list[str]]
+    settings: Settings = field(default_factory=Settings)
+
+    @property
+    def repairs(self) -> Repairs:
+        return Repairs(self.commands)

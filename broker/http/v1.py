@@ -82,7 +82,7 @@ async def create_command(
     `Idempotent-Replayed: true`.
     """
     commands, caller = request.services.commands, request.user
-    key = _one_key(data.idempotency_key, idempotency_key)
+    key = one_key(data.idempotency_key, idempotency_key)
     fingerprint = b""
     if key is not None:
         await commands.ready([device])
@@ -96,10 +96,10 @@ async def create_command(
         fingerprint=fingerprint,
     )
     accepted = await commands.create(caller, order)
-    shown = _shown(request, accepted.state)
+    command = shown(request, accepted.state)
     if accepted.replayed:
-        return Json(shown, status_code=200, headers={"Idempotent-Replayed": "true"})
-    return Json(shown)
+        return Json(command, status_code=200, headers={"Idempotent-Replayed": "true"})
+    return Json(command)
 
 
 @get(
@@ -132,7 +132,7 @@ async def list_device_commands(
 )
 async def get_device_command(request: Call, device: FromPath[str], command_id: FromPath[str]) -> Command:
     """Read a command of a device"""
-    return _shown(request, await _find(request, command_id, device))
+    return shown(request, await _find(request, command_id, device))
 
 
 @delete(
@@ -149,7 +149,7 @@ async def cancel_command(request: Call, device: FromPath[str], command_id: FromP
     `status` is still `pending`. Cancelling again answers 200.
     """
     await _find(request, command_id, device)
-    return _shown(request, await request.services.commands.cancel(request.user, command_id))
+    return shown(request, await request.services.commands.cancel(request.user, command_id))
 
 
 @get("/commands", opt=needs("devices:read"), responses=documented(), tags=["Commands"])
@@ -172,7 +172,7 @@ async def list_commands(
 @get("/commands/{command_id:str}", opt=needs("devices:read"), responses=documented(404), tags=["Commands"])
 async def get_command(request: Call, command_id: FromPath[str]) -> Command:
     """Read a command"""
-    return _shown(request, await _find(request, command_id))
+    return shown(request, await _find(request, command_id))
 
 
 @post(
@@ -191,7 +191,7 @@ async def abandon_command(
     it, and a late answer still corrects it.
     """
     reason = None if data is None else data.reason
-    return _shown(request, await request.services.commands.abandon(request.user, command_id, reason))
+    return shown(request, await request.services.commands.abandon(request.user, command_id, reason))
 
 
 @get(
@@ -295,7 +295,7 @@ async def _list(
 
     page, more = cut(await request.services.commands.writer.storage.read(work), limit)
     return CommandList(
-        data=[_shown(request, command) for command in page],
+        data=[shown(request, command) for command in page],
         has_more=more,
         next_cursor=pager.seal(page[-1].position) if more else None,
     )
@@ -310,16 +310,21 @@ def _states(status: Status | None, state: StateName | None) -> tuple[State, ...]
     )
 
 
-def _shown(request: Call, state: CommandState) -> Command:
+def shown(request: Call, state: CommandState) -> Command:
     """A command with a fresh grant for those who may write."""
     token = None
     if "devices:write" in request.user.scopes:
         services = request.services
-        token = services.grants.mint(state, services.commands.writer.now())
+        token = services.grants.shown(state, services.commands.writer.now())
     return views.command(state, token)
 
 
-def _one_key(body: str | UnsetType, header: str | None) -> str | None:
+def one_key(body: str | UnsetType, header: str | None) -> str | None:
+    """The idempotency key of a request, wherever it was given.
+
+    Raises:
+        Refusal: invalid_request, if two were.
+    """
     if body is UNSET:
         return header
     if header is not None and header != body:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Router, get, patch, post
-from litestar.params import FromPath, JSONBody
+from litestar import Router, delete, get, patch, post
+from litestar.params import FromPath, JSONBody, QueryParameter
 from msgspec import UNSET, Meta, UnsetType
 
 from broker.commands import Caller
@@ -18,11 +18,12 @@ from broker.http.auth import Call, authorize, needs
 from broker.http.errors import documented
 from broker.http.pages import Cursor, Limit, Pager, cut
 from broker.http.views import Device, DeviceList, DeviceName
-from broker.registry import NewDevice
+from broker.registry import Issued, NewDevice
 from broker.seams import Sql
 from projections import devices as devices_view
 
 Title = Annotated[str, Meta(max_length=200)]
+Force = Annotated[bool, QueryParameter(description="Also while commands to it are open.")]
 Attributes = Annotated[dict[str, Any], Meta(description="Anything worth keeping about it.")]
 # What is kept must stay readable wherever it is decoded later, however deep the stack is there.
 ATTRIBUTE_LEVELS = 16
@@ -66,8 +67,7 @@ async def register(request: Call, data: JSONBody[DeviceBody]) -> Device:
         name=data.name,
         attributes=data.attributes,
     )
-    device, token = await request.services.registry.register(request.user, new)
-    return views.device(device, None, token)
+    return _issued(request, await request.services.registry.register(request.user, new))
 
 
 @get("/", opt=needs("devices:read"), responses=documented())
@@ -119,10 +119,20 @@ async def change_device(request: Call, device: FromPath[str], data: JSONBody[Dev
 async def rotate_token(request: Call, device: FromPath[str]) -> Device:
     """Give a device a new token
 
-    Shown this once; the old one stops working at once.
+    Shown this once; the old one stops working at once. Where its type signs grants with HMAC, the
+    `device_secret` is new too.
     """
-    found, token = await request.services.registry.rotate_token(request.user, device)
-    return msgspec.structs.replace(_shown(request, found), device_token=token)
+    return _issued(request, await request.services.registry.rotate_token(request.user, device))
+
+
+@delete("/{device:str}", status_code=200, opt=needs("devices:write"), responses=documented(404, 409))
+async def delete_device(request: Call, device: FromPath[str], force: Force = False) -> Device:
+    """Delete a device
+
+    For ever: its names are never given again. With open commands only with `force`: those never handed over
+    are cancelled, the others become `timed_out`, because they may have been done.
+    """
+    return _shown(request, await request.services.registry.delete(request.user, device, force=force))
 
 
 def find_device(sql: Sql, caller: Caller, name: str) -> DeviceState:
@@ -139,6 +149,12 @@ def find_device(sql: Sql, caller: Caller, name: str) -> DeviceState:
 
 def _shown(request: Call, device: DeviceState) -> Device:
     return views.device(device, request.services.commands.live.presence.get(device.id))
+
+
+def _issued(request: Call, issued: Issued) -> Device:
+    secret = UNSET if issued.secret is None else issued.secret
+    shown = _shown(request, issued.device)
+    return msgspec.structs.replace(shown, device_token=issued.token, device_secret=secret)
 
 
 def _project(request: Call, wanted: str | UnsetType) -> str:
@@ -168,7 +184,7 @@ def _check_levels(attributes: dict[str, Any]) -> None:
 
 routes = Router(
     "/v1/devices",
-    route_handlers=[register, list_devices, get_device, change_device, rotate_token],
+    route_handlers=[register, list_devices, get_device, change_device, rotate_token, delete_device],
     guards=[authorize],
     tags=["Devices"],
 )

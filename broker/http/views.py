@@ -108,7 +108,7 @@ class EventList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """One piece of hardware. `device_token` is in the answer that made it, and nowhere else."""
+    """One piece of hardware. Token and secret are in the answer that made them, and nowhere else."""
 
     id: str
     hardware_id: Annotated[str, Meta(description="Its name in topics, and its MQTT user name.")]
@@ -125,6 +125,10 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     device_token: Annotated[str | UnsetType, Meta(description="`dtok_…`, its MQTT password. Shown once.")] = (
         UNSET
     )
+    device_secret: Annotated[
+        str | UnsetType, Meta(description="What HS256 grants are signed with, base64url. Shown once.")
+    ] = UNSET
+    deleted_at: Annotated[Time | UnsetType, Meta(description="In the answer that deleted it.")] = UNSET
 
 
 class DeviceList(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,12 +238,20 @@ def device(state: DeviceState, presence: Presence | None, token: str | UnsetType
         name=state.name,
         attributes=state.attributes,
         project=state.project,
-        presence=(presence or Presence.NEVER).value,
+        presence=presence_of(state, presence).value,
         last_seen_at=_time(state.seen_at),
         created_at=rfc3339(state.created_at),
         updated_at=rfc3339(state.updated_at),
         device_token=token,
+        deleted_at=UNSET if state.deleted_at is None else rfc3339(state.deleted_at),
     )
+
+
+def presence_of(state: DeviceState, known: Presence | None) -> Presence:
+    """What this process knows of a device, or else what the log does: heard once, it is offline now."""
+    if known is None or known is Presence.NEVER:
+        return Presence.OFFLINE if state.heard else Presence.NEVER
+    return known
 
 
 def types(known: Mapping[str, DeviceType]) -> TypeList:

@@ -7,7 +7,7 @@ salt leaves the digest and with it the chain.
 
 from __future__ import annotations
 
-import hashlib
+from hashlib import sha256
 from typing import NamedTuple
 
 GENESIS = bytes(32)
@@ -37,7 +37,8 @@ def _part(value: bytes) -> bytes:
 
 
 def _text(value: str) -> bytes:
-    return _part(value.encode())
+    encoded = value.encode()
+    return len(encoded).to_bytes(4, "big") + encoded
 
 
 def _number(value: int) -> bytes:
@@ -46,7 +47,7 @@ def _number(value: int) -> bytes:
 
 def digest(salt: bytes, data: bytes) -> bytes:
     """SHA-256 over salt and stored data. The salt keeps a short erased text from being guessed."""
-    return hashlib.sha256(_part(salt) + _part(data)).digest()
+    return sha256(_part(salt) + _part(data)).digest()
 
 
 def link(
@@ -63,19 +64,20 @@ def link(
     row_digest: bytes,
 ) -> bytes:
     """The hash of one row."""
-    return hashlib.sha256(
-        _part(previous)
-        + _number(position)
-        + _text(stream)
-        + _number(version)
-        + _text(type_name)
-        + _number(schema)
-        + _number(recorded_at)
-        + _text(project)
-        + (NULL if device_id is None else _text(device_id))
-        + _text(actor)
-        + _part(row_digest)
-    ).digest()
+    parts = (
+        _part(previous),
+        _number(position),
+        _text(stream),
+        _number(version),
+        _text(type_name),
+        _number(schema),
+        _number(recorded_at),
+        _text(project),
+        NULL if device_id is None else _text(device_id),
+        _text(actor),
+        _part(row_digest),
+    )
+    return sha256(b"".join(parts)).digest()
 
 
 def fault(row: Row, previous: bytes, expected_position: int, erased: bool) -> str | None:

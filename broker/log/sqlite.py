@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS api_keys (
 CREATE TABLE IF NOT EXISTS grant_keys (
     kid TEXT PRIMARY KEY, private BLOB NOT NULL, created_at INTEGER NOT NULL,
     retired_at INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS device_secrets (device_id TEXT PRIMARY KEY, secret BLOB NOT NULL) WITHOUT ROWID;
 """
 COLUMNS = (
     "position, stream, version, type, schema, recorded_at, "

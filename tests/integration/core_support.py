@@ -100,7 +100,9 @@ def recorded(event: Event, version: int, at: int = T, stream: str = COMMAND) -> 
     )
 
 
-def folded(*events: Event | tuple[Event, int], first: Created | None = None, id: str = COMMAND) -> CommandState:
+def folded(
+    *events: Event | tuple[Event, int], first: Created | None = None, id: str = COMMAND
+) -> CommandState:
     """A command after `created` and these events; one that comes with a number is that many ms later."""
     state = evolve(None, recorded(first or created(), 1, stream=id))
     for entry in events:
@@ -181,7 +183,7 @@ class Bench:
     async def device(
         self, hardware_id: str = "lamp-1", type: str = "generic", *, online: bool = True
     ) -> DeviceState:
-        device, _ = await self.core.registry.register(
+        device, *_ = await self.core.registry.register(
             ME, NewDevice(hardware_id=hardware_id, type=type, project=PROJECT)
         )
         if online:
@@ -201,7 +203,9 @@ class Bench:
         self.core.intake.message(message)
         return message
 
-    def answers(self, command_id: str, status: str = "executed", hardware_id: str = "lamp-1", **said: Any) -> Message:
+    def answers(
+        self, command_id: str, status: str = "executed", hardware_id: str = "lamp-1", **said: Any
+    ) -> Message:
         return self.says(msgspec.json.encode({"id": command_id, "status": status} | said), hardware_id)
 
     def state(self, command_id: str) -> str:
@@ -235,7 +239,9 @@ async def until(fact: Callable[[], bool], within_sec: float = 10) -> None:
             await asyncio.sleep(0.001)
 
 
-def new_core(storage: Storage, clock: Clock | None = None, limits: Limits | None = None, seed: int = 1) -> Core:
+def new_core(
+    storage: Storage, clock: Clock | None = None, limits: Limits | None = None, seed: int = 1
+) -> Core:
     settings = Settings(limits=limits or Limits())
     return Core(storage, clock or SystemClock(), SeededEntropy(seed), shipped_types(), settings)
 
@@ -289,7 +295,9 @@ def simulated(world: Callable[[SimLoop], Coroutine[Any, Any, R]], seed: int = 0)
 
 
 @asynccontextmanager
-async def on_virtual_time(loop: SimLoop, limits: Limits | None = None) -> AsyncIterator[tuple[Bench, SimDisk]]:
+async def on_virtual_time(
+    loop: SimLoop, limits: Limits | None = None
+) -> AsyncIterator[tuple[Bench, SimDisk]]:
     disk = SimDisk(loop)
     storage = SimStorage(loop, disk)
     async with running(storage, SimClock(loop), limits) as bench:

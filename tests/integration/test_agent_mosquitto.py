@@ -6,16 +6,23 @@ import asyncio
 import contextlib
 import json
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 import aiomqtt
+import jwt
+import msgspec
 import pytest
 
 from devices.agent import Agent, Call, CommandFailed
 from devices.demo import run_demo
+from devices.grant import TYPE, GrantVerifier, params_hash
 from devices.memory import RamMemory, Remembered, SqliteMemory
+from devices.types import load_type
+from devices.wire import encode_command
 
 WITHIN_SEC = 20
 Seen = tuple[str, str]
@@ -274,6 +281,46 @@ async def test_the_device_finds_its_way_back_to_a_server_that_was_killed(
 
     assert before != after
     assert executed == [1]
+
+
+async def test_a_msgpack_device_with_a_secret_obeys_only_commands_with_its_grant(mosquitto: Server) -> None:
+    kind = load_type('name = "small"\npayload = "msgpack"\ngrants = "HS256"\nopen = true\n')
+    secret, executed = bytes(range(32)), list[Any]()
+    verifier = GrantVerifier({"dev_1": secret}, "ordain", "ABC", time.time)
+    agent = Agent("ABC", "token", mosquitto.url, device_type=kind, verifier=verifier)
+
+    @agent.command("count")
+    async def count(call: Call) -> datetime:
+        executed.append(call.params)
+        return datetime(2026, 1, 1, tzinfo=UTC)
+
+    def told(command_id: str, signed_with: bytes) -> bytes:
+        now, params = int(time.time()), {"n": 1.5}
+        claims: dict[str, Any] = {
+            "iss": "ordain",
+            "aud": "ABC",
+            "sub": command_id,
+            "jti": command_id,
+            "cmd": "count",
+        }
+        claims |= {"iat": now, "nbf": now, "exp": now + 60, "phs": params_hash(params)}
+        grant = jwt.encode(claims, signed_with, "HS256", {"typ": TYPE, "kid": "dev_1"})
+        definition = kind.definition("count")
+        return encode_command(
+            definition, command_id=command_id, params=params, attempt=1, expires_at=None, grant=grant
+        )
+
+    async with broker(mosquitto) as ours, running(agent):
+        await ours.status("online")
+        await ours.send(told("cmd_1", secret))
+        answers = [msgspec.msgpack.decode(await ours.next("ack")) for _ in range(2)]
+        await ours.send(told("cmd_2", b"o" * 32))
+        refused = msgspec.msgpack.decode(await ours.next("ack"))
+
+    assert [answer["status"] for answer in answers] == ["acknowledged", "executed"]
+    assert answers[1]["result"] == {"value": "2026-01-01T00:00:00Z"}
+    assert refused["error"]["details"] == {"reason": "bad_signature"}
+    assert executed == [{"n": 1.5}]
 
 
 async def test_the_demo_devices_do_their_work(mosquitto: Server) -> None:

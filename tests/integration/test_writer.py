@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -33,16 +34,20 @@ from tests.integration.core_support import (
 from tests.simulation.loop import SimLoop
 
 
-async def held(directory: Path) -> Held:
-    return Held(await SqliteStorage.open(directory))
+@asynccontextmanager
+async def held(directory: Path) -> AsyncIterator[Held]:
+    storage = Held(await SqliteStorage.open(directory))
+    try:
+        yield storage
+    finally:
+        await storage.close()
 
 
 # --- groups and the barrier
 
 
 async def test_what_arrives_during_a_commit_goes_into_the_next_one_in_order(tmp_path: Path) -> None:
-    storage = await held(tmp_path)
-    async with running(storage) as bench:
+    async with held(tmp_path) as storage, running(storage) as bench:
         await bench.device()
         seen: list[Recorded] = []
         bench.writer.listeners.append(seen.extend)
@@ -55,15 +60,15 @@ async def test_what_arrives_during_a_commit_goes_into_the_next_one_in_order(tmp_
         states = [await order for order in orders]
 
         assert storage.commits - commits <= 2
-        assert [event.position for event in seen] == list(range(seen[0].position, seen[0].position + len(seen)))
+        assert [event.position for event in seen] == list(
+            range(seen[0].position, seen[0].position + len(seen))
+        )
         made = [event.stream for event in seen if event.type == "created"]
         assert made == [state.id for state in states]
-    await storage.close()
 
 
 async def test_nothing_leaves_before_the_commit_it_follows_from(tmp_path: Path) -> None:
-    storage = await held(tmp_path)
-    async with running(storage) as bench:
+    async with held(tmp_path) as storage, running(storage) as bench:
         await bench.device()
         storage.gate.clear()
         order = asyncio.create_task(bench.order())
@@ -85,13 +90,11 @@ async def test_nothing_leaves_before_the_commit_it_follows_from(tmp_path: Path) 
         with pytest.raises(Refusal, match="is executed"):
             await cancel
         await until(lambda: bench.wire.pubacks == [answer, again])
-    await storage.close()
 
 
 @pytest.mark.parametrize("what", ["a refusal", "a no-op", "a replay"])
 async def test_every_answer_waits_for_what_it_was_decided_on(tmp_path: Path, what: str) -> None:
-    storage = await held(tmp_path)
-    async with running(storage, limits=Limits(queue_per_device=2)) as bench:
+    async with held(tmp_path) as storage, running(storage, limits=Limits(queue_per_device=2)) as bench:
         await bench.device(online=False)
         first = await bench.order()
         storage.gate.clear()
@@ -118,7 +121,6 @@ async def test_every_answer_waits_for_what_it_was_decided_on(tmp_path: Path, wha
                 await answer
         else:
             await answer
-    await storage.close()
 
 
 # --- failed commits
@@ -147,8 +149,7 @@ async def interfere(storage: Storage, device_id: str, name: str) -> None:
 
 
 async def test_a_conflict_discards_what_stood_on_it_and_the_state_is_read_anew(tmp_path: Path) -> None:
-    storage = await held(tmp_path)
-    async with running(storage) as bench:
+    async with held(tmp_path) as storage, running(storage) as bench:
         device = await bench.device(online=False)
         await interfere(storage.storage, device.id, "theirs")
         storage.gate.clear()
@@ -167,7 +168,6 @@ async def test_a_conflict_discards_what_stood_on_it_and_the_state_is_read_anew(t
         changed = await bench.core.registry.change(ME, "lamp-1", Changed(name="ours"))
         assert (changed.name, changed.version) == ("ours", device.version + 2)
         await whole(bench)
-    await storage.close()
 
 
 async def whole(bench: Bench) -> None:
@@ -184,17 +184,16 @@ async def whole(bench: Bench) -> None:
 async def test_positions_have_no_gap_over_restarts_and_failed_commits(tmp_path: Path) -> None:
     ids = []
     for round_ in range(3):
-        storage = await held(tmp_path)
-        async with running(storage, seed=round_ + 1) as bench:
+        async with held(tmp_path) as storage, running(storage, seed=round_ + 1) as bench:
             device = await bench.device(f"lamp-{round_}", online=False)
             ids.append((await bench.order(f"lamp-{round_}")).id)
             await interfere(storage.storage, device.id, "theirs")
             with pytest.raises(Unavailable):
                 await bench.order(f"lamp-{round_}")
+            await until(lambda: bench.writer.open)
             ids.append((await bench.order(f"lamp-{round_}")).id)
             await whole(bench)
             assert {row.stream for row in await bench.rows() if row.type == "created"} == set(ids)
-        await storage.close()
 
 
 @pytest.fixture
@@ -211,15 +210,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-async def test_a_full_disk_refuses_writes_reads_go_on_and_space_is_enough_to_recover(small_disk: Path) -> None:
+async def test_a_full_disk_refuses_writes_reads_go_on_and_space_is_enough_to_recover(
+    small_disk: Path,
+) -> None:
     async with running(small_disk) as bench:
         await bench.device(online=False)
         first = await bench.order()
         ballast = small_disk / "ballast"
-        with ballast.open("wb") as file, pytest.raises(OSError, match="No space"):
+        with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
             while True:
                 file.write(b"x" * 4_096)
-                file.flush()
         accepted = [first.id]
         with pytest.raises(Unavailable):
             while True:  # what the log's own files still have room for

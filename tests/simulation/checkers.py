@@ -161,24 +161,22 @@ def l2(facts: Facts) -> Iterator[str]:
 
 
 def l4(facts: Facts) -> Iterator[str]:
-    """Once faults have stopped every command is closed: by `expires_at` + 15 s, or, once acknowledged, by its
-    last report + its result time + 15 s. One without expiry ends as well, because its device is online then.
-    """
+    """Once faults have stopped every command is closed: by `expires_at`, or, once acknowledged, by its last
+    report + its result time, and 15 s. One without expiry ends as well: its device is online then."""
     healed, ended = facts.history.healed_at, facts.history.ended_at
     if healed is None or ended is None:
         return
     for command_id, created in facts.created.items():
-        expires_at: int | None = data(created).get("expires_at")
+        due: int = data(created).get("expires_at") or NEVER
         result_ms = round(1000 * facts.definition(command_id).get("result_timeout_sec", 60))
-        due, state = expires_at, "none"
+        state = "none"
         for row in facts.commands[command_id]:
-            late = due is not None and row["recorded_at"] > max(due, healed) + GRACE_MS
-            if late and state not in CLOSING and row["type"] in CLOSING:
-                yield f"{command_id}: {row['type']} came {row['recorded_at'] - (due or 0)} ms after it was due"
-            state = TABLE[row["type"]][1]
-            if state == "acknowledged":
-                due = row["recorded_at"] + result_ms
-        if state not in CLOSING and (due is None or ended > max(due, healed) + GRACE_MS):
+            before, state = state, TABLE[row["type"]][1]
+            too_late = row["recorded_at"] > max(due, healed) + GRACE_MS
+            if too_late and state in CLOSING and before not in CLOSING:
+                yield f"{command_id}: {row['type']} came {row['recorded_at'] - due} ms after it was due"
+            due = row["recorded_at"] + result_ms if state == "acknowledged" else due
+        if state not in CLOSING and (due == NEVER or ended > max(due, healed) + GRACE_MS):
             yield f"{command_id} is {state} at the end, {ended - healed} ms after the faults stopped"
 
 

@@ -41,7 +41,7 @@ _APP: list[ASGIApp] = []
 def _app() -> ASGIApp:
     if not _APP:
         current = _Current(SERVICES.get)
-        current.metrics = _Current(lambda: SERVICES.get().metrics)
+        current.__dict__["metrics"] = _Current(lambda: SERVICES.get().metrics)
         _APP.append(create_app(cast(Services, current)))
     return _APP[0]
 
@@ -225,7 +225,9 @@ class Clients:
     async def _cancel(self) -> None:
         if self.sent:
             hardware_id, command_id = self._random.choice(self.sent[-10:])
-            await self._ask("cancel", "DELETE", f"/v1/devices/{hardware_id}/commands/{command_id}", command_id)
+            await self._ask(
+                "cancel", "DELETE", f"/v1/devices/{hardware_id}/commands/{command_id}", command_id
+            )
 
     async def _read(self) -> None:
         if self.sent:

@@ -1,4 +1,4 @@
-"""The simulated devices: the real device core and its memory, driven by hand, at a port of the simulated server.
+"""The simulated devices: the real device core and its memory, driven by hand, on the simulated network.
 
 Each is a process of its own that may be killed and started again with its memory kept. The forgeries,
 too, are sent here. Nothing in it reads the broker's state.
@@ -31,7 +31,15 @@ COMMANDS: dict[str, dict[str, dict[str, Any]]] = {
     "recorder": {"start_recording": {"max_duration_sec": 60}, "stop_recording": {}},
     "iotee_device": {"lock": {}, "unlock": {}, "reboot": {}},
 }
-MALFORMED = (b"", b"{", b"\xff\xfe", b'{"status":"done"}', b"[1]", b"x" * 70_000, b'{"id":3,"status":"executed"}')
+MALFORMED = (
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b'{"status":"done"}',
+    b"[1]",
+    b"x" * 70_000,
+    b'{"id":3,"status":"executed"}',
+)
 
 
 class _Said(msgspec.Struct):
@@ -98,7 +106,8 @@ class Device:
 
     def forge(self, command_id: str | None, status: str) -> None:
         """Answers for a command out of nowhere: its own, another's, or one that never was."""
-        payload = msgspec.json.encode({"id": command_id, "status": status, "result": {"forged": True}})
+        answer = {"id": command_id, "status": status, "result": {"forged": True}, "progress": {"percent": 7}}
+        payload = msgspec.json.encode(answer)
         if self._say_raw(payload):
             self._history.answered(self.hardware_id, command_id, status)
 

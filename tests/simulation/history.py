@@ -146,7 +146,9 @@ class History:
         payload: bytes,
         correlation: bytes | None = None,
         retain: bool = False,
+        attempt: int | None = None,
     ) -> None:
+        """`attempt`: where the payload does not say it."""
         try:
             named = _decode(payload)
         except msgspec.MsgspecError:
@@ -160,7 +162,7 @@ class History:
                 topic=topic,
                 hardware_id=topic.split("/")[-2] if "/" in topic else "",
                 command_id=command_id,
-                attempt=named.attempt,
+                attempt=named.attempt or attempt,
                 status=named.status,
                 retain=retain,
             )

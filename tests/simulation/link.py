@@ -140,7 +140,10 @@ class SimLink(Client):
         if not self._write(outgoing, False, done):
             return False
         if self.server.history is not None:
-            self.server.history.on_wire("publish", outgoing.topic, outgoing.payload, outgoing.correlation)
+            attempt = next((int(value) for key, value in outgoing.user_properties if key == "attempt"), None)
+            self.server.history.on_wire(
+                "publish", outgoing.topic, outgoing.payload, outgoing.correlation, attempt=attempt
+            )
         return True
 
     def puback(self, message: Message) -> None:

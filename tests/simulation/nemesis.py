@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from broker.seams import Outgoing
 from tests.simulation.fleet import Device
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STATUSES = ("acknowledged", "progress", "executed", "failed")
 REFUSALS = (0x80, 0x83, 0x87, 0x90, 0x95, 0x97, 0x99)
+SESSIONS: tuple[Literal["kept", "emptied", "lost"], ...] = ("kept", "emptied", "lost")
 Fault = Callable[[], None]
 
 
@@ -107,8 +108,7 @@ class Nemesis:
         if self._world.embedded:
             self._world.crash()  # it lives and dies in the broker's process
             return
-        sessions = self._random.choice(("kept", "emptied", "lost"))
-        self._server.restart(sessions, self._random.uniform(0.1, 20))
+        self._server.restart(self._random.choice(SESSIONS), self._random.uniform(0.1, 20))
 
     def _drop_link(self) -> None:
         self._drop("ordain")

@@ -75,6 +75,10 @@ class Story:
             self.history.returned(call, status, ids=ids)
         return self
 
+    def well(self, since: int, until: int) -> Story:
+        self.history.healed_at, self.history.ended_at = since, until
+        return self
+
     def dump(self) -> Story:
         self.history.dumped([dict(row) for row in self.rows])
         return self
@@ -120,6 +124,10 @@ RIGHT: dict[str, Callable[[], Story]] = {
     "L1 a broker that cannot send": lambda: (
         Story().created().ended(event="failed", by="broker", evidence="broker")
     ),
+    "L4 it expired while everything was broken": lambda: (
+        Story().created(expires_at=1100).well(50_000, 99_000).log(A, "expired").change(2, recorded_at=64_000)
+    ),
+    "L4 there was no time to end it": lambda: Story().created(expires_at=90_000).well(1000, 99_000),
     "D1 bare payloads, each with its event": lambda: (
         Story().created().published().wire(None).published(attempt=2).wire(None)
     ),
@@ -186,6 +194,24 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
     "L2 an event after the end": (
         lambda: Story().sent().answers("executed").ended().log(A, "timed_out", reason="ttl"),
         "L2: cmd_a: timed_out after its final executed",
+    ),
+    "L4 closed too late": (
+        lambda: (
+            Story()
+            .created(expires_at=1100)
+            .well(1000, 99_000)
+            .log(A, "expired")
+            .change(2, recorded_at=17_000)
+        ),
+        "L4: cmd_a: expired came 15900 ms after it was due",
+    ),
+    "L4 no result, and nobody gave up": (
+        lambda: Story().sent().ended(event="acknowledged").answers("acknowledged").well(1000, 99_000),
+        "L4: cmd_a is acknowledged at the end, 98000 ms after the faults stopped",
+    ),
+    "L4 never handed over": (
+        lambda: Story().created().well(1000, 99_000),
+        "L4: cmd_a is pending at the end, 98000 ms after the faults stopped",
     ),
     "D1 never recorded": (
         lambda: Story().created().wire(),

@@ -1,4 +1,4 @@
-"""Brokers for the system tests: started as processes, killed at the end, and their log lines looked through."""
+"""Brokers for the system tests: real processes, killed at the end, and their log lines looked through."""
 
 from __future__ import annotations
 

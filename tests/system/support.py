@@ -58,7 +58,7 @@ def until(fact: Callable[[], T | None], about: object = "", within: float = WITH
     deadline = time.monotonic() + within
     pause = threading.Event()
     while not (found := fact()):
-        assert time.monotonic() < deadline, f"not within {within} s: {about}"
+        assert time.monotonic() < deadline, f"not within {within} s: {about() if callable(about) else about}"
         pause.wait(LOOK_AGAIN_SEC)
     return found
 
@@ -188,14 +188,19 @@ class Broker:
 
     def http(self, method: str, path: str, body: object = None, **headers: str) -> httpx2.Response:
         if not self.key:
-            self.key = made(
-                self.ordain("keys", "create", "--project", "default", "--scope", "devices:read",
-                            "--scope", "devices:write")
-            )  # fmt: skip
+            self.key = self._make_key()
         headers = {"Authorization": f"Bearer {self.key}"} | headers
         return httpx2.request(
             method, self.url + path, json=body, headers=headers, timeout=WITHIN_SEC, trust_env=False
         )
+
+    def _make_key(self) -> str:
+        """What `ordain keys create` does, without the half second that a process takes to start."""
+        door = httpx2.HTTPTransport(uds=str(self.data / "ordain.sock"))
+        wanted = {"project": "default", "scopes": ["devices:read", "devices:write"]}
+        with httpx2.Client(transport=door, base_url="http://ordain", trust_env=False) as client:
+            key: str = client.post("/local/keys", json=wanted).json()["key"]
+        return key
 
     def device(self, hardware_id: str, type: str = "generic") -> str:
         """Registers a device; its token."""
@@ -285,6 +290,7 @@ class Device:
     def __init__(self, port: int, hardware_id: str, token: str = "", *, own_server: bool = True) -> None:
         self.port = port
         self.hardware_id = hardware_id
+        self.token = token
         self._login = ["-u", hardware_id, "-P", token] if token else []
         # Where the client id must be the hardware id, the second connection ends the first.
         self._speaker = hardware_id if own_server else f"{hardware_id}-speaks"
@@ -332,18 +338,19 @@ def executed(command_id: str, **result: object) -> str:
 
 
 @contextmanager
-def running(agent: Agent) -> Iterator[None]:
-    """The reference device, in a loop of its own."""
+def running(make: Callable[[], Agent]) -> Iterator[None]:
+    """The reference device, in a thread and a loop of its own."""
     ready: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
 
     async def run() -> None:
-        task = asyncio.create_task(agent.run())
+        task = asyncio.create_task(make().run())
         ready.append((asyncio.get_running_loop(), task))
         await asyncio.wait({task})
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
-    loop, task = until(lambda: ready and ready[0])
+    until(lambda: bool(ready))
+    loop, task = ready[0]
     try:
         yield
     finally:

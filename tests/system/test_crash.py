@@ -53,19 +53,36 @@ def test_after_a_crash_the_reference_device_executes_once_what_came_twice(
     broker.start()
     queue.online()
     until(lambda: broker.events(command_id) == ["created", "published", "published"])
-    agent = Agent("door-7", "", mosquitto.url, memory=SqliteMemory(tmp_path / "door.sqlite3"))
     calls: list[tuple[str, int]] = []
 
-    @agent.command("lock")
-    async def lock(call: Call) -> dict[str, int]:
-        calls.append((call.id, call.attempt))
-        return {"times": len(calls)}
+    def agent() -> Agent:
+        agent = Agent("door-7", "", mosquitto.url, memory=SqliteMemory(tmp_path / "door.sqlite3"))
+
+        @agent.command("lock")
+        async def lock(call: Call) -> dict[str, int]:
+            calls.append((call.id, call.attempt))
+            return {"times": len(calls)}
+
+        return agent
 
     with running(agent):
         command = broker.reaches(command_id, "executed")
     assert calls == [(command_id, 1)]
     assert command["result"] == {"times": 1}
     assert broker.verified()
+
+
+def test_after_a_crash_no_device_is_taken_for_online_before_it_is_back(broker: Broker) -> None:
+    door = Device(broker.mqtt_port, "door-7", broker.device("door-7"))
+    listening = door.listen()
+    until(lambda: broker.http("GET", "/v1/devices/door-7").json()["presence"] == "online")
+
+    broker.kill()
+    listening.kill()
+    broker.start()
+
+    assert broker.http("GET", "/v1/devices/door-7").json()["presence"] == "offline"
+    assert broker.command(broker.create("door-7"))["state"] == "pending"
 
 
 async def keep_creating(url: str, key: str, device: str, accepted: list[str]) -> None:

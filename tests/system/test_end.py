@@ -21,8 +21,8 @@ def half_a_request(broker: Broker, device: str) -> tuple[socket.socket, bytes]:
     """A connection on which a request is open, and what is missing of it."""
     body = json.dumps({"type": "lock"}).encode()
     head = (
-        f"POST /v1/devices/{device}/commands HTTP/1.1\r\nHost: ordain\r\nAuthorization: Bearer {broker.key}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+        f"POST /v1/devices/{device}/commands HTTP/1.1\r\nHost: ordain\r\n"
+        f"Authorization: Bearer {broker.key}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
     )
     where = urlsplit(broker.url)
     connection = socket.create_connection((where.hostname, where.port), timeout=WITHIN_SEC)

@@ -32,7 +32,9 @@ LAST = len(EVENTS)
 
 def write(sql: sqlite3.Connection, entries: list[tuple[str, Event, int]]) -> None:
     head = log.head(sql)
-    versions: dict[str, int] = dict(sql.execute("SELECT stream, max(version) FROM events GROUP BY stream").fetchall())
+    versions: dict[str, int] = dict(
+        sql.execute("SELECT stream, max(version) FROM events GROUP BY stream").fetchall()
+    )
     made = []
     for index, (stream, event, after) in enumerate(entries):
         versions[stream] = versions.get(stream, 0) + 1
@@ -108,7 +110,9 @@ def test_a_lost_end_shows_in_the_count_and_the_hash(sql: sqlite3.Connection) -> 
     assert after.hash != before.hash
 
 
-@pytest.mark.parametrize(("one", "other"), [(a, b) for a in range(1, LAST + 1) for b in range(a + 1, LAST + 1)])
+@pytest.mark.parametrize(
+    ("one", "other"), [(a, b) for a in range(1, LAST + 1) for b in range(a + 1, LAST + 1)]
+)
 def test_swapped_rows_are_found_at_the_first_of_them(sql: sqlite3.Connection, one: int, other: int) -> None:
     sql.execute("UPDATE events SET position = -1 WHERE position = ?", (one,))
     sql.execute("UPDATE events SET position = ? WHERE position = ?", (one, other))

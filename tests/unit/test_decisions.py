@@ -125,7 +125,9 @@ def cells() -> list[Any]:
         for column, word in zip(COLUMNS, words, strict=True):
             cases = FACTS[word[1:]] if word.startswith("!") else [({}, word)]
             for facts, expected in cases:
-                said = " ".join(f"{key}={value}" for key, value in facts.items() if key not in ("result", "error"))
+                said = " ".join(
+                    f"{key}={value}" for key, value in facts.items() if key not in ("result", "error")
+                )
                 case = f"{name} meets {column} {said}".strip()
                 found.append(pytest.param(Input(name), State(column), facts, expected, id=case))
     return found
@@ -169,7 +171,11 @@ def in_words(what: Input, decision: Decision) -> str:
         case Cancelled(by=by, reason=reason, superseded_by=superseded):
             return f">cancelled {reason or by}" + (" superseded" if superseded else "")
         case event:
-            return f">{decision.word}{late}" if type(event).__name__.lower() == decision.word else "another event"
+            return (
+                f">{decision.word}{late}"
+                if type(event).__name__.lower() == decision.word
+                else "another event"
+            )
 
 
 def test_the_page_has_a_row_for_every_input_and_a_column_for_every_state() -> None:
@@ -180,7 +186,9 @@ def test_the_page_has_a_row_for_every_input_and_a_column_for_every_state() -> No
 
 
 @pytest.mark.parametrize(("what", "state", "facts", "expected"), cells())
-def test_every_cell_is_what_the_page_says(what: Input, state: State, facts: dict[str, Any], expected: str) -> None:
+def test_every_cell_is_what_the_page_says(
+    what: Input, state: State, facts: dict[str, Any], expected: str
+) -> None:
     decision = decide(command_in(state), request(what, **facts))
 
     assert in_words(what, decision) == expected
@@ -198,7 +206,9 @@ REPORTS: list[tuple[Input, str]] = [
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize(("what", "row"), REPORTS, ids=[what.value for what, _ in REPORTS])
 @pytest.mark.parametrize("reporter", ["the device itself", "a relay that fetched it", "a stranger to it"])
-def test_a_report_over_http_is_always_given_a_verdict(what: Input, row: str, column: str, reporter: str) -> None:
+def test_a_report_over_http_is_always_given_a_verdict(
+    what: Input, row: str, column: str, reporter: str
+) -> None:
     state, expected = command_in(State(column)), row.split(" | ")[COLUMNS.index(column)]
     if reporter == "a relay that fetched it" and state is not None:
         state = msgspec.structs.replace(state, pulled=True)
@@ -213,7 +223,8 @@ def test_a_report_over_http_is_always_given_a_verdict(what: Input, row: str, col
 
 def test_another_result_over_http_is_refused() -> None:
     decision = decide(
-        command_in(State.EXECUTED), request(Input.ANSWER_EXECUTED, over_http=True, may_report=True, result=OTHER)
+        command_in(State.EXECUTED),
+        request(Input.ANSWER_EXECUTED, over_http=True, may_report=True, result=OTHER),
     )
     assert decision.verdict is Verdict.CONFLICT
 
@@ -227,7 +238,10 @@ def test_while_a_lease_runs_the_same_transport_gets_the_same_attempt_and_no_othe
         return in_words(Input.FETCH, decide(pulled, request(Input.FETCH, **facts)))
 
     assert fetched(transport=transport, attempt_open=True, lease_open=True) == "the same attempt again"
-    assert fetched(transport=transport, attempt_open=True, lease_open=True, repeatable=False) == "the same attempt again"
+    assert (
+        fetched(transport=transport, attempt_open=True, lease_open=True, repeatable=False)
+        == "the same attempt again"
+    )
     assert fetched(transport=transport) == f">published 2 {transport}"
     assert fetched(transport=other, attempt_open=True, lease_open=True) == "–"
     assert in_words(Input.HAND_OVER, decide(pulled, request(Input.HAND_OVER, attempt_open=True))) == "–"
@@ -276,7 +290,13 @@ EVIDENCE = [
     (State.PUBLISHED, Input.ANSWER_EXECUTED, {"evidence": "inferred"}, Executed, "inferred"),
     (State.PUBLISHED, Input.ANSWER_FAILED, {"evidence": "device_result"}, Failed, "device_result"),
     (State.PUBLISHED, Input.ANSWER_PROGRESS, {"evidence": "relay_report"}, Progressed, "relay_report"),
-    (State.PUBLISHED, Input.ACCEPTED, {"one_way": True, "evidence": "device_result"}, Executed, "mqtt_puback"),
+    (
+        State.PUBLISHED,
+        Input.ACCEPTED,
+        {"one_way": True, "evidence": "device_result"},
+        Executed,
+        "mqtt_puback",
+    ),
     (State.PUBLISHED, Input.REFUSED, {"every_attempt_refused": True}, Failed, "mqtt_refused"),
     (State.PENDING, Input.UNSENDABLE, {}, Failed, "broker"),
     (State.PENDING, Input.EXPIRY, {}, Expired, "timer"),
@@ -302,7 +322,9 @@ def test_every_transition_carries_its_evidence(
 def test_an_answer_keeps_the_clock_of_the_device_and_what_it_said() -> None:
     said = {"at": "2026-11-20T09:30:00Z", "percent": 40.0, "note": "half way"}
     progressed = decide(command_in(State.PUBLISHED), request(Input.ANSWER_PROGRESS, **said)).event
-    failed = decide(command_in(State.PUBLISHED), request(Input.ANSWER_FAILED, at=said["at"], error=OTHER_ERROR)).event
+    failed = decide(
+        command_in(State.PUBLISHED), request(Input.ANSWER_FAILED, at=said["at"], error=OTHER_ERROR)
+    ).event
 
     assert isinstance(progressed, Progressed)
     assert (progressed.at, progressed.percent, progressed.note) == (said["at"], 40.0, "half way")
@@ -319,7 +341,9 @@ def test_a_failure_without_a_reason_said_twice_is_the_same_failure() -> None:
 
 
 def test_who_gave_up_and_why_is_kept() -> None:
-    event = decide(command_in(State.PUBLISHED), request(Input.ABANDON, by="key:key_7", reason="broken lamp")).event
+    event = decide(
+        command_in(State.PUBLISHED), request(Input.ABANDON, by="key:key_7", reason="broken lamp")
+    ).event
 
     assert isinstance(event, TimedOut)
     assert (event.by, event.note) == ("key:key_7", "broken lamp")

@@ -25,7 +25,12 @@ def told(*events: Event) -> DeviceState:
 def test_a_device_begins_as_it_was_registered() -> None:
     state = told()
 
-    assert (state.id, state.project, state.hardware_id, state.device_type) == (DEVICE, PROJECT, "lamp-1", "generic")
+    assert (state.id, state.project, state.hardware_id, state.device_type) == (
+        DEVICE,
+        PROJECT,
+        "lamp-1",
+        "generic",
+    )
     assert (state.name, state.attributes, state.token_digest) == ("Lamp", {"room": "hall"}, "d0")
     assert (state.online, state.heard, state.seen_at, state.created_at) == (False, False, None, T)
 

@@ -15,7 +15,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devices.grant import TYPE, GrantRefused, GrantVerifier, Key, keys_from_jwks, params_hash
+from devices.grant import (
+    TYPE,
+    GrantRefused,
+    GrantVerifier,
+    Key,
+    keys_from_jwks,
+    params_hash,
+    secret_key,
+)
 
 NOW = 1_800_000_000.0
 PRIVATE = Ed25519PrivateKey.from_private_bytes(bytes(32))
@@ -249,3 +257,34 @@ def test_a_broken_key_is_refused(change: dict[str, Any]) -> None:
         keys_from_jwks({"keys": [good, good]})
     with pytest.raises(ValueError, match="list"):
         keys_from_jwks({})
+
+
+def test_a_device_refuses_a_new_key_until_it_reads_the_keys_again() -> None:
+    old, new = PRIVATE, Ed25519PrivateKey.from_private_bytes(b"n" * 32)
+    by_old, by_new = minted(kid="old"), jwt.encode(claims(), new, "EdDSA", {"typ": TYPE, "kid": "new"})
+    device = GrantVerifier({"old": old.public_key()}, "ordain", "ABC", lambda: NOW)
+
+    assert accepted(by_old, device)
+    assert refused(by_new, device) == "unknown_key"
+
+    device.use({"old": old.public_key(), "new": new.public_key()})
+    assert accepted(by_old, device)
+    assert accepted(by_new, device)
+
+    device.use({"new": new.public_key()})
+    assert refused(by_old, device) == "unknown_key"
+    assert accepted(by_new, device)
+
+
+def test_a_device_secret_is_the_key_that_its_text_stands_for() -> None:
+    shown = base64url(SECRET)
+
+    assert secret_key(shown) == SECRET
+    with pytest.raises(ValueError):
+        secret_key("no base64url!")
+    with pytest.raises(ValueError, match="shorter than 32"):
+        verifier().use({"dev_1": secret_key(shown[:20])})
+
+
+def accepted(token: str, by: GrantVerifier) -> bool:
+    return by.verify(token, command_id="cmd_1", command="lock", params=PARAMS).sub == "cmd_1"

@@ -19,7 +19,9 @@ BARE: dict[str, Any] = {"carries_ids": False, "carries_grant": False, "late_answ
 REQUIRED, NONE = {"presence": "required"}, {"presence": "none"}
 
 
-def member(name: str, *events: Event | tuple[Event, int], flight: Flight | None = None, **facts: Any) -> Member:
+def member(
+    name: str, *events: Event | tuple[Event, int], flight: Flight | None = None, **facts: Any
+) -> Member:
     ttl_ms = facts.pop("ttl_ms", None)
     state = folded(*events, first=created(ttl_ms=ttl_ms), id=name)
     return Member(state, definition(**facts), flight or Flight())
@@ -128,7 +130,9 @@ def test_one_that_may_not_go_holds_back_those_behind_it() -> None:
 # --- time left
 
 
-@pytest.mark.parametrize(("ttl_ms", "margin"), [(1_000, 100), (5_000, 500), (10_000, 1_000), (300_000, 1_000)])
+@pytest.mark.parametrize(
+    ("ttl_ms", "margin"), [(1_000, 100), (5_000, 500), (10_000, 1_000), (300_000, 1_000)]
+)
 def test_the_last_second_or_tenth_of_a_life_belongs_to_the_timer(ttl_ms: int, margin: int) -> None:
     last = T + ttl_ms - margin
     waiting = member("a", ttl_ms=ttl_ms)
@@ -162,7 +166,9 @@ def test_a_lane_with_ids_opens_at_once_and_so_does_one_that_sent_nothing() -> No
 
 def test_an_answer_without_id_can_mean_what_was_handed_over_and_is_not_final_or_long_timed_out() -> None:
     late = member("late", PUBLISHED, TimedOut(reason="no_answer"), **BARE)
-    found = lane(late, member("flying", PUBLISHED), member("heard", PUBLISHED, Acknowledged()), member("waiting"))
+    found = lane(
+        late, member("flying", PUBLISHED), member("heard", PUBLISHED, Acknowledged()), member("waiting")
+    )
     lanes.closed(found, late, T)
 
     def named(now: int) -> set[str]:
@@ -195,7 +201,9 @@ def test_back_off_is_at_least_a_second_and_never_beyond_its_ceiling(
     assert 1_000 <= pause <= max(1_000, round(ceiling * 1_000))
 
 
-@pytest.mark.parametrize(("counted", "ceiling_sec"), [(1, 5), (2, 10), (3, 20), (6, 160), (7, 300), (500, 300)])
+@pytest.mark.parametrize(
+    ("counted", "ceiling_sec"), [(1, 5), (2, 10), (3, 20), (6, 160), (7, 300), (500, 300)]
+)
 def test_back_off_doubles_from_five_seconds_up_to_five_minutes(counted: int, ceiling_sec: float) -> None:
     assert lanes.backoff_ms(definition(), counted, True, lambda low, high: high) == ceiling_sec * 1_000
     assert lanes.backoff_ms(definition(), counted, True, lambda low, high: low) == 1_000
@@ -263,7 +271,9 @@ def test_the_last_attempt_is_the_one_that_uses_up_the_count() -> None:
     assert lanes.is_last_attempt(member("a", *tries, max_attempts=3))
     assert not lanes.is_last_attempt(member("a", *tries, max_attempts=4))
     assert not lanes.is_last_attempt(member("a", *tries, flight=Flight(voided=1), max_attempts=3))
-    assert not lanes.is_last_attempt(member("a", *tries[:2], Published(attempt=3, counts=False), max_attempts=3))
+    assert not lanes.is_last_attempt(
+        member("a", *tries[:2], Published(attempt=3, counts=False), max_attempts=3)
+    )
 
 
 # --- after a restart
@@ -285,7 +295,10 @@ def test_an_interrupted_attempt_is_due_again_within_the_answer_time(tries: int, 
 def test_what_may_be_sent_once_or_is_on_lease_waits_for_its_end() -> None:
     once = lanes.recovered(folded(PUBLISHED), definition(repeatable=False), T + 500, jitter)
     leased = lanes.recovered(
-        folded((Published(attempt=1, transport="relay"), 100)), definition(relay_lease_sec=30), T + 500, jitter
+        folded((Published(attempt=1, transport="relay"), 100)),
+        definition(relay_lease_sec=30),
+        T + 500,
+        jitter,
     )
 
     assert (once.open, once.written_at) == (True, T + 500)

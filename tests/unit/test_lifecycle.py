@@ -40,7 +40,9 @@ RAW = st.sampled_from([b"null", b"1", b'{"value":[1,2]}']).map(msgspec.Raw)
 LATE = st.booleans()
 EVENTS: st.SearchStrategy[CommandEvent] = st.one_of(
     st.just(created()),
-    st.builds(Published, attempt=st.integers(1, 9), transport=st.sampled_from(["mqtt", "relay", "heartbeat"])),
+    st.builds(
+        Published, attempt=st.integers(1, 9), transport=st.sampled_from(["mqtt", "relay", "heartbeat"])
+    ),
     st.builds(Acknowledged, late=LATE),
     st.builds(Progressed, percent=st.floats(0, 100), note=st.text(max_size=3), late=LATE),
     st.builds(Executed, result=RAW, late=LATE, evidence=st.sampled_from(["device_result", "mqtt_puback"])),

@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from devices.names import is_name
-from devices.types import BadParams, BadType, DeviceType, UnknownCommand, load_type, shipped_types
+from devices.types import (
+    BadParams,
+    BadType,
+    Definition,
+    DeviceType,
+    UnknownCommand,
+    load_type,
+    shipped_types,
+)
 
 BARE = """
 name = "gate"
@@ -171,10 +180,23 @@ def test_what_a_command_leaves_open_comes_from_its_type() -> None:
         ("backoff_cap_sec = 1\n" + JSON, "backoff_cap_sec"),
         ("transports = []\n" + JSON, "transports"),
         ('transports = ["pigeon"]\n' + JSON, "transports"),
-        ('command_suffix = "a/b"\n' + JSON, "command_suffix"),
+        ('command_suffix = "a//b"\n' + JSON, "command_suffix"),
+        ('command_suffix = "a/+"\n' + JSON, "command_suffix"),
+        ('command_suffix = "a/b/c/d/e"\n' + JSON, "command_suffix"),
+        ('answer_suffix = "a/#"\n' + JSON, "answer_suffix"),
         ('command_suffix = "ack"\n' + JSON, "command_suffix"),
         ('answer_suffix = "status"\n' + JSON, "answer_suffix"),
-        ('payload = "msgpack"\n' + JSON, "payload"),
+        ('payload = "cbor"\n' + JSON, "payload"),
+        ('grants = "RS256"\n' + JSON, "grants"),
+        ('presence = "none"\ncompletes_on = "published"\nopen = true\nname = "x"', "completes_on"),
+        (JSON + "[commands.bad]\nresult = {minimum = inf}\n", "commands.bad.result"),
+        (JSON + "[commands.bad]\nresult = {const = 2026-01-01}\n", "commands.bad.result"),
+        ('transports = ["mqtt", "relay"]\ncompletes_on = "published"\n' + JSON, "commands.dim.completes_on"),
+        (JSON + '[commands.bad]\nresult = {type = "wrong"}\n', "commands.bad.result"),
+        (JSON + '[commands.bad]\nresult = {"$ref" = "http://127.0.0.1:9/x"}\n', "commands.bad.result"),
+        (JSON + '[commands.bad]\nanswers = {"{" = "executed"}\n', "commands.bad.answers.{"),
+        (BARE.replace("done", '"\u07c1"'), "answers.\u07c1"),
+        (BARE.replace('done = "executed"', 'half = "progress"'), "answers.half"),
         (JSON + "[commands.dim.extra]\n", "commands.dim.extra"),
         (JSON + '[commands.bad]\ntext = "1"\n', "commands.bad.text"),
         (JSON + '[commands."a b"]\n', "commands.a b"),
@@ -187,7 +209,8 @@ def test_what_a_command_leaves_open_comes_from_its_type() -> None:
         (BARE + "[commands.shut]\n", "commands.shut.text"),
         (BARE + '[commands.shut]\ntext = "O"\n', "commands.shut.text"),
         ("carries_ids = true\n" + BARE, "carries_ids"),
-        ("carries_grant = true\n" + BARE, "carries_grant"),
+        ('grants = "EdDSA"\n' + BARE, "grants"),
+        ('grants = "HS256"\n' + BARE, "grants"),
         ("open = true\n" + BARE, "open"),
         ("max_in_flight = 2\n" + BARE, "max_in_flight"),
         ('presence = "none"\ncompletes_on = "published"\n' + BARE, "commands.open.completes_on"),
@@ -219,3 +242,54 @@ def test_the_error_names_file_key_value_and_what_is_right(tmp_path: Path) -> Non
 def test_a_missing_file_is_a_bad_type(tmp_path: Path) -> None:
     with pytest.raises(BadType, match="cannot be read"):
         load_type(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("grants", "carried", "algorithm"),
+    [("", True, "EdDSA"), ('"EdDSA"', True, "EdDSA"), ('"HS256"', True, "HS256"), ('"none"', False, "EdDSA")],
+)
+def test_a_type_says_how_its_grants_are_signed(grants: str, carried: bool, algorithm: str) -> None:
+    definition = load_type((f"grants = {grants}\n" if grants else "") + JSON).definition("dim")
+
+    assert (definition.carries_grant, definition.grant_algorithm) == (carried, algorithm)
+
+
+def test_a_command_may_have_answers_of_its_own() -> None:
+    gate = load_type(BARE + '[commands.shut]\ntext = "S"\nanswers = { closed = "executed" }\n')
+
+    assert gate.definition("open").answers == {"done": "executed"}
+    assert gate.definition("shut").answers == {"closed": "executed"}
+    assert gate.words == {"done": "executed", "closed": "executed"}
+
+
+def test_a_suffix_may_have_several_levels() -> None:
+    lamp = load_type('command_suffix = "cmnd/POWER"\nanswer_suffix = "stat/POWER"\n' + JSON)
+
+    assert lamp.definition("dim").command_suffix == "cmnd/POWER"
+
+
+def test_a_result_is_held_against_the_schema_its_command_was_created_with() -> None:
+    rule = '[commands.read]\nresult = {type = "object", required = ["celsius"]}\n'
+    definition = load_type(JSON + rule).definition("read")
+
+    assert definition.result_fault({"celsius": 21.5}) is None
+    assert definition.result_fault({"kelvin": 294}) == '"celsius" is a required property'
+    assert definition.result_fault(None) is not None
+    assert load_type(JSON).definition("dim").result_fault({"anything": 1}) is None
+
+
+def test_a_value_of_a_result_is_not_repeated_in_the_reason() -> None:
+    rule = '[commands.read]\nresult = {type = "object", properties = {pin = {type = "integer"}}}\n'
+
+    fault = load_type(JSON + rule).definition("read").result_fault({"pin": "my secret"})
+
+    assert fault is not None
+    assert fault.startswith("pin: ")
+    assert "my secret" not in fault
+
+
+def test_a_definition_from_an_older_log_is_still_read() -> None:
+    old = msgspec.to_builtins(load_type(JSON).definition("dim"))
+    del old["grant_algorithm"], old["result_schema"]
+
+    assert msgspec.convert(old, Definition) == load_type(JSON).definition("dim")

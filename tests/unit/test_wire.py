@@ -7,13 +7,16 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from devices.clock import parse_rfc3339, rfc3339
 from devices.types import AnswerStatus, Definition, shipped_types
 from devices.wire import (
+    MAP_BYTES,
     MAX_ANSWER_BYTES,
     Answer,
     Malformed,
@@ -49,6 +52,11 @@ def answer(said: Any, correlation: bytes | None = None) -> Answer:
     return decode_answer(payload, correlation, TEXTS)
 
 
+def numbers(value: Any) -> list[int]:
+    inside = [found for item in value for found in numbers(item)] if isinstance(value, list) else []
+    return [value] if isinstance(value, int) else inside
+
+
 def test_a_json_device_is_told_everything() -> None:
     payload = encode_command(
         definition(),
@@ -82,6 +90,16 @@ def test_what_is_null_is_said_to_be_null() -> None:
 
 def test_a_bare_device_is_told_its_text_alone() -> None:
     assert encoded(definition("iotee_device"), {"ignored": True}) == b"1"
+
+
+def test_a_msgpack_device_is_told_the_same_as_a_json_device() -> None:
+    packed = replace(definition(), payload="msgpack")
+    params = {"a": [1, 1.5, None, True, "x"], "b": {"c": 2**53 - 1}}
+
+    payload = encoded(packed, msgspec.Raw(json.dumps(params).encode()))
+
+    assert msgspec.msgpack.decode(payload) == json.loads(encoded(definition(), params))
+    assert decode_command(payload) == decode_command(encoded(definition(), params))
 
 
 def test_what_does_not_fit_cannot_be_sent() -> None:
@@ -223,11 +241,59 @@ def test_any_bytes_are_an_answer_or_malformed(payload: bytes, correlation: bytes
             decode_answer(bytes_, correlation, TEXTS)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"status": "executed", "result": b"bytes"},
+        {"status": "executed", "result": {1: "a number as key"}},
+        {"status": "executed", "result": float("nan")},
+        {"status": "executed", "result": [datetime(2026, 1, 1, tzinfo=UTC)]},
+        {"status": "executed", "result": msgspec.msgpack.Ext(5, b"x")},
+        {"status": "failed", "error": {"details": {"deep": b"bytes"}}},
+        {"status": "executed", "id": b"cmd_1"},
+        {"status": "executed", 1: 2},
+        {"status": "done"},
+        {},
+    ],
+)
+def test_msgpack_that_json_could_not_say_is_malformed(said: Any) -> None:
+    with pytest.raises(Malformed) as refused:
+        answer(msgspec.msgpack.encode(said))
+
+    assert refused.value.reason
+
+
+def test_msgpack_nested_too_deeply_is_malformed() -> None:
+    for levels in (65, 30_000):
+        deep = b"\x82\xa6status\xa8executed\xa6result" + b"\x91" * levels + b"\xc0"
+        with pytest.raises(Malformed):
+            answer(deep)
+
+
+def test_an_answer_may_come_as_msgpack_whatever_the_type_says() -> None:
+    said = {"id": "cmd_1", "status": "executed", "result": {"n": 10}, "colour": "red"}
+
+    assert answer(msgspec.msgpack.encode(said)) == answer(said)
+    assert answer(msgspec.msgpack.encode(said | {"result": 0x20})).result == {"value": 0x20}
+
+
+@given(st.sampled_from(sorted(MAP_BYTES)), st.binary(max_size=100))
+def test_any_bytes_that_begin_as_a_msgpack_map_are_an_answer_or_malformed(first: int, rest: bytes) -> None:
+    named = b"\x82\xa6status\xa6failed\xa5error" + rest
+    for payload in (bytes([first]) + rest, named):
+        with contextlib.suppress(Malformed):
+            encode_answer(decode_answer(payload, None, TEXTS), "msgpack")
+        with contextlib.suppress(Malformed):
+            decode_command(payload)
+
+
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5))
 def test_any_json_result_can_be_recorded_and_read_again(result: Any) -> None:
     understood = answer(json.dumps({"status": "executed", "result": result}).encode())
 
     assert answer(encode_answer(understood)) == understood
+    if all(abs(number) < 2**63 for number in numbers(result)):
+        assert answer(encode_answer(understood, "msgpack")) == understood
 
 
 @given(st.binary(max_size=100))
@@ -256,6 +322,7 @@ def test_topics_name_the_device() -> None:
     assert answer_topic("a/b", "ABC", reboot) == "a/b/dev/ABC/ack"
     assert parse_topic("a/b", "a/b/dev/ABC/ack") == ("ABC", "ack")
     assert parse_topic("iotee", status_topic("iotee", "ABC")) == ("ABC", "status")
+    assert parse_topic("iotee", "iotee/dev/ABC/stat/POWER") == ("ABC", "stat/POWER")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +332,8 @@ def test_topics_name_the_device() -> None:
         "iotee/dev/ABC",
         "iotee/dev/ABC/",
         "iotee/dev//ack",
-        "iotee/dev/ABC/ack/x",
+        "iotee/dev/ABC/ack//x",
+        "iotee/dev/ABC/ack/+",
         "iotee/dev/me/ack",
         "x/iotee/dev/A/ack",
         "iotee/evt/A/b",

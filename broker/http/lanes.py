@@ -1,0 +1,97 @@
+"""`/v1/devices/{device}/lane`: what waits for a device, what is with it, and what each waits for.
+
+Shows the live state; it must never hold it still or change it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Router, get
+from litestar.params import FromPath
+from msgspec import Meta
+
+from broker.http.auth import Call, authorize, needs
+from broker.http.errors import documented
+from broker.http.v1_devices import find_device
+from broker.http.views import PresenceName, StateName, Time, presence_of
+from broker.lanes import Presence
+from devices.clock import rfc3339
+
+
+class LaneCommand(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    type: str
+    state: StateName
+    position: Annotated[int, Meta(description="That of its creation in the log: the order of the lane.")]
+    attempts: int
+    created_at: Time
+    expires_at: Time | None
+    next: Annotated[dict[str, Any] | None, Meta(description="As its `explain` says it.")]
+
+
+class LaneView(msgspec.Struct, frozen=True, kw_only=True):
+    """The open commands of one device, in order of creation."""
+
+    device_id: str
+    hardware_id: str
+    presence: PresenceName
+    offline_since: Annotated[Time | None, Meta(description="Null also where the moment is not known.")]
+    open: list[LaneCommand]
+    window: Annotated[int, Meta(description="How many may be with the device at a time.")]
+    in_flight: Annotated[int, Meta(description="How many are.")]
+    shut_until: Annotated[
+        Time | None, Meta(description="Until then an answer without id may belong to a command before.")
+    ]
+
+
+@get("/{device:str}/lane", opt=needs("devices:read"), responses=documented(404))
+async def read_lane(request: Call, device: FromPath[str]) -> LaneView:
+    """Read the lane of a device
+
+    Its open commands, oldest first, and what happens next to each.
+    """
+    caller, commands = request.user, request.services.commands
+    live, writer = commands.live, commands.writer
+    durable = await writer.storage.read(lambda sql: find_device(sql, caller, device))
+    found = live.device(durable.id) or durable
+    lane = live.lanes.get(found.id)
+    members = [] if lane is None else list(lane.members.values())
+    shown = []
+    for member in members:
+        explanation = await request.services.dispatch.explain(member.state)
+        state = member.state
+        if not state.closed:
+            shown.append(
+                LaneCommand(
+                    id=state.id,
+                    type=state.type,
+                    state=state.state.value,  # type: ignore[arg-type]
+                    position=state.position,
+                    attempts=state.attempts,
+                    created_at=rfc3339(state.created_at),
+                    expires_at=None if state.expires_at is None else rfc3339(state.expires_at),
+                    next=explanation.next,
+                )
+            )
+    kind = commands.types.get(found.device_type)
+    window = members[0].definition.max_in_flight if members else kind.max_in_flight if kind else 1
+    presence = presence_of(found, live.presence.get(found.id))
+    offline = presence is Presence.OFFLINE and not found.online and found.seen_at is not None
+    shut = lane is not None and lane.shut_until > writer.now()
+    answer = LaneView(
+        device_id=found.id,
+        hardware_id=found.hardware_id,
+        presence=presence.value,
+        offline_since=rfc3339(found.seen_at) if offline and found.seen_at is not None else None,
+        open=shown,
+        window=window,
+        in_flight=sum(member.holds_slot for member in members),
+        shut_until=rfc3339(lane.shut_until) if shut and lane is not None else None,
+    )
+    await writer.barrier()
+    return answer
+
+
+routes = Router("/v1/devices", route_handlers=[read_lane], guards=[authorize], tags=["Devices"])

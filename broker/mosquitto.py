@@ -1,0 +1,211 @@
+"""An installed Mosquitto as our child: started, given the registry's devices, and started again if it ends.
+
+Its configuration is the repository's `mosquitto.conf`, with the places of this data directory. It must
+never outlive a clean end of the broker, and after an unclean one its leftover is ended first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import shutil
+import signal
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from broker.fleet import DeviceState
+from broker.seams import Entropy
+
+logger = structlog.get_logger()
+
+CONF = Path(__file__).parents[1] / "mosquitto.conf"
+ACL = Path(__file__).parents[1] / "docs" / "mosquitto.acl"
+LINK_USER = "ordain"
+RELOAD_PAUSE_SEC = 0.1
+READY_WITHIN_SEC = 10
+END_WITHIN_SEC = 5
+RESTART_SEC = (0.2, 5.0)
+
+
+class NoMosquitto(Exception):
+    """Mosquitto cannot be started; the message says what is missing."""
+
+
+class Mosquitto:
+    """One child on `host:port` for devices, and on a loopback port of its own for our link."""
+
+    def __init__(
+        self, home: Path, host: str, port: int, prefix: str, link_digest: str, entropy: Entropy
+    ) -> None:
+        self.host = host
+        self.port = port or _free_port(host)
+        self.link_port = _free_port("127.0.0.1")
+        self._home = home
+        self._prefix = prefix
+        self._entropy = entropy
+        self._users: dict[str, str] = {LINK_USER: link_digest}
+        self._process: asyncio.subprocess.Process | None = None
+        self._stale = asyncio.Event()
+        self._program = shutil.which(
+            "mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+        )
+
+    def admit(self, device: DeviceState) -> None:
+        """Takes in a device's present digest; a deleted one loses its way in."""
+        if device.deleted_at is None:
+            self._users[device.hardware_id] = device.token_digest
+        else:
+            self._users.pop(device.hardware_id, None)
+        self._stale.set()
+
+    async def run(self, devices: Iterable[DeviceState], ready: asyncio.Event) -> None:
+        """Keeps the child alive until cancelled. `ready` is set when it first listens.
+
+        Raises:
+            NoMosquitto: it is not installed, or ends at once.
+        """
+        if self._program is None:
+            raise NoMosquitto("mosquitto is not installed (Debian: apt install mosquitto), or not on PATH")
+        for device in devices:
+            self.admit(device)
+        self._prepare()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._reload())
+                await self._supervise(self._program, ready)
+        finally:
+            await self._end()
+
+    async def _supervise(self, program: str, ready: asyncio.Event) -> None:
+        failures = 0
+        while True:
+            log = open(self._home / "mosquitto.log", "ab")  # noqa: SIM115
+            with log:
+                self._process = await asyncio.create_subprocess_exec(
+                    program,
+                    "-c",
+                    "mosquitto.conf",
+                    cwd=self._home,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            (self._home / "pid").write_text(str(self._process.pid))
+            if await self._listens():
+                failures = 0
+                ready.set()
+                logger.info("mosquitto.up", host=self.host, port=self.port, pid=self._process.pid)
+            code = await self._process.wait()
+            logger.warning("mosquitto.ended", code=code)
+            if not ready.is_set():
+                raise NoMosquitto(f"mosquitto ended with code {code}: {self._last_line()}")
+            failures += 1
+            shortest, longest = RESTART_SEC
+            await asyncio.sleep(
+                self._entropy.uniform(shortest, min(longest, shortest * 2 ** min(failures, 8)))
+            )
+
+    async def _listens(self) -> bool:
+        """Waits until the child takes connections, or has ended."""
+        assert self._process is not None, "started before"
+        with suppress(TimeoutError):
+            async with asyncio.timeout(READY_WITHIN_SEC):
+                while self._process.returncode is None:
+                    try:
+                        _, writer = await asyncio.open_connection("127.0.0.1", self.link_port)
+                    except OSError:
+                        await asyncio.sleep(0.02)
+                        continue
+                    writer.close()
+                    return True
+        return False
+
+    async def _reload(self) -> None:
+        """After a change of users: a new password file, and SIGHUP, which also ends who lost its way in."""
+        while True:
+            await self._stale.wait()
+            await asyncio.sleep(RELOAD_PAUSE_SEC)  # many registrations make one reload
+            self._stale.clear()
+            self._write_users()
+            if self._process is not None and self._process.returncode is None:
+                self._process.send_signal(signal.SIGHUP)
+
+    def _prepare(self) -> None:
+        self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._end_leftover()
+        self._stale.clear()
+        self._write_users()
+        acl = ACL.read_text().replace("iotee/", f"{self._prefix}/")
+        (self._home / "acl").write_text(acl)
+        (self._home / "mosquitto.conf").write_text(self._configuration(CONF.read_text()))
+        for name in ("acl", "mosquitto.conf"):
+            os.chmod(self._home / name, 0o600)
+
+    def _configuration(self, text: str) -> str:
+        """The repository's configuration with this directory's places. Run as root it would drop to a user
+        that cannot read them, so it stays who started it."""
+        places = {
+            "password_file": "passwd",
+            "acl_file": "acl",
+            "persistence_location": f"{self._home.resolve()}/",
+        }
+        lines = [f"user {_user_name()}"]
+        for line in text.splitlines():
+            words = line.split()
+            if words[:1] == ["listener"]:
+                own = "127.0.0.1" in words
+                line = f"listener {self.link_port} 127.0.0.1" if own else f"listener {self.port} {self.host}"
+            elif words and words[0] in places:
+                line = f"{words[0]} {places[words[0]]}"
+            lines.append(line)
+        return "\n".join(lines) + "\n"
+
+    def _write_users(self) -> None:
+        """Replaced in one step: Mosquitto may read it at any time."""
+        lines = "".join(f"{name}:{digest}\n" for name, digest in self._users.items())
+        with open(
+            self._home / "passwd.new", "w", opener=lambda name, flags: os.open(name, flags, 0o600)
+        ) as file:
+            file.write(lines)
+        os.replace(self._home / "passwd.new", self._home / "passwd")
+
+    def _end_leftover(self) -> None:
+        """Ends the child of a broker that was killed; only if it is truly ours."""
+        with suppress(FileNotFoundError, ValueError, ProcessLookupError):
+            pid = int((self._home / "pid").read_text())
+            ours = Path(f"/proc/{pid}/cwd").resolve() == self._home.resolve()
+            if ours and b"mosquitto" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+                logger.warning("mosquitto.leftover_ended", pid=pid)
+        (self._home / "pid").unlink(missing_ok=True)
+
+    async def _end(self) -> None:
+        process = self._process
+        if process is not None and process.returncode is None:
+            process.terminate()
+            try:
+                async with asyncio.timeout(END_WITHIN_SEC):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+        (self._home / "pid").unlink(missing_ok=True)
+
+    def _last_line(self) -> str:
+        lines = (self._home / "mosquitto.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _user_name() -> str:
+
+    return pwd.getpwuid(os.getuid()).pw_name

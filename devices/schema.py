@@ -1,0 +1,85 @@
+"""What a JSON value may be: signable at all, and as a command's JSON Schema says.
+
+Pure. Nothing is ever fetched for a schema, and a value never appears in a message: it may be private.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import jsonschema_rs
+import msgspec
+
+# Beyond these a JSON number is not the same number to every reader, and RFC 8785 cannot sign it.
+MAX_SIGNED_INTEGER = 2**53 - 1
+# A fixed bound, so that what was accepted here never meets the interpreter's recursion limit later.
+MAX_DEPTH = 64
+
+
+class BadParams(Exception):
+    """The parameters are not what the command takes. The caller must act."""
+
+    def __init__(self, field: str, value: Any, reason: str) -> None:
+        self.field, self.value, self.reason = field, value, reason
+        super().__init__(f"{field}: {reason}")
+
+
+def compiled(schema: dict[str, Any]) -> jsonschema_rs.Validator:
+    """Raises ValueError, in one line, if it is no JSON Schema."""
+    try:
+        return jsonschema_rs.validator_for(schema, mask="value", retriever=_no_reference)
+    except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError, TypeError) as error:
+        raise ValueError(f"is not a JSON Schema: {str(error).splitlines()[0]}") from error
+
+
+def misfit(schema: dict[str, Any] | None, value: Any) -> str | None:
+    """Where and why a value is not what a schema says, or None."""
+    if schema is None:
+        return None
+    for error in _kept(msgspec.json.encode(schema)).iter_errors(value):
+        return ": ".join(filter(None, [".".join(map(str, error.instance_path)), error.message]))
+    return None
+
+
+@lru_cache(maxsize=1_000)
+def _kept(schema: bytes) -> jsonschema_rs.Validator:
+    return compiled(msgspec.json.decode(schema))
+
+
+def _no_reference(uri: str) -> Any:
+    raise ValueError(f"a schema may not refer to {uri}: nothing is fetched")
+
+
+def unsignable(value: Any, depth: int = 0) -> str | None:
+    """Why a grant could not name exactly this JSON value, or None."""
+    if isinstance(value, dict | list):
+        if depth == MAX_DEPTH:
+            return f"nested deeper than {MAX_DEPTH} levels"
+        items = value.values() if isinstance(value, dict) else value
+        return next((reason for item in items if (reason := unsignable(item, depth + 1))), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a finite number"
+    if isinstance(value, int) and abs(value) > MAX_SIGNED_INTEGER:
+        return f"integers beyond ±{MAX_SIGNED_INTEGER} are not exact in JSON: send them as text"
+    return None
+
+
+def bad_params(error: jsonschema_rs.ValidationError, params: dict[str, Any]) -> BadParams:
+    """The refusal of parameters, naming the one that is wrong."""
+    path, reason, kinds = list(error.instance_path), error.message, jsonschema_rs.ValidationErrorKind
+    value: Any = params
+    for step in path:
+        value = value[step]
+    extra: str | None = None
+    match error.kind:
+        case kinds.AdditionalProperties(unexpected=[first, *_]):
+            extra, reason = first, "is not a parameter of this command"
+        case kinds.FalseSchema() if isinstance(value, dict) and value:
+            extra, reason = next(iter(value)), "is not a parameter of this command"
+        case kinds.Required(property=missing):
+            extra, reason = missing, "is required"
+    if extra is not None:
+        path, value = [*path, extra], value.get(extra)
+    return BadParams(".".join(["params", *map(str, path)]), value, reason)

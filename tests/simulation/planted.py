@@ -1,0 +1,193 @@
+"""Bugs planted on purpose, each of which the checkers must find: a canary that lives is a red test.
+
+Each replaces methods of the real broker or device for the length of a run, and says which invariants may
+name it. Nothing here is ever imported outside of the simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import msgspec
+
+from broker import lanes
+from broker.commands import Accepted, Caller, Commands, Key, Order, conflict
+from broker.decisions import Verdict, decide
+from broker.dispatch import Dispatch
+from broker.intake import OWN, Intake
+from broker.lanes import Member, Presence
+from broker.lifecycle import CommandState, Input, Request, State
+from broker.seams import Message
+from broker.writer import Writer
+from devices.memory import RamMemory, Remembered
+from projections import commands as commands_view
+from tests.simulation.world import Outcome, Synchronous, simulate
+
+
+class Bug(msgspec.Struct, frozen=True, kw_only=True):
+    """`patches`: (owner, name, replacement). `caught_by`: the invariants of which one must be named."""
+
+    name: str
+    caught_by: frozenset[str]
+    patches: tuple[tuple[Any, str, Any], ...] = ()
+    synchronous: Synchronous = "FULL"
+
+    def names(self, found: list[str]) -> bool:
+        return any(sentence.partition(":")[0] in self.caught_by for sentence in found)
+
+    def run(self, seed: int) -> Outcome:
+        with self._planted():
+            return simulate(seed, synchronous=self.synchronous)
+
+    @contextmanager
+    def _planted(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for owner, name, replacement in self.patches:
+                stack.enter_context(patch.object(owner, name, replacement))
+            yield
+
+
+async def _no_barrier(self: Writer) -> None:
+    """Answers at once, while what it says is still to be committed."""
+
+
+_message = Intake.message
+
+
+def _puback_first(self: Intake, message: Message) -> None:
+    if message.token is not OWN:
+        self.link.puback(message)
+    _message(self, message)
+
+
+_then = Writer.then
+
+
+def _send_first(self: Writer, done: Callable[[], None], failed: Callable[[], None] | None = None) -> None:
+    """Only hand-overs have nobody to tell of a failure."""
+    if failed is None:
+        done()
+    else:
+        _then(self, done, failed)
+
+
+def _forgotten(self: RamMemory, command_id: str) -> Remembered | None:
+    return None
+
+
+async def _cancel_by_projection(
+    self: Commands, caller: Caller, command_id: str, reason: str | None = None
+) -> CommandState:
+    """Decides on what is durable, and misses a hand-over that is only staged."""
+    await self.ready(command_ids=[command_id])
+    durable = await self.writer.storage.read(lambda sql: commands_view.get(sql, command_id))
+    await self.ready(command_ids=[command_id])
+    state = self.seen(caller, command_id)
+    decision = decide(durable, Request(input=Input.CANCEL, now=self.writer.now(), by=caller.actor))
+    if decision.event is not None:
+        state = self.apply(state, decision, caller.actor)
+    await self.writer.barrier()
+    if decision.verdict is Verdict.CONFLICT:
+        raise conflict(state, Input.CANCEL)
+    return state
+
+
+async def _check_then_act(
+    self: Commands, caller: Caller, order: Order, retry_of: str | None = None
+) -> Accepted:
+    """Waits between looking for the key and keeping it."""
+    key = ("acme", order.idempotency_key or "", "")
+    await self.ready([order.device], key=key)
+    first = self.live.keys.get(key) if order.idempotency_key is not None else None
+    if first is not None:
+        return await self._replay(first, order.fingerprint)
+    await self.writer.storage.read(lambda sql: None)
+    await self.ready([order.device])
+    device = self.device(caller, order.device)
+    state = self._accept(caller, device, order, *self.check(device, order), retry_of)
+    if order.idempotency_key is not None:
+        self._keep_key(key, order.fingerprint, state)
+    await self.writer.barrier()
+    return Accepted(state)
+
+
+def _keep_last(self: Commands, key: Key, fingerprint: bytes, state: CommandState) -> None:
+    """The index that would have refused the second command is not asked."""
+    self.live.keys.put(key, (fingerprint, state.id))
+    values = (*key, fingerprint, state.id, state.created_at)
+    insert = "INSERT OR REPLACE INTO idempotency VALUES (?,?,?,?,?,?)"
+    self.writer.also(lambda sql: sql.execute(insert, values))
+
+
+async def _replay_at_once(self: Commands, first: tuple[bytes, str], fingerprint: bytes) -> Accepted:
+    await self.ready(command_ids=[first[1]])
+    state = self.live.command(first[1])
+    assert state is not None
+    return Accepted(state, replayed=True)
+
+
+def _never_again(member: Member, presence: Presence, now: int) -> bool:
+    return False
+
+
+def _never_timed(self: Dispatch, member: Member) -> None:
+    """Timers are only set again by a restart."""
+    if member.state.state is not State.ACKNOWLEDGED:
+        self.deadlines.set(member.state.id, lanes.wake_at(member, self.writer.now()))
+
+
+BUGS = (
+    Bug(
+        name="answer before commit",
+        caught_by=frozenset({"R1"}),
+        patches=((Writer, "barrier", _no_barrier),),
+    ),
+    Bug(
+        name="PUBACK before commit",
+        caught_by=frozenset({"A1"}),
+        patches=((Intake, "message", _puback_first),),
+    ),
+    Bug(
+        name="publish before published",
+        caught_by=frozenset({"D1"}),
+        patches=((Writer, "then", _send_first),),
+    ),
+    Bug(
+        name="no device de-duplication",
+        caught_by=frozenset({"D3"}),
+        patches=((RamMemory, "get", _forgotten),),
+    ),
+    Bug(
+        name="cancel race",
+        caught_by=frozenset({"R6", "L1"}),
+        patches=((Commands, "cancel", _cancel_by_projection),),
+    ),
+    Bug(
+        name="idempotency race",
+        caught_by=frozenset({"R3"}),
+        patches=((Commands, "create", _check_then_act), (Commands, "_keep_key", _keep_last)),
+    ),
+    Bug(
+        name="synchronous=NORMAL",
+        caught_by=frozenset({"R1", "S1"}),
+        synchronous="NORMAL",
+    ),
+    Bug(
+        name="no resend",
+        caught_by=frozenset({"L4"}),
+        patches=((lanes, "resendable", _never_again),),
+    ),
+    Bug(
+        name="no commit barrier on a replay",
+        caught_by=frozenset({"R1"}),
+        patches=((Commands, "_replay", _replay_at_once),),
+    ),
+    Bug(
+        name="no result timer",
+        caught_by=frozenset({"L4"}),
+        patches=((Dispatch, "_set_timer", _never_timed),),
+    ),
+)

@@ -1,0 +1,127 @@
+"""The README, held against the program: its picture is the code's, its examples run as they stand."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from broker.settings import ENVIRONMENT, Limits, Settings
+from devices.agent import Agent
+from devices.wire import decode_answer, decode_command
+from scripts.draw import README, drawn
+from tests.system.conftest import NewBroker
+from tests.system.support import ORDAIN, ROOT, WITHIN_SEC, Broker, environment
+
+TEXT = README.read_text()
+
+
+def section(title: str) -> str:
+    return TEXT.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def blocks(title: str, language: str = "") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", section(title), re.DOTALL)
+
+
+def paste(script: str, broker: Broker, **variables: str) -> str:
+    """Runs a block in a shell as a reader would, with the broker's real address; what it prints."""
+    script = script.replace("127.0.0.1:8080", broker.url.removeprefix("http://"))
+    path = f"{Path(ORDAIN).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", script],
+        env=environment(PATH=path, ORDAIN_DATA=str(broker.data), **variables),
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_SEC,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_picture_is_the_one_the_code_draws() -> None:
+    assert drawn(TEXT) == TEXT
+
+
+def test_every_file_the_readme_names_exists() -> None:
+    named = set(re.findall(r"`((?:broker|projections|devices|scripts|tests|docs)/[\w/.]*)`", TEXT))
+    named |= set(re.findall(r"\]\(([\w/.-]+)\)", TEXT))
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_first_commands_work_with_the_demo_devices(new_broker: NewBroker) -> None:
+    broker = new_broker().start("--demo")
+    welcome = broker.run.out.wait("key  ")
+    key = welcome.split()[-1]
+    _, curls = blocks("Start in 60 seconds")
+    created, _, listed = paste(curls.replace("\ncurl", "; echo\ncurl"), broker, KEY=key).partition("\n")
+    command = msgspec.json.decode(created)
+    assert command["type"] == "lock"
+    assert msgspec.json.decode(listed)["data"][0]["id"] == command["id"]
+    broker.key = key
+    assert broker.reaches(command["id"], "executed")["result"] == {"locked": True}
+
+
+def test_the_examples_for_services_and_device_makers_run_in_one_story(broker: Broker) -> None:
+    make_key, register, send, read = blocks("For services")
+    key = paste(make_key + "echo $KEY", broker).strip()
+    device = msgspec.json.decode(paste(register, broker, KEY=key))
+    first = msgspec.json.decode(paste(send, broker, KEY=key))
+    again = msgspec.json.decode(paste(send, broker, KEY=key))
+    assert (again["id"], first["hardware_id"]) == (first["id"], "door-7")
+    assert msgspec.json.decode(paste(read, broker, KEY=key))["data"][0]["id"] == first["id"]
+    broker.key = key
+    asyncio.run(_run_agent(broker, device["device_token"], first["id"]))
+    assert broker.command(first["id"])["result"] == {"locked": False}
+
+
+async def _run_agent(broker: Broker, token: str, command_id: str) -> None:
+    """The agent of the README, on the broker's port, until the command is done."""
+    (source,) = blocks("For device makers", "python")
+    source = source.replace("127.0.0.1:1883", f"127.0.0.1:{broker.mqtt_port}")
+    source = source.replace('Path("door-7.db")', f"Path({str(broker.cwd / 'door-7.db')!r})")
+    names: dict[str, Any] = {"token": token}
+    exec(compile(source, "README.md", "exec"), names)
+    agent: Agent = names["agent"]
+    running = asyncio.create_task(agent.run())
+    await asyncio.to_thread(broker.reaches, command_id, "executed")
+    running.cancel()
+    await asyncio.wait({running})
+
+
+def test_the_messages_shown_to_device_makers_are_what_the_code_takes() -> None:
+    command, answers = (block.replace("…", "1") for block in blocks("For device makers", "json"))
+    assert decode_command(command.encode()).type == "unlock"
+    statuses = [decode_answer(line.encode(), None, {}).status for line in answers.splitlines()]
+    assert statuses == ["acknowledged", "progress", "executed", "failed"]
+
+
+@pytest.mark.parametrize("command", re.findall(r"\| `(ordain [^`]*)`", section("For operators")))
+def test_every_command_in_the_table_for_operators_exists(command: str, tmp_path: Path) -> None:
+    words = [word for word in command.split()[1:] if re.fullmatch(r"[a-z]+", word)]
+    path = environment(PATH=f"{Path(ORDAIN).parent}{os.pathsep}{os.environ['PATH']}")
+    done = subprocess.run(
+        ["ordain", *words, "--help"], env=path, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    for option in re.findall(r"--[a-z]+", command):
+        assert option in done.stdout
+
+
+def test_the_page_of_settings_names_every_setting_and_its_default() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text()
+    shown = msgspec.to_builtins(Settings()) | {
+        f"limits.{key}": value for key, value in msgspec.to_builtins(Limits()).items()
+    }
+    del shown["limits"]
+    for key, default in shown.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{key}` |"))
+        assert str(default) in row
+        assert ENVIRONMENT.get(key, "") in row

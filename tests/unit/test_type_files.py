@@ -1,0 +1,79 @@
+"""Which device types a broker knows: those it ships with, and its owner's files, checked at start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from broker.settings import BadSetting, load
+from broker.type_files import load_types
+from devices.types import BadType, shipped_types
+
+DOCUMENTED = Path(__file__).parents[2] / "docs" / "types"
+LAMP = 'name = "lamp"\n[commands.dim]\n'
+
+
+def test_without_a_directory_there_are_the_shipped_types() -> None:
+    assert load_types("") == shipped_types()
+
+
+def test_files_of_a_directory_come_on_top(tmp_path: Path) -> None:
+    (tmp_path / "any-name.toml").write_text(LAMP)
+    (tmp_path / "notes.txt").write_text("not a type")
+
+    assert load_types(str(tmp_path)).keys() == {*shipped_types(), "lamp"}
+
+
+def test_a_wrong_file_stops_the_start_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "lamp.toml").write_text("max_in_flight = 0\n" + LAMP)
+
+    with pytest.raises(BadType, match=r"lamp\.toml: max_in_flight = 0: .*1"):
+        load_types(str(tmp_path))
+
+
+def test_a_name_is_taken_once(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(LAMP)
+    (tmp_path / "b.toml").write_text(LAMP)
+
+    with pytest.raises(BadType, match=r"b\.toml: name = 'lamp': another name.*a\.toml"):
+        load_types(str(tmp_path))
+
+
+def test_a_file_cannot_change_a_shipped_type(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(LAMP.replace("lamp", "recorder"))
+
+    with pytest.raises(BadType, match=r"mine\.toml: name = 'recorder'.*Ordain itself"):
+        load_types(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "other"),
+    [
+        ('answer_suffix = "rbt"', "answer_suffix", "iotee_device"),
+        ('command_suffix = "ack"', "command_suffix", ""),
+    ],
+)
+def test_the_broker_can_never_be_made_to_hear_its_own_commands(
+    tmp_path: Path, line: str, key: str, other: str
+) -> None:
+    answers = "" if key == "answer_suffix" else 'answer_suffix = "said"\n'
+    (tmp_path / "lamp.toml").write_text(f"{line}\n{answers}{LAMP}")
+
+    with pytest.raises(BadType, match=rf"lamp\.toml: {key} = .*another suffix: {other}"):
+        load_types(str(tmp_path))
+
+
+def test_a_directory_that_is_none_is_a_wrong_setting(tmp_path: Path) -> None:
+    for place in (tmp_path / "none", tmp_path / "file"):
+        (tmp_path / "file").write_text(LAMP)
+        with pytest.raises(BadSetting, match=f"types = '{place}'"):
+            load_types(str(place))
+
+
+def test_the_directory_is_a_setting() -> None:
+    assert load({}, {"ORDAIN_TYPES": "types"}, None).types == "types"
+
+
+def test_the_documented_examples_are_good_types() -> None:
+    assert {"tasmota_plug", "home_assistant_switch"} <= load_types(str(DOCUMENTED)).keys()
