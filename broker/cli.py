@@ -123,6 +123,7 @@ def serve(
     data: Data = None,
     http: Text = None,
     mqtt_listen: Text = None,
+    mqtt_server: Text = None,
     mqtt_url: Text = None,
     config: Text = None,
     demo: Annotated[bool, Parameter(negative="")] = False,
@@ -135,6 +136,8 @@ def serve(
         HOST:PORT of the HTTP server; else ORDAIN_HTTP, else 127.0.0.1:8080.
     mqtt_listen
         HOST:PORT of the embedded MQTT server; else ORDAIN_MQTT_LISTEN, else 127.0.0.1:1883.
+    mqtt_server
+        Our own MQTT server: embedded, or mosquitto as a child; else ORDAIN_MQTT_SERVER, else embedded.
     mqtt_url
         An external MQTT server instead, mqtt://user:password@host:port; else ORDAIN_MQTT_URL.
     config
@@ -142,7 +145,14 @@ def serve(
     demo
         Also run a few simulated devices, and print a curl to try.
     """
-    settings = settings_of(data=data, http=http, mqtt_listen=mqtt_listen, mqtt_url=mqtt_url, config=config)
+    settings = settings_of(
+        data=data,
+        http=http,
+        mqtt_listen=mqtt_listen,
+        mqtt_server=mqtt_server,
+        mqtt_url=mqtt_url,
+        config=config,
+    )
     _log_to_stderr()
     uvloop.run(serve_until_signal(settings, demo=demo, say=lambda text: print(text, flush=True)))
 

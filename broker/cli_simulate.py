@@ -81,13 +81,9 @@ def simulate(
     mqtt_url
         The MQTT server as the devices reach it; else as the broker says.
     """
-    for option, value, least, most in (
-        ("--devices", devices, 1, MOST_DEVICES),
-        ("--send-rate", send_rate, 0.01, 10_000),
-        ("--duration", duration, 0.1, 86_400),
-    ):
-        if not least <= value <= most:
-            raise Failed(USAGE, f"{option} = {value:g}: must be between {least:g} and {most:g}")
+    _within("--devices", devices, 1, MOST_DEVICES)
+    _within("--send-rate", send_rate, 0.01, 10_000)
+    _within("--duration", duration, 0.1, 86_400)
     settings = settings_of(data=data)
     plan = Plan(
         devices=devices,
@@ -104,10 +100,18 @@ def simulate(
         prefix=settings.prefix,
     )
     summary = uvloop.run(_simulated(settings, plan, mqtt_url, live=not as_json and Console().is_terminal))
-    print_json(summary) if as_json else print(told(summary))
+    if as_json:
+        print_json(summary)
+    else:
+        print(told(summary))
     if not summary.good:
         found = f"{summary.doubled} doubled, {summary.lost} lost, {summary.misfits} misfits"
         raise Failed(REFUSED, f"{found}; {summary.examples[0]}")
+
+
+def _within(option: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise Failed(USAGE, f"{option} = {value:g}: must be between {least:g} and {most:g}")
 
 
 async def _simulated(settings: Settings, plan: Plan, mqtt_url: str | None, *, live: bool) -> Summary:

@@ -114,7 +114,7 @@ class Dispatch:
         if presence in (Presence.ONLINE, Presence.OFFLINE):
             came = presence is Presence.ONLINE
             for member in list(lane.members.values()):
-                if member.definition.presence == "required":
+                if came or member.definition.presence == "required":
                     self._input(member, Input.CAME_ONLINE if came else Input.WENT_OFFLINE)
         self.pump(device_id)
 
@@ -281,8 +281,7 @@ class Dispatch:
             return  # unknown: the attempt timer decides
         if reason == NO_SUBSCRIBER:
             self._input(member, Input.NO_SUBSCRIBER)
-            if member.definition.presence == "required":
-                self.presence(member.state.device_id, Presence.OFFLINE)
+            self.presence(member.state.device_id, Presence.OFFLINE)
         elif reason in REFUSED:
             member.flight.refused += 1
             logger.warning("mqtt.publish_refused", command_id=member.state.id, reason=reason)
@@ -315,23 +314,22 @@ class Dispatch:
     def _attempt(self, member: Member, decision: Decision, presence: Presence) -> None:
         """Nothing is recorded; what is in the air changes."""
         definition, flight = member.definition, member.flight
-        counting = lanes.counts(definition, presence)
-        was_open = flight.open
-        flight.open, flight.lease_until = False, None
         if decision.word == "close":
             # A refused attempt counts like one that was not answered.
-            flight.open = True
             self._input(member, Input.ATTEMPT_TIMER)
             return
-        if decision.word == "void":
-            flight.voided += was_open
-        if decision.word == "back_off" or (decision.word == "void" and lanes.reachable(definition, presence)):
-            counting = counting and decision.word == "back_off"
-            pause = lanes.backoff_ms(definition, member.counted, counting, self.writer.entropy.uniform)
-            flight.due_at = self.writer.now() + pause
-        elif decision.word == "due":
-            flight.open = was_open
-            flight.due_at = self.writer.now()
+        if decision.word == "due":
+            if not flight.open:
+                flight.due_at = self.writer.now()
+        else:
+            void = decision.word == "void"
+            flight.voided += void and flight.open
+            flight.open, flight.lease_until = False, None
+            if decision.word == "back_off" or (void and lanes.reachable(definition, presence)):
+                tried = member.state.attempts if void else member.counted
+                counting = void or lanes.counts(definition, presence)
+                pause = lanes.backoff_ms(definition, tried, counting, self.writer.entropy.uniform)
+                flight.due_at = self.writer.now() + pause
         self._set_timer(member)
 
     # --- time ---

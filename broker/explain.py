@@ -189,15 +189,17 @@ def _pending(situation: Situation, member: Member) -> Parts:
 def _ahead(lane: Lane, member: Member, now: int) -> list[tuple[str, Facts]]:
     """Which commands stand before it in the lane, and whether they fill the window."""
     flying: list[Member] = []
-    waiting: list[Member] = []
-    for other in lane.members.values():
+    found: list[tuple[str, Facts]] = []
+    for place, other in enumerate(lane.members.values()):
         if other is member:
             break
         if other.holds_slot:
             flying.append(other)
         elif other.state.state is State.PENDING and lanes.has_time(other.state, now):
-            waiting.append(other)  # one without time left will never go, and holds nobody back
-    found: list[tuple[str, Facts]] = []
+            # Not walked to the end: lanes are long, and a whole one may be asked for.
+            count = list(lane.members).index(member.state.id) - place
+            found.append(_behind(other.state, count))
+            break
     window = member.definition.max_in_flight
     if len(flying) >= window:
         first = flying[0].state
@@ -205,14 +207,15 @@ def _ahead(lane: Lane, member: Member, now: int) -> list[tuple[str, Facts]]:
         if window > 1:
             text = f"{len(flying)} commands are with the device, which takes {window} at a time"
         ids = [other.state.id for other in flying]
-        found.append((text, {"code": "window_full", "command_ids": ids, "window": window}))
-    if waiting:
-        first = waiting[0].state
-        text = f"{first.id} ({first.type}), which is older, goes first"
-        if len(waiting) > 1:
-            text = f"{len(waiting)} older commands go first, beginning with {first.id} ({first.type})"
-        found.append((text, {"code": "behind", "command_id": first.id, "count": len(waiting)}))
+        found.insert(0, (text, {"code": "window_full", "command_ids": ids, "window": window}))
     return found
+
+
+def _behind(first: CommandState, count: int) -> tuple[str, Facts]:
+    text = f"{first.id} ({first.type}), which is older, goes first"
+    if count > 1:
+        text = f"{count} older commands stand before it, beginning with {first.id} ({first.type})"
+    return text, {"code": "behind", "command_id": first.id, "count": count}
 
 
 def _away(situation: Situation) -> tuple[str, Facts]:

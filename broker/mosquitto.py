@@ -15,16 +15,17 @@ import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import structlog
 
 from broker.fleet import DeviceState
 from broker.seams import Entropy
+from broker.settings import BadSetting
 
 logger = structlog.get_logger()
 
 CONF = Path(__file__).parents[1] / "mosquitto.conf"
-ACL = Path(__file__).parents[1] / "docs" / "mosquitto.acl"
 LINK_USER = "ordain"
 RELOAD_PAUSE_SEC = 0.1
 READY_WITHIN_SEC = 10
@@ -32,7 +33,7 @@ END_WITHIN_SEC = 5
 RESTART_SEC = (0.2, 5.0)
 
 
-class NoMosquitto(Exception):
+class NoMosquitto(BadSetting):
     """Mosquitto cannot be started; the message says what is missing."""
 
 
@@ -40,13 +41,13 @@ class Mosquitto:
     """One child on `host:port` for devices, and on a loopback port of its own for our link."""
 
     def __init__(
-        self, home: Path, host: str, port: int, prefix: str, link_digest: str, entropy: Entropy
+        self, home: Path, host: str, port: int, *, link_digest: str, acl: str, entropy: Entropy
     ) -> None:
         self.host = host
         self.port = port or _free_port(host)
         self.link_port = _free_port("127.0.0.1")
         self._home = home
-        self._prefix = prefix
+        self._acl = acl
         self._entropy = entropy
         self._users: dict[str, str] = {LINK_USER: link_digest}
         self._process: asyncio.subprocess.Process | None = None
@@ -70,7 +71,9 @@ class Mosquitto:
             NoMosquitto: it is not installed, or ends at once.
         """
         if self._program is None:
-            raise NoMosquitto("mosquitto is not installed (Debian: apt install mosquitto), or not on PATH")
+            raise NoMosquitto(
+                "mqtt_server = mosquitto: it is not installed (Debian: apt install mosquitto), or not on PATH"
+            )
         for device in devices:
             self.admit(device)
         self._prepare()
@@ -84,8 +87,7 @@ class Mosquitto:
     async def _supervise(self, program: str, ready: asyncio.Event) -> None:
         failures = 0
         while True:
-            log = open(self._home / "mosquitto.log", "ab")  # noqa: SIM115
-            with log:
+            with self._log() as log:
                 self._process = await asyncio.create_subprocess_exec(
                     program,
                     "-c",
@@ -103,12 +105,15 @@ class Mosquitto:
             code = await self._process.wait()
             logger.warning("mosquitto.ended", code=code)
             if not ready.is_set():
-                raise NoMosquitto(f"mosquitto ended with code {code}: {self._last_line()}")
+                raise NoMosquitto(f"mqtt_server = mosquitto: it ended with code {code}: {self._last_line()}")
             failures += 1
             shortest, longest = RESTART_SEC
             await asyncio.sleep(
                 self._entropy.uniform(shortest, min(longest, shortest * 2 ** min(failures, 8)))
             )
+
+    def _log(self) -> IO[bytes]:
+        return open(self._home / "mosquitto.log", "ab")
 
     async def _listens(self) -> bool:
         """Waits until the child takes connections, or has ended."""
@@ -140,11 +145,8 @@ class Mosquitto:
         self._end_leftover()
         self._stale.clear()
         self._write_users()
-        acl = ACL.read_text().replace("iotee/", f"{self._prefix}/")
-        (self._home / "acl").write_text(acl)
-        (self._home / "mosquitto.conf").write_text(self._configuration(CONF.read_text()))
-        for name in ("acl", "mosquitto.conf"):
-            os.chmod(self._home / name, 0o600)
+        self._write("acl", self._acl)
+        self._write("mosquitto.conf", self._configuration(CONF.read_text()))
 
     def _configuration(self, text: str) -> str:
         """The repository's configuration with this directory's places. Run as root it would drop to a user
@@ -166,13 +168,14 @@ class Mosquitto:
         return "\n".join(lines) + "\n"
 
     def _write_users(self) -> None:
+        self._write("passwd", "".join(f"{name}:{digest}\n" for name, digest in self._users.items()))
+
+    def _write(self, name: str, text: str) -> None:
         """Replaced in one step: Mosquitto may read it at any time."""
-        lines = "".join(f"{name}:{digest}\n" for name, digest in self._users.items())
-        with open(
-            self._home / "passwd.new", "w", opener=lambda name, flags: os.open(name, flags, 0o600)
-        ) as file:
-            file.write(lines)
-        os.replace(self._home / "passwd.new", self._home / "passwd")
+        new = self._home / f"{name}.new"
+        with open(new, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(text)
+        os.replace(new, self._home / name)
 
     def _end_leftover(self) -> None:
         """Ends the child of a broker that was killed; only if it is truly ours."""

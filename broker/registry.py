@@ -59,7 +59,10 @@ class Issued(NamedTuple):
 
 
 class Registry:
-    """`presence(device_id, presence)` is called when what is known of a device being reachable changes."""
+    """`presence(device_id, presence)` is called when what is known of a device being reachable changes.
+
+    `entitled(device)` is called when a device's token became valid, changed, or lost its worth.
+    """
 
     def __init__(self, commands: Commands) -> None:
         self.commands = commands
@@ -69,7 +72,7 @@ class Registry:
         self.secrets = Secrets(commands.writer)
         self.presence: Callable[[str, Presence], None] = lambda device_id, presence: None
         self._system_version = 0
-        self.token_changed: Callable[[str], None] = lambda hardware_id: None
+        self.entitled: Callable[[DeviceState], None] = lambda device: None
 
     def record(
         self, event: DeviceEvent, device_id: str, before: DeviceState | None, project: str, actor: str
@@ -116,6 +119,7 @@ class Registry:
         device = self.record(event, device_id, None, new.project, caller.actor)
         secret = self._new_secret(device)
         await self.writer.barrier()
+        self.entitled(device)
         return Issued(device, token, secret)
 
     async def change(self, caller: Caller, name: str, change: Changed) -> DeviceState:
@@ -158,7 +162,7 @@ class Registry:
         for member in reversed(open_ones):
             self.commands.apply(member.state, decide(member.state, request), caller.actor)
         await self.writer.barrier()
-        self.token_changed(device.hardware_id)
+        self.entitled(device)
         return device
 
     async def rotate_token(self, caller: Caller, name: str) -> Issued:
@@ -169,7 +173,7 @@ class Registry:
         device = self.record(event, device.id, device, device.project, caller.actor)
         secret = self._new_secret(device)
         await self.writer.barrier()
-        self.token_changed(device.hardware_id)
+        self.entitled(device)
         return Issued(device, token, secret)
 
     def _new_secret(self, device: DeviceState) -> str | None:

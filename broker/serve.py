@@ -21,10 +21,8 @@ from broker.control import SOCKET, listen, services
 from broker.core import Core
 from broker.demo import Demo
 from broker.http.app import create_app
-from broker.ids import new_secret
 from broker.mqtt import MqttLink
-from broker.mqtt_access import Access
-from broker.mqtt_server import EmbeddedServer
+from broker.mqtt_door import mqtt_door
 from broker.settings import BadSetting, Settings, address
 from broker.type_files import load_types
 from broker.world import SqliteStorage, SystemClock, SystemEntropy
@@ -79,16 +77,16 @@ async def _serve(
     types = load_types(settings.types)
     entropy = SystemEntropy()
     core = Core(storage, SystemClock(), entropy, types, settings)
-    embedded = not settings.mqtt_url
+    embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
     await core.open(embedded=embedded)
     async with core.running("embedded" if embedded else "external") as group:
-        async with _mqtt_server(settings, core, types) as server:
+        async with mqtt_door(settings, core, types) as door:
             link = MqttLink(
-                settings.mqtt_url if server is None else server.url,
+                door.link_url,
                 client_id=LINK_CLIENT_ID,
                 subscriptions=_subscriptions(settings.prefix, types),
                 events=core.intake,
-                clean_session=embedded,
+                clean_session=door.embedded,
                 entropy=entropy,
             )
             core.attach(link)
@@ -99,8 +97,10 @@ async def _serve(
                 helpers = []
                 if demo:
                     fleet = Demo(core, Path(settings.data))
-                    url = settings.mqtt_url if server is None else f"mqtt://{server.host}:{server.port}"
-                    helpers = [group.create_task(fleet.run(url)), group.create_task(fleet.greet(base, say))]
+                    helpers = [
+                        group.create_task(fleet.run(door.devices_url)),
+                        group.create_task(fleet.greet(base, say)),
+                    ]
                 gc.collect()
                 gc.freeze()
                 gc.set_threshold(10_000, 20, 50)
@@ -109,42 +109,6 @@ async def _serve(
                 for helper in helpers:
                     helper.cancel()
             await link.close()
-
-
-@asynccontextmanager
-async def _mqtt_server(
-    settings: Settings, core: Core, types: dict[str, DeviceType]
-) -> AsyncIterator[EmbeddedServer | None]:
-    """The embedded MQTT server, unless an external one is set."""
-    if settings.mqtt_url:
-        yield None
-        return
-
-    async def check_device(hardware_id: str, token: str) -> bool:
-        device = await core.registry.authenticate(hardware_id, token)
-        return device is not None and device.hardware_id == hardware_id
-
-    suffixes = {kind.command_suffix for kind in types.values()}
-    for kind in types.values():
-        suffixes |= {own.command_suffix for own in kind.commands.values() if own.command_suffix is not None}
-    host, port = address("mqtt_listen", settings.mqtt_listen)
-    access = Access(
-        prefix=settings.prefix,
-        link_password=new_secret("", core.writer.entropy),
-        check_device=check_device,
-        command_suffixes=suffixes,
-        answer_suffixes={kind.answer_suffix for kind in types.values()},
-    )
-    server = EmbeddedServer(host=host, port=port, access=access, presence=core.intake)
-    try:
-        await server.start()
-    except OSError as error:
-        raise BadSetting(f"mqtt_listen = {settings.mqtt_listen!r}: {error}") from error
-    core.registry.token_changed = server.disconnect
-    try:
-        yield server
-    finally:
-        await server.close()
 
 
 @asynccontextmanager

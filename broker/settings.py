@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -31,12 +31,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that can be set. `mqtt_url` empty: the embedded MQTT server, at `mqtt_listen`."""
+    """Everything that can be set. `mqtt_url` empty: an MQTT server of our own, at `mqtt_listen`."""
 
     data: str = "./data"
     http: str = "127.0.0.1:8080"
     mqtt_listen: str = "127.0.0.1:1883"
     mqtt_url: str = ""
+    mqtt_server: Literal["embedded", "mosquitto"] = "embedded"
     prefix: str = "iotee"
     issuer: str = "ordain"
     types: str = ""
@@ -48,6 +49,7 @@ ENVIRONMENT = {
     "http": "ORDAIN_HTTP",
     "mqtt_listen": "ORDAIN_MQTT_LISTEN",
     "mqtt_url": "ORDAIN_MQTT_URL",
+    "mqtt_server": "ORDAIN_MQTT_SERVER",
     "types": "ORDAIN_TYPES",
 }
 CONFIG = "ORDAIN_CONFIG"

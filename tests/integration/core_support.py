@@ -26,7 +26,6 @@ from broker.events import (
     Executed,
     Expired,
     Failed,
-    Progressed,
     Published,
     Recorded,
     TimedOut,
@@ -212,8 +211,8 @@ class Bench:
         found = self.live.command(command_id)
         return "forgotten" if found is None else found.state.value
 
-    async def becomes(self, command_id: str, state: str) -> CommandState:
-        await until(lambda: self.state(command_id) == state)
+    async def becomes(self, command_id: str, state: str, within_sec: float = 60) -> CommandState:
+        await until(lambda: self.state(command_id) == state, within_sec)
         await self.writer.barrier()
         found = self.live.command(command_id)
         assert found is not None
@@ -236,7 +235,7 @@ async def until(fact: Callable[[], bool], within_sec: float = 10) -> None:
     """Waits for a fact; other tasks and the database's thread get their turn meanwhile."""
     async with asyncio.timeout(within_sec):
         while not fact():
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(within_sec / 10_000)
 
 
 def new_core(

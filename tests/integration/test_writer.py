@@ -210,6 +210,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+def fill(ballast: Path) -> None:
+    with ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4_096)
+
+
+async def order_for_ever(bench: Bench, accepted: list[str]) -> None:
+    """The log's own files may still have some room."""
+    while True:
+        accepted.append((await bench.order(type=f"fill{len(accepted)}")).id)
+
+
 async def test_a_full_disk_refuses_writes_reads_go_on_and_space_is_enough_to_recover(
     small_disk: Path,
 ) -> None:
@@ -217,13 +229,11 @@ async def test_a_full_disk_refuses_writes_reads_go_on_and_space_is_enough_to_rec
         await bench.device(online=False)
         first = await bench.order()
         ballast = small_disk / "ballast"
-        with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-            while True:
-                file.write(b"x" * 4_096)
+        with pytest.raises(OSError, match="No space"):
+            fill(ballast)
         accepted = [first.id]
         with pytest.raises(Unavailable):
-            while True:  # what the log's own files still have room for
-                accepted.append((await bench.order(type=f"fill{len(accepted)}")).id)
+            await order_for_ever(bench, accepted)
 
         assert not bench.writer.open
         assert {row.stream for row in await bench.rows() if row.type == "created"} == set(accepted)
@@ -273,7 +283,7 @@ def test_a_pending_command_alone_is_handed_over_after_a_full_disk() -> None:
 @pytest.mark.parametrize("operation", ["write", "sync"])
 def test_an_io_error_ends_the_writer_and_the_outcome_is_unknown(operation: str) -> None:
     async def world(loop: SimLoop) -> None:
-        with pytest.raises(BaseExceptionGroup) as failed:
+        async def until_it_ends() -> None:
             async with on_virtual_time(loop) as (bench, disk):
                 await bench.device(online=False)
                 disk.failing.add(operation)  # type: ignore[arg-type]
@@ -281,6 +291,9 @@ def test_an_io_error_ends_the_writer_and_the_outcome_is_unknown(operation: str) 
                     await bench.order()
                 assert not bench.writer.open
                 await asyncio.Event().wait()
+
+        with pytest.raises(BaseExceptionGroup) as failed:
+            await until_it_ends()
         assert failed.group_contains(Broken)
 
     simulated(world)

@@ -163,10 +163,8 @@ def l2(facts: Facts) -> Iterator[str]:
 def l4(facts: Facts) -> Iterator[str]:
     """Once faults have stopped every command is closed: by `expires_at`, or, once acknowledged, by its last
     report + its result time, and 15 s. One without expiry ends as well: its device is online then."""
-    healed, ended = facts.history.healed_at, facts.history.ended_at
-    if healed is None or ended is None:
-        return
-    for command_id, created in facts.created.items():
+    healed, ended = facts.history.healed_at or 0, facts.history.ended_at or 0
+    for command_id, created in facts.created.items() if ended else ():
         due: int = data(created).get("expires_at") or NEVER
         result_ms = round(1000 * facts.definition(command_id).get("result_timeout_sec", 60))
         state = "none"

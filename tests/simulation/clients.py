@@ -237,15 +237,16 @@ class Clients:
     async def _list(self) -> None:
         await self._door.call("list", "GET", "/v1/commands?limit=5")
 
-    def _device_ended(self, device: Device) -> None:
-        """Somebody sees the device become free and takes a waiting command back at that very moment."""
-        waiting = [sent for sent in self.sent[-12:] if sent[0] == device.hardware_id]
-        if not self.stopped and waiting and self._random.random() < 0.5:
-            context = contextvars.Context()
-            self._loop.create_task(self._snatch(*self._random.choice(waiting)), context=context)
+    def _device_ended(self, hardware_id: str, command_id: str) -> None:
+        """Somebody sees the device become free and takes the next command back at that very moment."""
+        sent = [named for device, named in self.sent if device == hardware_id]
+        behind = sent[sent.index(command_id) + 1 :] if command_id in sent else sent[-2:]
+        if not self.stopped and behind and self._random.random() < 0.6:
+            for _ in range(2):
+                self._loop.create_task(self._snatch(hardware_id, behind[0]), context=contextvars.Context())
 
     async def _snatch(self, hardware_id: str, command_id: str) -> None:
-        await asyncio.sleep(self._random.uniform(0, 0.04))
+        await asyncio.sleep(self._random.uniform(0, 0.03))
         await self._ask("cancel", "DELETE", f"/v1/devices/{hardware_id}/commands/{command_id}", command_id)
 
     # --- how they ask ---

@@ -57,7 +57,7 @@ class Device:
         self.jwks: dict[str, Any] | None = None
         self.port: SimDevicePort
         self.node: Node | None = None
-        self.on_end: Callable[[Device], object] = lambda device: None
+        self.on_end: Callable[[str, str], object] = lambda hardware_id, command_id: None
         self._loop, self._server, self._history = loop, server, history
         self._clock = SimClock(loop)
         self._random = loop.rng(f"device/{hardware_id}")
@@ -164,7 +164,7 @@ class Device:
         failed = self._random.random() < 0.1
         error = {"code": "broken", "message": "it did not work"} if failed else None
         self._do(self._core.finish(self._now(), command, {"n": 1}, error))
-        self.on_end(self)
+        self.on_end(self.hardware_id, command.id)
 
     def _say(self, send: Send) -> None:
         if not self.bare:

@@ -127,8 +127,8 @@ class World:
         await storage.close()
 
     def _committed(self, connection: apsw.Connection) -> None:
-        [(head,)] = connection.execute("SELECT coalesce(max(position), 0) FROM events").fetchall()
-        self.history.committed(head)
+        found: Any = connection.execute("SELECT coalesce(max(position), 0) FROM events").fetchall()
+        self.history.committed(found[0][0])
 
     def _process_ended(self, task: asyncio.Task[None]) -> None:
         """It ended by itself: as it was asked to, or because its storage failed."""

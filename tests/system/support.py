@@ -1,7 +1,7 @@
 """Ordain as a user has it: real processes, spoken to by what they print, by HTTP, MQTT and the command line.
 
-Nothing here looks inside the broker, and nothing sleeps for a guessed time: each wait is for a fact, with a
-deadline. Whatever was started is killed by the fixtures in `conftest.py`.
+Nothing here sleeps for a guessed time: each wait is for a fact, with a deadline. Whatever was started is
+killed by the fixtures in `conftest.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import IO, Any, TypeVar
 import httpx2
 import pytest
 
+from broker.control import socket_path
 from devices.agent import Agent
 from tests.conftest import program
 
@@ -196,10 +197,11 @@ class Broker:
 
     def _make_key(self) -> str:
         """What `ordain keys create` does, without the half second that a process takes to start."""
-        door = httpx2.HTTPTransport(uds=str(self.data / "ordain.sock"))
         wanted = {"project": "default", "scopes": ["devices:read", "devices:write"]}
-        with httpx2.Client(transport=door, base_url="http://ordain", trust_env=False) as client:
-            key: str = client.post("/local/keys", json=wanted).json()["key"]
+        with socket_path(self.data) as path:
+            door = httpx2.HTTPTransport(uds=path)
+            with httpx2.Client(transport=door, base_url="http://ordain", trust_env=False) as client:
+                key: str = client.post("/local/keys", json=wanted).json()["key"]
         return key
 
     def device(self, hardware_id: str, type: str = "generic") -> str:
@@ -327,8 +329,8 @@ class Device:
     def subscribe(self) -> None:
         """Leaves a session with the server that collects what comes."""
         done = Process(
-            program("mosquitto_sub"), "-p", str(self.port), "-i", self.hardware_id, "-c", "-E", "-q", "1",
-            "-t", self.topic("rls"),
+            program("mosquitto_sub"), "-p", str(self.port), "-i", self.hardware_id, *self._login, "-c", "-E",
+            "-q", "1", "-t", self.topic("rls"),
         )  # fmt: skip
         assert done.wait() == 0
 

@@ -22,7 +22,8 @@ def half_a_request(broker: Broker, device: str) -> tuple[socket.socket, bytes]:
     body = json.dumps({"type": "lock"}).encode()
     head = (
         f"POST /v1/devices/{device}/commands HTTP/1.1\r\nHost: ordain\r\n"
-        f"Authorization: Bearer {broker.key}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+        f"Authorization: Bearer {broker.key}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
     )
     where = urlsplit(broker.url)
     connection = socket.create_connection((where.hostname, where.port), timeout=WITHIN_SEC)

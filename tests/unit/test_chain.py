@@ -62,9 +62,9 @@ def test_an_untouched_log_verifies_to_its_head(sql: sqlite3.Connection) -> None:
 
 
 OTHER: dict[str, Any] = {
-    "stream": "cmd_9", "version": 9, "type": "progressed", "schema": 2, "recorded_at": T + 15, "project": "other",
-    "device_id": "dev_9", "actor": "key:key_9", "data": b'{"attempt":7}', "salt": b"x" * 16, "digest": b"d" * 32,
-    "hash": b"h" * 32,
+    "stream": "cmd_9", "version": 9, "type": "progressed", "schema": 2, "recorded_at": T + 15,
+    "project": "other", "device_id": "dev_9", "actor": "key:key_9", "data": b'{"attempt":7}',
+    "salt": b"x" * 16, "digest": b"d" * 32, "hash": b"h" * 32,
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def value(kind: Any) -> st.SearchStrategy[Any]:
         return st.integers(-(2**63), 2**63 - 1)
     if kind is msgspec.UnsetType:
         return st.just(msgspec.UNSET)
-    if origin is not None and origin is not typing.Literal and type(None) in arguments or _union(kind):
+    if (origin is not None and origin is not typing.Literal and type(None) in arguments) or _union(kind):
         return st.one_of([value(part) for part in arguments])
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return struct(kind)

@@ -162,7 +162,7 @@ def test_older_commands_that_wait_are_counted_and_the_first_is_named() -> None:
 
     assert one.summary == f"Not handed over yet: {EARLIER} (open), which is older, goes first."
     assert one.reasons == [{"code": "behind", "command_id": EARLIER, "count": 1}]
-    assert f"2 older commands go first, beginning with {EARLIER} (open)" in two.summary
+    assert f"2 older commands stand before it, beginning with {EARLIER} (open)" in two.summary
     assert two.reasons[0]["count"] == 2
 
 
@@ -325,7 +325,7 @@ def test_a_pause_ends_at_a_time_that_is_said() -> None:
 
 
 def test_the_next_attempt_follows_when_the_device_is_back() -> None:
-    gone = {"presence": Presence.OFFLINE, "offline_since": T + 1_000}
+    gone: dict[str, Any] = {"presence": Presence.OFFLINE, "offline_since": T + 1_000}
 
     endless = why(member(*sent(), **REQUIRED), **gone)
     limited = why(member(*sent(), first=created(ttl_ms=300_000), **REQUIRED), **gone)

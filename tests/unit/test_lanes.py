@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from broker import lanes
 from broker.events import Acknowledged, Event, Executed, Progressed, Published, TimedOut
 from broker.lanes import Flight, Lane, Member, Presence
-from broker.lifecycle import Input, State
+from broker.lifecycle import Input
 from tests.integration.core_support import DEVICE, PUBLISHED, T, created, definition, folded
 
 BARE: dict[str, Any] = {"carries_ids": False, "carries_grant": False, "late_answer_sec": 20}
-REQUIRED, NONE = {"presence": "required"}, {"presence": "none"}
+REQUIRED: dict[str, Any] = {"presence": "required"}
+NONE: dict[str, Any] = {"presence": "none"}
 
 
 def member(
@@ -49,7 +50,7 @@ def test_the_first_created_goes_first_and_the_next_waits_for_its_end() -> None:
 
 
 def test_the_window_is_filled_in_order_and_never_exceeded() -> None:
-    wide = {"max_in_flight": 3}
+    wide: dict[str, Any] = {"max_in_flight": 3}
     pending = [member(name, **wide) for name in "abcde"]
     flying = member("z", PUBLISHED, flight=Flight(open=True), **wide)
 

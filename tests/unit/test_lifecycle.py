@@ -21,7 +21,7 @@ from broker.events import (
     TimedOut,
 )
 from broker.lifecycle import CLOSED, FINAL, TRANSITIONS, CommandState, State, evolve
-from tests.integration.core_support import PUBLISHED, T, WAYS, command_in, created, folded, recorded
+from tests.integration.core_support import PUBLISHED, WAYS, T, command_in, created, folded, recorded
 
 # Section 2 of the contract: event, may follow, gives.
 CONTRACT = """
@@ -70,8 +70,8 @@ def test_the_transitions_are_those_of_the_contract() -> None:
 
 def test_the_four_final_states_have_empty_rows_and_timed_out_has_not() -> None:
     assert {state for state, row in TRANSITIONS.items() if not row} == FINAL
-    assert FINAL == {State.EXECUTED, State.FAILED, State.EXPIRED, State.CANCELLED}
-    assert CLOSED - FINAL == {State.TIMED_OUT}
+    assert {State.EXECUTED, State.FAILED, State.EXPIRED, State.CANCELLED} == FINAL
+    assert {State.TIMED_OUT} == CLOSED - FINAL
 
 
 @given(st.lists(st.tuples(EVENTS, st.integers(0, 10_000)), max_size=8), st.sampled_from(sorted(WAYS)))

@@ -1,4 +1,4 @@
-"""The simulator's own parts: the faults it draws, its MQTT, one device, and books that see what goes wrong."""
+"""The simulator's parts: the faults it draws, its MQTT, one device, and books that see what goes wrong."""
 
 from __future__ import annotations
 

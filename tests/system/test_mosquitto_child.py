@@ -1,0 +1,109 @@
+"""`ordain serve --mqtt-server mosquitto`: an installed Mosquitto as a child, with the registry's devices."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import NewBroker
+from tests.system.support import Broker, Device, one_sentence, until
+
+
+@pytest.fixture
+def broker(new_broker: NewBroker) -> Broker:
+    started = new_broker("--mqtt-server", "mosquitto").start()
+    started.mqtt_port = port_of(started)
+    return started
+
+
+def port_of(broker: Broker) -> int:
+    return int(broker.run.err.wait("event=mosquitto.up").split("port=")[1].split()[0])
+
+
+def child(broker: Broker) -> int:
+    return int((broker.data / "mosquitto" / "pid").read_text())
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/cmdline").exists() and b"mosquitto" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def gets_in(device: Device) -> bool:
+    return device.say("online", suffix="status", retain=True) == 0
+
+
+def lock(broker: Broker, device: Device) -> str:
+    """One command to a device with bare payloads, done."""
+    device.subscribe()
+    command_id = broker.create(device.hardware_id)
+    assert device.next(device.listen("rls", "-c")) == "1"
+    device.say("ok")
+    broker.reaches(command_id, "executed")
+    return command_id
+
+
+def test_a_device_registered_while_it_runs_gets_in_and_executes(broker: Broker) -> None:
+    device = Device(broker.mqtt_port, "ABC123", broker.device("ABC123", "iotee_device"))
+    until(lambda: gets_in(device))
+    assert broker.events(lock(broker, device)) == ["created", "published", "executed"]
+
+
+def test_a_wrong_token_and_a_foreign_topic_are_refused(broker: Broker) -> None:
+    token = broker.device("ABC123", "iotee_device")
+    until(lambda: gets_in(Device(broker.mqtt_port, "ABC123", token)))
+    assert not gets_in(Device(broker.mqtt_port, "ABC123", "dtok_wrong"))
+    broker.device("other", "iotee_device")
+    command_id = broker.create("other")
+    Device(broker.mqtt_port, "ABC123", token).say("ok", topic="iotee/dev/other/ack")
+    assert lock(broker, Device(broker.mqtt_port, "ABC123", token))
+    assert broker.command(command_id)["state"] == "published"
+
+
+def test_a_rotated_token_stops_working(broker: Broker) -> None:
+    old = Device(broker.mqtt_port, "ABC123", broker.device("ABC123", "iotee_device"))
+    until(lambda: gets_in(old))
+    token = broker.http("POST", "/v1/devices/ABC123/token").json()["device_token"]
+    until(lambda: gets_in(Device(broker.mqtt_port, "ABC123", token)))
+    assert not gets_in(old)
+
+
+def test_a_killed_mosquitto_is_started_again_with_its_devices(broker: Broker) -> None:
+    device = Device(broker.mqtt_port, "ABC123", broker.device("ABC123", "iotee_device"))
+    until(lambda: gets_in(device))
+    os.kill(child(broker), signal.SIGKILL)
+    until(lambda: gets_in(device))
+    until(lambda: not broker.not_ready())
+    lock(broker, device)
+
+
+def test_it_ends_with_the_broker(broker: Broker) -> None:
+    pid = child(broker)
+    assert broker.end() == 0
+    assert not alive(pid)
+
+
+def test_after_kill_9_the_leftover_is_ended_and_the_devices_still_get_in(broker: Broker) -> None:
+    device = Device(broker.mqtt_port, "ABC123", broker.device("ABC123", "iotee_device"))
+    left = child(broker)
+    broker.run.kill()
+    assert alive(left)
+    broker.start("--mqtt-listen", f"127.0.0.1:{broker.mqtt_port}")
+    assert port_of(broker) == broker.mqtt_port
+    assert not alive(left)
+    until(lambda: gets_in(device))
+    lock(broker, device)
+
+
+def test_an_unknown_server_and_a_taken_port_end_the_start_with_one_sentence(
+    new_broker: NewBroker, broker: Broker
+) -> None:
+    run = new_broker("--mqtt-server", "mosquito", data=broker.cwd / "one").launch()
+    assert run.wait() == 2
+    one_sentence(run.err.all(), "mqtt_server", "mosquito")
+    taken = new_broker("--mqtt-server", "mosquitto", data=broker.cwd / "two")
+    run = taken.launch("--mqtt-listen", f"127.0.0.1:{broker.mqtt_port}")
+    assert run.wait() == 2
+    one_sentence(run.err.all(), "mqtt_server", "in use")
