@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
 
-.PHONY: help setup run test check fix bench lock clean mosquitto
+.PHONY: help setup run test check fix bench simulate soak lock clean mosquitto
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,13 @@ fix: .venv/dev ## put style right where a machine can
 
 bench: .venv/dev mosquitto ## measure this machine
 	@.venv/bin/python -m scripts.bench
+
+SEEDS ?= 1000
+simulate: .venv/dev ## the real broker under simulated faults, SEEDS seeds of them
+	@.venv/bin/python -m scripts.simulate --seeds $(SEEDS)
+
+soak: .venv/dev mosquitto ## the long runs: 100,000 queued commands, memory over 400,000, a server that goes away
+	@.venv/bin/python -m scripts.soak
 
 lock: ## resolve the newest allowed dependencies into the locks (needs uv)
 	uv lock --upgrade

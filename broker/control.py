@@ -44,6 +44,7 @@ def services(core: Core) -> Services:
         link=core.link,
         metrics=metrics,
         limits=core.settings.limits,
+        settings=core.settings,
         log_id=core.log_id,
         cursor_key=core.cursor_key,
         ready=core.not_ready,

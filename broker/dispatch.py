@@ -127,7 +127,7 @@ class Dispatch:
         presence = self.live.presence.get(state.device_id, Presence.NEVER)
         return explain(
             Situation(
-                state=state if member is None else member.state,
+                state=self.live.command(state.id) or state,
                 now=self.writer.now(),
                 member=member,
                 lane=self.live.lanes.get(state.device_id),

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import aiomqtt
 import structlog
@@ -22,9 +22,22 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from broker.mqtt_packets import (
+    PUBACK,
+    PUBLISH,
+    Splitter,
+    acknowledgement,
+    publish_packet,
+    read_puback,
+    read_publish,
+    whole,
+)
 from broker.mqtt_receipts import Receipts
 from broker.mqtt_url import Version, parse_url
+from broker.mqtt_wire import Wire
 from broker.seams import Entropy, LinkEvents, Message, Outgoing, Receipt
+
+T = TypeVar("T")
 
 logger = structlog.get_logger()
 
@@ -42,60 +55,6 @@ _SILENT = logging.getLogger("broker.mqtt.aiomqtt")
 _SILENT.disabled = True
 
 
-async def _connected_socket(host: str, port: int, tls: ssl.SSLContext | None) -> socket.socket:
-    """Not left to paho: it would do this in a thread, which cannot be cancelled."""
-    loop = asyncio.get_running_loop()
-    failure = OSError(f"{host} has no address")
-    for family, kind, proto, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, proto)
-        try:
-            sock.setblocking(False)
-            # Without it Nagle's algorithm and delayed acknowledgements make 88 ms of a 0.7 ms round trip.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(sock, address)
-            if tls is not None:
-                sock = secured = tls.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-                await _handshake(secured)
-        except BaseException as error:
-            sock.close()
-            if not isinstance(error, OSError):
-                raise
-            failure = error
-        else:
-            return sock
-    raise failure
-
-
-async def _handshake(sock: ssl.SSLSocket) -> None:
-    loop = asyncio.get_running_loop()
-    while True:
-        ready = asyncio.Event()
-        try:
-            return sock.do_handshake()
-        except ssl.SSLWantReadError:
-            loop.add_reader(sock.fileno(), ready.set)
-        except ssl.SSLWantWriteError:
-            loop.add_writer(sock.fileno(), ready.set)
-        try:
-            await ready.wait()
-        finally:
-            loop.remove_reader(sock.fileno())
-            loop.remove_writer(sock.fileno())
-
-
-def _publish_properties(outgoing: Outgoing) -> Properties:
-    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-    if outgoing.correlation is not None:
-        properties.CorrelationData = outgoing.correlation
-    if outgoing.response_topic is not None:
-        properties.ResponseTopic = outgoing.response_topic
-    if outgoing.expiry_sec is not None:
-        properties.MessageExpiryInterval = outgoing.expiry_sec
-    if outgoing.user_properties:
-        properties.UserProperty = list(outgoing.user_properties)
-    return properties
-
-
 def _code(answer: int | ReasonCode | None) -> int:
     return answer.value if isinstance(answer, ReasonCode) else answer or 0
 
@@ -103,59 +62,64 @@ def _code(answer: int | ReasonCode | None) -> int:
 class _Connection:
     """One connection from its TCP socket to its end. A new one each time: aiomqtt's re-used client floods.
 
-    paho calls back while it holds its locks, so what it says is put in `_inbox` and told from there.
+    Publishes, answers and their acknowledgements are read and written here; the rest is paho's, which takes
+    the wire for its socket and therefore never blocks.
     """
 
     def __init__(self, client: aiomqtt.Client, events: LinkEvents, *, version: Version) -> None:
         self.up = False
-        self.lost = client._disconnected
         self.receipts = Receipts()
         self._five = version == "5"
         self._loop = asyncio.get_running_loop()
+        self.lost: asyncio.Future[None] = self._loop.create_future()
         self._events = events
         self._aio = client
         self._paho = client._client
         self._paho.disable_logger()
-        self._paho.manual_ack_set(True)
-        self._paho.on_message = self._on_message
-        self._paho.on_publish = self._on_publish
         self._paho.on_disconnect = self._on_disconnect
-        self._inbox: deque[tuple[Callable[[], None], str]] = deque()
-        self._entering: asyncio.Task[Any] | None = None
+        # aiomqtt would watch a socket, and there is none. With no one to tell, paho writes at once.
+        self._paho.on_socket_open = self._paho.on_socket_close = None
+        self._paho.on_socket_register_write = self._paho.on_socket_unregister_write = None
+        self._splitter = Splitter()
+        self._inbox: deque[Message | tuple[int, int]] = deque()
+        self._wire = Wire(self._received, self._ended)
+        self._alive: asyncio.Task[None] | None = None
 
     async def open(
         self, host: str, port: int, tls: ssl.SSLContext | None, subscriptions: Sequence[str]
     ) -> None:
         """Returns when the server has granted everything; messages wait in the inbox until `announce`."""
         async with asyncio.timeout(OPEN_WITHIN_SEC):
-            connected = await _connected_socket(host, port, tls)
-            self._paho._create_socket = lambda: connected  # type: ignore[method-assign]
-            self._entering = asyncio.create_task(self._aio.__aenter__())
-            # Shielded: part of it runs in a thread, and `end` must clear up after that.
-            await asyncio.shield(self._entering)
-            sock = self._paho.socket()
-            if sock is None:
-                raise aiomqtt.MqttError("the server closed the connection after CONNACK")
-            # With no one to register writes with, paho writes at once, as `publish` promises.
-            self._paho.on_socket_register_write = None
-            self._loop.add_reader(sock.fileno(), self._readable)
-            codes = await self._subscribe(subscriptions)
+            # Both loops switch Nagle's algorithm off: it would make 88 ms of a 0.7 ms round trip.
+            await self._loop.create_connection(lambda: self._wire, host, port, ssl=tls)
+            self._paho._create_socket = lambda: self._wire  # type: ignore[method-assign]
+            self._aio._client_connect()
+            self._alive = asyncio.create_task(self._keep_alive())
+            await self._answer(self._aio._connected)
+            granted = asyncio.create_task(self._aio.subscribe([(topic, 1) for topic in subscriptions]))
+            try:
+                codes = [_code(answer) for answer in await self._answer(granted)]
+            finally:
+                granted.cancel()
         for topic, value in zip(subscriptions, codes, strict=True):
             if value >= REFUSED:
                 logger.error("mqtt.subscription_refused", topic=topic, code=value)
                 raise aiomqtt.MqttError(f"the server refused the subscription to {topic}: {value:#04x}")
 
-    async def _subscribe(self, subscriptions: Sequence[str]) -> list[int]:
-        """The server's codes. aiomqtt alone would not notice here that the connection has ended."""
-        granted = asyncio.create_task(self._aio.subscribe([(topic, 1) for topic in subscriptions]))
-        either: set[asyncio.Future[Any]] = {granted, self.lost}
+    async def _answer(self, answer: asyncio.Future[T]) -> T:
+        """What the server says. aiomqtt alone would not notice here that the connection has ended."""
+        either: set[asyncio.Future[Any]] = {answer, self.lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise aiomqtt.MqttError(f"the connection ended too early: {self.lost.exception()}")
+        return answer.result()
+
+    async def _keep_alive(self) -> None:
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not granted.done():
-                raise aiomqtt.MqttError(f"the connection ended before SUBACK: {self.lost.exception()}")
-        finally:
-            granted.cancel()
-        return [_code(answer) for answer in granted.result()]
+            while self._paho.loop_misc() == paho.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 - paho's clock
+                await asyncio.sleep(1)
+        except Exception as error:
+            self._lose(error)
 
     def announce(self) -> None:
         self.up = True
@@ -165,90 +129,70 @@ class _Connection:
     def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
         if not self.up:
             return False
-        if len(self._paho._out_messages) >= WINDOW:
+        if len(self.receipts) >= WINDOW:
             # Ours are far fewer (send slots), so this server has stopped acknowledging: start afresh.
             self._lose(aiomqtt.MqttError(f"{WINDOW} messages are not acknowledged"))
             return False
-        properties = _publish_properties(outgoing) if self._five else None
-        info = self._paho.publish(outgoing.topic, outgoing.payload, 1, False, properties)
-        if info.rc in (paho.MQTT_ERR_NO_CONN, paho.MQTT_ERR_QUEUE_SIZE):
-            return False
-        self.receipts.expect(info.mid, done)
-        self._register_write()
+        mid = self.receipts.next_id()
+        self._write(publish_packet(mid, outgoing, five=self._five))
+        self.receipts.expect(mid, done)
         return True
 
-    def puback(self, mid: int) -> None:
+    def puback(self, mid: int, qos: int) -> None:
         if self.up:
-            self._paho.ack(mid, 1)
-            self._register_write()
+            self._write(acknowledgement(mid, qos))
 
     async def end(self) -> None:
         """Says goodbye if there is anybody, and leaves nothing of itself in the loop."""
         self.up = False
         self._lose(aiomqtt.MqttError("closed"))
         self.lost.exception()  # looked at, so that the loop does not report it
-        if self._entering is None:
-            return
-        self._paho.disconnect()
-        if not self._aio._connected.done():
-            self._aio._connected.set_exception(aiomqtt.MqttError("closed"))
+        if self._aio._connected.done():
             self._aio._connected.exception()
-        await asyncio.wait({self._entering})
-        if not self._entering.cancelled():
-            self._entering.exception()
-        self._paho._sock_close()
-        if self._aio._misc_task is not None:
-            self._aio._misc_task.cancel()
-            await asyncio.wait({self._aio._misc_task})
+        if self._alive is not None:
+            self._alive.cancel()
+            await asyncio.wait({self._alive})
+        self._paho.disconnect()
+        await self._wire.goodbye()
 
-    def _on_message(self, _client: Any, _userdata: Any, raw: paho.MQTTMessage) -> None:
-        message = Message(
-            topic=raw._topic.decode(errors="replace"),
-            payload=bytes(raw.payload),
-            qos=raw.qos,
-            dup=raw.dup,
-            retain=raw.retain,
-            correlation=getattr(raw.properties, "CorrelationData", None),
-            token=(self, raw.mid) if raw.qos else None,
-        )
-        self._inbox.append((partial(self._events.message, message), message.topic))
+    def _write(self, packet: bytes) -> None:
+        self._wire.write(packet)
+        self._paho._last_msg_out = time.monotonic()  # paho sends a ping only into silence
 
-    def _on_publish(self, _client: Any, _data: Any, mid: int, reason: ReasonCode, _more: Any) -> None:
-        self._inbox.append((partial(self.receipts.settle, mid, reason.value), "receipt"))
-
-    def _on_disconnect(self, *told: Any) -> None:
-        # aiomqtt ignores an end before CONNACK and would wait for its time-out.
-        if not self._aio._connected.done():
-            self._aio._connected.set_exception(aiomqtt.MqttError("the server closed the connection"))
-        else:
-            self._aio._on_disconnect(*told)
-
-    def _readable(self) -> None:
+    def _received(self, data: bytes) -> None:
+        if self.lost.done():
+            return  # what comes now is not acknowledged, and so comes again
+        self._paho._last_bytes_received = time.monotonic()
         try:
-            self._paho.loop_read()
-            # TLS may have decrypted more than was read, and the socket will not say so.
-            while isinstance(sock := self._paho.socket(), ssl.SSLSocket) and sock.pending():
-                self._paho.loop_read()
-        except Exception as error:  # a broken packet, in whatever way paho stumbles over it
+            for first, body in self._splitter.feed(data):
+                self._take(first, body)
+        except Exception as error:  # a broken packet, in whatever way paho stumbles over one
             self._lose(error)
         self._drain()
-        self._register_write()
 
-    def _writable(self) -> None:
-        try:
-            self._paho.loop_write()
-        except Exception as error:
-            self._lose(error)
+    def _take(self, first: int, body: bytes) -> None:
+        kind = first & 0xF0
+        if kind == PUBLISH:
+            self._inbox.append(read_publish(first, body, five=self._five, owner=self))
+        elif kind == PUBACK:
+            self._inbox.append(read_puback(body, five=self._five))
+        else:
+            self._wire.give(whole(first, body))
+            self._paho.loop_read()
 
-    def _register_write(self) -> None:
-        """What the socket did not take at once goes out when it can; paho's unregistering ends that."""
-        sock = self._paho.socket()
-        if sock is not None and self._paho.want_write():
-            self._loop.add_writer(sock.fileno(), self._writable)
+    def _ended(self, error: Exception | None) -> None:
+        self._lose(error or aiomqtt.MqttError("the server closed the connection"))
+
+    def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, reason: ReasonCode, _more: Any) -> None:
+        self._lose(aiomqtt.MqttCodeError(reason, "the MQTT connection ended"))
 
     def _drain(self) -> None:
         while self.up and self._inbox:
-            self._tell(*self._inbox.popleft())
+            come = self._inbox.popleft()
+            if isinstance(come, Message):
+                self._tell(partial(self._events.message, come), come.topic)
+            else:
+                self.receipts.settle(*come)
 
     def _tell(self, call: Callable[[], None], about: str) -> None:
         try:
@@ -302,7 +246,7 @@ class MqttLink:
     def puback(self, message: Message) -> None:
         if message.token is not None:
             connection, mid = message.token
-            connection.puback(mid)
+            connection.puback(mid, message.qos)
 
     async def run(self) -> None:
         """Keeps the link up until `close`."""
@@ -363,7 +307,6 @@ class MqttLink:
             clean_start=self._clean_session if five else paho.MQTT_CLEAN_START_FIRST_ONLY,
             properties=properties if five else None,
             keepalive=self._keepalive,
-            max_inflight_messages=WINDOW,
             timeout=OPEN_WITHIN_SEC,
         )
 

@@ -124,9 +124,10 @@ class Link(Protocol):
     def up(self) -> bool: ...
 
     def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
-        """Starts writing before it returns. `done` is called exactly once, later, from the loop.
+        """Hands the bytes to the network in the next turn of the loop at the latest, before whatever is
+        scheduled after this. `done` is called exactly once, later, from the loop.
 
-        False, and `done` is never called, if the link is down: nothing was written.
+        False, and `done` is never called, if the link is down: nothing is written.
         """
         ...
 

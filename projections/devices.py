@@ -88,7 +88,10 @@ def newest(sql: Sql, project: str | None, before: int | None, limit: int) -> lis
 
 def believed_online(sql: Sql) -> list[DeviceState]:
     """Devices whose last presence event says online."""
-    found = sql.execute("SELECT body FROM devices WHERE NOT deleted AND body LIKE '%\"online\":true%'")
+    # As text: Debian's SQLite is built so that LIKE never matches a BLOB.
+    found = sql.execute(
+        "SELECT body FROM devices WHERE NOT deleted AND CAST(body AS TEXT) LIKE '%\"online\":true%'"
+    )
     states = [_decode(row[0]) for row in found.fetchall()]
     return [state for state in states if state.online]
 

@@ -87,6 +87,13 @@ def fault(row: Row, previous: bytes, expected_position: int, erased: bool) -> st
     """
     if row.position != expected_position:
         return f"position {expected_position} is missing: the next row is {row.position}"
+    try:
+        return _mismatch(row, previous, erased)
+    except (TypeError, AttributeError):  # SQLite takes a text where bytes belong
+        return f"position {row.position} was changed: a column is of another type"
+
+
+def _mismatch(row: Row, previous: bytes, erased: bool) -> str | None:
     if row.data is None or row.salt is None:
         if not erased:
             return f"position {row.position} has no data, and no erased event names it"

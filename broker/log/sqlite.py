@@ -190,7 +190,10 @@ def _erased(sql: Sql) -> tuple[set[str], int]:
     named: set[str] = set()
     cutoff = 0
     for row in stream(sql, ERASURES):
-        event = decode(row.type, row.data or b"{}", row.schema)
+        try:
+            event = decode(row.type, row.data or b"{}", row.schema)
+        except (ValueError, TypeError):
+            continue  # tampered with: the walk along the chain names it
         if isinstance(event, Erased):
             named.update(event.ids)
             cutoff = max(cutoff, event.cutoff or 0)

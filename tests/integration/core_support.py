@@ -188,6 +188,7 @@ class Bench:
         if online:
             self.core.intake.device_online(hardware_id)
             await until(lambda: self.live.presence.get(device.id) == "online")
+            await self.writer.barrier()
         return device
 
     async def order(self, device: str = "lamp-1", type: str = "open", **fields: Any) -> CommandState:
@@ -234,7 +235,7 @@ class Bench:
 async def until(fact: Callable[[], bool], within_sec: float = 10) -> None:
     """Waits for a fact; other tasks and the database's thread get their turn meanwhile."""
     async with asyncio.timeout(within_sec):
-        while not fact():
+        while not fact():  # noqa: ASYNC110 (facts are of many kinds)
             await asyncio.sleep(within_sec / 10_000)
 
 

@@ -221,8 +221,8 @@ async def test_the_socket_does_not_wait_to_fill_a_packet(mosquitto: Mosquitto) -
     async with linked(mosquitto.url, owner) as link:
         await owner.until(lambda: link.up)
         assert link._connection is not None
-        sock = link._connection._paho.socket()
-        assert isinstance(sock, socket.socket)
+        assert link._connection._wire is not None
+        sock = link._connection._wire._transport.get_extra_info("socket")
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
