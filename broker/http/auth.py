@@ -1,6 +1,6 @@
 """Who asks: the key of a request becomes a `Caller`, and the request itself is read strictly.
 
-Whoever reaches the private socket is the operator of this machine and needs no key. A guard runs
+Whoever reaches the private socket is the operator of this machine and needs no key. `authorize` runs
 before any body is read; nothing here may wait.
 """
 
@@ -10,10 +10,8 @@ from typing import Any, cast
 
 import msgspec
 from litestar import Request
-from litestar.connection import ASGIConnection
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
-from litestar.handlers import BaseRouteHandler
 
 from broker.commands import Caller
 from broker.errors import Refusal, Unavailable
@@ -57,8 +55,7 @@ class Call(Request[Caller, Any, State]):
 
         Litestar's own conversion would take `"5"` for 5; a Struct that is one already it leaves alone.
         """
-        header = _header(self, b"content-type")
-        if header.partition(b";")[0].strip().lower() != b"application/json":
+        if header(self, b"content-type").partition(b";")[0].strip().lower() != b"application/json":
             raise HTTPException(status_code=415)
         field = self.route_handler.parsed_data_field
         assert field is not None, "only asked for by a handler that has `data`"
@@ -73,33 +70,33 @@ def needs(scope: str) -> dict[str, str]:
     return {"scope": scope}
 
 
-async def authorize(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-    """The guard of every route that needs a key.
+async def authorize(request: Request[Any, Any, Any]) -> None:
+    """Runs before every route that needs a key. No Litestar guard: for those the handler is copied each time.
 
     Raises:
         Refusal: unauthorized, or forbidden: the key lacks the scope.
         Unavailable: it would write, and the log cannot be written now.
     """
-    state = connection.scope["litestar_app"].state
+    state = request.scope["litestar_app"].state
     services: Services = state["services"]
-    caller = OPERATOR if state["local"] else services.keys.caller(_secret(connection))
+    caller = OPERATOR if state["local"] else services.keys.caller(_secret(request))
     if caller is None:
         raise Refusal("unauthorized", "a valid key is needed: Authorization: Bearer <key>, or X-API-Key")
-    scope = handler.opt["scope"]
+    scope = request.route_handler.opt["scope"]
     if scope not in caller.scopes:
         raise Refusal("forbidden", f"this key does not have the scope {scope}", {"scope": scope})
-    if connection.scope.get("method") != "GET" and not services.commands.writer.open:
+    if request.scope["method"] != "GET" and not services.commands.writer.open:
         raise Unavailable("the log cannot be written now")
-    connection.scope["user"] = caller
+    request.scope["user"] = caller
 
 
-def _header(connection: ASGIConnection[Any, Any, Any, Any], name: bytes) -> bytes:
-    """Straight from the scope: building Litestar's headers costs more than the rest of a guard."""
-    return next((value for key, value in connection.scope["headers"] if key == name), b"")
+def header(request: Request[Any, Any, Any], name: bytes) -> bytes:
+    """Straight from the scope: building Litestar's headers costs more than the rest of `authorize`."""
+    return next((value for key, value in request.scope["headers"] if key == name), b"")
 
 
-def _secret(connection: ASGIConnection[Any, Any, Any, Any]) -> str:
-    scheme, _, secret = _header(connection, b"authorization").partition(b" ")
+def _secret(request: Request[Any, Any, Any]) -> str:
+    scheme, _, secret = header(request, b"authorization").partition(b" ")
     if scheme.lower() != b"bearer":
-        secret = _header(connection, b"x-api-key")
+        secret = header(request, b"x-api-key")
     return secret.strip().decode("latin-1")

@@ -94,4 +94,4 @@ async def read_lane(request: Call, device: FromPath[str]) -> LaneView:
     return answer
 
 
-routes = Router("/v1/devices", route_handlers=[read_lane], guards=[authorize], tags=["Devices"])
+routes = Router("/v1/devices", route_handlers=[read_lane], before_request=authorize, tags=["Devices"])

@@ -109,6 +109,6 @@ def _shown(key: Key, secret: str | UnsetType = UNSET) -> KeyView:
 routes = Router(
     "/local",
     route_handlers=[create_key, list_keys, revoke_key, list_grant_keys, rotate_grant_key, retire_grant_key],
-    guards=[authorize],
+    before_request=authorize,
     opt=needs("admin"),
 )

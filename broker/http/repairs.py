@@ -182,6 +182,6 @@ async def _retry(
 routes = Router(
     "/v1",
     route_handlers=[retry_device_command, retry_command, cancel_commands, explain_command],
-    guards=[authorize],
+    before_request=authorize,
     tags=["Commands"],
 )

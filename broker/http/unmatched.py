@@ -121,4 +121,4 @@ def _shown(row: Any) -> Unmatched:
     )
 
 
-routes = Router("/v1", route_handlers=[list_unmatched], guards=[authorize], tags=["Devices"])
+routes = Router("/v1", route_handlers=[list_unmatched], before_request=authorize, tags=["Devices"])

@@ -351,5 +351,5 @@ routes = Router(
         list_command_events,
         list_types,
     ],
-    guards=[authorize],
+    before_request=authorize,
 )

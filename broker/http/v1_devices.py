@@ -185,6 +185,6 @@ def _check_levels(attributes: dict[str, Any]) -> None:
 routes = Router(
     "/v1/devices",
     route_handlers=[register, list_devices, get_device, change_device, rotate_token, delete_device],
-    guards=[authorize],
+    before_request=authorize,
     tags=["Devices"],
 )

@@ -127,4 +127,4 @@ def shown_url(settings: Settings) -> str:
     return f"mqtt://{settings.mqtt_listen}"
 
 
-routes = Router("/v1", route_handlers=[read_system], guards=[authorize], tags=["System"])
+routes = Router("/v1", route_handlers=[read_system], before_request=authorize, tags=["System"])
