@@ -161,20 +161,25 @@ class Commands:
     async def create(self, caller: Caller, order: Order, retry_of: str | None = None) -> Accepted:
         """Accepts one command, or names the one that the same key made before.
 
+        `retry_of` is judged here, after the last wait: the old command may have got its answer meanwhile.
+
         Raises:
             Refusal: not_found (device), invalid_request (type, params, ttl), idempotency_conflict,
                 queue_full.
             Unavailable: the log could not be written.
         """
-        await self.ready([order.device])
+        old = [] if retry_of is None else [retry_of]
+        await self.ready([order.device], old)
         try:
             device = self.device(caller, order.device)
             key = (device.project, order.idempotency_key or "", "")
             if order.idempotency_key is not None:
-                await self.ready([order.device], key=key)
+                await self.ready([order.device], old, key)
                 device = self.device(caller, order.device)
                 if (first := self.live.keys.get(key)) is not None:
                     return await self._replay(first, order.fingerprint)
+            if retry_of is not None:
+                self._check_retry(caller, retry_of)
             params, definition = self.check(device, order)
             self._check_queue(device, order.type)
         except Refusal:
@@ -199,7 +204,7 @@ class Commands:
         if isinstance(order.ttl_sec, int) and not 1 <= order.ttl_sec <= MAX_TTL_SEC:
             raise invalid("ttl_sec", f"must be 1 to {MAX_TTL_SEC} seconds, or null for never", order.ttl_sec)
         try:
-            known = self._digests.get((kind.name, order.type))
+            known = self._digests.get((kind.name, kind.declared(order.type)))
             definition = kind.definition(order.type) if known is None else known[0]
             params = kind.check_params(order.type, {} if order.params is msgspec.UNSET else order.params)
             encoded = msgspec.json.encode(params)
@@ -273,6 +278,11 @@ class Commands:
             self.writer.touch_definition(digest, body)
             self.live.definitions[digest] = definition
         return digest
+
+    def _check_retry(self, caller: Caller, command_id: str) -> None:
+        state = self.seen(caller, command_id)
+        if decide(state, Request(input=Input.RETRY, now=self.writer.now())).verdict is not Verdict.RENEW:
+            raise conflict(state, Input.RETRY)
 
     def _check_queue(self, device: DeviceState, name: str) -> None:
         lane = self.live.lanes.get(device.id)

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 STALL_MS = 1_000
 SLACK = 1_000
 
 
 class Deadlines:
-    """At most one moment per key; setting it again moves it. `fire(key)` is called when it has come."""
+    """At most one moment per key; setting it again moves it. `fire(key)` is called when it has come.
 
-    def __init__(self, now: Callable[[], int], fire: Callable[[str], None]) -> None:
+    `space` is awaited now and then, so that what the fires stage stays within bounds.
+    """
+
+    def __init__(
+        self, now: Callable[[], int], fire: Callable[[str], None], space: Callable[[], Awaitable[None]]
+    ) -> None:
         self._now = now
         self._fire = fire
+        self._space = space
         self._heap: list[tuple[int, str]] = []
         self._set: dict[str, int] = {}
         self._wake = asyncio.Event()
@@ -60,24 +66,32 @@ class Deadlines:
         return self._heap[0][0] if self._heap else None
 
     async def run(self) -> None:
-        """Fires what is due, for ever. Tells `stalled` when the loop stood still for over a second."""
+        """Fires what is due, for ever. Tells `stalled` when the loop woke up more than a second late."""
+        slept, fired = True, 0
         while True:
             at, now = self.next(), self._now()
             if at is not None and at <= now:
-                if at < now - STALL_MS and self.stalled is not None:
+                if slept and at < now - STALL_MS and self.stalled is not None:
                     self.stalled()
+                slept, fired = False, fired + 1
                 _, key = heapq.heappop(self._heap)
                 del self._set[key]
                 self._fire(key)
-                if len(self._heap) % 64 == 0:
-                    await asyncio.sleep(0)  # thousands may be due at once; others must get their turn
+                if fired % 64 == 0:
+                    # Thousands may be due at once: others must get their turn, and the log its batches.
+                    await asyncio.sleep(0)
+                    await self._space()
                 continue
-            self._wake.clear()
-            self._asleep, self._asleep_until = True, at
-            try:
-                async with asyncio.timeout(None if at is None else (at - now) / 1_000):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
-            finally:
-                self._asleep = False
+            await self._sleep(at, now)
+            slept = True
+
+    async def _sleep(self, at: int | None, now: int) -> None:
+        self._wake.clear()
+        self._asleep, self._asleep_until = True, at
+        try:
+            async with asyncio.timeout(None if at is None else (at - now) / 1_000):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._asleep = False

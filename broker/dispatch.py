@@ -36,7 +36,6 @@ class _Send(NamedTuple):
 
     command_id: str
     attempt: int
-    expires_at: int | None
     outgoing: Outgoing
 
 
@@ -49,7 +48,7 @@ class Dispatch:
         self.writer = commands.writer
         self.grants = grants
         self.link = link
-        self.deadlines = Deadlines(self.writer.now, self._fire)
+        self.deadlines = Deadlines(self.writer.now, self._fire, self.writer.space)
         self.deadlines.stalled = self._stalled
         self.halted: str | None = None  # why nothing is handed over, for /readyz
         self._slots = slots
@@ -139,6 +138,11 @@ class Dispatch:
             )
         )
 
+    def reported(self, member: Member) -> None:
+        """A report that was not recorded, because there were enough: the device is at work all the same."""
+        member.flight.heard_at = self.writer.now()
+        self._set_timer(member)
+
     # --- handing over ---
 
     def pump_all(self) -> None:
@@ -163,14 +167,14 @@ class Dispatch:
             return
         now = self.writer.now()
         self.live.forget_late(lane, now)
-        ends = [*map(lanes.late_until, lane.late.values()), lane.shut_until]
+        ends = [*map(lanes.late_until, lane.late.values()), lane.shut_until, self._drained_at or 0]
         self.deadlines.set(f"lane/{device_id}", min((at for at in ends if at > now), default=None))
         free = self._slots - self._staged - self._outstanding
         if not self.link.up or self.halted or free <= 0 or not self.writer.open:
             self._waiting[device_id] = None
             return
         presence = self.live.presence.get(device_id, Presence.NEVER)
-        found = lanes.due(lane, presence, now, free)
+        found = lanes.due(lane, presence, now, free, self._drained(now))
         for member in found:
             self._hand_over(lane, member, presence, now)
         if len(found) == free:
@@ -196,9 +200,10 @@ class Dispatch:
             self.commands.apply(state, decide(state, request), "broker")
             return
         flight.open, flight.written_at, flight.lease_until = True, None, None
+        flight.counts = request.counts
         state = self.commands.apply(state, decision, "broker")
         self._staged += 1
-        send = _Send(state.id, state.attempts, state.expires_at, outgoing)
+        send = _Send(state.id, state.attempts, outgoing)
         self.writer.then(lambda: self._send(send))
 
     def _encode(self, state: CommandState, member: Member, now: int) -> Outgoing:
@@ -213,6 +218,7 @@ class Dispatch:
         payload = encode_command(
             definition,
             command_id=state.id,
+            command=state.type,
             params=state.params,
             attempt=attempt,
             expires_at=None if state.expires_at is None else rfc3339(state.expires_at),
@@ -238,10 +244,13 @@ class Dispatch:
         self._staged -= 1
         member = self._at(send)
         now = self.writer.now()
-        if member is not None and (send.expires_at is None or now < send.expires_at):
-            written = self.link.publish(send.outgoing, lambda receipt: self._receipt(send, receipt))
-            self._outstanding += written
-            # Not written counts as written here: the attempt timer must end it either way.
+        if member is not None:
+            presence = self.live.presence.get(member.state.device_id, Presence.NEVER)
+            if lanes.has_time(member.state, now) and lanes.reachable(member.definition, presence):
+                self._outstanding += self.link.publish(
+                    send.outgoing, lambda receipt: self._receipt(send, receipt)
+                )
+            # Not written counts as written here: a timer must end the attempt either way.
             member.flight.written_at = now
             self._set_timer(member)
         self._refill()
@@ -323,7 +332,7 @@ class Dispatch:
                 flight.due_at = self.writer.now()
         else:
             void = decision.word == "void"
-            flight.voided += void and flight.open
+            flight.voided += void and flight.open and flight.counts
             flight.open, flight.lease_until = False, None
             if decision.word == "back_off" or (void and lanes.reachable(definition, presence)):
                 tried = member.state.attempts if void else member.counted

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import msgspec
 import structlog
@@ -100,14 +101,18 @@ class Intake:
                 await self._take_batch()
 
     async def _take_batch(self) -> None:
-        batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
+        batch = list(islice(self._queue, BATCH))
         places = [parse_topic(self.commands.prefix, message.topic) for message in batch]
         names = {place[0] for place in places if place is not None}
         await self._ready(names)
         answers = [self._read(message, place) for message, place in zip(batch, places, strict=True)]
         named = {answer.id for answer in answers if isinstance(answer, Answer) and answer.id is not None}
         await self._ready(names, named)
-        # From here on nothing may come in between.
+        # From here on nothing may come in between. What a failed commit gave back stands before this batch.
+        if self._queue[0] is not batch[0]:
+            return
+        for _ in batch:
+            self._queue.popleft()
         for message, place, answer in zip(batch, places, answers, strict=True):
             try:
                 self._take(message, place, answer)
@@ -163,14 +168,17 @@ class Intake:
     ) -> None:
         device = self.live.device(place[0]) if place is not None else None
         if device is None or place is None or device.hardware_id != place[0] or device.deleted_at is not None:
+            if message.token is OWN:
+                return  # our own server tells of a device that was deleted meanwhile
             self.unmatched(message, None, "unknown_device")
         elif place[1] == "status":
             self._take_status(message, device)
         elif answer is None or isinstance(answer, Malformed):
             self.unmatched(message, device, "malformed")
         else:
-            self._heard(device, message)
             self._take_answer(message, device, answer)
+            # After the answer, which may close the command that coming online would send again.
+            self._heard(self.live.device(place[0]) or device, message)
 
     def _take_status(self, message: Message, device: DeviceState) -> None:
         if self.embedded and message.token is not OWN:
@@ -260,6 +268,8 @@ class Intake:
             if decision.word == "promise_broken":
                 logger.error("delivery.promise_broken", command_id=state.id, state=state.state.value)
             self.unmatched(message, device, decision.word, state.id)
+        elif answer.status == "progress" and (member := self.live.members.get(state.id)) is not None:
+            self.dispatch.reported(member)
 
     def _check_result(self, state: CommandState, answer: Answer) -> None:
         """It was done, whatever the result looks like: a wrong one is recorded, and counted."""

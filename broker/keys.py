@@ -122,12 +122,12 @@ class Keys:
         if not found:
             raise not_found("key", key_id)
         digest, key = found[0]
-        if key.revoked_at is None:
-            await self.writer.room()
-            now = self.writer.now()
-            key = self._by_digest[digest] = msgspec.structs.replace(key, revoked_at=now)
-            self.writer.also(
-                lambda sql: sql.execute("UPDATE api_keys SET revoked_at = ? WHERE id = ?", (now, key_id))
-            )
-            await self.writer.barrier()
+        await self.writer.room()
+        at = key.revoked_at or self.writer.now()
+        # It stops working now; and it is written each time, because an earlier try may have failed.
+        key = self._by_digest[digest] = msgspec.structs.replace(key, revoked_at=at)
+        self.writer.also(
+            lambda sql: sql.execute("UPDATE api_keys SET revoked_at = ? WHERE id = ?", (at, key_id))
+        )
+        await self.writer.barrier()
         return key

@@ -30,14 +30,18 @@ class Presence(StrEnum):
 class Flight:
     """One command's hand-over as this process knows it. Times in ms of the broker's clock.
 
-    `voided`: attempts that turned out not to count. `refused`: attempts the MQTT server refused.
+    `counts`: the open attempt was recorded as one that counts. `heard_at`: the last report that was not
+    recorded, because there were enough. `voided`: attempts that turned out not to count. `refused`:
+    attempts the MQTT server refused.
     `written_at`: when the bytes were given to the network, which is when the attempt timer starts.
     """
 
     open: bool = False
     written_at: int | None = None
     lease_until: int | None = None
+    counts: bool = True
     due_at: int = 0
+    heard_at: int = 0
     voided: int = 0
     refused: int = 0
 
@@ -87,8 +91,11 @@ def has_time(state: CommandState, now: int) -> bool:
     return now < state.expires_at - margin
 
 
-def due(lane: Lane, presence: Presence, now: int, slots: int) -> list[Member]:
+def due(lane: Lane, presence: Presence, now: int, slots: int, drained: bool = True) -> list[Member]:
     """The commands to hand over by MQTT now, first things first; at most `slots` of them.
+
+    `drained`: what the MQTT server kept for us has been taken in; before that an answer without id may
+    be an old one, and no command that it could be taken for may start.
 
     The link being up is the caller's to check. A pending command that may not go holds back those
     behind it; one without time left does not, because it will never go.
@@ -105,6 +112,7 @@ def due(lane: Lane, presence: Presence, now: int, slots: int) -> list[Member]:
             if (
                 taken >= definition.max_in_flight
                 or now < lane.shut_until
+                or not (drained or definition.carries_ids)
                 or "mqtt" not in definition.transports
                 or not reachable(definition, presence)
             ):
@@ -163,7 +171,7 @@ def attempt_ends_at(member: Member) -> int | None:
 def result_due_at(member: Member) -> int:
     """Each report grants a new result time, up to the longest run the type allows."""
     state, definition = member.state, member.definition
-    last = state.reported_at or state.updated_at
+    last = max(state.reported_at or state.updated_at, member.flight.heard_at)
     first = state.acknowledged_at or state.updated_at
     return min(last + ms(definition.result_timeout_sec), max(last, first + ms(definition.max_run_sec)))
 
@@ -223,11 +231,20 @@ def reopened(lane: Lane, member: Member) -> None:
 
 
 def candidates(lane: Lane, now: int) -> list[Member]:
-    """The commands an answer without id could mean: handed over, not final, not timed out for long."""
-    for member in [m for m in lane.late.values() if now >= late_until(m)]:
-        del lane.late[member.state.id]
-    open_ones = [m for m in lane.members.values() if m.state.state in (State.PUBLISHED, State.ACKNOWLEDGED)]
-    return open_ones + list(lane.late.values())
+    """The commands an answer without id could mean: handed over, not final, not timed out for long.
+
+    One whose first bytes are not written yet cannot be meant, whatever the log says already.
+    """
+    found = [
+        member
+        for member in lane.members.values()
+        if member.state.state in (State.PUBLISHED, State.ACKNOWLEDGED) and not _unwritten(member)
+    ]
+    return found + [member for member in lane.late.values() if now < late_until(member)]
+
+
+def _unwritten(member: Member) -> bool:
+    return member.state.attempts == 1 and member.flight.open and member.flight.written_at is None
 
 
 def late_until(member: Member) -> int:

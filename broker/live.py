@@ -164,9 +164,8 @@ class Live:
 
         devices, commands = await storage.read(work)
         for device in devices.values():
-            # What was changed in memory while we read is newer.
-            if self.devices.get(device.id) is None:
-                self.put_device(device)
+            # What was changed in memory while we read is newer; its names may have been forgotten.
+            self.put_device(self.devices.get(device.id) or device)
         for state in commands.values():
             if self.command(state.id) is None:
                 self.closed.put(state.id, state)

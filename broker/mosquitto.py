@@ -89,6 +89,7 @@ class Mosquitto:
         while True:
             with self._log() as log:
                 self._process = await asyncio.create_subprocess_exec(
+                    *_dies_with_us(),
                     program,
                     "-c",
                     "mosquitto.conf",
@@ -202,6 +203,12 @@ class Mosquitto:
     def _last_line(self) -> str:
         lines = (self._home / "mosquitto.log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
+
+
+def _dies_with_us() -> list[str]:
+    """Where the system can do it (util-linux), a broker that is killed takes its Mosquitto along."""
+    found = shutil.which("setpriv")
+    return [] if found is None else [found, "--pdeathsig", "TERM", "--"]
 
 
 def _free_port(host: str) -> int:

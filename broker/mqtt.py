@@ -166,6 +166,8 @@ class _Connection:
         try:
             for first, body in self._splitter.feed(data):
                 self._take(first, body)
+                if self.lost.done():
+                    break
         except Exception as error:  # a broken packet, in whatever way paho stumbles over one
             self._lose(error)
         self._drain()

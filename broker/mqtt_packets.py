@@ -6,6 +6,7 @@ the other packets mean is not its business.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from broker.seams import Message, Outgoing
@@ -57,18 +58,17 @@ class Splitter:
         self._cut: Packet | None = None
         self._skip = 0
 
-    def feed(self, data: bytes) -> list[Packet]:
+    def feed(self, data: bytes) -> Iterator[Packet]:
         """The packets that are now complete.
 
         Raises:
-            BadPacket: the connection cannot be used any more.
+            BadPacket: after the last good one; the connection cannot be used any more.
         """
-        packets: list[Packet] = []
         if self._cut is not None:
             data, self._skip = data[self._skip :], max(0, self._skip - len(data))
             if self._skip:
-                return packets
-            packets.append(self._cut)
+                return
+            yield self._cut
             self._cut = None
         elif self._rest:
             data = self._rest + data
@@ -79,23 +79,23 @@ class Splitter:
                 break
             length, body = sized
             if length > LONGEST:
-                return packets + self._too_long(data, at, body, length)
+                yield from self._too_long(data[at:], body - at, length)
+                return
             if body + length > end:
                 break
-            packets.append((data[at], data[body : body + length]))
+            yield data[at], data[body : body + length]
             at = body + length
         self._rest = data[at:]
-        return packets
 
-    def _too_long(self, data: bytes, at: int, body: int, length: int) -> list[Packet]:
-        if data[at] & 0xF0 != PUBLISH:
-            raise BadPacket(f"a packet of type {data[at]:#04x} with {length} bytes")
+    def _too_long(self, data: bytes, body: int, length: int) -> Iterator[Packet]:
+        if data[0] & 0xF0 != PUBLISH:
+            raise BadPacket(f"a packet of type {data[0]:#04x} with {length} bytes")
         kept = body + LONGEST + 1
         if len(data) < kept:
-            self._rest = data[at:]
-            return []
-        self._cut, self._skip, self._rest = (data[at], data[body:kept]), length - LONGEST - 1, b""
-        return self.feed(data[kept:])
+            self._rest = data
+            return
+        self._cut, self._skip, self._rest = (data[0], data[body:kept]), length - LONGEST - 1, b""
+        yield from self.feed(data[kept:])
 
 
 def read_publish(first: int, body: bytes, *, five: bool, owner: Any) -> Message:

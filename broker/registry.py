@@ -157,7 +157,7 @@ class Registry:
         # Deleted first: what is recorded of its commands from here on hands nothing over.
         device = self.record(Deleted(), device.id, device, device.project, caller.actor)
         self.secrets.forget(device.id)
-        self.presence(device.id, Presence.NEVER)
+        self.writer.then(lambda: self._gone(device.id))
         request = Request(input=Input.DEVICE_DELETED, by=caller.actor, now=self.writer.now())
         for member in reversed(open_ones):
             self.commands.apply(member.state, decide(member.state, request), caller.actor)
@@ -234,8 +234,15 @@ class Registry:
             self.record(Online(session=session), device.id, device, device.project, f"device:{device.id}")
         elif presence is Presence.OFFLINE and device.online:
             self.record(Offline(session=session), device.id, device, device.project, f"device:{device.id}")
-        if presence is not known:
+        if presence is Presence.ONLINE is known and session != device.session:
+            # It went and came without our hearing it: what was in the air is lost.
+            self.presence(device.id, Presence.OFFLINE)
+            self.presence(device.id, Presence.ONLINE)
+        elif presence is not known:
             self.presence(device.id, presence)
+
+    def _gone(self, device_id: str) -> None:
+        self.live.presence.pop(device_id, None)
 
 
 def _system_version(sql: Sql) -> int:

@@ -9,8 +9,8 @@ import hashlib
 
 import msgspec
 
-from broker.commands import Accepted, Caller, Commands, Order, conflict
-from broker.decisions import Verdict, decide
+from broker.commands import Accepted, Caller, Commands, Order
+from broker.decisions import decide
 from broker.errors import Refusal
 from broker.lifecycle import CommandState, Input, Request, State
 
@@ -42,19 +42,11 @@ class Repairs:
         commands = self._commands
         await commands.ready(command_ids=[command_id])
         old = commands.seen(caller, command_id)
-        place = (old.project, key or "", "")
-        await commands.ready([old.device_id], [command_id], place if key is not None else None)
-        old = commands.seen(caller, command_id)
+        await commands.ready([old.device_id])
         device = commands.live.device(old.device_id)
         if device is None or device.deleted_at is not None:
             await commands.writer.barrier()
             raise Refusal("device_deleted", f"the device of {old.id} was deleted")
-        # A repeated request names what the first one made, whatever has become of the old one since.
-        if key is None or commands.live.keys.get(place) is None:
-            request = Request(input=Input.RETRY, now=commands.writer.now(), by=caller.actor)
-            if decide(old, request).verdict is not Verdict.RENEW:
-                await commands.writer.barrier()
-                raise conflict(old, Input.RETRY)
         order = Order(
             device=old.device_id,
             type=old.type,

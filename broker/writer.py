@@ -166,13 +166,17 @@ class Writer:
         """Waits while the log cannot be written."""
         await self._opened.wait()
 
+    async def space(self) -> None:
+        """Waits while a full batch is waiting."""
+        await self._room.wait()
+
     async def room(self) -> None:
         """Waits while a full batch is waiting: the bound of the queue.
 
         Raises:
             Unavailable: the log cannot be written now.
         """
-        await self._room.wait()
+        await self.space()
         if not self.open:
             raise Unavailable("the log cannot be written now")
 
@@ -192,10 +196,16 @@ class Writer:
 
     async def start(self) -> None:
         """Reads where the log ends and opens for staging."""
+        await self._reread()
+        self._open()
+
+    async def _reread(self) -> None:
         self._head = await self.storage.read(log.head)
         self._position, self._recorded_at = self._head.position, self._head.recorded_at
         if self.reload is not None:
             await self.reload()
+
+    def _open(self) -> None:
         self.open = True
         self._opened.set()
         self.resumed()
@@ -257,13 +267,14 @@ class Writer:
                 failed()
         if self.fatal is not None:
             raise self.fatal
+        await self._reread()  # at once: what was discarded must not be shown as fact
         while True:
             try:
                 await self.storage.write(_probe)
                 break
             except Full:
                 await asyncio.sleep(RETRY_SEC)
-        await self.start()
+        self._open()
         logger.info("log.writable_again", position=self._head.position)
 
 

@@ -39,11 +39,14 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 MAX_SUFFIX_LEVELS = 4
 _SUFFIX_RULE = f"one to {MAX_SUFFIX_LEVELS} levels of a topic, each an identifier, and not `status`"
+ANY = "*"
 _NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be `me` or `pending`"
 
 
 class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One command of one device type, resolved: every default filled in. Times in seconds.
+
+    `command` is `*` for all commands that an open type does not list.
 
     `text` is the fixed payload of a `bare` command; `answers` maps a bare answer to its status.
     `carries_ids`: the device gets the command's id and can name it in its answer.
@@ -184,6 +187,10 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise UnknownCommand(self.name, command, tuple(self.commands))
         return found
 
+    def declared(self, command: str) -> str:
+        """The name it is defined under: all that an open type does not list share one definition."""
+        return command if command in self.commands else ANY
+
     def definition(self, command: str) -> Definition:
         own = self.command(command)
         carries_ids = _first(self.carries_ids, self.payload != "bare")
@@ -191,7 +198,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         grants = _first(self.grants, "none" if self.payload == "bare" else "EdDSA")
         return Definition(
             device_type=self.name,
-            command=command,
+            command=self.declared(command),
             payload=self.payload,
             text=own.text,
             command_suffix=_first(own.command_suffix, self.command_suffix),

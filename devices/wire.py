@@ -99,6 +99,7 @@ def encode_command(
     attempt: int,
     expires_at: str | None,
     grant: str | None,
+    command: str | None = None,
 ) -> bytes:
     """The payload of one attempt; a `bare` device gets its fixed text and nothing else."""
     if definition.payload == "bare":
@@ -108,7 +109,7 @@ def encode_command(
     else:
         message = CommandMessage(
             id=command_id,
-            type=definition.command,
+            type=command or definition.command,
             params=params,
             attempt=attempt,
             expires_at=expires_at,

@@ -16,10 +16,13 @@ from typing import Any
 
 import aiomqtt
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from structlog.testing import capture_logs
 
 from broker.mqtt import MqttLink
@@ -109,6 +112,17 @@ def device(server: Mosquitto) -> aiomqtt.Client:
 
 def rls(payload: bytes = b"1", **more: Any) -> Outgoing:
     return Outgoing(topic="iotee/dev/door/rls", payload=payload, **more)
+
+
+@contextlib.contextmanager
+def stopped(server: Mosquitto) -> Iterator[None]:
+    """It does nothing, and its connections stay open."""
+    assert server._process is not None
+    server._process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server._process.send_signal(signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -210,9 +224,9 @@ async def test_pubacks_go_out_in_the_order_asked_for(tmp_path: Path) -> None:
             asked = [owner.messages[index] for index in (2, 0, 1)]
             for message in asked:
                 link.puback(message)
+        await eventually(lambda: server.log().count("Received PUBACK from ordain") == 3)
         seen = [line for line in server.log().splitlines() if "Received PUBACK from ordain" in line]
         mids = [f"Mid: {message.token[1]}" for message in asked]
-        assert len(seen) == 3
         assert all(mid in line for mid, line in zip(mids, seen, strict=True))
 
 
@@ -221,8 +235,9 @@ async def test_the_socket_does_not_wait_to_fill_a_packet(mosquitto: Mosquitto) -
     async with linked(mosquitto.url, owner) as link:
         await owner.until(lambda: link.up)
         assert link._connection is not None
-        assert link._connection._wire is not None
-        sock = link._connection._wire._transport.get_extra_info("socket")
+        transport = link._connection._wire._transport
+        assert transport is not None
+        sock = transport.get_extra_info("socket")
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
@@ -310,6 +325,202 @@ async def test_a_thousand_commands_at_once_are_each_answered_once(mosquitto: Mos
         await owner.until(lambda: len(owner.receipts) == 900)
         assert {receipt.reason for receipt in owner.receipts} == {0x10}
         assert owner.told == ["up"]
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+async def test_a_server_that_does_not_read_for_a_while_gets_everything_in_order(
+    mosquitto: Mosquitto, version: str
+) -> None:
+    owner = Owner()
+    url = f"{mosquitto.url}?v={version}"
+    async with linked(url, owner, subscriptions=["iotee/dev/+/rls"]) as link:
+        await owner.until(lambda: link.up)
+        with stopped(mosquitto):
+            for number in range(600):
+                assert link.publish(rls(b"%04d" % number * 5_000), owner.done)
+            assert link._connection is not None
+            transport = link._connection._wire._transport
+            assert isinstance(transport, asyncio.WriteTransport)
+            await eventually(lambda: transport.get_write_buffer_size() > 1_000_000)
+        await owner.until(lambda: len(owner.messages) == len(owner.receipts) == 600)
+        assert [payload[:4] for payload in owner.payloads] == [b"%04d" % number for number in range(600)]
+        assert {len(payload) for payload in owner.payloads} == {20_000}
+        assert {receipt.reason for receipt in owner.receipts} == {0}
+    assert owner.told == ["up", "down"]
+
+
+async def test_closing_does_not_wait_for_a_server_that_stopped_reading(mosquitto: Mosquitto) -> None:
+    owner = Owner()
+    async with linked(mosquitto.url, owner) as link:
+        await owner.until(lambda: link.up)
+        with stopped(mosquitto):
+            for _ in range(600):
+                assert link.publish(rls(bytes(20_000)), owner.done)
+            await link.close()
+            assert owner.receipts == [Receipt(written=True, reason=None)] * 600
+
+
+async def test_what_is_published_is_with_the_network_before_what_is_scheduled_after_it(
+    mosquitto: Mosquitto,
+) -> None:
+    owner = Owner()
+    async with linked(mosquitto.url, owner) as link:
+        await owner.until(lambda: link.up)
+        assert link._connection is not None
+        wire = link._connection._wire
+        later: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
+        for _ in range(3):
+            assert link.publish(rls(), owner.done)
+        assert len(wire._out) == 3
+        asyncio.get_running_loop().call_soon(lambda: later.set_result(list(wire._out)))
+        assert await later == []
+        await owner.until(lambda: len(owner.receipts) == 3)
+
+
+async def test_a_server_that_says_nothing_any_more_is_noticed(mosquitto: Mosquitto) -> None:
+    owner = Owner()
+    async with linked(mosquitto.url, owner, keepalive=1) as link:
+        await owner.until(lambda: link.up)
+        with stopped(mosquitto):
+            await owner.until(lambda: owner.told == ["up", "down"])
+
+
+async def test_an_idle_connection_is_kept_and_our_own_packets_count_as_life(tmp_path: Path) -> None:
+    with another_mosquitto(tmp_path, "log_type all\n") as server:
+        owner = Owner()
+        async with linked(server.url, owner, keepalive=1) as link:
+            await owner.until(lambda: link.up)
+            assert link._connection is not None
+            paho = link._connection._paho
+            sent, received = paho._last_msg_out, paho._last_bytes_received
+            assert link.publish(rls(), owner.done)
+            await owner.until(lambda: len(owner.receipts) == 1)
+            assert paho._last_msg_out > sent
+            assert paho._last_bytes_received > received
+            await eventually(lambda: server.log().count("Received PINGREQ from ordain") >= 2)
+            assert link.publish(rls(), owner.done)
+            await owner.until(lambda: len(owner.receipts) == 2)
+            assert owner.told == ["up"]
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+async def test_a_message_of_any_qos_is_acknowledged_as_its_qos_wants(tmp_path: Path, version: str) -> None:
+    number, clean = (aiomqtt.ProtocolVersion.V5, None) if version == "5" else (None, False)
+    forever = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    forever.SessionExpiryInterval = 1_000
+    with another_mosquitto(tmp_path, "log_type all\n") as server:
+        before = aiomqtt.Client(
+            server.host,
+            server.port,
+            identifier="ordain",
+            protocol=number,
+            clean_session=clean,
+            properties=forever if number else None,
+        )
+        async with before:
+            await before.subscribe("iotee/dev/+/ack", qos=2)
+        async with device(server) as door:
+            for qos in (2, 1, 0):
+                await door.publish("iotee/dev/door/ack", str(qos), qos=qos)
+        owner = Owner()
+        url = f"{server.url}?v={version}"
+        async with linked(url, owner):
+            await owner.until(lambda: len(owner.messages) >= 2)
+        owner.messages.clear()
+        async with linked(url, owner) as link, device(server) as door:
+            await owner.until(lambda: len(owner.messages) == 2)
+            await door.publish("iotee/dev/door/ack", "0", qos=0)
+            await owner.until(lambda: len(owner.messages) == 3)
+            assert [(m.qos, m.payload, m.dup) for m in owner.messages] == [
+                (2, b"2", True),
+                (1, b"1", True),
+                (0, b"0", False),
+            ]
+            for message in owner.messages:
+                link.puback(message)
+            await eventually(lambda: "Received PUBCOMP from ordain" in server.log())
+        assert server.log().count("Received PUBREC from ordain") == 1
+        assert server.log().count("Received PUBACK from ordain") == 1
+        owner.messages.clear()
+        async with linked(url, owner) as link, device(server) as door:
+            await owner.until(lambda: link.up)
+            await door.publish("iotee/dev/door/ack", b"next", qos=1)
+            await owner.until(lambda: owner.payloads == [b"next"])
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+async def test_a_message_too_large_to_be_read_costs_nothing_but_itself(
+    mosquitto: Mosquitto, version: str
+) -> None:
+    owner = Owner()
+    async with linked(f"{mosquitto.url}?v={version}", owner) as link, device(mosquitto) as door:
+        await owner.until(lambda: link.up)
+        await door.publish("iotee/dev/door/ack", bytes(3_000_000), qos=1)
+        await door.publish("iotee/dev/door/ack", b"next", qos=1)
+        await owner.until(lambda: len(owner.messages) == 2)
+        assert 65_536 < len(owner.payloads[0]) < 300_000
+        assert owner.payloads[1] == b"next"
+        assert owner.told == ["up"]
+        for message in owner.messages:
+            link.puback(message)
+    async with linked(f"{mosquitto.url}?v={version}", owner) as link, device(mosquitto) as door:
+        await owner.until(lambda: link.up)
+        await door.publish("iotee/dev/door/ack", b"after", qos=1)
+        await owner.until(lambda: len(owner.messages) == 3)
+        assert owner.payloads[2] == b"after"
+
+
+@pytest.mark.parametrize("nonsense", [b"\x36\x03\0\1t", b"\x40\x01\0", b"\x90\xff\xff\xff\xff\x01", b"\0\0"])
+async def test_a_server_that_breaks_the_protocol_is_left_and_tried_again(nonsense: bytes) -> None:
+    """No real server does; after this its bytes cannot be read any more, not even good ones."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1_000)
+        writer.write(b"\x20\x03\0\0\0")
+        subscribe = await reader.read(1_000)
+        writer.write(b"\x90\x04" + subscribe[2:4] + b"\0\1")
+        await writer.drain()
+        good = b"\x32\x0a\0\1t\0\1\0good"
+        writer.write(good + nonsense + good)
+        await reader.read()
+        writer.close()
+
+    owner = Owner()
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        async with linked(f"mqtt://127.0.0.1:{port}?v=5", owner):
+            await owner.until(lambda: owner.told[:3] == ["up", "down", "up"])
+            assert owner.payloads[0] == b"good"
+            assert owner.told.count("up") >= len(owner.payloads)
+
+
+@pytest.mark.parametrize("scheme", ["mqtt", "mqtts"])
+def test_the_loop_of_production_carries_it_too(
+    tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    paths = f"certfile {tmp_path}/cert.pem\nkeyfile {tmp_path}/key.pem\n"
+
+    async def round_trips(url: str) -> None:
+        owner = Owner()
+        async with linked(url, owner, subscriptions=["iotee/dev/+/rls"]) as link:
+            await owner.until(lambda: link.up)
+            assert link._connection is not None
+            transport = link._connection._wire._transport
+            assert transport is not None
+            sock = transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+            for number in range(300):
+                assert link.publish(rls(b"%05d" % number * 1_000, correlation=b"c"), owner.done)
+            await owner.until(lambda: len(owner.messages) == len(owner.receipts) == 300)
+            assert [payload[:5] for payload in owner.payloads] == [b"%05d" % number for number in range(300)]
+            assert {message.correlation for message in owner.messages} == {b"c"}
+
+    with another_mosquitto(tmp_path, paths if scheme == "mqtts" else "") as server:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(round_trips(server.url.replace("mqtt:", f"{scheme}:")))
 
 
 async def test_a_callback_that_fails_costs_nothing_but_itself(

@@ -112,7 +112,7 @@ class Model(RuleBasedStateMachine):
         self.node, self.wire = Node(f"broker-{self.lives}"), Wire()
         self.wire.on_publish = self.published
         self.bench: Bench | None = None
-        self.loop.spawn(self.node, self.serve(self.wire))
+        self.serving = self.loop.spawn(self.node, self.serve(self.wire))
         while self.bench is None:
             self.settle(0.01)
         self.wire.up = self.linked
@@ -136,6 +136,8 @@ class Model(RuleBasedStateMachine):
     def settle(self, seconds: float = SETTLE_SEC) -> None:
         self.loop.run_until_complete(asyncio.sleep(seconds))
         assert not self.loop.unhandled, self.loop.unhandled
+        if self.serving.done():
+            self.serving.result()
 
     def ask(self, request: Coroutine[Any, Any, T]) -> T | None:
         """The answer to a request; None where the log could not be written or it was refused."""
@@ -221,6 +223,16 @@ class Model(RuleBasedStateMachine):
         said = {"id": seen.id, "status": status, "result": value, "progress": {"percent": value}}
         may = SAID[status] in FOLLOWS[seen.state] and seen.state != "pending"
         self.say(seen.device, msgspec.json.encode(said), seen, SAID[status] if may else None)
+
+    @rule(statuses=st.lists(st.sampled_from(["acknowledged", "executed", "executed", "failed"]), min_size=1, max_size=4))
+    def devices_work(self, statuses: list[str]) -> None:
+        """What was handed over is answered, and the lanes move on."""
+        for status in statuses:
+            for seen in self.known("published", "acknowledged"):
+                may = SAID[status] in FOLLOWS[seen.state]
+                self.say(seen.device, b'{"id":"%s","status":"%s"}' % (seen.id.encode(), status.encode()), seen,
+                         SAID[status] if may else None)  # fmt: skip
+            self.settle(1.2)
 
     @rule(pick=picks, text=st.sampled_from(sorted(TEXTS)))
     def text(self, pick: int, text: bytes) -> None:
@@ -355,15 +367,11 @@ class Model(RuleBasedStateMachine):
         """L6, and S3, S4."""
         if self.bench is None or not self.core().writer.open or self.disk.capacity is not None:
             return
-        self.ask(self.core().writer.barrier())
+        kept, verified = self.look()
         touched = follower.Touched()
         for row in self.rows:
             touched.fold(log.recorded(row))
-        storage = self.core().storage
-        kept, verified = self.loop.run_until_complete(
-            self.loop.spawn(self.node, storage.read(lambda sql: (follower.dump(sql), log.verify(sql))))
-        )
-        assert (verified.fault, verified.rows) == (None, len(self.rows))
+        assert verified.fault is None
         bodies = {row[1]: row[-1] for row in kept["projections.commands"]}
         assert bodies == {name: msgspec.json.encode(state) for name, state in touched.commands.items()}
         assert {name: seen.state for name, seen in self.commands.items()} == {
@@ -373,6 +381,16 @@ class Model(RuleBasedStateMachine):
             assert msgspec.json.encode(member.state) == bodies[name]
         lane = sorted(row[1] for row in kept["projections.lanes"])
         assert lane == [seen.position for seen in self.known() if not seen.closed]
+
+    def look(self) -> tuple[dict[str, Any], log.Verified]:
+        """Projections and chain at a moment when nothing is on its way to the disk."""
+        writer = self.core().writer
+        while True:
+            self.ask(writer.barrier())
+            read = writer.storage.read(lambda sql: (follower.dump(sql), log.verify(sql)))
+            kept, verified = self.loop.run_until_complete(self.loop.spawn(self.node, read))
+            if verified.rows == len(self.rows) and writer._last() is None:
+                return kept, verified
 
     def teardown(self) -> None:
         """Once faults stop, every command that has an expiry or was acknowledged comes to its end: L4."""

@@ -1,0 +1,91 @@
+"""The soak's load: creates commands over keep-alive HTTP, and asks again until each is answered.
+
+A connection that ends and a broker that is away are waited for; the same request then goes out with the same
+idempotency key. It must never make a second command of one number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+NAMES = ("lock", "unlock", "dim", "refresh")
+CONNECTIONS = 32
+AGAIN_SEC = 0.05
+ANSWER_WITHIN_SEC = 30
+REQUEST = (
+    "POST /v1/devices/{device}/commands HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {key}\r\n"
+    "content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+)
+BODY = '{{"type":"{name}","params":{{"number":{number}}},"ttl_sec":null,"idempotency_key":"soak-{number}"}}'
+TAKEN = (200, 201)
+# A full queue, a limit, or a broker that is busy with itself: it says so, and is asked again.
+LATER = (429, 503)
+
+
+class _Created(msgspec.Struct):
+    id: str
+
+
+_created = msgspec.json.Decoder(_Created).decode
+
+
+class Load:
+    """All commands of a run, each to the next device in turn. `accepted` has the id of each number."""
+
+    def __init__(self, port: int, key: str, devices: Sequence[str]) -> None:
+        self._port, self._key, self._devices = port, key, devices
+        self._next = 0
+        self.accepted: dict[int, str] = {}
+        self.refused = 0
+        self.broken = 0
+
+    async def run(self, count: int, rate: float | None = None) -> None:
+        """Creates so many more; returns when the last of them was answered."""
+        numbers = iter(range(self._next, self._next + count))
+        start, first = time.monotonic(), self._next
+        self._next += count
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(CONNECTIONS, count)):
+                group.create_task(self._connection(numbers, first, start, rate))
+
+    async def _connection(self, numbers: Iterator[int], first: int, start: float, rate: float | None) -> None:
+        line: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        for number in numbers:
+            if rate is not None:
+                await asyncio.sleep(start + (number - first) / rate - time.monotonic())
+            while number not in self.accepted:
+                try:
+                    line = line or await asyncio.open_connection("127.0.0.1", self._port)
+                    async with asyncio.timeout(ANSWER_WITHIN_SEC):
+                        status, body = await self._ask(*line, number)
+                except (OSError, EOFError):  # a time-out too
+                    self.broken += line is not None
+                    if line is not None:
+                        line[1].close()
+                    line = None
+                    await asyncio.sleep(AGAIN_SEC)
+                    continue
+                if status in TAKEN:
+                    self.accepted[number] = _created(body).id
+                elif status in LATER:
+                    self.refused += 1
+                    await asyncio.sleep(AGAIN_SEC)
+                else:
+                    raise ValueError(f"command {number} was answered {status}: {body.decode()[:300]}")
+        if line is not None:
+            line[1].close()
+
+    async def _ask(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
+    ) -> tuple[int, bytes]:
+        device = self._devices[number % len(self._devices)]
+        name = NAMES[number // len(self._devices) % len(NAMES)]
+        body = BODY.format(name=name, number=number)
+        writer.write(REQUEST.format(device=device, key=self._key, length=len(body), body=body).encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0])
+        return int(head[9:12]), await reader.readexactly(length)
