@@ -95,11 +95,11 @@ def encode_command(
     definition: Definition,
     *,
     command_id: str,
+    command: str,
     params: Any,
     attempt: int,
     expires_at: str | None,
     grant: str | None,
-    command: str | None = None,
 ) -> bytes:
     """The payload of one attempt; a `bare` device gets its fixed text and nothing else."""
     if definition.payload == "bare":
@@ -109,7 +109,7 @@ def encode_command(
     else:
         message = CommandMessage(
             id=command_id,
-            type=command or definition.command,
+            type=command,
             params=params,
             attempt=attempt,
             expires_at=expires_at,

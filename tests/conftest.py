@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 READY_WITHIN_SEC = 10
 LOOK_AGAIN_SEC = 0.01
@@ -93,6 +94,13 @@ class Mosquitto:
     def _accepts(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex((self.host, self.port)) == 0
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """The command line, run in a test, says how to log: not for the tests after it."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

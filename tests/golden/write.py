@@ -13,7 +13,18 @@ from typing import Any
 
 import msgspec
 
-from broker.events import ERASURES, TYPES, Cancelled, Changed, ClockStepped, Deleted, Erased, Error, Failed, Published
+from broker.events import (
+    ERASURES,
+    TYPES,
+    Cancelled,
+    Changed,
+    ClockStepped,
+    Deleted,
+    Erased,
+    Error,
+    Failed,
+    Published,
+)
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.seams import Receipt, Sql
@@ -114,7 +125,9 @@ async def the_rest(bench: Bench) -> None:
     )
     relayed = (await bench.order("lamp-2")).id
     record(bench.live.members[relayed].state, Published(attempt=1, transport="relay", counts=False))
-    writer.stage(ERASURES, 1, Erased(ids=["cmd_none"], count=0), project="acme", device_id=None, actor=ME.actor)
+    writer.stage(
+        ERASURES, 1, Erased(ids=["cmd_none"], count=0), project="acme", device_id=None, actor=ME.actor
+    )
     await writer.barrier()
 
 

@@ -307,7 +307,13 @@ async def test_a_msgpack_device_with_a_secret_obeys_only_commands_with_its_grant
         grant = jwt.encode(claims, signed_with, "HS256", {"typ": TYPE, "kid": "dev_1"})
         definition = kind.definition("count")
         return encode_command(
-            definition, command_id=command_id, params=params, attempt=1, expires_at=None, grant=grant
+            definition,
+            command_id=command_id,
+            command="count",
+            params=params,
+            attempt=1,
+            expires_at=None,
+            grant=grant,
         )
 
     async with broker(mosquitto) as ours, running(agent):

@@ -51,7 +51,7 @@ class Broker:
     async def tell(self, command: str) -> Answer:
         definition = self._kind.definition(command)
         payload = encode_command(
-            definition, command_id="cmd_1", params={}, attempt=1, expires_at=None, grant=None
+            definition, command_id="cmd_1", command=command, params={}, attempt=1, expires_at=None, grant=None
         )
         await self._client.publish(command_topic("iotee", HARDWARE_ID, definition), payload, qos=1)
         return decode_answer(await self.hear(definition.answer_suffix), None, definition.answers)

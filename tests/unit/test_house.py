@@ -17,7 +17,13 @@ ROOMS = ("broker", "projections", "devices")
 LONGEST_FUNCTION = 70
 LONGEST_MODULE = 400
 
-PURE = ("broker/events.py", "broker/lifecycle.py", "broker/decisions.py", "broker/lanes.py", "broker/fleet.py")
+PURE = (
+    "broker/events.py",
+    "broker/lifecycle.py",
+    "broker/decisions.py",
+    "broker/lanes.py",
+    "broker/fleet.py",
+)
 NEVER_IN_PURE = {
     "asyncio",
     "time",
@@ -56,7 +62,8 @@ WORLD_NAMES = {
 MAY_IMPORT = {
     "devices": {"devices"},
     "projections": {
-        "projections", "broker.events", "broker.fleet", "broker.lifecycle", "broker.log", "broker.seams", "devices.types",
+        "projections", "broker.events", "broker.fleet", "broker.lifecycle", "broker.log", "broker.seams",
+        "devices.types",
     },
 }  # fmt: skip
 # A room or module -> what it must not import.

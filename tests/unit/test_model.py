@@ -177,7 +177,9 @@ class Model(RuleBasedStateMachine):
         assert seen.state != "acknowledged", "what the device has is never sent again"
         assert seen.id not in self.called_off, "R6: a promise"
         if not seen.sent:
-            later = [c for c in self.commands.values() if c.device == seen.device and c.position > seen.position]
+            later = [
+                c for c in self.commands.values() if c.device == seen.device and c.position > seen.position
+            ]
             assert not any(command.sent for command in later), "D6: in order of creation"
         seen.sent.append(attempt)
         assert len(seen.sent) == 1 or DEVICES[seen.device][1][seen.type], "what may be sent once is sent once"
@@ -196,7 +198,11 @@ class Model(RuleBasedStateMachine):
             assert self.ask(self.core().registry.register(ME, new)) is not None
         self.comes_or_goes("lamp", True)
 
-    @rule(hardware_id=names, picked=st.lists(picks, min_size=1, max_size=3), ttl_sec=st.sampled_from([None, None, 3, 30]))
+    @rule(
+        hardware_id=names,
+        picked=st.lists(picks, min_size=1, max_size=3),
+        ttl_sec=st.sampled_from([None, None, 3, 30]),
+    )
     def create(self, hardware_id: str, picked: list[int], ttl_sec: int | None) -> None:
         kinds = sorted(DEVICES[hardware_id][1])
         for pick in picked:
@@ -224,7 +230,11 @@ class Model(RuleBasedStateMachine):
         may = SAID[status] in FOLLOWS[seen.state] and seen.state != "pending"
         self.say(seen.device, msgspec.json.encode(said), seen, SAID[status] if may else None)
 
-    @rule(statuses=st.lists(st.sampled_from(["acknowledged", "executed", "executed", "failed"]), min_size=1, max_size=4))
+    @rule(
+        statuses=st.lists(
+            st.sampled_from(["acknowledged", "executed", "executed", "failed"]), min_size=1, max_size=4
+        )
+    )
     def devices_work(self, statuses: list[str]) -> None:
         """What was handed over is answered, and the lanes move on."""
         for status in statuses:
@@ -359,7 +369,11 @@ class Model(RuleBasedStateMachine):
             if seen.state in ENDS:
                 assert self.ended.setdefault(seen.id, seen.state) == seen.state, "L3"
         for hardware_id in DEVICES:
-            held = [c for c in self.known("published", "acknowledged") if c.device == hardware_id and not c.reopened]
+            held = [
+                c
+                for c in self.known("published", "acknowledged")
+                if c.device == hardware_id and not c.reopened
+            ]
             assert len(held) <= 1, "the window"
 
     @invariant()

@@ -44,7 +44,9 @@ def definition(type_name: str = "generic", command: str = "lock") -> Definition:
 
 
 def encoded(of: Definition, params: Any = None) -> bytes:
-    return encode_command(of, command_id="cmd_1", params=params, attempt=2, expires_at=None, grant=None)
+    return encode_command(
+        of, command_id="cmd_1", command="lock", params=params, attempt=2, expires_at=None, grant=None
+    )
 
 
 def answer(said: Any, correlation: bytes | None = None) -> Answer:
@@ -61,6 +63,7 @@ def test_a_json_device_is_told_everything() -> None:
     payload = encode_command(
         definition(),
         command_id="cmd_1",
+        command="lock",
         params={"a": [1]},
         attempt=3,
         expires_at="2026-11-20T09:30:00.000Z",
