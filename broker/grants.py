@@ -16,13 +16,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from broker.errors import Refusal, not_found
 from broker.ids import new_id
 from broker.lifecycle import CommandState
-from broker.live import Live
+from broker.live import Live, Recent
 from broker.seams import Sql
 from broker.writer import Writer
 from devices.grant import TYPE, params_hash
 from devices.wire import Unsendable
 
 LIFE_SEC = 86_400
+LATELY = 1_024
 
 
 class Secrets:
@@ -76,6 +77,7 @@ class Grants:
         self.issuer = issuer
         self._writer, self._live, self._secrets = writer, live, secrets
         self._keys: dict[str, GrantKey] = {}
+        self._lately: Recent[tuple[str, str, int, int], tuple[object, str]] = Recent(LATELY)
 
     async def load(self) -> None:
         """Reads keys and secrets; the first start makes a key."""
@@ -111,6 +113,12 @@ class Grants:
         for end in (state.expires_at, state.closed_at):
             if end is not None:
                 exp = min(exp, end // 1_000)
+        kid, key, algorithm = self._signer(state)
+        # The answer of a create and the hand-over in the same second carry the same grant: signed once.
+        made = (kid, state.id, now, exp)
+        found = self._lately.get(made)
+        if found is not None and found[0] == key:
+            return found[1]
         claims = {
             "iss": self.issuer,
             "aud": state.hardware_id,
@@ -122,12 +130,17 @@ class Grants:
             "cmd": state.type,
             "phs": params_hash(msgspec.json.decode(state.params)),
         }
-        if self._live.definitions[state.definition].grant_algorithm == "HS256":
-            secret = self._secrets.get(state.device_id)
-            if secret is None:
-                raise Unsendable(f"{state.hardware_id} has no device secret; a new token comes with one")
-            return _signed(claims, secret, "HS256", state.device_id)
-        return _signed(claims, self.signing.private, "EdDSA", self.signing.kid)
+        token = jwt.encode(claims, key, algorithm=algorithm, headers={"typ": TYPE, "kid": kid})
+        self._lately.put(made, (key, token))
+        return token
+
+    def _signer(self, state: CommandState) -> tuple[str, Ed25519PrivateKey | bytes, str]:
+        if self._live.definitions[state.definition].grant_algorithm != "HS256":
+            return self.signing.kid, self.signing.private, "EdDSA"
+        secret = self._secrets.get(state.device_id)
+        if secret is None:
+            raise Unsendable(f"{state.hardware_id} has no device secret; a new token comes with one")
+        return state.device_id, secret, "HS256"
 
     def shown(self, state: CommandState, now_ms: int) -> str | None:
         """A grant to be looked at; None where there is nothing to sign it with."""
@@ -180,10 +193,6 @@ class Grants:
         now, entropy = self._writer.now(), self._writer.entropy
         private = Ed25519PrivateKey.from_private_bytes(entropy.token(32))
         return GrantKey(kid=new_id("key", now, entropy), private=private, created_at=now)
-
-
-def _signed(claims: dict[str, object], key: Ed25519PrivateKey | bytes, algorithm: str, kid: str) -> str:
-    return jwt.encode(claims, key, algorithm=algorithm, headers={"typ": TYPE, "kid": kid})
 
 
 def _jwk(key: GrantKey) -> dict[str, str]:

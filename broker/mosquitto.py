@@ -1,7 +1,8 @@
 """An installed Mosquitto as our child: started, given the registry's devices, and started again if it ends.
 
 Its configuration is the repository's `mosquitto.conf`, with the places of this data directory. It must
-never outlive a clean end of the broker, and after an unclean one its leftover is ended first.
+never outlive a clean end of the broker, and after an unclean one its leftover is ended first, so that
+it saves what it has taken in.
 """
 
 from __future__ import annotations
@@ -29,8 +30,13 @@ CONF = Path(__file__).parents[1] / "mosquitto.conf"
 LINK_USER = "ordain"
 RELOAD_PAUSE_SEC = 0.1
 READY_WITHIN_SEC = 10
-END_WITHIN_SEC = 5
+END_WITHIN_SEC = 2  # the whole broker ends in 10 s, and open requests have 5 of them
+LEFTOVER_WITHIN_SEC = 10  # a start may wait: killed earlier, it would lose answers that it has PUBACKed
+LOOK_AGAIN_SEC = 0.02
 RESTART_SEC = (0.2, 5.0)
+LOG_BYTES = 4_000_000
+# MQTT 3.1.1, nobody in particular: refused, and so answered.
+CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x0a\x00\x00"
 
 
 class NoMosquitto(BadSetting):
@@ -52,6 +58,7 @@ class Mosquitto:
         self._users: dict[str, str] = {LINK_USER: link_digest}
         self._process: asyncio.subprocess.Process | None = None
         self._stale = asyncio.Event()
+        self._up = asyncio.Event()
         self._program = shutil.which(
             "mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
         )
@@ -65,10 +72,11 @@ class Mosquitto:
         self._stale.set()
 
     async def run(self, devices: Iterable[DeviceState], ready: asyncio.Event) -> None:
-        """Keeps the child alive until cancelled. `ready` is set when it first listens.
+        """Keeps the child alive until cancelled. `ready` is set when it first answers.
 
         Raises:
-            NoMosquitto: it is not installed, or ends at once.
+            NoMosquitto: it is not installed, ends at once, or does not answer.
+            OSError: its directory cannot be made or written.
         """
         if self._program is None:
             raise NoMosquitto(
@@ -76,7 +84,7 @@ class Mosquitto:
             )
         for device in devices:
             self.admit(device)
-        self._prepare()
+        await self._prepare()
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._reload())
@@ -87,65 +95,99 @@ class Mosquitto:
     async def _supervise(self, program: str, ready: asyncio.Event) -> None:
         failures = 0
         while True:
-            with self._log() as log:
-                self._process = await asyncio.create_subprocess_exec(
-                    *_dies_with_us(),
-                    program,
-                    "-c",
-                    "mosquitto.conf",
-                    cwd=self._home,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            (self._home / "pid").write_text(str(self._process.pid))
-            if await self._listens():
-                failures = 0
-                ready.set()
-                logger.info("mosquitto.up", host=self.host, port=self.port, pid=self._process.pid)
-            code = await self._process.wait()
-            logger.warning("mosquitto.ended", code=code)
-            if not ready.is_set():
-                raise NoMosquitto(f"mqtt_server = mosquitto: it ended with code {code}: {self._last_line()}")
+            try:
+                process = await self._start(program)
+                if await self._answers(process):
+                    failures = 0
+                    ready.set()
+                    self._up.set()
+                    logger.info("mosquitto.up", host=self.host, port=self.port, pid=process.pid)
+                    logger.warning("mosquitto.ended", code=await process.wait())
+                elif not ready.is_set():
+                    raise NoMosquitto(f"mqtt_server = mosquitto: {self._why_not(process)}")
+                else:
+                    logger.warning("mosquitto.not_up", why=self._why_not(process))
+            except OSError as error:  # a full disk: the broker goes on, and tries again
+                if not ready.is_set():
+                    raise
+                logger.warning("mosquitto.cannot_start", error=str(error))
+            self._up.clear()
+            await self._end()
             failures += 1
-            shortest, longest = RESTART_SEC
-            await asyncio.sleep(
-                self._entropy.uniform(shortest, min(longest, shortest * 2 ** min(failures, 8)))
+            await asyncio.sleep(self._pause_sec(failures))
+
+    def _pause_sec(self, failures: int) -> float:
+        shortest, longest = RESTART_SEC
+        return self._entropy.uniform(shortest, min(longest, shortest * 2 ** min(failures, 8)))
+
+    async def _start(self, program: str) -> asyncio.subprocess.Process:
+        self._write_users()
+        with self._log() as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *_dies_with_us(),
+                program,
+                "-c",
+                "mosquitto.conf",
+                cwd=self._home,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
+        (self._home / "pid").write_text(str(self._process.pid))
+        return self._process
 
     def _log(self) -> IO[bytes]:
-        return open(self._home / "mosquitto.log", "ab")
+        path = self._home / "mosquitto.log"
+        if path.exists() and path.stat().st_size > LOG_BYTES:
+            os.replace(path, self._home / "mosquitto.log.1")
+        return open(path, "ab")
 
-    async def _listens(self) -> bool:
-        """Waits until the child takes connections, or has ended."""
-        assert self._process is not None, "started before"
+    async def _answers(self, process: asyncio.subprocess.Process) -> bool:
+        """Waits until the child answers, or has ended. One that only listens may still die of a SIGHUP."""
         with suppress(TimeoutError):
             async with asyncio.timeout(READY_WITHIN_SEC):
-                while self._process.returncode is None:
+                while process.returncode is None:
                     try:
-                        _, writer = await asyncio.open_connection("127.0.0.1", self.link_port)
-                    except OSError:
-                        await asyncio.sleep(0.02)
-                        continue
-                    writer.close()
-                    return True
+                        reader, writer = await asyncio.open_connection("127.0.0.1", self.link_port)
+                        writer.write(CONNECT)
+                        answered = await reader.read(1)
+                        writer.close()
+                    except ConnectionError:
+                        answered = b""
+                    if answered:
+                        return True
+                    await asyncio.sleep(LOOK_AGAIN_SEC)
         return False
+
+    def _why_not(self, process: asyncio.subprocess.Process) -> str:
+        if process.returncode is None:
+            return f"it does not answer within {READY_WITHIN_SEC} s"
+        return f"it ended with code {process.returncode}: {self._last_line()}"
 
     async def _reload(self) -> None:
         """After a change of users: a new password file, and SIGHUP, which also ends who lost its way in."""
+        failures = 0
         while True:
             await self._stale.wait()
             await asyncio.sleep(RELOAD_PAUSE_SEC)  # many registrations make one reload
+            await self._up.wait()
             self._stale.clear()
-            self._write_users()
+            try:
+                self._write_users()
+            except OSError as error:
+                logger.warning("mosquitto.users_not_written", error=str(error))
+                self._stale.set()
+                failures += 1
+                await asyncio.sleep(self._pause_sec(failures))
+                continue
+            failures = 0
             if self._process is not None and self._process.returncode is None:
                 self._process.send_signal(signal.SIGHUP)
 
-    def _prepare(self) -> None:
+    async def _prepare(self) -> None:
         self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._end_leftover()
+        await self._end_leftover()
         self._stale.clear()
-        self._write_users()
         self._write("acl", self._acl)
         self._write("mosquitto.conf", self._configuration(CONF.read_text()))
 
@@ -157,7 +199,7 @@ class Mosquitto:
             "acl_file": "acl",
             "persistence_location": f"{self._home.resolve()}/",
         }
-        lines = [f"user {_user_name()}"]
+        lines = [f"user {_user_name()}", "log_type error", "log_type warning"]
         for line in text.splitlines():
             words = line.split()
             if words[:1] == ["listener"]:
@@ -178,15 +220,28 @@ class Mosquitto:
             file.write(text)
         os.replace(new, self._home / name)
 
-    def _end_leftover(self) -> None:
+    async def _end_leftover(self) -> None:
         """Ends the child of a broker that was killed; only if it is truly ours."""
         with suppress(FileNotFoundError, ValueError, ProcessLookupError):
             pid = int((self._home / "pid").read_text())
-            ours = Path(f"/proc/{pid}/cwd").resolve() == self._home.resolve()
-            if ours and b"mosquitto" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
+            if self._is_ours(pid):
+                os.kill(pid, signal.SIGTERM)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LEFTOVER_WITHIN_SEC):
+                        while self._is_ours(pid):
+                            await asyncio.sleep(LOOK_AGAIN_SEC)
+                if self._is_ours(pid):
+                    os.kill(pid, signal.SIGKILL)
                 logger.warning("mosquitto.leftover_ended", pid=pid)
         (self._home / "pid").unlink(missing_ok=True)
+
+    def _is_ours(self, pid: int) -> bool:
+        """Is it a Mosquitto of this directory that still runs?"""
+        try:
+            here = Path(f"/proc/{pid}/cwd").resolve(strict=True) == self._home.resolve()
+            return here and b"mosquitto" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
 
     async def _end(self) -> None:
         process = self._process
@@ -198,7 +253,8 @@ class Mosquitto:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-        (self._home / "pid").unlink(missing_ok=True)
+        with suppress(OSError):  # one that stays names nobody
+            (self._home / "pid").unlink()
 
     def _last_line(self) -> str:
         lines = (self._home / "mosquitto.log").read_text(errors="replace").strip().splitlines()
@@ -217,5 +273,4 @@ def _free_port(host: str) -> int:
 
 
 def _user_name() -> str:
-
     return pwd.getpwuid(os.getuid()).pw_name

@@ -33,8 +33,10 @@ class Door(NamedTuple):
 
 
 @asynccontextmanager
-async def mqtt_door(settings: Settings, core: Core, types: dict[str, DeviceType]) -> AsyncIterator[Door]:
-    """The MQTT server of these settings, for as long as it is needed.
+async def mqtt_door(
+    settings: Settings, core: Core, types: dict[str, DeviceType], stop: asyncio.Event
+) -> AsyncIterator[Door]:
+    """The MQTT server of these settings, for as long as it is needed. After `stop` it is not waited for.
 
     Raises:
         BadSetting: it cannot listen, or Mosquitto is not there.
@@ -42,7 +44,7 @@ async def mqtt_door(settings: Settings, core: Core, types: dict[str, DeviceType]
     if settings.mqtt_url:
         yield Door(settings.mqtt_url, settings.mqtt_url, embedded=False)
     elif settings.mqtt_server == "mosquitto":
-        async with _mosquitto(settings, core, types) as door:
+        async with _mosquitto(settings, core, types, stop) as door:
             yield door
     else:
         async with _embedded(settings, core, types) as door:
@@ -81,7 +83,9 @@ async def _embedded(settings: Settings, core: Core, types: dict[str, DeviceType]
 
 
 @asynccontextmanager
-async def _mosquitto(settings: Settings, core: Core, types: dict[str, DeviceType]) -> AsyncIterator[Door]:
+async def _mosquitto(
+    settings: Settings, core: Core, types: dict[str, DeviceType], stop: asyncio.Event
+) -> AsyncIterator[Door]:
     entropy = core.writer.entropy
     host, port = address("mqtt_listen", settings.mqtt_listen)
     password = new_secret("", entropy)
@@ -98,7 +102,10 @@ async def _mosquitto(settings: Settings, core: Core, types: dict[str, DeviceType
     async with asyncio.TaskGroup() as group:
         ready = asyncio.Event()
         running = group.create_task(child.run(devices, ready))
-        await ready.wait()
+        facts = [group.create_task(fact.wait()) for fact in (ready, stop)]
+        await asyncio.wait(facts, return_when=asyncio.FIRST_COMPLETED)
+        for fact in facts:
+            fact.cancel()
         link_url = f"mqtt://{LINK_USER}:{password}@127.0.0.1:{child.link_port}?v=5"
         yield Door(link_url, f"mqtt://{child.host}:{child.port}", embedded=False)
         running.cancel()

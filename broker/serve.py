@@ -80,7 +80,7 @@ async def _serve(
     embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
     await core.open(embedded=embedded)
     async with core.running("embedded" if embedded else "external") as group:
-        async with mqtt_door(settings, core, types) as door:
+        async with mqtt_door(settings, core, types, stop) as door:
             link = MqttLink(
                 door.link_url,
                 client_id=LINK_CLIENT_ID,
