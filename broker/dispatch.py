@@ -25,7 +25,6 @@ from devices.wire import Unsendable, answer_topic, encode_command
 
 logger = structlog.get_logger()
 
-SEND_SLOTS = 100
 DRAIN_MS = 2_000
 NO_SUBSCRIBER = 0x10
 REFUSED = frozenset({0x87, 0x90, 0x95, 0x99})
@@ -42,7 +41,7 @@ class _Send(NamedTuple):
 class Dispatch:
     """Everything the broker decides by itself about handing over. Synchronous: it only stages and sends."""
 
-    def __init__(self, commands: Commands, grants: Grants, link: Link, *, slots: int = SEND_SLOTS) -> None:
+    def __init__(self, commands: Commands, grants: Grants, link: Link) -> None:
         self.commands = commands
         self.live = commands.live
         self.writer = commands.writer
@@ -51,7 +50,7 @@ class Dispatch:
         self.deadlines = Deadlines(self.writer.now, self._fire, self.writer.space)
         self.deadlines.stalled = self._stalled
         self.halted: str | None = None  # why nothing is handed over, for /readyz
-        self._slots = slots
+        self._slots = commands.limits.send_slots
         self._staged = 0  # slots taken by hand-overs that are not durable yet
         self._outstanding = 0  # slots taken by publishes without a receipt
         self._waiting: dict[str, None] = {}  # lanes that wait for the link or a slot, in order
@@ -137,6 +136,18 @@ class Dispatch:
                 slots_free=self._slots > self._staged + self._outstanding,
             )
         )
+
+    def alive(self, device_id: str) -> None:
+        """A live message of the device: what waits for its next attempt need not wait any longer."""
+        lane = self.live.lanes.get(device_id)
+        if lane is None:
+            return
+        for member in list(lane.members.values()):
+            if member.state.state is State.PENDING:
+                break
+            if member.state.state is State.PUBLISHED and not member.flight.open:
+                self._input(member, Input.CAME_ONLINE)
+                self.pump(device_id)
 
     def reported(self, member: Member) -> None:
         """A report that was not recorded, because there were enough: the device is at work all the same."""

@@ -198,14 +198,14 @@ class Intake:
 
     def _heard(self, device: DeviceState, message: Message) -> None:
         """Any live message shows that the device is there; one from the backlog only that it was."""
-        if self.embedded:
-            return
         known = self.live.presence.get(device.id, Presence.NEVER)
-        if self.writer.now() < self._backlog_until:
-            if known is Presence.NEVER:
+        if message.retain or self.writer.now() < self._backlog_until:
+            if known is Presence.NEVER and not self.embedded:
                 self.registry.heard(device, Presence.UNKNOWN, device.session)
-        elif known is not Presence.ONLINE and not message.retain:
+            return
+        if known is not Presence.ONLINE and not self.embedded:
             self.registry.heard(device, Presence.ONLINE, device.session)
+        self.dispatch.alive(device.id)
 
     # --- answers ---
 
@@ -294,6 +294,8 @@ class Intake:
             command_id,
             message.payload[:KEPT_BYTES],
         )
-        self.writer.also(lambda sql: log.add_unmatched(sql, [entry]))
+        limits = self.commands.limits
+        keep = limits.unmatched_per_device, limits.unmatched_in_all
+        self.writer.also(lambda sql: log.add_unmatched(sql, [entry], *keep))
         self.on_unmatched(reason)
         logger.info("answer.unmatched", reason=reason, topic=message.topic[:200], command_id=command_id)

@@ -170,7 +170,7 @@ def main(release: str) -> None:
 
 def folded(sql: Sql) -> dict[str, Any]:
     """Everything the log folds to: the state of every command and device, by id, in plain JSON."""
-    found = {}
+    found: dict[str, Any] = {}
     for part in ("commands", "devices"):
         rows = sql.execute(f"SELECT id, body FROM {part} ORDER BY id").fetchall()
         found[part] = {row[0]: msgspec.json.decode(row[1]) for row in rows}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,7 +19,7 @@ from broker.lifecycle import State
 from broker.live import Live
 from broker.log import sqlite as log
 from projections import follower
-from tests.golden.write import HERE, as_line, as_row, folded
+from tests.golden.write import HERE, as_line, as_row, folded, main
 from tests.integration.core_support import ManualClock, SeededEntropy
 from tests.simulation.disk import SimDisk, SimStorage
 from tests.simulation.loop import SimLoop, run
@@ -109,9 +108,7 @@ def test_the_first_release_left_every_event_and_every_state() -> None:
 
 def test_a_golden_log_is_never_written_twice() -> None:
     before = {path: path.read_bytes() for path in HERE.glob("*.json*")}
-    from tests.golden.write import main
 
     with pytest.raises(FileExistsError):
         main("0.1.0")
     assert {path: path.read_bytes() for path in HERE.glob("*.json*")} == before
-    assert Path(HERE).name == "golden"
