@@ -12,6 +12,7 @@ import sqlite3
 import sys
 import time
 from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
 
 import httpx2
 import msgspec
@@ -26,6 +27,7 @@ from broker.cli_base import (
     REFUSED,
     UNREACHABLE,
     USAGE,
+    Config,
     Data,
     Failed,
     Json,
@@ -125,7 +127,7 @@ def serve(
     mqtt_listen: Text = None,
     mqtt_server: Text = None,
     mqtt_url: Text = None,
-    config: Text = None,
+    config: Config = None,
     demo: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Run the broker until SIGTERM or Ctrl-C.
@@ -140,8 +142,6 @@ def serve(
         Our own MQTT server: embedded, or mosquitto as a child; else ORDAIN_MQTT_SERVER, else embedded.
     mqtt_url
         An external MQTT server instead, mqtt://user:password@host:port; else ORDAIN_MQTT_URL.
-    config
-        A TOML file of settings; else ORDAIN_CONFIG.
     demo
         Also run a few simulated devices, and print a curl to try.
     """
@@ -184,7 +184,13 @@ async def _pages(client: httpx2.AsyncClient, path: str) -> list[dict[str, Any]]:
 
 @keys.command(name="create")
 def create_key(
-    *, project: str, scope: list[str], name: Text = None, data: Data = None, as_json: Json = False
+    *,
+    project: str,
+    scope: list[str],
+    name: Text = None,
+    data: Data = None,
+    config: Config = None,
+    as_json: Json = False,
 ) -> None:
     """Make an API key; it is printed alone, this once. Making a key for a project makes the project.
 
@@ -198,7 +204,7 @@ def create_key(
         What it is for.
     """
     body = {"project": project, "scopes": scope, "name": name}
-    made = ask(data, lambda client, _: call(client, "POST", "/local/keys", body))
+    made = ask(data, config, lambda client, _: call(client, "POST", "/local/keys", body))
     if as_json:
         print_json(made)
     else:
@@ -206,9 +212,9 @@ def create_key(
 
 
 @keys.command(name="list")
-def list_keys(*, data: Data = None, as_json: Json = False) -> None:
+def list_keys(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """All keys, without their secrets."""
-    found = ask(data, lambda client, _: call(client, "GET", "/local/keys"))["data"]
+    found = ask(data, config, lambda client, _: call(client, "GET", "/local/keys"))["data"]
     if as_json:
         print_json(found)
         return
@@ -227,9 +233,11 @@ def list_keys(*, data: Data = None, as_json: Json = False) -> None:
 
 
 @keys.command(name="revoke")
-def revoke_key(key_id: str, /, *, data: Data = None, as_json: Json = False) -> None:
+def revoke_key(key_id: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """Take a key away, at once and for ever. What it made goes on."""
-    gone = ask(data, lambda client, _: call(client, "DELETE", f"/local/keys/{key_id}"))
+    gone = ask(
+        data, config, lambda client, _: call(client, "DELETE", f"/local/keys/{quote(key_id, safe='')}")
+    )
     if as_json:
         print_json(gone)
     else:
@@ -246,6 +254,7 @@ def add_device(
     id: Text = None,
     name: Text = None,
     data: Data = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Register a device; its token is printed alone, this once.
@@ -261,7 +270,7 @@ def add_device(
     """
     given = {"hardware_id": hardware_id, "type": type, "project": project, "id": id, "name": name}
     body = {key: value for key, value in given.items() if value is not None}
-    made = ask(data, lambda client, _: call(client, "POST", "/v1/devices", body))
+    made = ask(data, config, lambda client, _: call(client, "POST", "/v1/devices", body))
     if as_json:
         print_json(made)
     else:
@@ -269,9 +278,9 @@ def add_device(
 
 
 @devices.command(name="list")
-def list_devices(*, data: Data = None, as_json: Json = False) -> None:
+def list_devices(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """All devices, newest first."""
-    found = ask(data, lambda client, _: _pages(client, "/v1/devices"))
+    found = ask(data, config, lambda client, _: _pages(client, "/v1/devices"))
     if as_json:
         print_json(found)
         return
@@ -289,6 +298,7 @@ def send(
     wait: Annotated[bool, Parameter(negative="")] = False,
     timeout: float = 60,
     data: Data = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Send one command; without --wait its id is printed as soon as it is durable.
@@ -313,7 +323,9 @@ def send(
         body["ttl_sec"] = ttl or None
 
     async def sending(client: httpx2.AsyncClient, serving: bool) -> dict[str, Any]:
-        made: dict[str, Any] = await call(client, "POST", f"/v1/devices/{device}/commands", body)
+        made: dict[str, Any] = await call(
+            client, "POST", f"/v1/devices/{quote(device, safe='')}/commands", body
+        )
         if wait and not serving:
             raise Failed(UNREACHABLE, f"{made['id']} is recorded, but no broker serves: nothing to wait for")
         until = time.monotonic() + timeout
@@ -324,7 +336,7 @@ def send(
             made = await call(client, "GET", f"/v1/commands/{made['id']}")
         return made
 
-    made = ask(data, sending)
+    made = ask(data, config, sending)
     if as_json:
         print_json(made)
     elif wait:

@@ -20,6 +20,9 @@ T = TypeVar("T")
 DONE, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
 POLL_SEC = 0.1
 
+Config = Annotated[
+    str | None, Parameter(name="--config", help="TOML file of the broker's settings; else ORDAIN_CONFIG.")
+]
 Data = Annotated[str | None, Parameter(name="--data", help="Data directory; else ORDAIN_DATA, else ./data.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="JSON on standard output.")]
 Text = Annotated[str | None, Parameter(negative="")]
@@ -42,9 +45,9 @@ def settings_of(config: str | None = None, **flags: str | None) -> Settings:
     return load(flags, os.environ, config)
 
 
-def ask(data: str | None, work: Callable[[httpx2.AsyncClient, bool], Awaitable[T]]) -> T:
+def ask(data: str | None, config: str | None, work: Callable[[httpx2.AsyncClient, bool], Awaitable[T]]) -> T:
     """Does something as the operator of a data directory; `work` is told whether a broker is serving."""
-    settings = settings_of(data=data)
+    settings = settings_of(config, data=data)
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger("critical")
     )  # errors are exceptions here

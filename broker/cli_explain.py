@@ -8,10 +8,10 @@ from urllib.parse import quote
 
 import httpx2
 
-from broker.cli_base import Data, Json, ask, call, print_json
+from broker.cli_base import Config, Data, Json, ask, call, print_json
 
 
-def explain(command_id: str, /, *, data: Data = None, as_json: Json = False) -> None:
+def explain(command_id: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """Why a command is where it is, and what happens next.
 
     Parameters
@@ -28,7 +28,7 @@ def explain(command_id: str, /, *, data: Data = None, as_json: Json = False) -> 
             print("ordain: no broker serves this log; nothing moves until one does", file=sys.stderr)
         return found
 
-    found = ask(data, asking)
+    found = ask(data, config, asking)
     if as_json:
         print_json(found)
     else:

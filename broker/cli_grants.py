@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 from cyclopts import App
 
-from broker.cli_base import Data, Json, ask, call, print_json, print_table
+from broker.cli_base import Config, Data, Json, ask, call, print_json, print_table
 
 grants = App(name="grants", help="Keys that grants are signed with: list, rotate, retire.")
 
 
 @grants.command(name="list")
-def list_grant_keys(*, data: Data = None, as_json: Json = False) -> None:
+def list_grant_keys(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """All keys, oldest first; the last one signs."""
-    found = ask(data, lambda client, _: call(client, "GET", "/local/grants"))["data"]
+    found = ask(data, config, lambda client, _: call(client, "GET", "/local/grants"))["data"]
     if as_json:
         print_json(found)
         return
@@ -23,9 +24,9 @@ def list_grant_keys(*, data: Data = None, as_json: Json = False) -> None:
 
 
 @grants.command(name="rotate")
-def rotate_grant_key(*, data: Data = None, as_json: Json = False) -> None:
+def rotate_grant_key(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """Make a new key, which signs from now on. The older ones stay in the JWKS until they are retired."""
-    made = ask(data, lambda client, _: call(client, "POST", "/local/grants/rotate"))
+    made = ask(data, config, lambda client, _: call(client, "POST", "/local/grants/rotate"))
     if as_json:
         print_json(made)
     else:
@@ -33,9 +34,11 @@ def rotate_grant_key(*, data: Data = None, as_json: Json = False) -> None:
 
 
 @grants.command(name="retire")
-def retire_grant_key(kid: str, /, *, data: Data = None, as_json: Json = False) -> None:
+def retire_grant_key(kid: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """Take a key out of the JWKS: at once if it leaked, else 24 hours after it was replaced."""
-    gone = ask(data, lambda client, _: call(client, "POST", f"/local/grants/{kid}/retire"))
+    gone = ask(
+        data, config, lambda client, _: call(client, "POST", f"/local/grants/{quote(kid, safe='')}/retire")
+    )
     if as_json:
         print_json(gone)
     else:

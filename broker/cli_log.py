@@ -12,7 +12,7 @@ from typing import Annotated
 import msgspec
 from cyclopts import App, Parameter
 
-from broker.cli_base import POLL_SEC, REFUSED, Data, Failed, Json, print_json, settings_of
+from broker.cli_base import POLL_SEC, REFUSED, USAGE, Config, Data, Failed, Json, print_json, settings_of
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.world import open_for_reading
@@ -27,6 +27,7 @@ def tail_log(
     follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative="")] = False,
     lines: Annotated[int, Parameter(name=["--lines", "-n"])] = 10,
     data: Data = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """The last events.
@@ -38,7 +39,9 @@ def tail_log(
     lines
         How many to begin with.
     """
-    with closing(open_for_reading(Path(settings_of(data=data).data))) as sql:
+    if lines < 0:
+        raise Failed(USAGE, f"--lines = {lines}: must not be negative")
+    with closing(open_for_reading(Path(settings_of(config, data=data).data))) as sql:
         after = max(0, log.head(sql).position - lines)
         for row in _following(sql, after, follow):
             _show(row, as_json)
@@ -80,9 +83,9 @@ def _show(row: Row, as_json: bool) -> None:
 
 
 @logs.command(name="verify")
-def verify_log(*, data: Data = None, as_json: Json = False) -> None:
+def verify_log(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """Walk the whole hash chain; exit 0 only if every row is as it was written."""
-    with closing(open_for_reading(Path(settings_of(data=data).data))) as sql:
+    with closing(open_for_reading(Path(settings_of(config, data=data).data))) as sql:
         sql.execute("BEGIN")  # one state of the log, whatever is appended meanwhile
         found = log.verify(sql)
     if as_json:

@@ -19,7 +19,18 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from broker.cli_base import REFUSED, UNREACHABLE, USAGE, Data, Failed, Json, Text, print_json, settings_of
+from broker.cli_base import (
+    REFUSED,
+    UNREACHABLE,
+    USAGE,
+    Config,
+    Data,
+    Failed,
+    Json,
+    Text,
+    print_json,
+    settings_of,
+)
 from broker.control import answers, operator
 from broker.mqtt_url import parse_url
 from broker.settings import Settings
@@ -51,6 +62,7 @@ def simulate(
     seed: int = 1,
     mqtt_url: Text = None,
     data: Data = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Run a fleet of simulated devices against a running broker, and say what came of each command.
@@ -84,7 +96,7 @@ def simulate(
     _within("--devices", devices, 1, MOST_DEVICES)
     _within("--send-rate", send_rate, 0.01, 10_000)
     _within("--duration", duration, 0.1, 86_400)
-    settings = settings_of(data=data)
+    settings = settings_of(config, data=data)
     plan = Plan(
         devices=devices,
         faults=Faults(
@@ -97,7 +109,6 @@ def simulate(
         ),
         send_rate=send_rate,
         duration_sec=duration,
-        prefix=settings.prefix,
     )
     summary = uvloop.run(_simulated(settings, plan, mqtt_url, live=not as_json and Console().is_terminal))
     if as_json:
@@ -119,7 +130,9 @@ async def _simulated(settings: Settings, plan: Plan, mqtt_url: str | None, *, li
     if not answers(directory):
         raise Failed(UNREACHABLE, f"no broker serves {directory}: start one with ordain serve")
     async with operator(settings) as (client, _):
-        server = await _mqtt_server(client, settings, mqtt_url)
+        system = _json(await client.get("/v1/system"))
+        server = _mqtt_server(mqtt_url or system["mqtt"]["url"])
+        plan = msgspec.structs.replace(plan, prefix=system["settings"]["prefix"])
         simulation = Simulation(plan, server, OperatorDoor(client, directory / TOKENS))
         try:
             async with _shown(simulation, live=live):
@@ -143,14 +156,9 @@ def share(option: str, text: str) -> float:
     return value
 
 
-async def _mqtt_server(client: httpx2.AsyncClient, settings: Settings, given: str | None) -> Server:
-    """The MQTT server as devices reach it."""
-    url = given
-    if url is None:
-        response = await client.get("/v1/system")
-        url = response.json().get("mqtt_url") if response.is_success else None
+def _mqtt_server(url: str) -> Server:
     try:
-        address = parse_url(url or settings.mqtt_url or f"mqtt://{settings.mqtt_listen}")
+        address = parse_url(url)
     except ValueError as error:
         raise Failed(USAGE, f"--mqtt-url: {error}") from error
     return Server(address.host, address.port, address.tls)
@@ -227,10 +235,14 @@ class OperatorDoor:
             cursor = page["next_cursor"]
 
     async def _made(self, name: str) -> str:
-        """A token of a device that is registered for it; of one that is known already, a new one."""
+        """A token of a device that is registered for it; of one that was, a new one. Other devices are
+        left alone."""
         body = {"hardware_id": name, "type": TYPE, "project": PROJECT, "name": "simulated"}
         response = await self._ask("POST", "/v1/devices", body)
         if response.status_code == 409:
+            known = _json(await self._ask("GET", f"/v1/devices/{name}"))
+            if known["project"] != PROJECT:
+                raise Failed(REFUSED, f"{name} is a device of project {known['project']}, not of {PROJECT}")
             response = await self._ask("POST", f"/v1/devices/{name}/token")
         token: str = _json(response)["device_token"]
         return token

@@ -1,7 +1,8 @@
 """Requests on commands: create, cancel, abandon, retry. Load, decide, stage, and wait until durable.
 
-Nothing between looking at the state and staging the event may await. Whatever is answered, a
-refusal too, waits at the commit barrier, because it may stand on events that are not durable yet.
+Nothing between looking at the state and staging the event may await. Whatever is answered waits at
+the commit barrier, because it may stand on events that are not durable yet; whoever passes a refusal
+on waits there for it.
 """
 
 from __future__ import annotations
@@ -170,21 +171,17 @@ class Commands:
         """
         old = [] if retry_of is None else [retry_of]
         await self.ready([order.device], old)
-        try:
+        device = self.device(caller, order.device)
+        key = (device.project, order.idempotency_key or "", "")
+        if order.idempotency_key is not None:
+            await self.ready([order.device], old, key)
             device = self.device(caller, order.device)
-            key = (device.project, order.idempotency_key or "", "")
-            if order.idempotency_key is not None:
-                await self.ready([order.device], old, key)
-                device = self.device(caller, order.device)
-                if (first := self.live.keys.get(key)) is not None:
-                    return await self._replay(first, order.fingerprint)
-            if retry_of is not None:
-                self._check_retry(caller, retry_of)
-            params, definition = self.check(device, order)
-            self._check_queue(device, order.type)
-        except Refusal:
-            await self.writer.barrier()  # a refusal, too, may stand on what is not durable yet
-            raise
+            if (first := self.live.keys.get(key)) is not None:
+                return await self._replay(first, order.fingerprint)
+        if retry_of is not None:
+            self._check_retry(caller, retry_of)
+        params, definition = self.check(device, order)
+        self._check_queue(device, order.type)
         state = self._accept(caller, device, order, params, definition, retry_of)
         if order.idempotency_key is not None:
             self._keep_key(key, order.fingerprint, state)

@@ -20,7 +20,8 @@ from broker.core import Core
 from broker.http.app import create_app
 from broker.http.services import Services
 from broker.metrics import Metrics
-from broker.settings import Settings
+from broker.seams import Sql
+from broker.settings import BadSetting, Settings
 from broker.type_files import load_types
 from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy
 
@@ -30,12 +31,14 @@ FREE_WITHIN_SEC = 10.0
 LOOK_AGAIN_SEC = 0.05
 
 
-def services(core: Core) -> Services:
-    """What the HTTP app needs of a core that is open and has its link."""
+def services(core: Core, shown: Settings | None = None) -> Services:
+    """What the HTTP app needs of a core that is open and has its link; `shown`: its settings, as they
+    came out."""
     metrics = Metrics(core.writer.clock)
     metrics.watch(core.writer, core.live, core.link, core.intake)
     return Services(
         commands=core.commands,
+        repairs=core.repairs,
         registry=core.registry,
         keys=core.keys,
         grants=core.grants,
@@ -44,7 +47,7 @@ def services(core: Core) -> Services:
         link=core.link,
         metrics=metrics,
         limits=core.settings.limits,
-        settings=core.settings,
+        settings=shown or core.settings,
         log_id=core.log_id,
         cursor_key=core.cursor_key,
         ready=core.not_ready,
@@ -96,6 +99,7 @@ async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient
     """An HTTP client that is the operator of this data directory, and whether a broker is serving it.
 
     Raises:
+        BadSetting: the prefix is not the one that the log was last served with.
         InUse: somebody has the log, and neither answers nor lets go of it.
         BadType: a file of device types is wrong.
         OSError, Broken: the directory or the log cannot be opened.
@@ -111,12 +115,35 @@ async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient
     try:
         core = Core(storage, SystemClock(), SystemEntropy(), load_types(settings.types), settings)
         await core.open(embedded=False)
+        await _check_prefix(core)
         async with core.running(None):
             app = create_app(services(core), local=True)
             async with _client(httpx2.ASGITransport(app=cast(Any, app))) as client:
                 yield client, False
     finally:
         await storage.close()
+
+
+async def remember_prefix(core: Core) -> None:
+    """Whoever serves says so in the log's file, so that nobody makes commands for other topics in between."""
+
+    def work(sql: Sql) -> None:
+        sql.execute("INSERT OR REPLACE INTO meta VALUES ('prefix', ?)", (core.settings.prefix,))
+
+    await core.storage.write(work)
+
+
+async def _check_prefix(core: Core) -> None:
+    def work(sql: Sql) -> list[tuple[str]]:
+        return sql.execute("SELECT value FROM meta WHERE key = 'prefix'").fetchall()
+
+    settings = core.settings
+    for (served,) in await core.storage.read(work):
+        if served != settings.prefix:
+            raise BadSetting(
+                f"prefix = {settings.prefix!r}: {settings.data} was last served with {served!r}; "
+                "give the same --config"
+            )
 
 
 async def _opened(directory: Path) -> SqliteStorage | None:

@@ -30,7 +30,6 @@ from broker.writer import CLOCK_STEP_MS, Writer
 from devices.types import DeviceType
 from projections import follower
 
-IDEMPOTENCY_MS = 7 * 86_400_000
 CLOCK_WATCH_SEC = 1.0
 HOUSEKEEPING_SEC = 3_600.0
 
@@ -169,8 +168,8 @@ class Core:
             self.registry.record_system(ClockStepped(by_ms=step))
 
     def _forget_keys(self) -> None:
-        """Idempotency keys are remembered for a week, and as long as their command is open."""
-        before = self.writer.now() - IDEMPOTENCY_MS
+        """Idempotency keys are remembered for their time, and as long as their command is open."""
+        before = self.writer.now() - self.settings.limits.idempotency_sec * 1_000
         self.writer.also(
             lambda sql: sql.execute(
                 "DELETE FROM idempotency WHERE created_at < ? AND NOT EXISTS (SELECT 1 FROM commands c JOIN "

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import structlog
+
 from broker.commands import Caller
 from broker.core import Core
 from broker.errors import Refusal
@@ -19,8 +21,15 @@ from broker.lanes import Presence
 from broker.registry import NewDevice
 from devices.demo import run_demo
 
+logger = structlog.get_logger()
+
 PROJECT = "demo"
-DEVICES = (("demo_lock", "generic"), ("demo_recorder", "recorder"), ("ABC123", "iotee_device"))
+# Name, type, and a command to try.
+DEVICES = (
+    ("demo_lock", "generic", "lock"),
+    ("demo_recorder", "recorder", "start_recording"),
+    ("ABC123", "iotee_device", "lock"),
+)
 ONLINE_WITHIN_SEC = 10
 OPERATOR = Caller(actor="operator:demo", project=None)
 
@@ -31,41 +40,58 @@ class Demo:
     def __init__(self, core: Core, data: Path) -> None:
         self._core = core
         self._home = data / "demo"
-        self._key = ""
         os.makedirs(self._home, mode=0o700, exist_ok=True)
 
-    async def run(self, url: str) -> None:
-        """Runs the devices until cancelled."""
-        devices = [(name, await self._token(name, kind), kind) for name, kind in DEVICES]
-        await run_demo(url, devices, prefix=self._core.settings.prefix, memory_dir=self._home)
+    async def run(self, url: str, base: str, say: Callable[[str], None]) -> None:
+        """Runs the devices until cancelled; says what to try once they are online, or late."""
+        devices = []
+        for name, kind, _ in DEVICES:
+            token = await self._token(name, kind)
+            if token is not None:
+                devices.append((name, token, kind))
+        async with asyncio.TaskGroup() as group:
+            running = run_demo(url, devices, prefix=self._core.settings.prefix, memory_dir=self._home)
+            group.create_task(running)
+            await self._wait_for([name for name, _, _ in devices])
+            say(self._welcome(base, [name for name, _, _ in devices], await self._secret_key()))
 
-    async def greet(self, base: str, say: Callable[[str], None]) -> None:
-        """Says what to try, once there is a key and the devices are online, or late."""
+    async def _wait_for(self, names: list[str]) -> None:
         recorded = asyncio.Event()
-        self._core.writer.listeners.append(lambda _: recorded.set())
-        self._key = await self._secret_key()
-        with suppress(TimeoutError):  # they may still come: an external server may not know them yet
-            async with asyncio.timeout(ONLINE_WITHIN_SEC):
-                while not all(self._online(name) for name, _ in DEVICES):
-                    await recorded.wait()
-                    recorded.clear()
-        say(self._welcome(base))
+        listeners = self._core.writer.listeners
+
+        def heard(_: object) -> None:
+            recorded.set()
+
+        listeners.append(heard)
+        try:
+            with suppress(TimeoutError):  # they may still come: an external server may not know them yet
+                async with asyncio.timeout(ONLINE_WITHIN_SEC):
+                    while not all(map(self._online, names)):
+                        await recorded.wait()
+                        recorded.clear()
+        finally:
+            listeners.remove(heard)
 
     def _online(self, name: str) -> bool:
         device = self._core.live.device(name)
         return device is not None and self._core.live.presence.get(device.id) is Presence.ONLINE
 
-    async def _token(self, name: str, kind: str) -> str:
+    async def _token(self, name: str, kind: str) -> str | None:
+        """None if there can be no such demo device: somebody else's has the name, or it was deleted."""
         kept = _read(self._home / f"{name}.token")
-        registry = self._core.registry
-        if kept and await registry.authenticate(name, kept) is not None:
+        core = self._core
+        if kept and await core.registry.authenticate(name, kept) is not None:
             return kept
         try:
-            issued = await registry.register(
+            issued = await core.registry.register(
                 OPERATOR, NewDevice(hardware_id=name, type=kind, project=PROJECT, name=f"demo {kind}")
             )
-        except Refusal:
-            issued = await registry.rotate_token(OPERATOR, name)  # it was made before, its file is gone
+        except Refusal as taken:
+            known = core.live.device(name)
+            if known is None or known.deleted_at is not None or known.project != PROJECT:
+                logger.warning("demo.device_left_out", hardware_id=name, why=taken.message)
+                return None
+            issued = await core.registry.rotate_token(OPERATOR, name)  # made before, its file is gone
         _write(self._home / f"{name}.token", issued.token)
         return issued.token
 
@@ -78,16 +104,21 @@ class Demo:
         _write(self._home / "key", secret)
         return secret
 
-    def _welcome(self, base: str) -> str:
+    def _welcome(self, base: str, names: list[str], key: str) -> str:
         where = shlex.quote(self._core.settings.data)
+        tries = [
+            f"""  send     curl -s {base}/v1/devices/{name}/commands -H 'Authorization: Bearer {key}' \\
+             -H 'Content-Type: application/json' -d '{{"type": "{command}"}}'
+  look     curl -s {base}/v1/devices/{name}/commands -H 'Authorization: Bearer {key}'
+"""
+            for name, _, command in DEVICES
+            if name in names
+        ]
         return f"""
-Ordain is ready, with the demo devices {", ".join(name for name, _ in DEVICES)}.
+Ordain is ready, with the demo devices {", ".join(names) or "left out: their names are taken"}.
 
-  key      {self._key}
-  send     curl -s {base}/v1/devices/demo_lock/commands -H 'Authorization: Bearer {self._key}' \\
-             -H 'Content-Type: application/json' -d '{{"type": "lock"}}'
-  look     curl -s {base}/v1/devices/demo_lock/commands -H 'Authorization: Bearer {self._key}'
-  docs     {base}/docs
+  key      {key}
+{"".join(tries[:1])}  docs     {base}/docs
   log      .venv/bin/ordain log tail --data {where}
 """
 

@@ -41,6 +41,8 @@ logger = structlog.get_logger()
 
 BATCH = 1_000
 KEPT_BYTES = 1_024
+# QoS 0 has no window that bounds it: beyond this it is lost, as it may be.
+MOST_UNACKNOWLEDGEABLE = 10_000
 OWN = object()  # the token of what our own MQTT server says of a device
 
 
@@ -76,6 +78,9 @@ class Intake:
         self.dispatch.link_down()
 
     def message(self, message: Message) -> None:
+        if not message.qos and len(self._queue) >= MOST_UNACKNOWLEDGEABLE:
+            self.on_unmatched("overrun")
+            return
         self._queue.append(message)
         self._wake.set()
 

@@ -75,9 +75,6 @@ class Keys:
         """The project a key belongs to, an admin's too: where what it makes goes by default."""
         return next((key.project for key in self._by_digest.values() if f"key:{key.id}" == actor), None)
 
-    def projects(self) -> set[str]:
-        return {key.project for key in self._by_digest.values()}
-
     def all(self) -> list[Key]:
         return sorted(self._by_digest.values(), key=lambda key: key.id)
 

@@ -226,11 +226,11 @@ class Mosquitto:
             pid = int((self._home / "pid").read_text())
             if self._is_ours(pid):
                 os.kill(pid, signal.SIGTERM)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LEFTOVER_WITHIN_SEC):
-                        while self._is_ours(pid):
-                            await asyncio.sleep(LOOK_AGAIN_SEC)
-                if self._is_ours(pid):
+                for _ in range(round(LEFTOVER_WITHIN_SEC / LOOK_AGAIN_SEC)):
+                    await asyncio.sleep(LOOK_AGAIN_SEC)
+                    if not self._is_ours(pid):
+                        break
+                else:
                     os.kill(pid, signal.SIGKILL)
                 logger.warning("mosquitto.leftover_ended", pid=pid)
         (self._home / "pid").unlink(missing_ok=True)
@@ -240,7 +240,7 @@ class Mosquitto:
         try:
             here = Path(f"/proc/{pid}/cwd").resolve(strict=True) == self._home.resolve()
             return here and b"mosquitto" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:  # it has ended, or is somebody else's
             return False
 
     async def _end(self) -> None:

@@ -1,8 +1,9 @@
 """The embedded MQTT server: amqtt in our loop, for trying out and small sites.
 
 It lets a device in by its token and to its own topics only, keeps nothing for anybody who is away, and tells
-who is there. It must never touch what belongs to a client id before the password is right.
-Private parts of amqtt are used here and nowhere else.
+who is there. It must never touch what belongs to a client id before the password is right, nor acknowledge
+what a device says before our own link has.
+Private parts of amqtt are used here and in `mqtt_connection`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 from urllib.parse import quote
 
 import structlog
-from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter  # type: ignore[import-untyped]
 from amqtt.broker import Broker  # type: ignore[import-untyped]
 from amqtt.contexts import Action, BrokerConfig, ListenerConfig  # type: ignore[import-untyped]
 from amqtt.errors import (  # type: ignore[import-untyped]
@@ -23,137 +23,23 @@ from amqtt.errors import (  # type: ignore[import-untyped]
     NoDataError,
     ProtocolHandlerError,
 )
-from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler  # type: ignore[import-untyped]
+from amqtt.mqtt.publish import PublishPacket  # type: ignore[import-untyped]
 from amqtt.mqtt.subscribe import SubscribePacket  # type: ignore[import-untyped]
 from amqtt.mqtt.unsubscribe import UnsubscribePacket  # type: ignore[import-untyped]
-from amqtt.session import ApplicationMessage, Session  # type: ignore[import-untyped]
+from amqtt.session import Session  # type: ignore[import-untyped]
 
 from broker.mqtt_access import LINK_USER, Access, Claim, Peer
+from broker.mqtt_connection import CLOSE_WITHIN_SEC, Handler, Packets, Writer
+from broker.mqtt_handover import Said
 from broker.seams import Presence
 
 logger = structlog.get_logger()
 
-CONNECT_WITHIN_SEC = 10
-CLOSE_WITHIN_SEC = 1
 # MQTT allows a client one and a half times its keep-alive.
 KEEPALIVE_GRACE = 1.5
-# Packets of one device that wait to be dealt with; beyond it we stop reading from it.
-UNREAD = 100
-# Unacknowledged messages to one client. Our link is waited for; anybody else loses what is beyond it.
-WINDOW = 1_000
 # amqtt needs 52 kB a connection, and 45 s to let 7,000 in.
 CROWDED = 500
 REFUSED = 0x80
-
-
-class _Packets(StreamReaderAdapter):  # type: ignore[misc]
-    """Whole packets, each within `patience` and no longer than `longest`; after a failure, only the end."""
-
-    def __init__(self, reader: asyncio.StreamReader, longest: int) -> None:
-        super().__init__(reader)
-        self.patience: float | None = CONNECT_WITHIN_SEC
-        self.ready = asyncio.Event()
-        self.ready.set()
-        self._longest = longest
-        self._packet = b""
-        self._failed = False
-
-    async def read(self, n: int = -1) -> bytes:
-        if n == 0:
-            return b""
-        if not self._packet and not self._failed:
-            # amqtt handles each packet in a task, and cancels those not begun when it reads the end.
-            await asyncio.sleep(0)
-            await self.ready.wait()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self.patience):
-                    self._packet = await self._next()
-        if self._failed or not 0 < n <= len(self._packet):
-            self._failed = True
-            raise ConnectionResetError  # which amqtt takes for the end of the stream
-        wanted, self._packet = self._packet[:n], self._packet[n:]
-        return wanted
-
-    async def _next(self) -> bytes:
-        packet = bytearray(await self._reader.readexactly(2))
-        length = packet[1] & 0x7F
-        while packet[-1] & 0x80 and len(packet) < 5:
-            packet += await self._reader.readexactly(1)
-            length |= (packet[-1] & 0x7F) << 7 * (len(packet) - 2)
-        if length > self._longest or packet[-1] & 0x80:
-            logger.warning("mqtt.embedded_too_large", size=length, limit=self._longest)
-            return b""
-        return bytes(packet + await self._reader.readexactly(length))
-
-
-class _Writer(StreamWriterAdapter):  # type: ignore[misc]
-    """A writer whose closing does not wait for a client that has stopped reading."""
-
-    is_closed: bool
-
-    async def close(self) -> None:
-        if not self.is_closed:
-            self.is_closed = True
-            self._writer.close()
-            try:
-                async with asyncio.timeout(CLOSE_WITHIN_SEC / 2):
-                    await self._writer.wait_closed()
-            except OSError:  # a time-out too
-                self._writer.transport.abort()
-
-
-class _Handler(BrokerProtocolHandler):  # type: ignore[misc]
-    """One connection's protocol. What the client sends goes through one queue, so that nothing overtakes.
-
-    amqtt's own queues forget what is in them, PUBACKed or not, as soon as the client says goodbye.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.peer: Peer
-        self.inbox: asyncio.Queue[Any] = asyncio.Queue()
-        self.online = False
-        self.denied = False
-        self.gone = asyncio.Event()
-        self.window = asyncio.Semaphore(WINDOW)
-
-    def end(self) -> None:
-        """As if the client had gone without a word."""
-        self.inbox.put_nowait(None)
-
-    async def next(self) -> Any:
-        item = await self.inbox.get()
-        if self.inbox.qsize() < UNREAD:
-            self.reader.ready.set()
-        return item
-
-    async def handle_publish(self, packet: Any) -> None:
-        if packet.qos > 2:
-            self.end()
-            return
-        await super().handle_publish(packet)
-        # Our link is never made to wait: behind its messages are the PUBACKs that the devices wait for.
-        if self.peer.kind == "device" and self.inbox.qsize() >= UNREAD:
-            self.reader.ready.clear()
-
-    async def handle_subscribe(self, packet: Any) -> None:
-        self.inbox.put_nowait(packet)
-
-    async def handle_unsubscribe(self, packet: Any) -> None:
-        self.inbox.put_nowait(packet)
-
-    async def handle_connect(self, packet: Any) -> None:
-        self.end()
-
-    async def handle_disconnect(self, packet: Any) -> None:
-        self.inbox.put_nowait(packet)
-
-    async def _send_packet(self, packet: Any) -> None:
-        """amqtt's own raises in tasks that nobody looks at when a connection ends in the middle."""
-        if self.writer is not None:
-            with suppress(OSError):
-                async with self._write_lock:
-                    await packet.to_stream(self.writer)
 
 
 class _Broker(Broker):  # type: ignore[misc]
@@ -167,6 +53,9 @@ class _Broker(Broker):  # type: ignore[misc]
         self.deliveries: set[asyncio.Task[None]] = set()
         self._server = server
         self._wildcards: set[str] = set()
+        self._links: set[Handler] = set()
+        # By device: the packet ids our link may have had though the device was cut off before its PUBACK.
+        self._had: dict[str, set[int]] = {}
 
     async def _create_server_instance(self, *_: Any) -> asyncio.Server:
         return await asyncio.start_server(self._accept, self._server.host, self._server.port)
@@ -181,9 +70,9 @@ class _Broker(Broker):  # type: ignore[misc]
         task = asyncio.current_task()
         assert task is not None
         self.tasks[task] = None
-        writer = _Writer(stream_writer)
+        writer = Writer(stream_writer)
         try:
-            await self._serve(task, _Packets(stream, self._server.max_packet_bytes), writer)
+            await self._serve(task, Packets(stream, self._server.max_packet_bytes), writer)
         except asyncio.CancelledError:
             logger.debug("mqtt.embedded_cut_off", address=writer.get_peer_info())
         except Exception as error:  # whatever a stranger's bytes make amqtt stumble over
@@ -193,8 +82,8 @@ class _Broker(Broker):  # type: ignore[misc]
             del self.tasks[task]
             await writer.close()
 
-    async def _serve(self, task: asyncio.Task[Any], packets: _Packets, writer: _Writer) -> None:
-        handler, session = await _Handler.init_from_connect(packets, writer, self.plugins_manager)
+    async def _serve(self, task: asyncio.Task[Any], packets: Packets, writer: Writer) -> None:
+        handler, session = await Handler.init_from_connect(packets, writer, self.plugins_manager)
         self.tasks[task] = session.client_id
         packets.patience = session.keep_alive * KEEPALIVE_GRACE or None
         session.keep_alive = 0  # `patience` watches instead, a packet's whole length
@@ -229,8 +118,17 @@ class _Broker(Broker):  # type: ignore[misc]
         claim = Claim(session.client_id, session.username, session.password, will_topic)
         return await self._server.access.admit(claim)
 
-    async def _forget(self, session: Session, handler: _Handler) -> None:
+    async def _forget(self, session: Session, handler: Handler) -> None:
         self._sessions.pop(session.client_id, None)
+        self._links.discard(handler)
+        handler.outbox.end()
+        self._offer_again()
+        if had := handler.spoken.end():
+            self._had[session.client_id] = had
+        else:
+            self._had.pop(session.client_id, None)
+        if handler.dropped:
+            logger.info("mqtt.embedded_qos0_lost", peer=handler.peer.name, messages=handler.dropped)
         await self._del_all_subscriptions(session)
         self._wildcards &= self._subscriptions.keys()
         self._server.noticed(handler, online=False)
@@ -239,16 +137,19 @@ class _Broker(Broker):  # type: ignore[misc]
             async with asyncio.timeout(CLOSE_WITHIN_SEC):
                 await handler.stop()
 
-    async def _converse(self, session: Session, handler: _Handler) -> None:
+    async def _converse(self, session: Session, handler: Handler) -> None:
         """Deals with what the client sends, in order, until it leaves."""
         while True:
             item = await handler.next()
-            if isinstance(item, ApplicationMessage):
-                await self._published(handler, item.topic, item.data)
+            if isinstance(item, PublishPacket):
+                await self._said(handler, item)
             elif isinstance(item, SubscribePacket):
                 codes = [await self._subscribe(session, topic, qos) for topic, qos in item.payload.topics]
                 await handler.mqtt_acknowledge_subscription(item.variable_header.packet_id, codes)
                 self._server.noticed(handler, online=self._listens(session))
+                if handler.peer.kind == LINK_USER and 1 in codes:
+                    self._links.add(handler)
+                    self._offer_again()
             elif isinstance(item, UnsubscribePacket):
                 for topic in item.payload.topics:
                     if self._del_subscription(topic, session) and not self._subscriptions[topic]:
@@ -257,7 +158,9 @@ class _Broker(Broker):  # type: ignore[misc]
                 self._server.noticed(handler, online=self._listens(session))
             else:
                 if item is None and session.will_flag and not self.closing:
-                    await self._published(handler, session.will_topic, session.will_message)
+                    await self._published(
+                        handler, Said(handler.spoken, session.will_topic, session.will_message)
+                    )
                 return
 
     async def _subscribe(self, session: Session, topic: str, qos: int) -> int:
@@ -273,35 +176,66 @@ class _Broker(Broker):  # type: ignore[misc]
 
     async def _topic_filtering(self, session: Session, topic: str, action: Action) -> bool:
         """amqtt asks this of subscriptions."""
-        handler: _Handler = self._sessions[session.client_id][1]
+        handler: Handler = self._sessions[session.client_id][1]
         return handler.peer.subscribe(topic) or self._deny(handler, "subscribe", topic)
 
-    def _deny(self, handler: _Handler, action: str, topic: str) -> bool:
+    def _deny(self, handler: Handler, action: str, topic: str) -> bool:
         """Says so once a connection: who does this can do it often."""
         if not handler.denied:
             handler.denied = True
             logger.warning("mqtt.embedded_denied", peer=handler.peer.name, action=action, topic=topic)
         return False
 
-    async def _published(self, handler: _Handler, topic: str, data: bytes) -> None:
+    async def _said(self, handler: Handler, packet: Any) -> None:
+        said = Said(handler.spoken, packet.topic_name, packet.data)
+        if handler.peer.kind == "device":
+            said.qos, said.packet_id = packet.qos, packet.packet_id
+            said.dup = packet.dup_flag and packet.packet_id in self._had.get(handler.peer.name, ())
+            handler.spoken.waiting.append(said)
+        await self._published(handler, said)
+
+    async def _published(self, handler: Handler, said: Said) -> None:
         """To all who may have it, never retained. amqtt's own way loses some when somebody subscribes."""
-        if not handler.peer.publish(topic):
-            self._deny(handler, "publish", topic)
+        if not handler.peer.publish(said.topic):
+            self._deny(handler, "publish", said.topic)
+            said.take()
             return
-        filters = [topic, *(each for each in self._wildcards if self._matches(topic, each))]
-        for session, qos in [target for each in filters for target in self._subscriptions.get(each, ())]:
-            _, target = self._sessions.get(session.client_id, (None, None))
-            if target is None or not target.peer.receive(topic):
+        self._offer(said)
+        for target, qos in self._targets(said.topic):
+            if target.peer.kind == LINK_USER and qos:
                 continue
-            if target.window.locked() and target.peer.kind != LINK_USER:
-                logger.warning("mqtt.embedded_overrun", peer=target.peer.name, topic=topic)
+            if target.window.locked():
+                logger.warning("mqtt.embedded_overrun", peer=target.peer.name, topic=said.topic)
                 continue
             await target.window.acquire()
-            task = asyncio.create_task(self._deliver(target, topic, data, qos))
+            task = asyncio.create_task(self._deliver(target, said.topic, said.data, qos))
             self.deliveries.add(task)
             task.add_done_callback(self.deliveries.discard)
 
-    async def _deliver(self, target: _Handler, topic: str, data: bytes, qos: int) -> None:
+    def _targets(self, topic: str) -> list[tuple[Handler, int]]:
+        filters = [topic, *(each for each in self._wildcards if self._matches(topic, each))]
+        known = [target for each in filters for target in self._subscriptions.get(each, ())]
+        targets = [
+            (self._sessions[session.client_id][1], qos)
+            for session, qos in known
+            if session.client_id in self._sessions
+        ]
+        return [(target, qos) for target, qos in targets if target.peer.receive(topic)]
+
+    def _offer(self, said: Said) -> None:
+        """To our link. While there is none it waits with its device, but for QoS 0."""
+        for target, qos in self._targets(said.topic):
+            if target in self._links and qos:
+                target.outbox.offer(said)
+        if not said.owed and (self._links or not said.qos):
+            said.take()
+
+    def _offer_again(self) -> None:
+        for _, handler in self._sessions.values():
+            for said in handler.spoken.adrift():
+                self._offer(said)
+
+    async def _deliver(self, target: Handler, topic: str, data: bytes, qos: int) -> None:
         try:
             if not target.gone.is_set():
                 await target.mqtt_publish(topic, data, qos, retain=False)
@@ -384,7 +318,7 @@ class EmbeddedServer:
             advice = "an external server such as Mosquitto carries more"
             logger.warning("mqtt.embedded_crowded", devices=self.connected, advice=advice)
 
-    def noticed(self, handler: _Handler, *, online: bool) -> None:
+    def noticed(self, handler: Handler, *, online: bool) -> None:
         if self._broker is not None and handler.peer.kind == "device" and handler.online != online:
             handler.online = online
             tell = self._presence.device_online if online else self._presence.device_offline

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 Version = Literal["5", "3.1.1"]
+FORM = "an MQTT server's URL is mqtt or mqtts, then ://host"
 
 
 class Address(NamedTuple):
@@ -26,10 +27,14 @@ def parse_url(url: str) -> Address:
     Raises:
         ValueError: says what is wrong, without repeating a password.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:  # it may quote what it could not read
+        raise ValueError(FORM) from None
     tls = parts.scheme == "mqtts"
-    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
-        raise ValueError("an MQTT server's URL is mqtt or mqtts, then ://host")
+    if parts.scheme not in ("mqtt", "mqtts") or not host or not is_host(host):
+        raise ValueError(FORM)
     try:
         port = parts.port or (8883 if tls else 1883)
     except ValueError:
@@ -40,9 +45,9 @@ def parse_url(url: str) -> Address:
     asked = tuple(options.pop("v", ()))
     if options or asked not in versions or parts.path not in ("", "/"):
         raise ValueError("after the host an MQTT server's URL may say ?v=5 or ?v=3.1.1 and nothing else")
-    name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    name = f"[{host}]" if ":" in host else host
     return Address(
-        host=parts.hostname,
+        host=host,
         port=port,
         tls=tls,
         username=None if parts.username is None else unquote(parts.username),
@@ -50,3 +55,11 @@ def parse_url(url: str) -> Address:
         version=versions[asked],
         shown=f"{parts.scheme}://{name}:{port}",
     )
+
+
+def is_host(host: str) -> bool:
+    """Can it be looked up at all? A part of a name is at most 63 bytes, and not empty."""
+    try:
+        return host.encode("idna") != b""
+    except UnicodeError:
+        return False

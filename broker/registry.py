@@ -106,7 +106,6 @@ class Registry:
         await self.commands.ready([device_id, new.hardware_id])
         for name in (device_id, new.hardware_id):
             if self.live.device(name) is not None:
-                await self.writer.barrier()
                 raise Refusal("conflict", f"the name {name} is taken; names are never given twice")
         token = new_secret("dtok_", self.writer.entropy)
         event = Registered(
@@ -148,7 +147,6 @@ class Registry:
         lane = self.live.lanes.get(device.id)
         open_ones = list(lane.members.values()) if lane is not None else []
         if open_ones and not force:
-            await self.writer.barrier()
             raise Refusal(
                 "conflict",
                 f"device {device.hardware_id} has {len(open_ones)} open commands; force=true ends them",

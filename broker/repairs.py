@@ -45,7 +45,6 @@ class Repairs:
         await commands.ready([old.device_id])
         device = commands.live.device(old.device_id)
         if device is None or device.deleted_at is not None:
-            await commands.writer.barrier()
             raise Refusal("device_deleted", f"the device of {old.id} was deleted")
         order = Order(
             device=old.device_id,

@@ -13,14 +13,17 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import msgspec
 import structlog
 import uvicorn
 from litestar.types import ASGIApp
 
-from broker.control import SOCKET, listen, services
+from broker.control import SOCKET, listen, remember_prefix, services
 from broker.core import Core
 from broker.demo import Demo
 from broker.http.app import create_app
+from broker.http.protocol import Bounded
+from broker.http.services import Services
 from broker.mqtt import MqttLink
 from broker.mqtt_door import mqtt_door
 from broker.settings import BadSetting, Settings, address
@@ -79,6 +82,7 @@ async def _serve(
     core = Core(storage, SystemClock(), entropy, types, settings)
     embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
     await core.open(embedded=embedded)
+    await remember_prefix(core)
     async with core.running("embedded" if embedded else "external") as group:
         async with mqtt_door(settings, core, types, stop) as door:
             link = MqttLink(
@@ -91,16 +95,17 @@ async def _serve(
             )
             core.attach(link)
             group.create_task(link.run())
-            async with _http(core, listening, Path(settings.data)):
+            if not settings.mqtt_url:
+                settings = msgspec.structs.replace(
+                    settings, mqtt_listen=door.devices_url.removeprefix("mqtt://")
+                )
+            async with _http(services(core, settings), listening, Path(settings.data)):
                 base = "http://{}:{}".format(*listening.getsockname()[:2])
                 logger.info("broker.serving", http=base, data=settings.data, log=core.log_id)
                 helpers = []
                 if demo:
                     fleet = Demo(core, Path(settings.data))
-                    helpers = [
-                        group.create_task(fleet.run(door.devices_url)),
-                        group.create_task(fleet.greet(base, say)),
-                    ]
+                    helpers = [group.create_task(fleet.run(door.devices_url, base, say))]
                 gc.collect()
                 gc.freeze()
                 gc.set_threshold(10_000, 20, 50)
@@ -112,9 +117,8 @@ async def _serve(
 
 
 @asynccontextmanager
-async def _http(core: Core, listening: socket.socket, directory: Path) -> AsyncIterator[None]:
+async def _http(parts: Services, listening: socket.socket, directory: Path) -> AsyncIterator[None]:
     """The public app on its address, the operator's on the private socket; at the end requests finish."""
-    parts = services(core)
     private = listen(directory)
     servers = [
         _uvicorn(create_app(parts)),
@@ -135,7 +139,7 @@ def _uvicorn(app: ASGIApp) -> _Server:
     config = uvicorn.Config(
         app,
         loop="none",
-        http="httptools",
+        http=Bounded,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -8,12 +8,12 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from broker.mqtt_url import parse_url
+from broker.mqtt_url import is_host, parse_url
 from devices.names import is_name
 
 
@@ -22,12 +22,17 @@ class BadSetting(Exception):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bounds on what is taken in; sizes in bytes."""
+    """Bounds on what is taken in, kept and under way at a time; sizes in bytes."""
 
     queue_per_name: Annotated[int, Meta(ge=1)] = 100
     queue_per_device: Annotated[int, Meta(ge=1)] = 1_000
     params_bytes: Annotated[int, Meta(ge=2)] = 65_536
     body_bytes: Annotated[int, Meta(ge=1_024)] = 262_144
+    default_ttl_sec: Annotated[int, Meta(ge=1, le=31_536_000)] = 300
+    idempotency_sec: Annotated[int, Meta(ge=86_400)] = 604_800
+    send_slots: Annotated[int, Meta(ge=1, le=100)] = 100
+    unmatched_per_device: Annotated[int, Meta(ge=1)] = 100
+    unmatched_in_all: Annotated[int, Meta(ge=1)] = 10_000
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,10 +77,7 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
             raise BadSetting(f"{place}: is not TOML: {error}") from error
     values |= {key: environment[name] for key, name in ENVIRONMENT.items() if environment.get(name)}
     values |= {key: value for key, value in flags.items() if value is not None}
-    try:
-        settings = msgspec.convert(values, Settings)
-    except msgspec.ValidationError as error:
-        raise BadSetting(f"{place or 'settings'}: {error}") from error
+    settings = _converted(place, values)
     for key in ("http", "mqtt_listen"):
         address(key, getattr(settings, key))
     if settings.mqtt_url:
@@ -88,6 +90,27 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
     return settings
 
 
+def _converted(place: str, values: dict[str, Any]) -> Settings:
+    """A wrong setting is named with its value, but for the URL and unknown ones: they may be secrets."""
+    where = f"{place}: " if place else ""
+    limits = values.get("limits")
+    tables = [("", values, Settings), ("limits.", limits if isinstance(limits, dict) else {}, Limits)]
+    for above, table, kind in tables:
+        known = kind.__struct_fields__
+        for key in table:
+            if key not in known:
+                raise BadSetting(f"{where}{above}{key}: unknown key; known are: {', '.join(known)}")
+    try:
+        return msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:
+        right, _, path = str(error).partition(" - at `$.")
+        key, value = path.rstrip("`"), values
+        for part in key.split("."):
+            value = value[part]
+        shown = "" if key == "mqtt_url" else f" = {value!r}"
+    raise BadSetting(f"{where}{key}{shown}: {right}")
+
+
 def address(key: str, text: str) -> tuple[str, int]:
     """`HOST:PORT`; port 0 takes a free one.
 
@@ -95,6 +118,6 @@ def address(key: str, text: str) -> tuple[str, int]:
         BadSetting: it is not of that form.
     """
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65_535:
+    if not colon or not is_host(host) or not port.isdecimal() or int(port) > 65_535:
         raise BadSetting(f"{key} = {text!r}: must be HOST:PORT, such as 127.0.0.1:8080")
     return host.strip("[]"), int(port)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -29,13 +30,17 @@ def main() -> int:
     given = _options()
     figures: Figures = {"load before": "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())}
     since = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="ordain-soak-", dir=given.dir) as home:
-        try:
-            faults = uvloop.run(RUNS[given.run](Path(home), given, figures))
-        except BaseException:
-            for log in sorted(Path(home).glob("*.log")):
-                print(f"--- {log.name}\n{log.read_text(errors='replace')[-2_000:]}", file=sys.stderr)
-            raise
+    home = Path(tempfile.mkdtemp(prefix="ordain-soak-", dir=given.dir))
+    try:
+        faults = uvloop.run(RUNS[given.run](home, given, figures))
+    except BaseException:
+        for log in sorted(home.glob("*.log")):
+            print(f"--- {log}\n{log.read_text(errors='replace')[-2_000:]}", file=sys.stderr)
+        raise
+    if faults or given.keep:
+        print(f"all of it is kept in {home}", file=sys.stderr)
+    else:
+        shutil.rmtree(home)
     figures["seconds in all"] = time.monotonic() - since
     figures["load after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
     if given.json:
@@ -50,6 +55,9 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.soak", description=__doc__)
     parser.add_argument("--dir", type=Path, help="where the log is put; not a file system in memory")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the log and all else; with faults it is kept"
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
     runs = parser.add_subparsers(dest="run", required=True)
     backlog = runs.add_parser("backlog", help="a long queue for devices that come back at once")

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 import structlog
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi.datastructures import ResponseSpec
+from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import UNSET, Meta, UnsetType
 
 from broker.errors import Refusal, Unavailable, invalid
 from broker.http.answers import Json
+from broker.http.services import Services
 from broker.seams import Broken, Full
 
 logger = structlog.get_logger()
@@ -83,6 +85,27 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorDetail
 
 
+class Held(Json[ErrorBody]):
+    """A refusal, held at the commit barrier: it may stand on what is not durable yet. 503 if that fails."""
+
+    def to_asgi_response(  # type: ignore[override]
+        self, app: None, request: Request[Any, Any, Any], **more: Any
+    ) -> ASGIApp:
+        refusal = super().to_asgi_response(app, request, **more)
+        services = cast(Services, request.scope["litestar_app"].state["services"])
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await services.commands.writer.barrier()
+            except Unavailable as error:
+                lost = unavailable(request, error)
+                await lost.to_asgi_response(app=None, request=request)(scope, receive, send)
+            else:
+                await refusal(scope, receive, send)
+
+        return answer
+
+
 def documented(*statuses: int) -> dict[int, ResponseSpec]:
     """The error answers of a route that asks for a key, for its description."""
     every = sorted({400, 401, 403, 503, *statuses})
@@ -92,15 +115,20 @@ def documented(*statuses: int) -> dict[int, ResponseSpec]:
     }
 
 
+def error_body(code: str, message: str, details: dict[str, Any] | None = None) -> ErrorBody:
+    return ErrorBody(error=ErrorDetail(code=code, message=message, details=details or UNSET))
+
+
 def answer(
     code: str, message: str, details: dict[str, Any] | None = None, headers: Mapping[str, str] | None = None
 ) -> Response[ErrorBody]:
-    body = ErrorBody(error=ErrorDetail(code=code, message=message, details=details or UNSET))
+    body = error_body(code, message, details)
     return Json(body, status_code=STATUS[code], headers={**HEADERS.get(code, {}), **(headers or {})})
 
 
 def refused(_: Request[Any, Any, Any], error: Refusal) -> Response[ErrorBody]:
-    return answer(error.kind, error.message, error.details)
+    body = error_body(error.kind, error.message, error.details)
+    return Held(body, status_code=STATUS[error.kind], headers=HEADERS.get(error.kind))
 
 
 def unavailable(_: Request[Any, Any, Any], error: Exception) -> Response[ErrorBody]:

@@ -12,20 +12,19 @@ from litestar import Response, Router, get, post
 from litestar.params import FromPath, JSONBody
 from msgspec import UNSET, Meta, UnsetType
 
-from broker.errors import invalid, not_found
+from broker.errors import invalid
 from broker.explain import Explanation, Said, with_answers
 from broker.http import unmatched
 from broker.http.answers import Json
 from broker.http.auth import Call, authorize, needs
 from broker.http.errors import documented
-from broker.http.v1 import IdempotencyKey, KeyHeader, find_command, one_key, shown
+from broker.http.v1 import IdempotencyKey, KeyHeader, find, find_command, one_key, shown
 from broker.http.views import Command
 from broker.lifecycle import CommandState, State
 from broker.registry import NAME_RULE
 from broker.repairs import Which
 from broker.seams import Sql
 from devices.names import is_name
-from projections import devices as devices_view
 
 # Whatever was retried and is in one of these now had timed out: the device may have it still.
 MAY_REPEAT = (State.TIMED_OUT, State.ACKNOWLEDGED, State.EXECUTED)
@@ -79,7 +78,7 @@ async def retry_device_command(
     A new command like one that failed, timed out, expired or was cancelled, at the end of the lane, with
     as long to live as the old one had. 409 in every other state, and if the device was deleted.
     """
-    await _find(request, command_id, device)
+    await find(request, command_id, device)
     return await _retry(request, command_id, data, idempotency_key)
 
 
@@ -146,23 +145,6 @@ async def explain_command(request: Call, command_id: FromPath[str]) -> Explanati
     explanation = with_answers(await services.dispatch.explain(state), said)
     await writer.barrier()
     return explanation
-
-
-async def _find(request: Call, command_id: str, device: str) -> None:
-    """Makes sure that the command is this device's, which may have been deleted since.
-
-    Raises:
-        Refusal: not_found.
-    """
-    caller = request.user
-
-    def work(sql: Sql) -> None:
-        known = devices_view.by_name(sql, [device]).get(device)
-        if known is None or not caller.sees(known.project):
-            raise not_found("device", device)
-        find_command(sql, caller, command_id, known.id)
-
-    await request.services.commands.writer.storage.read(work)
 
 
 async def _retry(

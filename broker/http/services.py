@@ -25,6 +25,7 @@ class Services:
     """
 
     commands: Commands
+    repairs: Repairs
     registry: Registry
     keys: Keys
     grants: Grants
@@ -37,7 +38,3 @@ class Services:
     cursor_key: bytes
     ready: Callable[[], list[str]]
     settings: Settings = field(default_factory=Settings)
-
-    @property
-    def repairs(self) -> Repairs:
-        return Repairs(self.commands)

@@ -65,10 +65,11 @@ async def list_unmatched(
 ) -> UnmatchedList:
     """List answers that fitted nothing
 
-    Of the key's project, newest first; the last 100 of each device are kept. An admin's key sees those of
+    Of the key's project, newest first; the last of each device are kept (100). An admin's key sees those of
     all projects, and of devices that are not known.
     """
-    project = request.user.project
+    caller = request.user
+    project = caller.project
     pager = Pager(request.services.cursor_key, "unmatched", project, device, reason)
     before = pager.after(cursor)
 
@@ -76,7 +77,7 @@ async def list_unmatched(
         wanted: dict[str, Any] = {"project = ?": project, "reason = ?": reason, "id < ?": before}
         if device is not None:
             known = devices_view.by_name(sql, [device]).get(device)
-            if known is None:
+            if known is None or not caller.sees(known.project):
                 return []
             wanted["device_id = ?"] = known.id
         where = {clause: value for clause, value in wanted.items() if value is not None}

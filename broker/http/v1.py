@@ -29,7 +29,6 @@ from projections import commands as commands_view
 from projections import devices as devices_view
 from projections.commands import Filter
 
-DEFAULT_TTL_SEC = 300
 CREATE = "POST /v1/devices/{device}/commands"
 
 IdempotencyKey = Annotated[str, Meta(min_length=1, max_length=255)]
@@ -57,7 +56,7 @@ class CommandBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = UNSET
     ttl_sec: Annotated[
         Annotated[int, Meta(ge=1, le=MAX_TTL_SEC)] | UnsetType | None,
-        Meta(description="Seconds until it expires; absent is 300, null is never."),
+        Meta(description="Seconds until it expires; absent is 300 if not set otherwise, null is never."),
     ] = UNSET
 
 
@@ -91,7 +90,7 @@ async def create_command(
         device=device,
         type=data.type,
         params=data.params,
-        ttl_sec=DEFAULT_TTL_SEC if data.ttl_sec is UNSET else data.ttl_sec,
+        ttl_sec=request.services.limits.default_ttl_sec if data.ttl_sec is UNSET else data.ttl_sec,
         idempotency_key=key,
         fingerprint=fingerprint,
     )
@@ -132,7 +131,7 @@ async def list_device_commands(
 )
 async def get_device_command(request: Call, device: FromPath[str], command_id: FromPath[str]) -> Command:
     """Read a command of a device"""
-    return shown(request, await _find(request, command_id, device))
+    return shown(request, await find(request, command_id, device))
 
 
 @delete(
@@ -148,7 +147,7 @@ async def cancel_command(request: Call, device: FromPath[str], command_id: FromP
     Only while it was never handed over: `state` is `pending`. After that 409 says the state, even where
     `status` is still `pending`. Cancelling again answers 200.
     """
-    await _find(request, command_id, device)
+    await find(request, command_id, device)
     return shown(request, await request.services.commands.cancel(request.user, command_id))
 
 
@@ -172,7 +171,7 @@ async def list_commands(
 @get("/commands/{command_id:str}", opt=needs("devices:read"), responses=documented(404), tags=["Commands"])
 async def get_command(request: Call, command_id: FromPath[str]) -> Command:
     """Read a command"""
-    return shown(request, await _find(request, command_id))
+    return shown(request, await find(request, command_id))
 
 
 @post(
@@ -246,12 +245,21 @@ def find_command(
     return state
 
 
-async def _find(request: Call, command_id: str, device: str | None = None) -> CommandState:
+async def find(request: Call, command_id: str, device: str | None = None) -> CommandState:
+    """A durable command; with a device, only if it is its. That one may have been deleted since.
+
+    Raises:
+        Refusal: not_found.
+    """
     caller = request.user
 
     def work(sql: Sql) -> CommandState:
-        device_id = None if device is None else find_device(sql, caller, device).id
-        return find_command(sql, caller, command_id, device_id)
+        if device is None:
+            return find_command(sql, caller, command_id)
+        known = devices_view.by_name(sql, [device]).get(device)
+        if known is None or not caller.sees(known.project):
+            raise not_found("device", device)
+        return find_command(sql, caller, command_id, known.id)
 
     return await request.services.commands.writer.storage.read(work)
 
@@ -281,7 +289,7 @@ async def _list(
         elif device is not None:
             # A filter that fits nothing finds nothing; those of a deleted device can still be found.
             known = devices_view.by_name(sql, [device]).get(device)
-            if known is None:
+            if known is None or not caller.sees(known.project):
                 return []
             device_id = known.id
         wanted = Filter(

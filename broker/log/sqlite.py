@@ -42,7 +42,6 @@ COLUMNS = (
     "project, device_id, actor, data, salt, digest, hash"
 )
 INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"
-UNMATCHED_PER_DEVICE, UNMATCHED_IN_ALL = 100, 10_000
 
 
 class Head(NamedTuple):
@@ -200,8 +199,8 @@ def _erased(sql: Sql) -> tuple[set[str], int]:
     return named, cutoff
 
 
-def add_unmatched(sql: Sql, entries: Iterable[tuple[object, ...]]) -> None:
-    """Keeps answers that fit nothing: the newest 100 of a device, 10,000 in all.
+def add_unmatched(sql: Sql, entries: Iterable[tuple[object, ...]], per_device: int, in_all: int) -> None:
+    """Keeps answers that fit nothing, only so many of the newest.
 
     An entry: (at, project, device_id, reason, topic, command_id, payload).
     """
@@ -217,6 +216,6 @@ def add_unmatched(sql: Sql, entries: Iterable[tuple[object, ...]]) -> None:
         sql.execute(
             "DELETE FROM unmatched WHERE device_id IS ?1 AND id <= (SELECT id FROM unmatched "
             "WHERE device_id IS ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)",
-            (device, UNMATCHED_PER_DEVICE),
+            (device, per_device),
         )
-    sql.execute("DELETE FROM unmatched WHERE id <= (SELECT max(id) FROM unmatched) - ?", (UNMATCHED_IN_ALL,))
+    sql.execute("DELETE FROM unmatched WHERE id <= (SELECT max(id) FROM unmatched) - ?", (in_all,))

@@ -49,6 +49,7 @@ class Broker:
         metrics.watch(core.writer, core.live, link, core.intake)
         services = Services(
             commands=core.commands,
+            repairs=core.repairs,
             registry=core.registry,
             keys=core.keys,
             grants=core.grants,

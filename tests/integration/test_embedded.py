@@ -9,22 +9,35 @@ import asyncio
 import contextlib
 import subprocess
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import aiomqtt
 import pytest
 from structlog.testing import capture_logs
 
-from broker import mqtt_server
+from broker import intake, mqtt_connection, mqtt_server
+from broker.mqtt import MqttLink
 from broker.mqtt_access import Access, CheckService
 from broker.mqtt_server import EmbeddedServer
-from broker.seams import Outgoing, Receipt
+from broker.seams import Message, Outgoing, Receipt
 from tests.conftest import program
+from tests.integration.core_support import running, until
 from tests.integration.test_link import DEADLINE_SEC, NODELAY, Owner, eventually, linked, until_logged
 
 TOKENS = {name: f"dtok-{name}" for name in ("door", "gate")}
 RLS, ACK, STATUS = "iotee/dev/door/rls", "iotee/dev/door/ack", "iotee/dev/door/status"
 REFUSED = 0x80
+
+
+class Taker(Owner):
+    """Acknowledges all it gets."""
+
+    link: MqttLink
+
+    def message(self, message: Message) -> None:
+        super().message(message)
+        self.link.puback(message)
 
 
 class Doorman:
@@ -94,11 +107,12 @@ async def code_of(client: aiomqtt.Client, topic: str) -> int:
 
 
 @contextlib.asynccontextmanager
-async def listening(server: EmbeddedServer) -> AsyncIterator[Owner]:
-    """Our own link, seeing all that devices may say."""
-    owner = Owner()
+async def listening(server: EmbeddedServer) -> AsyncIterator[Taker]:
+    """Our own link, seeing and acknowledging all that devices may say."""
+    owner = Taker()
     everything = {"client_id": "ordain", "subscriptions": ["iotee/dev/#"], "clean_session": True}
-    async with linked(server.url, owner, **everything) as link:
+    async with linked(server.url, owner, **everything) as owner.link:
+        link = owner.link
         await owner.until(lambda: link.up)
         yield owner
 
@@ -114,10 +128,11 @@ async def test_a_command_and_its_answer_make_the_round_trip() -> None:
         assert await code_of(door, RLS) == 1
         assert link.publish(Outgoing(topic=RLS, payload=b"1"), owner.done)
         assert (await anext(aiter(door.messages))).payload == b"1"
-        await door.publish(ACK, b"ok", qos=1)
+        answering = asyncio.create_task(door.publish(ACK, b"ok", qos=1))
         await owner.until(lambda: owner.payloads == [b"ok"] and owner.receipts != [])
         assert owner.receipts == [Receipt(written=True, reason=0)]
         link.puback(owner.messages[0])
+        await answering
 
 
 async def test_a_hundred_commands_at_once_reach_the_device_in_order() -> None:
@@ -168,12 +183,8 @@ async def test_a_service_sees_the_events_it_may_see_and_says_nothing() -> None:
     async def check(key: str) -> Callable[[str], bool] | None:
         return "door".__eq__ if key == "right" else None
 
-    doorman, owner = Doorman(), Owner()
-    async with (
-        embedded(doorman, check_service=check) as server,
-        linked(server.url, owner, subscriptions=["iotee/dev/#"], clean_session=True) as link,
-    ):
-        await owner.until(lambda: link.up)
+    doorman = Doorman()
+    async with embedded(doorman, check_service=check) as server, listening(server) as owner:
         await refused(device(server, "service", password="wrong"))
         will = aiomqtt.Will("iotee/evt/door/cmd_1", b"{}", qos=1)
         await refused(device(server, "service", password="right", will=will))
@@ -188,7 +199,7 @@ async def test_a_service_sees_the_events_it_may_see_and_says_nothing() -> None:
                 await service.publish(STATUS, b"offline", qos=1)
                 for hardware_id in ("gate", "door"):
                     topic = f"iotee/evt/{hardware_id}/cmd_1"
-                    assert link.publish(Outgoing(topic=topic, payload=b"{}"), owner.done)
+                    assert owner.link.publish(Outgoing(topic=topic, payload=b"{}"), owner.done)
                 seen = await anext(aiter(service.messages))
                 assert str(seen.topic) == "iotee/evt/door/cmd_1"
             await door.publish(ACK, b"still here", qos=1)
@@ -353,7 +364,7 @@ async def test_of_many_connections_at_once_one_remains() -> None:
 
 async def test_a_device_is_online_while_it_is_connected_and_subscribed() -> None:
     doorman = Doorman()
-    async with embedded(doorman) as server:
+    async with embedded(doorman) as server, listening(server):
         async with device(server) as door:
             await door.publish(STATUS, b"online", qos=1)
             assert doorman.told == []
@@ -428,7 +439,7 @@ async def test_a_connection_silent_for_one_and_a_half_keepalives_is_closed() -> 
 
 
 async def test_half_a_packet_is_silence_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mqtt_server, "CONNECT_WITHIN_SEC", 0.05)
+    monkeypatch.setattr(mqtt_connection, "CONNECT_WITHIN_SEC", 0.05)
     doorman = Doorman()
     async with embedded(doorman) as server:
         assert await raw(server, b"") == b""
@@ -455,7 +466,7 @@ async def test_half_a_packet_is_silence_too(monkeypatch: pytest.MonkeyPatch) -> 
 async def test_nonsense_costs_its_own_connection_and_no_other(
     nonsense: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mqtt_server, "CONNECT_WITHIN_SEC", 0.5)
+    monkeypatch.setattr(mqtt_connection, "CONNECT_WITHIN_SEC", 0.5)
     doorman = Doorman()
     async with embedded(doorman) as server, listening(server) as owner, device(server, "gate") as gate:
         await raw(server, nonsense)
@@ -467,8 +478,8 @@ async def test_nonsense_costs_its_own_connection_and_no_other(
 async def test_a_device_that_says_more_than_our_link_takes_has_to_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(mqtt_server, "UNREAD", 5)
-    monkeypatch.setattr(mqtt_server, "WINDOW", 5)
+    monkeypatch.setattr(mqtt_connection, "UNREAD", 10)
+    monkeypatch.setattr(mqtt_connection, "WINDOW", 5)
     doorman, owner = Doorman(), Owner()
     async with (
         embedded(doorman) as server,
@@ -476,19 +487,16 @@ async def test_a_device_that_says_more_than_our_link_takes_has_to_wait(
         device(server, max_inflight_messages=1_000) as door,
     ):
         await owner.until(lambda: link.up)
-        saying = asyncio.gather(*(door.publish(ACK, str(number), qos=1) for number in range(200)))
+        said = asyncio.gather(*(door.publish(ACK, str(number), qos=1) for number in range(200)))
         await owner.until(lambda: len(owner.messages) == 5)
         assert server._broker is not None
         handler = server._broker.sessions["door"][1]
         await eventually(lambda: not handler.reader.ready.is_set())
-        assert handler.inbox.qsize() == 5
-        while len(owner.messages) < 200:
-            seen = len(owner.messages)
-            link.puback(owner.messages[seen - 1])
-            await owner.until(lambda seen=seen: len(owner.messages) > seen)  # type: ignore[misc]
-            for message in owner.messages[seen - 5 : seen]:
-                link.puback(message)
-        await saying
+        assert handler.unread == 10
+        for number in range(200):
+            await owner.until(lambda number=number: len(owner.messages) > number)  # type: ignore[misc]
+            link.puback(owner.messages[number])
+        await said
         assert owner.payloads == [str(number).encode() for number in range(200)]
 
 
@@ -509,7 +517,7 @@ async def test_what_is_too_large_closes_the_connection_and_is_logged() -> None:
 
 async def test_a_device_whose_token_is_rotated_is_disconnected() -> None:
     doorman = Doorman()
-    async with embedded(doorman) as server, device(server, "gate") as gate:
+    async with embedded(doorman) as server, listening(server), device(server, "gate") as gate:
         door = device(server)
         await door.__aenter__()
         await door.subscribe(RLS, qos=1)
@@ -553,7 +561,206 @@ async def test_a_crowd_is_warned_about_once_and_mosquitto_named(monkeypatch: pyt
     assert "Mosquitto" in line["advice"]
 
 
-# 8: start and end
+# 8: a PUBACK says that it is durable
+
+
+def settled(answers: list[asyncio.Task[None]]) -> list[bool]:
+    return [answer.done() for answer in answers]
+
+
+def saying(door: aiomqtt.Client, *words: bytes, qos: int = 1) -> list[asyncio.Task[None]]:
+    return [asyncio.create_task(door.publish(ACK, word, qos=qos)) for word in words]
+
+
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_a_device_gets_its_pubacks_in_order_once_our_link_has_given_them(qos: int) -> None:
+    doorman, owner = Doorman(), Owner()
+    async with (
+        embedded(doorman) as server,
+        linked(server.url, owner, clean_session=True) as link,
+        device(server) as door,
+    ):
+        await owner.until(lambda: link.up)
+        answers = saying(door, b"first", b"second", qos=qos)
+        await owner.until(lambda: len(owner.messages) == 2)
+        link.puback(owner.messages[1])
+        # What comes back after it shows that the PUBACK has arrived, and was not passed on.
+        assert link.publish(Outgoing(topic=RLS, payload=b"1"), owner.done)
+        await owner.until(lambda: owner.receipts != [])
+        await door.subscribe(RLS, qos=1)
+        assert settled(answers) == [False, False]
+        link.puback(owner.messages[0])
+        async with asyncio.timeout(DEADLINE_SEC):
+            await asyncio.gather(*answers)
+
+
+async def test_a_commit_of_more_than_five_seconds_loses_nothing() -> None:
+    doorman, owner = Doorman(), Owner()
+    async with (
+        embedded(doorman) as server,
+        linked(server.url, owner, clean_session=True) as link,
+        device(server) as door,
+    ):
+        await owner.until(lambda: link.up)
+        answers = saying(door, b"slow")
+        await owner.until(lambda: len(owner.messages) == 1)
+        with pytest.raises(TimeoutError):
+            # The fact waited for is that this time passes: it is where amqtt gives up.
+            async with asyncio.timeout(5.5):
+                await asyncio.shield(answers[0])
+        link.puback(owner.messages[0])
+        async with asyncio.timeout(DEADLINE_SEC):
+            await answers[0]
+        assert owner.payloads == [b"slow"]
+
+
+async def test_without_our_link_a_device_is_served_but_not_acknowledged_until_the_link_is_back() -> None:
+    doorman = Doorman()
+    async with embedded(doorman) as server, device(server) as door:
+        answers = saying(door, b"first", b"second")
+        await door.publish(ACK, b"for nobody", qos=0)
+        await door.subscribe(RLS, qos=1)
+        await publish_command(server, b"1")
+        assert (await anext(aiter(door.messages))).payload == b"1"
+        assert settled(answers) == [False, False]
+        async with listening(server) as owner, asyncio.timeout(DEADLINE_SEC):
+            await asyncio.gather(*answers)
+            assert owner.payloads == [b"first", b"second"]
+            assert not any(message.dup for message in owner.messages)
+
+
+async def test_what_a_lost_link_did_not_acknowledge_goes_to_the_next_one_as_a_duplicate() -> None:
+    doorman, owner = Doorman(), Owner()
+    async with embedded(doorman) as server, device(server) as door:
+        async with linked(server.url, owner, clean_session=True) as link:
+            await owner.until(lambda: link.up)
+            answers = saying(door, b"first", b"second")
+            await owner.until(lambda: len(owner.messages) == 2)
+        async with listening(server) as later, asyncio.timeout(DEADLINE_SEC):
+            await asyncio.gather(*answers)
+        assert [(message.payload, message.dup) for message in later.messages] == [
+            (b"first", True),
+            (b"second", True),
+        ]
+
+
+def publish_of(payload: bytes, packet_id: int, *, dup: bool = False) -> bytes:
+    body = len(ACK).to_bytes(2, "big") + ACK.encode() + packet_id.to_bytes(2, "big") + payload
+    return bytes([0x3A if dup else 0x32, len(body)]) + body
+
+
+@contextlib.asynccontextmanager
+async def bare(server: EmbeddedServer) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection that sends byte for byte what a test wants."""
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    writer.write(connect_packet())
+    assert await reader.readexactly(4) == ACCEPTED
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+PING, PONG = b"\xc0\x00", b"\xd0\x00"
+
+
+async def test_a_device_that_comes_back_sends_again_what_nobody_took() -> None:
+    doorman = Doorman()
+    async with embedded(doorman) as server, asyncio.timeout(DEADLINE_SEC):
+        async with bare(server) as (reader, writer):
+            writer.write(publish_of(b"done", 7) + PING)
+            assert await reader.readexactly(2) == PONG
+        async with bare(server) as (reader, writer):
+            writer.write(publish_of(b"done", 7, dup=True))
+            async with listening(server) as owner:
+                assert await reader.readexactly(4) == b"\x40\x02\x00\x07"
+                assert [(message.payload, message.dup) for message in owner.messages] == [(b"done", False)]
+
+
+async def test_what_our_link_had_from_a_device_that_was_cut_off_comes_again_as_a_duplicate() -> None:
+    doorman, owner = Doorman(), Owner()
+    async with (
+        embedded(doorman) as server,
+        linked(server.url, owner, clean_session=True) as link,
+        asyncio.timeout(DEADLINE_SEC),
+    ):
+        await owner.until(lambda: link.up)
+        async with bare(server) as (_, writer):
+            writer.write(publish_of(b"done", 7))
+            await owner.until(lambda: len(owner.messages) == 1)
+        link.puback(owner.messages[0])
+        async with bare(server) as (reader, writer):
+            writer.write(publish_of(b"done", 7, dup=True) + publish_of(b"new", 8, dup=True))
+            await owner.until(lambda: len(owner.messages) == 3)
+            assert [message.dup for message in owner.messages] == [False, True, False]
+            for message in owner.messages[1:]:
+                link.puback(message)
+            assert await reader.readexactly(8) == b"\x40\x02\x00\x07\x40\x02\x00\x08"
+
+
+async def test_devices_that_come_and_go_while_nothing_is_taken_leave_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mqtt_connection, "WINDOW", 2)
+    doorman, owner = Doorman(), Owner()
+    async with embedded(doorman) as server, linked(server.url, owner, clean_session=True) as link:
+        await owner.until(lambda: link.up)
+        for _ in range(5):
+            async with asyncio.timeout(DEADLINE_SEC), bare(server) as (reader, writer):
+                writer.write(b"".join(publish_of(b"done", each) for each in range(1, 6)) + PING)
+                assert await reader.readexactly(2) == PONG
+            await eventually(lambda: server.connected == 0)
+        assert server._broker is not None
+        outbox = server._broker.sessions["ordain:ordain"][1].outbox
+        assert (len(outbox._sent), len(outbox._queue)) == (2, 0)
+
+
+async def test_a_device_that_may_not_be_read_for_too_long_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mqtt_connection, "UNREAD", 2)
+    doorman = Doorman()
+    async with embedded(doorman) as server:
+        said = publish_of(b"done", 1) + publish_of(b"done", 2) + PING
+        assert await raw(server, connect_packet(keepalive=1) + said) == ACCEPTED
+
+
+async def test_beyond_a_bound_qos_0_is_dropped_and_said_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mqtt_connection, "UNREAD", 5)
+    doorman, owner = Doorman(), Owner()
+    with capture_logs() as logs:
+        async with embedded(doorman) as server, linked(server.url, owner, clean_session=True) as link:
+            await owner.until(lambda: link.up)
+            async with device(server) as door:
+                for number in range(20):
+                    await door.publish(ACK, str(number), qos=0)
+                await door.subscribe(RLS, qos=1)
+                await owner.until(lambda: len(owner.messages) == 5)
+                for message in owner.messages:
+                    link.puback(message)
+                answers = saying(door, b"last")
+                await owner.until(lambda: len(owner.messages) == 6)
+                link.puback(owner.messages[-1])
+                await asyncio.gather(*answers)
+            assert owner.payloads == [b"0", b"1", b"2", b"3", b"4", b"last"]
+            (line,) = await until_logged(logs, "mqtt.embedded_qos0_lost")
+    assert line["messages"] == 15
+    assert [line["event"] for line in logs].count("mqtt.embedded_qos0_dropped") == 1
+
+
+async def test_beyond_a_bound_the_intake_drops_qos_0_and_counts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "MOST_UNACKNOWLEDGEABLE", 3)
+    async with running(tmp_path) as bench:
+        lost: list[str] = []
+        bench.core.intake.on_unmatched = lost.append
+        for qos in (0, 0, 1, 0, 1):
+            bench.says(b"ok", qos=qos)
+        assert lost == ["overrun"]
+        await until(lambda: len(bench.wire.pubacks) == 4)
+
+
+# 9: start and end
 
 
 async def test_it_closes_in_time_with_clients_that_do_not_answer_and_tells_nobody() -> None:

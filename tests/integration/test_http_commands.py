@@ -375,3 +375,12 @@ async def test_reads_after_a_restart_are_what_they_were(tmp_path: Path) -> None:
             "/v1/devices/lamp-1/commands", json={"type": "blink", "idempotency_key": "k"}
         )
         assert (replay.status_code, replay.json()["id"]) == (200, command["id"])
+
+
+async def test_the_default_ttl_is_a_setting(tmp_path: Path) -> None:
+    async with running(tmp_path / "data", Limits(default_ttl_sec=7)) as broker:
+        client = await broker.someone()
+        await register(client)
+        command = await send(client)
+        events = (await client.get(f"/v1/commands/{command['id']}/events")).json()["data"]
+        assert events[0]["data"]["ttl_ms"] == 7_000

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from broker.seams import Rows, Sql
 from tests.integration.http_support import Broker, error_of, register, running
 
 
@@ -154,3 +156,55 @@ async def test_the_device_types_are_described_with_their_parameters(broker: Brok
     recorder = {command["name"]: command for command in page["data"][2]["commands"]}
     assert recorder["start_recording"]["params"]["properties"]["max_duration_sec"]["maximum"] == 86_400
     assert (page["has_more"], page["next_cursor"]) == (False, None)
+
+
+async def test_the_commands_of_a_deleted_device_are_the_same_on_every_route(broker: Broker) -> None:
+    client, neighbour = await broker.someone(), await broker.someone("other")
+    await register(client)
+    command = (await client.post("/v1/devices/lamp-1/commands", json={"type": "blink"})).json()
+    path = f"/v1/devices/lamp-1/commands/{command['id']}"
+    await client.delete(path)
+    await client.delete("/v1/devices/lamp-1")
+
+    assert (await client.get(path)).json() == (await client.get(f"/v1/commands/{command['id']}")).json()
+    assert (await client.delete(path)).json()["state"] == "cancelled"
+    error_of(await client.post(f"{path}/retry"), 409, "device_deleted")
+    for method, where in (("GET", path), ("DELETE", path), ("POST", f"{path}/retry")):
+        error_of(await neighbour.request(method, where), 404, "not_found")
+
+
+@dataclass
+class Counting:
+    """A connection that notes what it is asked."""
+
+    sql: Sql
+    statements: list[str]
+
+    def execute(self, sql: str, parameters: Sequence[Any] = (), /) -> Rows:
+        self.statements.append(sql)
+        return self.sql.execute(sql, parameters)
+
+    def executemany(self, sql: str, parameters: Iterable[Sequence[Any]], /) -> Any:
+        self.statements.append(sql)
+        return self.sql.executemany(sql, parameters)
+
+
+async def test_a_device_of_another_project_costs_what_one_that_is_not_there_costs(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, neighbour = await broker.someone(), await broker.someone("other")
+    await register(client)
+    read = broker.core.storage.read
+    statements: list[str] = []
+
+    async def counting(work: Callable[[Sql], Any]) -> Any:
+        return await read(lambda sql: work(Counting(sql, statements)))
+
+    monkeypatch.setattr(broker.core.storage, "read", counting)
+    for path in ("/v1/commands", "/v1/unmatched"):
+        asked = []
+        for device in ("lamp-1", "nobody"):
+            statements.clear()
+            assert (await neighbour.get(path, params={"device": device})).json()["data"] == []
+            asked.append(list(statements))
+        assert asked[0] == asked[1] != []

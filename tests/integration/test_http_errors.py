@@ -238,3 +238,53 @@ async def test_while_the_disk_is_full_writes_are_unavailable_and_reads_go_on(
     async with asyncio.timeout(10):
         await broker.core.writer.opened()
     assert (await client.post(COMMANDS, json={"type": "blink"})).status_code == 201
+
+
+REFUSED: list[tuple[str, str, Any, int]] = [
+    ("POST", "/v1/devices", {"hardware_id": "lamp-1", "type": "generic"}, 409),
+    ("DELETE", "/v1/devices/lamp-1", None, 409),
+    ("POST", COMMANDS, {"type": "blink"}, 429),
+    ("POST", COMMANDS, {"type": "blink", "idempotency_key": "k"}, 429),
+    ("POST", "/v1/commands/{}/retry", None, 409),
+    ("POST", "/v1/commands/{}/abandon", None, 409),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status"), REFUSED)
+@pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
+async def test_a_refusal_waits_until_what_it_stands_on_is_durable(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    path: str,
+    body: Any,
+    status: int,
+    lost: bool,
+) -> None:
+    async with running(tmp_path / "data", Limits(queue_per_device=1)) as broker:
+        client, live = await broker.someone(), broker.core.live
+        await register(client)
+        storage, gate = broker.core.storage, asyncio.Event()
+        write = storage.write
+
+        async def held(work: Callable[[Sql], Any]) -> Any:
+            await gate.wait()
+            if lost:
+                monkeypatch.undo()
+                raise Full("disk full")
+            return await write(work)
+
+        monkeypatch.setattr(storage, "write", held)
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            earlier = group.create_task(client.post(COMMANDS, json={"type": "blink"}))
+            while not live.members:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            command_id = next(iter(live.members))
+            request = client.request(method, path.format(command_id), json=body)
+            answer = group.create_task(request)
+            for _ in range(20):
+                await storage.read(lambda sql: None)  # the database has had its turns, and the loop too
+            assert not answer.done()
+            gate.set()
+        assert earlier.result().status_code == (503 if lost else 201)
+        assert answer.result().status_code == (503 if lost else status), answer.result().text

@@ -14,8 +14,9 @@ import pytest
 
 from broker.http.v1_system import shown_url
 from broker.log import sqlite as log
-from broker.settings import Settings
+from broker.settings import Limits, Settings
 from devices.clock import parse_rfc3339
+from tests.integration.core_support import until
 from tests.integration.http_support import READ, Broker, error_of, register, running
 
 DEADLINE_SEC = 30
@@ -133,6 +134,12 @@ async def test_a_lane_of_another_project_is_not_found(broker: Broker) -> None:
 # --- devices that change or go
 
 
+async def on_the_wire(broker: Broker, number: int) -> bytes:
+    """The payload of a publish; its event can be read a moment before."""
+    await until(lambda: len(broker.link.sent) > number)
+    return broker.link.sent[number].payload
+
+
 async def test_another_type_leaves_the_open_commands_as_they_are(broker: Broker) -> None:
     client = await broker.someone()
     await register(client, type="recorder")
@@ -143,14 +150,14 @@ async def test_another_type_leaves_the_open_commands_as_they_are(broker: Broker)
     broker.online("lamp-1")
     await becomes(client, f"/v1/commands/{command['id']}", "state", "published")
 
-    sent = json.loads(broker.link.sent[0].payload)
+    sent = json.loads(await on_the_wire(broker, 0))
     assert (sent["id"], sent["type"]) == (command["id"], "start_recording")
     answer = {"id": command["id"], "status": "executed", "result": {"file": "a"}}
     broker.says("lamp-1", json.dumps(answer).encode())
     await becomes(client, f"/v1/commands/{command['id']}", "state", "executed")
     locked = await send(client, type="lock")
     await becomes(client, f"/v1/commands/{locked['id']}", "state", "published")
-    assert broker.link.sent[1].payload == b"1"
+    assert await on_the_wire(broker, 1) == b"1"
 
 
 async def test_a_device_with_an_empty_lane_is_deleted_for_ever(broker: Broker) -> None:
@@ -249,6 +256,22 @@ async def test_what_fitted_nothing_is_kept_newest_first_with_what_was_said(broke
     assert (text["payload"], text["encoding"], text["command_id"]) == ("[", "utf-8", None)
     assert unknown["id"] > binary["id"] > text["id"]
     assert (page["has_more"], page["next_cursor"]) == (False, None)
+
+
+async def test_how_many_answers_that_fitted_nothing_are_kept_is_a_setting(tmp_path: Path) -> None:
+    limits = Limits(unmatched_per_device=2, unmatched_in_all=4)
+    async with running(tmp_path / "data", limits) as broker:
+        client = await broker.someone()
+        for name in ("lamp-1", "lamp-2"):
+            await register(client, name)
+            for payload in (b"1", b"2", b"3"):
+                broker.says(name, payload)
+            async with asyncio.timeout(DEADLINE_SEC):
+                while (page := await get(client, "/v1/unmatched"))["data"][:1] == [] or (
+                    page["data"][0]["topic"], page["data"][0]["payload"]
+                ) != (f"iotee/dev/{name}/ack", "3"):  # fmt: skip
+                    continue
+        assert [row["payload"] for row in page["data"]] == ["3", "2", "3"]
 
 
 async def test_unmatched_answers_are_filtered_and_paged(broker: Broker) -> None:

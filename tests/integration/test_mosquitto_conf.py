@@ -9,6 +9,7 @@ import asyncio
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 import aiomqtt
@@ -54,6 +55,10 @@ class Production(Mosquitto):
             self.host, port, username=user, password=password or PASSWORDS[user], identifier=client_id
         )
 
+    def another(self, broker: aiomqtt.Client, user: str) -> AbstractAsyncContextManager[aiomqtt.Client]:
+        """A user is one connection: for the broker's own it is the one that it has."""
+        return nullcontext(broker) if user == "ordain" else self.client(user)
+
 
 @pytest.fixture
 def production(tmp_path: Path) -> Iterator[Production]:
@@ -91,7 +96,7 @@ async def topics_until_the_end(client: aiomqtt.Client) -> set[str]:
 
 @pytest.mark.parametrize("user", PASSWORDS)
 async def test_everyone_receives_exactly_what_is_theirs_to_read(production: Production, user: str) -> None:
-    async with production.client("ordain") as broker, production.client(user) as reader:
+    async with production.client("ordain") as broker, production.another(broker, user) as reader:
         await reader.subscribe("#", qos=1)
         await reader.subscribe("$SYS/#", qos=1)
         for topic in sorted(TOPICS):
@@ -102,7 +107,7 @@ async def test_everyone_receives_exactly_what_is_theirs_to_read(production: Prod
 
 @pytest.mark.parametrize("user", PASSWORDS)
 async def test_what_anyone_writes_arrives_only_on_their_own_topics(production: Production, user: str) -> None:
-    async with production.client("ordain") as broker, production.client(user) as writer:
+    async with production.client("ordain") as broker, production.another(broker, user) as writer:
         await broker.subscribe("#", qos=1)
         for topic in sorted(TOPICS):
             await writer.publish(topic, b"1", qos=1)
@@ -149,6 +154,14 @@ async def test_a_device_cannot_take_over_the_session_of_another(production: Prod
         await victim.subscribe("iotee/dev/door-a/rls", qos=1)
         async with production.client("door-b", client_id="door-a"), production.client("ordain") as broker:
             await broker.publish("iotee/dev/door-a/rls", b"end", qos=1)
+            assert await topics_until_the_end(victim) == set()
+
+
+async def test_a_service_cannot_take_over_the_session_of_the_broker(production: Production) -> None:
+    async with production.client("ordain", client_id="ordain") as victim:
+        await victim.subscribe("iotee/dev/door-a/ack", qos=1)
+        async with production.client("service", client_id="ordain"), production.client("door-a") as device:
+            await device.publish("iotee/dev/door-a/ack", b"end", qos=1)
             assert await topics_until_the_end(victim) == set()
 
 

@@ -91,6 +91,33 @@ def test_keys_and_devices_made_without_a_broker_are_there_when_it_starts(new_bro
     assert answer.json()["status"] == "pending"
 
 
+def test_without_a_broker_its_settings_are_needed_and_another_prefix_is_refused(
+    new_broker: NewBroker, tmp_path: Path
+) -> None:
+    config = tmp_path / "site.toml"
+    config.write_text('prefix = "site1"')
+    broker = new_broker("--config", str(config)).start()
+    broker.device("door-7")
+    made(broker.ordain("send", "door-7", "lock"))
+    broker.end()
+
+    refused(broker.ordain("send", "door-7", "unlock"), 2, "prefix = 'iotee'", "'site1'", "--config")
+    made(broker.ordain("send", "door-7", "unlock", "--config", str(config)))
+
+    shown = broker.ordain("log", "tail", "--json", "--config", str(config)).stdout.splitlines()
+    created = [row["data"] for row in map(json.loads, shown) if row["type"] == "created"]
+    assert [data["topic"] for data in created] == ["site1/dev/door-7/rls"] * 2
+
+
+def test_what_is_no_name_is_not_taken_for_a_path_and_a_count_cannot_be_negative(broker: Broker) -> None:
+    broker.device("lamp")
+
+    refused(broker.ordain("keys", "revoke", "key_1?x"), 1, "key_1?x")
+    refused(broker.ordain("send", "lamp/commands?", "lock"), 1)
+    refused(broker.ordain("send", "lamp?x", "lock"), 1)
+    refused(broker.ordain("log", "tail", "-f", "-n", "-5"), 2, "-5")
+
+
 def test_a_key_as_json_has_its_secret_and_what_it_may(tmp_path: Path) -> None:
     done = ordain(*CREATE_KEY, "--json", "--data", str(tmp_path / "data"))
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import program
 from tests.system.conftest import NewBroker
-from tests.system.support import Broker, Device, one_sentence, until
+from tests.system.support import Broker, Device, executed, one_sentence, until
 
 
 @pytest.fixture
@@ -79,6 +80,19 @@ def test_a_killed_mosquitto_is_started_again_with_its_devices(broker: Broker) ->
     lock(broker, device)
 
 
+def test_its_log_begins_anew_when_it_is_large(new_broker: NewBroker) -> None:
+    broker = new_broker("--mqtt-server", "mosquitto")
+    home = broker.data / "mosquitto"
+    home.mkdir(parents=True)
+    with open(home / "mosquitto.log", "wb") as log:
+        log.truncate(5_000_000)
+
+    port_of(broker.start())
+
+    assert (home / "mosquitto.log").stat().st_size < 1_000
+    assert (home / "mosquitto.log.1").stat().st_size == 5_000_000
+
+
 def test_it_ends_with_the_broker(broker: Broker) -> None:
     pid = child(broker)
     assert broker.end() == 0
@@ -89,11 +103,83 @@ def test_after_kill_9_nothing_is_left_over_and_the_devices_still_get_in(broker: 
     device = Device(broker.mqtt_port, "ABC123", broker.device("ABC123", "iotee_device"))
     left = child(broker)
     broker.run.kill()
-    broker.start("--mqtt-listen", f"127.0.0.1:{broker.mqtt_port}")
-    assert port_of(broker) == broker.mqtt_port
+    again(broker)
     assert not alive(left)
     until(lambda: gets_in(device))
     lock(broker, device)
+
+
+def again(broker: Broker) -> None:
+    broker.start("--mqtt-listen", f"127.0.0.1:{broker.mqtt_port}")
+    assert port_of(broker) == broker.mqtt_port
+
+
+@pytest.mark.parametrize("pdeathsig", [True, False])
+def test_an_answer_given_while_the_broker_was_down_is_not_lost(
+    new_broker: NewBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pdeathsig: bool
+) -> None:
+    if not pdeathsig:  # then the child outlives a broker that is killed, and the next broker ends it
+        monkeypatch.setenv("PATH", only("mosquitto", tmp_path / "bin"))
+    broker = new_broker("--mqtt-server", "mosquitto").start()
+    broker.mqtt_port = port_of(broker)
+    device = Device(broker.mqtt_port, "ABC123", broker.device("ABC123", "iotee_device"))
+    until(lambda: gets_in(device))
+    device.subscribe()
+    command_id = broker.create("ABC123")
+    assert device.next(device.listen("rls", "-c")) == "1"
+    left = child(broker)
+    # The broker stands still: the answer is PUBACKed by Mosquitto and by nobody else.
+    broker.run.signal(signal.SIGSTOP)
+    assert device.say(executed(command_id)) == 0
+    broker.run.kill()
+    assert pdeathsig or alive(left)
+
+    again(broker)
+
+    assert not alive(left)
+    broker.reaches(command_id, "executed")
+
+
+def only(name: str, place: Path) -> str:
+    """A PATH on which there is this program alone."""
+    place.mkdir()
+    (place / name).symlink_to(program(name))
+    return str(place)
+
+
+def test_what_cannot_be_written_does_not_end_the_broker_and_is_tried_again(broker: Broker) -> None:
+    home = broker.data / "mosquitto"
+    device = Device(broker.mqtt_port, "ABC123", broker.device("ABC123", "iotee_device"))
+    until(lambda: gets_in(device))
+    (home / "passwd.new").mkdir()
+    new = Device(broker.mqtt_port, "ABC124", broker.device("ABC124", "iotee_device"))
+    broker.run.err.wait("event=mosquitto.users_not_written")
+    os.kill(child(broker), signal.SIGKILL)
+    broker.run.err.wait("event=mosquitto.cannot_start")
+
+    (home / "passwd.new").rmdir()
+
+    until(lambda: gets_in(new))
+    until(lambda: gets_in(device))
+
+
+def test_a_mosquitto_that_says_nothing_does_not_keep_the_broker_from_ending(
+    new_broker: NewBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = tmp_path / "bin"
+    silent.mkdir()
+    (silent / "mosquitto").write_text("#!/bin/sh\nexec sleep 100\n")
+    (silent / "mosquitto").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{silent}:{os.environ['PATH']}")
+    broker = new_broker("--mqtt-server", "mosquitto")
+    broker.launch()
+    until(lambda: (broker.data / "mosquitto" / "pid").exists())
+    assert broker.end() == 0
+
+    run = broker.launch()
+
+    assert run.wait() == 2
+    one_sentence(run.err.all(), "mqtt_server", "does not answer")
 
 
 def test_an_unknown_server_and_a_taken_port_end_the_start_with_one_sentence(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import Mosquitto
 from tests.system.conftest import NewBroker
-from tests.system.support import ORDAIN, Broker, Process, environment, ordain, refused, until
+from tests.system.support import ORDAIN, Broker, Device, Process, environment, ordain, refused, until
 
 # A lost answer is asked for again after 10 to 15 s, and one device may have several.
 ENDS_WITHIN_SEC = 100
@@ -83,6 +84,27 @@ def test_devices_whose_tokens_are_gone_or_old_get_new_ones(broker: Broker) -> No
     assert simulated(embedded(broker), broker, *options)["executed"] == 10
     assert json.loads(tokens.read_bytes())["sim-0002"] == kept["sim-0002"]
     assert json.loads(tokens.read_bytes()).keys() == kept.keys()
+
+
+def test_the_broker_says_where_its_mqtt_server_is_and_what_its_topics_begin_with(
+    new_broker: NewBroker, tmp_path: Path
+) -> None:
+    config = tmp_path / "site.toml"
+    config.write_text('prefix = "site1"')
+    broker = new_broker("--config", str(config)).start()
+
+    done = broker.ordain("simulate", "--json", "--devices", "2", "--send-rate", "5", "--duration", "1")
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["executed"] == 5
+
+
+def test_a_device_that_is_not_of_the_simulation_is_left_alone(broker: Broker) -> None:
+    token = broker.device("sim-0001")
+
+    refused(broker.ordain("simulate", "--devices", "2"), 1, "sim-0001", "default")
+
+    assert Device(broker.mqtt_port, "sim-0001", token).say("online", suffix="status") == 0
 
 
 def test_a_broker_killed_in_the_middle_loses_and_doubles_nothing(

@@ -41,8 +41,8 @@ def test_a_queue_for_devices_that_come_back_is_executed_once_and_in_order_throug
 def test_while_the_server_or_the_broker_is_away_longer_than_all_time_outs_nothing_is_lost_or_doubled(
     tmp_path: Path,
 ) -> None:
-    size = ("--devices", "20", "--rate", "20", "--seconds", "3", "--time-out", "1")
+    size = ("--devices", "20", "--rate", "20", "--seconds", "4", "--time-out", "1")
 
-    figures = soaked(tmp_path, "away", *size)
+    figures = soaked(tmp_path, "away", *size, "--how", "server-ended", "broker-killed")
 
     assert figures["log: executed"] == figures["log: created"]

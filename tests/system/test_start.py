@@ -12,7 +12,17 @@ import pytest
 
 from broker.cli import run
 from tests.system.conftest import NewBroker
-from tests.system.support import ORDAIN, Broker, environment, one_sentence, ordain, refused, until
+from tests.system.support import (
+    ORDAIN,
+    Broker,
+    Device,
+    environment,
+    made,
+    one_sentence,
+    ordain,
+    refused,
+    until,
+)
 
 
 def bash(text: str, cwd: Path) -> str:
@@ -53,6 +63,27 @@ def test_the_demo_starts_again_with_the_same_key_and_devices(new_broker: NewBrok
     printed = welcome(broker.start())
 
     assert printed["key"] == key
+    bash(printed["send"], tmp_path)
+    until(lambda: '"state":"executed"' in bash(printed["look"], tmp_path))
+
+
+def test_the_demo_leaves_out_a_device_that_was_deleted_and_one_that_is_somebody_elses(
+    new_broker: NewBroker, tmp_path: Path
+) -> None:
+    broker = new_broker("--demo")
+    token = made(broker.ordain("devices", "add", "ABC123", "--type", "iotee_device"))
+    printed = welcome(broker.start())
+    assert "demo.device_left_out hardware_id=ABC123" in broker.said()
+    device = Device(broker.mqtt_port, "ABC123", token)
+    assert device.say("online", suffix="status") == 0
+    path = f"{broker.url}/v1/devices/demo_lock"
+    writer = {"X-API-Key": printed["key"]}
+    assert httpx2.delete(path, headers=writer, trust_env=False).is_success
+    broker.end()
+
+    printed = welcome(broker.start())
+
+    assert "demo.device_left_out hardware_id=demo_lock" in broker.run.err.so_far()
     bash(printed["send"], tmp_path)
     until(lambda: '"state":"executed"' in bash(printed["look"], tmp_path))
 
@@ -103,8 +134,11 @@ def test_an_address_of_another_machine_is_refused(new_broker: NewBroker, address
     ("arguments", "toml", "words"),
     [
         ((), 'htpp = "127.0.0.1:80"', ("config.toml", "htpp")),
-        ((), "http = 80", ("config.toml", "http", "str")),
-        ((), "[limits]\nqueue_per_device = 0", ("config.toml", "queue_per_device")),
+        ((), "http = 80", ("config.toml", "http = 80", "str")),
+        ((), "[limits]\nqueue_per_device = 0", ("config.toml", "limits.queue_per_device = 0", ">= 1")),
+        ((), "[limits]\nqueue = 0", ("config.toml", "limits.queue", "queue_per_device")),
+        ((), 'mqtt_server = "mosquito"', ("config.toml", "mqtt_server = 'mosquito'")),
+        ((), 'mqtt_url = ["mqtt://user:hidden@host"]', ("config.toml", "mqtt_url")),
         ((), "http = ", ("config.toml", "TOML")),
         ((), 'http = "nowhere"', ("http", "nowhere", "HOST:PORT")),
         ((), 'prefix = "a/b"', ("prefix", "a/b")),
@@ -112,7 +146,11 @@ def test_an_address_of_another_machine_is_refused(new_broker: NewBroker, address
         (("--config", "missing.toml"), "", ("missing.toml", "No such file")),
         (("--http", "127.0.0.1:99999"), "", ("http", "99999")),
         (("--mqtt-listen", ":1883"), "", ("mqtt_listen", ":1883")),
+        (("--mqtt-listen", f"{'a' * 64}:1883"), "", ("mqtt_listen", "aaa")),
         (("--mqtt-url", "mqtt://user:hidden/slash@host"), "", ("mqtt_url", "port")),
+        (("--mqtt-url", "mqtt://user:hidden\N{CARE OF}@host"), "", ("mqtt_url", "://host")),
+        (("--mqtt-url", "mqtt://[user:hidden@host"), "", ("mqtt_url", "://host")),
+        (("--mqtt-url", f"mqtt://user:hidden@{'a' * 64}"), "", ("mqtt_url", "://host")),
         (("--nonsense",), "", ("--nonsense",)),
         (("--http",), "", ("--http",)),
     ],

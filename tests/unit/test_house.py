@@ -72,7 +72,7 @@ MUST_NOT_IMPORT = {"broker/log": {"broker.http", "litestar", "uvicorn", "httpx2"
 IMPORTED_ONLY_BY = {
     "aiomqtt": {"broker/mqtt.py"},
     "paho": {"broker/mqtt.py"},
-    "amqtt": {"broker/mqtt_server.py"},
+    "amqtt": {"broker/mqtt_server.py", "broker/mqtt_connection.py"},
     "broker.cli": {"broker/__main__.py"},
     "broker.serve": {"broker/cli.py"},
     "broker.world": {"broker/serve.py", "broker/control.py", "broker/cli.py", "broker/cli_log.py"},
