@@ -83,8 +83,11 @@ class Dispatch:
         self.pump_all()
 
     def link_up(self) -> None:
-        self._drain()
+        drained_at = self._drain()
         self._waiting.clear()
+        for member in self.live.members.values():
+            if lanes.interrupted(member, drained_at, self.writer.entropy.uniform):
+                self._set_timer(member)
         self.pump_all()
 
     def link_down(self) -> None:
@@ -95,12 +98,13 @@ class Dispatch:
         if self._drained_at is not None:
             self._drain()
 
-    def _drain(self) -> None:
+    def _drain(self) -> int:
         """Gives the answers that were kept for us time to come in before any timer counts again."""
         self._drained_at = self.writer.now() + DRAIN_MS
         for command_id in self._undrained:
             self.deadlines.set(command_id, self._drained_at)
         self._undrained.clear()
+        return self._drained_at
 
     def presence(self, device_id: str, presence: Presence) -> None:
         """What was learnt of a device being reachable; its lane follows."""

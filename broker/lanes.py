@@ -272,5 +272,26 @@ def recovered(
     return Flight(due_at=now + round(uniform(0, ms(definition.ack_timeout_sec))), voided=voided)
 
 
+def interrupted(member: Member, since: int, uniform: Callable[[float, float], float]) -> bool:
+    """A new MQTT session: what was in the air is due again as after a restart, spread over the answer time.
+
+    `since`: from when (ms) the old session's answers have come in. False if nothing changed.
+    """
+    definition, flight = member.definition, member.flight
+    if (
+        member.state.state is not State.PUBLISHED
+        or not definition.repeatable
+        or flight.lease_until is not None
+    ):
+        return False
+    soon = since + round(uniform(0, ms(definition.ack_timeout_sec)))
+    if flight.open:
+        flight.voided += flight.counts
+        flight.open, flight.due_at = False, soon
+    else:
+        flight.due_at = min(flight.due_at, soon)
+    return True
+
+
 def ms(seconds: float) -> int:
     return round(seconds * 1_000)

@@ -11,6 +11,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 from scripts.soak_judge import STATES, Figures, judge
@@ -21,7 +22,8 @@ DEVICE_TYPE = 'name = "soak"\nopen = true\nack_timeout_sec = {ack}\nresult_timeo
 # Half of the commands take up to an `ack_timeout_sec`: some are always acknowledged and not done.
 SLOW = 0.5
 RESULT = 3
-SETTLED_WITHIN_SEC = 600
+CLOSED_WITHIN_SEC = 600
+LATE_WITHIN_SEC = 30
 
 
 async def _server_frozen(world: World, seconds: float) -> None:
@@ -55,7 +57,7 @@ WAYS: dict[str, Way] = {
     "server-killed": _server_killed,
     "broker-killed": _broker_killed,
 }
-# A killed Mosquitto forgets answers that it took; all the others keep them.
+# A killed Mosquitto forgets what it took since it last saved; in all other ways nothing is forgotten.
 USUAL = ("server-frozen", "server-ended", "broker-killed")
 
 
@@ -85,13 +87,11 @@ async def _absence(world: World, load: Load, given: argparse.Namespace, way: str
     figures[f"{way}: states when it is back"] = _states(world)
     since = time.monotonic()
     await creating
-    # A late answer is still to come where the log says that time ran out.
-    await until(
-        lambda: not world.open_commands() and "timed_out" not in _states(world),
-        f"all is executed after {way}",
-        SETTLED_WITHIN_SEC,
-    )
-    figures[f"{way}: all executed after, s"] = time.monotonic() - since
+    await until(lambda: not world.open_commands(), f"all is closed after {way}", CLOSED_WITHIN_SEC)
+    # Where the log says that time ran out, the answer is still to come; the judge says if it never did.
+    with suppress(TimeoutError):
+        await until(lambda: "timed_out" not in _states(world), "late answers", LATE_WITHIN_SEC)
+    figures[f"{way}: all settled after, s"] = time.monotonic() - since
 
 
 def _states(world: World) -> str:

@@ -24,13 +24,14 @@ WITHIN_SEC = 60
 LOOK_AGAIN_SEC = 0.05
 # The other end of a line to the fleet: it may have thousands of connections to open.
 TOLD_WITHIN_SEC = 120
-# Sessions are on disk when it ends in order; nothing but our own processes comes here, so all are let in.
+# The limits and the saving of mosquitto.conf; only our own processes come here, so all are let in.
 MOSQUITTO = """
 user root
 listener {port} 127.0.0.1
 allow_anonymous true
 persistence true
 persistence_location {home}/
+autosave_interval 10
 set_tcp_nodelay true
 max_inflight_messages 1000
 max_queued_messages 100000

@@ -13,6 +13,7 @@ import pytest
 from broker.commands import Caller, Order
 from broker.errors import Refusal
 from broker.events import Changed
+from broker.lanes import Presence
 from broker.log import sqlite as log
 from broker.seams import Message, Receipt
 from broker.settings import Limits
@@ -505,5 +506,24 @@ def test_a_device_and_its_names_belong_to_one_project_for_ever() -> None:
         for name in ("lamp-1", device.id):
             with pytest.raises(Refusal, match="is taken"):
                 await bench.device(name, online=False)
+
+    play(scene)
+
+
+def test_what_was_in_the_air_when_the_link_died_is_sent_again_soon_after_it_is_back() -> None:
+    async def scene(bench: Bench) -> None:
+        device = await bench.device()
+        await bench.order(ttl_sec=None)
+        await sent(bench, 1)
+        bench.wire.up = False
+        bench.core.intake.link_down("gone")
+        await passes(3_600)
+        bench.wire.up = True
+        bench.core.dispatch.presence(device.id, Presence.UNKNOWN)
+        back = bench.writer.now()
+        bench.core.intake.link_up()
+        await sent(bench, 2)
+
+        assert bench.writer.now() - back <= 12_500, "two seconds for the backlog, then within the answer time"
 
     play(scene)
