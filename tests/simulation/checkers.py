@@ -1,86 +1,28 @@
 """The invariants as pure functions of a recorded history: each gives the sentences that say what was broken.
 
-Nothing here may be imported from the broker: the table of a command's life is written down a second time.
+Nothing here may be imported from the broker.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from tests.simulation.history import Call, Commit, History, Row, Wire
-
-# event: (states it may follow, state it gives); contract.md, section 2.
-TABLE: dict[str, tuple[frozenset[str], str]] = {
-    "created": (frozenset({"none"}), "pending"),
-    "published": (frozenset({"pending", "published"}), "published"),
-    "acknowledged": (frozenset({"published", "timed_out"}), "acknowledged"),
-    "progressed": (frozenset({"published", "acknowledged", "timed_out"}), "acknowledged"),
-    "executed": (frozenset({"published", "acknowledged", "timed_out"}), "executed"),
-    "failed": (frozenset({"pending", "published", "acknowledged", "timed_out"}), "failed"),
-    "timed_out": (frozenset({"published", "acknowledged"}), "timed_out"),
-    "expired": (frozenset({"pending"}), "expired"),
-    "cancelled": (frozenset({"pending"}), "cancelled"),
-}
-FINAL = frozenset({"executed", "failed", "expired", "cancelled"})
-CLOSING = FINAL | {"timed_out"}
-ANSWER_EVENT = {
-    "acknowledged": "acknowledged",
-    "progress": "progressed",
-    "executed": "executed",
-    "failed": "failed",
-}
-FROM_DEVICE = frozenset({"device_ack", "device_result"})
-GRACE_MS = 15_000
-NEVER = 1 << 62
-_NO_COMMANDS = ("system", "erasures")
-
-
-class Facts:
-    """A history, sorted for looking things up."""
-
-    def __init__(self, history: History) -> None:
-        self.history = history
-        self.streams: dict[str, list[Row]] = defaultdict(list)
-        for row in history.log:
-            self.streams[row["stream"]].append(row)
-        self.commands = {
-            name: rows for name, rows in self.streams.items() if "/" not in name and name not in _NO_COMMANDS
-        }
-        self.created = {name: rows[0] for name, rows in self.commands.items() if rows[0]["type"] == "created"}
-        self.publishes = [record for record in history.wire if record.what == "publish"]
-        self._commits: list[Commit] = []
-        for commit in history.commits:
-            if not self._commits or commit.head > self._commits[-1].head:
-                self._commits.append(commit)
-        self._heads = [commit.head for commit in self._commits]
-
-    def commit_of(self, row: Row) -> Commit | None:
-        """The first moment at which anybody could know that the row is durable."""
-        index = bisect_left(self._heads, row["position"])
-        return self._commits[index] if index < len(self._commits) else None
-
-    def durable(self, row: Row) -> int:
-        commit = self.commit_of(row)
-        return commit.seq if commit else NEVER
-
-    def first(self, command_id: str, event: str) -> Row | None:
-        return next((row for row in self.commands.get(command_id, ()) if row["type"] == event), None)
-
-    def definition(self, command_id: str) -> dict[str, Any]:
-        """What the device type said of this command when it was accepted."""
-        row = self.created.get(command_id)
-        digest = data(row).get("definition") if row else None
-        rows = self.streams.get(f"type/{digest}")
-        return data(rows[0]).get("definition", {}) if rows else {}
-
-
-def data(row: Row) -> dict[str, Any]:
-    """Erased rows have none."""
-    return row["data"] or {}
+from tests.simulation.checkers_presence import a3, a5, d9, d10, r8
+from tests.simulation.facts import (
+    ANSWER_EVENT,
+    CLOSING,
+    FINAL,
+    FROM_DEVICE,
+    GRACE_MS,
+    NEVER,
+    TABLE,
+    Facts,
+    data,
+)
+from tests.simulation.history import Call, History, Row, Wire
 
 
 def _succeeded(call: Call, *kinds: str) -> bool:
@@ -293,13 +235,13 @@ def a1(facts: Facts) -> Iterator[str]:
             continue
         if data(created).get("hardware_id") != record.hardware_id:
             continue
-        state, reason = "none", None
+        state = "none"
         for row in facts.commands[created["stream"]]:
             if facts.durable(row) < record.seq:
                 state = TABLE[row["type"]][1] if row["type"] in TABLE else state
-                reason = data(row).get("reason")
         # An answer may say nothing new about progress, and nobody listens to a deleted device.
-        idle = (state == "acknowledged" and event == "progressed") or reason == "device_deleted"
+        nobody = facts.deleted(created["device_id"]) < record.seq
+        idle = (state == "acknowledged" and event == "progressed") or nobody
         if state in TABLE[event][0] - {"pending"} and not idle:
             yield f"{record.command_id}: {record.status} got its PUBACK while only {state} was durable"
 
@@ -379,6 +321,7 @@ CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
     "R1": r1,
     "R3": r3,
     "R6": r6,
+    "R8": r8,
     "L1": l1,
     "L2": l2,
     "L4": l4,
@@ -387,8 +330,12 @@ CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
     "D4": d4,
     "D6": d6,
     "D8": d8,
+    "D9": d9,
+    "D10": d10,
     "A1": a1,
     "A2": a2,
+    "A3": a3,
+    "A5": a5,
     "S1": s1,
     "S2": s2,
 }

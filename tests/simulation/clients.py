@@ -73,8 +73,11 @@ class _Exchange:
         self._outgoing += message.get("body", b"")
         if not message.get("more_body"):
             answer = msgspec.json.decode(self._outgoing)
-            created = self._call.kind == "create" and self.status in (200, 201)
-            ids = (answer["id"],) if created else ()
+            ids: tuple[str, ...] = ()
+            if self._call.kind in ("create", "retry") and self.status in (200, 201):
+                ids = (answer["id"],)
+            elif self._call.kind == "cancel" and self.status == 200:
+                ids = tuple(answer.get("cancelled", ()))
             self._history.returned(self._call, self.status, ids=ids, answer=answer)
             self.gone.set()
             self.over.set()
@@ -175,12 +178,23 @@ class Clients:
             loop.create_task(self._work())
 
     async def _work(self) -> None:
-        requests = (self._create, self._crowd, self._queue, self._again, self._cancel, self._read, self._list)
+        requests = {
+            self._create: 10,
+            self._crowd: 3,
+            self._queue: 2,
+            self._again: 3,
+            self._cancel: 3,
+            self._read: 4,
+            self._list: 1,
+            self._retry: 3,
+            self._abandon: 1,
+            self._cancel_many: 1,
+        }
         while True:
             await asyncio.sleep(self._random.expovariate(1 / self._pause))
             if self.stopped:
                 return
-            request = self._random.choices(requests, (10, 3, 2, 3, 3, 4, 1))[0]
+            request = self._random.choices(list(requests), list(requests.values()))[0]
             await request()
 
     # --- what they ask ---
@@ -228,6 +242,26 @@ class Clients:
             await self._ask(
                 "cancel", "DELETE", f"/v1/devices/{hardware_id}/commands/{command_id}", command_id
             )
+
+    async def _retry(self) -> None:
+        """Whatever its state: the broker is to say whether it may be."""
+        if self.sent:
+            hardware_id, old = self._random.choice(self.sent[-20:])
+            key = f"retry-{next(self._keys)}" if self._random.random() < 0.5 else None
+            path = f"/v1/devices/{hardware_id}/commands/{old}/retry"
+            for _ in range(self._random.randint(1, 2)):
+                call = await self._door.call("retry", "POST", path, key=key, patience=self._patience())
+                if call.status == 201:
+                    self.sent.append((hardware_id, call.ids[0]))
+
+    async def _abandon(self) -> None:
+        if self.sent:
+            _, command_id = self._random.choice(self.sent[-10:])
+            await self._ask("abandon", "POST", f"/v1/commands/{command_id}/abandon", command_id)
+
+    async def _cancel_many(self) -> None:
+        body = {"device": self._random.choice(self._devices).hardware_id}
+        await self._door.call("cancel", "POST", "/v1/commands/cancel", body, patience=self._patience())
 
     async def _read(self) -> None:
         if self.sent:

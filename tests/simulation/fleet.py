@@ -17,7 +17,7 @@ from broker.seams import Message, Receipt
 from devices.core import Core, Effect, Run, Send
 from devices.grant import GrantVerifier, keys_from_jwks
 from devices.memory import RamMemory
-from devices.types import DeviceType, shipped_types
+from devices.types import DeviceType, load_type, shipped_types
 from devices.wire import CommandMessage, device_topic, status_topic
 from tests.simulation.history import History
 from tests.simulation.link import SimDevicePort
@@ -25,11 +25,25 @@ from tests.simulation.loop import Node, SimClock, SimLoop
 from tests.simulation.network import SimMqttServer
 
 PREFIX, ISSUER = "iotee", "ordain"
+# Knows no answer, so its commands are done when the MQTT server has them.
+SIREN = """
+name = "siren"
+payload = "bare"
+presence = "required"
+completes_on = "published"
+[commands.on]
+text = "on"
+repeatable = true
+[commands.off]
+text = "off"
+"""
+TYPES = shipped_types() | {"siren": load_type(SIREN)}
 # What clients may ask of each type, with parameters that it takes.
 COMMANDS: dict[str, dict[str, dict[str, Any]]] = {
     "generic": {"ping": {}, "set": {"level": 3}, "run": {"steps": [1, 2]}},
     "recorder": {"start_recording": {"max_duration_sec": 60}, "stop_recording": {}},
     "iotee_device": {"lock": {}, "unlock": {}, "reboot": {}},
+    "siren": {"on": {}, "off": {}},
 }
 MALFORMED = (
     b"",
@@ -54,6 +68,7 @@ class Device:
         self, loop: SimLoop, server: SimMqttServer, history: History, hardware_id: str, kind: str
     ) -> None:
         self.hardware_id, self.kind = hardware_id, kind
+        self.whims = True  # it may get stuck, take long, or fail
         self.jwks: dict[str, Any] | None = None
         self.port: SimDevicePort
         self.node: Node | None = None
@@ -61,7 +76,7 @@ class Device:
         self._loop, self._server, self._history = loop, server, history
         self._clock = SimClock(loop)
         self._random = loop.rng(f"device/{hardware_id}")
-        self._type: DeviceType = shipped_types()[kind]
+        self._type: DeviceType = TYPES[kind]
         self._memory = RamMemory()
         self._sessions = itertools.count(1)
         self._names_session = self._random.random() < 0.5
@@ -70,6 +85,8 @@ class Device:
         self._unsent: dict[int, Send] = {}
         self._sent = itertools.count()
         self._core: Core
+        if self.bare:
+            server.in_time.add(device_topic(PREFIX, hardware_id, self._type.answer_suffix))
 
     @property
     def bare(self) -> bool:
@@ -154,14 +171,14 @@ class Device:
         self._loop.create_task(self._execute(run.command))
 
     async def _execute(self, command: CommandMessage) -> None:
-        draw = self._random.random()
+        draw = self._random.random() if self.whims else 0.5
         if draw < 0.02:
             return  # stuck: its handler never ends, and nothing behind it is run before a reboot
         await asyncio.sleep(self._random.uniform(0.01, 3) if draw < 0.9 else self._random.uniform(3, 90))
         if self._random.random() < 0.2:
             self._do(self._core.progress(self._now(), command, 50, None))
             await asyncio.sleep(self._random.uniform(0.1, 5))
-        failed = self._random.random() < 0.1
+        failed = self.whims and self._random.random() < 0.1
         error = {"code": "broken", "message": "it did not work"} if failed else None
         self._do(self._core.finish(self._now(), command, {"n": 1}, error))
         self.on_end(self.hardware_id, command.id)
@@ -180,7 +197,10 @@ class Device:
                 self._unsent.pop(number, None)
 
         send = self._unsent[number]
-        self.port.publish(send.topic, send.payload, done=done)
+        if self.port.publish(send.topic, send.payload, done=done) and self.bare:
+            # Nobody can tell a text that is sent again from a new one.
+            status = self._type.words[send.payload.decode()]
+            self._history.answered(self.hardware_id, None, status)
 
 
 def _status(word: str, session: str | None) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-What = Literal["publish", "delivery", "puback", "reached"]
+What = Literal["publish", "accepted", "delivery", "puback", "reached"]
 Row = dict[str, Any]  # an event as the log has it, `data` decoded; None where it was erased
 
 
@@ -43,7 +43,8 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
 class Wire(msgspec.Struct, frozen=True, kw_only=True):
     """One MQTT message at one end of its way, as far as the payload tells.
 
-    `publish`: the broker began to write it. `delivery`: it reached the broker. `puback`: the broker gave
+    `publish`: the broker began to write it. `accepted`: the MQTT server's PUBACK of it, without a fault,
+    reached the broker. `delivery`: it reached the broker. `puback`: the broker gave
     its own. `reached`: it reached a device.
     """
 
@@ -56,6 +57,14 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int | None = None
     status: str | None = None
     retain: bool = False
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True):
+    """The broker's connection to the MQTT server came or went, as the broker heard of it."""
+
+    seq: int
+    t: int
+    up: bool
 
 
 class Execution(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +111,7 @@ class History:
         self.calls: list[Call] = []
         self.commits: list[Commit] = []
         self.wire: list[Wire] = []
+        self.links: list[Link] = []
         self.executions: list[Execution] = []
         self.answers: list[Answer] = []
         self.dumps: list[list[Row]] = []
@@ -168,6 +178,9 @@ class History:
             )
         )
         self._note(f"{what} {topic} {command_id} {named.attempt} {named.status}")
+
+    def linked(self, up: bool) -> None:
+        self.links.append(Link(seq=self._next(), t=self._now_ms(), up=up))
 
     def executed(self, hardware_id: str, command_id: str) -> None:
         self.executions.append(

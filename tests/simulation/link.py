@@ -123,6 +123,7 @@ class SimLink(Client):
         self.clean = not server.kind.keeps_sessions
         self._events = events
         self._closed = asyncio.Event()
+        self._linked(False)
 
     async def run(self) -> None:
         """Holds the connection until closed or cancelled."""
@@ -137,23 +138,37 @@ class SimLink(Client):
         self._closed.set()
 
     def publish(self, outgoing: Outgoing, done: Done) -> bool:
-        if not self._write(outgoing, False, done):
+        def heard(receipt: Receipt) -> None:
+            if receipt.reason == 0:
+                self._tell("accepted", outgoing)
+            done(receipt)
+
+        if not self._write(outgoing, False, heard):
             return False
-        if self.server.history is not None:
-            attempt = next((int(value) for key, value in outgoing.user_properties if key == "attempt"), None)
-            self.server.history.on_wire(
-                "publish", outgoing.topic, outgoing.payload, outgoing.correlation, attempt=attempt
-            )
+        self._tell("publish", outgoing)
         return True
+
+    def _tell(self, what: Literal["publish", "accepted"], outgoing: Outgoing) -> None:
+        attempt = next((int(value) for key, value in outgoing.user_properties if key == "attempt"), None)
+        if self.server.history is not None:
+            self.server.history.on_wire(
+                what, outgoing.topic, outgoing.payload, outgoing.correlation, attempt=attempt
+            )
+
+    def _linked(self, up: bool) -> None:
+        if self.server.history is not None:
+            self.server.history.linked(up)
 
     def puback(self, message: Message) -> None:
         self._record("puback", message)
         self._acknowledge(message)
 
     def came_up(self) -> None:
+        self._linked(True)
         self._events.link_up()
 
     def went_down(self, why: str) -> None:
+        self._linked(False)
         self._events.link_down(why)
 
     def message(self, message: Message) -> None:

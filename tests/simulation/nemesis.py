@@ -46,6 +46,8 @@ class Nemesis:
             self._babble: 2,
             self._fill_disk: 2,
             self._refuse_publishes: 1,
+            self._rotate_token: 1,
+            self._delete_device: 1,
         }
 
     async def run(self) -> None:
@@ -108,7 +110,8 @@ class Nemesis:
         if self._world.embedded:
             self._world.crash()  # it lives and dies in the broker's process
             return
-        self._server.restart(self._random.choice(SESSIONS), self._random.uniform(0.1, 20))
+        longest = self._random.choice((20, 20, 300))
+        self._server.restart(self._random.choice(SESSIONS), self._random.uniform(0.1, longest))
 
     def _drop_link(self) -> None:
         self._drop("ordain")
@@ -192,3 +195,15 @@ class Nemesis:
 
     def _babble(self) -> None:
         self._device().babble()
+
+    # --- what an operator does to them ---
+
+    def _rotate_token(self) -> None:
+        self._ask("rotate", "POST", f"{self._device().hardware_id}/token")
+
+    def _delete_device(self) -> None:
+        """Its commands end; the device itself knows nothing of it, and stays."""
+        self._ask("delete", "DELETE", f"{self._device().hardware_id}?force=true")
+
+    def _ask(self, kind: str, method: str, path: str) -> None:
+        self._loop.create_task(self._world.door.call(kind, method, f"/v1/devices/{path}"))

@@ -86,7 +86,7 @@ class Pipe:
             return
         server, faults = self._server, self._server.faults
         delay = self.slow * server.random.uniform(*faults.latency_sec)
-        if topic and faults.late and server.random.random() < faults.late:
+        if topic and topic not in server.in_time and faults.late and server.random.random() < faults.late:
             # The others overtake it, as they do a copy that waited in some queue on the way.
             delay += server.random.uniform(*faults.late_sec)
             server.loop.call_later(delay, arrive, *args, context=server.world)
@@ -173,6 +173,8 @@ class SimMqttServer:
         self.world = contextvars.Context()  # bytes on the wire belong to no node and outlive each
         self.up = True
         self.refuse: Callable[[str, Outgoing], int | None] = lambda client_id, outgoing: None
+        # Nobody can tell an answer without id that comes minutes late from a new one.
+        self.in_time: set[str] = set()
         self.sessions: dict[str, _Session] = {}
         self.retained: dict[str, bytes] = {}
         self._presence: tuple[Presence, Inbox] | None = None

@@ -18,11 +18,12 @@ from broker.commands import Accepted, Caller, Commands, Key, Order, conflict
 from broker.decisions import Verdict, decide
 from broker.dispatch import Dispatch
 from broker.intake import OWN, Intake
-from broker.lanes import Member, Presence
+from broker.lanes import Lane, Member, Presence
 from broker.lifecycle import CommandState, Input, Request, State
 from broker.seams import Message
 from broker.writer import Writer
 from devices.memory import RamMemory, Remembered
+from devices.types import Definition
 from projections import commands as commands_view
 from tests.simulation.world import Outcome, Synchronous, simulate
 
@@ -139,6 +140,36 @@ def _never_timed(self: Dispatch, member: Member) -> None:
         self.deadlines.set(member.state.id, lanes.wake_at(member, self.writer.now()))
 
 
+def _always_there(definition: Definition, presence: Presence) -> bool:
+    return True
+
+
+def _left_open(lane: Lane, member: Member, now: int) -> None:
+    """Takes it out of its lane, and lets the next one follow at once."""
+    shut_until = lane.shut_until
+    _closed(lane, member, now)
+    lane.shut_until = shut_until
+
+
+_closed = lanes.closed
+_send = Dispatch._send
+
+
+def _done_when_sent(self: Dispatch, send: Any) -> None:
+    _send(self, send)
+    member = self._at(send)
+    if member is not None and member.flight.written_at is not None:
+        self._input(member, Input.ACCEPTED)
+
+
+def _never_checked(self: Commands, caller: Caller, command_id: str) -> None:
+    self.seen(caller, command_id)
+
+
+def _no_waiting(self: Dispatch, now: int) -> bool:
+    return True
+
+
 BUGS = (
     Bug(
         name="answer before commit",
@@ -189,5 +220,30 @@ BUGS = (
         name="no result timer",
         caught_by=frozenset({"L4"}),
         patches=((Dispatch, "_set_timer", _never_timed),),
+    ),
+    Bug(
+        name="presence ignored",
+        caught_by=frozenset({"D9"}),
+        patches=((lanes, "reachable", _always_there),),
+    ),
+    Bug(
+        name="id-less lanes never shut",
+        caught_by=frozenset({"A3"}),
+        patches=((lanes, "closed", _left_open),),
+    ),
+    Bug(
+        name="one-way done before the PUBACK",
+        caught_by=frozenset({"D10"}),
+        patches=((Dispatch, "_send", _done_when_sent),),
+    ),
+    Bug(
+        name="retry of an open command",
+        caught_by=frozenset({"R8"}),
+        patches=((Commands, "_check_retry", _never_checked),),
+    ),
+    Bug(
+        name="timers fire while the link is down",
+        caught_by=frozenset({"A5"}),
+        patches=((Dispatch, "_drained", _no_waiting),),
     ),
 )

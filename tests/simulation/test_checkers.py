@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.simulation.checkers import CHECKERS, Facts, check, s4
+from tests.simulation.checkers import CHECKERS, check, s4
+from tests.simulation.facts import Facts
 from tests.simulation.history import History, Row
 
 A, B = "cmd_a", "cmd_b"
@@ -61,11 +62,15 @@ class Story:
         self.history.on_wire("puback", f"iotee/dev/{hardware_id}/ack", payload)
         return self
 
+    def status(self) -> Story:
+        self.history.on_wire("delivery", "iotee/dev/hw1/status", b"online", retain=True)
+        return self
+
     def executes(self, command_id: str = A) -> Story:
         self.history.executed("hw1", command_id)
         return self
 
-    def answers(self, status: str, command_id: str = A, hardware_id: str = "hw1") -> Story:
+    def answers(self, status: str, command_id: str | None = A, hardware_id: str = "hw1") -> Story:
         self.history.answered(hardware_id, command_id, status)
         return self
 
@@ -105,6 +110,7 @@ class Story:
 def whole_life() -> Story:
     """One of everything, as it should be."""
     story = Story().log("system", "started").defined(repeatable=True).created(expires_at=10_000)
+    story.history.linked(True)
     story.call("create", 201, A, key="k", body="x").call("create", 200, A, key="k", body="x")
     story.published().wire().executes().answers("acknowledged").answers("progress").answers("executed")
     story.ended(event="acknowledged", evidence="device_ack").puback("acknowledged").puback("acknowledged")
@@ -133,19 +139,31 @@ RIGHT: dict[str, Callable[[], Story]] = {
     ),
     "D3 what may be repeated was": lambda: Story().defined().sent().published(attempt=2).wire(attempt=2),
     "D6 the pipe was late": lambda: (
-        Story().sent(A).log(A, "timed_out", reason="no_answer").sent(B).executes(B).executes(A)
+        Story()
+        .sent(A)
+        .log(A, "timed_out", reason="no_answer", evidence="operator")
+        .sent(B)
+        .executes(B)
+        .executes(A)
     ),
     "D6 several may be in flight": lambda: (
         Story().defined(max_in_flight=2).sent(A).sent(B).executes(B).executes(A)
     ),
     "A1 the device was deleted": lambda: (
-        Story().sent().log(A, "timed_out", reason="device_deleted").puback("executed")
+        Story()
+        .sent()
+        .log(A, "timed_out", evidence="operator")
+        .log("device/dev_1", "deleted")
+        .puback("executed")
     ),
     "A1 never handed over": lambda: Story().created().puback("executed").puback("failed"),
     "A2 the device answered twice, and it is one event": lambda: (
         Story().sent().answers("executed").answers("executed").ended()
     ),
-    "A2 an id-less answer": lambda: Story().sent().ended(evidence="inferred"),
+    "A2 an id-less answer": lambda: Story().sent().answers("executed", None).ended(evidence="inferred"),
+    "D9 a retained word made it open again": lambda: (
+        Story().defined(presence="required").log("device/dev_1", "offline").status().sent()
+    ),
 }
 
 WRONG: dict[str, tuple[Callable[[], Story], str]] = {
@@ -264,6 +282,33 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
             .ended(event="progressed", percent=5)
         ),
         "A2: cmd_a: the same progressed was recorded twice",
+    ),
+    "R8 retried while open": (
+        lambda: Story().sent().created(B, retry_of=A),
+        "R8: cmd_b retries cmd_a, which was published",
+    ),
+    "D9 known offline": (
+        lambda: Story().defined(presence="required").log("device/dev_1", "offline").sent(),
+        "D9: cmd_a was handed over at position 4, its device offline",
+    ),
+    "D10 done before its PUBACK": (
+        lambda: Story().defined(completes_on="published").sent().log(A, "executed", evidence="mqtt_puback"),
+        "D10: cmd_a was called done before the MQTT server had it",
+    ),
+    "A3 an answer to what was before": (
+        lambda: (
+            Story()
+            .created()
+            .answers("executed", command_id=None)
+            .published()
+            .wire()
+            .ended(evidence="inferred")
+        ),
+        "A3: cmd_a: executed is taken from an answer older than the command",
+    ),
+    "A5 nobody could hear": (
+        lambda: Story().log("system", "started").sent().log(A, "timed_out", reason="no_answer"),
+        "A5: cmd_a timed out before the link was up once",
     ),
     "S1 a gap": (lambda: Story().created().change(1, position=2), "S1: position 2 stands where 1 belongs"),
     "S1 time falls": (

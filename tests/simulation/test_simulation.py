@@ -5,11 +5,19 @@ More seeds, or one of them printed: `python -m scripts.simulate`.
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+from typing import Any
+
 import pytest
 
+from tests.simulation.checkers import check
+from tests.simulation.fleet import COMMANDS
+from tests.simulation.loop import SimLoop, run
+from tests.simulation.network import MOSQUITTO
 from tests.simulation.planted import BUGS, Bug
 from tests.simulation.test_loop import printed_elsewhere
-from tests.simulation.world import simulate
+from tests.simulation.world import World, quiet, simulate
 
 SEEDS, CHUNK = 300, 25
 TRIES = 60
@@ -42,3 +50,40 @@ def test_a_seed_gives_the_same_run_in_every_process() -> None:
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: Bug) -> None:
     assert any(bug.names(bug.run(seed).found) for seed in range(TRIES))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_hour_without_the_mqtt_server_costs_no_command(seed: int) -> None:
+    """Commands of every state wait; answers given before it went are kept there, and nothing is timed out."""
+
+    async def main(loop: SimLoop) -> World:
+        world = World(loop, kind=MOSQUITTO)
+        named = [device for device in world.devices if not device.bare]
+        for device in named:
+            device.whims = False
+        await world.furnish()
+        named[0].port.disconnect()
+
+        async def order() -> None:
+            for device in named * 3:
+                name = next(iter(COMMANDS[device.kind]))
+                body: dict[str, Any] = {"type": name, "params": {}, "ttl_sec": None}
+                path = f"/v1/devices/{device.hardware_id}/commands"
+                assert (await world.door.call("create", "POST", path, body)).status == 201
+
+        await order()
+        await asyncio.sleep(seed / 2)
+        world.server.restart("kept", 3_600)
+        await order()
+        await asyncio.sleep(3_600)
+        named[0].connect()
+        await world.end()
+        return world
+
+    with quiet([]):
+        world = run(main, seed)
+    told = Counter(row["type"] for row in world.history.log if row["stream"].startswith("cmd_"))
+
+    assert [*world.found, *check(world.history)] == []
+    assert told["created"] == told["executed"] == len(world.history.executions) > 0
+    assert told["timed_out"] == told["failed"] == 0

@@ -21,21 +21,21 @@ import structlog
 from broker.control import services
 from broker.core import Core
 from broker.errors import Unavailable
+from broker.fleet import DeviceState
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.seams import Broken, Full, Sql
 from broker.settings import Settings
-from devices.types import shipped_types
 from projections import follower
 from tests.simulation.checkers import check, s4
 from tests.simulation.clients import SERVICES, Clients, Door
 from tests.simulation.disk import SimDisk, SimStorage
-from tests.simulation.fleet import ISSUER, PREFIX, Device
+from tests.simulation.fleet import ISSUER, PREFIX, TYPES, Device
 from tests.simulation.history import History
 from tests.simulation.link import SimLink
 from tests.simulation.loop import Node, SimClock, SimEntropy, SimLoop, run
 from tests.simulation.nemesis import Nemesis
-from tests.simulation.network import EMBEDDED, MOSQUITTO, SimMqttServer
+from tests.simulation.network import EMBEDDED, MOSQUITTO, ServerKind, SimMqttServer
 
 SUBSCRIPTIONS = (f"{PREFIX}/dev/+/ack", f"{PREFIX}/dev/+/status")
 SETTINGS = Settings(prefix=PREFIX, issuer=ISSUER)
@@ -63,15 +63,18 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 class World:
     """The parts of one run, and the life and death of the broker's process."""
 
-    def __init__(self, loop: SimLoop, synchronous: Synchronous) -> None:
+    def __init__(
+        self, loop: SimLoop, synchronous: Synchronous = "FULL", kind: ServerKind | None = None
+    ) -> None:
         self.loop = loop
         draw = loop.rng("world")
         self.clock = SimClock(loop)
         self.history = History(self.clock.true_ms, loop.note)
         self.disk = SimDisk(loop)
-        self.server = SimMqttServer(loop, draw.choice((EMBEDDED, MOSQUITTO)), history=self.history)
+        drawn = draw.choice((EMBEDDED, MOSQUITTO))
+        self.server = SimMqttServer(loop, kind or drawn, history=self.history)
         self.embedded = not self.server.kind.keeps_sessions
-        kinds = ["generic", "recorder", "iotee_device"] + [draw.choice(["generic", "recorder"])] * 5
+        kinds = ["generic", "recorder", "iotee_device", "siren"] + [draw.choice(["generic", "recorder"])] * 4
         self.devices = [
             Device(loop, self.server, self.history, f"hw{number}", kind)
             for number, kind in enumerate(kinds[: draw.randint(3, 8)], 1)
@@ -109,7 +112,7 @@ class World:
             on_commit=self._committed,
         )
         entropy = SimEntropy(self.loop, f"broker/{self._lives}")
-        core = Core(storage, self.clock, entropy, shipped_types(), SETTINGS)
+        core = Core(storage, self.clock, entropy, TYPES, SETTINGS)
         await core.open(embedded=self.embedded)
         link = SimLink(self.server, core.intake, SUBSCRIPTIONS)
         core.attach(link)
@@ -117,6 +120,7 @@ class World:
             if self.embedded:
                 self.server.tell(core.intake)
                 self.server.up = True
+                core.registry.entitled = self._token_changed
             group.create_task(link.run())
             parts = services(core)
             node.context.run(SERVICES.set, parts)
@@ -125,6 +129,12 @@ class World:
             self.door.node = None
             link.close()
         await storage.close()
+
+    def _token_changed(self, device: DeviceState) -> None:
+        """As the embedded server does with whoever is connected by a token that was valid until now."""
+        connection = self.server.connection(device.hardware_id)
+        if connection is not None:
+            connection.close("its token changed")
 
     def _committed(self, connection: apsw.Connection) -> None:
         found: Any = connection.execute("SELECT coalesce(max(position), 0) FROM events").fetchall()
@@ -183,9 +193,7 @@ class World:
     # --- the run ---
 
     async def live_through(self) -> None:
-        self.start()
-        await self._wait(lambda: self.core is not None and self.core.link.up, "the broker did not start")
-        await self._furnish()
+        await self.furnish()
         clients = self._draw.randint(1, 4)
         self.clients = Clients(self.loop, self.door, self.devices, clients, pause=8.0 * clients)
         nemesis = Nemesis(self, FAULT_EVERY_SEC)
@@ -194,6 +202,10 @@ class World:
         self.history.said("heal")
         nemesis.heal()
         self.clients.stopped = True
+        await self.end()
+
+    async def end(self) -> None:
+        """Waits until no command is open, stops the broker in peace and reads its log."""
         await self._heal()
         await self._core().storage.read(self._compare_live_state)
         self.history.ended_at = self._core().writer.now()
@@ -203,8 +215,10 @@ class World:
         self._node = None
         self.inspect()
 
-    async def _furnish(self) -> None:
-        """Keys and devices, as an operator makes them before anything goes wrong."""
+    async def furnish(self) -> None:
+        """Starts, and makes keys and devices, as an operator does before anything goes wrong."""
+        self.start()
+        await self._wait(lambda: self.core is not None and self.core.link.up, "the broker did not start")
         core, node = self._core(), self._node
         assert node is not None
         _, self.door.secret = await self.loop.spawn(node, core.keys.create("acme", ("admin",), None))
@@ -273,7 +287,7 @@ def simulate(seed: int, *, synchronous: Synchronous = "FULL") -> Outcome:
         return world
 
     _settle()
-    with _quiet(logged):
+    with quiet(logged):
         world = run(main, seed, max_time=FAULTS_SEC + 2 * LONGEST_HEAL_SEC)
     found = [*world.found, *world.door.failures, *check(world.history)]
     found += [f"LOG: {line}" for line in logged if line.startswith(WRONG)]
@@ -300,7 +314,7 @@ def _settle() -> None:
 
 
 @contextmanager
-def _quiet(logged: list[str]) -> Iterator[None]:
+def quiet(logged: list[str]) -> Iterator[None]:
     """Log lines go into a list: they are part of what was seen."""
 
     def keep(_logger: Any, level: str, event: MutableMapping[str, Any]) -> str:
