@@ -284,12 +284,11 @@ def interrupted(member: Member, since: int, uniform: Callable[[float, float], fl
         or flight.lease_until is not None
     ):
         return False
+    if flight.open and is_last_attempt(member):
+        return False  # it counts, and its timer ends it
     soon = since + round(uniform(0, ms(definition.ack_timeout_sec)))
-    if flight.open:
-        flight.voided += flight.counts
-        flight.open, flight.due_at = False, soon
-    else:
-        flight.due_at = min(flight.due_at, soon)
+    flight.due_at = soon if flight.open else min(flight.due_at, soon)
+    flight.open = False
     return True
 
 

@@ -312,6 +312,19 @@ class Model(RuleBasedStateMachine):
         done = self.ask(self.core().commands.abandon(ME, seen.id))
         assert done is None or before in ("published", "acknowledged", "timed_out")
 
+    @precondition(lambda self: self.commands)
+    @rule(pick=picks)
+    def retry(self, pick: int) -> None:
+        """A new command from one that ended badly, from no other."""
+        known = self.known("failed", "timed_out", "expired", "cancelled") or self.known()
+        seen = known[pick % len(known)]
+        made = self.ask(self.core().repairs.retry(ME, seen.id))
+        if made is not None:
+            assert seen.closed
+            assert seen.state != "executed" or "timed_out" in seen.events
+            assert (made.state.retry_of, made.state.type) == (seen.id, seen.type)
+            self.promised.add(made.state.id)
+
     @rule(hardware_id=names, now=rarely)
     def comes_or_goes(self, hardware_id: str, now: bool) -> None:
         if hardware_id in self.online:
