@@ -42,6 +42,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         registry=core.registry,
         keys=core.keys,
         grants=core.grants,
+        feed=core.feed,
         dispatch=core.dispatch,
         intake=core.intake,
         link=core.link,

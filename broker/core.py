@@ -16,6 +16,7 @@ from broker.commands import Commands
 from broker.deadlines import Deadlines
 from broker.dispatch import Dispatch
 from broker.events import ClockStepped
+from broker.feed import Feed
 from broker.grants import Grants
 from broker.ids import new_id
 from broker.intake import Intake
@@ -61,6 +62,7 @@ class Core:
         self.settings = settings
         self.writer = Writer(storage, clock, entropy)
         self.live = Live()
+        self.feed = Feed(self.writer, self.live)
         self.commands = Commands(self.writer, self.live, types, settings.prefix, settings.limits)
         self.repairs = Repairs(self.commands)
         self.registry = Registry(self.commands)
@@ -103,6 +105,7 @@ class Core:
         await self.live.load(self.storage, self.writer.entropy, self.writer.now())
         await self.registry.load()
         self.dispatch.recovered()
+        self.feed.reread()
 
     def attach(self, link: Link) -> None:
         self.link = self.dispatch.link = self.intake.link = link

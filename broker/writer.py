@@ -74,6 +74,11 @@ class Writer:
         self._anchor_wall = clock.wall_ms()
         self._anchor_monotonic = clock.monotonic_ms()
 
+    @property
+    def durable(self) -> int:
+        """The last position that is durable."""
+        return self._head.position
+
     # --- the clock ---
 
     def now(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from broker.commands import Commands
 from broker.dispatch import Dispatch
+from broker.feed import Feed
 from broker.grants import Grants
 from broker.intake import Intake
 from broker.keys import Keys
@@ -29,6 +30,7 @@ class Services:
     registry: Registry
     keys: Keys
     grants: Grants
+    feed: Feed
     dispatch: Dispatch
     intake: Intake
     link: Link

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from broker import events
+from broker.cloudevents import event_data
 from broker.fleet import DeviceState
 from broker.lanes import Presence
 from broker.lifecycle import CommandState, State
@@ -216,18 +217,6 @@ def event(row: Row) -> Event:
         data=data,
         erased=UNSET if row.data is not None else True,
     )
-
-
-def event_data(recorded: events.Event) -> dict[str, Any]:
-    """What an event says, outwards: defaults spelled out, what is unset left out, times as text."""
-    data = {
-        field: value
-        for field, value in msgspec.structs.asdict(recorded).items()
-        if value is not None and value is not UNSET
-    }
-    if isinstance(recorded, events.Created) and recorded.expires_at is not None:
-        data["expires_at"] = rfc3339(recorded.expires_at)
-    return data
 
 
 def device(state: DeviceState, presence: Presence | None, token: str | UnsetType = UNSET) -> Device:

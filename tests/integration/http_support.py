@@ -10,10 +10,9 @@ from typing import Any
 import httpx2
 from litestar.types import ASGIApp
 
+from broker.control import services
 from broker.core import Core
 from broker.http.app import create_app
-from broker.http.services import Services
-from broker.metrics import Metrics
 from broker.seams import Message, Outgoing, Receipt
 from broker.settings import Limits, Settings
 from broker.world import SqliteStorage, SystemClock, SystemEntropy
@@ -45,25 +44,9 @@ class Broker:
     def __init__(self, core: Core, link: NoServer) -> None:
         self.core = core
         self.link = link
-        metrics = Metrics(core.writer.clock)
-        metrics.watch(core.writer, core.live, link, core.intake)
-        services = Services(
-            commands=core.commands,
-            repairs=core.repairs,
-            registry=core.registry,
-            keys=core.keys,
-            grants=core.grants,
-            dispatch=core.dispatch,
-            intake=core.intake,
-            link=link,
-            metrics=metrics,
-            limits=core.settings.limits,
-            log_id=core.log_id,
-            cursor_key=core.cursor_key,
-            ready=core.not_ready,
-        )
-        self.app: ASGIApp = create_app(services)
-        self.private: ASGIApp = create_app(services, local=True)
+        parts = services(core)
+        self.app: ASGIApp = create_app(parts)
+        self.private: ASGIApp = create_app(parts, local=True)
 
     def client(self, key: str | None = None, app: ASGIApp | None = None) -> httpx2.AsyncClient:
         transport = httpx2.ASGITransport(app or self.app)  # type: ignore[arg-type]
