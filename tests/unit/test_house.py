@@ -63,8 +63,8 @@ WORLD_NAMES = {
 MAY_IMPORT = {
     "devices": {"devices"},
     "projections": {
-        "projections", "broker.cloudevents", "broker.events", "broker.fleet", "broker.lifecycle", "broker.log",
-        "broker.seams", "devices.types",
+        "projections", "broker.cloudevents", "broker.events", "broker.fleet", "broker.lifecycle",
+        "broker.log", "broker.seams", "devices.types",
     },
 }  # fmt: skip
 # A room or module -> what it must not import.
