@@ -21,6 +21,7 @@ import uvloop
 from cyclopts import App, CycloptsError, Parameter
 
 from broker import __version__
+from broker.cli_backup import backup, restore
 from broker.cli_base import (
     DONE,
     POLL_SEC,
@@ -69,7 +70,8 @@ keys = App(name="keys", help="API keys: make, list, revoke.")
 devices = App(name="devices", help="Devices: add, list.")
 for part in (keys, devices, grants, logs, simulate):
     app.command(part)
-app.command(explain)
+for one in (explain, backup, restore):
+    app.command(one)
 
 
 def main() -> None:

@@ -13,12 +13,13 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 import aiosqlite
 
+from broker.ids import new_id
 from broker.seams import Broken, Conflict, Full, Sql
 
 T = TypeVar("T")
@@ -154,6 +155,17 @@ def open_for_reading(directory: Path) -> sqlite3.Connection:
     path = directory / DATABASE
     if not path.exists():
         raise Broken(f"there is no log at {directory}: name another directory with --data")
+    return open_file(path)
+
+
+def open_file(path: Path) -> sqlite3.Connection:
+    """A connection for looking at one file that should hold a log.
+
+    Raises:
+        Broken: it is not there, is no log, or cannot be read.
+    """
+    if not path.is_file():
+        raise Broken(f"{path} is not there")
     try:
         connection = sqlite3.connect(path, isolation_level=None, timeout=10)
         connection.execute("PRAGMA query_only = ON")
@@ -162,6 +174,41 @@ def open_for_reading(directory: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise Broken(f"{path}: {error}") from error
     return connection
+
+
+def back_up(directory: Path, to: Path) -> None:
+    """Copies one state of the database to a new file of the owner's alone, durable; free pages are not
+    copied.
+
+    Raises:
+        Broken: there is no log, or it cannot be read.
+        Full: no space for the copy.
+        OSError: the file cannot be made.
+    """
+    with closing(open_for_reading(directory)) as sql:
+        # The file is made by us, so that at no moment others can read it.
+        os.close(os.open(to, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
+        try:
+            sql.execute("PRAGMA query_only = OFF")  # it writes only the new file, and is refused otherwise
+            sql.execute("VACUUM INTO ?", (str(to),))
+        except sqlite3.Error as error:
+            raise _translated(error) from error
+    with open(to, "rb") as made:
+        os.fsync(made.fileno())
+
+
+def rename_log(path: Path) -> str:
+    """Gives the log in a file that nobody serves an id of its own, durably; the old one is kept beside it."""
+    log_id = new_id("log", SystemClock().wall_ms(), SystemEntropy())
+    with closing(sqlite3.connect(path, isolation_level=None)) as sql:
+        sql.execute("PRAGMA synchronous = FULL")
+        sql.execute(
+            "INSERT OR REPLACE INTO meta SELECT 'restored_from', value FROM meta WHERE key = 'log_id'"
+        )
+        sql.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (log_id,))
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return log_id
 
 
 def _connection(path: Path) -> aiosqlite.Connection:

@@ -76,7 +76,13 @@ IMPORTED_ONLY_BY = {
     "amqtt": {"broker/mqtt_server.py", "broker/mqtt_connection.py"},
     "broker.cli": {"broker/__main__.py"},
     "broker.serve": {"broker/cli.py"},
-    "broker.world": {"broker/serve.py", "broker/control.py", "broker/cli.py", "broker/cli_log.py"},
+    "broker.world": {
+        "broker/serve.py",
+        "broker/control.py",
+        "broker/cli.py",
+        "broker/cli_log.py",
+        "broker/backup.py",
+    },
     "broker.mqtt": {"broker/serve.py"},
     "broker.mqtt_server": {"broker/mqtt_door.py"},
 }
