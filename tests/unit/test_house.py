@@ -48,6 +48,7 @@ SEAMS = (
     "broker/cli_log.py",
     "broker/control.py",
     "devices/agent.py",
+    "devices/canary.py",
     "devices/simulator.py",
 )
 WORLD_MODULES = {
@@ -82,6 +83,7 @@ IMPORTED_ONLY_BY = {
         "broker/cli.py",
         "broker/cli_log.py",
         "broker/backup.py",
+        "broker/doctor.py",
     },
     "broker.mqtt": {"broker/serve.py"},
     "broker.mqtt_server": {"broker/mqtt_door.py"},

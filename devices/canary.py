@@ -1,0 +1,209 @@
+"""A canary for the MQTT server's rules: one device tries everything that it must not be able to do.
+
+It needs two registered devices, a thief and a victim, and somebody who sends the victim a command. It
+judges by what happens, never by what the server said: some servers grant what they then do not deliver,
+and acknowledge what they throw away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import aiomqtt
+
+from devices.wire import status_topic
+
+silent = logging.getLogger("ordain.canary.mqtt")
+silent.setLevel(logging.CRITICAL)
+
+WITHIN_SEC = 10.0
+QUIET_SEC = 0.5  # what has not leaked this long after its owner has it does not leak
+FORGED = b"a will of the canary"
+
+
+class Untried(Exception):
+    """The server could not be tried; the message says why."""
+
+
+class Login(NamedTuple):
+    """Who connects: user name and client id, and the password; both empty for nobody."""
+
+    hardware_id: str
+    token: str
+
+
+class Ears:
+    """Everything that one connection heard."""
+
+    def __init__(self, client: aiomqtt.Client) -> None:
+        self.client = client
+        self.heard: list[tuple[str, bytes]] = []
+        self.news = asyncio.Event()
+
+    async def listen(self) -> None:
+        with suppress(aiomqtt.MqttError):
+            async for message in self.client.messages:
+                self.heard.append((message.topic.value, bytes(message.payload)))
+                self.news.set()
+
+
+class Canary:
+    """Tries a server at `url` with topics under `prefix`.
+
+    `send` sends the victim a command and gives its id; `outcome` gives its state once it is closed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        prefix: str,
+        thief: Login,
+        victim: Login,
+        send: Callable[[], Awaitable[str]],
+        outcome: Callable[[str], Awaitable[str]],
+    ) -> None:
+        self._url, self._prefix = url, prefix
+        self._thief, self._victim = thief, victim
+        self._send, self._outcome = send, outcome
+
+    async def breaches(self) -> list[str]:
+        """What the thief could do, as sentences; nothing if all is well.
+
+        Raises:
+            Untried: the victim itself cannot connect, or did not get its command.
+        """
+        try:
+            return await self._breaches()
+        except aiomqtt.MqttError as error:
+            raise Untried(str(error)) from error
+        except TimeoutError as error:
+            raise Untried(f"nothing within {WITHIN_SEC:g} s") from error
+
+    async def _breaches(self) -> list[str]:
+        found = await strangers(self._url)
+        if await _connects(self._url, self._thief._replace(token="wrong")):  # noqa: S106 (it is meant to be)
+            found.append("a device connects with a wrong password")
+        async with asyncio.timeout(WITHIN_SEC):
+            while not await _connects(self._url, self._victim):  # noqa: ASYNC110 (its token may be on its way)
+                await asyncio.sleep(QUIET_SEC)
+        async with _connected(self._url, self._victim) as victim:
+            await victim.client.subscribe(self._topic("rls"), qos=1)
+            await victim.client.publish(status_topic(self._prefix, self._victim.hardware_id), "online", qos=1)
+            await self._leave_a_will()
+            found += await self._steals(victim)
+            found += await self._takes_over(victim)
+        return found
+
+    async def _leave_a_will(self) -> None:
+        """On another's command topic it is a forged command: some servers send wills past their rules."""
+        with suppress(aiomqtt.MqttError):
+            will = aiomqtt.Will(self._topic("rls"), FORGED, qos=1)
+            async with _connected(self._url, self._thief, will=will) as thief:
+                connection = thief.client._client.socket()
+                if isinstance(connection, socket.socket):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    async def _steals(self, victim: Ears) -> list[str]:
+        found: list[str] = []
+        async with _connected(self._url, self._thief) as thief:
+            for topic in (self._topic("+"), f"{self._prefix}/#", "#", f"{self._prefix}/dev/+/rls"):
+                with suppress(aiomqtt.MqttError):
+                    await thief.client.subscribe(topic, qos=1)
+            command_id = await self._send()
+            await self._hears(victim, command_id)
+            with suppress(aiomqtt.MqttError):
+                await thief.client.publish(self._topic("ack"), _answer(command_id, "failed"), qos=1)
+            await asyncio.sleep(QUIET_SEC)
+            found += [
+                f"a device hears what is for others: {topic}"
+                for topic in sorted({topic for topic, _ in thief.heard})
+                if f"/dev/{self._thief.hardware_id}/" not in topic
+            ]
+        await victim.client.publish(self._topic("ack"), _answer(command_id, "executed"), qos=1)
+        if (outcome := await self._outcome(command_id)) != "executed":
+            found.append(f"a device answers for another: its command is {outcome}")
+        if any(payload == FORGED for _, payload in victim.heard):
+            found.append("a device's last will reaches another as a command")
+        return found
+
+    async def _takes_over(self, victim: Ears) -> list[str]:
+        with suppress(aiomqtt.MqttError):
+            async with _connected(self._url, self._thief, client_id=self._victim.hardware_id):
+                await asyncio.sleep(0)
+        try:
+            await victim.client.publish(
+                status_topic(self._prefix, self._victim.hardware_id), "offline", qos=1
+            )
+        except aiomqtt.MqttError:
+            return ["a device takes over another's connection by its client id"]
+        return []
+
+    async def _hears(self, victim: Ears, command_id: str) -> None:
+        async with asyncio.timeout(WITHIN_SEC):
+            while not any(command_id.encode() in payload for _, payload in victim.heard):
+                victim.news.clear()
+                await victim.news.wait()
+
+    def _topic(self, suffix: str) -> str:
+        return f"{self._prefix}/dev/{self._victim.hardware_id}/{suffix}"
+
+
+def _answer(command_id: str, status: str) -> bytes:
+    return json.dumps({"id": command_id, "status": status}).encode()
+
+
+async def strangers(url: str) -> list[str]:
+    """Does the server let in somebody without a name?
+
+    Raises:
+        Untried: nobody answers there.
+    """
+    parts = urlsplit(url)
+    try:
+        _, writer = await asyncio.open_connection(parts.hostname or "127.0.0.1", parts.port or 1883)
+        writer.close()
+    except OSError as error:
+        raise Untried(f"nobody answers: {error.strerror or error}") from error
+    return (
+        ["it lets in anybody, without user name and password"] if await _connects(url, Login("", "")) else []
+    )
+
+
+async def _connects(url: str, login: Login) -> bool:
+    try:
+        async with _connected(url, login):
+            return True
+    except aiomqtt.MqttError:
+        return False
+
+
+@asynccontextmanager
+async def _connected(
+    url: str, login: Login, *, client_id: str | None = None, will: aiomqtt.Will | None = None
+) -> AsyncIterator[Ears]:
+    parts = urlsplit(url)
+    client = aiomqtt.Client(
+        parts.hostname or "127.0.0.1",
+        parts.port or 1883,
+        identifier=login.hardware_id if client_id is None else client_id,
+        username=login.hardware_id or None,
+        password=login.token or None,
+        will=will,
+        clean_session=True,
+        timeout=WITHIN_SEC,
+        logger=silent,
+    )
+    async with client:
+        ears = Ears(client)
+        listening = asyncio.create_task(ears.listen())
+        try:
+            yield ears
+        finally:
+            listening.cancel()
