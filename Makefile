@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
 
-.PHONY: help setup run test check fix bench simulate soak lock clean mosquitto
+.PHONY: help setup run test check fix bench simulate soak lock clean mosquitto browser
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -14,7 +14,7 @@ setup: .venv/runtime ## make .venv with everything `ordain` needs, pinned by has
 run: .venv/runtime ## the broker, an MQTT server and a few simulated devices, until Ctrl-C
 	@exec .venv/bin/ordain serve --demo
 
-test: .venv/dev mosquitto check ## everything a change must pass: check, then all tests
+test: .venv/dev mosquitto browser check ## everything a change must pass: check, then all tests
 	@.venv/bin/pytest
 
 check: .venv/dev ## style and types
@@ -55,3 +55,6 @@ clean: ## remove .venv and what tools left behind; never data
 
 mosquitto:
 	@scripts/setup-mosquitto
+
+browser:
+	@scripts/setup-browser

@@ -9,13 +9,13 @@ from litestar.datastructures import State
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from broker.http import local as local_routes
-from broker.http import openapi
+from broker.http import openapi, sdk
 from broker.http.answers import Json
 from broker.http.auth import Call
 from broker.http.errors import HANDLERS
 from broker.http.services import Services
 
-ROUTES = (*openapi.DESCRIBED, openapi.routes)
+ROUTES = (*openapi.DESCRIBED, openapi.routes, sdk.routes)
 # Answers hold grants and tokens: nobody on the way may keep them, whichever header carried the key.
 HEADERS = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
 

@@ -46,6 +46,7 @@ SEAMS = (
     "broker/serve.py",
     "broker/cli.py",
     "broker/cli_log.py",
+    "broker/client.py",
     "broker/control.py",
     "devices/agent.py",
     "devices/canary.py",

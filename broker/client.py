@@ -1,0 +1,317 @@
+"""The SDK for services: send commands, follow events, wait for what became of them.
+
+It speaks HTTP to a broker and uses nothing else of it. A request whose outcome is unknown is only ever
+repeated under the same idempotency key, so that no command is made twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import quote, urlsplit
+
+import httpx2
+
+from broker.client_types import (
+    ERRORS,
+    AppError,
+    Command,
+    CommandError,
+    Conflict,
+    DeviceDeleted,
+    Event,
+    Forbidden,
+    Gone,
+    HistoryParams,
+    IdempotencyConflict,
+    InvalidRequest,
+    NotFound,
+    NotSent,
+    QueueFull,
+    RateLimited,
+    Record,
+    SendParams,
+    Sent,
+    Timeout,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+)
+
+__all__ = [
+    "App",
+    "AppError",
+    "Command",
+    "CommandError",
+    "Commands",
+    "Conflict",
+    "DeviceDeleted",
+    "Event",
+    "Forbidden",
+    "Gone",
+    "HistoryParams",
+    "IdempotencyConflict",
+    "InvalidRequest",
+    "NotFound",
+    "NotSent",
+    "QueueFull",
+    "RateLimited",
+    "Record",
+    "SendParams",
+    "Sent",
+    "Timeout",
+    "TooLarge",
+    "Unauthorized",
+    "Unavailable",
+]
+
+DEVICES_PER_CALL: Final = 10_000
+# The broker says something on every stream at least each 15 s; after three times that it is gone.
+QUIET_SEC: Final = 45.0
+CLOSED: Final = frozenset({"executed", "failed", "timed_out", "expired", "cancelled"})
+
+
+class App:
+    """A broker, for one project: `async with App(url, api_key) as app`, or `await app.aclose()` at the end.
+
+    What fails for the moment (no connection, 408, 429, 5xx) is repeated up to `retries` times, after a
+    random pause of at most `backoff_sec`, doubled each time up to `backoff_cap_sec`, and never before the
+    broker's own Retry-After; where that is longer than the cap, the error is raised instead.
+    `timeout_sec` bounds each try.
+
+    Raises:
+        ValueError: the address is not one of HTTP, or the key has characters that no key has.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str,
+        *,
+        retries: int = 5,
+        backoff_sec: float = 0.5,
+        backoff_cap_sec: float = 30.0,
+        timeout_sec: float = 30.0,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+            raise ValueError(f"url = {url!r}: must be such as http://127.0.0.1:8080")
+        if not api_key or not api_key.isascii() or not api_key.isprintable():
+            raise ValueError("api_key: must be a key such as sk_live_…")
+        self._retries, self._timeout_sec = retries, timeout_sec
+        self._backoff_sec, self._backoff_cap_sec = backoff_sec, backoff_cap_sec
+        self._http = httpx2.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {api_key}"},
+            timeout=timeout_sec,
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=20),
+            transport=transport,
+        )
+        self.command = Commands(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def _request(
+        self, method: str, path: str, body: object = None, query: dict[str, str] | None = None
+    ) -> Any:
+        """The answer's JSON, after as many tries as it takes.
+
+        Raises:
+            AppError: the broker refused it, or could not answer in any try.
+        """
+        content = None if body is None else json.dumps(body, allow_nan=False).encode()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        failures = 0
+        while True:
+            try:
+                answer = await self._http.request(
+                    method, path, content=content, headers=headers, params=query
+                )
+                if answer.is_success:
+                    return answer.json()
+                error = failure(answer.status_code, answer.headers.get("Retry-After"), answer.content)
+            except httpx2.TransportError as broken:
+                error = unreachable(broken)
+            except ValueError as broken:
+                raise AppError("unexpected_answer", f"this is no broker's answer: {broken}") from broken
+            failures += 1
+            floor = error.retry_after or 0.0
+            if not is_temporary(error) or failures > self._retries or floor > self._backoff_cap_sec:
+                raise error
+            await self._pause(failures, floor)
+
+    async def _stream(self, position: int | None, query: dict[str, str]) -> AsyncGenerator[Event, None]:
+        """The events after a position, or from now on, over as many connections as it takes."""
+        failures, opened, reconnect_sec = 0, False, 0.0
+        timeout = httpx2.Timeout(self._timeout_sec, read=max(QUIET_SEC, self._timeout_sec))
+        while True:
+            headers = {"Accept": "text/event-stream"}
+            if position is not None:
+                query = {**query, "after": str(position)}
+                headers["Last-Event-ID"] = str(position)
+            floor = reconnect_sec
+            try:
+                async with self._http.stream(
+                    "GET", "/v1/events", headers=headers, params=query, timeout=timeout
+                ) as answer:
+                    if not answer.is_success:
+                        told = answer.headers.get("Retry-After")
+                        raise failure(answer.status_code, told, await answer.aread())
+                    failures, opened = 0, True
+                    async for message in httpx2.EventSource(answer, max_event_size=None):
+                        if message.retry is not None:
+                            reconnect_sec = floor = message.retry / 1_000
+                        # An id without data only says where the stream stands.
+                        if message.id.isdecimal() and int(message.id) > (
+                            -1 if position is None else position
+                        ):
+                            position = int(message.id)
+                            if message.data:
+                                yield json.loads(message.data)
+                failures += 1
+            except (httpx2.TransportError, AppError) as broken:
+                error = broken if isinstance(broken, AppError) else unreachable(broken)
+                failures += 1
+                # A stream that was open once is worth coming back to for as long as it takes.
+                if not is_temporary(error) or (failures > self._retries and not opened):
+                    raise error from None
+                floor = max(floor, error.retry_after or 0.0)
+            await self._pause(failures, floor)
+
+    async def _pause(self, failures: int, floor: float) -> None:
+        most = ceiling(failures, self._backoff_sec, self._backoff_cap_sec)
+        await asyncio.sleep(floor + random.uniform(0.0, most))  # noqa: S311 - jitter, no secret
+
+
+class Commands:
+    """`app.command`."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def send(self, params: SendParams) -> dict[str, Sent | NotSent]:
+        """Sends one command to one or more devices; what became of it for each.
+
+        A sent command is durable: it is delivered when the device is there. More than 10,000 devices go in
+        several requests under the one idempotency key, which is made here if you give none.
+
+        Raises:
+            AppError: not everything was sent; its `idempotency_key` completes it without doubles.
+        """
+        body: dict[str, Any] = {"idempotency_key": secrets.token_urlsafe(16), **params}
+        sent: dict[str, Sent | NotSent] = {}
+        try:
+            for part in batches(params.get("device_ident", [])):
+                body["device_ident"] = part
+                sent |= await self._app._request("POST", "/v1/app/command/send", body)
+        except AppError as error:
+            error.idempotency_key = body["idempotency_key"]
+            raise
+        return sent
+
+    async def history(self, params: HistoryParams) -> dict[str, list[Record]]:
+        """The commands of one name that were sent to devices, oldest first; `[]` where there were none.
+
+        Raises:
+            AppError: the broker refused it, or could not answer.
+        """
+        history: dict[str, list[Record]] = await self._app._request("POST", "/v1/app/command/history", params)
+        return history
+
+    def events(
+        self,
+        *,
+        after: int | None = None,
+        device: str | None = None,
+        type: str | None = None,
+        event: str | None = None,
+        command: str | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        """Every event of the project in order, once each, as it is recorded; it ends when you leave it.
+
+        `after` is a position: 0 for everything there is, an event's `id` for what follows it; without it,
+        from now on. `device`, `type` (a command's name), `event` (as `executed`) and `command` (an id)
+        narrow it down. A lost connection is made again, and the stream goes on where it was; only a first
+        one that fails is given up, after `retries`.
+
+        Raises:
+            AppError: the broker refuses the stream; `Gone` if the events after that position are.
+        """
+        query = {"device": device, "type": type, "event": event, "command": command}
+        return self._app._stream(after, {key: value for key, value in query.items() if value is not None})
+
+    async def wait(self, command_id: str, timeout: float | None = None) -> Command:
+        """The command, once it is closed: executed, failed, timed_out, expired or cancelled (`state`).
+
+        `timeout` in seconds; None waits for ever. The key needs `devices:read` and `events:read`. A late
+        answer of the device can still correct `timed_out`.
+
+        Raises:
+            Timeout: it was not closed in time, and goes on.
+            NotFound: there is no such command.
+            AppError: the broker refused it, or could not answer.
+        """
+        path = f"/v1/commands/{quote(command_id, safe='')}"
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                created = await self._app._request("GET", f"{path}/events", query={"limit": "1"})
+                position = created["data"][0]["position"]
+                async with aclosing(self.events(after=position, command=command_id)) as events:
+                    async for event in events:
+                        if event["type"].split(".")[2] in CLOSED:
+                            command: Command = await self._app._request("GET", path)
+                            if command["state"] in CLOSED:
+                                return command
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise Timeout("timeout", f"{command_id} was not closed within {timeout} s") from None
+        raise AssertionError("a stream of events has no end")
+
+
+def batches(devices: Sequence[str]) -> list[Sequence[str]]:
+    """As many lists as requests are needed; what is no list goes as it is, for the broker to refuse."""
+    if not isinstance(devices, list | tuple) or len(devices) <= DEVICES_PER_CALL:
+        return [devices]
+    return [devices[first : first + DEVICES_PER_CALL] for first in range(0, len(devices), DEVICES_PER_CALL)]
+
+
+def ceiling(failures: int, base_sec: float, cap_sec: float) -> float:
+    """The longest pause after so many failures in a row: exponential, bounded."""
+    return min(cap_sec, base_sec * 2.0 ** min(failures - 1, 32))
+
+
+def failure(status: int, retry_after: str | None, body: bytes) -> AppError:
+    """The error that an answer stands for, also when something on the way gave it."""
+    try:
+        said = json.loads(body)["error"]
+        code, message, details = str(said["code"]), str(said["message"]), said.get("details")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        code, message, details = f"http_{status}", f"answered {status} in no form of the broker's", None
+    kind = Unavailable if status >= 500 else ERRORS.get(code, AppError)
+    seconds = float(retry_after) if retry_after and retry_after.isdecimal() else None
+    return kind(code, message, status=status, details=details, retry_after=seconds)
+
+
+def unreachable(broken: httpx2.TransportError) -> Unavailable:
+    return Unavailable("unavailable", f"no answer: {str(broken) or type(broken).__name__}")
+
+
+def is_temporary(error: AppError) -> bool:
+    """May the same request do better in a while?"""
+    return isinstance(error, Unavailable) or error.status in (408, 429)

@@ -1,0 +1,328 @@
+// The SDK for services: send commands, follow events, wait for what became of them. For browsers and
+// Node 20 or later, without dependencies. The same as the Python module `broker.client`: a request whose
+// outcome is unknown is only ever repeated under the same idempotency key.
+
+const DEVICES_PER_CALL = 10_000;
+// The broker says something on every stream at least each 15 s; after three times that it is gone.
+const QUIET_SEC = 45;
+const CLOSED = new Set(["executed", "failed", "timed_out", "expired", "cancelled"]);
+const LONGEST_TIMER_MS = 2 ** 31 - 1;
+
+/** Whatever the broker refuses or cannot do. */
+export class AppError extends Error {
+  constructor(code, message, { status = null, details = null, retryAfter = null, cause } = {}) {
+    super(message, { cause });
+    this.name = new.target.name;
+    this.code = code;
+    this.status = status;
+    this.details = details;
+    this.retryAfter = retryAfter;
+    this.idempotencyKey = null;
+  }
+}
+export class InvalidRequest extends AppError {}
+export class Unauthorized extends AppError {}
+export class Forbidden extends AppError {}
+export class NotFound extends AppError {}
+export class Conflict extends AppError {}
+export class IdempotencyConflict extends Conflict {}
+export class DeviceDeleted extends Conflict {}
+export class Gone extends AppError {}
+export class TooLarge extends AppError {}
+export class RateLimited extends AppError {}
+export class QueueFull extends AppError {}
+export class Unavailable extends AppError {}
+export class Timeout extends AppError {}
+
+const ERRORS = {
+  invalid_request: InvalidRequest,
+  unauthorized: Unauthorized,
+  forbidden: Forbidden,
+  not_found: NotFound,
+  conflict: Conflict,
+  idempotency_conflict: IdempotencyConflict,
+  device_deleted: DeviceDeleted,
+  gone: Gone,
+  too_large: TooLarge,
+  rate_limit_exceeded: RateLimited,
+  queue_full: QueueFull,
+};
+
+/** A broker, for one project. */
+export class App {
+  #url;
+  #key;
+  #options;
+
+  constructor(url, apiKey, { retries = 5, backoffSec = 0.5, backoffCapSec = 30, timeoutSec = 30 } = {}) {
+    if (!/^https?:$/.test(new URL(url).protocol)) {
+      throw new TypeError(`url = ${url}: must be such as http://127.0.0.1:8080`);
+    }
+    if (!/^[ -~]+$/.test(apiKey)) throw new TypeError("apiKey: must be a key such as sk_live_…");
+    this.#url = String(url).replace(/\/+$/, "");
+    this.#key = apiKey;
+    this.#options = { retries, backoffSec, backoffCapSec, timeoutSec };
+    this.command = new Commands(
+      (...request) => this.#request(...request),
+      (...stream) => this.#stream(...stream),
+    );
+  }
+
+  #fetch(method, path, { query = {}, headers = {}, ...more }) {
+    const search = new URLSearchParams(query).toString();
+    return fetch(`${this.#url}${path}${search && `?${search}`}`, {
+      method,
+      headers: { Authorization: `Bearer ${this.#key}`, ...headers },
+      cache: "no-store",
+      credentials: "omit",
+      redirect: "manual",
+      ...more,
+    });
+  }
+
+  /** The answer's JSON, after as many tries as it takes. */
+  async #request(method, path, { body, query, signal } = {}) {
+    const { retries, backoffCapSec, timeoutSec } = this.#options;
+    const content = body === undefined ? {} : { body: JSON.stringify(body) };
+    if (body !== undefined) content.headers = { "Content-Type": "application/json" };
+    for (let failures = 1; ; failures += 1) {
+      const link = linked(signal);
+      const late = setTimeout(() => link.abort(new Error(`within ${timeoutSec} s`)), timeoutSec * 1_000);
+      let error;
+      try {
+        const answer = await this.#fetch(method, path, { query, ...content, signal: link.signal });
+        const text = await answer.text();
+        if (answer.ok) return parsed(text);
+        error = failure(answer, text);
+      } catch (broken) {
+        if (signal?.aborted) throw signal.reason;
+        if (broken instanceof AppError) throw broken;
+        error = unreachable(broken);
+      } finally {
+        clearTimeout(late);
+        link.release();
+      }
+      const floor = error.retryAfter ?? 0;
+      if (!isTemporary(error) || failures > retries || floor > backoffCapSec) throw error;
+      await this.#pause(failures, floor, signal);
+    }
+  }
+
+  /** The events after a position, or from now on, over as many connections as it takes. */
+  async *#stream(position, query, signal) {
+    let failures = 0;
+    let opened = false;
+    let reconnectSec = 0;
+    for (;;) {
+      const link = linked(signal);
+      let quiet;
+      const heard = () => {
+        clearTimeout(quiet);
+        quiet = setTimeout(() => link.abort(new Error(`for ${QUIET_SEC} s`)), QUIET_SEC * 1_000);
+      };
+      let floor = reconnectSec;
+      try {
+        heard();
+        const known = position === null ? {} : { after: String(position) };
+        const headers = { Accept: "text/event-stream" };
+        if (position !== null) headers["Last-Event-ID"] = String(position);
+        const asked = { query: { ...query, ...known }, headers, signal: link.signal };
+        const answer = await this.#fetch("GET", "/v1/events", asked);
+        if (!answer.ok) throw failure(answer, await answer.text());
+        if (!/^text\/event-stream\b/.test(answer.headers.get("content-type") ?? "")) {
+          throw new Error("this is no stream of events");
+        }
+        failures = 0;
+        opened = true;
+        for await (const message of messages(answer.body, heard)) {
+          if (message.retry !== undefined) reconnectSec = floor = message.retry / 1_000;
+          // An id without data only says where the stream stands.
+          if (message.id !== undefined && message.id > (position ?? -1)) {
+            position = message.id;
+            if (message.data) {
+              clearTimeout(quiet); // however long the caller takes for it
+              yield parsed(message.data);
+              heard();
+            }
+          }
+        }
+        failures += 1;
+      } catch (broken) {
+        if (signal?.aborted) throw signal.reason;
+        const error = broken instanceof AppError ? broken : unreachable(broken);
+        failures += 1;
+        // A stream that was open once is worth coming back to for as long as it takes.
+        if (!isTemporary(error) || (failures > this.#options.retries && !opened)) throw error;
+        floor = Math.max(floor, error.retryAfter ?? 0);
+      } finally {
+        clearTimeout(quiet);
+        link.abort();
+        link.release();
+      }
+      await this.#pause(failures, floor, signal);
+    }
+  }
+
+  #pause(failures, floorSec, signal) {
+    const { backoffSec, backoffCapSec } = this.#options;
+    const ceiling = Math.min(backoffCapSec, backoffSec * 2 ** Math.min(failures - 1, 32));
+    return sleep(floorSec + Math.random() * ceiling, signal);
+  }
+}
+
+/** `app.command`. */
+export class Commands {
+  #request;
+  #stream;
+
+  constructor(request, stream) {
+    this.#request = request;
+    this.#stream = stream;
+  }
+
+  async send(params) {
+    const body = { idempotency_key: newKey(), ...params };
+    const sent = {};
+    try {
+      for (const part of batches(params.device_ident)) {
+        const asked = { body: { ...body, device_ident: part } };
+        Object.assign(sent, await this.#request("POST", "/v1/app/command/send", asked));
+      }
+    } catch (error) {
+      if (error instanceof AppError) error.idempotencyKey = body.idempotency_key;
+      throw error;
+    }
+    return sent;
+  }
+
+  async history(params) {
+    return await this.#request("POST", "/v1/app/command/history", { body: params });
+  }
+
+  events({ after = null, device, type, event, command, signal } = {}) {
+    const filters = Object.entries({ device, type, event, command }).filter(([, value]) => value != null);
+    return this.#stream(after, Object.fromEntries(filters), signal);
+  }
+
+  async wait(commandId, timeout = null) {
+    const path = `/v1/commands/${encodeURIComponent(commandId)}`;
+    const { abort, signal } = linked();
+    const ms = timeout === null ? LONGEST_TIMER_MS : Math.min(timeout * 1_000, LONGEST_TIMER_MS);
+    const late = new Timeout("timeout", `${commandId} was not closed within ${timeout} s`);
+    const timer = timeout === null ? undefined : setTimeout(() => abort(late), ms);
+    try {
+      const created = await this.#request("GET", `${path}/events`, { query: { limit: "1" }, signal });
+      const after = created.data[0].position;
+      for await (const event of this.events({ after, command: commandId, signal })) {
+        if (CLOSED.has(event.type.split(".")[2])) {
+          const command = await this.#request("GET", path, { signal });
+          if (CLOSED.has(command.state)) return command;
+        }
+      }
+    } finally {
+      clearTimeout(timer);
+      abort();
+    }
+  }
+}
+
+/** Server-sent events, out of bytes cut anywhere. A message that the end of the stream cut off is none. */
+async function* messages(body, heard) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  let message = { data: [] };
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    heard();
+    // A CR at the very end may be half of a line's end.
+    const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
+    rest = lines.pop();
+    for (const line of lines) {
+      const colon = line.indexOf(":");
+      const field = colon < 0 ? line : line.slice(0, colon);
+      const text = colon < 0 ? "" : line.slice(colon + 1).replace(/^ /, "");
+      if (line === "") {
+        yield { ...message, data: message.data.join("\n") };
+        message = { data: [] };
+      } else if (field === "data") message.data.push(text);
+      else if (field === "id" && /^\d+$/.test(text)) message.id = Number(text);
+      else if (field === "retry" && /^\d+$/.test(text)) message.retry = Number(text);
+    }
+  }
+}
+
+/** As many lists as requests are needed; what is no list goes as it is, for the broker to refuse. */
+function batches(devices) {
+  if (!Array.isArray(devices) || devices.length <= DEVICES_PER_CALL) return [devices];
+  const parts = [];
+  for (let first = 0; first < devices.length; first += DEVICES_PER_CALL) {
+    parts.push(devices.slice(first, first + DEVICES_PER_CALL));
+  }
+  return parts;
+}
+
+/** crypto.randomUUID is there only on pages that came by HTTPS. */
+function newKey() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch (broken) {
+    throw new AppError("unexpected_answer", `this is no broker's answer: ${broken.message}`);
+  }
+}
+
+/** The error that an answer stands for, also when something on the way gave it. */
+function failure(answer, text) {
+  const { status } = answer;
+  let said;
+  try {
+    said = JSON.parse(text).error;
+  } catch {
+    said = undefined;
+  }
+  const { code, message, details = null } = said?.code && said.message ? said : foreign(status);
+  const kind = status >= 500 ? Unavailable : (ERRORS[code] ?? AppError);
+  const told = answer.headers.get("Retry-After") ?? "";
+  return new kind(code, message, { status, details, retryAfter: /^\d+$/.test(told) ? Number(told) : null });
+}
+
+function foreign(status) {
+  return { code: `http_${status}`, message: `answered ${status} in no form of the broker's` };
+}
+
+function unreachable(broken) {
+  const reason = broken?.cause?.message || broken?.message || String(broken);
+  return new Unavailable("unavailable", `no answer: ${reason}`, { cause: broken });
+}
+
+/** May the same request do better in a while? */
+function isTemporary(error) {
+  return error instanceof Unavailable || error.status === 408 || error.status === 429;
+}
+
+/** A controller that the caller's signal aborts too; `release` forgets the caller's. */
+function linked(signal) {
+  const controller = new AbortController();
+  const stop = () => controller.abort(signal.reason);
+  if (signal?.aborted) stop();
+  signal?.addEventListener("abort", stop, { once: true });
+  return {
+    signal: controller.signal,
+    abort: (reason) => controller.abort(reason),
+    release: () => signal?.removeEventListener("abort", stop),
+  };
+}
+
+function sleep(sec, signal) {
+  return new Promise((done, fail) => {
+    const link = linked(signal);
+    const timer = setTimeout(() => (link.release(), done()), sec * 1_000);
+    link.signal.addEventListener("abort", () => (clearTimeout(timer), fail(link.signal.reason)));
+    if (link.signal.aborted) fail(link.signal.reason);
+  });
+}

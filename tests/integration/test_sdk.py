@@ -1,0 +1,332 @@
+"""Both SDKs against a server that says exactly what a test wrote down: what they send, and what they make
+of answers that come late, twice, cut in pieces or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from broker.client import AppError
+from broker.client_types import ERRORS
+from broker.http.errors import STATUS
+from tests.sdk_driver import LANGUAGES, sdk
+
+CUT = b""
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+SEND = {"name": "reboot", "device_ident": ["sensor_01"], "data": {"force": False}}
+SENT = {"sensor_01": {"sent": True, "command_id": "cmd_1"}}
+
+
+def answer(status: int, body: object, **headers: str) -> bytes:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    told = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return (
+        f"HTTP/1.1 {status} -\r\ncontent-length: {len(content)}\r\nconnection: close\r\n{told}\r\n".encode()
+        + content
+    )
+
+
+def refusal(status: int, code: str, message: str = "so it is", **more: object) -> dict[str, object]:
+    return {"error": {"code": code, "message": message, **more}}
+
+
+def event(position: int, type: str = "executed", **data: object) -> bytes:
+    told = {"id": str(position), "type": f"ordain.command.{type}.v1", "subject": "cmd_1", "data": data}
+    return f"id: {position}\ndata: {json.dumps(told, ensure_ascii=False)}\n\n".encode()
+
+
+@dataclass(frozen=True)
+class Asked:
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    body: Any
+
+
+class Script:
+    """Answers each request with the next piece of the script; the last of it stays for all that follow."""
+
+    def __init__(self, answers: Sequence[bytes | list[bytes]]) -> None:
+        self.asked: list[Asked] = []
+        self._answers = answers
+        self.url = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            request, *lines = head.split("\r\n")
+            method, target, _ = request.split(" ")
+            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+            body = await reader.readexactly(int(headers.get("content-length", "0")))
+            parts = urlsplit(target)
+            query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+            asked = Asked(method, parts.path, query, headers, json.loads(body) if body else None)
+            self.asked.append(asked)
+            pieces = self._answers[min(len(self.asked), len(self._answers)) - 1]
+            for piece in [pieces] if isinstance(pieces, bytes) else pieces:
+                writer.write(piece)
+                await writer.drain()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def server(*answers: bytes | list[bytes]) -> AsyncIterator[Script]:
+    script = Script(answers)
+    listening = await asyncio.start_server(script.serve, "127.0.0.1", 0)
+    async with listening:
+        script.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        yield script
+
+
+pytestmark = pytest.mark.parametrize("language", LANGUAGES)
+
+
+async def test_send_asks_with_the_key_and_an_idempotency_key_of_its_own(language: str) -> None:
+    async with server(answer(200, SENT)) as script:
+        first = await sdk(language, script.url, "sk_live_mine").send(SEND)
+        await sdk(language, script.url, "sk_live_mine").send(SEND)
+    assert first.answer == SENT
+    asked, again = script.asked
+    assert (asked.method, asked.path) == ("POST", "/v1/app/command/send")
+    assert asked.headers["authorization"] == "Bearer sk_live_mine"
+    assert asked.headers["content-type"] == "application/json"
+    assert asked.body.pop("idempotency_key") != again.body.pop("idempotency_key")
+    assert asked.body == SEND
+
+
+async def test_a_base_path_in_the_address_is_kept(language: str) -> None:
+    async with server(answer(200, SENT)) as script:
+        await sdk(language, f"{script.url}/ordain/").send(SEND)
+    assert script.asked[0].path == "/ordain/v1/app/command/send"
+
+
+TROUBLE = {
+    "cut": CUT,
+    "cut in the answer": answer(200, SENT)[:-3],
+    "503": answer(503, refusal(503, "unavailable")),
+    "a proxy's 502": answer(502, b"<h1>Bad gateway</h1>"),
+    "429": answer(429, refusal(429, "rate_limit_exceeded"), retry_after="0"),
+    "408": answer(408, refusal(408, "invalid_request")),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE.values(), ids=TROUBLE)
+async def test_what_fails_for_the_moment_is_repeated_under_the_same_key(
+    language: str, trouble: bytes
+) -> None:
+    async with server(trouble, trouble, answer(200, SENT)) as script:
+        outcome = await sdk(language, script.url).send(SEND)
+    assert outcome.answer == SENT
+    assert len(script.asked) == 3
+    assert len({asked.body["idempotency_key"] for asked in script.asked}) == 1
+
+
+async def test_tries_are_bounded_and_the_error_holds_the_key_that_completes_the_call(language: str) -> None:
+    async with server(CUT) as script:
+        outcome = await sdk(language, script.url, retries=2).send(SEND)
+    assert len(script.asked) == 3
+    assert (outcome.error["name"], outcome.error["status"]) == ("Unavailable", None)
+    assert outcome.error["idempotency_key"] == script.asked[0].body["idempotency_key"]
+
+
+async def test_nothing_is_sent_before_the_broker_said_it_may_and_not_at_all_if_that_is_far_off(
+    language: str,
+) -> None:
+    busy = answer(429, refusal(429, "rate_limit_exceeded"), retry_after="60")
+    async with server(busy) as script:
+        outcome = await sdk(language, script.url).send(SEND)
+    assert (outcome.error["name"], outcome.error["retry_after"]) == ("RateLimited", 60)
+    assert len(script.asked) == 1
+
+
+@pytest.mark.parametrize(("code", "status"), [(c, s) for c, s in STATUS.items() if s < 500 and s != 429])
+async def test_a_refusal_is_an_error_of_its_own_kind_and_never_repeated(
+    language: str, code: str, status: int
+) -> None:
+    details = {"field": "name", "reason": "is required"}
+    async with server(answer(status, refusal(status, code, details=details))) as script:
+        outcome = await sdk(language, script.url).send(SEND)
+    assert len(script.asked) == 1
+    kind = ERRORS.get(code, AppError).__name__
+    told = {key: outcome.error[key] for key in ("name", "code", "message", "status", "details")}
+    assert told == {"name": kind, "code": code, "message": "so it is", "status": status, "details": details}
+
+
+async def test_an_answer_of_something_else_is_an_error_too(language: str) -> None:
+    async with server(answer(200, b"<h1>Log in to the network</h1>")) as script:
+        portal = await sdk(language, script.url).send(SEND)
+    async with server(answer(404, b"nothing here")) as script:
+        elsewhere = await sdk(language, script.url).send(SEND)
+    assert (portal.error["name"], portal.error["code"]) == ("AppError", "unexpected_answer")
+    assert (elsewhere.error["name"], elsewhere.error["code"]) == ("AppError", "http_404")
+
+
+async def test_more_than_ten_thousand_devices_are_several_requests_under_one_key(language: str) -> None:
+    idents = [f"d{number}" for number in range(20_001)]
+    async with server(
+        answer(200, {"d0": {"sent": False, "error": "Device not found"}}), CUT, answer(200, SENT)
+    ) as script:
+        outcome = await sdk(language, script.url).send(SEND | {"device_ident": idents})
+    assert outcome.answer == {"d0": {"sent": False, "error": "Device not found"}} | SENT
+    assert [len(asked.body["device_ident"]) for asked in script.asked] == [10_000, 10_000, 10_000, 1]
+    assert script.asked[1].body == script.asked[2].body
+    assert script.asked[3].body["device_ident"] == ["d20000"]
+    assert len({asked.body["idempotency_key"] for asked in script.asked}) == 1
+
+
+async def test_a_key_of_the_callers_own_is_used(language: str) -> None:
+    async with server(answer(200, SENT)) as script:
+        await sdk(language, script.url).send(SEND | {"idempotency_key": "mine"})
+    assert script.asked[0].body["idempotency_key"] == "mine"
+
+
+@pytest.mark.parametrize("wrong", ["sensor_01", None, {"a": 1}, [1]])
+async def test_devices_that_are_no_list_are_left_to_the_broker_to_refuse(
+    language: str, wrong: object
+) -> None:
+    async with server(answer(400, refusal(400, "invalid_request"))) as script:
+        outcome = await sdk(language, script.url).send(SEND | {"device_ident": wrong})
+    assert outcome.error["name"] == "InvalidRequest"
+    assert script.asked[0].body["device_ident"] == wrong
+
+
+async def test_history_asks_as_it_is_told(language: str) -> None:
+    asked = {"name": "reboot", "device_idents": ["a"], "start": "2026-03-01T00:00:00.000Z"}
+    async with server(answer(200, {"a": []})) as script:
+        outcome = await sdk(language, script.url).history(asked)
+    assert outcome.answer == {"a": []}
+    assert (script.asked[0].path, script.asked[0].body) == ("/v1/app/command/history", asked)
+
+
+# --- events ----------------------------------------------------------------------------------------
+
+
+async def test_events_come_whole_however_the_bytes_are_cut(language: str) -> None:
+    said = (
+        b": hello\n\n"
+        + event(1, note="grün 🔒")
+        + b"id: 2\r\ndata: {\r\ndata: }\r\n\r\n"
+        + b"id:3\rdata:{}\r\r"
+    )
+    async with server([STREAM, *(bytes([byte]) for byte in said), event(4)]) as script:
+        outcome = await sdk(language, script.url).events(4, after=0)
+    assert outcome.events[0]["data"] == {"note": "grün 🔒"}
+    assert outcome.events[1:3] == [{}, {}]
+    assert len(outcome.events) == 4
+
+
+async def test_a_lost_stream_goes_on_where_it_was_and_nothing_comes_twice(language: str) -> None:
+    async with server(
+        [STREAM, event(5), event(7), event(9)[:-1]],
+        answer(503, refusal(503, "unavailable")),
+        CUT,
+        [STREAM, event(7), event(9), event(9), b": ping\n\n", event(12)],
+    ) as script:
+        outcome = await sdk(language, script.url).events(4, after=4, device="door-7", type="lock")
+    assert outcome.positions == [5, 7, 9, 12]
+    first, *later = script.asked
+    assert (first.path, first.headers["accept"]) == ("/v1/events", "text/event-stream")
+    assert first.query == {"after": "4", "device": "door-7", "type": "lock"}
+    assert [asked.headers["last-event-id"] for asked in later] == ["7", "7", "7"]
+    assert [asked.query["after"] for asked in later] == ["7", "7", "7"]
+
+
+async def test_a_stream_from_now_on_remembers_where_it_began(language: str) -> None:
+    """An id without data says where the stream stands: nothing that came while it was away is missed."""
+    async with server([STREAM, b"id: 41\n\n"], [STREAM, event(42)]) as script:
+        outcome = await sdk(language, script.url).events(1)
+    assert outcome.positions == [42]
+    first, second = script.asked
+    assert (first.query, first.headers.get("last-event-id")) == ({}, None)
+    assert (second.query, second.headers["last-event-id"]) == ({"after": "41"}, "41")
+
+
+async def test_an_open_stream_is_come_back_to_for_as_long_as_it_takes(language: str) -> None:
+    busy = answer(429, refusal(429, "rate_limit_exceeded"), retry_after="0")
+    async with server([STREAM, event(1)], *[CUT, busy] * 4, [STREAM, event(2)]) as script:
+        outcome = await sdk(language, script.url, retries=1, backoff_cap_sec=0.002).events(2, after=0)
+    assert outcome.positions == [1, 2]
+    assert len(script.asked) == 10
+
+
+async def test_a_stream_that_never_opened_is_given_up(language: str) -> None:
+    async with server(CUT) as script:
+        outcome = await sdk(language, script.url, retries=2).events(1)
+    assert outcome.error["name"] == "Unavailable"
+    assert len(script.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "name"),
+    [(410, "gone", "Gone"), (401, "unauthorized", "Unauthorized"), (403, "forbidden", "Forbidden")],
+)
+async def test_a_refused_stream_ends_with_the_reason_also_when_it_comes_back(
+    language: str, status: int, code: str, name: str
+) -> None:
+    async with server([STREAM, event(1)], answer(status, refusal(status, code))) as script:
+        outcome = await sdk(language, script.url).events(2, after=0)
+    assert outcome.positions == [1]
+    assert outcome.error["name"] == name
+    assert len(script.asked) == 2
+
+
+# --- wait ------------------------------------------------------------------------------------------
+
+CREATED = answer(200, {"data": [{"position": 7, "type": "created"}], "has_more": True, "next_cursor": "c"})
+
+
+async def test_wait_follows_the_commands_own_events_and_reads_it_once(language: str) -> None:
+    done = {"id": "cmd_1", "state": "executed", "status": "executed"}
+    async with server(
+        CREATED,
+        [STREAM, event(8, "published"), event(9, "acknowledged")],
+        [STREAM, event(11)],
+        answer(200, done),
+    ) as script:
+        outcome = await sdk(language, script.url).wait("cmd_1", 20)
+    assert outcome.answer == done
+    assert [asked.path for asked in script.asked] == [
+        "/v1/commands/cmd_1/events", "/v1/events", "/v1/events", "/v1/commands/cmd_1",
+    ]  # fmt: skip
+    assert [asked.query for asked in script.asked[:3]] == [
+        {"limit": "1"}, {"command": "cmd_1", "after": "7"}, {"command": "cmd_1", "after": "9"},
+    ]  # fmt: skip
+
+
+async def test_a_command_that_a_late_answer_opened_again_is_waited_for_further(language: str) -> None:
+    async with server(
+        CREATED,
+        [STREAM, event(8, "timed_out")],
+        answer(200, {"state": "acknowledged"}),
+        [STREAM, event(9, "acknowledged"), event(10, "failed")],
+        answer(200, {"state": "failed"}),
+    ) as script:
+        outcome = await sdk(language, script.url).wait("cmd_1", 20)
+    assert outcome.answer == {"state": "failed"}
+    assert len(script.asked) == 5
+
+
+async def test_wait_gives_up_in_time_and_names_the_command(language: str) -> None:
+    async with server(CREATED, answer(503, refusal(503, "unavailable"))) as script:
+        outcome = await sdk(language, script.url, retries=1_000).wait("cmd_1", 0.3)
+    assert (outcome.error["name"], outcome.error["code"]) == ("Timeout", "timeout")
+    assert outcome.error["message"] == "cmd_1 was not closed within 0.3 s"
+
+
+async def test_waiting_for_an_unknown_command_is_refused(language: str) -> None:
+    async with server(answer(404, refusal(404, "not_found"))) as script:
+        outcome = await sdk(language, script.url).wait("cmd_/../x", 1)
+    assert outcome.error["name"] == "NotFound"
+    assert script.asked[0].path == "/v1/commands/cmd_%2F..%2Fx/events"
