@@ -366,10 +366,11 @@ class Commands:
         return state
 
 
-def conflict(state: CommandState, wanted: Input) -> Refusal:
+def conflict(state: CommandState, wanted: Input, hint: str = "") -> Refusal:
     """The refusal of a request that the state does not allow; it says the state."""
     handed = "" if state.published_at is None else ", it was handed over to the device's transport"
-    hint = " (cancel it)" if wanted is Input.ABANDON and state.state is State.PENDING else ""
+    if wanted is Input.ABANDON and state.state is State.PENDING:
+        hint = " (cancel it)"
     return Refusal(
         "conflict",
         f"{state.id} is {state.state.value}{handed}: {wanted.value} is not possible{hint}",

@@ -45,6 +45,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         feed=core.feed,
         dispatch=core.dispatch,
         intake=core.intake,
+        pull=core.pull,
         link=core.link,
         metrics=metrics,
         limits=core.settings.limits,

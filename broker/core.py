@@ -23,6 +23,7 @@ from broker.intake import Intake
 from broker.keys import Keys
 from broker.live import Live
 from broker.log import sqlite as log
+from broker.pull import Pull
 from broker.registry import Registry
 from broker.repairs import Repairs
 from broker.seams import Clock, Entropy, Link, Message, Outgoing, Receipt, Sql, Storage
@@ -73,6 +74,7 @@ class Core:
         self.cursor_key = b""
         self.dispatch: Dispatch
         self.intake: Intake
+        self.pull: Pull
         self._stepped_ms = 0
 
     @property
@@ -95,6 +97,7 @@ class Core:
         await self.grants.load()
         self.dispatch = Dispatch(self.commands, self.grants, self.link)
         self.intake = Intake(self.commands, self.registry, self.dispatch, self.link, embedded=embedded)
+        self.pull = Pull(self.registry, self.grants, self.dispatch, self.intake)
         writer.reload = self._reload
         writer.resumed = self.dispatch.pump_all
         await writer.start()

@@ -96,9 +96,9 @@ def _hand_over_again(_: CommandState, request: Request) -> Cell:
 def _fetch_again(state: CommandState, request: Request) -> Cell:
     if request.attempt_open and state.transport != request.transport:
         return NOTHING  # another transport has it in the air
-    if request.lease_open:
-        return attempt("again")
-    return record("published") if request.repeatable else NOTHING
+    if not request.repeatable:
+        return NOTHING  # it left once, and nobody knows whether that answer was lost
+    return attempt("again") if request.lease_open else record("published")
 
 
 def _refused(_: CommandState, request: Request) -> Cell:

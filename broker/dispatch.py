@@ -116,7 +116,7 @@ class Dispatch:
         if presence in (Presence.ONLINE, Presence.OFFLINE):
             came = presence is Presence.ONLINE
             for member in list(lane.members.values()):
-                if came or member.definition.presence == "required":
+                if came or (member.definition.presence == "required" and member.flight.lease_until is None):
                     self._input(member, Input.CAME_ONLINE if came else Input.WENT_OFFLINE)
         self.pump(device_id)
 
@@ -189,7 +189,7 @@ class Dispatch:
             self._waiting[device_id] = None
             return
         presence = self.live.presence.get(device_id, Presence.NEVER)
-        found = lanes.due(lane, presence, now, free, self._drained(now))
+        found = lanes.due(lane, presence, now, free, self.drained(now))
         for member in found:
             self._hand_over(lane, member, presence, now)
         if len(found) == free:
@@ -323,7 +323,7 @@ class Dispatch:
             input=what,
             now=self.writer.now(),
             reason=reason,
-            last_attempt=lanes.is_last_attempt(member),
+            last_attempt=flight.lease_until is None and lanes.is_last_attempt(member),
             every_attempt_refused=flight.refused == state.attempts,
             repeatable=definition.repeatable,
             held=not lanes.reachable(definition, presence),
@@ -346,10 +346,13 @@ class Dispatch:
             if not flight.open:
                 flight.due_at = self.writer.now()
         else:
-            void = decision.word == "void"
+            void, leased = decision.word == "void", flight.lease_until is not None
             flight.voided += void and flight.open and flight.counts
             flight.open, flight.lease_until = False, None
-            if decision.word == "back_off" or (void and lanes.reachable(definition, presence)):
+            if leased:
+                flight.due_at = self.writer.now()
+                self.pump(member.state.device_id)
+            elif decision.word == "back_off" or (void and lanes.reachable(definition, presence)):
                 tried = member.state.attempts if void else member.counted
                 counting = void or lanes.counts(definition, presence)
                 pause = lanes.backoff_ms(definition, tried, counting, self.writer.entropy.uniform)
@@ -374,7 +377,8 @@ class Dispatch:
         if member is None or member.state.closed:
             return
         due = lanes.overdue(member, now)
-        if due is not None and member.state.state is not State.PENDING and not self._drained(now):
+        by_mqtt = member.state.state is not State.PENDING and "mqtt" in member.definition.transports
+        if due is not None and by_mqtt and not self.drained(now):
             if self.link.up and self._drained_at is not None:
                 self.deadlines.set(key, self._drained_at)
             else:
@@ -388,6 +392,6 @@ class Dispatch:
             self._set_timer(member)
             self.pump(member.state.device_id)
 
-    def _drained(self, now: int) -> bool:
+    def drained(self, now: int) -> bool:
         """Have the answers that the server kept while we were away been taken in?"""
         return self.link.up and self._drained_at is not None and now >= self._drained_at

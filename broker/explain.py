@@ -169,15 +169,17 @@ def _pending(situation: Situation, member: Member) -> Parts:
     else:
         if not lanes.reachable(member.definition, situation.presence):
             why.append(_away(situation))
-        if lane is not None and lane.shut_until > now:
-            until = rfc3339(lane.shut_until)
-            text = f"until {until} an answer without id could still mean the command before it"
-            why.append((text, {"code": "lane_shut", "until": until}))
         if not situation.link_up:
             why.append(("the MQTT server cannot be reached", {"code": "link_down"}))
         elif not situation.slots_free:
             text = "as many messages as are allowed at once are on their way to the MQTT server"
             why.append((text, {"code": "no_slot"}))
+        if why and len(member.definition.transports) > 1:
+            why.append(("its device or a relay may fetch it meanwhile", {"code": "fetchable"}))
+    if lane is not None and lane.shut_until > now:
+        until = rfc3339(lane.shut_until)
+        text = f"until {until} an answer without id could still mean the command before it"
+        why.append((text, {"code": "lane_shut", "until": until}))
     if not lanes.has_time(state, now):
         why.append(("too little of its life is left to hand it over", {"code": "no_time"}))
     text = "; ".join(text for text, _ in why) or "it is being handed over now"
@@ -263,6 +265,8 @@ def _in_the_air(situation: Situation, member: Member) -> Parts:
     """An attempt is open: what the end of its answer time will bring."""
     state, definition = situation.state, member.definition
     ends, expires = lanes.attempt_ends_at(member), state.expires_at
+    if member.flight.lease_until is not None:
+        return _leased(situation, member, member.flight.lease_until)
     if ends is None:
         return "its bytes are being written", [], {"action": "hand_over", "at": rfc3339(situation.now)}
     if expires is not None and expires <= ends:
@@ -283,6 +287,31 @@ def _in_the_air(situation: Situation, member: Member) -> Parts:
     return text, [{"code": "attempt_open", "until": at}], {"action": "back_off", "at": at}
 
 
+def _leased(situation: Situation, member: Member, ends: int) -> Parts:
+    """A pull transport has it: what the end of the lease will bring."""
+    state, definition = situation.state, member.definition
+    at = rfc3339(max(ends, situation.now))
+    who = "a relay" if state.transport == "relay" else "the device, by its heartbeat,"
+    by = "" if member.flight.holder is None else f" ({member.flight.holder})"
+    held = f"{who}{by} has it under a lease until {at}"
+    reasons: list[Facts] = [
+        {"code": "leased", "transport": state.transport, "by": member.flight.holder, "until": at}
+    ]
+    if state.expires_at is not None and state.expires_at <= ends:
+        at = rfc3339(state.expires_at)
+        return f"{held}; its time is up at {at}, and it is given up then", reasons, _at("give_up", at)
+    if not definition.repeatable:
+        reasons.append({"code": "not_repeatable"})
+        return f"{held}; it may be sent only once, and is given up then", reasons, _at("give_up", at)
+    text = f"{held}, and without an answer by then it is due again, by any way its type allows"
+    by_mqtt = "mqtt" in definition.transports and lanes.reachable(definition, situation.presence)
+    return text, reasons, _at("hand_over" if by_mqtt else "hold", at)
+
+
+def _at(action: str, at: str) -> Facts:
+    return {"action": action, "at": at}
+
+
 def _between(situation: Situation, member: Member) -> Parts:
     """No attempt is open: when the next one comes, or what it waits for."""
     state, definition = situation.state, member.definition
@@ -296,7 +325,8 @@ def _between(situation: Situation, member: Member) -> Parts:
         return f"it waits to be fetched again{end}", [{"code": "pull_only"}], given_up
     if not lanes.reachable(definition, situation.presence):
         away, facts = _away(situation)
-        return f"{away}, and the next attempt follows when it is back{end}", [facts], given_up
+        fetched = " or fetches it" if len(definition.transports) > 1 else ""
+        return f"{away}, and the next attempt follows when it is back{fetched}{end}", [facts], given_up
     if not lanes.has_time(state, due):
         return f"no time is left for another attempt{end}", [{"code": "no_time"}], given_up
     if due > situation.now:
@@ -330,10 +360,10 @@ def _acknowledged(member: Member) -> Parts:
 
 def _stopped(situation: Situation, parts: Parts) -> Parts:
     """What was handed over is not judged by time while answers to it cannot come in."""
-    text, reasons, following = parts
+    (text, reasons, following), member = parts, situation.member
     if situation.halted:
         why, facts = f"Nothing is sent or given up now ({situation.halted}).", _halted(situation)
-    elif not situation.link_up:
+    elif not situation.link_up and member is not None and "mqtt" in member.definition.transports:
         why = "The MQTT server cannot be reached; until it can, nothing is sent or given up."
         facts = {"code": "link_down"}
     else:

@@ -268,15 +268,13 @@ class Intake:
         decision = decide(state, request)
         if decision.verdict is Verdict.RECORD:
             self.commands.apply(state, decision, f"device:{device.id}")
-            self._check_result(state, answer)
+            self.check_result(state, answer)
         elif decision.verdict is Verdict.UNMATCHED:
-            if decision.word == "promise_broken":
-                logger.error("delivery.promise_broken", command_id=state.id, state=state.state.value)
             self.unmatched(message, device, decision.word, state.id)
         elif answer.status == "progress" and (member := self.live.members.get(state.id)) is not None:
             self.dispatch.reported(member)
 
-    def _check_result(self, state: CommandState, answer: Answer) -> None:
+    def check_result(self, state: CommandState, answer: Answer) -> None:
         """It was done, whatever the result looks like: a wrong one is recorded, and counted."""
         definition = self.live.definitions[state.definition]
         fault = definition.result_fault(answer.result) if answer.status == "executed" else None
@@ -303,4 +301,6 @@ class Intake:
         keep = limits.unmatched_per_device, limits.unmatched_in_all
         self.writer.also(lambda sql: log.add_unmatched(sql, [entry], *keep))
         self.on_unmatched(reason)
+        if reason == "promise_broken":
+            logger.error("delivery.promise_broken", command_id=command_id)
         logger.info("answer.unmatched", reason=reason, topic=message.topic[:200], command_id=command_id)

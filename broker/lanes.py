@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from broker.events import Transport
 from broker.lifecycle import CommandState, Input, State
 from devices.types import Definition
 
@@ -32,13 +33,14 @@ class Flight:
 
     `counts`: the open attempt was recorded as one that counts. `heard_at`: the last report that was not
     recorded, because there were enough. `voided`: attempts that turned out not to count. `refused`:
-    attempts the MQTT server refused.
+    attempts the MQTT server refused. `lease_until`: a pull transport's attempt, held by `holder` till then.
     `written_at`: when the bytes were given to the network, which is when the attempt timer starts.
     """
 
     open: bool = False
     written_at: int | None = None
     lease_until: int | None = None
+    holder: str | None = None
     counts: bool = True
     due_at: int = 0
     heard_at: int = 0
@@ -138,6 +140,56 @@ def resendable(member: Member, presence: Presence, now: int) -> bool:
         and reachable(definition, presence)
         and has_time(state, now)
     )
+
+
+def fetched(lane: Lane, transport: Transport, now: int, drained: bool = True) -> list[Member]:
+    """The commands that a heartbeat or a relay gets now, first things first; no more than the window.
+
+    Among them what the same transport has under a lease already. `drained`: as for `due`.
+    """
+    found: list[Member] = []
+    taken = 0
+    for member in lane.members.values():
+        definition = member.definition
+        if member.state.state is State.PENDING:
+            if not has_time(member.state, now):
+                continue
+            if (
+                taken >= definition.max_in_flight
+                or now < lane.shut_until
+                or not (drained or definition.carries_ids or "mqtt" not in definition.transports)
+                or transport not in definition.transports
+            ):
+                break
+            found.append(member)
+            taken += 1
+        elif member.holds_slot:
+            taken += 1
+            if fetched_again(member, transport, now):
+                found.append(member)
+    return found
+
+
+def fetched_again(member: Member, transport: Transport, now: int) -> bool:
+    """Does a pull transport get a published command: the same attempt, or the next one?"""
+    state, definition = member.state, member.definition
+    return (
+        state.state is State.PUBLISHED
+        and definition.repeatable
+        and transport in definition.transports
+        and has_time(state, now)
+        and (state.transport == transport or not in_the_air(member, now))
+    )
+
+
+def in_the_air(member: Member, now: int) -> bool:
+    """Is an attempt open whose time is not over, whether or not its timer has fired?"""
+    ends = attempt_ends_at(member)
+    return member.flight.open and (ends is None or now < ends)
+
+
+def lease_ms(definition: Definition, transport: Transport) -> int:
+    return ms(definition.relay_lease_sec if transport == "relay" else definition.heartbeat_lease_sec)
 
 
 def wake_at(member: Member, now: int) -> int | None:
@@ -263,9 +315,9 @@ def recovered(
     """
     if state.state is not State.PUBLISHED:
         return Flight()
-    if state.transport not in (None, "mqtt"):
-        lease = definition.relay_lease_sec if state.transport == "relay" else definition.heartbeat_lease_sec
-        return Flight(open=True, written_at=now, lease_until=(state.handed_over_at or now) + ms(lease))
+    if state.transport is not None and state.transport != "mqtt":
+        lease_until = (state.handed_over_at or now) + lease_ms(definition, state.transport)
+        return Flight(open=True, written_at=now, lease_until=lease_until, counts=False)
     if not definition.repeatable:
         return Flight(open=True, written_at=now)
     voided = max(0, state.counted - (definition.max_attempts - 1))

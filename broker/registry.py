@@ -36,6 +36,7 @@ from devices.names import is_name
 from projections import devices as devices_view
 
 MQTT_USERS = frozenset({"ordain", "service"})
+OF_DEVICE = "dtok_"
 NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be me or pending"
 
 
@@ -107,7 +108,7 @@ class Registry:
         for name in (device_id, new.hardware_id):
             if self.live.device(name) is not None:
                 raise Refusal("conflict", f"the name {name} is taken; names are never given twice")
-        token = new_secret("dtok_", self.writer.entropy)
+        token = self._new_token(device_id)
         event = Registered(
             hardware_id=new.hardware_id,
             device_type=new.type,
@@ -166,13 +167,17 @@ class Registry:
     async def rotate_token(self, caller: Caller, name: str) -> Issued:
         """Gives the device a new token and secret; the old ones stop working at once."""
         device = await self.find(caller, name)
-        token = new_secret("dtok_", self.writer.entropy)
+        token = self._new_token(device.id)
         event = TokenRotated(token_digest=token_digest(token, self.writer.entropy))
         device = self.record(event, device.id, device, device.project, caller.actor)
         secret = self._new_secret(device)
         await self.writer.barrier()
         self.entitled(device)
         return Issued(device, token, secret)
+
+    def _new_token(self, device_id: str) -> str:
+        """Says whose it is behind its secret, so that a device needs no name beside it."""
+        return f"{new_secret(OF_DEVICE, self.writer.entropy)}.{device_id}"
 
     def _new_secret(self, device: DeviceState) -> str | None:
         """Staged with the token, so that both are new or neither; only for types that sign with it."""
@@ -198,6 +203,14 @@ class Registry:
         if device is None or device.deleted_at is not None:
             return None
         return device if is_token(token, device.token_digest) else None
+
+    async def caller(self, token: str, name: str) -> Caller | None:
+        """The device that asks with this token; `name` as the request gives it, for tokens that say none."""
+        _, _, own = token.partition(".")
+        device = await self.authenticate(own or name, token)
+        if device is None:
+            return None
+        return Caller(actor=f"device:{device.id}", project=device.project, device_id=device.id)
 
     # --- presence ---
 

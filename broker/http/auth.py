@@ -1,7 +1,7 @@
 """Who asks: the key of a request becomes a `Caller`, and the request itself is read strictly.
 
 Whoever reaches the private socket is the operator of this machine and needs no key. `authorize` runs
-before any body is read; nothing here may wait.
+before any body is read; nothing here may wait, but for the first look at a device.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from broker.errors import Refusal, Unavailable
 from broker.http.errors import body_fault
 from broker.http.services import Services
 from broker.keys import SCOPES
+from broker.registry import OF_DEVICE
 
 OPERATOR = Caller(actor="operator:local", project=None, scopes=frozenset(SCOPES))
 
@@ -65,9 +66,9 @@ class Call(Request[Caller, Any, State]):
             raise body_fault(error) from error
 
 
-def needs(scope: str) -> dict[str, str]:
-    """The option of a route that says which scope it asks for."""
-    return {"scope": scope}
+def needs(scope: str, *, device: bool = False) -> dict[str, str | bool]:
+    """The options of a route: which scope it asks of a key, and whether a device's token will do as well."""
+    return {"scope": scope, "device": device}
 
 
 async def authorize(request: Request[Any, Any, Any]) -> None:
@@ -79,11 +80,20 @@ async def authorize(request: Request[Any, Any, Any]) -> None:
     """
     state = request.scope["litestar_app"].state
     services: Services = state["services"]
-    caller = OPERATOR if state["local"] else services.keys.caller(_secret(request))
+    options, secret = request.route_handler.opt, _secret(request)
+    if state["local"]:
+        caller: Caller | None = OPERATOR
+    elif secret.startswith(OF_DEVICE):
+        caller = await services.registry.caller(secret, str(request.path_params.get("device", "")))
+    else:
+        caller = services.keys.caller(secret)
     if caller is None:
         raise Refusal("unauthorized", "a valid key is needed: Authorization: Bearer <key>, or X-API-Key")
-    scope = request.route_handler.opt["scope"]
-    if scope not in caller.scopes:
+    scope = options["scope"]
+    if caller.device_id is not None:
+        if not options.get("device"):
+            raise Refusal("forbidden", "a device's token serves its heartbeat and its own commands only")
+    elif scope not in caller.scopes:
         raise Refusal("forbidden", f"this key does not have the scope {scope}", {"scope": scope})
     if request.scope["method"] != "GET" and not services.commands.writer.open:
         raise Unavailable("the log cannot be written now")

@@ -16,12 +16,13 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import Components, SecurityScheme
 
 from broker import __version__
-from broker.http import lanes, repairs, system, unmatched, v1, v1_devices, v1_system
+from broker.http import lanes, pull, repairs, system, unmatched, v1, v1_devices, v1_system
 from broker.http.auth import Call
 
 DESCRIBED = (
     v1_devices.routes,
     lanes.routes,
+    pull.routes,
     v1.routes,
     repairs.routes,
     unmatched.routes,
@@ -119,5 +120,5 @@ def _finish(path: str, operation: dict[str, Any]) -> None:
         answers[status]["headers"] = RETRY_AFTER
     if path == v1.CREATE or path.endswith("/retry"):
         answers["200"] = REPLAYED | {"content": answers["201"]["content"]}
-    if path.endswith(("/abandon", "/retry")):
+    if path.endswith(("/abandon", "/retry", "/heartbeat", "/ack")):
         operation["requestBody"]["required"] = False

@@ -12,6 +12,7 @@ from broker.grants import Grants
 from broker.intake import Intake
 from broker.keys import Keys
 from broker.metrics import Metrics
+from broker.pull import Pull
 from broker.registry import Registry
 from broker.repairs import Repairs
 from broker.seams import Link
@@ -33,6 +34,7 @@ class Services:
     feed: Feed
     dispatch: Dispatch
     intake: Intake
+    pull: Pull
     link: Link
     metrics: Metrics
     limits: Limits

@@ -58,7 +58,7 @@ async def register(request: Call, data: JSONBody[DeviceBody]) -> Device:
     """
     if data.id == "":
         raise invalid("id", "must not be empty; leave it out to have one made up")
-    _check_levels(data.attributes)
+    check_levels(data.attributes)
     new = NewDevice(
         hardware_id=data.hardware_id,
         type=data.type,
@@ -110,7 +110,7 @@ async def change_device(request: Call, device: FromPath[str], data: JSONBody[Dev
     replaced as a whole.
     """
     if data.attributes is not UNSET:
-        _check_levels(data.attributes)
+        check_levels(data.attributes)
     change = Changed(device_type=data.type, name=data.name, attributes=data.attributes)
     return _shown(request, await request.services.registry.change(request.user, device, change))
 
@@ -168,7 +168,7 @@ def _project(request: Call, wanted: str | UnsetType) -> str:
     return wanted
 
 
-def _check_levels(attributes: dict[str, Any]) -> None:
+def check_levels(attributes: dict[str, Any]) -> None:
     level: list[Any] = [attributes]
     for _ in range(ATTRIBUTE_LEVELS):
         level = [

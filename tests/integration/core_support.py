@@ -38,7 +38,7 @@ from broker.registry import NewDevice
 from broker.seams import Clock, Message, Outgoing, Receipt, Sql, Storage
 from broker.settings import Limits, Settings
 from broker.world import SqliteStorage, SystemClock
-from devices.types import Definition, shipped_types
+from devices.types import Definition, DeviceType, shipped_types
 from tests.simulation.disk import SimDisk, SimStorage
 from tests.simulation.loop import SimClock, SimLoop
 from tests.simulation.loop import run as simulation
@@ -240,20 +240,29 @@ async def until(fact: Callable[[], bool], within_sec: float = 10) -> None:
 
 
 def new_core(
-    storage: Storage, clock: Clock | None = None, limits: Limits | None = None, seed: int = 1
+    storage: Storage,
+    clock: Clock | None = None,
+    limits: Limits | None = None,
+    seed: int = 1,
+    types: dict[str, DeviceType] | None = None,
 ) -> Core:
     settings = Settings(limits=limits or Limits())
-    return Core(storage, clock or SystemClock(), SeededEntropy(seed), shipped_types(), settings)
+    known = shipped_types() | (types or {})
+    return Core(storage, clock or SystemClock(), SeededEntropy(seed), known, settings)
 
 
 @asynccontextmanager
 async def running(
-    place: Path | Storage, clock: Clock | None = None, limits: Limits | None = None, seed: int = 1
+    place: Path | Storage,
+    clock: Clock | None = None,
+    limits: Limits | None = None,
+    seed: int = 1,
+    types: dict[str, DeviceType] | None = None,
 ) -> AsyncIterator[Bench]:
     """A core with its link up, on a directory or on a storage that the test keeps."""
     storage = await SqliteStorage.open(place) if isinstance(place, Path) else place
     try:
-        core = new_core(storage, clock, limits, seed)
+        core = new_core(storage, clock, limits, seed, types)
         await core.open(embedded=True)
         wire = Wire()
         core.attach(wire)

@@ -244,6 +244,6 @@ BUGS = (
     Bug(
         name="timers fire while the link is down",
         caught_by=frozenset({"A5"}),
-        patches=((Dispatch, "_drained", _no_waiting),),
+        patches=((Dispatch, "drained", _no_waiting),),
     ),
 )

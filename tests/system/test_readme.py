@@ -82,6 +82,17 @@ def test_the_examples_for_services_and_device_makers_run_in_one_story(broker: Br
     assert broker.command(first["id"])["result"] == {"locked": False}
 
 
+def test_the_heartbeat_and_the_reports_for_device_makers_run(broker: Broker) -> None:
+    token = broker.device("rec-7", "recorder")
+    command_id = broker.create("rec-7", "start_recording")
+    curls = re.findall(r"```\n(.*?)```", TEXT.split("### Without MQTT\n")[1], re.DOTALL)[0]
+    answers = paste(curls.replace("\ncurl", "; echo\ncurl"), broker, TOKEN=token, ID=command_id).splitlines()
+    beat, acknowledged, done = map(msgspec.json.decode, answers)
+    assert [command["id"] for command in beat["commands"]] == [command_id]
+    assert (acknowledged["status"], done["status"]) == ("delivered", "executed")
+    assert broker.http("GET", "/v1/devices/rec-7").json()["attributes"] == {"battery_percent": 81}
+
+
 async def _run_agent(broker: Broker, token: str, command_id: str) -> None:
     """The agent of the README, on the broker's port, until the command is done."""
     (source,) = blocks("For device makers", "python")

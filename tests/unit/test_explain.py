@@ -301,9 +301,41 @@ def test_an_attempt_that_outlives_its_command_ends_with_it() -> None:
 
 
 def test_a_lease_is_the_answer_time_of_what_was_fetched() -> None:
-    found = why(member(*sent(), flight=in_the_air(lease_until=T + 60_000), transports=("relay",)))
+    leased = in_the_air(lease_until=T + 60_000, holder="key:key_2")
+    fetched = [Published(attempt=1, transport="relay", counts=False)]
 
-    assert found.next == {"action": "back_off", "at": at(60_000)}
+    def asked(*transports: str, presence: Presence = Presence.NEVER, **fields: Any) -> Explanation:
+        return why(member(*fetched, flight=leased, transports=transports, **fields), presence=presence)
+
+    found = asked("relay")
+    held = {"code": "leased", "transport": "relay", "by": "key:key_2", "until": at(60_000)}
+    assert found.reasons[1:] == [held]
+    assert f"a relay (key:key_2) has it under a lease until {at(60_000)}, and without" in found.summary
+    assert found.next == {"action": "hold", "at": at(60_000)}
+    assert asked("relay", "mqtt").next == {"action": "hold", "at": at(60_000)}
+    online = asked("relay", "mqtt", presence=Presence.ONLINE)
+    assert online.next == {"action": "hand_over", "at": at(60_000)}
+    assert asked("relay", repeatable=False).next == {"action": "give_up", "at": at(60_000)}
+    dying = asked("relay", first=created(ttl_ms=6_000))
+    assert (dying.reasons[1:], dying.next) == ([held], {"action": "give_up", "at": at(6_000)})
+
+
+def test_what_is_only_fetched_does_not_wait_for_the_mqtt_server() -> None:
+    leased = in_the_air(lease_until=T + 60_000)
+    fetched = Published(attempt=1, transport="heartbeat", counts=False)
+
+    only = why(member(fetched, flight=leased, transports=("heartbeat",)), link_up=False)
+    also = why(member(fetched, flight=leased, transports=("heartbeat", "mqtt")), link_up=False)
+
+    assert (codes(only), codes(also)) == (["no_answer", "leased"], ["no_answer", "leased", "link_down"])
+    assert "the device, by its heartbeat, has it under a lease" in only.summary
+
+
+def test_a_held_command_may_be_fetched_meanwhile_if_its_type_allows_it() -> None:
+    held = why(member(transports=("mqtt", "relay")), presence=Presence.NEVER)
+
+    assert codes(held) == ["never_heard", "fetchable"]
+    assert "its device or a relay may fetch it meanwhile" in held.summary
 
 
 def test_bytes_that_are_being_written_are_said_to_be() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker import lanes
-from broker.events import Acknowledged, Event, Executed, Progressed, Published, TimedOut
+from broker.events import Acknowledged, Event, Executed, Progressed, Published, TimedOut, Transport
 from broker.lanes import Flight, Lane, Member, Presence
 from broker.lifecycle import Input
 from tests.integration.core_support import DEVICE, PUBLISHED, T, created, definition, folded
@@ -309,3 +309,78 @@ def test_what_may_be_sent_once_or_is_on_lease_waits_for_its_end() -> None:
 def test_a_command_that_was_not_in_the_air_has_no_flight() -> None:
     for state in (folded(), folded(PUBLISHED, Acknowledged())):
         assert lanes.recovered(state, definition(), T, jitter) == Flight()
+
+
+# --- what is fetched without MQTT
+
+PULLED: dict[str, Any] = {"transports": ("mqtt", "relay", "heartbeat")}
+CLAIMED = Published(attempt=1, transport="relay", counts=False)
+
+
+def fetched(found: Lane, transport: Transport = "relay", now: int = T, drained: bool = True) -> list[str]:
+    return [hand.state.id for hand in lanes.fetched(found, transport, now, drained)]
+
+
+def leased(**facts: Any) -> Member:
+    return member("a", CLAIMED, flight=Flight(open=True, lease_until=T + 60_000), **PULLED | facts)
+
+
+def test_a_fetch_gets_the_oldest_first_and_no_more_than_the_window() -> None:
+    pending = [member(name, **PULLED) for name in "abc"]
+    wide = [member(name, **PULLED, max_in_flight=2) for name in "abc"]
+
+    assert fetched(lane(*pending)) == ["a"]
+    assert fetched(lane(*wide)) == ["a", "b"]
+    assert fetched(lane(leased(max_in_flight=2), *wide[1:])) == ["a", "b"]
+    assert fetched(lane(member("a", CLAIMED, Acknowledged(), **PULLED), *pending[1:])) == []
+
+
+def test_only_a_transport_that_the_type_allows_fetches() -> None:
+    only = member("a", transports=("heartbeat",))
+
+    assert fetched(lane(only), "heartbeat") == ["a"]
+    assert fetched(lane(only)) == []
+    assert fetched(lane(member("a"))) == []
+    assert fetched(lane(only, member("b", **PULLED))) == [], "what may not go holds back what is behind it"
+
+
+def test_while_a_lease_runs_only_its_own_transport_gets_it() -> None:
+    assert fetched(lane(leased())) == ["a"]
+    assert fetched(lane(leased()), "heartbeat") == []
+    assert fetched(lane(leased()), "heartbeat", T + 60_000) == ["a"]
+    assert due(lane(leased())) == []
+
+
+def test_an_attempt_by_mqtt_is_waited_for_whether_or_not_its_timer_could_fire() -> None:
+    flying = member("a", PUBLISHED, flight=Flight(open=True, written_at=T), **PULLED)
+    unwritten = member("a", PUBLISHED, flight=Flight(open=True), **PULLED)
+    between = member("a", PUBLISHED, flight=Flight(due_at=T + 99_000), **PULLED)
+
+    assert fetched(lane(flying), now=T + 9_999) == []
+    assert fetched(lane(flying), now=T + 10_000) == ["a"]
+    assert fetched(lane(unwritten), now=T + 99_000) == []
+    assert fetched(lane(between)) == ["a"], "a device that asks need not wait for a pause"
+
+
+def test_what_may_be_sent_once_is_fetched_once() -> None:
+    assert fetched(lane(member("a", repeatable=False, **PULLED))) == ["a"]
+    assert fetched(lane(leased(repeatable=False))) == []
+    assert fetched(lane(leased(repeatable=False)), now=T + 60_000) == []
+
+
+def test_what_has_no_time_left_is_not_fetched() -> None:
+    dying, fresh = member("a", ttl_ms=5_000, **PULLED), member("b", **PULLED)
+
+    assert fetched(lane(dying, fresh), now=T + 4_499) == ["a"]
+    assert fetched(lane(dying, fresh), now=T + 4_500) == ["b"]
+    assert fetched(lane(leased(ttl_ms=5_000)), now=T + 4_500) == []
+
+
+def test_a_lane_shut_for_answers_without_id_is_shut_for_every_transport() -> None:
+    bare = member("a", carries_ids=False, **PULLED)
+    shut = Lane(DEVICE, {"a": bare}, shut_until=T + 1_000)
+
+    assert fetched(shut) == []
+    assert fetched(shut, now=T + 1_000) == ["a"]
+    assert fetched(lane(bare), drained=False) == []
+    assert fetched(lane(member("a", carries_ids=False, transports=("relay",))), drained=False) == ["a"]
