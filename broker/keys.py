@@ -10,10 +10,9 @@ import msgspec
 from broker.commands import Caller
 from broker.errors import invalid, not_found
 from broker.ids import new_id, new_secret, secret_digest
-from broker.registry import NAME_RULE
+from broker.registry import check_name
 from broker.seams import Sql
 from broker.writer import Writer
-from devices.names import is_name
 
 SCOPES = ("devices:read", "devices:write", "events:read", "admin")
 
@@ -84,8 +83,7 @@ class Keys:
         Raises:
             Refusal: invalid_request.
         """
-        if not is_name(project):
-            raise invalid("project", NAME_RULE, project)
+        check_name("project", project)
         for scope in scopes:
             if scope not in SCOPES:
                 raise invalid("scope", f"must be one of {', '.join(SCOPES)}", scope)

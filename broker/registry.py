@@ -40,6 +40,16 @@ OF_DEVICE = "dtok_"
 NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be me or pending"
 
 
+def check_name(field: str, value: str | None) -> None:
+    """What is given must be an identifier.
+
+    Raises:
+        Refusal: invalid_request.
+    """
+    if value is not None and not is_name(value):
+        raise invalid(field, NAME_RULE, value)
+
+
 class NewDevice(msgspec.Struct, frozen=True, kw_only=True):
     """What registers a device; `id` is made up if it is not given."""
 
@@ -98,8 +108,7 @@ class Registry:
         """
         device_id = new.id or new_id("dev", self.writer.now(), self.writer.entropy)
         for field, value in (("hardware_id", new.hardware_id), ("id", device_id), ("project", new.project)):
-            if not is_name(value):
-                raise invalid(field, NAME_RULE, value)
+            check_name(field, value)
         if new.hardware_id in MQTT_USERS:
             raise invalid("hardware_id", "ordain and service are users of the MQTT server", new.hardware_id)
         if new.type not in self.types:

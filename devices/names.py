@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 RESERVED = frozenset({"me", "pending"})
+PATTERN = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"  # as JSON Schema says it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 

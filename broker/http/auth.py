@@ -14,12 +14,14 @@ from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 
 from broker.commands import Caller
-from broker.errors import Refusal, Unavailable
+from broker.errors import Refusal, Unavailable, invalid
 from broker.http.errors import body_fault
 from broker.http.services import Services
 from broker.keys import SCOPES
 from broker.registry import OF_DEVICE
+from devices.names import RESERVED, is_name
 
+FILTERS_BY_NAME = frozenset({"device", "type", "command"})
 OPERATOR = Caller(actor="operator:local", project=None, scopes=frozenset(SCOPES))
 
 
@@ -75,7 +77,7 @@ async def authorize(request: Request[Any, Any, Any]) -> None:
     """Runs before every route that needs a key. No Litestar guard: for those the handler is copied each time.
 
     Raises:
-        Refusal: unauthorized, or forbidden: the key lacks the scope.
+        Refusal: unauthorized, forbidden (the key lacks the scope), or what the address says is wrong.
         Unavailable: it would write, and the log cannot be written now.
     """
     state = request.scope["litestar_app"].state
@@ -98,6 +100,30 @@ async def authorize(request: Request[Any, Any, Any]) -> None:
     if request.scope["method"] != "GET" and not services.commands.writer.open:
         raise Unavailable("the log cannot be written now")
     request.scope["user"] = caller
+    check_address(request)
+
+
+def check_address(request: Request[Any, Any, Any]) -> None:
+    """What stands in a path is an identifier (reserved ones have their own routes), in a query one value.
+
+    Raises:
+        Refusal: invalid_request.
+    """
+    for field, value in request.scope["path_params"].items():
+        if not is_name(value) and value not in RESERVED:
+            raise invalid(field, "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63}", value)
+    if request.scope["query_string"]:
+        given: set[str] = set()
+        for name, value in request.query_params.multi_items():
+            field = name or "query"
+            if field in given:
+                raise invalid(field, "is given more than once")
+            if "\ufffd" in value:
+                raise invalid(field, "is not UTF-8", value)
+            if field not in FILTERS_BY_NAME and value.lower() == "null":
+                # Litestar would read it as left out, and a list without its filter says too much.
+                raise invalid(field, "cannot be null; leave it out", value)
+            given.add(field)
 
 
 def header(request: Request[Any, Any, Any], name: bytes) -> bytes:

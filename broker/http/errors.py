@@ -74,9 +74,27 @@ _NAMED = re.compile(r"Object (?:(contains unknown)|missing required) field `(.*)
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
-    code: Annotated[str, Meta(description="For programs; one of the codes of the status.")]
-    message: Annotated[str, Meta(description="For people: a sentence, facts first.")]
-    details: dict[str, Any] | UnsetType = UNSET
+    """What is wrong."""
+
+    code: Annotated[
+        str,
+        Meta(
+            description="For programs; one of the codes of the status.",
+            examples=["invalid_request"],
+            extra_json_schema={"enum": list(STATUS)},
+        ),
+    ]
+    message: Annotated[
+        str,
+        Meta(description="For people: a sentence, facts first.", examples=["ttl_sec: Expected `int` >= 1"]),
+    ]
+    details: Annotated[
+        dict[str, Any] | UnsetType,
+        Meta(
+            description="Of an `invalid_request` always `field` and `reason`.",
+            examples=[{"field": "ttl_sec", "reason": "Expected `int` >= 1"}],
+        ),
+    ] = UNSET
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):

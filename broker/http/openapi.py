@@ -5,19 +5,25 @@ Nothing is written by hand that a handler or a Struct says already, and nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
+from http import HTTPStatus
 from importlib import resources
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import msgspec
 from litestar import Litestar, Response, Router, get
+from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.spec import Components, SecurityScheme
+from litestar.openapi.spec import Components, License, SecurityScheme
+from litestar.routes import HTTPRoute
 
 from broker import __version__
 from broker.http import lanes, pull, repairs, system, unmatched, v1, v1_devices, v1_system
 from broker.http.auth import Call
+from broker.http.errors import ErrorBody
+from devices.names import PATTERN as NAME_PATTERN
 
 DESCRIBED = (
     v1_devices.routes,
@@ -36,14 +42,27 @@ DESCRIPTION = """Commands for MQTT devices: accepted durably, delivered at least
 Every call under `/v1` needs a key. Times are RFC 3339 in UTC with milliseconds. `{device}` is a device's
 `id` or its `hardware_id`. What belongs to another project is 404. Lists are
 `{data, has_more, next_cursor}`."""
-RETRY_AFTER = {
-    "Retry-After": {"description": "Seconds.", "schema": {"type": "string"}},
+TAGS = {
+    "Commands": "Sending commands, following them, and mending what went wrong.",
+    "Devices": "What can be commanded: devices, their lanes, their types, and what they said.",
+    "System": "How the broker is. Most of it needs no key.",
+}
+# What stands in many paths and means the same in each.
+PATH_PARAMETERS = {
+    "device": "The device's `id` or `hardware_id`.",
+    "command_id": "The command's `id`.",
+}
+# Litestar's words for an answer that has none of its own.
+STANDARD_PHRASES = {status.description for status in HTTPStatus}
+RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string"}}}
+ANSWER_HEADERS = {
+    "401": {"WWW-Authenticate": {"description": "`Bearer`", "schema": {"const": "Bearer"}}},
+    "429": RETRY_AFTER,
+    "503": RETRY_AFTER,
 }
 REPLAYED = {
     "description": "The same idempotency key and body came before: the first command, as it is now.",
-    "headers": {
-        "Idempotent-Replayed": {"description": "`true`", "schema": {"type": "string", "const": "true"}}
-    },
+    "headers": {"Idempotent-Replayed": {"description": "`true`", "schema": {"const": "true"}}},
 }
 
 
@@ -72,13 +91,14 @@ def document() -> bytes:
         title="Ordain",
         version=__version__,
         description=DESCRIPTION,
+        license=License(name="Apache 2.0", identifier="Apache-2.0"),
         use_handler_docstrings=True,
         operation_id_creator=lambda handler, method, path: handler.handler_name,
         components=Components(
             security_schemes={
-                "bearer": SecurityScheme(type="http", scheme="bearer", description="An API key."),
+                "bearer": SecurityScheme(type="http", scheme="bearer", description="A key."),
                 "key": SecurityScheme(
-                    type="apiKey", name="X-API-Key", security_scheme_in="header", description="An API key."
+                    type="apiKey", name="X-API-Key", security_scheme_in="header", description="A key."
                 ),
             }
         ),
@@ -88,10 +108,20 @@ def document() -> bytes:
         route_handlers=[*DESCRIBED], request_class=Call, openapi_config=config, logging_config=None
     )
     schema = app.openapi_schema.to_schema()
+    handlers = {
+        handler.handler_name: handler
+        for route in app.routes
+        if isinstance(route, HTTPRoute)
+        for handler in route.route_handlers
+    }
+    # Litestar's own words for a Struct lose bounds and docstrings; msgspec knows what it will accept.
+    schema["components"]["schemas"] = _schemas(
+        handlers[each["operationId"]] for _, each in _operations(schema)
+    )
     for path, operation in _operations(schema):
-        _finish(path, operation)
-        for body in _bodies(operation):
-            schema["components"]["schemas"][body]["additionalProperties"] = False
+        _finish(path, operation, handlers[operation["operationId"]], schema["components"]["schemas"])
+    used = {tag: None for _, operation in _operations(schema) for tag in operation["tags"]}
+    schema["tags"] = [{"name": tag, "description": TAGS.get(tag, "")} for tag in used]
     return msgspec.json.encode(schema)
 
 
@@ -101,24 +131,82 @@ def _operations(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{method.upper()} {path}", operation
 
 
-def _bodies(operation: dict[str, Any]) -> list[str]:
-    """The schemas of what a request may send."""
-    content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
-    body = content.get("schema", {})
-    refs = [part.get("$ref", "") for part in (body, *body.get("oneOf", []))]
-    return [ref.rpartition("/")[2] for ref in refs if ref]
+def _schemas(handlers: Iterable[HTTPRouteHandler]) -> dict[str, Any]:
+    """Every Struct that a handler takes or gives, by name."""
+    found: dict[Any, None] = {ErrorBody: None}
+    for handler in handlers:
+        fields = [handler.parsed_return_field, handler.parsed_data_field]
+        kinds = [field.annotation for field in fields if field is not None]
+        kinds += [spec.data_container for spec in (handler.responses or {}).values()]
+        while kinds:
+            kind = kinds.pop()
+            if get_origin(kind) is not None or isinstance(kind, UnionType):
+                kinds += get_args(kind)
+            elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+                found[kind] = None
+    _, named = msgspec.json.schema_components(list(found), ref_template="#/components/schemas/{name}")
+    return dict(sorted(named.items()))
 
 
-def _finish(path: str, operation: dict[str, Any]) -> None:
-    """What Litestar has no words for: the title in a docstring's first line, headers of answers, no body."""
+def _finish(path: str, operation: dict[str, Any], handler: HTTPRouteHandler, schemas: dict[str, Any]) -> None:
+    """What Litestar has no words for: titles, what is true of every route, headers of answers."""
     title, _, text = operation["description"].partition("\n")
     operation["summary"], operation["description"] = title.strip(), text.strip()
     if not operation["description"]:
         del operation["description"]
+    if scope := handler.opt.get("scope"):
+        operation["security"] = [{"bearer": [scope]}, {"key": [scope]}]
+    for parameter in operation.get("parameters", []):
+        _finish_parameter(parameter)
+    body = operation.get("requestBody", {})
+    for content in body.get("content", {}).values():
+        content["example"] = _example(content["schema"], schemas)
+        body["required"] = {"type": "null"} not in content["schema"].get("oneOf", [])
     answers = operation["responses"]
-    for status in {"429", "503"} & answers.keys():
-        answers[status]["headers"] = RETRY_AFTER
     if path == v1.CREATE or path.endswith("/retry"):
         answers["200"] = REPLAYED | {"content": answers["201"]["content"]}
-    if path.endswith(("/abandon", "/retry", "/heartbeat", "/ack")):
-        operation["requestBody"]["required"] = False
+    for status, answer in answers.items():
+        if not answer.get("headers"):
+            answer["headers"] = ANSWER_HEADERS.get(status, {})
+        if answer["description"] in STANDARD_PHRASES:
+            answer["description"] = _about(answer, schemas)
+        if not answer["headers"]:
+            del answer["headers"]
+    operation["responses"] = dict(sorted(answers.items()))
+
+
+def _finish_parameter(parameter: dict[str, Any]) -> None:
+    """In a path, query or header null cannot be said: what may be absent is only not required."""
+    schema = parameter["schema"]
+    kinds = [kind for kind in schema.pop("oneOf", []) if kind != {"type": "null"}]
+    for kind in kinds:
+        schema |= kind
+    if "enum" in schema:
+        schema |= {"type": "string", "enum": [value for value in schema["enum"] if value is not None]}
+    for bound in {"minimum", "maximum"} & schema.keys():
+        schema[bound] = int(schema[bound])
+    schema.pop("description", None)
+    if parameter["in"] == "path":
+        schema["pattern"] = NAME_PATTERN
+        parameter.setdefault("description", PATH_PARAMETERS.get(parameter["name"], ""))
+    for silent in ("deprecated", "allowEmptyValue", "allowReserved"):
+        parameter.pop(silent, None)
+
+
+def _example(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
+    """A body out of the examples of its fields."""
+    for kind in (schema, *schema.get("oneOf", [])):
+        if "$ref" in kind:
+            fields = schemas[kind["$ref"].rpartition("/")[2]]["properties"]
+            known = {name: field.get("examples") or field.get("enum") for name, field in fields.items()}
+            return {name: values[0] for name, values in known.items() if values}
+    return {}
+
+
+def _about(answer: dict[str, Any], schemas: dict[str, Any]) -> str:
+    """What the Struct of an answer says of itself."""
+    for content in answer.get("content", {}).values():
+        name = content["schema"].get("$ref", "").rpartition("/")[2]
+        if name:
+            return str(schemas[name].get("description", name))
+    return "Done."

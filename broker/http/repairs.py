@@ -21,16 +21,17 @@ from broker.http.errors import documented
 from broker.http.v1 import IdempotencyKey, KeyHeader, find, find_command, one_key, shown
 from broker.http.views import Command
 from broker.lifecycle import CommandState, State
-from broker.registry import NAME_RULE
+from broker.registry import check_name
 from broker.repairs import Which
 from broker.seams import Sql
-from devices.names import is_name
 
 # Whatever was retried and is in one of these now had timed out: the device may have it still.
 MAY_REPEAT = (State.TIMED_OUT, State.ACKNOWLEDGED, State.EXECUTED)
 
 
 class RetryBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to retry."""
+
     idempotency_key: Annotated[
         IdempotencyKey | UnsetType,
         Meta(description="A repeated request with the same key names the first retry."),
@@ -48,14 +49,19 @@ class Retried(Command, frozen=True, kw_only=True):
 class CancelBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which commands; what is absent is any. `all`, if nothing else is given."""
 
-    device: Annotated[str | None, Meta(description="Its id or hardware id.")] = None
+    device: Annotated[str | None, Meta(description="Its id or hardware id.", examples=["door-7"])] = None
     type: Annotated[str | None, Meta(description="The commands' name.")] = None
     created_by: Annotated[str | None, Meta(description="The id of the key that made them.")] = None
     all: Annotated[bool, Meta(description="Must be true to cancel without any filter.")] = False
-    reason: Annotated[str, Meta(max_length=200)] | None = None
+    reason: Annotated[
+        Annotated[str, Meta(max_length=200)] | None,
+        Meta(description="Kept with the event.", examples=["the key was stolen"]),
+    ] = None
 
 
 class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
+    """What was cancelled."""
+
     cancelled: Annotated[list[str], Meta(description="Ids, in order of creation.")]
     count: int
 
@@ -118,8 +124,8 @@ async def cancel_commands(request: Call, data: JSONBody[CancelBody]) -> Cancelle
         raise invalid("all", "must be true where neither device, type nor created_by is given")
     if filters != (None, None, None) and data.all:
         raise invalid("all", "goes with no filter: leave one or the other out")
-    if data.type is not None and not is_name(data.type):
-        raise invalid("type", NAME_RULE, data.type)
+    check_name("device", data.device)
+    check_name("type", data.type)
     created_by = data.created_by
     if created_by is not None and ":" not in created_by:
         created_by = f"key:{created_by}"

@@ -17,8 +17,9 @@ from broker.explain import Said
 from broker.http.auth import Call, authorize, needs
 from broker.http.errors import documented
 from broker.http.pages import Cursor, Limit, Pager, cut
-from broker.http.views import Time
+from broker.http.views import NAME, Time
 from broker.lifecycle import CommandState
+from broker.registry import check_name
 from broker.seams import Sql
 from devices.clock import rfc3339
 from projections import devices as devices_view
@@ -35,7 +36,8 @@ Reason = Literal[
     "malformed",
 ]
 ByDevice = Annotated[
-    str | None, QueryParameter(description="Only answers of this device: id or hardware id.")
+    str | None,
+    QueryParameter(description="Only answers of this device: id or hardware id.", schema_extra=NAME),
 ]
 ByReason = Annotated[Reason | None, QueryParameter(description="Only answers kept for this reason.")]
 
@@ -70,6 +72,7 @@ async def list_unmatched(
     """
     caller = request.user
     project = caller.project
+    check_name("device", device)
     pager = Pager(request.services.cursor_key, "unmatched", project, device, reason)
     before = pager.after(cursor)
 

@@ -22,16 +22,21 @@ from broker.http.views import STATUS, Command, CommandList, EventList, StateName
 from broker.lifecycle import CommandState, State
 from broker.log import sqlite as log
 from broker.log.chain import Row
-from broker.registry import NAME_RULE
+from broker.registry import check_name
 from broker.seams import Sql
-from devices.names import is_name
 from projections import commands as commands_view
 from projections import devices as devices_view
 from projections.commands import Filter
 
 CREATE = "POST /v1/devices/{device}/commands"
 
-IdempotencyKey = Annotated[str, Meta(min_length=1, max_length=255)]
+CommandName = Annotated[
+    str,
+    Meta(
+        description="A command that the device's type has.", examples=["unlock"], extra_json_schema=views.NAME
+    ),
+]
+IdempotencyKey = Annotated[str, Meta(min_length=1, max_length=255, examples=["order-4711"])]
 KeyHeader = Annotated[
     str | None,
     HeaderParameter(name="Idempotency-Key", min_length=1, max_length=255, description="As in the body."),
@@ -40,28 +45,40 @@ ByStatus = Annotated[Status | None, QueryParameter(description="Only commands of
 ByState = Annotated[
     StateName | None, QueryParameter(name="state", description="Only commands in this state.")
 ]
-ByType = Annotated[str | None, QueryParameter(description="Only commands of this name.")]
+ByType = Annotated[
+    str | None, QueryParameter(description="Only commands of this name.", schema_extra=views.NAME)
+]
 ByDevice = Annotated[
-    str | None, QueryParameter(description="Only commands of this device: id or hardware id.")
+    str | None,
+    QueryParameter(description="Only commands of this device: id or hardware id.", schema_extra=views.NAME),
 ]
 EventLimit = Annotated[int, QueryParameter(ge=1, le=1_000, description="How many at most.")]
 
 
 class CommandBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    type: Annotated[str, Meta(description="A command that the device's type has.")]
-    params: Annotated[Any, Meta(description="What the command takes; absent is `{}`.")] = UNSET
+    """A command to be sent."""
+
+    type: CommandName
+    params: Annotated[
+        Any, Meta(description="What the command takes; absent is `{}`.", examples=[{"for_sec": 5}])
+    ] = UNSET
     idempotency_key: Annotated[
         IdempotencyKey | UnsetType,
         Meta(description="A repeated request with the same key names the first command."),
     ] = UNSET
     ttl_sec: Annotated[
-        Annotated[int, Meta(ge=1, le=MAX_TTL_SEC)] | UnsetType | None,
+        Annotated[int, Meta(ge=1, le=MAX_TTL_SEC, examples=[60])] | UnsetType | None,
         Meta(description="Seconds until it expires; absent is 300 if not set otherwise, null is never."),
     ] = UNSET
 
 
 class AbandonBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    reason: Annotated[str, Meta(max_length=200)] | None = None
+    """Why to give up."""
+
+    reason: Annotated[
+        Annotated[str, Meta(max_length=200)] | None,
+        Meta(description="Kept with the event.", examples=["the door was replaced"]),
+    ] = None
 
 
 @post(
@@ -275,8 +292,8 @@ async def _list(
     cursor: str | None,
 ) -> CommandList:
     caller = request.user
-    if type_name is not None and not is_name(type_name):
-        raise invalid("type", NAME_RULE, type_name)
+    check_name("type", type_name)
+    check_name("device", device)
     pager = Pager(
         request.services.cursor_key, "commands", route, caller.project, device, status, state, type_name
     )
@@ -331,8 +348,14 @@ def one_key(body: str | UnsetType, header: str | None) -> str | None:
     """The idempotency key of a request, wherever it was given.
 
     Raises:
-        Refusal: invalid_request, if two were.
+        Refusal: invalid_request, if two were, or the header's is not UTF-8.
     """
+    if header is not None:
+        try:
+            # Litestar reads headers as Latin-1; the same key in a body is UTF-8.
+            header = header.encode("latin-1").decode()
+        except UnicodeDecodeError:
+            raise invalid("Idempotency-Key", "is not UTF-8") from None
     if body is UNSET:
         return header
     if header is not None and header != body:

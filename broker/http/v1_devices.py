@@ -17,26 +17,36 @@ from broker.http import views
 from broker.http.auth import Call, authorize, needs
 from broker.http.errors import documented
 from broker.http.pages import Cursor, Limit, Pager, cut
-from broker.http.views import Device, DeviceList, DeviceName
+from broker.http.views import Device, DeviceList, Name, TypeName
 from broker.registry import Issued, NewDevice
 from broker.seams import Sql
 from projections import devices as devices_view
 
 Title = Annotated[str, Meta(max_length=200)]
 Force = Annotated[bool, QueryParameter(description="Also while commands to it are open.")]
-Attributes = Annotated[dict[str, Any], Meta(description="Anything worth keeping about it.")]
+Attributes = Annotated[
+    dict[str, Any], Meta(description="Anything worth keeping about it.", examples=[{"floor": 2}])
+]
 # What is kept must stay readable wherever it is decoded later, however deep the stack is there.
 ATTRIBUTE_LEVELS = 16
 LOCAL_PROJECT = "default"
 
 
 class DeviceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    hardware_id: DeviceName
-    type: Annotated[str, Meta(description="A device type of `GET /v1/types`.")]
-    id: Annotated[DeviceName | UnsetType, Meta(description="Made up (`dev_…`) if absent.")] = UNSET
-    name: Title | None = None
+    """A device to be made known."""
+
+    hardware_id: Annotated[
+        Name,
+        Meta(
+            description="Letters, digits, `_` and `-`; at most 64; not `me` or `pending`.",
+            examples=["door-7"],
+        ),
+    ]
+    type: TypeName
+    id: Annotated[Name | UnsetType, Meta(description="Made up (`dev_…`) if absent.")] = UNSET
+    name: Annotated[Title | None, Meta(examples=["Front door"])] = None
     attributes: Attributes = {}
-    project: Annotated[str | UnsetType, Meta(description="For admins: another project than the key's.")] = (
+    project: Annotated[Name | UnsetType, Meta(description="For admins: another project than the key's.")] = (
         UNSET
     )
 
@@ -44,8 +54,8 @@ class DeviceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class DeviceChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is absent keeps its value."""
 
-    type: str | UnsetType = UNSET
-    name: Title | UnsetType | None = UNSET
+    type: TypeName | UnsetType = UNSET
+    name: Annotated[Title | UnsetType | None, Meta(examples=["Back door"])] = UNSET
     attributes: Attributes | UnsetType = UNSET
 
 

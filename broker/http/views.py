@@ -18,6 +18,7 @@ from broker.lanes import Presence
 from broker.lifecycle import CommandState, State
 from broker.log.chain import Row
 from devices.clock import rfc3339
+from devices.names import PATTERN
 from devices.types import DeviceType
 
 Status = Literal["pending", "delivered", "executed", "failed", "expired", "cancelled"]
@@ -25,8 +26,20 @@ StateName = Literal[
     "pending", "published", "acknowledged", "executed", "failed", "timed_out", "expired", "cancelled"
 ]
 PresenceName = Literal["never", "offline", "unknown", "online"]
-Time = Annotated[str, Meta(description="RFC 3339, UTC, milliseconds.", examples=["2026-11-20T09:30:00.000Z"])]
-DeviceName = Annotated[str, Meta(description="Letters, digits, `_` and `-`; at most 64.")]
+Time = Annotated[
+    str,
+    Meta(
+        description="RFC 3339, UTC, milliseconds.",
+        examples=["2026-11-20T09:30:00.000Z"],
+        extra_json_schema={"format": "date-time"},
+    ),
+]
+NAME = {"pattern": PATTERN}
+Name = Annotated[str, Meta(extra_json_schema=NAME)]
+TypeName = Annotated[
+    str,
+    Meta(description="A device type of `GET /v1/types`.", examples=["generic"], extra_json_schema=NAME),
+]
 
 STATUS: dict[State, Status] = {
     State.PENDING: "pending",
@@ -85,6 +98,8 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CommandList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of commands."""
+
     data: list[Command]
     has_more: bool
     next_cursor: str | None
@@ -103,6 +118,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of the events of a command, in order."""
+
     data: list[Event]
     has_more: bool
     next_cursor: str | None
@@ -133,6 +150,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of devices."""
+
     data: list[Device]
     has_more: bool
     next_cursor: str | None
@@ -161,6 +180,8 @@ class Type(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TypeList(msgspec.Struct, frozen=True, kw_only=True):
+    """All device types."""
+
     data: list[Type]
     has_more: bool = False
     next_cursor: str | None = None

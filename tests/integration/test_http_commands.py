@@ -322,6 +322,17 @@ async def test_a_replay_shows_the_command_as_it_is_now(broker: Broker) -> None:
     assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
 
 
+async def test_a_key_is_the_same_in_the_header_and_in_the_body_whatever_its_letters(broker: Broker) -> None:
+    client, path = await broker.someone(), "/v1/devices/lamp-1/commands"
+    await register(client)
+
+    first = await client.post(path, json={"type": "blink", "idempotency_key": "Tür-1"})
+    again = await client.post(path, json={"type": "blink"}, headers={b"Idempotency-Key": "Tür-1".encode()})
+
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert again.json()["id"] == first.json()["id"]
+
+
 async def test_two_different_keys_in_one_request_are_refused(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)

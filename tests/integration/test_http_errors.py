@@ -40,6 +40,14 @@ async def test_a_method_that_a_path_does_not_take_is_refused_with_those_it_takes
     error_of(await client.request("BREW", "/v1/devices"), 405, "method_not_allowed")
 
 
+async def test_which_methods_a_path_takes_is_told_without_a_key(broker: Broker) -> None:
+    client = broker.client()
+    for path, methods in (("/v1/devices", "GET, OPTIONS, POST"), ("/healthz", "GET, OPTIONS")):
+        answer = await client.options(path)
+        assert answer.status_code == 204
+        assert sorted(answer.headers["allow"].split(", ")) == methods.split(", ")
+
+
 WRONG_COMMANDS: list[tuple[Any, str]] = [
     ({}, "type"),
     ({"type": None}, "type"),
@@ -164,7 +172,7 @@ async def test_a_wrong_parameter_of_a_list_is_named(broker: Broker) -> None:
     for query in (
         {"limit": "0"}, {"limit": "101"}, {"limit": "ten"}, {"limit": ""},
         {"limit": "9" * 400}, {"status": "published"}, {"status": ""}, {"state": "delivered"},
-        {"type": "a b"}, {"cursor": "x"},
+        {"type": "a b"}, {"cursor": "x"}, {"status": "null"}, {"limit": "null"}, {"limit": ["1", "1"]},
     ):  # fmt: skip
         for path in ("/v1/commands", COMMANDS):
             answer = await client.get(path, params=query)

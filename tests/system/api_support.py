@@ -1,0 +1,126 @@
+"""The whole HTTP side on a real socket, in a thread of its own, with something of every kind in it.
+
+For tests that ask it much and must not share its loop: they speak HTTP and look at the log's end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import uvicorn
+from uvicorn.server import ServerState
+
+from broker.http.openapi import document
+from broker.http.protocol import Bounded
+from broker.log import sqlite as log
+from tests.integration.http_support import Broker, register, running
+
+WITHIN_SEC = 20
+ADMIN = ("admin", "devices:read", "devices:write", "events:read")
+TYPES = {"lamp-1": "generic", "lock-1": "iotee_device", "rec-1": "recorder"}
+# What is sent to them: with the lamp, which is online, one at a time.
+COMMANDS = (("lamp-1", "blink"), ("lamp-1", "blink"), ("lock-1", "lock"), ("rec-1", "stop_recording"))
+
+
+def description() -> dict[str, Any]:
+    """The OpenAPI document."""
+    found: dict[str, Any] = json.loads(document())
+    return found
+
+
+def is_stream(operation: dict[str, Any]) -> bool:
+    """Does it answer with nothing but what never ends? Then it can be asked only by who reads on."""
+    contents = [answer.get("content", {}) for answer in operation["responses"].values()]
+    return any(content.keys() == {"text/event-stream"} for content in contents)
+
+
+class Served:
+    """A broker that serves at `url`, with the `key` of an admin, and names of what it knows."""
+
+    def __init__(self, broker: Broker, url: str, key: str, commands: list[str]) -> None:
+        self.url, self.key = url, key
+        self.devices, self.commands = list(TYPES), commands
+        self._broker = broker
+        self._loop = asyncio.get_running_loop()
+
+    def client(self) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"})
+
+    def position(self) -> int:
+        """Where the log ends, with everything that was asked for."""
+
+        async def look() -> int:
+            writer = self._broker.core.writer
+            await writer.barrier()
+            return (await writer.storage.read(log.head)).position
+
+        return asyncio.run_coroutine_threadsafe(look(), self._loop).result(WITHIN_SEC)
+
+
+@contextmanager
+def served(directory: Path, *, quiet: bool = False) -> Iterator[Served]:
+    """`quiet`: no device is online, and nothing happens by itself."""
+    ready: Future[Served] = Future()
+    end: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            asyncio.run(_serve(directory, ready, end, quiet))
+        except BaseException as error:
+            if not ready.done():
+                ready.set_exception(error)
+            raise
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield ready.result(WITHIN_SEC)
+    finally:
+        end.set_result(None)
+        thread.join(WITHIN_SEC)
+        assert not thread.is_alive()
+
+
+async def _serve(directory: Path, ready: Future[Served], end: Future[None], quiet: bool) -> None:
+    loop = asyncio.get_running_loop()
+    async with running(directory) as broker:
+        _, key = await broker.core.keys.create("acme", ADMIN, None)
+        commands = await _populate(broker, key, quiet)
+        state = ServerState()
+        config = uvicorn.Config(broker.app, ws="none", lifespan="off", log_config=None)
+        async with await loop.create_server(lambda: Bounded(config, state, {}), "127.0.0.1", 0) as server:
+            url = "http://{}:{}".format(*server.sockets[0].getsockname())
+            ready.set_result(Served(broker, url, key, commands))
+            await asyncio.wrap_future(end)
+            for connection in list(state.connections):
+                connection.shutdown()
+            async with asyncio.timeout(WITHIN_SEC):
+                while state.connections or state.tasks:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+
+
+async def _populate(broker: Broker, key: str, quiet: bool) -> list[str]:
+    """A device of every type, and commands: executed, with the device, waiting, cancelled."""
+    made = []
+    async with broker.client(key) as client:
+        for hardware_id, type_name in TYPES.items():
+            await register(client, hardware_id, type=type_name)
+        if not quiet:
+            broker.online("lamp-1")
+        for device, name in COMMANDS:
+            answer = await client.post(f"/v1/devices/{device}/commands", json={"type": name})
+            made.append(answer.json()["id"])
+        broker.says("lamp-1", b"[")
+        while not quiet and broker.core.live.members[made[0]].state.attempts == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        broker.says("lamp-1", json.dumps({"id": made[0], "status": "executed"}).encode())
+        assert (await client.delete(f"/v1/devices/rec-1/commands/{made[-1]}")).status_code == 200
+    return made
