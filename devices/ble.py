@@ -1,0 +1,94 @@
+"""A simulated BLE device: the real device core, reached through a connection in this process.
+
+For trying a relay without hardware. It does what `devices.core` decides and nothing else; answers that find
+no connection are lost, as over the air.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from devices.core import Core, Effect, Send
+from devices.grant import GrantVerifier
+from devices.memory import Memory
+from devices.types import DeviceType
+from devices.wire import CommandMessage
+
+Handler = Callable[[CommandMessage], Awaitable[Any]]
+
+
+class BleDevice:
+    """`handlers` by command; what one raises is reported as an error. `now_ms` is the device's own clock."""
+
+    def __init__(
+        self,
+        hardware_id: str,
+        device_type: DeviceType,
+        memory: Memory,
+        handlers: Mapping[str, Handler],
+        now_ms: Callable[[], int],
+        verifier: GrantVerifier | None = None,
+    ) -> None:
+        self._handlers, self._now_ms = handlers, now_ms
+        self._core = Core(hardware_id, device_type, memory, dict.fromkeys(handlers, False), verifier=verifier)
+        self._connection: BleConnection | None = None
+        self._runs: asyncio.Queue[CommandMessage] = asyncio.Queue()
+
+    def connect(self) -> BleConnection:
+        """A new connection; the one before is gone."""
+        self.disconnect()
+        self._connection = BleConnection(self._received)
+        return self._connection
+
+    def disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    async def run(self) -> None:
+        """Carries commands out, one after the other, until cancelled."""
+        self._apply(self._core.recover(self._now_ms()))
+        while True:
+            command = await self._runs.get()
+            result, error = None, None
+            try:
+                result = await self._handlers[command.type](command)
+            except Exception as fault:
+                error = {"code": "device_error", "message": str(fault) or type(fault).__name__}
+            self._apply(self._core.finish(self._now_ms(), command, result, error))
+
+    def _received(self, message: bytes) -> None:
+        self._apply(self._core.receive(self._now_ms(), self._core.command_topics[0], message))
+
+    def _apply(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if not isinstance(effect, Send):
+                self._runs.put_nowait(effect.command)
+            elif self._connection is not None:
+                self._connection.answers.put_nowait(effect.payload)
+
+
+class BleConnection:
+    """A `devices.relay.Peer`."""
+
+    def __init__(self, received: Callable[[bytes], None]) -> None:
+        self.answers: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._received = received
+        self._open = True
+
+    async def send(self, message: bytes) -> None:
+        if not self._open:
+            raise ConnectionError("the device is out of reach")
+        self._received(message)
+
+    async def receive(self) -> bytes:
+        answer = await self.answers.get() if self._open or not self.answers.empty() else None
+        if answer is None:
+            raise ConnectionError("the device is out of reach")
+        return answer
+
+    def close(self) -> None:
+        self._open = False
+        self.answers.put_nowait(None)
