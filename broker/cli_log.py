@@ -17,6 +17,7 @@ from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.world import open_for_reading
 from devices.clock import rfc3339
+from projections.commands import veiled
 
 logs = App(name="log", help="The log: look at it, verify it.")
 
@@ -49,9 +50,9 @@ def tail_log(
 
 def _following(sql: sqlite3.Connection, after: int, follow: bool) -> Iterator[Row]:
     while True:
-        for row in log.all_rows(sql, after):
-            after = row.position
-            yield row
+        while page := veiled(sql, log.rows(sql, after)):
+            after = page[-1].position
+            yield from page
         if not follow:
             return
         time.sleep(POLL_SEC)

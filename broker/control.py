@@ -39,6 +39,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
     return Services(
         commands=core.commands,
         repairs=core.repairs,
+        erasures=core.erasures,
         registry=core.registry,
         keys=core.keys,
         grants=core.grants,
@@ -122,6 +123,7 @@ async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient
             app = create_app(services(core), local=True)
             async with _client(httpx2.ASGITransport(app=cast(Any, app))) as client:
                 yield client, False
+                await core.erasures.finished()
     finally:
         await storage.close()
 

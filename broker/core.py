@@ -15,6 +15,7 @@ from broker import __version__
 from broker.commands import Commands
 from broker.deadlines import Deadlines
 from broker.dispatch import Dispatch
+from broker.erasures import Erasures
 from broker.events import ClockStepped
 from broker.feed import Feed
 from broker.grants import Grants
@@ -66,6 +67,7 @@ class Core:
         self.feed = Feed(self.writer, self.live)
         self.commands = Commands(self.writer, self.live, types, settings.prefix, settings.limits)
         self.repairs = Repairs(self.commands)
+        self.erasures = Erasures(self.commands)
         self.registry = Registry(self.commands)
         self.keys = Keys(self.writer)
         self.grants = Grants(self.writer, self.live, self.registry.secrets, settings.issuer)
@@ -107,6 +109,7 @@ class Core:
     async def _reload(self) -> None:
         await self.live.load(self.storage, self.writer.entropy, self.writer.now())
         await self.registry.load()
+        await self.erasures.load()
         self.dispatch.recovered()
         self.feed.reread()
 
@@ -119,6 +122,7 @@ class Core:
             self.writer.run(),
             self.deadlines.run(),
             self.intake.run(),
+            self.erasures.run(),
             self._every(CLOCK_WATCH_SEC, self._watch_clock),
             self._every(HOUSEKEEPING_SEC, self._forget_keys),
         ]

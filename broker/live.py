@@ -16,6 +16,8 @@ from broker import lanes
 from broker.fleet import DeviceState
 from broker.lanes import Lane, Member, Presence
 from broker.lifecycle import CommandState, State
+from broker.log import erasing
+from broker.log.erasing import Purge
 from broker.seams import Entropy, Sql, Storage
 from devices.types import Definition
 from projections import commands as commands_view
@@ -26,6 +28,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 KEPT = 20_000
+KEPT_PURGES = 100
 
 
 class Recent(Generic[K, V]):
@@ -47,6 +50,12 @@ class Recent(Generic[K, V]):
         if len(self._items) > self._bound:
             self._items.popitem(last=False)
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._items
+
+    def values(self) -> list[V]:
+        return list(self._items.values())
+
     def forget(self, key: K) -> None:
         self._items.pop(key, None)
 
@@ -66,6 +75,9 @@ class Live:
         self.names: Recent[str, str] = Recent(2 * KEPT)
         self.keys: Recent[tuple[str, str, str], tuple[bytes, str]] = Recent()
         self.presence: dict[str, Presence] = {}
+        # Reads that began before an erasure may still bring what it took away.
+        self._erased: Recent[str, None] = Recent()
+        self._purged: list[tuple[int, int]] = []
         self.epoch = 0  # how often everything was read anew
 
     # --- looking up ---
@@ -122,24 +134,59 @@ class Live:
         if not lane.members and not lane.late and now >= lane.shut_until:
             self.lanes.pop(lane.device_id, None)
 
+    # --- erasing ---
+
+    def forget(self, state: CommandState) -> None:
+        """A closed command was erased: nobody may find it here any more, nor bring it back."""
+        self._erased.put(state.id, None)
+        self._drop(state)
+
+    def forget_purged(self, cutoff: int, at: int) -> None:
+        """Erased are all commands created before `cutoff` and closed before `at` (ms)."""
+        self._purged = [*self._purged[-KEPT_PURGES:], (cutoff, at)]
+        held = [*(member.state for member in self.members.values()), *self.closed.values()]
+        for state in filter(self._is_erased, held):
+            self._drop(state)
+
+    def remember(self, state: CommandState) -> None:
+        """It was not erased after all: the commit failed."""
+        self._erased.forget(state.id)
+
+    def remember_purged(self, cutoff: int, at: int) -> None:
+        self._purged = [known for known in self._purged if known != (cutoff, at)]
+
+    def _drop(self, state: CommandState) -> None:
+        self.closed.forget(state.id)
+        if self.members.pop(state.id, None) is not None:
+            self.lanes[state.device_id].late.pop(state.id, None)
+
+    def _is_erased(self, state: CommandState) -> bool:
+        return state.id in self._erased or (
+            state.closed
+            and any(state.created_at < cutoff and state.updated_at < at for cutoff, at in self._purged)
+        )
+
     # --- from the log ---
 
     async def load(self, storage: Storage, entropy: Entropy, now: int) -> None:
         """Reads everything anew, as after a restart; what is known of devices being online stays."""
 
-        def work(sql: Sql) -> tuple[list[CommandState], list[CommandState], dict[str, bytes]]:
+        def work(sql: Sql) -> tuple[list[CommandState], list[CommandState], dict[str, bytes], list[Purge]]:
             definitions = devices_view.definitions(sql)
             return (
                 lanes_view.open_commands(sql),
                 commands_view.timed_out_since(sql, now - lanes.ms(_longest_late(definitions.values()))),
                 definitions,
+                erasing.purges(sql),
             )
 
-        open_commands, late, definitions = await storage.read(work)
+        open_commands, late, definitions, purges = await storage.read(work)
         for cache in (self.closed, self.devices, self.names, self.keys):
             cache.clear()
         self.lanes.clear()
         self.members.clear()
+        promised = [(purge.cutoff, purge.at) for purge in purges]
+        self._purged = [*self._purged, *(each for each in promised if each not in self._purged)]
         self.epoch += 1
         self.definitions = {digest: _definition(body) for digest, body in definitions.items()}
         for state in open_commands:
@@ -167,7 +214,7 @@ class Live:
             # What was changed in memory while we read is newer; its names may have been forgotten.
             self.put_device(self.devices.get(device.id) or device)
         for state in commands.values():
-            if self.command(state.id) is None:
+            if self.command(state.id) is None and not self._is_erased(state):
                 self.closed.put(state.id, state)
 
 

@@ -58,6 +58,13 @@ class Storage(Protocol):
 
     async def read(self, work: Callable[[Sql], T]) -> T: ...
 
+    async def forget_old_pages(self) -> bool:
+        """Empties the write-ahead log, where pages stand as they were before something was erased.
+
+        False if a reader stood in the way: ask again later.
+        """
+        ...
+
     async def close(self) -> None: ...
 
 

@@ -27,6 +27,8 @@ T = TypeVar("T")
 DATABASE = "ordain.db"
 LOCK = "ordain.lock"
 RUN = "-- run"
+TIMEOUT_SEC = 10
+PATIENCE_MS = 20
 
 
 class InUse(Exception):
@@ -69,6 +71,8 @@ class _Transactions(sqlite3.Connection):
         if sql is not RUN:
             return super().execute(sql, parameters)
         begin, work = parameters
+        if begin is None:
+            return _One(work(self))
         super().execute(begin)
         try:
             value = work(self)
@@ -132,7 +136,18 @@ class SqliteStorage:
     async def read(self, work: Callable[[Sql], T]) -> T:
         return await self._run(self._reader, "BEGIN", work)
 
-    async def _run(self, connection: aiosqlite.Connection, begin: str, work: Callable[[Sql], T]) -> T:
+    async def forget_old_pages(self) -> bool:
+        def work(sql: Sql) -> bool:
+            # Whoever reads for long, such as `ordain log verify`, must not hold up the writing.
+            sql.execute(f"PRAGMA busy_timeout = {PATIENCE_MS}")
+            try:
+                return not sql.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            finally:
+                sql.execute(f"PRAGMA busy_timeout = {TIMEOUT_SEC * 1_000}")
+
+        return await self._run(self._writer, None, work)
+
+    async def _run(self, connection: aiosqlite.Connection, begin: str | None, work: Callable[[Sql], T]) -> T:
         # Cancelling a waiter would not stop the statement; shielded, the transaction ends by itself.
         hop = asyncio.ensure_future(connection.execute_fetchall(RUN, (begin, work)))
         try:
@@ -212,7 +227,7 @@ def rename_log(path: Path) -> str:
 
 
 def _connection(path: Path) -> aiosqlite.Connection:
-    return aiosqlite.connect(path, factory=_Transactions, isolation_level=None, timeout=10)
+    return aiosqlite.connect(path, factory=_Transactions, isolation_level=None, timeout=TIMEOUT_SEC)
 
 
 def _lock(path: Path) -> IO[str]:

@@ -96,6 +96,10 @@ class Writer:
         running = self._anchor_wall + self.clock.monotonic_ms() - self._anchor_monotonic
         return self._recorded_at - running
 
+    def tick(self) -> None:
+        """What is staged from here on is later, by a millisecond at least, than all that came before."""
+        self._recorded_at += 1
+
     def reanchor(self) -> bool:
         """After a start before the last event: takes the wall clock as it is now, if it has been mended."""
         if self.clock.wall_ms() < self._recorded_at - CLOCK_STEP_MS:

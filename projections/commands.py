@@ -1,7 +1,9 @@
 """The current state of every command, one row each, and the questions asked of it.
 
 A row is written in the transaction of the events that changed it, from the folded state; folding
-the log again gives the same rows. Nothing here decides anything.
+the log again gives the same rows. Parameters, results and errors are not copied here but read from
+their events: rows that grow are moved between pages, and SQLite leaves pieces of what it moved behind.
+What a purge has promised to erase is hidden from every answer, however long the erasing takes.
 """
 
 from __future__ import annotations
@@ -11,26 +13,52 @@ from typing import Any
 
 import msgspec
 
-from broker.lifecycle import CommandState, State
+from broker.events import Created, Executed, Failed, decode, subject_kind
+from broker.lifecycle import NO_RESULT, CommandState, State
+from broker.log.chain import Row
+from broker.log.erasing import Purge, bound, purges
 from broker.seams import Sql
 
 TABLES = (
     """CREATE TABLE IF NOT EXISTS commands (
         position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, project TEXT NOT NULL, device_id TEXT NOT NULL,
-        type TEXT NOT NULL, state TEXT NOT NULL, closed_at INTEGER, body BLOB NOT NULL)""",
+        type TEXT NOT NULL, state TEXT NOT NULL, closed_at INTEGER, summary BLOB NOT NULL)""",
     "CREATE INDEX IF NOT EXISTS commands_device ON commands (device_id, position)",
     "CREATE INDEX IF NOT EXISTS commands_project ON commands (project, position)",
-    "CREATE INDEX IF NOT EXISTS commands_late ON commands (closed_at) WHERE state = 'timed_out'",
+    "CREATE INDEX IF NOT EXISTS commands_closed ON commands (closed_at) WHERE closed_at IS NOT NULL",
 )
 NAMES = ("commands",)
-UPSERT = """INSERT INTO commands (position, id, project, device_id, type, state, closed_at, body)
+UPSERT = """INSERT INTO commands (position, id, project, device_id, type, state, closed_at, summary)
     VALUES (?,?,?,?,?,?,?,?)
     ON CONFLICT (position) DO UPDATE
-    SET state = excluded.state, closed_at = excluded.closed_at, body = excluded.body"""
-UPDATE = "UPDATE commands SET state = ?, closed_at = ?, body = ? WHERE position = ?"
+    SET state = excluded.state, closed_at = excluded.closed_at, summary = excluded.summary"""
+UPDATE = "UPDATE commands SET state = ?, closed_at = ?, summary = ? WHERE position = ?"
 
+# Of a row `c`: is it a command that a purge has promised to erase? Closed before the purge, and older.
+HIDDEN = "EXISTS (SELECT 1 FROM purges p WHERE c.position < p.bound AND c.closed_at < p.at)"
+# What `folded` takes. The order of the join is fixed: the filters are those of commands.
+COLUMNS = """c.summary, f.data, c.state, CASE WHEN c.state IN ('executed', 'failed')
+    THEN (SELECT l.data FROM events l WHERE l.stream = c.id ORDER BY l.version DESC LIMIT 1) END"""
+FOUND = f"SELECT {COLUMNS} FROM commands c CROSS JOIN events f ON f.position = c.position"
+
+NO_PARAMS = msgspec.Raw(b"{}")
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(CommandState).decode
+
+
+def folded(row: Any) -> CommandState:
+    """A row of `COLUMNS` as the state that its events fold to."""
+    summary, first, name, last = row
+    created = decode("created", first)
+    assert isinstance(created, Created)
+    content: dict[str, Any] = {"params": created.params}
+    if last is not None:
+        match decode(name, last):
+            case Executed(result=result):
+                content["result"] = result
+            case Failed(error=error):
+                content["error"] = error
+    return msgspec.structs.replace(_decode(summary), **content)
 
 
 def write(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> None:
@@ -38,11 +66,12 @@ def write(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> N
     new: list[tuple[Any, ...]] = []
     known: list[tuple[Any, ...]] = []
     for s in states:
-        body = _encode(s)
+        state, closed_at = s.state.value, s.closed_at
+        summary = _encode(msgspec.structs.replace(s, params=NO_PARAMS, result=NO_RESULT, error=None))
         if s.id in opened:
-            new.append((s.position, s.id, s.project, s.device_id, s.type, s.state.value, s.closed_at, body))
+            new.append((s.position, s.id, s.project, s.device_id, s.type, state, closed_at, summary))
         else:
-            known.append((s.state.value, s.closed_at, body, s.position))
+            known.append((state, closed_at, summary, s.position))
     if new:
         sql.executemany(UPSERT, new)
     if known:
@@ -50,8 +79,8 @@ def write(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> N
 
 
 def get(sql: Sql, command_id: str) -> CommandState | None:
-    row = sql.execute("SELECT body FROM commands WHERE id = ?", (command_id,)).fetchone()
-    return _decode(row[0]) if row else None
+    row = sql.execute(f"{FOUND} WHERE c.id = ? AND NOT {HIDDEN}", (command_id,)).fetchone()
+    return folded(row) if row else None
 
 
 def get_many(sql: Sql, command_ids: Iterable[str]) -> dict[str, CommandState]:
@@ -75,35 +104,87 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
 
 def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[CommandState]:
     """Newest first, by position of creation, so that a page stays where it is while others arrive."""
-    where, values = ["1"], []
+    where, values = ["1"], list[Any]()
     for column, value in (
         ("project", wanted.project),
         ("device_id", wanted.device_id),
         ("type", wanted.type),
     ):
         if value is not None:
-            where.append(f"{column} = ?")
+            where.append(f"c.{column} = ?")
             values.append(value)
     if wanted.states is not None:
-        where.append(f"state IN ({','.join('?' * len(wanted.states))})")
+        where.append(f"c.state IN ({','.join('?' * len(wanted.states))})")
         values += [state.value for state in wanted.states]
-    bounds: list[Any] = []
     if wanted.before is not None:
-        where.append("position < ?")
-        bounds.append(wanted.before)
-    found = sql.execute(
-        f"SELECT body FROM commands WHERE {' AND '.join(where)} ORDER BY position DESC LIMIT ? OFFSET ?",
-        (*values, *bounds, limit, offset),
-    )
-    return [_decode(row[0]) for row in found.fetchall()]
+        where.append("c.position < ?")
+        values.append(wanted.before)
+    query, latest = f"{FOUND} WHERE {' AND '.join(where)}", "ORDER BY c.position DESC"
+    newest, oldest = sql.execute("SELECT max(bound), min(at) FROM purges").fetchone()
+    if newest is not None:
+        # A purge is under way. Below its bound a million hidden rows may lie between those that are not.
+        query = f"""SELECT {COLUMNS.replace("c.summary", "c.position, c.summary")} FROM commands c
+            CROSS JOIN events f ON f.position = c.position WHERE {" AND ".join(where)}"""
+        query = f"""{query} AND c.position >= ? UNION ALL {query} AND NOT {HIDDEN} AND c.position IN (
+            SELECT position FROM lanes WHERE position < ? UNION
+            SELECT position FROM commands WHERE closed_at >= ? AND position < ?)"""
+        values, latest = [*values, newest, *values, newest, oldest, newest], "ORDER BY 1 DESC"
+    found = sql.execute(f"{query} {latest} LIMIT ? OFFSET ?", (*values, limit, offset)).fetchall()
+    return [folded(row[-4:]) for row in found]
 
 
 def timed_out_since(sql: Sql, at: int) -> list[CommandState]:
     """Commands that timed out at or after a time (ms), oldest first: a late answer may still come."""
     found = sql.execute(
-        "SELECT body FROM commands WHERE state = 'timed_out' AND closed_at >= ? ORDER BY closed_at", (at,)
+        f"{FOUND} WHERE c.state = 'timed_out' AND c.closed_at >= ? AND NOT {HIDDEN} ORDER BY c.closed_at",
+        (at,),
     )
-    return [_decode(row[0]) for row in found.fetchall()]
+    return [folded(row) for row in found.fetchall()]
+
+
+# --- erasing -------------------------------------------------------------------------------------
+
+
+def veiled(sql: Sql, rows: list[Row]) -> list[Row]:
+    """Rows of the log as they may be shown: without the data of commands that a purge has promised to erase.
+
+    Whoever shows events or folds them for a reader asks this in the transaction that read them. What is
+    erased already has no data anyhow; while no purge is under way this is one look at an empty table.
+    """
+    if not (pending := purges(sql)):
+        return rows
+    last = max(purge.position for purge in pending)
+    streams = {row.stream for row in rows if row.position < last and subject_kind(row.stream) == "command"}
+    hidden = {
+        stream
+        for stream in streams
+        if sql.execute(f"SELECT 1 FROM commands c WHERE c.id = ? AND {HIDDEN}", (stream,)).fetchone()
+    }
+    return [row._replace(data=None, salt=None) if row.stream in hidden else row for row in rows]
+
+
+def closed_before(sql: Sql, cutoff: int) -> int:
+    """How many closed commands were created before a time (ms) and are not promised to be erased yet."""
+    found = sql.execute(
+        "SELECT count(*) FROM commands c INDEXED BY commands_closed "
+        f"WHERE c.closed_at IS NOT NULL AND c.position < ? AND NOT {HIDDEN}",
+        (bound(sql, cutoff),),
+    )
+    return int(found.fetchone()[0])
+
+
+def purgeable(sql: Sql, purge: Purge, after: int, limit: int) -> list[tuple[int, str]]:
+    """Position and id of the next commands that a purge erases, ascending, after a position."""
+    found = sql.execute(
+        "SELECT position, id FROM commands WHERE position > ? AND position < ? AND closed_at < ? "
+        "ORDER BY position LIMIT ?",
+        (after, purge.bound, purge.at, limit),
+    )
+    return [(row[0], row[1]) for row in found.fetchall()]
+
+
+def remove(sql: Sql, command_ids: Iterable[str]) -> None:
+    sql.executemany("DELETE FROM commands WHERE id = ?", [(command_id,) for command_id in command_ids])
 
 
 def dump(sql: Sql) -> list[tuple[Any, ...]]:

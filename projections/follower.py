@@ -81,7 +81,8 @@ def rebuild(sql: Sql) -> None:
     while page := log.rows(sql, after, PAGE):
         after = page[-1].position
         for row in page:
-            touched.fold(log.recorded(row))
+            if row.data is not None or subject_kind(row.stream) != "command":
+                touched.fold(log.recorded(row))  # an erased command is no row of any projection
         write(sql, touched)
         alive = {key: state for key, state in touched.commands.items() if state.state not in FINAL}
         touched = Touched(commands=alive, devices=touched.devices)

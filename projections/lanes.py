@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from typing import Any
 
-import msgspec
-
 from broker.lifecycle import CommandState
 from broker.seams import Sql
+from projections.commands import COLUMNS, folded
 
 TABLES = (
     """CREATE TABLE IF NOT EXISTS lanes (
@@ -19,7 +18,6 @@ TABLES = (
         PRIMARY KEY (device_id, position)) WITHOUT ROWID""",
 )
 NAMES = ("lanes",)
-_decode = msgspec.json.Decoder(CommandState).decode
 
 
 def apply(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> None:
@@ -41,11 +39,11 @@ def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:
     """All open commands (of one device), lane by lane, each in order of creation."""
     where, values = ("WHERE l.device_id = ?", (device_id,)) if device_id is not None else ("", ())
     found = sql.execute(
-        "SELECT c.body FROM lanes l JOIN commands c ON c.position = l.position "
-        f"{where} ORDER BY l.device_id, l.position",
+        f"SELECT {COLUMNS} FROM lanes l CROSS JOIN commands c ON c.position = l.position "
+        f"CROSS JOIN events f ON f.position = l.position {where} ORDER BY l.device_id, l.position",
         values,
     )
-    return [_decode(row[0]) for row in found.fetchall()]
+    return [folded(row) for row in found.fetchall()]
 
 
 def dump(sql: Sql) -> list[tuple[Any, ...]]:

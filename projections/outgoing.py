@@ -10,14 +10,15 @@ from typing import Any, cast
 from broker.cloudevents import Entry, Wanted
 from broker.events import CommandEvent, DeviceEvent, decode
 from broker.seams import Sql
+from projections.commands import HIDDEN
 
 # Rows looked at in one read: one that wants little of a long log must not hold up the others.
 SCANNED = 5_000
 
-PAGE = """SELECT e.position, e.stream, e.version, e.recorded_at, e.project, e.device_id, d.hardware_id,
-    e.actor, e.type, e.schema, c.type, e.data
+PAGE = f"""SELECT e.position, e.stream, e.version, e.recorded_at, e.project, e.device_id, d.hardware_id,
+    e.actor, e.type, e.schema, c.type, CASE WHEN {HIDDEN} THEN NULL ELSE e.data END
     FROM events e JOIN devices d ON d.id = e.device_id LEFT JOIN commands c ON c.id = e.stream
-    WHERE e.position > ? AND e.position <= ? {} ORDER BY e.position"""
+    WHERE e.position > ? AND e.position <= ? {{}} ORDER BY e.position"""
 
 
 def page(sql: Sql, wanted: Wanted, after: int, until: int, limit: int) -> tuple[list[Entry], int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from broker.commands import Commands
 from broker.dispatch import Dispatch
+from broker.erasures import Erasures
 from broker.feed import Feed
 from broker.grants import Grants
 from broker.intake import Intake
@@ -28,6 +29,7 @@ class Services:
 
     commands: Commands
     repairs: Repairs
+    erasures: Erasures
     registry: Registry
     keys: Keys
     grants: Grants

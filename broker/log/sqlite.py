@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from broker.events import ERASURES, NAMES, SCHEMA, Erased, Recorded, decode, encode, subject_kind
+from broker.events import NAMES, SCHEMA, Recorded, decode, encode
 from broker.log import chain
 from broker.log.chain import Row
+from broker.log.erasing import Excused
 from broker.seams import Sql
 
 TABLES = """
@@ -29,6 +30,9 @@ CREATE TABLE IF NOT EXISTS unmatched (
     id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, project TEXT, device_id TEXT,
     reason TEXT NOT NULL, topic TEXT NOT NULL, command_id TEXT, payload BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS unmatched_device ON unmatched (device_id, id);
+CREATE INDEX IF NOT EXISTS unmatched_command ON unmatched (command_id);
+CREATE TABLE IF NOT EXISTS purges (
+    position INTEGER PRIMARY KEY, cutoff INTEGER NOT NULL, bound INTEGER NOT NULL, at INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS api_keys (
     id TEXT PRIMARY KEY, digest BLOB NOT NULL UNIQUE, project TEXT NOT NULL, scopes TEXT NOT NULL, name TEXT,
     created_at INTEGER NOT NULL, revoked_at INTEGER) WITHOUT ROWID;
@@ -157,11 +161,10 @@ class Verified(NamedTuple):
 
 def verify(sql: Sql) -> Verified:
     """Walks the whole chain: positions, digests, hashes, versions, times, erasures."""
-    named, cutoff = _erased(sql)
+    excused = Excused(sql)
     previous, position, recorded_at = chain.GENESIS, 0, 0
     for row in all_rows(sql):
-        covered = row.data is None and (row.stream in named or _older(sql, row.stream, cutoff))
-        fault = chain.fault(row, previous, position + 1, covered)
+        fault = chain.fault(row, previous, position + 1, row.data is None and excused(row))
         if fault is None and row.recorded_at < recorded_at:
             fault = f"position {row.position} is older than the row before it"
         if fault is not None:
@@ -174,29 +177,6 @@ def verify(sql: Sql) -> Verified:
     if gap:
         return Verified(position, previous, f"stream {gap[0]} has {gap[1]} events up to version {gap[2]}")
     return Verified(position, previous, None)
-
-
-def _older(sql: Sql, stream_name: str, cutoff: int) -> bool:
-    """Is it a command that was created before the cutoff? Its later events are covered with it."""
-    if cutoff == 0 or subject_kind(stream_name) != "command":
-        return False
-    found = sql.execute("SELECT recorded_at FROM events WHERE stream = ? AND version = 1", (stream_name,))
-    row = found.fetchone()
-    return row is not None and row[0] < cutoff
-
-
-def _erased(sql: Sql) -> tuple[set[str], int]:
-    named: set[str] = set()
-    cutoff = 0
-    for row in stream(sql, ERASURES):
-        try:
-            event = decode(row.type, row.data or b"{}", row.schema)
-        except (ValueError, TypeError):
-            continue  # tampered with: the walk along the chain names it
-        if isinstance(event, Erased):
-            named.update(event.ids)
-            cutoff = max(cutoff, event.cutoff or 0)
-    return named, cutoff
 
 
 def add_unmatched(sql: Sql, entries: Iterable[tuple[object, ...]], per_device: int, in_all: int) -> None:

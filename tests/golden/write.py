@@ -28,7 +28,9 @@ from broker.events import (
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.seams import Receipt, Sql
+from projections import commands as commands_view
 from projections import follower
+from projections.commands import Filter
 from tests.integration.core_support import ME, Bench, on_virtual_time, simulated, until
 from tests.simulation.loop import SimLoop
 
@@ -171,9 +173,10 @@ def main(release: str) -> None:
 def folded(sql: Sql) -> dict[str, Any]:
     """Everything the log folds to: the state of every command and device, by id, in plain JSON."""
     found: dict[str, Any] = {}
-    for part in ("commands", "devices"):
-        rows = sql.execute(f"SELECT id, body FROM {part} ORDER BY id").fetchall()
-        found[part] = {row[0]: msgspec.json.decode(row[1]) for row in rows}
+    states = sorted(commands_view.newest(sql, Filter(), -1), key=lambda state: state.id)
+    found["commands"] = {state.id: msgspec.json.decode(msgspec.json.encode(state)) for state in states}
+    rows = sql.execute("SELECT id, body FROM devices ORDER BY id").fetchall()
+    found["devices"] = {row[0]: msgspec.json.decode(row[1]) for row in rows}
     found["open"] = [list(row) for row in follower.dump(sql)["projections.lanes"]]
     return found
 

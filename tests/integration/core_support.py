@@ -294,6 +294,9 @@ class Held:
     async def read(self, work: Callable[[Sql], R]) -> R:
         return await self.storage.read(work)
 
+    async def forget_old_pages(self) -> bool:
+        return await self.storage.forget_old_pages()
+
     async def close(self) -> None:
         await self.storage.close()
 

@@ -100,6 +100,7 @@ class SimDisk:
         connection.execute("PRAGMA journal_mode=WAL").fetchall()
         connection.execute(f"PRAGMA synchronous={synchronous}").fetchall()
         connection.execute("PRAGMA temp_store=MEMORY").fetchall()
+        connection.execute("PRAGMA secure_delete=ON").fetchall()
         connection.execute(f"PRAGMA wal_autocheckpoint={checkpoint_pages}").fetchall()
         return connection
 
@@ -281,6 +282,20 @@ class SimStorage:
         outcome: asyncio.Future[T] = self._loop.create_future()
         self._later(self._run, "BEGIN", work, "ROLLBACK", outcome)
         return await outcome
+
+    async def forget_old_pages(self) -> bool:
+        outcome: asyncio.Future[bool] = self._loop.create_future()
+        self._later(self._checkpoint, outcome)
+        return await outcome
+
+    def _checkpoint(self, outcome: asyncio.Future[bool]) -> None:
+        error: Exception | None = None
+        try:
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except apsw.Error as raised:
+            error = _translated(raised)
+        if not self._disk.stopped:
+            self._later(_deliver, outcome, True, error)
 
     async def close(self) -> None:
         await self.write(lambda sql: None)

@@ -175,12 +175,24 @@ def test_erased_data_that_an_event_names_verifies(sql: sqlite3.Connection) -> No
 
 
 def test_a_cutoff_covers_whole_commands_created_before_it_and_no_other(sql: sqlite3.Connection) -> None:
-    write(sql, [(ERASURES, Erased(cutoff=T + 15, count=1), 100)])
+    write(sql, [("cmd_1", Executed(), 90), (ERASURES, Erased(cutoff=T + 15, count=1), 100)])
     erase(sql, "cmd_1")
     assert fault(sql) == "none", "its later events are covered with it"
 
     erase(sql, "cmd_2")
     assert fault(sql) == "position 3 has no data, and no erased event names it"
+
+
+def test_no_erased_event_covers_a_command_that_was_open_then(sql: sqlite3.Connection) -> None:
+    write(sql, [(ERASURES, Erased(ids=["cmd_1"], cutoff=T + 1_000, count=2), 100)])
+    erase(sql, "cmd_2")
+    assert fault(sql) == "none"
+
+    erase(sql, "cmd_1")
+    assert fault(sql) == "position 2 has no data, and no erased event names it"
+
+    write(sql, [("cmd_1", Executed(), 110)])
+    assert fault(sql) == "position 2 has no data, and no erased event names it"
 
 
 def test_a_cutoff_covers_no_device_and_not_itself(sql: sqlite3.Connection) -> None:

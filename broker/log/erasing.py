@@ -1,0 +1,111 @@
+"""Erasing on SQLite: rows of commands lose data and salt, and stay in the chain by their digest.
+
+Runs inside a transaction that somebody else holds. Nothing is erased that no `erased` event names or
+covers, and no row of a command that was open when that event was recorded; `Excused` holds `verify` to it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from broker.events import ERASURES, Erased, decode, subject_kind
+from broker.lifecycle import CLOSED
+from broker.log.chain import Row
+from broker.seams import Sql
+
+CLOSING = frozenset(state.value for state in CLOSED)
+
+
+class Purge(NamedTuple):
+    """A purge whose erasing is not finished: commands created before `cutoff` (ms), that is before
+    position `bound`, and closed before `at` (ms), which is later than all before its `erased` event."""
+
+    position: int
+    cutoff: int
+    bound: int
+    at: int
+
+
+def purges(sql: Sql) -> list[Purge]:
+    """Those under way, the oldest first."""
+    found = sql.execute("SELECT position, cutoff, bound, at FROM purges ORDER BY position")
+    return [Purge(*row) for row in found.fetchall()]
+
+
+def bound(sql: Sql, cutoff: int) -> int:
+    """The first position recorded at or after a time (ms); times never fall, so all before it are older."""
+    low, high = 1, 1 + sql.execute("SELECT coalesce(max(position), 0) FROM events").fetchone()[0]
+    while low < high:
+        middle = (low + high) // 2
+        at = sql.execute("SELECT recorded_at FROM events WHERE position = ?", (middle,)).fetchone()[0]
+        low, high = (middle + 1, high) if at < cutoff else (low, middle)
+    return low
+
+
+def begin_purge(sql: Sql, position: int, cutoff: int, at: int) -> None:
+    """From this transaction on what the purge covers is hidden, until `finish_purge`."""
+    sql.execute("INSERT INTO purges VALUES (?,?,?,?)", (position, cutoff, bound(sql, cutoff), at))
+
+
+def finish_purge(sql: Sql, position: int) -> None:
+    sql.execute("DELETE FROM purges WHERE position = ?", (position,))
+
+
+def erase(sql: Sql, command_id: str) -> int:
+    """Takes data and salt from every row of a command; gives the number of rows."""
+    sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE stream = ?", (command_id,))
+    return int(sql.execute("SELECT changes()").fetchone()[0])
+
+
+def forget_answers(sql: Sql, which: str, value: object) -> None:
+    """Lets go of the answers that fitted nothing for which an expression with one parameter is true."""
+    if sql.execute(f"SELECT 1 FROM unmatched WHERE {which} LIMIT 1", (value,)).fetchone() is None:
+        return
+    # Made anew: when single rows go others are moved, and SQLite leaves pieces of what it moved behind.
+    kept = sql.execute(
+        f"SELECT * FROM unmatched WHERE ({which}) IS NOT TRUE ORDER BY id", (value,)
+    ).fetchall()
+    sql.execute("DELETE FROM unmatched")
+    sql.executemany("INSERT INTO unmatched VALUES (?,?,?,?,?,?,?,?)", kept)
+
+
+class Excused:
+    """Which rows may be without their data: those of commands that an `erased` event names, or that are
+    older than its cutoff, if the command was closed before that event."""
+
+    def __init__(self, sql: Sql) -> None:
+        self._sql = sql
+        self._named: dict[str, int] = {}  # command: position of the event
+        self._cutoffs: list[tuple[int, int]] = []  # cutoff, position of the event
+        self._known: dict[str, tuple[bool, int]] = {}
+        found = sql.execute(
+            "SELECT position, type, data, schema FROM events WHERE stream = ? ORDER BY version", (ERASURES,)
+        )
+        for position, name, data, schema in found.fetchall():
+            try:
+                event = decode(name, data or b"{}", schema)
+            except (ValueError, TypeError):
+                continue  # tampered with: the walk along the chain names it
+            if isinstance(event, Erased):
+                self._named |= dict.fromkeys(event.ids, position)
+                if event.cutoff is not None:
+                    self._cutoffs.append((event.cutoff, position))
+
+    def __call__(self, row: Row) -> bool:
+        if row.stream not in self._known:
+            self._known[row.stream] = self._judge(row.stream)
+        excused, last = self._known[row.stream]
+        if row.version >= last:
+            del self._known[row.stream]  # so that only commands that overlap are kept
+        return excused
+
+    def _judge(self, stream: str) -> tuple[bool, int]:
+        """Whether the rows of a stream may be empty, and the version of its last one."""
+        versions = "SELECT position, version, type, recorded_at FROM events WHERE stream = ? ORDER BY version"
+        first = self._sql.execute(f"{versions} LIMIT 1", (stream,)).fetchone()
+        last = self._sql.execute(f"{versions} DESC LIMIT 1", (stream,)).fetchone()
+        if subject_kind(stream) != "command" or last[2] not in CLOSING:
+            return False, last[1]
+        erased_at = [position for cutoff, position in self._cutoffs if first[3] < cutoff]
+        erased_at.append(self._named.get(stream, 0))
+        return last[0] < max(erased_at), last[1]
