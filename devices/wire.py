@@ -43,12 +43,12 @@ class Unsendable(Exception):
 class CommandMessage(msgspec.Struct, frozen=True, kw_only=True):
     """A command as a `json` or `msgpack` device receives it; unknown fields are ignored."""
 
-    id: str
+    id: Annotated[str, Meta(description="The same at every attempt: what was seen is not executed again.")]
     type: str
     params: Any = msgspec.field(default_factory=dict)
     attempt: Annotated[int, Meta(ge=1)] = 1
-    expires_at: str | None = None
-    grant: str | None = None
+    expires_at: Annotated[str | None, Meta(description="RFC 3339; null: never.")] = None
+    grant: Annotated[str | None, Meta(description="JWT for this device, command and parameters.")] = None
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -67,28 +67,30 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     at: str | None = None
 
 
-class _Said(msgspec.Struct):
-    """An answer before normalisation: the only place where what it says may still have any shape."""
+class AnswerMessage(msgspec.Struct):
+    """What a device says about one command, as it comes: `result` and `error` may have any shape."""
 
     status: AnswerStatus
-    id: str | None = None
-    result: Any = None
-    error: Any = None
-    progress: Progress | None = None
-    at: str | None = None
+    id: Annotated[str | None, Meta(description="The command's. Else its Correlation Data names it.")] = None
+    result: Annotated[Any, Meta(description="Of an `executed`.")] = None
+    error: Annotated[Any, Meta(description="Of a `failed`: `{code, message, details?}`, or a text.")] = None
+    progress: Annotated[Progress | None, Meta(description="Of a `progress`.")] = None
+    at: Annotated[str | None, Meta(description="The device's own clock, RFC 3339.")] = None
 
 
-class _Status(msgspec.Struct):
-    status: str
+class StatusMessage(msgspec.Struct):
+    """Whether a device is there; a last will of an older session is ignored."""
+
+    status: Annotated[str, Meta(description="`online` or `offline`.")]
     session: str | None = None
 
 
 Decoder = msgspec.json.Decoder[S] | msgspec.msgpack.Decoder[S]
-_ANSWERS = msgspec.json.Decoder(_Said)
-_PACKED_ANSWERS = msgspec.msgpack.Decoder(_Said)
+_ANSWERS = msgspec.json.Decoder(AnswerMessage)
+_PACKED_ANSWERS = msgspec.msgpack.Decoder(AnswerMessage)
 _COMMANDS = msgspec.json.Decoder(CommandMessage)
 _PACKED_COMMANDS = msgspec.msgpack.Decoder(CommandMessage)
-_STATUSES = msgspec.json.Decoder(_Status)
+_STATUSES = msgspec.json.Decoder(StatusMessage)
 
 
 def encode_command(
@@ -206,7 +208,7 @@ def decode_status(payload: bytes) -> tuple[bool, str | None]:
 
 
 def encode_status(online: bool, session: str) -> bytes:
-    return msgspec.json.encode(_Status(status="online" if online else "offline", session=session))
+    return msgspec.json.encode(StatusMessage(status="online" if online else "offline", session=session))
 
 
 def command_topic(prefix: str, hardware_id: str, definition: Definition) -> str:

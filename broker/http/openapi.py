@@ -20,7 +20,7 @@ from litestar.openapi.spec import Components, License, SecurityScheme
 from litestar.routes import HTTPRoute
 
 from broker import __version__
-from broker.http import lanes, pull, repairs, system, unmatched, v1, v1_devices, v1_system
+from broker.http import asyncapi, lanes, pull, repairs, system, unmatched, v1, v1_devices, v1_system
 from broker.http.auth import Call
 from broker.http.errors import ErrorBody
 from devices.names import PATTERN as NAME_PATTERN
@@ -76,7 +76,7 @@ async def docs() -> Response[bytes]:
     return Response(_page(), media_type="text/html", headers={"Content-Security-Policy": PAGE_POLICY})
 
 
-routes = Router("/", route_handlers=[description, docs])
+routes = Router("/", route_handlers=[description, docs, asyncapi.description])
 
 
 @cache
