@@ -35,7 +35,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
     """What the HTTP app needs of a core that is open and has its link; `shown`: its settings, as they
     came out."""
     metrics = Metrics(core.writer.clock)
-    metrics.watch(core.writer, core.live, core.link, core.intake)
+    metrics.watch(core)
     return Services(
         commands=core.commands,
         repairs=core.repairs,

@@ -51,8 +51,8 @@ class Dispatch:
         self.deadlines.stalled = self._stalled
         self.halted: str | None = None  # why nothing is handed over, for /readyz
         self._slots = commands.limits.send_slots
-        self._staged = 0  # slots taken by hand-overs that are not durable yet
-        self._outstanding = 0  # slots taken by publishes without a receipt
+        self.staged = 0  # slots taken by hand-overs that are not durable yet
+        self.outstanding = 0  # slots taken by publishes without a receipt
         self._waiting: dict[str, None] = {}  # lanes that wait for the link or a slot, in order
         self._dirty: deque[str] = deque()
         self._pumping = False
@@ -74,7 +74,7 @@ class Dispatch:
 
     def recovered(self) -> None:
         """After a start or a reload: every timer anew, every lane looked at."""
-        self._staged = 0
+        self.staged = 0
         self.deadlines.clear()
         self._undrained.clear()
         for member in list(self.live.members.values()):
@@ -137,7 +137,7 @@ class Dispatch:
                 offline_since=device.seen_at if device is not None and not device.online else None,
                 link_up=self.link.up,
                 halted=self.halted,
-                slots_free=self._slots > self._staged + self._outstanding,
+                slots_free=self._slots > self.staged + self.outstanding,
             )
         )
 
@@ -184,7 +184,7 @@ class Dispatch:
         self.live.forget_late(lane, now)
         ends = [*map(lanes.late_until, lane.late.values()), lane.shut_until, self._drained_at or 0]
         self.deadlines.set(f"lane/{device_id}", min((at for at in ends if at > now), default=None))
-        free = self._slots - self._staged - self._outstanding
+        free = self._slots - self.staged - self.outstanding
         if not self.link.up or self.halted or free <= 0 or not self.writer.open:
             self._waiting[device_id] = None
             return
@@ -217,7 +217,7 @@ class Dispatch:
         flight.open, flight.written_at, flight.lease_until = True, None, None
         flight.counts = request.counts
         state = self.commands.apply(state, decision, "broker")
-        self._staged += 1
+        self.staged += 1
         send = _Send(state.id, state.attempts, outgoing)
         self.writer.then(lambda: self._send(send))
 
@@ -256,13 +256,13 @@ class Dispatch:
 
     def _send(self, send: _Send) -> None:
         """The event is durable: write the bytes, unless the command's time is up or it was closed since."""
-        self._staged -= 1
+        self.staged -= 1
         member = self._at(send)
         now = self.writer.now()
         if member is not None:
             presence = self.live.presence.get(member.state.device_id, Presence.NEVER)
             if lanes.has_time(member.state, now) and lanes.reachable(member.definition, presence):
-                self._outstanding += self.link.publish(
+                self.outstanding += self.link.publish(
                     send.outgoing, lambda receipt: self._receipt(send, receipt)
                 )
             # Not written counts as written here: a timer must end the attempt either way.
@@ -283,7 +283,7 @@ class Dispatch:
 
     def _refill(self) -> None:
         """Gives free slots to the lanes that waited longest."""
-        while self._waiting and self.link.up and self._slots > self._staged + self._outstanding:
+        while self._waiting and self.link.up and self._slots > self.staged + self.outstanding:
             device_id = next(iter(self._waiting))
             del self._waiting[device_id]
             self.pump(device_id)
@@ -294,7 +294,7 @@ class Dispatch:
 
     def _receipt(self, send: _Send, receipt: Receipt) -> None:
         """The MQTT server's word on one publish. It never says anything about the device."""
-        self._outstanding -= 1
+        self.outstanding -= 1
         member = self._at(send)
         if member is not None and self.writer.open:
             self._take_receipt(member, receipt.reason)

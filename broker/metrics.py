@@ -7,6 +7,7 @@ Times come from the broker's own clock, in whole milliseconds.
 from __future__ import annotations
 
 from collections import Counter as Counts
+from collections.abc import Callable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -21,10 +22,11 @@ from prometheus_client import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from broker import __version__
-from broker.events import Acknowledged, Executed, Failed, Published, Recorded
-from broker.intake import Intake
+from broker.core import Core
+from broker.events import TYPES, Acknowledged, Executed, Failed, Published, Recorded, TimedOut
+from broker.lanes import Presence
 from broker.live import Live
-from broker.seams import Clock, Link
+from broker.seams import Clock
 from broker.writer import Writer
 
 # Without the charset, which whoever answers adds to any text.
@@ -32,6 +34,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")
 # Up to the longest back-off; a command that waits for its device to come online is beyond any bucket.
 STAGES_SEC = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 FAST_SEC = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+ATTEMPTS = (1, 2, 3, 4, 5, 10, 100)
 BATCHES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
 
 
@@ -82,6 +85,13 @@ class Metrics:
             buckets=STAGES_SEC,
             registry=self.registry,
         )
+        self._attempts = Histogram(
+            "ordain_command_attempts",
+            "Attempts that a handed-over command took, when it was first closed",
+            ("end",),
+            buckets=ATTEMPTS,
+            registry=self.registry,
+        )
         self._unmatched = Counter(
             "ordain_unmatched_total", "Answers that fitted nothing", ("reason",), registry=self.registry
         )
@@ -99,16 +109,36 @@ class Metrics:
         self._request_labels: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._live: Live | None = None
         self._writer: Writer | None = None
+        for event_type in TYPES:
+            # From 0: a rate cannot see the first of what was not there before.
+            self._events.labels(event_type)
 
-    def watch(self, writer: Writer, live: Live, link: Link, intake: Intake) -> None:
-        self._live, self._writer = live, writer
+    def watch(self, core: Core) -> None:
+        self._live, self._writer = live, writer = core.live, core.writer
+        dispatch = core.dispatch
         writer.listeners.append(self._committed)
-        intake.on_unmatched = self._unmatched_answer
-        intake.on_unfit = lambda device_type: self._unfit.labels(device_type).inc()
-        gauges = (
+        core.intake.on_unmatched = self._unmatched_answer
+        core.intake.on_unfit = lambda device_type: self._unfit.labels(device_type).inc()
+        for device_type in core.commands.types:
+            self._unfit.labels(device_type)
+        gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
+            ("ordain_ready", "1 while the broker does its whole work", lambda: not core.not_ready()),
             ("ordain_open_commands", "Commands that are not closed", lambda: _open(live)),
-            ("ordain_mqtt_link_up", "1 while connected to the MQTT server", lambda: float(link.up)),
-            ("ordain_log_writable", "1 while the log can be written", lambda: float(writer.open)),
+            ("ordain_open_lanes", "Devices with commands that are not closed", lambda: _lanes(live)),
+            (
+                "ordain_oldest_open_command_seconds",
+                "Age of the command that is open for longest; 0 without one",
+                lambda: _oldest(live, writer.now()),
+            ),
+            ("ordain_devices_online", "Devices known to be online", lambda: _online(live)),
+            (
+                "ordain_send_slots_in_use",
+                "Hand-overs that are being recorded or wait for the MQTT server's receipt",
+                lambda: dispatch.staged + dispatch.outstanding,
+            ),
+            ("ordain_send_slots", "How many there may be", lambda: core.settings.limits.send_slots),
+            ("ordain_mqtt_link_up", "1 while connected to the MQTT server", lambda: core.link.up),
+            ("ordain_log_writable", "1 while the log can be written", lambda: writer.open),
         )
         for name, what, look in gauges:
             Gauge(name, what, registry=self.registry).set_function(look)
@@ -150,26 +180,44 @@ class Metrics:
             event = recorded.event
             if isinstance(event, Published):
                 self._hand_overs.labels(event.transport).inc()
-            if isinstance(event, Published | Acknowledged | Executed | Failed):
+            if isinstance(event, Published | Acknowledged | Executed | Failed | TimedOut):
                 self._stage(self._live, recorded)
 
     def _stage(self, live: Live, recorded: Recorded) -> None:
         state = live.command(recorded.stream)
         if state is None:
             return
-        at = recorded.recorded_at
-        if isinstance(recorded.event, Published):
-            if recorded.event.attempt == 1:
+        at, event = recorded.recorded_at, recorded.event
+        if isinstance(event, Published):
+            if event.attempt == 1:
                 self._observe("created_to_published", at - state.created_at)
         elif state.published_at is not None:
-            if not isinstance(recorded.event, Acknowledged):
-                self._observe("published_to_result", at - state.published_at)
-            elif state.acknowledged_at == at:
-                self._observe("published_to_acknowledged", at - state.published_at)
+            since = state.published_at
+            if isinstance(event, Acknowledged) and state.acknowledged_at == at:
+                self._observe("published_to_acknowledged", at - since)
+            if isinstance(event, Executed | Failed):
+                self._observe("published_to_result", at - since)
+                if state.acknowledged_at is not None:
+                    self._observe("acknowledged_to_result", at - state.acknowledged_at)
+            if isinstance(event, TimedOut) or (isinstance(event, Executed | Failed) and not event.late):
+                self._attempts.labels(recorded.type).observe(state.attempts)
 
     def _observe(self, stage: str, ms: int) -> None:
         self._stages.labels(stage).observe(ms / 1_000)
 
 
 def _open(live: Live) -> float:
-    return float(sum(len(lane.members) for lane in live.lanes.values()))
+    return sum(len(lane.members) for lane in live.lanes.values())
+
+
+def _lanes(live: Live) -> float:
+    return sum(bool(lane.members) for lane in live.lanes.values())
+
+
+def _oldest(live: Live, now: int) -> float:
+    first = (next(iter(lane.members.values())) for lane in live.lanes.values() if lane.members)
+    return max((now - member.state.created_at for member in first), default=0) / 1_000
+
+
+def _online(live: Live) -> float:
+    return sum(presence is Presence.ONLINE for presence in live.presence.values())

@@ -19,7 +19,7 @@ from broker.http.answers import Json
 from broker.http.auth import Call, authorize, needs
 from broker.http.errors import documented
 from broker.http.v1 import IdempotencyKey, KeyHeader, find, find_command, one_key, shown
-from broker.http.views import Command
+from broker.http.views import Command, Name
 from broker.lifecycle import CommandState, State
 from broker.registry import check_name
 from broker.repairs import Which
@@ -49,8 +49,8 @@ class Retried(Command, frozen=True, kw_only=True):
 class CancelBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which commands; what is absent is any. `all`, if nothing else is given."""
 
-    device: Annotated[str | None, Meta(description="Its id or hardware id.", examples=["door-7"])] = None
-    type: Annotated[str | None, Meta(description="The commands' name.")] = None
+    device: Annotated[Name | None, Meta(description="Its id or hardware id.", examples=["door-7"])] = None
+    type: Annotated[Name | None, Meta(description="The commands' name.")] = None
     created_by: Annotated[str | None, Meta(description="The id of the key that made them.")] = None
     all: Annotated[bool, Meta(description="Must be true to cancel without any filter.")] = False
     reason: Annotated[

@@ -121,6 +121,7 @@ async def _populate(broker: Broker, key: str, quiet: bool) -> list[str]:
         broker.says("lamp-1", b"[")
         while not quiet and broker.core.live.members[made[0]].state.attempts == 0:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
-        broker.says("lamp-1", json.dumps({"id": made[0], "status": "executed"}).encode())
+        for status in ("acknowledged", "executed"):
+            broker.says("lamp-1", json.dumps({"id": made[0], "status": status}).encode())
         assert (await client.delete(f"/v1/devices/rec-1/commands/{made[-1]}")).status_code == 200
     return made
