@@ -109,9 +109,6 @@ class Metrics:
         self._request_labels: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._live: Live | None = None
         self._writer: Writer | None = None
-        for event_type in TYPES:
-            # From 0: a rate cannot see the first of what was not there before.
-            self._events.labels(event_type)
 
     def watch(self, core: Core) -> None:
         self._live, self._writer = live, writer = core.live, core.writer
@@ -119,6 +116,9 @@ class Metrics:
         writer.listeners.append(self._committed)
         core.intake.on_unmatched = self._unmatched_answer
         core.intake.on_unfit = lambda device_type: self._unfit.labels(device_type).inc()
+        # From 0: a rate cannot see the first of what was not there before.
+        for event_type in TYPES:
+            self._events.labels(event_type)
         for device_type in core.commands.types:
             self._unfit.labels(device_type)
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
