@@ -8,11 +8,12 @@ on waits there for it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 
+from broker import lanes
 from broker.decisions import Decision, Verdict, decide
 from broker.errors import Refusal, invalid, not_found
 from broker.events import CommandEvent, Created, Defined, definition_stream
@@ -20,17 +21,13 @@ from broker.fleet import DeviceState
 from broker.ids import new_id
 from broker.lanes import Member
 from broker.lifecycle import CommandState, Input, Request, State, evolve
-from broker.live import Live, Recent
-from broker.seams import Sql
-from broker.settings import Limits
+from broker.live import Key, Live, Recent
+from broker.quotas import Quotas
 from broker.writer import Writer
 from devices.types import BadParams, Definition, DeviceType, UnknownCommand
 from devices.wire import command_topic
 
 MAX_TTL_SEC = 31_536_000
-
-
-Key = tuple[str, str, str]  # project, idempotency key, scope
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +46,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What a service asks of one device. `ttl_sec` unset: the type's default, else never.
 
     `fingerprint`: digest of the request as it came; with `idempotency_key` it makes a repeated
-    request name the first command.
+    request name the first command. `collapse_key`: takes the place of what is pending with the same one.
     """
 
     device: str
@@ -59,6 +56,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     device_type: str | None = None
     idempotency_key: str | None = None
     fingerprint: bytes = b""
+    collapse_key: str | None = None
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -75,13 +73,14 @@ class Commands:
     """
 
     def __init__(
-        self, writer: Writer, live: Live, types: dict[str, DeviceType], prefix: str, limits: Limits
+        self, writer: Writer, live: Live, types: dict[str, DeviceType], prefix: str, quotas: Quotas
     ) -> None:
         self.writer = writer
         self.live = live
         self.types = types
         self.prefix = prefix
-        self.limits = limits
+        self.quotas = quotas
+        self.limits = quotas.limits
         # What each command of each type resolves to, and its digest; types do not change while we run.
         self._digests: Recent[tuple[str, str], tuple[Definition, str]] = Recent(1_024)
         self.changed: Callable[[Member], None] = lambda _: None
@@ -126,7 +125,7 @@ class Commands:
     # --- looking up ---
 
     async def ready(
-        self, names: Iterable[str] = (), command_ids: Iterable[str] = (), key: Key | None = None
+        self, names: Iterable[str] = (), command_ids: Iterable[str] = (), keys: Iterable[Key] = ()
     ) -> None:
         """Returns when the log can be written and what is asked for is in memory, if it exists.
 
@@ -136,13 +135,12 @@ class Commands:
         Raises:
             Unavailable: the log cannot be written now.
         """
-        names, command_ids = list(names), list(command_ids)
+        names, command_ids, keys = list(names), list(command_ids), list(keys)
         while True:
             await self.writer.room()
             epoch = self.live.epoch
             await self.live.bring(self.writer.storage, names, command_ids)
-            if key is not None:
-                await self._bring_key(key)
+            await self.live.bring_keys(self.writer.storage, keys)
             if self.writer.open and self.live.epoch == epoch:
                 return
 
@@ -165,8 +163,8 @@ class Commands:
         `retry_of` is judged here, after the last wait: the old command may have got its answer meanwhile.
 
         Raises:
-            Refusal: not_found (device), invalid_request (type, params, ttl), idempotency_conflict,
-                queue_full.
+            Refusal: not_found (device), invalid_request (type, params, ttl), too_large, queue_full,
+                rate_limit_exceeded, idempotency_conflict, gone.
             Unavailable: the log could not be written.
         """
         old = [] if retry_of is None else [retry_of]
@@ -174,17 +172,16 @@ class Commands:
         device = self.device(caller, order.device)
         key = (device.project, order.idempotency_key or "", "")
         if order.idempotency_key is not None:
-            await self.ready([order.device], old, key)
+            await self.ready([order.device], old, [key])
             device = self.device(caller, order.device)
             if (first := self.live.keys.get(key)) is not None:
                 return await self._replay(first, order.fingerprint)
         if retry_of is not None:
             self._check_retry(caller, retry_of)
         params, definition = self.check(device, order)
-        self._check_queue(device, order.type)
-        state = self._accept(caller, device, order, params, definition, retry_of)
+        state = self.place(caller, device, order, params, definition, retry_of)
         if order.idempotency_key is not None:
-            self._keep_key(key, order.fingerprint, state)
+            self.keep_key(key, order.fingerprint, state)
         await self.writer.barrier()
         return Accepted(state)
 
@@ -211,11 +208,32 @@ class Commands:
             raise invalid(error.field, error.reason) from error
         except (ValueError, OverflowError, RecursionError) as error:
             raise invalid("params", f"cannot be kept as JSON: {error}") from error
-        if len(encoded) > self.limits.params_bytes:
-            raise Refusal(
-                "too_large", f"params: {len(encoded)} bytes; at most {self.limits.params_bytes} are taken"
-            )
+        most = self.quotas.of(device.project).params_bytes
+        if len(encoded) > most:
+            raise Refusal("too_large", f"params: {len(encoded)} bytes; at most {most} are taken")
         return msgspec.Raw(encoded), definition
+
+    def place(
+        self,
+        caller: Caller,
+        device: DeviceState,
+        order: Order,
+        params: msgspec.Raw,
+        definition: Definition,
+        retry_of: str | None = None,
+    ) -> CommandState:
+        """Stages a checked order and what it cancels by its collapse key; from here on nothing may await.
+
+        Raises:
+            Refusal: queue_full, rate_limit_exceeded; nothing was staged.
+        """
+        lane = self.live.lanes.get(device.id)
+        superseded: Sequence[Member] = ()
+        if lane is not None:
+            superseded = lanes.collapsing(lane, order.collapse_key)
+            self.quotas.check_queue(device, lane, order.type, superseded)
+        self.quotas.take(device.project, self.writer.now())
+        return self._accept(caller, device, order, params, definition, retry_of, superseded)
 
     def _accept(
         self,
@@ -225,6 +243,7 @@ class Commands:
         params: msgspec.Raw,
         definition: Definition,
         retry_of: str | None,
+        superseded: Sequence[Member] = (),
     ) -> CommandState:
         """Stages `created`; from here to the return nothing may await."""
         writer = self.writer
@@ -245,7 +264,11 @@ class Commands:
             expires_at=None if ttl_ms is None else now + ttl_ms,
             ttl_ms=ttl_ms,
             retry_of=retry_of,
+            collapse_key=order.collapse_key,
         )
+        for member in superseded:
+            request = Request(input=Input.SUPERSEDE, now=now, superseded_by=command_id)
+            self.apply(member.state, decide(member.state, request), "broker")
         decision = decide(None, Request(input=Input.CREATE, created=created, now=now))
         assert isinstance(decision.event, Created)
         return self.record(
@@ -281,40 +304,19 @@ class Commands:
         if decide(state, Request(input=Input.RETRY, now=self.writer.now())).verdict is not Verdict.RENEW:
             raise conflict(state, Input.RETRY)
 
-    def _check_queue(self, device: DeviceState, name: str) -> None:
-        lane = self.live.lanes.get(device.id)
-        if lane is None:
-            return
-        same = sum(1 for member in lane.members.values() if member.state.type == name)
-        if len(lane.members) >= self.limits.queue_per_device or same >= self.limits.queue_per_name:
-            raise Refusal(
-                "queue_full",
-                f"device {device.hardware_id} has {len(lane.members)} open commands, {same} of them {name}; "
-                f"at most {self.limits.queue_per_device} and {self.limits.queue_per_name} are queued",
-            )
-
     # --- idempotency ---
 
-    async def _bring_key(self, key: Key) -> None:
-        if self.live.keys.get(key) is not None:
-            return
-
-        def work(sql: Sql) -> Any:
-            return sql.execute(
-                "SELECT digest, command_id FROM idempotency WHERE project = ? AND key = ? AND scope = ?", key
-            ).fetchone()
-
-        row = await self.writer.storage.read(work)
-        if row is not None and self.live.keys.get(key) is None:
-            self.live.keys.put(key, (bytes(row[0]), row[1]))
-
-    def _keep_key(self, key: Key, fingerprint: bytes, state: CommandState) -> None:
+    def keep_key(self, key: Key, fingerprint: bytes, state: CommandState) -> None:
         self.live.keys.put(key, (fingerprint, state.id))
         values = (*key, fingerprint, state.id, state.created_at)
         self.writer.also(lambda sql: sql.execute("INSERT INTO idempotency VALUES (?,?,?,?,?,?)", values))
 
-    async def _replay(self, first: tuple[bytes, str], fingerprint: bytes) -> Accepted:
-        await self.writer.barrier()
+    def replayed(self, first: tuple[bytes, str], fingerprint: bytes) -> CommandState:
+        """The command that a key made before, from memory: see `ready`.
+
+        Raises:
+            Refusal: idempotency_conflict, or gone.
+        """
         digest, command_id = first
         if digest != fingerprint:
             raise Refusal(
@@ -322,11 +324,16 @@ class Commands:
                 f"this idempotency key belongs to {command_id}, which was made by a different request",
                 {"command_id": command_id},
             )
-        await self.ready(command_ids=[command_id])
         state = self.live.command(command_id)
-        await self.writer.barrier()
         if state is None:
             raise Refusal("gone", f"{command_id}, made with this idempotency key, was erased")
+        return state
+
+    async def _replay(self, first: tuple[bytes, str], fingerprint: bytes) -> Accepted:
+        await self.writer.barrier()
+        await self.ready(command_ids=[first[1]])
+        state = self.replayed(first, fingerprint)
+        await self.writer.barrier()
         return Accepted(state, replayed=True)
 
     # --- the other requests ---

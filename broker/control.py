@@ -40,6 +40,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         commands=core.commands,
         repairs=core.repairs,
         erasures=core.erasures,
+        fanout=core.fanout,
         registry=core.registry,
         keys=core.keys,
         grants=core.grants,

@@ -17,6 +17,7 @@ from broker.deadlines import Deadlines
 from broker.dispatch import Dispatch
 from broker.erasures import Erasures
 from broker.events import ClockStepped
+from broker.fanout import Fanout
 from broker.feed import Feed
 from broker.grants import Grants
 from broker.ids import new_id
@@ -25,6 +26,7 @@ from broker.keys import Keys
 from broker.live import Live
 from broker.log import sqlite as log
 from broker.pull import Pull
+from broker.quotas import Quotas
 from broker.registry import Registry
 from broker.repairs import Repairs
 from broker.seams import Clock, Entropy, Link, Message, Outgoing, Receipt, Sql, Storage
@@ -65,7 +67,9 @@ class Core:
         self.writer = Writer(storage, clock, entropy)
         self.live = Live()
         self.feed = Feed(self.writer, self.live)
-        self.commands = Commands(self.writer, self.live, types, settings.prefix, settings.limits)
+        quotas = Quotas(settings.limits, settings.projects)
+        self.commands = Commands(self.writer, self.live, types, settings.prefix, quotas)
+        self.fanout = Fanout(self.commands)
         self.repairs = Repairs(self.commands)
         self.erasures = Erasures(self.commands)
         self.registry = Registry(self.commands)

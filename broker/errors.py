@@ -23,13 +23,24 @@ Kind = Literal[
 
 
 class Refusal(Exception):
-    """A request that cannot be granted; nothing was recorded. The message is a sentence, facts first."""
+    """A request that cannot be granted; nothing was recorded. The message is a sentence, facts first.
 
-    def __init__(self, kind: Kind, message: str, details: dict[str, Any] | None = None) -> None:
+    `retry_after_sec`: when it may be granted, where that is known.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        message: str,
+        details: dict[str, Any] | None = None,
+        *,
+        retry_after_sec: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.kind: Kind = kind
         self.message = message
         self.details = details
+        self.retry_after_sec = retry_after_sec
 
 
 def invalid(field: str, reason: str, value: object = None) -> Refusal:

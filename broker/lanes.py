@@ -93,6 +93,18 @@ def has_time(state: CommandState, now: int) -> bool:
     return now < state.expires_at - margin
 
 
+def collapsing(lane: Lane, key: str | None) -> list[Member]:
+    """What a successor with this collapse key takes the place of: only what was never handed over.
+
+    From the end of the lane, so that none of it moves up and is handed over while it is being cancelled.
+    """
+    return [
+        member
+        for member in reversed(lane.members.values())
+        if key is not None and member.state.collapse_key == key and member.state.state is State.PENDING
+    ]
+
+
 def due(lane: Lane, presence: Presence, now: int, slots: int, drained: bool = True) -> list[Member]:
     """The commands to hand over by MQTT now, first things first; at most `slots` of them.
 

@@ -26,6 +26,7 @@ from projections import lanes as lanes_view
 
 K = TypeVar("K")
 V = TypeVar("V")
+Key = tuple[str, str, str]  # project, idempotency key, scope
 
 KEPT = 20_000
 KEPT_PURGES = 100
@@ -73,7 +74,7 @@ class Live:
         self.closed: Recent[str, CommandState] = Recent()
         self.devices: Recent[str, DeviceState] = Recent()
         self.names: Recent[str, str] = Recent(2 * KEPT)
-        self.keys: Recent[tuple[str, str, str], tuple[bytes, str]] = Recent()
+        self.keys: Recent[Key, tuple[bytes, str]] = Recent()
         self.presence: dict[str, Presence] = {}
         # Reads that began before an erasure may still bring what it took away.
         self._erased: Recent[str, None] = Recent()
@@ -216,6 +217,21 @@ class Live:
         for state in commands.values():
             if self.command(state.id) is None and not self._is_erased(state):
                 self.closed.put(state.id, state)
+
+    async def bring_keys(self, storage: Storage, keys: Iterable[Key]) -> None:
+        """Reads what those idempotency keys made, as far as it is not in memory."""
+        missing = [key for key in keys if self.keys.get(key) is None]
+        if not missing:
+            return
+
+        def work(sql: Sql) -> dict[Key, tuple[bytes, str]]:
+            find = "SELECT digest, command_id FROM idempotency WHERE project = ? AND key = ? AND scope = ?"
+            rows = ((key, sql.execute(find, key).fetchone()) for key in missing)
+            return {key: (bytes(row[0]), row[1]) for key, row in rows if row is not None}
+
+        for key, first in (await storage.read(work)).items():
+            if self.keys.get(key) is None:
+                self.keys.put(key, first)
 
 
 def _definition(body: bytes) -> Definition:

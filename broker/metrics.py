@@ -101,6 +101,12 @@ class Metrics:
             ("type",),
             registry=self.registry,
         )
+        self._refusals = Counter(
+            "ordain_refusals_total",
+            "Requests, or single commands of a fan-out, that were refused",
+            ("code",),
+            registry=self.registry,
+        )
         self._broken = Counter(
             "ordain_promise_broken_total",
             "A device did what was expired or cancelled: should be 0 for ever",
@@ -163,6 +169,10 @@ class Metrics:
         counter, seconds = found
         counter.inc()
         seconds.observe((self.now_ms() - since_ms) / 1_000)
+
+    def refused(self, code: str) -> None:
+        """`code`: one of the contract's, so that there are few."""
+        self._refusals.labels(code).inc()
 
     def _unmatched_answer(self, reason: str) -> None:
         self._unmatched.labels(reason).inc()

@@ -8,31 +8,58 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from broker.mqtt_url import is_host, parse_url
 from devices.names import is_name
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 class BadSetting(Exception):
     """A setting is wrong; the message names it."""
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bounds on what is taken in, kept and under way at a time; sizes in bytes."""
+Queue = Annotated[int, Meta(ge=1)]
+Bytes = Annotated[int, Meta(ge=2)]
+PerMinute = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+Retention = Annotated[int, Meta(ge=1, le=3_153_600_000)]
 
-    queue_per_name: Annotated[int, Meta(ge=1)] = 100
-    queue_per_device: Annotated[int, Meta(ge=1)] = 1_000
-    params_bytes: Annotated[int, Meta(ge=2)] = 65_536
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bounds on what is taken in, kept and under way at a time; sizes in bytes.
+
+    `commands_per_minute` 0 is no bound.
+    """
+
+    queue_per_name: Queue = 100
+    queue_per_device: Queue = 1_000
+    params_bytes: Bytes = 65_536
+    commands_per_minute: PerMinute = 0
+    history_retention_sec: Retention = 2_592_000
     body_bytes: Annotated[int, Meta(ge=1_024)] = 262_144
     default_ttl_sec: Annotated[int, Meta(ge=1, le=31_536_000)] = 300
     idempotency_sec: Annotated[int, Meta(ge=86_400)] = 604_800
     send_slots: Annotated[int, Meta(ge=1, le=100)] = 100
     unmatched_per_device: Annotated[int, Meta(ge=1)] = 100
     unmatched_in_all: Annotated[int, Meta(ge=1)] = 10_000
+
+
+class ProjectLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one project has instead of the limits of all; what is unset stays theirs."""
+
+    queue_per_name: Queue | UnsetType = UNSET
+    queue_per_device: Queue | UnsetType = UNSET
+    params_bytes: Bytes | UnsetType = UNSET
+    commands_per_minute: PerMinute | UnsetType = UNSET
+    history_retention_sec: Retention | UnsetType = UNSET
+
+
+def limits_of(limits: Limits, project: ProjectLimits) -> Limits:
+    return msgspec.structs.replace(limits, **msgspec.to_builtins(project))
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,6 +74,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     issuer: str = "ordain"
     types: str = ""
     limits: Limits = Limits()
+    projects: dict[str, ProjectLimits] = {}
 
 
 ENVIRONMENT = {
@@ -91,24 +119,35 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
 
 
 def _converted(place: str, values: dict[str, Any]) -> Settings:
-    """A wrong setting is named with its value, but for the URL and unknown ones: they may be secrets."""
     where = f"{place}: " if place else ""
-    limits = values.get("limits")
-    tables = [("", values, Settings), ("limits.", limits if isinstance(limits, dict) else {}, Limits)]
-    for above, table, kind in tables:
-        known = kind.__struct_fields__
-        for key in table:
-            if key not in known:
-                raise BadSetting(f"{where}{above}{key}: unknown key; known are: {', '.join(known)}")
+    tables = values.get("projects", {})
+    if not isinstance(tables, dict):
+        raise BadSetting(f"{where}projects = {tables!r}: must be tables, [projects.<name>]")
+    projects = {}
+    for name, table in tables.items():
+        if not is_name(name):
+            raise BadSetting(f"{where}projects.{name}: must be letters, digits, _ and -, at most 64")
+        projects[name] = _table(where, f"projects.{name}", table, ProjectLimits)
+    limits = _table(where, "limits", values.get("limits", {}), Limits)
+    rest = {key: value for key, value in values.items() if key not in ("projects", "limits")}
+    return msgspec.structs.replace(_table(where, "", rest, Settings), limits=limits, projects=projects)
+
+
+def _table(where: str, name: str, table: Any, kind: type[T]) -> T:
+    """A wrong setting is named with its value, but for the URL and unknown ones: they may be secrets."""
+    if not isinstance(table, dict):
+        raise BadSetting(f"{where}{name} = {table!r}: must be a table, [{name}]")
+    above, known = f"{name}." if name else "", kind.__struct_fields__
+    for key in table:
+        if key not in known:
+            raise BadSetting(f"{where}{above}{key}: unknown key; known are: {', '.join(known)}")
     try:
-        return msgspec.convert(values, Settings)
+        return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
         right, _, path = str(error).partition(" - at `$.")
-        key, value = path.rstrip("`"), values
-        for part in key.split("."):
-            value = value[part]
-        shown = "" if key == "mqtt_url" else f" = {value!r}"
-    raise BadSetting(f"{where}{key}{shown}: {right}")
+        key = path.rstrip("`")
+        shown = "" if key == "mqtt_url" else f" = {table[key]!r}"
+    raise BadSetting(f"{where}{above}{key}{shown}: {right}")
 
 
 def address(key: str, text: str) -> tuple[str, int]:

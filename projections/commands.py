@@ -9,7 +9,7 @@ What a purge has promised to erase is hidden from every answer, however long the
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -23,7 +23,9 @@ TABLES = (
     """CREATE TABLE IF NOT EXISTS commands (
         position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, project TEXT NOT NULL, device_id TEXT NOT NULL,
         type TEXT NOT NULL, state TEXT NOT NULL, closed_at INTEGER, summary BLOB NOT NULL)""",
-    "CREATE INDEX IF NOT EXISTS commands_device ON commands (device_id, position)",
+    # The type is in it so that a history passes over other types without reading their rows.
+    "CREATE INDEX IF NOT EXISTS commands_history ON commands (device_id, position, type)",
+    "DROP INDEX IF EXISTS commands_device",
     "CREATE INDEX IF NOT EXISTS commands_project ON commands (project, position)",
     "CREATE INDEX IF NOT EXISTS commands_closed ON commands (closed_at) WHERE closed_at IS NOT NULL",
 )
@@ -41,6 +43,7 @@ COLUMNS = """c.summary, f.data, c.state, CASE WHEN c.state IN ('executed', 'fail
     THEN (SELECT l.data FROM events l WHERE l.stream = c.id ORDER BY l.version DESC LIMIT 1) END"""
 FOUND = f"SELECT {COLUMNS} FROM commands c CROSS JOIN events f ON f.position = c.position"
 
+LAST = 2**63 - 1
 NO_PARAMS = msgspec.Raw(b"{}")
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(CommandState).decode
@@ -49,9 +52,7 @@ _decode = msgspec.json.Decoder(CommandState).decode
 def folded(row: Any) -> CommandState:
     """A row of `COLUMNS` as the state that its events fold to."""
     summary, first, name, last = row
-    created = decode("created", first)
-    assert isinstance(created, Created)
-    content: dict[str, Any] = {"params": created.params}
+    content: dict[str, Any] = {"params": _params(first)}
     if last is not None:
         match decode(name, last):
             case Executed(result=result):
@@ -131,6 +132,32 @@ def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[Comman
         values, latest = [*values, newest, *values, newest, oldest, newest], "ORDER BY 1 DESC"
     found = sql.execute(f"{query} {latest} LIMIT ? OFFSET ?", (*values, limit, offset)).fetchall()
     return [folded(row[-4:]) for row in found]
+
+
+class Sent(NamedTuple):
+    """As much of a command as a history shows. `created_at` in ms."""
+
+    id: str
+    state: State
+    created_at: int
+    params: msgspec.Raw
+
+
+def sent(sql: Sql, device_id: str, type: str, first: int, before: int | None, limit: int) -> list[Sent]:
+    """Commands of one name to one device, created from one position on and before another, ascending."""
+    found = sql.execute(
+        "SELECT c.id, c.state, f.recorded_at, f.data FROM commands c CROSS JOIN events f "
+        "ON f.position = c.position WHERE c.device_id = ? AND c.type = ? AND c.position >= ? "
+        f"AND c.position < ? AND NOT {HIDDEN} ORDER BY c.position LIMIT ?",
+        (device_id, type, first, LAST if before is None else before, limit),
+    )
+    return [Sent(row[0], State(row[1]), row[2], _params(row[3])) for row in found.fetchall()]
+
+
+def _params(data: bytes) -> msgspec.Raw:
+    created = decode("created", data)
+    assert isinstance(created, Created)
+    return created.params
 
 
 def timed_out_since(sql: Sql, at: int) -> list[CommandState]:

@@ -65,7 +65,8 @@ DOCUMENTED = {
     410: "`gone`: what this idempotency key made was erased.",
     413: "`too_large`: the body or the parameters.",
     415: "`unsupported_media_type`: a body must be `application/json`.",
-    429: "`queue_full`: too many open commands; `Retry-After` says when to ask again.",
+    429: "`queue_full`: too many open commands, or `rate_limit_exceeded`: too many in a minute; "
+    "`Retry-After` says when to ask again.",
     503: "`unavailable`: the log cannot be written now; the outcome is unknown, ask again.",
 }
 # Parameters of handlers that could not have the name they have outside.
@@ -110,7 +111,7 @@ class Held(Json[ErrorBody]):
         self, app: None, request: Request[Any, Any, Any], **more: Any
     ) -> ASGIApp:
         refusal = super().to_asgi_response(app, request, **more)
-        services = cast(Services, request.scope["litestar_app"].state["services"])
+        services = _services(request)
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             try:
@@ -144,9 +145,13 @@ def answer(
     return Json(body, status_code=STATUS[code], headers={**HEADERS.get(code, {}), **(headers or {})})
 
 
-def refused(_: Request[Any, Any, Any], error: Refusal) -> Response[ErrorBody]:
+def refused(request: Request[Any, Any, Any], error: Refusal) -> Response[ErrorBody]:
     body = error_body(error.kind, error.message, error.details)
-    return Held(body, status_code=STATUS[error.kind], headers=HEADERS.get(error.kind))
+    headers = dict(HEADERS.get(error.kind, {}))
+    if error.retry_after_sec is not None:
+        headers["Retry-After"] = str(error.retry_after_sec)
+    _services(request).metrics.refused(error.kind)
+    return Held(body, status_code=STATUS[error.kind], headers=headers)
 
 
 def unavailable(_: Request[Any, Any, Any], error: Exception) -> Response[ErrorBody]:
@@ -163,6 +168,8 @@ def by_status(request: Request[Any, Any, Any], error: HTTPException) -> Response
     if error.status_code >= 500:
         logger.warning("http.broken_off", detail=error.detail, path=request.scope["path"])
         code, message = "internal", "the request could not be served"
+    else:
+        _services(request).metrics.refused(code)
     details = {"field": "request", "reason": error.detail} if code == "invalid_request" else None
     # Litestar lists the methods of a path in no order.
     allow = (error.headers or {}).get("allow")
@@ -185,6 +192,10 @@ HANDLERS: Any = {
     HTTPException: by_status,
     Exception: failed,
 }
+
+
+def _services(request: Request[Any, Any, Any]) -> Services:
+    return cast(Services, request.scope["litestar_app"].state["services"])
 
 
 def _parameter_fault(error: ValidationException) -> Refusal:

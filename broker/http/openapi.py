@@ -20,7 +20,19 @@ from litestar.openapi.spec import Components, License, SecurityScheme
 from litestar.routes import HTTPRoute
 
 from broker import __version__
-from broker.http import asyncapi, lanes, pull, repairs, system, unmatched, v1, v1_devices, v1_system
+from broker.http import (
+    app_command,
+    asyncapi,
+    fanout,
+    lanes,
+    pull,
+    repairs,
+    system,
+    unmatched,
+    v1,
+    v1_devices,
+    v1_system,
+)
 from broker.http.auth import Call
 from broker.http.errors import ErrorBody
 from devices.names import PATTERN as NAME_PATTERN
@@ -30,6 +42,8 @@ DESCRIBED = (
     lanes.routes,
     pull.routes,
     v1.routes,
+    fanout.routes,
+    app_command.routes,
     repairs.routes,
     unmatched.routes,
     v1_system.routes,
@@ -44,6 +58,7 @@ Every call under `/v1` needs a key. Times are RFC 3339 in UTC with milliseconds.
 `{data, has_more, next_cursor}`."""
 TAGS = {
     "Commands": "Sending commands, following them, and mending what went wrong.",
+    "App": "The same commands in the words of an app: names, idents and data. What stands under the SDK.",
     "Devices": "What can be commanded: devices, their lanes, their types, and what they said.",
     "System": "How the broker is. Most of it needs no key.",
 }

@@ -46,6 +46,15 @@ class Retried(Command, frozen=True, kw_only=True):
     ]
 
 
+class AbandonBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why to give up."""
+
+    reason: Annotated[
+        Annotated[str, Meta(max_length=200)] | None,
+        Meta(description="Kept with the event.", examples=["the door was replaced"]),
+    ] = None
+
+
 class CancelBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which commands; what is absent is any. `all`, if nothing else is given."""
 
@@ -134,6 +143,24 @@ async def cancel_commands(request: Call, data: JSONBody[CancelBody]) -> Cancelle
     return Cancelled(cancelled=ids, count=len(ids))
 
 
+@post(
+    "/commands/{command_id:str}/abandon",
+    status_code=200,
+    opt=needs("devices:write"),
+    responses=documented(404, 409, 413, 415),
+)
+async def abandon_command(
+    request: Call, command_id: FromPath[str], data: JSONBody[AbandonBody | None] = None
+) -> Command:
+    """Give up waiting for a command
+
+    Ends what cancelling cannot: a command that was handed over becomes `timed_out`. The device may still do
+    it, and a late answer still corrects it.
+    """
+    reason = None if data is None else data.reason
+    return shown(request, await request.services.commands.abandon(request.user, command_id, reason))
+
+
 @get("/commands/{command_id:str}/explain", opt=needs("devices:read"), responses=documented(404))
 async def explain_command(request: Call, command_id: FromPath[str]) -> Explanation:
     """Explain a command
@@ -169,7 +196,7 @@ async def _retry(
 
 routes = Router(
     "/v1",
-    route_handlers=[retry_device_command, retry_command, cancel_commands, explain_command],
+    route_handlers=[retry_device_command, retry_command, cancel_commands, abandon_command, explain_command],
     before_request=authorize,
     tags=["Commands"],
 )

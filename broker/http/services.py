@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from broker.commands import Commands
 from broker.dispatch import Dispatch
 from broker.erasures import Erasures
+from broker.fanout import Fanout
 from broker.feed import Feed
 from broker.grants import Grants
 from broker.intake import Intake
@@ -30,6 +31,7 @@ class Services:
     commands: Commands
     repairs: Repairs
     erasures: Erasures
+    fanout: Fanout
     registry: Registry
     keys: Keys
     grants: Grants

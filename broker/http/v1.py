@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -37,6 +38,8 @@ CommandName = Annotated[
     ),
 ]
 IdempotencyKey = Annotated[str, Meta(min_length=1, max_length=255, examples=["order-4711"])]
+CollapseKey = Annotated[str, Meta(examples=["brightness"], extra_json_schema=views.NAME)]
+COLLAPSES = "Takes the place of the device's pending commands with the same key: they are cancelled with it."
 KeyHeader = Annotated[
     str | None,
     HeaderParameter(name="Idempotency-Key", min_length=1, max_length=255, description="As in the body."),
@@ -70,15 +73,7 @@ class CommandBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Annotated[int, Meta(ge=1, le=MAX_TTL_SEC, examples=[60])] | UnsetType | None,
         Meta(description="Seconds until it expires; absent is 300 if not set otherwise, null is never."),
     ] = UNSET
-
-
-class AbandonBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Why to give up."""
-
-    reason: Annotated[
-        Annotated[str, Meta(max_length=200)] | None,
-        Meta(description="Kept with the event.", examples=["the door was replaced"]),
-    ] = None
+    collapse_key: Annotated[CollapseKey | UnsetType, Meta(description=COLLAPSES)] = UNSET
 
 
 @post(
@@ -102,7 +97,8 @@ async def create_command(
     fingerprint = b""
     if key is not None:
         await commands.ready([device])
-        fingerprint = _fingerprint(commands.device(caller, device).id, data)
+        same = fingerprints(CREATE, msgspec.structs.replace(data, idempotency_key=UNSET))
+        fingerprint = same(commands.device(caller, device).id)
     order = Order(
         device=device,
         type=data.type,
@@ -110,6 +106,7 @@ async def create_command(
         ttl_sec=request.services.limits.default_ttl_sec if data.ttl_sec is UNSET else data.ttl_sec,
         idempotency_key=key,
         fingerprint=fingerprint,
+        collapse_key=collapse_key(data),
     )
     accepted = await commands.create(caller, order)
     command = shown(request, accepted.state)
@@ -189,25 +186,6 @@ async def list_commands(
 async def get_command(request: Call, command_id: FromPath[str]) -> Command:
     """Read a command"""
     return shown(request, await find(request, command_id))
-
-
-@post(
-    "/commands/{command_id:str}/abandon",
-    status_code=200,
-    opt=needs("devices:write"),
-    responses=documented(404, 409, 413, 415),
-    tags=["Commands"],
-)
-async def abandon_command(
-    request: Call, command_id: FromPath[str], data: JSONBody[AbandonBody | None] = None
-) -> Command:
-    """Give up waiting for a command
-
-    Ends what cancelling cannot: a command that was handed over becomes `timed_out`. The device may still do
-    it, and a late answer still corrects it.
-    """
-    reason = None if data is None else data.reason
-    return shown(request, await request.services.commands.abandon(request.user, command_id, reason))
 
 
 @get(
@@ -363,10 +341,22 @@ def one_key(body: str | UnsetType, header: str | None) -> str | None:
     return body
 
 
-def _fingerprint(device_id: str, data: CommandBody) -> bytes:
-    """What makes two requests the same: route, device, and the body as it came, whatever its spelling."""
-    body = msgspec.json.encode(msgspec.structs.replace(data, idempotency_key=UNSET), order="sorted")
-    return hashlib.sha256(b"\0".join([CREATE.encode(), device_id.encode(), body])).digest()
+def collapse_key(data: CommandBody) -> str | None:
+    """Refuses what is no identifier."""
+    key = None if data.collapse_key is UNSET else data.collapse_key
+    check_name("collapse_key", key)
+    return key
+
+
+def fingerprints(route: str, body: msgspec.Struct) -> Callable[[str], bytes]:
+    """What makes two requests the same, by device id: route, device, and the body as it came.
+
+    Whatever its spelling; without the key, and without the names of devices.
+    """
+    encoded = msgspec.json.encode(body, order="sorted")
+    return lambda device_id: hashlib.sha256(
+        b"\0".join([route.encode(), device_id.encode(), encoded])
+    ).digest()
 
 
 routes = Router(
@@ -376,9 +366,7 @@ routes = Router(
         list_device_commands,
         get_device_command,
         cancel_command,
-        list_commands,
         get_command,
-        abandon_command,
         list_command_events,
         list_types,
     ],

@@ -13,8 +13,8 @@ from litestar.types import ASGIApp
 from broker.control import services
 from broker.core import Core
 from broker.http.app import create_app
-from broker.seams import Message, Outgoing, Receipt
-from broker.settings import Limits, Settings
+from broker.seams import Clock, Message, Outgoing, Receipt
+from broker.settings import Limits, ProjectLimits, Settings
 from broker.world import SqliteStorage, SystemClock, SystemEntropy
 from devices.types import shipped_types
 
@@ -70,11 +70,13 @@ class Broker:
 
 
 @asynccontextmanager
-async def running(directory: Path, limits: Limits | None = None) -> AsyncIterator[Broker]:
+async def running(
+    directory: Path, limits: Limits | None = None, clock: Clock | None = None, **projects: ProjectLimits
+) -> AsyncIterator[Broker]:
     storage = await SqliteStorage.open(directory)
     try:
-        settings = Settings(limits=limits or Limits())
-        core = Core(storage, SystemClock(), SystemEntropy(), shipped_types(), settings)
+        settings = Settings(limits=limits or Limits(), projects=projects)
+        core = Core(storage, clock or SystemClock(), SystemEntropy(), shipped_types(), settings)
         await core.open(embedded=True)
         link = NoServer()
         core.attach(link)

@@ -14,12 +14,13 @@ from unittest.mock import patch
 import msgspec
 
 from broker import lanes
-from broker.commands import Accepted, Caller, Commands, Key, Order, conflict
+from broker.commands import Accepted, Caller, Commands, Order, conflict
 from broker.decisions import Verdict, decide
 from broker.dispatch import Dispatch
 from broker.intake import OWN, Intake
 from broker.lanes import Lane, Member, Presence
 from broker.lifecycle import CommandState, Input, Request, State
+from broker.live import Key
 from broker.seams import Message
 from broker.writer import Writer
 from devices.memory import RamMemory, Remembered
@@ -101,7 +102,7 @@ async def _check_then_act(
 ) -> Accepted:
     """Waits between looking for the key and keeping it."""
     key = ("acme", order.idempotency_key or "", "")
-    await self.ready([order.device], key=key)
+    await self.ready([order.device], keys=[key])
     first = self.live.keys.get(key) if order.idempotency_key is not None else None
     if first is not None:
         return await self._replay(first, order.fingerprint)
@@ -110,7 +111,7 @@ async def _check_then_act(
     device = self.device(caller, order.device)
     state = self._accept(caller, device, order, *self.check(device, order), retry_of)
     if order.idempotency_key is not None:
-        self._keep_key(key, order.fingerprint, state)
+        self.keep_key(key, order.fingerprint, state)
     await self.writer.barrier()
     return Accepted(state)
 
@@ -199,7 +200,7 @@ BUGS = (
     Bug(
         name="idempotency race",
         caught_by=frozenset({"R3"}),
-        patches=((Commands, "create", _check_then_act), (Commands, "_keep_key", _keep_last)),
+        patches=((Commands, "create", _check_then_act), (Commands, "keep_key", _keep_last)),
     ),
     Bug(
         name="synchronous=NORMAL",

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from broker.settings import ENVIRONMENT, Limits, Settings
+from broker.settings import ENVIRONMENT, Limits, ProjectLimits, Settings
 from devices.agent import Agent
 from devices.wire import decode_answer, decode_command
 from scripts.draw import README, drawn
@@ -131,7 +131,9 @@ def test_the_page_of_settings_names_every_setting_and_its_default() -> None:
     shown = msgspec.to_builtins(Settings()) | {
         f"limits.{key}": value for key, value in msgspec.to_builtins(Limits()).items()
     }
-    del shown["limits"]
+    del shown["limits"], shown["projects"]
+    for key in ProjectLimits.__struct_fields__:
+        assert f"| `projects.<name>.{key}` | as `limits.{key}` |" in page
     for key, default in shown.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{key}` |"))
         assert str(default) in row
