@@ -5,6 +5,7 @@ Unknown keys are refused; an error names the place, the key, the value and what 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix: str = "iotee"
     issuer: str = "ordain"
     types: str = ""
+    cors_origins: list[str] = []
     limits: Limits = Limits()
     projects: dict[str, ProjectLimits] = {}
 
@@ -86,6 +88,7 @@ ENVIRONMENT = {
     "types": "ORDAIN_TYPES",
 }
 CONFIG = "ORDAIN_CONFIG"
+ORIGIN = re.compile(r"https?://[a-z0-9.\-\[\]:]+")
 
 
 def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config: str | None) -> Settings:
@@ -113,6 +116,11 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
             parse_url(settings.mqtt_url)
         except ValueError as error:  # the URL itself may hold a password
             raise BadSetting(f"mqtt_url: {error}") from error
+    for origin in settings.cors_origins:
+        if not ORIGIN.fullmatch(origin):
+            raise BadSetting(
+                f"cors_origins = {origin!r}: must be as browsers say it, such as https://console.example.org"
+            )
     if not is_name(settings.prefix):
         raise BadSetting(f"prefix = {settings.prefix!r}: must be one topic level of letters, digits, _ and -")
     return settings

@@ -12,6 +12,7 @@ from broker.http import local as local_routes
 from broker.http import openapi, sdk
 from broker.http.answers import Json
 from broker.http.auth import Call
+from broker.http.cors import allowing
 from broker.http.errors import HANDLERS
 from broker.http.services import Services
 
@@ -71,4 +72,4 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
             route = request.get("path_template")
             metrics.request(request["method"] if route else "-", route or "-", status, since)
 
-    return app
+    return allowing(app, services.settings.cors_origins)

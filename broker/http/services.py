@@ -25,7 +25,7 @@ from broker.settings import Limits, Settings
 class Services:
     """`cursor_key` signs the cursors of lists; `ready` gives the reasons why not, none when it is.
 
-    `settings` are only shown, never acted on.
+    `settings` are what is shown, and whose pages may ask.
     """
 
     commands: Commands
