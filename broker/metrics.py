@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter as Counts
 from collections.abc import Callable
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,6 +24,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from broker import __version__
 from broker.core import Core
+from broker.errors import Kind
 from broker.events import TYPES, Acknowledged, Executed, Failed, Published, Recorded, TimedOut
 from broker.lanes import Presence
 from broker.live import Live
@@ -92,6 +94,13 @@ class Metrics:
             buckets=ATTEMPTS,
             registry=self.registry,
         )
+        self._wrongs()
+        self._request_labels: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._live: Live | None = None
+        self._writer: Writer | None = None
+
+    def _wrongs(self) -> None:
+        """What is refused, and what should not happen."""
         self._unmatched = Counter(
             "ordain_unmatched_total", "Answers that fitted nothing", ("reason",), registry=self.registry
         )
@@ -112,9 +121,6 @@ class Metrics:
             "A device did what was expired or cancelled: should be 0 for ever",
             registry=self.registry,
         )
-        self._request_labels: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self._live: Live | None = None
-        self._writer: Writer | None = None
 
     def watch(self, core: Core) -> None:
         self._live, self._writer = live, writer = core.live, core.writer
@@ -125,6 +131,8 @@ class Metrics:
         # From 0: a rate cannot see the first of what was not there before.
         for event_type in TYPES:
             self._events.labels(event_type)
+        for kind in get_args(Kind):
+            self._refusals.labels(kind)
         for device_type in core.commands.types:
             self._unfit.labels(device_type)
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
