@@ -39,6 +39,7 @@ from broker.cli_base import (
     print_table,
     settings_of,
 )
+from broker.cli_diff import diff
 from broker.cli_doctor import doctor
 from broker.cli_explain import explain
 from broker.cli_grants import grants
@@ -72,7 +73,7 @@ keys = App(name="keys", help="API keys: make, list, revoke.")
 devices = App(name="devices", help="Devices: add, list.")
 for part in (keys, devices, grants, logs, projections, simulate):
     app.command(part)
-for one in (explain, backup, restore, doctor):
+for one in (explain, diff, backup, restore, doctor):
     app.command(one)
 
 

@@ -95,7 +95,7 @@ class Core:
 
         def work(sql: Sql) -> tuple[str, str]:
             log.create(sql, log_id, cursor_key)
-            follower.create(sql)
+            follower.prepare(sql)
             return log.meta(sql, "log_id"), log.meta(sql, "cursor_key")
 
         self.log_id, key = await self.storage.write(work)

@@ -10,7 +10,10 @@ from broker.events import Changed, Deleted, Offline, Online, Recorded, Registere
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Times in ms. `online`: by its last presence event; void once a later `started` is in the log."""
+    """Times in ms. `online`: by its last presence event; void once a later `started` is in the log.
+
+    `position` is that of its `registered`, `last_position` that of the last event folded.
+    """
 
     id: str
     project: str
@@ -28,6 +31,7 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     seen_at: int | None = None
     session: str | None = None
     deleted_at: int | None = None
+    last_position: int = 0
 
 
 def evolve_device(state: DeviceState | None, recorded: Recorded) -> DeviceState:
@@ -50,10 +54,15 @@ def evolve_device(state: DeviceState | None, recorded: Recorded) -> DeviceState:
             updated_at=at,
             name=event.name,
             attributes=event.attributes,
+            last_position=recorded.position,
         )
     if state is None:
         raise ValueError(f"{recorded.type} cannot be the first event of {recorded.stream}")
-    changes: dict[str, object] = {"version": recorded.version, "updated_at": at}
+    changes: dict[str, object] = {
+        "version": recorded.version,
+        "updated_at": at,
+        "last_position": recorded.position,
+    }
     match event:
         case Changed():
             for field in ("device_type", "name", "attributes"):

@@ -108,7 +108,8 @@ PROGRESS_INTERVAL_MS = 1_000
 
 
 class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Everything a command's events say, folded. Times in ms; `position` is that of its `created`.
+    """Everything a command's events say, folded. Times in ms; `position` is that of its `created`,
+    `last_position` that of the last event folded.
 
     `counted` are the attempts that count towards max_attempts. `reopened`: a late answer brought it
     back from `timed_out`; it then takes no window slot. `pulled`: a pull transport has carried it.
@@ -154,6 +155,7 @@ class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     superseded_by: str | None = None
     late: bool = False
     reopened: bool = False
+    last_position: int = 0
 
     @property
     def closed(self) -> bool:
@@ -172,7 +174,7 @@ def evolve(state: CommandState | None, recorded: Recorded) -> CommandState:
     if state is None or not isinstance(event, CommandEvent):
         raise ValueError(f"{recorded.type} cannot stand at version {recorded.version} of {recorded.stream}")
     found = TRANSITIONS[state.state].get(recorded.type, state.state)
-    changes = _changes(state, event, at)
+    changes = _changes(state, event, at) | {"last_position": recorded.position}
     if found in CLOSED:
         changes["closed_at"] = at
     elif state.state is State.TIMED_OUT:
@@ -201,6 +203,7 @@ def _created(recorded: Recorded, event: Created) -> CommandState:
         ttl_ms=event.ttl_ms,
         retry_of=event.retry_of,
         collapse_key=event.collapse_key,
+        last_position=recorded.position,
     )
 
 

@@ -22,19 +22,22 @@ from broker.seams import Sql
 TABLES = (
     """CREATE TABLE IF NOT EXISTS commands (
         position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, project TEXT NOT NULL, device_id TEXT NOT NULL,
-        type TEXT NOT NULL, state TEXT NOT NULL, closed_at INTEGER, summary BLOB NOT NULL)""",
-    # The type is in it so that a history passes over other types without reading their rows.
-    "CREATE INDEX IF NOT EXISTS commands_history ON commands (device_id, position, type)",
-    "DROP INDEX IF EXISTS commands_device",
+        type TEXT NOT NULL, state TEXT NOT NULL, closed_at INTEGER, closed_position INTEGER,
+        summary BLOB NOT NULL)""",
+    # The type is in it so that a history passes over other types without reading their rows, and
+    # `closed_position` so that a lane as it was is found without reading every row of the device.
+    "CREATE INDEX IF NOT EXISTS commands_device ON commands (device_id, position, type, closed_position)",
     "CREATE INDEX IF NOT EXISTS commands_project ON commands (project, position)",
     "CREATE INDEX IF NOT EXISTS commands_closed ON commands (closed_at) WHERE closed_at IS NOT NULL",
 )
-NAMES = ("commands",)
-UPSERT = """INSERT INTO commands (position, id, project, device_id, type, state, closed_at, summary)
-    VALUES (?,?,?,?,?,?,?,?)
+KEYS = {"commands": "position"}
+UPSERT = """INSERT INTO commands
+    (position, id, project, device_id, type, state, closed_at, closed_position, summary)
+    VALUES (?,?,?,?,?,?,?,?,?)
     ON CONFLICT (position) DO UPDATE
-    SET state = excluded.state, closed_at = excluded.closed_at, summary = excluded.summary"""
-UPDATE = "UPDATE commands SET state = ?, closed_at = ?, summary = ? WHERE position = ?"
+    SET state = excluded.state, closed_at = excluded.closed_at, closed_position = excluded.closed_position,
+        summary = excluded.summary"""
+UPDATE = "UPDATE commands SET state = ?, closed_at = ?, closed_position = ?, summary = ? WHERE position = ?"
 
 # Of a row `c`: is it a command that a purge has promised to erase? Closed before the purge, and older.
 HIDDEN = "EXISTS (SELECT 1 FROM purges p WHERE c.position < p.bound AND c.closed_at < p.at)"
@@ -67,12 +70,12 @@ def write(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> N
     new: list[tuple[Any, ...]] = []
     known: list[tuple[Any, ...]] = []
     for s in states:
-        state, closed_at = s.state.value, s.closed_at
         summary = _encode(msgspec.structs.replace(s, params=NO_PARAMS, result=NO_RESULT, error=None))
+        latest = (s.state.value, s.closed_at, s.last_position if s.closed else None, summary)
         if s.id in opened:
-            new.append((s.position, s.id, s.project, s.device_id, s.type, state, closed_at, summary))
+            new.append((s.position, s.id, s.project, s.device_id, s.type, *latest))
         else:
-            known.append((state, closed_at, summary, s.position))
+            known.append((*latest, s.position))
     if new:
         sql.executemany(UPSERT, new)
     if known:

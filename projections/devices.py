@@ -1,7 +1,7 @@
 """Every device that was ever registered, by its names, and the definitions commands were accepted with.
 
 Written in the transaction of the events that changed them. Names are never given again, so the
-rows of deleted devices stay.
+rows of deleted devices stay; `deleted` is the position at which it was, or 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS names (name TEXT PRIMARY KEY, device_id TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS definitions (digest TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
 )
-NAMES = ("devices", "names", "definitions")
+KEYS = {"devices": "id", "names": "name", "definitions": "digest"}
 UPSERT = """INSERT INTO devices (id, position, project, hardware_id, deleted, body) VALUES (?,?,?,?,?,?)
     ON CONFLICT (id) DO UPDATE SET deleted = excluded.deleted, body = excluded.body"""
 
@@ -34,8 +34,12 @@ def upsert(sql: Sql, states: Iterable[DeviceState]) -> None:
     """Writes the latest state of each device touched."""
     sql.executemany(
         UPSERT,
-        [(s.id, s.position, s.project, s.hardware_id, s.deleted_at is not None, _encode(s)) for s in states],
+        [(s.id, s.position, s.project, s.hardware_id, _deleted(s), _encode(s)) for s in states],
     )
+
+
+def _deleted(state: DeviceState) -> int:
+    return 0 if state.deleted_at is None else state.last_position
 
 
 def name(sql: Sql, names: Iterable[tuple[str, str]]) -> None:

@@ -5,6 +5,7 @@ The same fold serves all three, so a projection that was rebuilt equals the one 
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Any
 
 import msgspec
@@ -18,6 +19,13 @@ from projections import commands, devices, lanes
 
 PARTS = (commands, lanes, devices)
 PAGE = 5_000
+# What the projections are made of. When a release changes it, they are made anew from the log.
+SHAPE = sha256(
+    repr(
+        [part.TABLES for part in PARTS]
+        + [[field.name for field in msgspec.structs.fields(kind)] for kind in (CommandState, DeviceState)]
+    ).encode()
+).hexdigest()[:16]
 
 
 class Touched(msgspec.Struct, kw_only=True):
@@ -49,6 +57,15 @@ class Touched(msgspec.Struct, kw_only=True):
             self.definitions[recorded.stream.removeprefix("type/")] = recorded.event.definition
 
 
+def prepare(sql: Sql) -> None:
+    """Makes the projections that are missing; makes all anew if another release made them otherwise."""
+    kept = sql.execute("SELECT value FROM meta WHERE key = 'projections'").fetchone()
+    if kept is None or kept[0] != SHAPE:
+        rebuild(sql)
+        sql.execute("INSERT OR REPLACE INTO meta VALUES ('projections', ?)", (SHAPE,))
+    create(sql)
+
+
 def create(sql: Sql) -> None:
     for part in PARTS:
         for statement in part.TABLES:
@@ -73,7 +90,7 @@ def rebuild(sql: Sql) -> None:
     Page by page: what can still change stays in memory, what is final is written and forgotten.
     """
     for part in PARTS:
-        for table in part.NAMES:
+        for table in part.KEYS:
             sql.execute(f"DROP TABLE IF EXISTS {table}")
     create(sql)
     touched = Touched()

@@ -17,7 +17,7 @@ TABLES = (
         device_id TEXT NOT NULL, position INTEGER NOT NULL,
         PRIMARY KEY (device_id, position)) WITHOUT ROWID""",
 )
-NAMES = ("lanes",)
+KEYS = {"lanes": "device_id, position"}
 
 
 def apply(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> None:

@@ -12,12 +12,18 @@ from litestar import Router, get
 from litestar.params import FromPath
 from msgspec import Meta
 
+from broker.http import past
 from broker.http.auth import Call, authorize, needs
 from broker.http.errors import documented
+from broker.http.past import AsOf
 from broker.http.v1_devices import find_device
 from broker.http.views import PresenceName, StateName, Time, presence_of
-from broker.lanes import Presence
+from broker.lanes import Member, Presence
+from broker.lifecycle import CommandState
+from broker.seams import Sql
 from devices.clock import rfc3339
+from projections import past as past_view
+from projections.past import Then
 
 
 class LaneCommand(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +34,7 @@ class LaneCommand(msgspec.Struct, frozen=True, kw_only=True):
     attempts: int
     created_at: Time
     expires_at: Time | None
-    next: Annotated[dict[str, Any] | None, Meta(description="As its `explain` says it.")]
+    next: Annotated[dict[str, Any] | None, Meta(description="As its `explain` says it; null in what was.")]
 
 
 class LaneView(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,11 +53,14 @@ class LaneView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @get("/{device:str}/lane", opt=needs("devices:read"), responses=documented(404))
-async def read_lane(request: Call, device: FromPath[str]) -> LaneView:
+async def read_lane(request: Call, device: FromPath[str], as_of: AsOf = None) -> LaneView:
     """Read the lane of a device
 
-    Its open commands, oldest first, and what happens next to each.
+    Its open commands, oldest first, and what happens next to each. With `as_of`, what was open then;
+    what this process alone knew (`next`, `shut_until`) is null.
     """
+    if as_of is not None:
+        return await _lane_then(request, device, as_of)
     caller, commands = request.user, request.services.commands
     live, writer = commands.live, commands.writer
     durable = await writer.storage.read(lambda sql: find_device(sql, caller, device))
@@ -63,18 +72,7 @@ async def read_lane(request: Call, device: FromPath[str]) -> LaneView:
         explanation = await request.services.dispatch.explain(member.state)
         state = member.state
         if not state.closed:
-            shown.append(
-                LaneCommand(
-                    id=state.id,
-                    type=state.type,
-                    state=state.state.value,  # type: ignore[arg-type]
-                    position=state.position,
-                    attempts=state.attempts,
-                    created_at=rfc3339(state.created_at),
-                    expires_at=None if state.expires_at is None else rfc3339(state.expires_at),
-                    next=explanation.next,
-                )
-            )
+            shown.append(_command(state, explanation.next))
     kind = commands.types.get(found.device_type)
     window = members[0].definition.max_in_flight if members else kind.max_in_flight if kind else 1
     presence = presence_of(found, live.presence.get(found.id))
@@ -92,6 +90,46 @@ async def read_lane(request: Call, device: FromPath[str]) -> LaneView:
     )
     await writer.barrier()
     return answer
+
+
+async def _lane_then(request: Call, name: str, as_of: str) -> LaneView:
+    caller, commands = request.user, request.services.commands
+    place = await past.place_of(request, as_of)
+
+    def work(sql: Sql) -> tuple[Then, list[CommandState]]:
+        position = place(sql)
+        then = past.find_device(sql, caller, name, position)
+        return then, past_view.lane(sql, then.state.id, position)
+
+    then, states = await commands.writer.storage.read(work)
+    device, kind = then.state, commands.types.get(then.state.device_type)
+    members = [Member(state, commands.live.definitions[state.definition]) for state in states]
+    window = members[0].definition.max_in_flight if members else kind.max_in_flight if kind else 1
+    presence = presence_of(device, past.known(then))
+    offline = presence is Presence.OFFLINE and device.seen_at is not None
+    return LaneView(
+        device_id=device.id,
+        hardware_id=device.hardware_id,
+        presence=presence.value,
+        offline_since=rfc3339(device.seen_at) if offline and device.seen_at is not None else None,
+        open=[_command(state, None) for state in states],
+        window=window,
+        in_flight=sum(member.holds_slot for member in members),
+        shut_until=None,
+    )
+
+
+def _command(state: CommandState, next: dict[str, Any] | None) -> LaneCommand:
+    return LaneCommand(
+        id=state.id,
+        type=state.type,
+        state=state.state.value,  # type: ignore[arg-type]
+        position=state.position,
+        attempts=state.attempts,
+        created_at=rfc3339(state.created_at),
+        expires_at=None if state.expires_at is None else rfc3339(state.expires_at),
+        next=next,
+    )
 
 
 routes = Router("/v1/devices", route_handlers=[read_lane], before_request=authorize, tags=["Devices"])

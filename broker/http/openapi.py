@@ -25,6 +25,7 @@ from broker.http import (
     asyncapi,
     fanout,
     lanes,
+    past,
     pull,
     repairs,
     system,
@@ -46,6 +47,7 @@ DESCRIBED = (
     app_command.routes,
     repairs.routes,
     unmatched.routes,
+    past.routes,
     v1_system.routes,
     system.routes,
 )

@@ -18,7 +18,8 @@ from broker.http import unmatched
 from broker.http.answers import Json
 from broker.http.auth import Call, authorize, needs
 from broker.http.errors import documented
-from broker.http.v1 import IdempotencyKey, KeyHeader, find, find_command, one_key, shown
+from broker.http.past import find_command
+from broker.http.v1 import IdempotencyKey, KeyHeader, find, one_key, shown
 from broker.http.views import Command, Name
 from broker.lifecycle import CommandState, State
 from broker.registry import check_name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -11,13 +11,14 @@ from litestar import Response, Router, delete, get, post
 from litestar.params import FromPath, HeaderParameter, JSONBody, QueryParameter
 from msgspec import UNSET, Meta, UnsetType
 
-from broker.commands import MAX_TTL_SEC, Caller, Order
+from broker.commands import MAX_TTL_SEC, Order
 from broker.errors import invalid, not_found
-from broker.http import views
+from broker.http import past, views
 from broker.http.answers import Json
 from broker.http.auth import Call, authorize, needs
 from broker.http.errors import documented
 from broker.http.pages import Cursor, Limit, Pager, cut
+from broker.http.past import AsOf, find_command
 from broker.http.v1_devices import find_device
 from broker.http.views import STATUS, Command, CommandList, EventList, StateName, Status, TypeList
 from broker.lifecycle import CommandState, State
@@ -27,6 +28,7 @@ from broker.registry import check_name
 from broker.seams import Sql
 from projections import commands as commands_view
 from projections import devices as devices_view
+from projections import past as past_view
 from projections.commands import Filter
 
 CREATE = "POST /v1/devices/{device}/commands"
@@ -129,12 +131,13 @@ async def list_device_commands(
     type: ByType = None,
     limit: Limit = 20,
     cursor: Cursor = None,
+    as_of: AsOf = None,
 ) -> CommandList:
     """List the commands of a device
 
     Newest first. A page stays where it is while new commands arrive.
     """
-    return await _list(request, "device", device, status, in_state, type, limit, cursor)
+    return await _list(request, "device", device, status, in_state, type, limit, cursor, as_of)
 
 
 @get(
@@ -143,9 +146,12 @@ async def list_device_commands(
     responses=documented(404),
     tags=["Commands"],
 )
-async def get_device_command(request: Call, device: FromPath[str], command_id: FromPath[str]) -> Command:
+async def get_device_command(
+    request: Call, device: FromPath[str], command_id: FromPath[str], as_of: AsOf = None
+) -> Command:
     """Read a command of a device"""
-    return shown(request, await find(request, command_id, device))
+    found = await find(request, command_id, device, as_of)
+    return shown(request, found) if as_of is None else views.command(found, None)
 
 
 @delete(
@@ -174,18 +180,21 @@ async def list_commands(
     type: ByType = None,
     limit: Limit = 20,
     cursor: Cursor = None,
+    as_of: AsOf = None,
 ) -> CommandList:
     """List commands
 
-    Of the key's project, an admin's of all; newest first.
+    Of the key's project, an admin's of all; newest first. With `as_of` and a filter a page may be shorter
+    than `limit` and not be the last: `has_more` says.
     """
-    return await _list(request, "all", device, status, in_state, type, limit, cursor)
+    return await _list(request, "all", device, status, in_state, type, limit, cursor, as_of)
 
 
 @get("/commands/{command_id:str}", opt=needs("devices:read"), responses=documented(404), tags=["Commands"])
-async def get_command(request: Call, command_id: FromPath[str]) -> Command:
+async def get_command(request: Call, command_id: FromPath[str], as_of: AsOf = None) -> Command:
     """Read a command"""
-    return shown(request, await find(request, command_id))
+    found = await find(request, command_id, as_of=as_of)
+    return shown(request, found) if as_of is None else views.command(found, None)
 
 
 @get(
@@ -226,35 +235,25 @@ async def list_types(request: Call) -> TypeList:
     return views.types(request.services.commands.types)
 
 
-def find_command(
-    sql: Sql, caller: Caller, command_id: FromPath[str], device_id: str | None = None
+async def find(
+    request: Call, command_id: str, device: str | None = None, as_of: str | None = None
 ) -> CommandState:
-    """A command as far as the caller may know of it; with a device, only if it is its.
-
-    Raises:
-        Refusal: not_found.
-    """
-    state = commands_view.get(sql, command_id)
-    if state is None or not caller.sees(state.project) or device_id not in (None, state.device_id):
-        raise not_found("command", command_id)
-    return state
-
-
-async def find(request: Call, command_id: str, device: str | None = None) -> CommandState:
     """A durable command; with a device, only if it is its. That one may have been deleted since.
 
     Raises:
         Refusal: not_found.
     """
     caller = request.user
+    place = None if as_of is None else await past.place_of(request, as_of)
 
     def work(sql: Sql) -> CommandState:
-        if device is None:
-            return find_command(sql, caller, command_id)
-        known = devices_view.by_name(sql, [device]).get(device)
-        if known is None or not caller.sees(known.project):
-            raise not_found("device", device)
-        return find_command(sql, caller, command_id, known.id)
+        device_id = None
+        if device is not None:
+            known = devices_view.by_name(sql, [device]).get(device)
+            if known is None or not caller.sees(known.project):
+                raise not_found("device", device)
+            device_id = known.id
+        return find_command(sql, caller, command_id, device_id, None if place is None else place(sql))
 
     return await request.services.commands.writer.storage.read(work)
 
@@ -268,24 +267,29 @@ async def _list(
     type_name: str | None,
     limit: int,
     cursor: str | None,
+    as_of: str | None,
 ) -> CommandList:
     caller = request.user
     check_name("type", type_name)
     check_name("device", device)
-    pager = Pager(
-        request.services.cursor_key, "commands", route, caller.project, device, status, state, type_name
-    )
+    filters = device, status, state, type_name, *([] if as_of is None else [as_of])
+    pager = Pager(request.services.cursor_key, "commands", route, caller.project, *filters)
     before = pager.after(cursor)
+    place = None if as_of is None else await past.place_of(request, as_of)
 
-    def work(sql: Sql) -> list[CommandState]:
+    def work(sql: Sql) -> tuple[Sequence[CommandState], int | None]:
+        position = None if place is None else place(sql)
         device_id = None
         if route == "device" and device is not None:
-            device_id = find_device(sql, caller, device).id
+            if position is None:
+                device_id = find_device(sql, caller, device).id
+            else:
+                device_id = past.find_device(sql, caller, device, position).state.id
         elif device is not None:
             # A filter that fits nothing finds nothing; those of a deleted device can still be found.
             known = devices_view.by_name(sql, [device]).get(device)
             if known is None or not caller.sees(known.project):
-                return []
+                return [], None
             device_id = known.id
         wanted = Filter(
             project=caller.project,
@@ -294,13 +298,16 @@ async def _list(
             states=_states(status, state),
             before=before,
         )
-        return commands_view.newest(sql, wanted, limit + 1)
+        if position is not None:
+            return past_view.commands(sql, wanted, position, limit)
+        page, more = cut(commands_view.newest(sql, wanted, limit + 1), limit)
+        return page, page[-1].position if more else None
 
-    page, more = cut(await request.services.commands.writer.storage.read(work), limit)
+    page, resume = await request.services.commands.writer.storage.read(work)
     return CommandList(
-        data=[shown(request, command) for command in page],
-        has_more=more,
-        next_cursor=pager.seal(page[-1].position) if more else None,
+        data=[shown(request, each) if as_of is None else views.command(each, None) for each in page],
+        has_more=resume is not None,
+        next_cursor=None if resume is None else pager.seal(resume),
     )
 
 

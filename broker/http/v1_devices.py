@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -13,14 +14,17 @@ from broker.commands import Caller
 from broker.errors import invalid, not_found
 from broker.events import Changed
 from broker.fleet import DeviceState
-from broker.http import views
+from broker.http import past, views
 from broker.http.auth import Call, authorize, needs
 from broker.http.errors import documented
 from broker.http.pages import Cursor, Limit, Pager, cut
+from broker.http.past import AsOf
 from broker.http.views import Device, DeviceList, Name, TypeName
 from broker.registry import Issued, NewDevice
 from broker.seams import Sql
 from projections import devices as devices_view
+from projections import past as past_view
+from projections.past import Then
 
 Title = Annotated[str, Meta(max_length=200)]
 Force = Annotated[bool, QueryParameter(description="Also while commands to it are open.")]
@@ -81,35 +85,47 @@ async def register(request: Call, data: JSONBody[DeviceBody]) -> Device:
 
 
 @get("/", opt=needs("devices:read"), responses=documented())
-async def list_devices(request: Call, limit: Limit = 20, cursor: Cursor = None) -> DeviceList:
+async def list_devices(
+    request: Call, limit: Limit = 20, cursor: Cursor = None, as_of: AsOf = None
+) -> DeviceList:
     """List devices
 
     Newest first; an admin's key sees those of all projects.
     """
     project = request.user.project
-    pager = Pager(request.services.cursor_key, "devices", project)
+    pager = Pager(request.services.cursor_key, "devices", project, *([] if as_of is None else [as_of]))
     before = pager.after(cursor)
+    place = None if as_of is None else await past.place_of(request, as_of)
 
-    def work(sql: Sql) -> list[DeviceState]:
+    def work(sql: Sql) -> Sequence[DeviceState | Then]:
+        if place is not None:
+            return past_view.devices(sql, project, place(sql), before, limit + 1)
         return devices_view.newest(sql, project, before, limit + 1)
 
     page, more = cut(await request.services.commands.writer.storage.read(work), limit)
+    last = page[-1] if more else None
     return DeviceList(
         data=[_shown(request, device) for device in page],
         has_more=more,
-        next_cursor=pager.seal(page[-1].position) if more else None,
+        next_cursor=None if last is None else pager.seal(_state(last).position),
     )
 
 
 @get("/{device:str}", opt=needs("devices:read"), responses=documented(404))
-async def get_device(request: Call, device: FromPath[str]) -> Device:
+async def get_device(request: Call, device: FromPath[str], as_of: AsOf = None) -> Device:
     """Read a device
 
     `{device}` is its id or its hardware id.
     """
     caller = request.user
-    found = await request.services.commands.writer.storage.read(lambda sql: find_device(sql, caller, device))
-    return _shown(request, found)
+    place = None if as_of is None else await past.place_of(request, as_of)
+
+    def work(sql: Sql) -> DeviceState | Then:
+        if place is not None:
+            return past.find_device(sql, caller, device, place(sql))
+        return find_device(sql, caller, device)
+
+    return _shown(request, await request.services.commands.writer.storage.read(work))
 
 
 @patch("/{device:str}", opt=needs("devices:write"), responses=documented(404, 413, 415))
@@ -157,7 +173,13 @@ def find_device(sql: Sql, caller: Caller, name: str) -> DeviceState:
     return device
 
 
-def _shown(request: Call, device: DeviceState) -> Device:
+def _state(device: DeviceState | Then) -> DeviceState:
+    return device.state if isinstance(device, Then) else device
+
+
+def _shown(request: Call, device: DeviceState | Then) -> Device:
+    if isinstance(device, Then):
+        return past.device(device)
     return views.device(device, request.services.commands.live.presence.get(device.id))
 
 

@@ -22,6 +22,8 @@ CREATE TABLE IF NOT EXISTS events (
     schema INTEGER NOT NULL, recorded_at INTEGER NOT NULL, project TEXT NOT NULL, device_id TEXT,
     actor TEXT NOT NULL, data BLOB, salt BLOB, digest BLOB NOT NULL, hash BLOB NOT NULL);
 CREATE UNIQUE INDEX IF NOT EXISTS events_stream ON events (stream, version);
+CREATE INDEX IF NOT EXISTS events_devices ON events (stream, version)
+    WHERE type IN ('registered', 'changed', 'token_rotated', 'deleted');
 CREATE TABLE IF NOT EXISTS idempotency (
     project TEXT NOT NULL, key TEXT NOT NULL, scope TEXT NOT NULL, digest BLOB NOT NULL,
     command_id TEXT NOT NULL, created_at INTEGER NOT NULL, PRIMARY KEY (project, key, scope)) WITHOUT ROWID;
@@ -45,6 +47,7 @@ COLUMNS = (
     "position, stream, version, type, schema, recorded_at, "
     "project, device_id, actor, data, salt, digest, hash"
 )
+LAST = 2**63 - 1
 INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"
 
 
@@ -125,10 +128,38 @@ def all_rows(sql: Sql, after: int = 0, page: int = 5_000) -> Iterator[Row]:
         after = batch[-1].position
 
 
-def stream(sql: Sql, name: str) -> list[Row]:
-    """All rows of one stream, ascending by version."""
-    found = sql.execute(f"SELECT {COLUMNS} FROM events WHERE stream = ? ORDER BY version", (name,))
+def stream(sql: Sql, name: str, until: int = LAST) -> list[Row]:
+    """The rows of one stream up to a position, ascending by version."""
+    found = sql.execute(
+        f"SELECT {COLUMNS} FROM events WHERE stream = ? AND position <= ? ORDER BY version", (name, until)
+    )
     return [Row(*row) for row in found.fetchall()]
+
+
+def device_stream(sql: Sql, name: str, until: int) -> list[Row]:
+    """Of a device's stream up to a position, ascending by version: what says what the device is, and the
+    last time it came or went. It may have come and gone a hundred thousand times."""
+    found = sql.execute(
+        f"SELECT {COLUMNS} FROM events INDEXED BY events_devices WHERE stream = ? AND position <= ? "
+        "AND type IN ('registered', 'changed', 'token_rotated', 'deleted')",
+        (name, until),
+    ).fetchall()
+    found += sql.execute(
+        f"SELECT {COLUMNS} FROM events INDEXED BY events_stream WHERE stream = ? AND position <= ? "
+        "AND type IN ('online', 'offline') ORDER BY version DESC LIMIT 1",
+        (name, until),
+    ).fetchall()
+    return sorted(Row(*row) for row in found)
+
+
+def place(sql: Sql, at: int) -> int:
+    """The position of the last event recorded at or before a time (ms); 0 if there is none."""
+    low, high = 0, head(sql).position
+    while low < high:  # times never fall along positions
+        middle = (low + high + 1) // 2
+        found = sql.execute("SELECT recorded_at FROM events WHERE position = ?", (middle,)).fetchone()
+        low, high = (middle, high) if found[0] <= at else (low, middle - 1)
+    return low
 
 
 def recorded(row: Row) -> Recorded:

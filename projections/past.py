@@ -1,0 +1,200 @@
+"""Commands, lanes and devices as they were after an earlier position of the log, and what changed since.
+
+What has not changed since is taken from the projections; the rest is folded from its own few events,
+so no snapshots are kept. What was erased is not shown, at any position.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+from broker.events import SYSTEM, device_stream, subject_kind
+from broker.fleet import DeviceState, evolve_device
+from broker.lifecycle import CommandState, State, evolve
+from broker.log import sqlite as log
+from broker.seams import Sql
+from projections.commands import HIDDEN, Filter, get
+
+# Rows looked at, and commands folded, in one read: a rare state of a long history takes several pages.
+SCANNED = 5_000
+FOLDED = 500
+
+_device = msgspec.json.Decoder(DeviceState).decode
+
+
+class Then(NamedTuple):
+    """A device as it was. `void`: a broker had started since it last came, and did not know."""
+
+    state: DeviceState
+    void: bool
+
+
+class CommandChange(NamedTuple):
+    """A command at two points; None: not created yet."""
+
+    before: CommandState | None
+    after: CommandState
+
+
+class DeviceChange(NamedTuple):
+    before: Then | None
+    after: Then
+
+
+Change = CommandChange | DeviceChange
+
+
+def command(sql: Sql, command_id: str, position: int) -> CommandState | None:
+    row = sql.execute(
+        f"SELECT closed_position FROM commands c WHERE id = ? AND NOT {HIDDEN}", (command_id,)
+    ).fetchone()
+    return None if row is None else _command_at(sql, command_id, row[0], position)
+
+
+def _command_at(sql: Sql, command_id: str, closed: int | None, position: int) -> CommandState | None:
+    """`closed`: at which position it was, if it is closed now."""
+    if closed is not None and closed <= position:
+        return get(sql, command_id)
+    state = None
+    for row in log.stream(sql, command_id, position):
+        if row.data is None:
+            return None
+        state = evolve(state, log.recorded(row))
+    return state
+
+
+def commands(sql: Sql, wanted: Filter, position: int, limit: int) -> tuple[list[CommandState], int | None]:
+    """Newest first; and before which position to go on, None at the end.
+
+    A page may be short of its limit and not be the last.
+    """
+    where, values = _where(wanted.project, position, wanted.before)
+    if wanted.device_id is not None:
+        where, values = (
+            where.replace("project", "+project") + " AND device_id = ?",
+            [*values, wanted.device_id],
+        )
+    states = tuple(State) if wanted.states is None else wanted.states
+    most = limit + 1 if wanted.states is None and wanted.type is None else SCANNED
+    rows = sql.execute(
+        f"SELECT position, id, type, state, closed_position, {HIDDEN} FROM commands c "
+        f"WHERE {where} ORDER BY position DESC LIMIT ?",
+        (*values, most),
+    ).fetchall()
+    found: list[CommandState] = []
+    folded, reached = 0, None
+    for created, command_id, type_name, state, closed, hidden in rows:
+        if len(found) == limit or folded == FOLDED:
+            return found, reached
+        reached = created
+        ended = closed is not None and closed <= position
+        if hidden or wanted.type not in (None, type_name) or (ended and state not in states):
+            continue
+        folded += not ended
+        then = _command_at(sql, command_id, closed, position)
+        if then is not None and then.state in states:
+            found.append(then)
+    return found, reached if len(rows) == most else None
+
+
+def lane(sql: Sql, device_id: str, position: int) -> list[CommandState]:
+    """The commands of a device that were open, in order of creation."""
+    # One that timed out and was answered later is among them in between; its fold says that it was closed.
+    rows = sql.execute(
+        "SELECT id, closed_position FROM commands c WHERE position IN (SELECT position FROM commands "
+        "INDEXED BY commands_device WHERE device_id = ? AND position <= ? "
+        f"AND (closed_position IS NULL OR closed_position > ?)) AND NOT {HIDDEN} ORDER BY position",
+        (device_id, position, position),
+    ).fetchall()
+    states = [_command_at(sql, command_id, closed, position) for command_id, closed in rows]
+    return [state for state in states if state is not None and not state.closed]
+
+
+def device(sql: Sql, device_id: str, position: int) -> Then | None:
+    """A device, also one that was deleted by then."""
+    row = sql.execute("SELECT body FROM devices WHERE id = ?", (device_id,)).fetchone()
+    if row is None:
+        return None
+    state = _device_at(sql, _device(row[0]), position)
+    return None if state is None else _then(state, _started(sql, position))
+
+
+def devices(sql: Sql, project: str | None, position: int, before: int | None, limit: int) -> list[Then]:
+    """Those that were registered and not deleted, newest first."""
+    where, values = _where(project, position, before)
+    rows = sql.execute(
+        f"SELECT body FROM devices WHERE {where} AND (deleted = 0 OR deleted > ?) "
+        "ORDER BY position DESC LIMIT ?",
+        (*values, position, limit),
+    ).fetchall()
+    started = _started(sql, position)
+    states = [_device_at(sql, _device(row[0]), position) for row in rows]
+    return [_then(state, started) for state in states if state is not None]
+
+
+def _where(project: str | None, position: int, before: int | None) -> tuple[str, list[Any]]:
+    where, values = "position <= ?", [position if before is None else min(position, before - 1)]
+    return (where, values) if project is None else (where + " AND project = ?", [*values, project])
+
+
+def _device_at(sql: Sql, now: DeviceState, position: int) -> DeviceState | None:
+    if now.last_position <= position:
+        return now
+    state = None
+    for row in log.device_stream(sql, device_stream(now.id), position):
+        state = evolve_device(state, log.recorded(row))
+    return state
+
+
+def _started(sql: Sql, position: int) -> int:
+    """When the broker had last started, ms."""
+    row = sql.execute(
+        "SELECT recorded_at FROM events WHERE stream = ? AND type = 'started' AND position <= ? "
+        "ORDER BY version DESC LIMIT 1",
+        (SYSTEM, position),
+    ).fetchone()
+    return 0 if row is None else row[0]
+
+
+def _then(state: DeviceState, started: int) -> Then:
+    return Then(state, state.online and state.seen_at is not None and state.seen_at < started)
+
+
+def changes(
+    sql: Sql, project: str | None, start: int, end: int, after: int, limit: int
+) -> tuple[list[Change], int | None]:
+    """What has events after `start` up to `end`, in order of the first of them; and after which position
+    to go on, None at the end. `after`: where the page before ended, else `start`."""
+    reached = min(end, after + SCANNED)
+    rows = sql.execute(
+        "SELECT position, stream, version, project FROM events WHERE position > ? AND position <= ? "
+        "ORDER BY position",
+        (after, reached),
+    ).fetchall()
+    found: list[Change] = []
+    for position, stream, version, of in rows:
+        if project not in (None, of) or subject_kind(stream) == "broker":
+            continue
+        if version > 1 and _position(sql, stream, version - 1) > start:
+            continue  # it was found at its first event
+        if (change := _change(sql, stream, start, end)) is not None:
+            found.append(change)
+        if len(found) == limit:
+            return found, position if position < end else None
+    return found, reached if reached < end else None
+
+
+def _position(sql: Sql, stream: str, version: int) -> int:
+    found = sql.execute("SELECT position FROM events WHERE stream = ? AND version = ?", (stream, version))
+    return int(found.fetchone()[0])
+
+
+def _change(sql: Sql, stream: str, start: int, end: int) -> Change | None:
+    if subject_kind(stream) == "command":
+        after = command(sql, stream, end)
+        return None if after is None else CommandChange(command(sql, stream, start), after)
+    device_id = stream.removeprefix("device/")
+    then = device(sql, device_id, end)
+    return None if then is None else DeviceChange(device(sql, device_id, start), then)

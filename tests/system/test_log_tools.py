@@ -1,0 +1,40 @@
+"""Operators' tools on the log, as processes beside a running broker and without one."""
+
+from __future__ import annotations
+
+import json
+
+from tests.system.support import Broker, refused
+from tests.system.test_readme import blocks, paste
+
+
+def test_the_look_back_of_the_readme_runs(broker: Broker) -> None:
+    broker.device("door-7")
+    since = broker.http("GET", "/v1/devices/door-7").json()["created_at"]
+    command_id = broker.create("door-7", "lock")
+    until = broker.http("GET", "/v1/system").json()["clock"]["now"]
+    lane, diff = next(block for block in blocks("For operators") if "as_of" in block).strip().splitlines()
+
+    found = json.loads(paste(lane.replace("2026-11-20T09:30:00Z", until), broker, KEY=broker.key))
+    assert [command["id"] for command in found["open"]] == [command_id]
+    diff = diff.replace("2026-11-20T09:00:00Z", since).replace("2026-11-20T10:00:00Z", until)
+    changed = json.loads(paste(diff, broker, KEY=broker.key))["data"]
+    assert command_id in [change["id"] for change in changed]
+
+
+def test_diff_says_what_changed_field_by_field(broker: Broker) -> None:
+    broker.device("door-7")
+    command_id = broker.create("door-7", "lock")
+    created = broker.http("GET", f"/v1/commands/{command_id}/events").json()["data"][0]["position"]
+    broker.http("DELETE", f"/v1/devices/door-7/commands/{command_id}")
+
+    new = broker.ordain("diff", str(created - 1), str(created))
+    assert (new.returncode, new.stdout, new.stderr) == (0, f"command {command_id} door-7 new: pending\n", "")
+    gone = broker.ordain("diff", str(created), str(created + 1)).stdout
+    assert gone == f"command {command_id} door-7  status: pending → cancelled, state: pending → cancelled\n"
+    broker.end()
+    stopped = broker.ordain("diff", "0", str(created + 1), "--json").stdout.splitlines()
+    changes = [json.loads(line) for line in stopped]
+    assert [(c["kind"], c["before"]) for c in changes] == [("device", None), ("command", None)]
+    refused(broker.ordain("diff", "yesterday", "2"), 1, "from", "yesterday")
+    refused(broker.ordain("diff", "2", "1"), 1, "from")
