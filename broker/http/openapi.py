@@ -41,11 +41,11 @@ from devices.names import PATTERN as NAME_PATTERN
 DESCRIBED = (
     v1_devices.routes,
     lanes.routes,
-    pull.routes,
     v1.routes,
     fanout.routes,
     app_command.routes,
     repairs.routes,
+    pull.routes,
     unmatched.routes,
     past.routes,
     v1_system.routes,
@@ -137,8 +137,8 @@ def document() -> bytes:
     )
     for path, operation in _operations(schema):
         _finish(path, operation, handlers[operation["operationId"]], schema["components"]["schemas"])
-    used = {tag: None for _, operation in _operations(schema) for tag in operation["tags"]}
-    schema["tags"] = [{"name": tag, "description": TAGS.get(tag, "")} for tag in used]
+    used = {tag for _, operation in _operations(schema) for tag in operation["tags"]}
+    schema["tags"] = [{"name": tag, "description": text} for tag, text in TAGS.items() if tag in used]
     return msgspec.json.encode(schema)
 
 

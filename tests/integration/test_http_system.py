@@ -118,6 +118,8 @@ async def test_every_operation_says_what_it_is_and_every_error_has_the_one_form(
         assert not path.startswith("/local")
         for method, operation in item.items():
             assert operation["summary"], (method, path)
+            assert {*operation["tags"]} <= {tag["name"] for tag in description["tags"]}, (method, path)
+            assert all(each["description"] for each in operation.get("parameters", [])), (method, path)
             errors = {status: found for status, found in operation["responses"].items() if status >= "400"}
             for status, found in errors.items():
                 schema = found["content"]["application/json"]["schema"]

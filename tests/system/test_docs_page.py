@@ -1,0 +1,83 @@
+"""The page that describes the API, in a real browser: everything is there, nothing comes from elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Page, Request, sync_playwright
+
+from tests.system.api_support import Served, description, served
+
+# No sandbox: tests may run as root. Quiet: it is not to look for updates meanwhile.
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+WITHIN_MS = 30_000
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served(tmp_path_factory.mktemp("api") / "data", quiet=True) as here:
+        yield here
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("chromium is not installed (Debian: apt install chromium)", pytrace=False)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        page = browser.new_page()
+        page.set_default_timeout(WITHIN_MS)
+        yield page
+        browser.close()
+
+
+def test_every_operation_is_shown_and_can_be_tried_without_the_rest_of_the_world(
+    page: Page, here: Served
+) -> None:
+    asked: list[str] = []
+    said: list[str] = []
+
+    def note(request: Request) -> None:
+        asked.append(request.url)
+
+    page.on("request", note)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+
+    page.goto(f"{here.url}/docs")
+    page.get_by_role("heading", name="Schemas").wait_for()
+
+    operations = [each for item in description()["paths"].values() for each in item.values()]
+    for operation in operations:
+        shown = page.locator(f"details#{operation['operationId']} summary")
+        assert operation["summary"] in shown.inner_text()
+    for name in description()["components"]["schemas"]:
+        assert page.locator(f"details#{name}").count() == 1
+
+    page.locator("input[type=password]").fill(here.key)
+    box = page.locator("#create_command")
+    box.locator("summary").click()
+    box.get_by_label("device").fill("lamp-1")
+    box.get_by_label("Idempotency-Key").fill("order-4711")
+    box.get_by_role("button", name="Send").click()
+    answer = box.locator("pre", has_text="201")
+    answer.wait_for()
+    assert '"hardware_id": "lamp-1"' in answer.inner_text()
+
+    box.get_by_role("link", name="ErrorBody").first.click()
+    page.locator("#ErrorBody[open]").wait_for()
+
+    assert said == []
+    assert len(asked) == 3
+    assert all(url.startswith(f"{here.url}/") for url in asked)
