@@ -191,7 +191,7 @@ class Commands:
         Raises:
             Refusal: invalid_request, naming the field.
         """
-        name = order.device_type or device.device_type
+        name = device.device_type if order.device_type is None else order.device_type
         kind = self.types.get(name)
         if kind is None:
             raise invalid("device_type", f"must be one of {', '.join(sorted(self.types))}", name)

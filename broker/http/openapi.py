@@ -24,6 +24,7 @@ from broker.http import (
     app_command,
     asyncapi,
     fanout,
+    iotee,
     lanes,
     past,
     pull,
@@ -48,6 +49,7 @@ DESCRIBED = (
     pull.routes,
     unmatched.routes,
     past.routes,
+    iotee.routes,
     v1_system.routes,
     system.routes,
 )
@@ -62,6 +64,7 @@ TAGS = {
     "Commands": "Sending commands, following them, and mending what went wrong.",
     "App": "The same commands in the words of an app: names, idents and data. What stands under the SDK.",
     "Devices": "What can be commanded: devices, their lanes, their types, and what they said.",
+    "Unversioned": "The same commands under paths, fields and words that other systems use; and erasing.",
     "System": "How the broker is. Most of it needs no key.",
 }
 # What stands in many paths and means the same in each.
@@ -180,7 +183,7 @@ def _finish(path: str, operation: dict[str, Any], handler: HTTPRouteHandler, sch
         content["example"] = _example(content["schema"], schemas)
         body["required"] = {"type": "null"} not in content["schema"].get("oneOf", [])
     answers = operation["responses"]
-    if path == v1.CREATE or path.endswith("/retry"):
+    if "201" in answers and (path in (v1.CREATE, iotee.CREATE) or path.endswith("/retry")):
         answers["200"] = REPLAYED | {"content": answers["201"]["content"]}
     for status, answer in answers.items():
         if not answer.get("headers"):

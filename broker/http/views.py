@@ -187,7 +187,7 @@ class TypeList(msgspec.Struct, frozen=True, kw_only=True):
     next_cursor: str | None = None
 
 
-def _time(ms: int | None) -> str | None:
+def time(ms: int | None) -> str | None:
     return None if ms is None else rfc3339(ms)
 
 
@@ -201,19 +201,19 @@ def command(state: CommandState, grant_token: str | None) -> Command:
         params=state.params,
         grant_token=grant_token,
         result=state.result,
-        error=_error(state),
-        expires_at=_time(state.expires_at),
-        delivered_at=_time(state.delivered_at),
-        executed_at=_time(state.executed_at),
+        error=error(state),
+        expires_at=time(state.expires_at),
+        delivered_at=time(state.delivered_at),
+        executed_at=time(state.executed_at),
         created_at=rfc3339(state.created_at),
         state=state.state.value,  # type: ignore[arg-type]
-        published_at=_time(state.published_at),
+        published_at=time(state.published_at),
         attempts=state.attempts,
         retry_of=state.retry_of,
     )
 
 
-def _error(state: CommandState) -> CommandError | None:
+def error(state: CommandState) -> CommandError | None:
     if state.state is State.TIMED_OUT:
         reason = state.reason or "no_answer"
         return CommandError(code="timeout", message=TIMEOUTS[reason], details={"reason": reason})
@@ -249,7 +249,7 @@ def device(state: DeviceState, presence: Presence | None, token: str | UnsetType
         attributes=state.attributes,
         project=state.project,
         presence=presence_of(state, presence).value,
-        last_seen_at=_time(state.seen_at),
+        last_seen_at=time(state.seen_at),
         created_at=rfc3339(state.created_at),
         updated_at=rfc3339(state.updated_at),
         device_token=token,

@@ -18,7 +18,10 @@ from tests.system.api_support import Served, description, is_stream, served
 # By hand: EXAMPLES=2000 finds what the few of every day cannot.
 EXAMPLES = int(os.environ.get("EXAMPLES", "15"))
 # What only the broker's state can judge: the one thing that data fit for the schema may be refused for.
-BEYOND_A_SCHEMA = {"cursor", "type", "params", "all", "project", "start", "end", "as_of", "from", "to"}
+BEYOND_A_SCHEMA = {
+    "cursor", "type", "command", "device_type", "params", "all", "project", "start", "end", "as_of", "from",
+    "to",
+}  # fmt: skip
 
 schema = schemathesis.openapi.from_dict(
     {
