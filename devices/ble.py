@@ -1,13 +1,15 @@
 """A simulated BLE device: the real device core, reached through a connection in this process.
 
-For trying a relay without hardware. It does what `devices.core` decides and nothing else; answers that find
-no connection are lost, as over the air.
+For trying a relay without hardware. It does what `devices.core` decides, and keeps each answer until it is
+confirmed: a phone may be gone before it could pass it on.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from devices.core import Core, Effect, Send
@@ -15,6 +17,9 @@ from devices.grant import GrantVerifier
 from devices.memory import Memory
 from devices.types import DeviceType
 from devices.wire import CommandMessage
+
+# Older ones are not lost for good: the device's memory has its last answer to each command.
+MAX_UNCONFIRMED = 1_000
 
 Handler = Callable[[CommandMessage], Awaitable[Any]]
 
@@ -34,12 +39,15 @@ class BleDevice:
         self._handlers, self._now_ms = handlers, now_ms
         self._core = Core(hardware_id, device_type, memory, dict.fromkeys(handlers, False), verifier=verifier)
         self._connection: BleConnection | None = None
+        self._unconfirmed: deque[bytes] = deque(maxlen=MAX_UNCONFIRMED)
         self._runs: asyncio.Queue[CommandMessage] = asyncio.Queue()
 
     def connect(self) -> BleConnection:
         """A new connection; the one before is gone."""
         self.disconnect()
-        self._connection = BleConnection(self._received)
+        self._connection = BleConnection(self._received, self._confirmed)
+        for answer in self._unconfirmed:
+            self._connection.answers.put_nowait(answer)
         return self._connection
 
     def disconnect(self) -> None:
@@ -62,20 +70,26 @@ class BleDevice:
     def _received(self, message: bytes) -> None:
         self._apply(self._core.receive(self._now_ms(), self._core.command_topics[0], message))
 
+    def _confirmed(self, answer: bytes) -> None:
+        with suppress(ValueError):
+            self._unconfirmed.remove(answer)
+
     def _apply(self, effects: list[Effect]) -> None:
         for effect in effects:
             if not isinstance(effect, Send):
                 self._runs.put_nowait(effect.command)
-            elif self._connection is not None:
+                continue
+            self._unconfirmed.append(effect.payload)
+            if self._connection is not None:
                 self._connection.answers.put_nowait(effect.payload)
 
 
 class BleConnection:
     """A `devices.relay.Peer`."""
 
-    def __init__(self, received: Callable[[bytes], None]) -> None:
+    def __init__(self, received: Callable[[bytes], None], confirmed: Callable[[bytes], None]) -> None:
         self.answers: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._received = received
+        self._received, self._confirmed = received, confirmed
         self._open = True
 
     async def send(self, message: bytes) -> None:
@@ -88,6 +102,9 @@ class BleConnection:
         if answer is None:
             raise ConnectionError("the device is out of reach")
         return answer
+
+    async def confirm(self, answer: bytes) -> None:
+        self._confirmed(answer)
 
     def close(self) -> None:
         self._open = False

@@ -1,8 +1,8 @@
 """The reference relay: what a phone does for a BLE device that it stands next to.
 
 It claims over HTTP, hands each command to the device as it would have come by MQTT, and reports what the
-device says. It remembers nothing: if it dies, the lease ends, somebody claims again, and the device, which
-has seen the id, sends its last answer again.
+device says. It remembers nothing. If it dies on the way to the device, the lease ends and somebody claims
+again; if on the way back, the device still has every answer that was not confirmed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ AGAIN = frozenset({429, 503})
 
 
 class Peer(Protocol):
-    """A connection to one device nearby: whole messages, in order; ConnectionError once it is gone."""
+    """A connection to one device nearby: whole messages, in order; ConnectionError once it is gone.
+
+    An answer that was not confirmed is sent again at the next connection, whoever makes it.
+    """
 
     async def send(self, message: bytes) -> None: ...
 
     async def receive(self) -> bytes: ...
+
+    async def confirm(self, answer: bytes) -> None: ...
 
 
 class Relay:
@@ -77,13 +82,14 @@ class Relay:
             # Only the listening may be broken off: an answer that was heard is reported.
             try:
                 async with asyncio.timeout_at(end):
-                    answer = _understood(await peer.receive())
+                    heard = await peer.receive()
             except TimeoutError:
                 break
-            if answer is not None and answer.id is not None:
-                await self._report(device, answer.id, answer)
-                if answer.status in ("executed", "failed"):
-                    waiting.discard(answer.id)
+            answer = _understood(heard)
+            if answer is None or await self._report(device, answer):
+                await peer.confirm(heard)
+            if answer is not None and answer.status in ("executed", "failed"):
+                waiting.discard(answer.id or "")
         return len(claimed) - len(waiting)
 
     async def _claim(self, device: str) -> dict[str, bytes]:
@@ -92,11 +98,11 @@ class Relay:
         if answer.status_code != 200:
             log.warning("relay.not_claimed: %s: %s", device, answer.status_code)
             return {}
-        return {command["id"]: _message(command) for command in answer.json()["commands"]}
+        return {command["id"]: message_of(command) for command in answer.json()["commands"]}
 
-    async def _report(self, device: str, command_id: str, answer: Answer) -> None:
-        """Insists while the broker cannot be reached; another refusal is its last word."""
-        path = f"/v1/devices/{device}/commands/{command_id}"
+    async def _report(self, device: str, answer: Answer) -> bool:
+        """Insists while the broker cannot be reached; another refusal is its last word. Has it the report?"""
+        path = f"/v1/devices/{device}/commands/{answer.id}"
         if answer.status in ("acknowledged", "progress"):
             path, body = f"{path}/ack", None
         else:
@@ -110,12 +116,13 @@ class Relay:
             else:
                 if status not in AGAIN:
                     if status != 200:
-                        log.warning("relay.report_refused: %s: %s", command_id, status)
-                    return
+                        log.warning("relay.report_refused: %s: %s", answer.id, status)
+                    return True
             await asyncio.sleep(pause)
+        return False
 
 
-def _message(command: dict[str, Any]) -> bytes:
+def message_of(command: dict[str, Any]) -> bytes:
     """A command of the API in the form in which MQTT would have brought it."""
     return msgspec.json.encode(
         CommandMessage(
@@ -130,8 +137,10 @@ def _message(command: dict[str, Any]) -> bytes:
 
 
 def _understood(payload: bytes) -> Answer | None:
+    """An answer that names its command; nobody could tell which one is meant by any other."""
     try:
-        return decode_answer(payload, None, {})
+        answer = decode_answer(payload, None, {})
     except Malformed as fault:
         log.warning("relay.not_understood: %s", fault.reason)
         return None
+    return answer if answer.id is not None else None

@@ -154,6 +154,27 @@ class _Unreported(Relay):
         return claimed
 
 
+def test_an_answer_that_a_phone_did_not_confirm_is_told_to_the_next_one() -> None:
+    async def story(desk: Desk) -> None:
+        async with nearby(desk) as (recorder,):
+            command_id = await desk.sent(ttl_sec=None)
+            recorder.go_on.clear()
+            phone = asyncio.create_task(Relay(desk.key).serve(RECORDER, recorder.device.connect()))
+            await desk.becomes(command_id, "acknowledged")
+            phone.cancel()
+            recorder.device.disconnect()
+            await asyncio.wait({phone})
+            recorder.go_on.set()
+            await asyncio.sleep(1)
+
+            assert await Relay(desk.key).serve(RECORDER, recorder.device.connect()) == 0, "it is due no more"
+            assert desk.state(command_id) == "executed"
+            assert await Relay(desk.key).serve(RECORDER, recorder.device.connect()) == 0
+        assert await desk.types(command_id) == ["created", "published", "acknowledged", "executed"]
+
+    on_desk(story)
+
+
 def test_reports_wait_for_the_broker_to_come_back() -> None:
     async def story(desk: Desk) -> None:
         async with nearby(desk) as (recorder,):

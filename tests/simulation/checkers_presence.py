@@ -140,6 +140,8 @@ def a5(facts: Facts) -> Iterator[str]:
         commit = facts.commit_of(row)
         if row["type"] != "timed_out" or data(row).get("evidence", "timer") != "timer" or commit is None:
             continue
+        if "mqtt" not in facts.definition(row["stream"]).get("transports", ("mqtt",)):
+            continue  # it cannot be answered there
         life = [link for link in links if started < link.seq < commit.seq]
         if not any(link.up for link in life):
             yield f"{row['stream']} timed out before the link was up once"

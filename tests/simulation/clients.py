@@ -76,6 +76,10 @@ class _Exchange:
             ids: tuple[str, ...] = ()
             if self._call.kind in ("create", "retry") and self.status in (200, 201):
                 ids = (answer["id"],)
+            elif self._call.kind in ("relay", "heartbeat") and self.status == 200:
+                for each in answer["commands"]:
+                    named = each["hardware_id"], each["id"], each["attempts"]
+                    self._history.handed(self._call.kind, *named)
             elif self._call.kind == "cancel" and self.status == 200:
                 ids = tuple(answer.get("cancelled", ()))
             self._history.returned(self._call, self.status, ids=ids, answer=answer)
@@ -111,6 +115,7 @@ class Door:
         key: str | None = None,
         ids: tuple[str, ...] = (),
         patience: float = PATIENCE_SEC,
+        secret: str | None = None,
     ) -> Call:
         """Asks, and waits as long as its patience: without `status` the outcome is unknown."""
         raw = b"" if body is None else msgspec.json.encode(body)
@@ -118,7 +123,7 @@ class Door:
         await asyncio.sleep(self._random.uniform(0.0003, 0.01))
         if self.node is None:
             return call
-        exchange = _Exchange(self._history, call, self._scope(method, path, key), raw)
+        exchange = _Exchange(self._history, call, self._scope(method, path, key, secret or self.secret), raw)
         task = self._loop.spawn(self.node, exchange.run())
         task.add_done_callback(self._ended, context=contextvars.Context())
         number = next(self._numbers)
@@ -139,9 +144,9 @@ class Door:
         if not task.cancelled() and (error := task.exception()) is not None:
             self.failures.append(f"HTTP: a request raised {error!r}")
 
-    def _scope(self, method: str, path: str, key: str | None) -> dict[str, Any]:
+    def _scope(self, method: str, path: str, key: str | None, secret: str) -> dict[str, Any]:
         path, _, query = path.partition("?")
-        headers = [(b"x-api-key", self.secret.encode()), (b"content-type", b"application/json")]
+        headers = [(b"x-api-key", secret.encode()), (b"content-type", b"application/json")]
         if key is not None:
             headers.append((b"idempotency-key", key.encode()))
         return {

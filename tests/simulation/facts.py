@@ -31,7 +31,7 @@ ANSWER_EVENT = {
     "executed": "executed",
     "failed": "failed",
 }
-FROM_DEVICE = frozenset({"device_ack", "device_result"})
+FROM_DEVICE = frozenset({"device_ack", "device_result", "relay_report"})
 GRACE_MS = 15_000
 NEVER = 1 << 62
 _NO_COMMANDS = ("system", "erasures")

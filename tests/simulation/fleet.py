@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -17,9 +17,10 @@ from broker.seams import Message, Receipt
 from devices.core import Core, Effect, Run, Send
 from devices.grant import GrantVerifier, keys_from_jwks
 from devices.memory import RamMemory
+from devices.relay import message_of
 from devices.types import DeviceType, load_type, shipped_types
 from devices.wire import CommandMessage, device_topic, status_topic
-from tests.simulation.history import History
+from tests.simulation.history import Call, History
 from tests.simulation.link import SimDevicePort
 from tests.simulation.loop import Node, SimClock, SimLoop
 from tests.simulation.network import SimMqttServer
@@ -37,13 +38,25 @@ repeatable = true
 [commands.off]
 text = "off"
 """
-TYPES = shipped_types() | {"siren": load_type(SIREN)}
+# Is never on MQTT.
+TAG = """
+name = "tag"
+presence = "required"
+payload = "json"
+transports = ["heartbeat", "relay"]
+heartbeat_lease_sec = 30
+[commands.beep]
+[commands.pop]
+repeatable = false
+"""
+TYPES = shipped_types() | {"siren": load_type(SIREN), "tag": load_type(TAG)}
 # What clients may ask of each type, with parameters that it takes.
 COMMANDS: dict[str, dict[str, dict[str, Any]]] = {
     "generic": {"ping": {}, "set": {"level": 3}, "run": {"steps": [1, 2]}},
     "recorder": {"start_recording": {"max_duration_sec": 60}, "stop_recording": {}},
     "iotee_device": {"lock": {}, "unlock": {}, "reboot": {}},
     "siren": {"on": {}, "off": {}},
+    "tag": {"beep": {}, "pop": {}},
 }
 MALFORMED = (
     b"",
@@ -56,9 +69,31 @@ MALFORMED = (
 )
 
 
+HEARTBEAT_SEC = 30
+
+
+class Asks(Protocol):
+    """`clients.Door`, which knows this module."""
+
+    async def call(
+        self,
+        kind: str,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        key: str | None = None,
+        ids: tuple[str, ...] = (),
+        patience: float = 15,
+        secret: str | None = None,
+    ) -> Call: ...
+
+
 class _Said(msgspec.Struct):
     id: str | None = None
     status: str = ""
+    result: Any = None
+    error: Any = None
 
 
 class Device:
@@ -72,6 +107,11 @@ class Device:
         self.jwks: dict[str, Any] | None = None
         self.port: SimDevicePort
         self.node: Node | None = None
+        self.token = ""
+        self.ble: Callable[[bytes], object] | None = None  # where a phone listens
+        self._by_air: set[str] = set()  # commands that a phone brought
+        self._unconfirmed: list[Send] = []  # what a phone has not confirmed
+        self.door: Asks
         self.on_end: Callable[[str, str], object] = lambda hardware_id, command_id: None
         self._loop, self._server, self._history = loop, server, history
         self._clock = SimClock(loop)
@@ -89,6 +129,10 @@ class Device:
             server.in_time.add(device_topic(PREFIX, hardware_id, self._type.answer_suffix))
 
     @property
+    def transports(self) -> tuple[str, ...]:
+        return self._type.transports
+
+    @property
     def bare(self) -> bool:
         return self._type.payload == "bare"
 
@@ -103,9 +147,13 @@ class Device:
             node, self.node = self.node, None
             self._loop.kill(node)
             self._unsent.clear()
+            self._unconfirmed.clear()
+            self.ble = None
 
     def connect(self) -> None:
         """After `port.disconnect`; a port that is not closed dials again by itself."""
+        if "mqtt" not in self.transports:
+            return
         session = f"s{next(self._sessions)}" if self._names_session else None
         online, offline = (_status(word, session) for word in ("online", "offline"))
         topic = status_topic(PREFIX, self.hardware_id)
@@ -151,6 +199,60 @@ class Device:
         self.port = SimDevicePort(self._server, self.hardware_id, tuple(self._core.command_topics))
         self.connect()
         self._do(self._core.recover(self._now()))
+        if "heartbeat" in self.transports:
+            self._loop.create_task(self._beat())
+
+    def nearby(self, payload: bytes) -> None:
+        """A command came over the air, from a phone."""
+        if self.node is not None:
+            self._by_air.add(msgspec.json.decode(payload, type=_Said).id or "")
+            self.node.context.copy().run(self._fetched, payload)
+
+    def confirmed(self, payload: bytes) -> None:
+        self._unconfirmed = [send for send in self._unconfirmed if send.payload != payload]
+
+    def alone(self) -> None:
+        """The phone went away: what it did not confirm goes the device's own way."""
+        self.ble = None
+        left, self._unconfirmed = self._unconfirmed, []
+        if self.node is not None:
+            for send in left:
+                self.node.context.copy().run(self._by_itself, send)
+
+    def _fetched(self, payload: bytes) -> None:
+        self._do(self._core.receive(self._now(), self._core.command_topics[0], payload))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._random.expovariate(1 / HEARTBEAT_SEC))
+            said = {"battery_percent": self._random.randint(0, 3)}
+            call = await self._ask("heartbeat", "heartbeat", said)
+            if call.status == 200:
+                for command in call.answer["commands"]:
+                    self._fetched(message_of(command))
+
+    async def _ask(self, kind: str, path: str, body: dict[str, Any] | None = None) -> Call:
+        """By its own token, which somebody gives it anew where it is no longer taken."""
+        patience = self._random.uniform(0, 0.02) if self.whims and self._random.random() < 0.05 else 15
+        path = f"/v1/devices/me/{path}"
+        call = await self.door.call(kind, "POST", path, body, secret=self.token, patience=patience)
+        if call.status == 401:
+            issued = await self.door.call("rotate", "POST", f"/v1/devices/{self.hardware_id}/token")
+            if issued.status == 201:
+                self.token = issued.answer["device_token"]
+        return call
+
+    async def _report(self, payload: bytes) -> None:
+        said = msgspec.json.decode(payload, type=_Said)
+        path, body = f"commands/{said.id}/ack", None
+        if said.status in ("executed", "failed"):
+            path, body = f"commands/{said.id}/result", {"status": said.status}
+            body |= {key: value for key in ("result", "error") if (value := getattr(said, key)) is not None}
+        for _ in range(5):
+            call = await self._ask("report", path, body)
+            if call.status not in (None, 401, 503):
+                return
+            await asyncio.sleep(self._random.uniform(0.5, 5))
 
     def _now(self) -> int:
         return self._clock.true_ms()
@@ -187,6 +289,16 @@ class Device:
         if not self.bare:
             said = msgspec.json.decode(send.payload, type=_Said)
             self._history.answered(self.hardware_id, said.id, said.status)
+            if self.ble is not None and said.id in self._by_air:
+                self._unconfirmed.append(send)
+                self.ble(send.payload)
+                return
+        self._by_itself(send)
+
+    def _by_itself(self, send: Send) -> None:
+        if "mqtt" not in self.transports:
+            self._loop.create_task(self._report(send.payload))
+            return
         number = next(self._sent)
         self._unsent[number] = send
         self._transmit(number)

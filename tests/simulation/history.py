@@ -43,9 +43,9 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
 class Wire(msgspec.Struct, frozen=True, kw_only=True):
     """One MQTT message at one end of its way, as far as the payload tells.
 
-    `publish`: the broker began to write it. `accepted`: the MQTT server's PUBACK of it, without a fault,
-    reached the broker. `delivery`: it reached the broker. `puback`: the broker gave
-    its own. `reached`: it reached a device.
+    `publish`: the broker began to write it; by another `transport`: a fetch was answered with it. `accepted`:
+    the MQTT server's PUBACK of it, without a fault, reached the broker. `delivery`: it reached the broker.
+    `puback`: the broker gave its own. `reached`: it reached a device.
     """
 
     what: What
@@ -57,6 +57,7 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int | None = None
     status: str | None = None
     retain: bool = False
+    transport: str = "mqtt"
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,6 +179,22 @@ class History:
             )
         )
         self._note(f"{what} {topic} {command_id} {named.attempt} {named.status}")
+
+    def handed(self, transport: str, hardware_id: str, command_id: str, attempt: int) -> None:
+        """A fetch was answered with this command."""
+        self.wire.append(
+            Wire(
+                what="publish",
+                seq=self._next(),
+                t=self._now_ms(),
+                topic=transport,
+                hardware_id=hardware_id,
+                command_id=command_id,
+                attempt=attempt,
+                transport=transport,
+            )
+        )
+        self._note(f"{transport} {hardware_id} {command_id} {attempt}")
 
     def linked(self, up: bool) -> None:
         self.links.append(Link(seq=self._next(), t=self._now_ms(), up=up))

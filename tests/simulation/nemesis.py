@@ -43,6 +43,8 @@ class Nemesis:
             self._double: 2,
             self._delay: 2,
             self._forge: 4,
+            self._kill_phone: 4,
+            self._forge_report: 2,
             self._babble: 2,
             self._fill_disk: 2,
             self._refuse_publishes: 1,
@@ -67,6 +69,9 @@ class Nemesis:
         self._drop("ordain")  # it may be slow or half-open
         self._disk.capacity = None
         self._server.refuse = lambda client_id, outgoing: None
+        for phone in self._world.phones:
+            phone.whims = False
+            phone.start()
         for device in self._world.devices:
             device.start()
             if not device.port.up:
@@ -195,6 +200,25 @@ class Nemesis:
 
     def _babble(self) -> None:
         self._device().babble()
+
+    # --- phones ---
+
+    def _kill_phone(self) -> None:
+        if self._world.phones:
+            phone = self._random.choice(self._world.phones)
+            phone.die()
+            self._later(0.5, 60, phone.start)
+
+    def _forge_report(self) -> None:
+        """A phone that reports what it never saw; of what went to a phone nobody knows better."""
+        sent = self._world.clients.sent
+        if sent:
+            hardware_id, command_id = self._random.choice(sent[-8:])
+            status = self._random.choice(("executed", "failed"))
+            self._world.history.answered(hardware_id, command_id, status)
+            path = f"{hardware_id}/commands/{command_id}/result"
+            body = {"status": status}
+            self._loop.create_task(self._world.door.call("report", "POST", f"/v1/devices/{path}", body))
 
     # --- what an operator does to them ---
 

@@ -13,12 +13,12 @@ from unittest.mock import patch
 
 import msgspec
 
-from broker import lanes
+from broker import decisions, lanes
 from broker.commands import Accepted, Caller, Commands, Order, conflict
-from broker.decisions import Verdict, decide
+from broker.decisions import Cell, Verdict, decide
 from broker.dispatch import Dispatch
 from broker.intake import OWN, Intake
-from broker.lanes import Lane, Member, Presence
+from broker.lanes import Flight, Lane, Member, Presence
 from broker.lifecycle import CommandState, Input, Request, State
 from broker.live import Key
 from broker.seams import Message
@@ -171,6 +171,24 @@ def _no_waiting(self: Dispatch, now: int) -> bool:
     return True
 
 
+def _no_lease(member: Member, now: int) -> bool:
+    return False
+
+
+_recovered = lanes.recovered
+
+
+def _lease_forgotten(
+    state: CommandState, definition: Definition, now: int, uniform: Callable[[float, float], float]
+) -> Flight:
+    """After a restart what was fetched is taken for what went by MQTT."""
+    return _recovered(msgspec.structs.replace(state, transport="mqtt"), definition, now, uniform)
+
+
+def _take_their_word(state: CommandState | None, request: Request, cell: Cell) -> Cell:
+    return cell
+
+
 BUGS = (
     Bug(
         name="answer before commit",
@@ -246,5 +264,20 @@ BUGS = (
         name="timers fire while the link is down",
         caught_by=frozenset({"A5"}),
         patches=((Dispatch, "drained", _no_waiting),),
+    ),
+    Bug(
+        name="leases ignored",
+        caught_by=frozenset({"D11"}),
+        patches=((lanes, "in_the_air", _no_lease),),
+    ),
+    Bug(
+        name="leases forgotten at a restart",
+        caught_by=frozenset({"D11"}),
+        patches=((lanes, "recovered", _lease_forgotten),),
+    ),
+    Bug(
+        name="anybody may report",
+        caught_by=frozenset({"A6"}),
+        patches=((decisions, "_as_report", _take_their_word),),
     ),
 )

@@ -57,6 +57,15 @@ class Story:
         self.history.on_wire("publish", TOPIC, payload.encode())
         return self
 
+    def fetched(self, command_id: str = A, attempt: int = 1) -> Story:
+        self.history.handed("relay", "hw1", command_id, attempt)
+        return self
+
+    def report(self, command_id: str, state: str) -> Story:
+        call = self.history.invoked("report", body=f"/v1/devices/hw1/commands/{command_id}/result {{}}")
+        self.history.returned(call, 200, answer={"state": state})
+        return self
+
     def puback(self, status: str, command_id: str = A, hardware_id: str = "hw1") -> Story:
         payload = json.dumps({"id": command_id, "status": status}).encode()
         self.history.on_wire("puback", f"iotee/dev/{hardware_id}/ack", payload)
@@ -123,6 +132,10 @@ def whole_life() -> Story:
     return story.erase(3).log("erasures", "erased", ids=[A])
 
 
+def leased() -> Story:
+    return Story().defined(relay_lease_sec=60).created().published(transport="relay").fetched()
+
+
 RIGHT: dict[str, Callable[[], Story]] = {
     "a whole life": whole_life,
     "R1 an answer that nobody saw": lambda: Story().call("create", None),
@@ -160,6 +173,15 @@ RIGHT: dict[str, Callable[[], Story]] = {
     "A2 the device answered twice, and it is one event": lambda: (
         Story().sent().answers("executed").answers("executed").ended()
     ),
+    "D11 a lease that ended": lambda: leased().published(attempt=2).change(4, recorded_at=62_000),
+    "A5 it could not be answered by MQTT": lambda: (
+        Story()
+        .log("system", "started")
+        .defined(transports=["relay"])
+        .sent()
+        .log(A, "timed_out", reason="ttl")
+    ),
+    "A6 a relay": lambda: leased().answers("executed").ended(evidence="relay_report").report(A, "executed"),
     "A2 an id-less answer": lambda: Story().sent().answers("executed", None).ended(evidence="inferred"),
     "D9 a retained word made it open again": lambda: (
         Story().defined(presence="required").log("device/dev_1", "offline").status().sent()
@@ -305,6 +327,30 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
             .ended(evidence="inferred")
         ),
         "A3: cmd_a: executed is taken from an answer older than the command",
+    ),
+    "R9 a report forgotten": (
+        lambda: Story().sent().report(A, "executed"),
+        "R9: a report on cmd_a was answered 200 before it was durable",
+    ),
+    "D1 fetched before durable": (
+        lambda: Story().created().published(durable=False, transport="relay").fetched().durable(),
+        "D1: cmd_a attempt 1 was sent before its event was durable",
+    ),
+    "D1 fetched by another way than recorded": (
+        lambda: Story().created().published(transport="heartbeat").fetched(),
+        "D1: cmd_a attempt 1 was sent and never recorded as published",
+    ),
+    "D3 fetched twice": (
+        lambda: Story().defined(repeatable=False).created().published(transport="relay").fetched().fetched(),
+        "D3: cmd_a is not repeatable and was sent 2 times",
+    ),
+    "D11 a lease cut short": (
+        lambda: leased().published(attempt=2).change(4, recorded_at=20_000),
+        "D11: cmd_a: attempt 2 came 41005 ms before the lease's end",
+    ),
+    "A6 a stranger": (
+        lambda: Story().sent().answers("executed").ended(evidence="relay_report"),
+        "A6: cmd_a: executed was taken from a stranger's report",
     ),
     "A5 nobody could hear": (
         lambda: Story().log("system", "started").sent().log(A, "timed_out", reason="no_answer"),

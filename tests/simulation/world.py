@@ -36,6 +36,7 @@ from tests.simulation.link import SimLink
 from tests.simulation.loop import Node, SimClock, SimEntropy, SimLoop, run
 from tests.simulation.nemesis import Nemesis
 from tests.simulation.network import EMBEDDED, MOSQUITTO, ServerKind, SimMqttServer
+from tests.simulation.phones import Phone
 
 SUBSCRIPTIONS = (f"{PREFIX}/dev/+/ack", f"{PREFIX}/dev/+/status")
 SETTINGS = Settings(prefix=PREFIX, issuer=ISSUER)
@@ -74,13 +75,15 @@ class World:
         drawn = draw.choice((EMBEDDED, MOSQUITTO))
         self.server = SimMqttServer(loop, kind or drawn, history=self.history)
         self.embedded = not self.server.kind.keeps_sessions
-        kinds = ["generic", "recorder", "iotee_device", "siren"] + [draw.choice(["generic", "recorder"])] * 4
+        kinds = ["generic", "recorder", "iotee_device", "tag", "siren"]
+        kinds += [draw.choice(["generic", "recorder", "tag"]) for _ in range(3)]
         self.devices = [
             Device(loop, self.server, self.history, f"hw{number}", kind)
-            for number, kind in enumerate(kinds[: draw.randint(3, 8)], 1)
+            for number, kind in enumerate(kinds[: draw.randint(4, 8)], 1)
         ]
         self.door = Door(loop, self.history)
         self.clients: Clients
+        self.phones: list[Phone] = []
         self.core: Core | None = None
         self.found: list[str] = []
         self._node: Node | None = None
@@ -227,7 +230,11 @@ class World:
             call = await self.door.call("register", "POST", "/v1/devices", body)
             assert call.status == 201, call
             device.jwks = core.grants.jwks()
+            device.door, device.token = self.door, call.answer["device_token"]
             device.start()
+        self.phones = [Phone(self.loop, self.door, self.devices, n) for n in range(self._draw.randint(0, 2))]
+        for phone in self.phones:
+            phone.start()
 
     async def _heal(self) -> None:
         """Everything is put right; then time passes until no command is open, or far too long."""

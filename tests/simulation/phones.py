@@ -1,0 +1,125 @@
+"""Phones that relay to the simulated devices: the reference relay, over the simulated HTTP and air.
+
+A phone dies at any moment and remembers nothing. Over the air one phone at a time is with a device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import httpx2
+import msgspec
+
+from devices.relay import Relay
+from tests.simulation.clients import Door
+from tests.simulation.fleet import Device
+from tests.simulation.loop import Node, SimLoop
+
+VISIT_SEC = 12
+logging.getLogger("ordain.relay").disabled = True  # it may say much, and the history says it as well
+
+
+class Phone:
+    """`whims`: it may walk away in the middle, or claim with no device near."""
+
+    def __init__(self, loop: SimLoop, door: Door, devices: list[Device], number: int) -> None:
+        self.whims = True
+        self._loop, self._number = loop, number
+        self._devices = [device for device in devices if "relay" in device.transports]
+        self._random = loop.rng(f"phone/{number}")
+        self._http = httpx2.AsyncClient(transport=_ByDoor(door), base_url="http://ordain", trust_env=False)
+        self._node: Node | None = None
+        self._air: _Air | None = None
+
+    def start(self) -> None:
+        if self._node is None and self._devices:
+            self._node = Node(f"phone{self._number}")
+            self._loop.spawn(self._node, self._work())
+
+    def die(self) -> None:
+        if self._node is not None:
+            node, self._node = self._node, None
+            self._loop.kill(node)
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._air is not None:
+            self._air.close()
+            self._air = None
+
+    async def _work(self) -> None:
+        while True:
+            await asyncio.sleep(self._random.expovariate(1 / VISIT_SEC))
+            device = self._random.choice(self._devices)
+            if self.whims and self._random.random() < 0.3:
+                await self._ask(device)
+            elif device.node is not None and device.ble is None:
+                await self._visit(device)
+
+    async def _ask(self, device: Device) -> None:
+        """Claims, and is then not where the device is."""
+        try:
+            await self._http.post(f"/v1/devices/{device.hardware_id}/commands/claim")
+        except httpx2.TransportError:
+            return
+
+    async def _visit(self, device: Device) -> None:
+        patience = self._random.uniform(1, 20) if self.whims else 120
+        relay = Relay(self._http, poll_sec=2, patience_sec=patience)
+        self._air = air = _Air(self._random, device)
+        try:
+            await relay.serve(device.hardware_id, air)
+        except (ConnectionError, httpx2.TransportError):
+            return
+        finally:
+            self._leave()
+
+
+class _Air:
+    """A `Peer`: the connection to one life of one device."""
+
+    def __init__(self, random: Any, device: Device) -> None:
+        self._random, self._device, self._life = random, device, device.node
+        self._answers: asyncio.Queue[bytes] = asyncio.Queue()
+        self._hear = self._answers.put_nowait
+        device.ble = self._hear
+
+    async def send(self, message: bytes) -> None:
+        await asyncio.sleep(self._random.uniform(0.01, 0.5))
+        self._check()
+        self._device.nearby(message)
+
+    async def receive(self) -> bytes:
+        while self._answers.empty():
+            self._check()
+            await asyncio.sleep(0.25)
+        await asyncio.sleep(self._random.uniform(0.01, 0.5))
+        return self._answers.get_nowait()
+
+    def _check(self) -> None:
+        if self._device.node is not self._life:
+            raise ConnectionError("the device is gone")
+
+    async def confirm(self, answer: bytes) -> None:
+        await asyncio.sleep(self._random.uniform(0.01, 0.1))
+        self._check()
+        self._device.confirmed(answer)
+
+    def close(self) -> None:
+        if self._device.node is self._life:
+            self._device.alone()
+
+
+class _ByDoor(httpx2.AsyncBaseTransport):
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        raw, path = await request.aread(), request.url.path
+        body = msgspec.json.decode(raw) if raw else None
+        call = await self._door.call("relay" if path.endswith("claim") else "report", "POST", path, body)
+        if call.status is None:
+            raise httpx2.ReadTimeout("no answer")
+        return httpx2.Response(call.status, json=call.answer)
