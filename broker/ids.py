@@ -12,6 +12,7 @@ import hmac
 from broker.seams import Entropy
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_PAIRS = [high + low for high in _ALPHABET for low in _ALPHABET]
 
 
 def new_id(prefix: str, at_ms: int, entropy: Entropy) -> str:
@@ -19,7 +20,7 @@ def new_id(prefix: str, at_ms: int, entropy: Entropy) -> str:
     value = at_ms << 80 | int.from_bytes(entropy.token(10), "big")
     value = value & ~(0xF << 76) | 7 << 76  # version
     value = value & ~(0x3 << 62) | 2 << 62  # variant
-    return f"{prefix}_" + "".join(_ALPHABET[value >> shift & 31] for shift in range(125, -5, -5))
+    return f"{prefix}_" + "".join([_PAIRS[value >> shift & 1023] for shift in range(120, -10, -10)])
 
 
 def new_secret(prefix: str, entropy: Entropy) -> str:

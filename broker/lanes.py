@@ -98,10 +98,12 @@ def collapsing(lane: Lane, key: str | None) -> list[Member]:
 
     From the end of the lane, so that none of it moves up and is handed over while it is being cancelled.
     """
+    if key is None:
+        return []
     return [
         member
         for member in reversed(lane.members.values())
-        if key is not None and member.state.collapse_key == key and member.state.state is State.PENDING
+        if member.state.collapse_key == key and member.state.state is State.PENDING
     ]
 
 

@@ -1,4 +1,5 @@
-"""`make bench`: measures this machine. A bare MQTT round trip, a full life over HTTP, and appending.
+"""`make bench`: measures this machine. A bare MQTT round trip, a full life over HTTP, appending,
+and one command to ten thousand devices.
 
 It prints figures and judges none: absolute ones move by a third from run to run, so compare CPU per
 operation and the ratios. Everything it starts is real, on this machine, and gone at the end.
@@ -23,12 +24,12 @@ import msgspec
 import uvloop
 
 from broker import __version__
-from scripts import bench_append, bench_life
+from scripts import bench_append, bench_fanout, bench_life
 from scripts.bench_processes import mosquitto
 
 Figures = dict[str, list[float]]
 
-PARTS = ("a", "b", "c")
+PARTS = ("a", "b", "c", "d")
 # A life takes about five times a round trip, and about ten times an event.
 TRIPS_PER_LIFE, EVENTS_PER_LIFE = 5, 10
 FSYNCS = 20
@@ -60,9 +61,10 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench",
-        description="a: MQTT round trips without a broker; b: full lives over HTTP; c: appending to the log.",
+        description="a: MQTT round trips without a broker; b: full lives over HTTP; c: appending to the log; "
+        "d: one command to many devices.",
     )
-    parser.add_argument("--only", default=",".join(PARTS), help="some of a,b,c (default: all)")
+    parser.add_argument("--only", default=",".join(PARTS), help="some of a,b,c,d (default: all)")
     parser.add_argument("--count", type=int, default=4_000, help="lives a round; the rest follows from it")
     parser.add_argument("--rounds", type=int, default=3, help="rounds after the warm-up (default: 3)")
     parser.add_argument("--devices", type=int, default=100, help="devices (default: 100)")
@@ -74,7 +76,7 @@ def _options() -> argparse.Namespace:
     given.only = given.only.split(",")
     given.profile = given.profile and given.profile.absolute()  # the broker runs elsewhere
     if set(given.only) - set(PARTS):
-        parser.error("--only takes a, b and c, with commas")
+        parser.error("--only takes a, b, c and d, with commas")
     if min(given.count, given.rounds, given.devices, given.connections) < 1 or given.count < 100:
         parser.error("--count must be at least 100, the other numbers at least 1")
     return given
@@ -87,6 +89,7 @@ def _parts(given: argparse.Namespace, home: Path) -> dict[str, Callable[[], Coro
         "a": partial(bench_life.round_trips, _made(home / "a"), rounds, count * TRIPS_PER_LIFE, **fleet),
         "b": partial(bench_life.lives, _made(home / "b"), rounds, count, **fleet, profile=given.profile),
         "c": partial(bench_append.appends, _made(home / "c"), rounds, count * EVENTS_PER_LIFE),
+        "d": partial(bench_fanout.fan_outs, _made(home / "d"), rounds),
     }
     return {part: measure for part, measure in all_parts.items() if part in given.only}
 
