@@ -27,6 +27,8 @@ from projections.past import Then
 
 
 class LaneCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """One open command, and what happens next to it."""
+
     id: str
     type: str
     state: StateName

@@ -189,7 +189,7 @@ def _finish(path: str, operation: dict[str, Any], handler: HTTPRouteHandler, sch
         if not answer.get("headers"):
             answer["headers"] = ANSWER_HEADERS.get(status, {})
         if answer["description"] in STANDARD_PHRASES:
-            answer["description"] = _about(answer, schemas)
+            answer["description"] = _about(answer, schemas) or operation["summary"]
         if not answer["headers"]:
             del answer["headers"]
     operation["responses"] = dict(sorted(answers.items()))
@@ -223,10 +223,8 @@ def _example(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
     return {}
 
 
-def _about(answer: dict[str, Any], schemas: dict[str, Any]) -> str:
+def _about(answer: dict[str, Any], schemas: dict[str, Any]) -> str | None:
     """What the Struct of an answer says of itself."""
-    for content in answer.get("content", {}).values():
-        name = content["schema"].get("$ref", "").rpartition("/")[2]
-        if name:
-            return str(schemas[name].get("description", name))
-    return "Done."
+    contents = [content["schema"].get("$ref", "") for content in answer.get("content", {}).values()]
+    said = [schemas.get(name.rpartition("/")[2], {}).get("description") for name in contents]
+    return said[0] if said else None

@@ -31,6 +31,8 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
+    """What was due, in order of creation."""
+
     status: Literal["ok"] = "ok"
     commands: Annotated[list[Command], Meta(description="As for a relay; only of types that use it.")]
 
@@ -40,6 +42,8 @@ class AckBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ResultBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What became of a command."""
+
     status: Literal["executed", "failed"]
     result: Annotated[Any, Meta(description="Of an executed one: kept as an object.")] = UNSET
     error: Annotated[

@@ -17,10 +17,14 @@ NOT_READY = {503: ResponseSpec(ErrorBody, generate_examples=False, description="
 
 
 class Health(msgspec.Struct, frozen=True):
+    """How it is, in a word."""
+
     status: Literal["ok", "ready"]
 
 
 class Jwk(msgspec.Struct, frozen=True, kw_only=True):
+    """One public key."""
+
     kty: str
     crv: str
     x: str
@@ -30,6 +34,8 @@ class Jwk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Jwks(msgspec.Struct, frozen=True):
+    """The public keys that grants are checked with, by `kid`."""
+
     keys: list[Jwk]
 
 

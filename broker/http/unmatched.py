@@ -56,6 +56,8 @@ class Unmatched(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UnmatchedList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of answers that fitted nothing."""
+
     data: list[Unmatched]
     has_more: bool
     next_cursor: str | None

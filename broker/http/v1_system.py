@@ -25,6 +25,8 @@ from devices.clock import rfc3339
 
 
 class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
+    """The MQTT server behind this broker."""
+
     kind: Annotated[
         Literal["embedded", "external", "none"], Meta(description="`none`: no broker has served this log.")
     ]
@@ -33,11 +35,15 @@ class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceCount(msgspec.Struct, frozen=True, kw_only=True):
+    """How many devices there are."""
+
     known: int
     online: int
 
 
 class ClockView(msgspec.Struct, frozen=True, kw_only=True):
+    """What time it is for the broker."""
+
     now: Annotated[Time, Meta(description="The broker's time, which never falls.")]
     step_ms: Annotated[int, Meta(description="How far the wall clock was stepped away from it.")]
 

@@ -62,6 +62,8 @@ TIMEOUTS = {
 
 
 class CommandError(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a command failed, or what is not known of it."""
+
     code: Annotated[
         str, Meta(description="`timeout`, `unsendable`, `refused`, `device_error`, or the device's own.")
     ]
@@ -158,6 +160,8 @@ class DeviceList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TypeCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """One command that a device type has."""
+
     name: str
     title: str | None
     params: Annotated[dict[str, Any] | None, Meta(description="JSON Schema; null: any.")]
