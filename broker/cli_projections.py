@@ -1,18 +1,34 @@
-"""`ordain projections`: what is computed from the log, and how to compute more."""
+"""`ordain projections`: what is computed from the log, whether it is right, and how to compute more."""
 
 from __future__ import annotations
 
+import sqlite3
 import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
+import uvloop
 from cyclopts import App, Parameter
 
-from broker.cli_base import POLL_SEC, USAGE, Config, Data, Failed, Json, print_json, print_table, settings_of
+from broker.cli_base import (
+    POLL_SEC,
+    REFUSED,
+    USAGE,
+    Config,
+    Data,
+    Failed,
+    Json,
+    print_json,
+    print_table,
+    settings_of,
+)
+from broker.cli_progress import Progress
+from broker.log import sqlite as log
 from broker.own_projection import OwnProjection, Wrong
-from broker.world import open_for_reading
+from broker.world import SqliteStorage, open_for_reading
+from projections import follower
 
 projections = App(name="projections", help="What is computed from the log.")
 
@@ -64,3 +80,43 @@ def _show(projection: OwnProjection, rows: list[tuple[object, ...]], as_json: bo
         print_json([dict(zip(projection.columns, row, strict=False)) for row in rows])
     else:
         print_table(projection.columns, [tuple(map(str, row)) for row in rows])
+
+
+@projections.command(name="verify")
+def verify_projections(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
+    """Compute all projections anew, also beside a broker, and compare; exit 0 only if they are the same."""
+    directory = Path(settings_of(config, data=data).data)
+    # The scratch database has no name: SQLite keeps it in memory, and on disk what is too much for that.
+    with closing(open_for_reading(directory)) as kept, closing(sqlite3.connect("")) as made:
+        kept.execute("BEGIN")  # one state of log and projections, whatever is recorded meanwhile
+        if not follower.is_current(kept):
+            raise Failed(REFUSED, "another release made the projections; a start of the broker renews them")
+        rows = log.head(kept).position
+        try:
+            follower.replay(kept, made, Progress(rows))
+        except ValueError as error:
+            raise Failed(REFUSED, f"{error}; see ordain log verify") from error
+        fault = follower.difference(kept, made)
+    if as_json:
+        print_json({"events": rows, "fault": fault})
+    elif fault is None:
+        print(f"the projections are what follows from {rows} events")
+    if fault is not None:
+        raise Failed(REFUSED, fault)
+
+
+@projections.command(name="rebuild")
+def rebuild_projections(*, data: Data = None, config: Config = None) -> None:
+    """Drop all projections and compute them anew. Only while no broker serves."""
+    directory = Path(settings_of(config, data=data).data)
+    with closing(open_for_reading(directory)):
+        pass  # there is a log: opening for writing would make one
+
+    async def rebuilding() -> None:
+        storage = await SqliteStorage.open(directory)
+        try:
+            await storage.write(follower.renew)
+        finally:
+            await storage.close()
+
+    uvloop.run(rebuilding())

@@ -5,6 +5,7 @@ The same fold serves all three, so a projection that was rebuilt equals the one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -29,8 +30,11 @@ SHAPE = sha256(
 
 
 class Touched(msgspec.Struct, kw_only=True):
-    """The latest state of everything that a run of events changed."""
+    """The latest state of everything that a run of events changed; `before` it, where that is not in the
+    run."""
 
+    before: dict[str, CommandState] = {}
+    devices_before: dict[str, DeviceState] = {}
     commands: dict[str, CommandState] = {}
     opened: set[str] = set()
     devices: dict[str, DeviceState] = {}
@@ -47,10 +51,12 @@ class Touched(msgspec.Struct, kw_only=True):
         """Takes in one event; the states before it must be here, unless it is the first of its stream."""
         kind = subject_kind(recorded.stream)
         if kind == "command":
-            self.put(evolve(self.commands.get(recorded.stream), recorded))
+            state = self.commands.get(recorded.stream) or self.before.get(recorded.stream)
+            self.put(evolve(state, recorded))
         elif kind == "device":
             device_id = recorded.device_id or ""
-            self.devices[device_id] = evolve_device(self.devices.get(device_id), recorded)
+            device = self.devices.get(device_id) or self.devices_before.get(device_id)
+            self.devices[device_id] = evolve_device(device, recorded)
             if isinstance(recorded.event, Registered):
                 self.names |= {device_id: device_id, recorded.event.hardware_id: device_id}
         elif isinstance(recorded.event, Defined):
@@ -58,12 +64,21 @@ class Touched(msgspec.Struct, kw_only=True):
 
 
 def prepare(sql: Sql) -> None:
-    """Makes the projections that are missing; makes all anew if another release made them otherwise."""
+    """Makes the projections, or makes them anew if another release made them otherwise."""
+    if not is_current(sql):
+        renew(sql)
+
+
+def is_current(sql: Sql) -> bool:
+    """Are the projections such as this release makes them?"""
     kept = sql.execute("SELECT value FROM meta WHERE key = 'projections'").fetchone()
-    if kept is None or kept[0] != SHAPE:
-        rebuild(sql)
-        sql.execute("INSERT OR REPLACE INTO meta VALUES ('projections', ?)", (SHAPE,))
-    create(sql)
+    return kept is not None and kept[0] == SHAPE
+
+
+def renew(sql: Sql) -> None:
+    """Makes all projections anew, and notes by whom."""
+    rebuild(sql)
+    sql.execute("INSERT OR REPLACE INTO meta VALUES ('projections', ?)", (SHAPE,))
 
 
 def create(sql: Sql) -> None:
@@ -85,24 +100,68 @@ def write(sql: Sql, touched: Touched) -> None:
 
 
 def rebuild(sql: Sql) -> None:
-    """Drops every projection and makes it anew from the log, in the caller's transaction.
-
-    Page by page: what can still change stays in memory, what is final is written and forgotten.
-    """
+    """Drops every projection and makes it anew from the log, in the caller's transaction."""
     for part in PARTS:
         for table in part.KEYS:
             sql.execute(f"DROP TABLE IF EXISTS {table}")
-    create(sql)
-    touched = Touched()
+    replay(sql, sql)
+
+
+def replay(source: Sql, target: Sql, progress: Callable[[int], None] = lambda _: None) -> None:
+    """Makes the projections in one database out of the log in another, or in the same.
+
+    Page by page: what can still change stays in memory, what is final is written and forgotten.
+    `progress` is told each position that was reached.
+    """
+    create(target)
+    alive: dict[str, CommandState] = {}
+    known: dict[str, DeviceState] = {}
     after = 0
-    while page := log.rows(sql, after, PAGE):
+    while page := log.rows(source, after, PAGE):
         after = page[-1].position
+        touched = Touched(before=alive, devices_before=known)
         for row in page:
             if row.data is not None or subject_kind(row.stream) != "command":
                 touched.fold(log.recorded(row))  # an erased command is no row of any projection
-        write(sql, touched)
-        alive = {key: state for key, state in touched.commands.items() if state.state not in FINAL}
-        touched = Touched(commands=alive, devices=touched.devices)
+        write(target, touched)
+        known |= touched.devices
+        alive |= touched.commands
+        for state in touched.commands.values():
+            if state.state in FINAL:
+                del alive[state.id]
+        progress(after)
+
+
+def difference(kept: Sql, made: Sql) -> str | None:
+    """The first row in which two databases' projections differ, as a sentence; None if they are the same."""
+    for part in PARTS:
+        for table, key in part.KEYS.items():
+            columns = [row[1] for row in made.execute(f"PRAGMA table_info({table})").fetchall()]
+            query = f"SELECT {', '.join(columns)} FROM {table} ORDER BY {key}"
+            left, right = kept.execute(query), made.execute(query)
+            while (one := left.fetchone()) == (other := right.fetchone()):
+                if one is None:
+                    break
+            else:
+                return _difference(table, columns, key.split(", "), one, other)
+    return None
+
+
+def _difference(table: str, columns: list[str], key: list[str], kept: Any, made: Any) -> str:
+    places = [columns.index(name) for name in key]
+
+    def named(row: Any) -> str:
+        return f"{table}, the row of " + ", ".join(f"{columns[place]} {row[place]!r}" for place in places)
+
+    def order(row: Any) -> list[Any]:
+        return [row[place] for place in places]
+
+    if kept is None or (made is not None and order(made) < order(kept)):
+        return f"{named(made)} is missing"
+    if made is None or order(kept) < order(made):
+        return f"{named(kept)} does not follow from the log"
+    wrong = next(name for name, left, right in zip(columns, kept, made, strict=True) if left != right)
+    return f"{named(kept)}: {wrong} is not what follows from the log"
 
 
 def dump(sql: Sql) -> dict[str, list[tuple[Any, ...]]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 
+from broker.world import DATABASE
 from tests.system.support import Broker, refused
 from tests.system.test_readme import blocks, paste
 
@@ -38,3 +41,29 @@ def test_diff_says_what_changed_field_by_field(broker: Broker) -> None:
     assert [(c["kind"], c["before"]) for c in changes] == [("device", None), ("command", None)]
     refused(broker.ordain("diff", "yesterday", "2"), 1, "from", "yesterday")
     refused(broker.ordain("diff", "2", "1"), 1, "from")
+
+
+def test_projections_are_verified_beside_the_broker_and_made_anew_without_it(broker: Broker) -> None:
+    broker.device("door-7")
+    broker.create("door-7", "lock")
+    right = broker.ordain("projections", "verify")
+    assert (right.returncode, right.stderr) == (0, "")
+    assert right.stdout.startswith("the projections are what follows from ")
+    refused(broker.ordain("projections", "rebuild"), 3, "another broker", "serves")
+    broker.end()
+
+    with closing(sqlite3.connect(broker.data / DATABASE, isolation_level=None)) as sql:
+        sql.execute("UPDATE commands SET state = 'executed'")
+    refused(broker.ordain("projections", "verify"), 1, "commands, the row of position", "state")
+    wrong = broker.ordain("projections", "verify", "--json")
+    assert (wrong.returncode, "state" in json.loads(wrong.stdout)["fault"]) == (1, True)
+    rebuilt = broker.ordain("projections", "rebuild")
+    assert (rebuilt.returncode, rebuilt.stdout, rebuilt.stderr) == (0, "", "")
+    assert json.loads(broker.ordain("projections", "verify", "--json").stdout)["fault"] is None
+
+
+def test_tools_for_a_log_that_is_not_there_say_so_and_make_none(broker: Broker) -> None:
+    nothing = str(broker.data / "nothing")
+    for command in (("projections", "verify"), ("projections", "rebuild")):
+        refused(broker.ordain(*command, "--data", nothing), 3, nothing)
+    assert not (broker.data / "nothing").exists()

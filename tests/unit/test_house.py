@@ -46,6 +46,7 @@ SEAMS = (
     "broker/serve.py",
     "broker/cli.py",
     "broker/cli_log.py",
+    "broker/cli_progress.py",
     "broker/client.py",
     "broker/cli_projections.py",
     "broker/control.py",
