@@ -85,6 +85,8 @@ def test_a_relay_claims_by_post_or_get_and_its_report_says_who_it_was() -> None:
         actors = {row.actor for row in rows[1:]}
 
         assert evidence == ["accepted", "handed_over", "relay_report", "relay_report"]
+        metrics = (await phone.get("/metrics")).text
+        assert 'ordain_hand_overs_total{transport="relay"} 1.0' in metrics
         assert len(actors) == 1
         assert actors != {rows[0].actor}
 

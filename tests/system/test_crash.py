@@ -162,3 +162,23 @@ def test_several_kill_9_between_commands_lose_none_of_them(new_broker: NewBroker
 
     assert [broker.command(command_id)["state"] for command_id in made] == ["pending"] * last
     assert broker.verified()
+
+
+def test_a_lease_outlives_the_broker(new_broker: NewBroker) -> None:
+    broker = new_broker().start()
+    token = broker.device("rec-1", "recorder")
+    command_id = broker.create("rec-1", "start_recording")
+    claim = "/v1/devices/rec-1/commands/claim"
+    first = broker.http("POST", claim).json()["commands"]
+    broker.run.kill()
+    broker.start()
+
+    again = broker.http("POST", claim).json()["commands"]
+    beat = broker.http("POST", "/v1/devices/me/heartbeat", Authorization=f"Bearer {token}").json()
+    done = broker.http("POST", f"/v1/devices/rec-1/commands/{command_id}/result", {"status": "executed"})
+
+    assert [(command["id"], command["attempts"]) for command in first + again] == [(command_id, 1)] * 2
+    assert beat == {"status": "ok", "commands": []}
+    assert done.json()["status"] == "executed"
+    assert broker.events(command_id) == ["created", "published", "executed"]
+    assert broker.verified()
