@@ -1,16 +1,19 @@
-"""Draws the life of a command from the code into README.md, between its two markers.
+"""Draws what the documents show of the code, between its markers: the life of a command, the vocabularies.
 
-`python -m scripts.draw` rewrites the picture; a test compares it with the code.
+`python -m scripts.draw` rewrites them; a test compares them with the code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from broker.lifecycle import FINAL, TRANSITIONS, State
+from scripts import vocabulary
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- life: drawn by scripts/draw.py -->\n", "<!-- /life -->"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+VOCABULARY = ROOT / "docs" / "vocabulary.md"
 
 
 def life() -> str:
@@ -26,12 +29,27 @@ def life() -> str:
     return "\n".join([*lines, "```"]) + "\n"
 
 
-def drawn(text: str) -> str:
-    """The README with the picture as the code has it now."""
-    before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    return before + BEGIN + life() + end + after
+DRAWN: Mapping[Path, Mapping[str, Callable[[], str]]] = {
+    README: {"life": life},
+    VOCABULARY: {
+        "states": vocabulary.states,
+        "fields": vocabulary.fields,
+        "calls": vocabulary.calls,
+    },
+}
+
+
+def drawn(page: Path) -> str:
+    """A page with its pictures and tables as the code has them now."""
+    text = page.read_text()
+    for name, draw in DRAWN[page].items():
+        begin, end = f"<!-- {name}: drawn by scripts/draw.py -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = before + begin + draw() + end + after
+    return text
 
 
 if __name__ == "__main__":
-    README.write_text(drawn(README.read_text()))
+    for page in DRAWN:
+        page.write_text(drawn(page))

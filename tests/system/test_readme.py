@@ -15,7 +15,7 @@ import pytest
 from broker.settings import ENVIRONMENT, Limits, ProjectLimits, Settings
 from devices.agent import Agent
 from devices.wire import decode_answer, decode_command
-from scripts.draw import README, drawn
+from scripts.draw import DRAWN, README, drawn
 from tests.system.conftest import NewBroker
 from tests.system.support import ORDAIN, ROOT, WITHIN_SEC, Broker, environment
 
@@ -45,8 +45,9 @@ def paste(script: str, broker: Broker, **variables: str) -> str:
     return done.stdout
 
 
-def test_the_picture_is_the_one_the_code_draws() -> None:
-    assert drawn(TEXT) == TEXT
+@pytest.mark.parametrize("page", DRAWN, ids=lambda page: page.name)
+def test_pictures_and_tables_are_those_the_code_draws(page: Path) -> None:
+    assert drawn(page) == page.read_text()
 
 
 def test_every_file_the_readme_names_exists() -> None:
