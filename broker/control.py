@@ -45,6 +45,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         keys=core.keys,
         grants=core.grants,
         feed=core.feed,
+        webhooks=core.webhooks,
         dispatch=core.dispatch,
         intake=core.intake,
         pull=core.pull,

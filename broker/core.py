@@ -29,8 +29,9 @@ from broker.pull import Pull
 from broker.quotas import Quotas
 from broker.registry import Registry
 from broker.repairs import Repairs
-from broker.seams import Clock, Entropy, Link, Message, Outgoing, Receipt, Sql, Storage
+from broker.seams import Clock, Entropy, Link, Message, Outbound, Outgoing, Receipt, Sql, Storage
 from broker.settings import Settings
+from broker.webhooks import NoWayOut, Webhooks
 from broker.writer import CLOCK_STEP_MS, Writer
 from devices.types import DeviceType
 from projections import follower
@@ -61,6 +62,7 @@ class Core:
         entropy: Entropy,
         types: dict[str, DeviceType],
         settings: Settings,
+        outbound: Outbound | None = None,
     ) -> None:
         self.storage = storage
         self.settings = settings
@@ -75,6 +77,13 @@ class Core:
         self.registry = Registry(self.commands)
         self.keys = Keys(self.writer)
         self.grants = Grants(self.writer, self.live, self.registry.secrets, settings.issuer)
+        self.webhooks = Webhooks(
+            self.writer,
+            self.feed,
+            outbound or NoWayOut(),
+            timeout_sec=settings.webhook_timeout_sec,
+            per_project=settings.limits.webhooks_per_project,
+        )
         self.link: Link = NoLink()
         self.log_id = ""
         self.cursor_key = b""
@@ -108,6 +117,7 @@ class Core:
         writer.resumed = self.dispatch.pump_all
         await writer.start()
         await self.keys.load()
+        await self.webhooks.load(self.log_id)
         self._watch_clock()
 
     async def _reload(self) -> None:
@@ -141,8 +151,10 @@ class Core:
             tasks = [group.create_task(task) for task in self.tasks()]
             try:
                 if mqtt is not None:
+                    tasks.append(group.create_task(self.webhooks.run()))
                     await self.registry.started(__version__, mqtt)
                 yield group
+                self.webhooks.save()
                 await self.writer.drain()
             finally:
                 for task in tasks:

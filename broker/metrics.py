@@ -29,6 +29,8 @@ from broker.events import TYPES, Acknowledged, Executed, Failed, Published, Reco
 from broker.lanes import Presence
 from broker.live import Live
 from broker.seams import Clock
+from broker.webhook_worker import Attempt
+from broker.webhooks import Webhooks
 from broker.writer import Writer
 
 # Without the charset, which whoever answers adds to any text.
@@ -156,6 +158,25 @@ class Metrics:
         )
         for name, what, look in gauges:
             Gauge(name, what, registry=self.registry).set_function(look)
+        self._watch_webhooks(core.webhooks)
+
+    def _watch_webhooks(self, webhooks: Webhooks) -> None:
+        registry = self.registry
+        what = "Requests made to webhooks, by what became of them"
+        made = Counter("ordain_webhook_deliveries_total", what, ("outcome",), registry=registry)
+        for outcome in ("delivered", "refused", "unreached"):
+            made.labels(outcome)
+        what = "Positions between the end of the log and the subscriber furthest behind"
+        lag = Gauge("ordain_subscriber_lag_events", what, ("kind",), registry=registry)
+        lag.labels("webhook").set_function(webhooks.lag)
+        stopped = Gauge("ordain_webhooks_stopped", "Webhooks paused or gone", registry=registry)
+        stopped.set_function(webhooks.stopped)
+
+        def tell(attempt: Attempt) -> None:
+            refused = "refused" if attempt.status is not None else "unreached"
+            made.labels("delivered" if attempt.delivered else refused).inc()
+
+        webhooks.sender.tell = tell
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

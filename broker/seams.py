@@ -1,4 +1,4 @@
-"""The doors through which the broker reaches the world: time, ids, randomness, storage, MQTT.
+"""The doors through which the broker reaches the world: time, ids, randomness, storage, MQTT, HTTP out.
 
 Production (`broker/world.py`) and simulation give different things behind them. Nothing else in
 `broker/` or `projections/` may read a clock, draw a random number, start a thread or open a socket.
@@ -6,7 +6,7 @@ Production (`broker/world.py`) and simulation give different things behind them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -151,3 +151,24 @@ class Presence(Protocol):
         ...
 
     def device_offline(self, hardware_id: str) -> None: ...
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one outgoing POST. `status` None: no answer was seen, and `error` says why; it may
+    have arrived all the same. `retry_after`: the header as it came."""
+
+    status: int | None = None
+    error: str | None = None
+    retry_after: str | None = None
+
+
+class Outbound(Protocol):
+    """HTTP to addresses that others chose: nothing is sent to where it may not go."""
+
+    async def fault(self, url: str) -> str | None:
+        """Why nothing may be sent to this URL, as half a sentence; None if it may."""
+        ...
+
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout_sec: float) -> Answer:
+        """Sends once and follows no redirect. Never raises for what the network or the far end does."""
+        ...

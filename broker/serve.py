@@ -26,6 +26,7 @@ from broker.http.protocol import Bounded
 from broker.http.services import Services
 from broker.mqtt import MqttLink
 from broker.mqtt_door import mqtt_door
+from broker.outbound import HttpOutbound
 from broker.settings import BadSetting, Settings, address
 from broker.type_files import load_types
 from broker.world import SqliteStorage, SystemClock, SystemEntropy
@@ -79,7 +80,8 @@ async def _serve(
 ) -> None:
     types = load_types(settings.types)
     entropy = SystemEntropy()
-    core = Core(storage, SystemClock(), entropy, types, settings)
+    outbound = HttpOutbound(settings.webhook_allow)
+    core = Core(storage, SystemClock(), entropy, types, settings, outbound)
     embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
     await core.open(embedded=embedded)
     await remember_prefix(core)
@@ -114,6 +116,7 @@ async def _serve(
                 for helper in helpers:
                     helper.cancel()
             await link.close()
+    await outbound.aclose()
 
 
 @asynccontextmanager

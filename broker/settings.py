@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -47,6 +48,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     send_slots: Annotated[int, Meta(ge=1, le=100)] = 100
     unmatched_per_device: Annotated[int, Meta(ge=1)] = 100
     unmatched_in_all: Annotated[int, Meta(ge=1)] = 10_000
+    webhooks_per_project: Annotated[int, Meta(ge=0, le=1_000)] = 20
 
 
 class ProjectLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,6 +77,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     issuer: str = "ordain"
     types: str = ""
     cors_origins: list[str] = []
+    webhook_allow: tuple[str, ...] = ()
+    webhook_timeout_sec: Annotated[float, Meta(ge=1, le=60)] = 15
     limits: Limits = Limits()
     projects: dict[str, ProjectLimits] = {}
 
@@ -121,6 +125,11 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
             raise BadSetting(
                 f"cors_origins = {origin!r}: must be as browsers say it, such as https://console.example.org"
             )
+    for text in settings.webhook_allow:
+        try:
+            ip_network(text)
+        except ValueError as error:
+            raise BadSetting(f"webhook_allow: {error}; must be networks, such as 10.0.0.0/8") from error
     if not is_name(settings.prefix):
         raise BadSetting(f"prefix = {settings.prefix!r}: must be one topic level of letters, digits, _ and -")
     return settings

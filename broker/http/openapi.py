@@ -34,6 +34,7 @@ from broker.http import (
     v1,
     v1_devices,
     v1_system,
+    webhooks,
 )
 from broker.http.auth import Call
 from broker.http.errors import ErrorBody
@@ -50,6 +51,7 @@ DESCRIBED = (
     unmatched.routes,
     past.routes,
     iotee.routes,
+    webhooks.routes,
     v1_system.routes,
     system.routes,
 )

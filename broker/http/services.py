@@ -19,6 +19,7 @@ from broker.registry import Registry
 from broker.repairs import Repairs
 from broker.seams import Link
 from broker.settings import Limits, Settings
+from broker.webhooks import Webhooks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class Services:
     keys: Keys
     grants: Grants
     feed: Feed
+    webhooks: Webhooks
     dispatch: Dispatch
     intake: Intake
     pull: Pull

@@ -76,7 +76,7 @@ async def register(request: Call, data: JSONBody[DeviceBody]) -> Device:
     new = NewDevice(
         hardware_id=data.hardware_id,
         type=data.type,
-        project=_project(request, data.project),
+        project=project_for(request, data.project),
         id=None if data.id is UNSET else data.id,
         name=data.name,
         attributes=data.attributes,
@@ -189,14 +189,14 @@ def _issued(request: Call, issued: Issued) -> Device:
     return msgspec.structs.replace(shown, device_token=issued.token, device_secret=secret)
 
 
-def _project(request: Call, wanted: str | UnsetType) -> str:
-    """Where a new device goes: an admin may choose, all others have one project."""
+def project_for(request: Call, wanted: str | UnsetType) -> str:
+    """Where what is made goes: an admin may choose, all others have one project."""
     caller = request.user
     own = caller.project or request.services.keys.project_of(caller.actor) or LOCAL_PROJECT
     if wanted is UNSET or wanted == own:
         return own
     if caller.project is not None:
-        raise invalid("project", "this key registers devices in its own project only")
+        raise invalid("project", "this key works in its own project only")
     return wanted
 
 

@@ -42,6 +42,8 @@ CREATE TABLE IF NOT EXISTS grant_keys (
     kid TEXT PRIMARY KEY, private BLOB NOT NULL, created_at INTEGER NOT NULL,
     retired_at INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS device_secrets (device_id TEXT PRIMARY KEY, secret BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS webhooks (
+    id TEXT PRIMARY KEY, endpoint BLOB NOT NULL, progress BLOB NOT NULL) WITHOUT ROWID;
 """
 COLUMNS = (
     "position, stream, version, type, schema, recorded_at, "

@@ -35,7 +35,7 @@ from broker.lifecycle import CommandState, State, evolve
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.registry import NewDevice
-from broker.seams import Clock, Message, Outgoing, Receipt, Sql, Storage
+from broker.seams import Clock, Message, Outbound, Outgoing, Receipt, Sql, Storage
 from broker.settings import Limits, Settings
 from broker.world import SqliteStorage, SystemClock
 from devices.types import Definition, DeviceType, shipped_types
@@ -245,10 +245,11 @@ def new_core(
     limits: Limits | None = None,
     seed: int = 1,
     types: dict[str, DeviceType] | None = None,
+    outbound: Outbound | None = None,
 ) -> Core:
     settings = Settings(limits=limits or Limits())
     known = shipped_types() | (types or {})
-    return Core(storage, clock or SystemClock(), SeededEntropy(seed), known, settings)
+    return Core(storage, clock or SystemClock(), SeededEntropy(seed), known, settings, outbound)
 
 
 @asynccontextmanager
@@ -258,11 +259,12 @@ async def running(
     limits: Limits | None = None,
     seed: int = 1,
     types: dict[str, DeviceType] | None = None,
+    outbound: Outbound | None = None,
 ) -> AsyncIterator[Bench]:
     """A core with its link up, on a directory or on a storage that the test keeps."""
     storage = await SqliteStorage.open(place) if isinstance(place, Path) else place
     try:
-        core = new_core(storage, clock, limits, seed, types)
+        core = new_core(storage, clock, limits, seed, types, outbound)
         await core.open(embedded=True)
         wire = Wire()
         core.attach(wire)
@@ -308,9 +310,9 @@ def simulated(world: Callable[[SimLoop], Coroutine[Any, Any, R]], seed: int = 0)
 
 @asynccontextmanager
 async def on_virtual_time(
-    loop: SimLoop, limits: Limits | None = None
+    loop: SimLoop, limits: Limits | None = None, outbound: Outbound | None = None
 ) -> AsyncIterator[tuple[Bench, SimDisk]]:
     disk = SimDisk(loop)
     storage = SimStorage(loop, disk)
-    async with running(storage, SimClock(loop), limits) as bench:
+    async with running(storage, SimClock(loop), limits, outbound=outbound) as bench:
         yield bench, disk

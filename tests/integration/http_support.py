@@ -13,7 +13,7 @@ from litestar.types import ASGIApp
 from broker.control import services
 from broker.core import Core
 from broker.http.app import create_app
-from broker.seams import Clock, Message, Outgoing, Receipt
+from broker.seams import Clock, Message, Outbound, Outgoing, Receipt
 from broker.settings import Limits, ProjectLimits, Settings
 from broker.world import SqliteStorage, SystemClock, SystemEntropy
 from devices.types import shipped_types
@@ -71,12 +71,18 @@ class Broker:
 
 @asynccontextmanager
 async def running(
-    directory: Path, limits: Limits | None = None, clock: Clock | None = None, **projects: ProjectLimits
+    directory: Path,
+    limits: Limits | None = None,
+    clock: Clock | None = None,
+    outbound: Outbound | None = None,
+    **projects: ProjectLimits,
 ) -> AsyncIterator[Broker]:
     storage = await SqliteStorage.open(directory)
     try:
         settings = Settings(limits=limits or Limits(), projects=projects)
-        core = Core(storage, clock or SystemClock(), SystemEntropy(), shipped_types(), settings)
+        core = Core(
+            storage, clock or SystemClock(), SystemEntropy(), shipped_types(), settings, outbound
+        )
         await core.open(embedded=True)
         link = NoServer()
         core.attach(link)

@@ -35,7 +35,7 @@ WITHIN_SEC = 30
 END_WITHIN_SEC = 10
 LOOK_AGAIN_SEC = 0.02
 # A key, a device's token, or any JWT: nothing of the kind may ever be in a log line.
-SECRET = re.compile(r"sk_live_[\w-]{16,}|dtok_[\w-]{16,}|eyJ[\w-]+\.[\w-]+\.[\w-]+")
+SECRET = re.compile(r"sk_live_[\w-]{16,}|dtok_[\w-]{16,}|whsec_[\w+/-]{16,}|eyJ[\w-]+\.[\w-]+\.[\w-]+")
 
 
 def _ordain() -> str:

@@ -24,6 +24,7 @@ PURE = (
     "broker/lanes.py",
     "broker/fleet.py",
     "broker/cloudevents.py",
+    "broker/webhook_queue.py",
 )
 NEVER_IN_PURE = {
     "asyncio",
@@ -50,6 +51,7 @@ SEAMS = (
     "broker/client.py",
     "broker/cli_projections.py",
     "broker/control.py",
+    "broker/outbound.py",
     "devices/agent.py",
     "devices/canary.py",
     "devices/simulator.py",
@@ -90,6 +92,7 @@ IMPORTED_ONLY_BY = {
         "broker/doctor.py",
     },
     "broker.mqtt": {"broker/serve.py"},
+    "broker.outbound": {"broker/serve.py"},
     "broker.mqtt_server": {"broker/mqtt_door.py"},
 }
 

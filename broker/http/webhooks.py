@@ -1,0 +1,398 @@
+"""`/v1/webhooks`: where events are sent to, and what became of it.
+
+Asks for two scopes, because whoever may send events elsewhere may read them. A secret is in the answer that
+made it, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+from litestar import Request, Router, delete, get, patch, post
+from litestar.params import FromPath, JSONBody, QueryParameter
+from msgspec import UNSET, Meta, UnsetType
+
+from broker.errors import Refusal, invalid
+from broker.events import NAMES, CommandEvent, DeviceEvent
+from broker.http.auth import Call, authorize, needs
+from broker.http.errors import documented
+from broker.http.pages import Cursor, Limit, Pager, cut
+from broker.http.v1_devices import Title, find_device, project_for
+from broker.http.views import Time
+from broker.registry import NAME_RULE
+from broker.webhook_worker import Attempt
+from broker.webhooks import Webhook
+from devices.clock import rfc3339
+from devices.names import is_name
+
+EVENTS = tuple(NAMES[each] for each in (*get_args(CommandEvent), *get_args(DeviceEvent)))
+DAY_SEC = 86_400
+
+Url = Annotated[
+    str, Meta(description="https, of the public internet. Plain ASCII, without user and password.")
+]
+Events = Annotated[
+    tuple[str, ...], Meta(description=f"Bare types; none: all. Of {', '.join(EVENTS)}.", max_length=50)
+]
+ByOutcome = Annotated[
+    Literal["delivered", "failed"] | None, QueryParameter(description="Only attempts that ended so.")
+]
+
+
+class WebhookBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    url: Url
+    name: Title | None = None
+    events: Events = ()
+    device: Annotated[str | None, Meta(description="Only events of this device: id or hardware id.")] = None
+    type: Annotated[str | None, Meta(description="Only events of commands of this name.")] = None
+    project: Annotated[str | UnsetType, Meta(description="For admins: another project than the key's.")] = (
+        UNSET
+    )
+
+
+class WebhookChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is absent keeps its value."""
+
+    url: Url | UnsetType = UNSET
+    name: Title | UnsetType | None = UNSET
+    events: Events | UnsetType = UNSET
+    device: str | UnsetType | None = UNSET
+    type: str | UnsetType | None = UNSET
+    enabled: Annotated[
+        bool | UnsetType, Meta(description="false: paused, and nothing is lost; true: resumed.")
+    ] = UNSET
+
+
+class RotateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    overlap_sec: Annotated[
+        int, Meta(ge=0, le=30 * DAY_SEC, description="How long the secrets before sign as well.")
+    ] = DAY_SEC
+
+
+class RedriveBody(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"position": "from"}
+):
+    position: Annotated[int, Meta(description="Everything wanted from this position on is sent again.")]
+
+
+class Failing(msgspec.Struct, frozen=True, kw_only=True):
+    """The event that could not be delivered for longest."""
+
+    position: int
+    attempts: int
+    since: Time
+
+
+class WebhookView(msgspec.Struct, frozen=True, kw_only=True):
+    """One endpoint. `secret` is in the answer that made it, and nowhere else."""
+
+    id: str
+    project: str
+    url: str
+    name: str | None
+    events: Annotated[list[str], Meta(description="None: all.")]
+    device_id: str | None
+    type: str | None
+    state: Annotated[
+        Literal["active", "paused", "gone"],
+        Meta(description="`paused`: until it is resumed, nothing is skipped; `gone`: it answered 410."),
+    ]
+    reason: Annotated[str | None, Meta(description="Why it is not active.")]
+    cursor: Annotated[int, Meta(description="Everything wanted before this position is delivered.")]
+    lag: Annotated[int, Meta(description="Positions from the cursor to the end of the log.")]
+    failing: Failing | None
+    old_secrets_until: Annotated[Time | None, Meta(description="Until then a secret before this one signs.")]
+    created_at: Time
+    created_by: str
+    secret: Annotated[str | UnsetType, Meta(description="`whsec_…`, to verify signatures. Shown once.")] = (
+        UNSET
+    )
+
+
+class WebhookList(msgspec.Struct, frozen=True, kw_only=True):
+    data: list[WebhookView]
+    has_more: bool
+    next_cursor: str | None
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """One request that was made."""
+
+    position: int
+    type: str
+    device_id: str
+    command_id: str | None
+    outcome: Literal["delivered", "failed"]
+    attempt: Annotated[int | None, Meta(description="Of this event, from 1; null: asked for by hand.")]
+    at: Time
+    duration_ms: int
+    status: Annotated[int | None, Meta(description="Null: no answer was seen; `error` says why.")]
+    error: str | None
+
+
+class DeliveryList(msgspec.Struct, frozen=True, kw_only=True):
+    data: list[Delivery]
+    has_more: bool
+    next_cursor: str | None
+
+
+@post("/", status_code=201, opt=needs("devices:write"), responses=documented(409, 413, 415))
+async def create_webhook(request: Call, data: JSONBody[WebhookBody]) -> WebhookView:
+    """Make a webhook
+
+    It gets what is recorded from now on: each event as a CloudEvent, signed as Standard Webhooks say, in
+    order per device, at least once.
+    """
+    project = project_for(request, data.project)
+    if not is_name(project):
+        raise invalid("project", NAME_RULE, project)
+    fields = await _chosen(request, project, data.events, data.device, data.type)
+    webhook, secret = await request.services.webhooks.create(
+        request.user, project, data.url, name=data.name, **fields
+    )
+    return _shown(request, webhook, secret)
+
+
+@get("/", opt=needs("devices:write"), responses=documented())
+async def list_webhooks(request: Call, limit: Limit = 20, cursor: Cursor = None) -> WebhookList:
+    """List webhooks
+
+    Newest first; an admin's key sees those of all projects.
+    """
+    pager = Pager(request.services.cursor_key, "webhooks", request.user.project)
+    start = pager.after(cursor) or 0
+    page, more = cut(request.services.webhooks.all(request.user)[start : start + limit + 1], limit)
+    answer = WebhookList(
+        data=[_shown(request, webhook) for webhook in page],
+        has_more=more,
+        next_cursor=pager.seal(start + limit) if more else None,
+    )
+    await request.services.commands.writer.barrier()
+    return answer
+
+
+@get("/{webhook:str}", opt=needs("devices:write"), responses=documented(404))
+async def get_webhook(request: Call, webhook: FromPath[str]) -> WebhookView:
+    """Read a webhook
+
+    Where it goes, whether it is at work, and how far it is.
+    """
+    answer = _shown(request, request.services.webhooks.seen(request.user, webhook))
+    await request.services.commands.writer.barrier()
+    return answer
+
+
+@patch("/{webhook:str}", opt=needs("devices:write"), responses=documented(404, 409, 413, 415))
+async def change_webhook(request: Call, webhook: FromPath[str], data: JSONBody[WebhookChange]) -> WebhookView:
+    """Change a webhook
+
+    Where it goes and what it gets, from its cursor on; and whether it is at work.
+    """
+    webhooks, caller = request.services.webhooks, request.user
+    endpoint = webhooks.seen(caller, webhook).endpoint
+    fields: dict[str, Any] = {}
+    if data.url is not UNSET:
+        fields["url"] = data.url
+    if data.name is not UNSET:
+        fields["name"] = data.name
+    if not all(each is UNSET for each in (data.events, data.device, data.type)):
+        fields |= await _chosen(
+            request,
+            endpoint.project,
+            endpoint.events if data.events is UNSET else data.events,
+            endpoint.device_id if data.device is UNSET else data.device,
+            endpoint.command if data.type is UNSET else data.type,
+        )
+    if fields:
+        await webhooks.change(caller, webhook, **fields)
+    if data.enabled is not UNSET:
+        await (webhooks.resume if data.enabled else webhooks.pause)(caller, webhook)
+    return _shown(request, webhooks.seen(caller, webhook))
+
+
+@delete("/{webhook:str}", status_code=200, opt=needs("devices:write"), responses=documented(404))
+async def delete_webhook(request: Call, webhook: FromPath[str]) -> WebhookView:
+    """Delete a webhook
+
+    Nothing is sent to it any more.
+    """
+    return _shown(request, await request.services.webhooks.delete(request.user, webhook))
+
+
+@post(
+    "/{webhook:str}/rotate", status_code=201, opt=needs("devices:write"), responses=documented(404, 413, 415)
+)
+async def rotate_webhook_secret(
+    request: Call, webhook: FromPath[str], data: JSONBody[RotateBody | None] = None
+) -> WebhookView:
+    """Give a webhook a new secret
+
+    Shown this once. For a day, or as long as `overlap_sec` says, both sign.
+    """
+    overlap_sec = DAY_SEC if data is None else data.overlap_sec
+    changed, secret = await request.services.webhooks.rotate(request.user, webhook, overlap_sec)
+    return _shown(request, changed, secret)
+
+
+@post("/{webhook:str}/resume", status_code=200, opt=needs("devices:write"), responses=documented(404, 409))
+async def resume_webhook(request: Call, webhook: FromPath[str]) -> WebhookView:
+    """Resume a webhook
+
+    It goes on where it stopped. One that is at work tries now what failed before.
+    """
+    return _shown(request, await request.services.webhooks.resume(request.user, webhook))
+
+
+@post(
+    "/{webhook:str}/redrive", status_code=200, opt=needs("devices:write"), responses=documented(404, 413, 415)
+)
+async def redrive_webhook(request: Call, webhook: FromPath[str], data: JSONBody[RedriveBody]) -> WebhookView:
+    """Send again from a position
+
+    Everything wanted from there on, in order and with the same ids: receivers know what they have.
+    """
+    return _shown(request, await request.services.webhooks.redrive(request.user, webhook, data.position))
+
+
+@get("/{webhook:str}/deliveries", opt=needs("devices:write"), responses=documented(404))
+async def list_deliveries(
+    request: Call,
+    webhook: FromPath[str],
+    outcome: ByOutcome = None,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+) -> DeliveryList:
+    """List the attempts of a webhook
+
+    Newest first, the last 1,000 since the broker started.
+    """
+    known = request.services.webhooks.seen(request.user, webhook)
+    pager = Pager(request.services.cursor_key, "deliveries", webhook, outcome)
+    before = pager.after(cursor)
+    found = [
+        (number, attempt)
+        for number, attempt in reversed(known.attempts)
+        if (before is None or number < before) and outcome in (None, _outcome(attempt))
+    ]
+    page, more = cut(found, limit)
+    return DeliveryList(
+        data=[_delivery(attempt) for _, attempt in page],
+        has_more=more,
+        next_cursor=pager.seal(page[-1][0]) if more else None,
+    )
+
+
+@post(
+    "/{webhook:str}/deliveries/{position:int}/resend",
+    status_code=200,
+    opt=needs("devices:write"),
+    responses=documented(404, 409, 429),
+)
+async def resend_delivery(request: Call, webhook: FromPath[str], position: FromPath[int]) -> Delivery:
+    """Send one event again
+
+    Any event of the project, once, now; the answer says what became of it. 409 while it is still to be sent
+    in its order.
+    """
+    return _delivery(await request.services.webhooks.resend(request.user, webhook, position))
+
+
+async def _chosen(
+    request: Call, project: str, events: tuple[str, ...], device: str | None, type: str | None
+) -> dict[str, Any]:
+    """What an endpoint gets, checked."""
+    for event in events:
+        if event not in EVENTS:
+            raise invalid("events", f"must be of {', '.join(EVENTS)}", event)
+    if type is not None and not is_name(type):
+        raise invalid("type", NAME_RULE, type)
+    device_id = None
+    if device is not None:
+        caller, reading = request.user, request.services.commands.writer.storage.read
+        try:
+            found = await reading(lambda sql: find_device(sql, caller, device))
+        except Refusal as refusal:
+            raise invalid("device", "is not known here", device) from refusal
+        if found.project != project:
+            raise invalid("device", f"is not of project {project}", device)
+        device_id = found.id
+    return {"events": tuple(dict.fromkeys(events)), "device_id": device_id, "command": type}
+
+
+def _shown(request: Call, webhook: Webhook, secret: str | UnsetType = UNSET) -> WebhookView:
+    endpoint, failing, cursor = webhook.endpoint, webhook.failing, webhook.cursor
+    services = request.services
+    old = [each.until for each in endpoint.signing(services.commands.writer.now()) if each.until is not None]
+    return WebhookView(
+        id=endpoint.id,
+        project=endpoint.project,
+        url=endpoint.url,
+        name=endpoint.name,
+        events=list(endpoint.events),
+        device_id=endpoint.device_id,
+        type=endpoint.command,
+        state=endpoint.state,
+        reason=endpoint.reason,
+        cursor=cursor,
+        lag=max(0, services.feed.head + 1 - cursor),
+        failing=None
+        if failing is None or failing.failed_since is None
+        else Failing(
+            position=failing.position, attempts=failing.attempts, since=rfc3339(failing.failed_since)
+        ),
+        old_secrets_until=rfc3339(max(old)) if old else None,
+        created_at=rfc3339(endpoint.created_at),
+        created_by=endpoint.created_by,
+        secret=secret,
+    )
+
+
+def _outcome(attempt: Attempt) -> Literal["delivered", "failed"]:
+    return "delivered" if attempt.delivered else "failed"
+
+
+def _delivery(attempt: Attempt) -> Delivery:
+    return Delivery(
+        position=attempt.position,
+        type=attempt.type,
+        device_id=attempt.device_id,
+        command_id=attempt.command_id,
+        outcome=_outcome(attempt),
+        attempt=attempt.attempt,
+        at=rfc3339(attempt.at),
+        duration_ms=attempt.duration_ms,
+        status=attempt.status,
+        error=attempt.error,
+    )
+
+
+async def _authorize(request: Request[Any, Any, Any]) -> None:
+    """Both scopes.
+
+    Raises:
+        Refusal: unauthorized, or forbidden: the key lacks one of them.
+        Unavailable: it would write, and the log cannot be written now.
+    """
+    await authorize(request)
+    if "events:read" not in request.scope["user"].scopes:
+        raise Refusal("forbidden", "this key does not have the scope events:read", {"scope": "events:read"})
+
+
+routes = Router(
+    "/v1/webhooks",
+    route_handlers=[
+        create_webhook,
+        list_webhooks,
+        get_webhook,
+        change_webhook,
+        delete_webhook,
+        rotate_webhook_secret,
+        resume_webhook,
+        redrive_webhook,
+        list_deliveries,
+        resend_delivery,
+    ],
+    before_request=_authorize,
+    tags=["Webhooks"],
+)

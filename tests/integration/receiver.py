@@ -1,0 +1,110 @@
+"""A webhook's far end: a real HTTP server that keeps what it got and answers as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+
+
+class Got(msgspec.Struct, frozen=True):
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def event(self) -> dict[str, Any]:
+        event: dict[str, Any] = json.loads(self.body)
+        return event
+
+    @property
+    def position(self) -> int:
+        return int(self.event["id"])
+
+
+Reply = tuple[int, dict[str, str]]
+
+
+class Receiver:
+    """`reply` decides on each request; while `gate` is shut nothing is answered."""
+
+    def __init__(self) -> None:
+        self.got: list[Got] = []
+        self.connections = 0
+        self.port = 0
+        self.reply: Callable[[Got], Reply] = lambda _: (204, {})
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.waiting = 0
+        self.body = b""
+        self._news = asyncio.Condition()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/hook"
+
+    async def until(self, fact: Callable[[], bool], within_sec: float = 20) -> None:
+        async with asyncio.timeout(within_sec), self._news:
+            await self._news.wait_for(fact)
+
+    async def count(self, number: int) -> list[Got]:
+        """Once this many requests have come."""
+        await self.until(lambda: len(self.got) >= number)
+        return self.got
+
+    async def served(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+                headers = {
+                    key.lower(): value for key, _, value in (line.partition(": ") for line in head[1:])
+                }
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                got = Got(head[0].split()[1], headers, body)
+                async with self._news:
+                    self.got.append(got)
+                    self.waiting += 1
+                    self._news.notify_all()
+                await self.gate.wait()
+                self.waiting -= 1
+                status, more = self.reply(got)
+                fields = "".join(f"{key}: {value}\r\n" for key, value in more.items())
+                answer = f"HTTP/1.1 {status} X\r\n{fields}"
+                if status != 204:
+                    answer += f"content-length: {len(self.body)}\r\n"
+                writer.write(answer.encode() + b"\r\n" + self.body)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def receiving(
+    host: str = "127.0.0.1", context: ssl.SSLContext | None = None, port: int = 0
+) -> AsyncIterator[Receiver]:
+    receiver = Receiver()
+    connections: set[asyncio.Task[None]] = set()
+
+    def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(receiver.served(reader, writer))
+        connections.add(task)
+        task.add_done_callback(connections.discard)
+
+    server = await asyncio.start_server(served, host, port, ssl=context)
+    try:
+        receiver.port = server.sockets[0].getsockname()[1]
+        yield receiver
+    finally:
+        server.close()
+        for task in list(connections):
+            task.cancel()
+        if connections:
+            await asyncio.wait(connections)
