@@ -77,7 +77,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     issuer: str = "ordain"
     types: str = ""
     cors_origins: list[str] = []
-    webhook_allow: tuple[str, ...] = ()
+    webhook_allow: list[str] = []
     webhook_timeout_sec: Annotated[float, Meta(ge=1, le=60)] = 15
     limits: Limits = Limits()
     projects: dict[str, ProjectLimits] = {}

@@ -67,12 +67,15 @@ TAGS = {
     "App": "The same commands in the words of an app: names, idents and data. What stands under the SDK.",
     "Devices": "What can be commanded: devices, their lanes, their types, and what they said.",
     "Unversioned": "The same commands under paths, fields and words that other systems use; and erasing.",
+    "Webhooks": "Where events are sent to, and what became of it. Keys need `events:read` as well.",
     "System": "How the broker is. Most of it needs no key.",
 }
 # What stands in many paths and means the same in each.
 PATH_PARAMETERS = {
     "device": "The device's `id` or `hardware_id`.",
     "command_id": "The command's `id`.",
+    "webhook": "The webhook's `id`.",
+    "position": "The event's position in the log.",
 }
 # Litestar's words for an answer that has none of its own.
 STANDARD_PHRASES = {status.description for status in HTTPStatus}

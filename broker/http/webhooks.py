@@ -6,135 +6,36 @@ made it, and nowhere else.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import msgspec
 from litestar import Request, Router, delete, get, patch, post
 from litestar.params import FromPath, JSONBody, QueryParameter
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, UnsetType
 
 from broker.errors import Refusal, invalid
-from broker.events import NAMES, CommandEvent, DeviceEvent
+from broker.http import webhook_views as views
 from broker.http.auth import Call, authorize, needs
 from broker.http.errors import documented
 from broker.http.pages import Cursor, Limit, Pager, cut
-from broker.http.v1_devices import Title, find_device, project_for
-from broker.http.views import Time
+from broker.http.v1_devices import find_device, project_for
+from broker.http.webhook_views import (
+    DAY_SEC,
+    Delivery,
+    DeliveryList,
+    RedriveBody,
+    RotateBody,
+    WebhookBody,
+    WebhookChange,
+    WebhookList,
+    WebhookView,
+)
 from broker.registry import NAME_RULE
-from broker.webhook_worker import Attempt
 from broker.webhooks import Webhook
-from devices.clock import rfc3339
 from devices.names import is_name
 
-EVENTS = tuple(NAMES[each] for each in (*get_args(CommandEvent), *get_args(DeviceEvent)))
-DAY_SEC = 86_400
-
-Url = Annotated[
-    str, Meta(description="https, of the public internet. Plain ASCII, without user and password.")
-]
-Events = Annotated[
-    tuple[str, ...], Meta(description=f"Bare types; none: all. Of {', '.join(EVENTS)}.", max_length=50)
-]
 ByOutcome = Annotated[
     Literal["delivered", "failed"] | None, QueryParameter(description="Only attempts that ended so.")
 ]
-
-
-class WebhookBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    url: Url
-    name: Title | None = None
-    events: Events = ()
-    device: Annotated[str | None, Meta(description="Only events of this device: id or hardware id.")] = None
-    type: Annotated[str | None, Meta(description="Only events of commands of this name.")] = None
-    project: Annotated[str | UnsetType, Meta(description="For admins: another project than the key's.")] = (
-        UNSET
-    )
-
-
-class WebhookChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is absent keeps its value."""
-
-    url: Url | UnsetType = UNSET
-    name: Title | UnsetType | None = UNSET
-    events: Events | UnsetType = UNSET
-    device: str | UnsetType | None = UNSET
-    type: str | UnsetType | None = UNSET
-    enabled: Annotated[
-        bool | UnsetType, Meta(description="false: paused, and nothing is lost; true: resumed.")
-    ] = UNSET
-
-
-class RotateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    overlap_sec: Annotated[
-        int, Meta(ge=0, le=30 * DAY_SEC, description="How long the secrets before sign as well.")
-    ] = DAY_SEC
-
-
-class RedriveBody(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"position": "from"}
-):
-    position: Annotated[int, Meta(description="Everything wanted from this position on is sent again.")]
-
-
-class Failing(msgspec.Struct, frozen=True, kw_only=True):
-    """The event that could not be delivered for longest."""
-
-    position: int
-    attempts: int
-    since: Time
-
-
-class WebhookView(msgspec.Struct, frozen=True, kw_only=True):
-    """One endpoint. `secret` is in the answer that made it, and nowhere else."""
-
-    id: str
-    project: str
-    url: str
-    name: str | None
-    events: Annotated[list[str], Meta(description="None: all.")]
-    device_id: str | None
-    type: str | None
-    state: Annotated[
-        Literal["active", "paused", "gone"],
-        Meta(description="`paused`: until it is resumed, nothing is skipped; `gone`: it answered 410."),
-    ]
-    reason: Annotated[str | None, Meta(description="Why it is not active.")]
-    cursor: Annotated[int, Meta(description="Everything wanted before this position is delivered.")]
-    lag: Annotated[int, Meta(description="Positions from the cursor to the end of the log.")]
-    failing: Failing | None
-    old_secrets_until: Annotated[Time | None, Meta(description="Until then a secret before this one signs.")]
-    created_at: Time
-    created_by: str
-    secret: Annotated[str | UnsetType, Meta(description="`whsec_…`, to verify signatures. Shown once.")] = (
-        UNSET
-    )
-
-
-class WebhookList(msgspec.Struct, frozen=True, kw_only=True):
-    data: list[WebhookView]
-    has_more: bool
-    next_cursor: str | None
-
-
-class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """One request that was made."""
-
-    position: int
-    type: str
-    device_id: str
-    command_id: str | None
-    outcome: Literal["delivered", "failed"]
-    attempt: Annotated[int | None, Meta(description="Of this event, from 1; null: asked for by hand.")]
-    at: Time
-    duration_ms: int
-    status: Annotated[int | None, Meta(description="Null: no answer was seen; `error` says why.")]
-    error: str | None
-
-
-class DeliveryList(msgspec.Struct, frozen=True, kw_only=True):
-    data: list[Delivery]
-    has_more: bool
-    next_cursor: str | None
 
 
 @post("/", status_code=201, opt=needs("devices:write"), responses=documented(409, 413, 415))
@@ -144,9 +45,8 @@ async def create_webhook(request: Call, data: JSONBody[WebhookBody]) -> WebhookV
     It gets what is recorded from now on: each event as a CloudEvent, signed as Standard Webhooks say, in
     order per device, at least once.
     """
+    _check_names(project=data.project, device=data.device, type=data.type)
     project = project_for(request, data.project)
-    if not is_name(project):
-        raise invalid("project", NAME_RULE, project)
     fields = await _chosen(request, project, data.events, data.device, data.type)
     webhook, secret = await request.services.webhooks.create(
         request.user, project, data.url, name=data.name, **fields
@@ -189,6 +89,7 @@ async def change_webhook(request: Call, webhook: FromPath[str], data: JSONBody[W
 
     Where it goes and what it gets, from its cursor on; and whether it is at work.
     """
+    _check_names(device=data.device, type=data.type)
     webhooks, caller = request.services.webhooks, request.user
     endpoint = webhooks.seen(caller, webhook).endpoint
     fields: dict[str, Any] = {}
@@ -273,40 +174,36 @@ async def list_deliveries(
     found = [
         (number, attempt)
         for number, attempt in reversed(known.attempts)
-        if (before is None or number < before) and outcome in (None, _outcome(attempt))
+        if (before is None or number < before) and outcome in (None, views.outcome(attempt))
     ]
     page, more = cut(found, limit)
     return DeliveryList(
-        data=[_delivery(attempt) for _, attempt in page],
+        data=[views.delivery(attempt) for _, attempt in page],
         has_more=more,
         next_cursor=pager.seal(page[-1][0]) if more else None,
     )
 
 
 @post(
-    "/{webhook:str}/deliveries/{position:int}/resend",
+    "/{webhook:str}/deliveries/{position:str}/resend",
     status_code=200,
     opt=needs("devices:write"),
     responses=documented(404, 409, 429),
 )
-async def resend_delivery(request: Call, webhook: FromPath[str], position: FromPath[int]) -> Delivery:
+async def resend_delivery(request: Call, webhook: FromPath[str], position: FromPath[str]) -> Delivery:
     """Send one event again
 
     Any event of the project, once, now; the answer says what became of it. 409 while it is still to be sent
     in its order.
     """
-    return _delivery(await request.services.webhooks.resend(request.user, webhook, position))
+    number = int(position[:18]) if position.isdecimal() else 0
+    return views.delivery(await request.services.webhooks.resend(request.user, webhook, number))
 
 
 async def _chosen(
     request: Call, project: str, events: tuple[str, ...], device: str | None, type: str | None
 ) -> dict[str, Any]:
     """What an endpoint gets, checked."""
-    for event in events:
-        if event not in EVENTS:
-            raise invalid("events", f"must be of {', '.join(EVENTS)}", event)
-    if type is not None and not is_name(type):
-        raise invalid("type", NAME_RULE, type)
     device_id = None
     if device is not None:
         caller, reading = request.user, request.services.commands.writer.storage.read
@@ -320,51 +217,15 @@ async def _chosen(
     return {"events": tuple(dict.fromkeys(events)), "device_id": device_id, "command": type}
 
 
-def _shown(request: Call, webhook: Webhook, secret: str | UnsetType = UNSET) -> WebhookView:
-    endpoint, failing, cursor = webhook.endpoint, webhook.failing, webhook.cursor
+def _check_names(**given: Any) -> None:
+    for field, value in given.items():
+        if isinstance(value, str) and not is_name(value):
+            raise invalid(field, NAME_RULE, value)
+
+
+def _shown(request: Call, known: Webhook, secret: str | UnsetType = UNSET) -> WebhookView:
     services = request.services
-    old = [each.until for each in endpoint.signing(services.commands.writer.now()) if each.until is not None]
-    return WebhookView(
-        id=endpoint.id,
-        project=endpoint.project,
-        url=endpoint.url,
-        name=endpoint.name,
-        events=list(endpoint.events),
-        device_id=endpoint.device_id,
-        type=endpoint.command,
-        state=endpoint.state,
-        reason=endpoint.reason,
-        cursor=cursor,
-        lag=max(0, services.feed.head + 1 - cursor),
-        failing=None
-        if failing is None or failing.failed_since is None
-        else Failing(
-            position=failing.position, attempts=failing.attempts, since=rfc3339(failing.failed_since)
-        ),
-        old_secrets_until=rfc3339(max(old)) if old else None,
-        created_at=rfc3339(endpoint.created_at),
-        created_by=endpoint.created_by,
-        secret=secret,
-    )
-
-
-def _outcome(attempt: Attempt) -> Literal["delivered", "failed"]:
-    return "delivered" if attempt.delivered else "failed"
-
-
-def _delivery(attempt: Attempt) -> Delivery:
-    return Delivery(
-        position=attempt.position,
-        type=attempt.type,
-        device_id=attempt.device_id,
-        command_id=attempt.command_id,
-        outcome=_outcome(attempt),
-        attempt=attempt.attempt,
-        at=rfc3339(attempt.at),
-        duration_ms=attempt.duration_ms,
-        status=attempt.status,
-        error=attempt.error,
-    )
+    return views.webhook(known, services.feed.head, services.commands.writer.now(), secret)
 
 
 async def _authorize(request: Request[Any, Any, Any]) -> None:

@@ -80,9 +80,7 @@ async def running(
     storage = await SqliteStorage.open(directory)
     try:
         settings = Settings(limits=limits or Limits(), projects=projects)
-        core = Core(
-            storage, clock or SystemClock(), SystemEntropy(), shipped_types(), settings, outbound
-        )
+        core = Core(storage, clock or SystemClock(), SystemEntropy(), shipped_types(), settings, outbound)
         await core.open(embedded=True)
         link = NoServer()
         core.attach(link)

@@ -195,7 +195,7 @@ def ask(client: httpx2.Client, method: str, fault: Fault) -> httpx2.Response:
 
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_what_is_wrong_is_named_and_changes_nothing(label: str, here: Served) -> None:
-    names = {"device": "lamp-1", "command_id": here.commands[0]}
+    names = {"device": "lamp-1", "command_id": here.commands[0], "webhook": "whk_1", "position": "1"}
     before, found = here.position(), []
     with here.client() as client:
         for fault in faults(label, names):
@@ -210,7 +210,7 @@ def test_what_is_wrong_is_named_and_changes_nothing(label: str, here: Served) ->
 @pytest.mark.parametrize("label", [label for label, found in OPERATIONS.items() if "requestBody" in found])
 def test_a_body_of_another_kind_or_size_is_refused(label: str, here: Served) -> None:
     method, _, template = label.partition(" ")
-    path = template.format(device="lamp-1", command_id=here.commands[0])
+    path = template.format(device="lamp-1", command_id=here.commands[0], webhook="whk_1")
     before = here.position()
     with here.client() as client:
         for kind in ("text/plain", "application/x-www-form-urlencoded", "application/cbor", ""):
