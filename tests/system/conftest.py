@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Page, sync_playwright
 
 from tests.system.support import SECRET, Broker
 
 NewBroker = Callable[..., Broker]
+# No sandbox: tests may run as root. Quiet: it is not to look for updates meanwhile.
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+WITHIN_MS = 30_000
 
 
 @pytest.fixture
@@ -43,3 +56,17 @@ def _end_child(broker: Broker) -> None:
 def broker(new_broker: NewBroker) -> Broker:
     """A running broker with its own MQTT server."""
     return new_broker().start()
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """An empty page in Debian's Chromium."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("chromium is not installed (Debian: apt install chromium)", pytrace=False)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        page = browser.new_page()
+        page.set_default_timeout(WITHIN_MS)
+        yield page
+        browser.close()

@@ -197,7 +197,7 @@ class Broker:
 
     def _make_key(self) -> str:
         """What `ordain keys create` does, without the half second that a process takes to start."""
-        wanted = {"project": "default", "scopes": ["devices:read", "devices:write"]}
+        wanted = {"project": "default", "scopes": ["devices:read", "devices:write", "events:read"]}
         with socket_path(self.data) as path:
             door = httpx2.HTTPTransport(uds=path)
             with httpx2.Client(transport=door, base_url="http://ordain", trust_env=False) as client:
@@ -259,6 +259,21 @@ def ordain(*arguments: str, data: Path | None = None, **env: str) -> subprocess.
         timeout=WITHIN_SEC * 2,
         env=environment(**(where | env)),
     )
+
+
+def paste(script: str, broker: Broker, **variables: str) -> str:
+    """Runs a block in a shell as a reader would, with the broker's real address; what it prints."""
+    script = script.replace("127.0.0.1:8080", broker.url.removeprefix("http://"))
+    path = f"{Path(ORDAIN).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", script],
+        env=environment(PATH=path, ORDAIN_DATA=str(broker.data), **variables),
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_SEC,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def made(done: subprocess.CompletedProcess[str]) -> str:

@@ -7,8 +7,8 @@ import sqlite3
 from contextlib import closing
 
 from broker.world import DATABASE
-from tests.system.support import Broker, refused
-from tests.system.test_readme import blocks, paste
+from tests.system.support import Broker, paste, refused
+from tests.system.test_readme import blocks
 
 
 def test_the_look_back_of_the_readme_runs(broker: Broker) -> None:

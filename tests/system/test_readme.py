@@ -17,7 +17,7 @@ from devices.agent import Agent
 from devices.wire import decode_answer, decode_command
 from scripts.draw import DRAWN, README, drawn
 from tests.system.conftest import NewBroker
-from tests.system.support import ORDAIN, ROOT, WITHIN_SEC, Broker, environment
+from tests.system.support import ORDAIN, ROOT, Broker, environment, paste
 
 TEXT = README.read_text()
 
@@ -28,21 +28,6 @@ def section(title: str) -> str:
 
 def blocks(title: str, language: str = "") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", section(title), re.DOTALL)
-
-
-def paste(script: str, broker: Broker, **variables: str) -> str:
-    """Runs a block in a shell as a reader would, with the broker's real address; what it prints."""
-    script = script.replace("127.0.0.1:8080", broker.url.removeprefix("http://"))
-    path = f"{Path(ORDAIN).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euc", script],
-        env=environment(PATH=path, ORDAIN_DATA=str(broker.data), **variables),
-        capture_output=True,
-        text=True,
-        timeout=WITHIN_SEC,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("page", DRAWN, ids=lambda page: page.name)
