@@ -6,16 +6,25 @@ event whose data was erased but that it happened.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from broker import events
-from broker.events import CommandEvent, DeviceEvent, Recorded, subject_kind
+from broker.events import NAMES, CommandEvent, DeviceEvent, Recorded, subject_kind
 from devices.clock import rfc3339
 
 SECRET = frozenset({"token_digest"})
+_BARE = {
+    known: name
+    for kind, classes in (("command", CommandEvent), ("device", DeviceEvent))
+    for name in (NAMES[each] for each in get_args(classes))
+    for known in (name, f"ordain.{kind}.{name}.v1")
+}
+EVENTS = tuple(dict.fromkeys(_BARE.values()))
+
+_encode = msgspec.json.Encoder().encode
 
 
 class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +50,7 @@ class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
     data: dict[str, Any]
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
+class Entry(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """One event on its way out, with what subscribers choose by. `command` is the command's name.
 
     `event` None: its data was erased, and `command` may not be known any more.
@@ -70,10 +79,14 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """Which events a subscriber wants; None means any. `event`: the bare type, such as `executed`."""
+    """Which events a subscriber wants; None means any.
+
+    `device`: its id or its hardware id, which no two devices share. `command_id`: one command, `command`:
+    the command's name. `event`: the bare type, such as `executed`.
+    """
 
     project: str | None = None
-    device_id: str | None = None
+    device: str | None = None
     command_id: str | None = None
     command: str | None = None
     event: str | None = None
@@ -81,7 +94,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     def fits(self, entry: Entry) -> bool:
         return (
             self.project in (None, entry.project)
-            and self.device_id in (None, entry.device_id)
+            and self.device in (None, entry.device_id, entry.hardware_id)
             and self.command_id in (None, entry.stream)
             and self.command in (None, entry.command)
             and self.event in (None, entry.type)
@@ -136,9 +149,23 @@ def cloud_event(log_id: str, entry: Entry) -> CloudEvent:
     )
 
 
+def encoded(log_id: str, entry: Entry) -> bytes:
+    """The CloudEvent in JSON; worked out once, to however many subscribers it goes."""
+    known: bytes | None = entry.__dict__.get("encoded")
+    if known is None:
+        known = entry.__dict__["encoded"] = _encode(cloud_event(log_id, entry))
+    return known
+
+
 def full_type(stream: str, name: str) -> str:
     """`ordain.command.executed.v1` of the event `executed` in a command's stream."""
     return f"ordain.{subject_kind(stream)}.{name}.v1"
+
+
+def bare_type(name: str) -> str | None:
+    """The bare type of an event by either of its names: `executed` of `ordain.command.executed.v1` and of
+    itself; None if there is no such event of a command or a device."""
+    return _BARE.get(name)
 
 
 def event_data(event: events.Event) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import httpx2
 from broker.core import Core
 from broker.http.app import create_app
 from broker.http.services import Services
+from broker.http.streams import Streams
 from broker.metrics import Metrics
 from broker.seams import Sql
 from broker.settings import BadSetting, Settings
@@ -36,6 +37,10 @@ def services(core: Core, shown: Settings | None = None) -> Services:
     came out."""
     metrics = Metrics(core.writer.clock)
     metrics.watch(core)
+    sent = metrics.subscribers("sse", lambda: streams.lag)
+    streams = Streams(core.feed, core.log_id, core.settings.limits.streams_per_project, sent.inc)
+    metrics.watch_streams(lambda: streams.open)
+    core.keys.revoked = streams.revoked
     return Services(
         commands=core.commands,
         repairs=core.repairs,
@@ -46,6 +51,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         grants=core.grants,
         feed=core.feed,
         webhooks=core.webhooks,
+        streams=streams,
         dispatch=core.dispatch,
         intake=core.intake,
         pull=core.pull,

@@ -110,6 +110,7 @@ class Core:
         self.log_id, key = await self.storage.write(work)
         self.cursor_key = bytes.fromhex(key)
         await self.grants.load()
+        await self.feed.open()
         self.dispatch = Dispatch(self.commands, self.grants, self.link)
         self.intake = Intake(self.commands, self.registry, self.dispatch, self.link, embedded=embedded)
         self.pull = Pull(self.registry, self.grants, self.dispatch, self.intake)

@@ -1,145 +1,193 @@
 """The log as subscribers follow it: history first, then what is committed, without a gap or a double.
 
 Entries come after their commit and never before. A subscriber that falls behind is not waited for:
-its queue is bounded, and it goes on from the log.
+what is kept for it is bounded, and it goes on from the log.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 from broker.cloudevents import Entry, Wanted, entry, is_outward
-from broker.events import Recorded
+from broker.events import Erased, Recorded
 from broker.live import Live
 from broker.writer import Writer
 from projections import outgoing
 
-QUEUED = 1_000
-PAGE = 500
+QUEUED = 1_000  # positions that wait for one subscriber, and entries kept for all of them together
+BATCH = 100  # what one subscriber takes at a time: a slow one must not hold on to more
 
-Key = tuple[str | None, str | None]  # project, device id; None: any
+Key = tuple[str | None, str | None]  # project, device by either name; None: any
 
 
 class Subscription:
-    """Everything wanted that is committed from `since` (a position) on, unless it `overflowed`."""
+    """One subscriber's place in the log: everything wanted up to `reached` was given to it.
 
-    def __init__(self, wanted: Wanted, since: int) -> None:
+    What is committed comes as positions in a queue; up to `_since` the log itself is asked.
+    """
+
+    def __init__(self, feed: Feed, wanted: Wanted, after: int) -> None:
         self.wanted = wanted
-        self.since = since
-        self.queue: deque[Entry] = deque()
-        self.overflowed = False
-        self.wake = asyncio.Event()
+        self.reached = after
+        self.ended = False
+        self._feed = feed
+        self._since = feed.head
+        self._queue: deque[int] = deque()
+        self._wake = asyncio.Event()
 
-    def put(self, entry: Entry) -> None:
-        if len(self.queue) >= QUEUED:
-            self.overflow()
-        elif not self.overflowed:
-            self.queue.append(entry)
-            self.wake.set()
+    @property
+    def lag(self) -> int:
+        """How many events of the log have not been looked at for it."""
+        behind = self._queue or self.reached < self._since
+        return self._feed.head - self.reached if behind else 0
 
-    def overflow(self) -> None:
-        self.overflowed = True
-        self.queue.clear()
-        self.wake.set()
+    def put(self, position: int) -> None:
+        """A wanted event became durable."""
+        if position <= self._since:
+            return
+        self._queue.append(position)
+        self._wake.set()
+        if len(self._queue) > QUEUED:
+            self.fall_behind()
 
-    async def next(self, after: int) -> list[Entry] | None:
-        """What has come after a position, once something has; None: it overflowed, ask the log."""
-        await self.wake.wait()
-        self.wake.clear()
-        if self.overflowed:
-            return None
-        found = [entry for entry in self.queue if entry.position > after]
-        self.queue.clear()
-        return found
+    def fall_behind(self) -> None:
+        """From here to the head the log is asked."""
+        self._queue.clear()
+        self._since = self._feed.head
+        self._wake.set()
+
+    def end(self) -> None:
+        """Nothing more is given, and whoever waits is told."""
+        self.ended = True
+        self._wake.set()
+
+    async def next(self, idle_sec: float | None = None) -> list[Entry] | None:
+        """What comes next, in order; None if nothing wanted came for so long, or it was ended.
+
+        Empty at times while history is read: none of what was looked at is wanted.
+        """
+        while not self.ended:
+            if self.reached < self._since:
+                entries, self.reached = await self._feed.read(self.wanted, self.reached, self._since, BATCH)
+                return entries
+            if entries := self._queued():
+                return entries
+            if self.reached < self._since:
+                continue
+            self.reached = self._feed.head
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(idle_sec):
+                    await self._wake.wait()
+            except TimeoutError:
+                break
+        return None
+
+    def _queued(self) -> list[Entry]:
+        entries: list[Entry] = []
+        while self._queue and len(entries) < BATCH:
+            found = self._feed.recent.get(self._queue[0])
+            if found is None:
+                self.fall_behind()
+                break
+            self._queue.popleft()
+            entries.append(found)
+            self.reached = found.position
+        return entries
 
 
 class Feed:
-    """`head` is the last durable position."""
+    """`head` is the last durable position; every event after `kept_after` is still there."""
 
     def __init__(self, writer: Writer, live: Live) -> None:
+        self.kept_after = 0
+        self.recent: dict[int, Entry] = {}
         self._writer = writer
         self._live = live
         self._subscriptions: dict[Key, set[Subscription]] = {}
         writer.listeners.append(self._committed)
+
+    async def open(self) -> None:
+        self.kept_after = await self._writer.storage.read(outgoing.kept_after)
 
     @property
     def head(self) -> int:
         return self._writer.durable
 
     def reread(self) -> None:
-        """A commit failed and the log was read anew: what became of it nobody was told."""
-        for found in self._subscriptions.values():
-            for subscription in found:
-                subscription.overflow()
+        """Everybody goes on from the log, as after a failed commit: what became of that nobody was told."""
+        for subscription in self._all():
+            subscription.fall_behind()
+
+    def _all(self) -> list[Subscription]:
+        return [subscription for found in self._subscriptions.values() for subscription in found]
 
     def _committed(self, events: list[Recorded]) -> None:
         for recorded in events if self._subscriptions else ():
-            project, device_id = recorded.project, recorded.device_id
-            keys: tuple[Key, ...] = (
-                (None, None),
-                (project, None),
-                (None, device_id),
-                (project, device_id),
-            )
-            interested = [s for key in keys for s in self._subscriptions.get(key, ())]
-            if not interested or not is_outward(recorded):
+            if isinstance(recorded.event, Erased):
+                # What waits here may be what it takes away; in the log it is not shown any more.
+                self.recent.clear()
+                self.reread()
+                return
+            if not is_outward(recorded):
                 continue
-            made = self._entry(recorded)
-            for subscription in interested:
-                if made is None:
-                    subscription.overflow()  # memory has let go of the names: the log has them
-                elif subscription.wanted.fits(made):
-                    subscription.put(made)
+            state = self._live.command(recorded.stream)
+            device = state or self._live.devices.get(recorded.device_id or "")
+            if device is None:
+                self.reread()  # memory has let go of the names: the log has them
+                return
+            found = self._interested(recorded.project, recorded.device_id, device.hardware_id)
+            if not found:
+                continue
+            made = entry(recorded, device.hardware_id, None if state is None else state.type)
+            self._keep(made)
+            for subscription in found:
+                if subscription.wanted.fits(made):
+                    subscription.put(made.position)
 
-    def _entry(self, recorded: Recorded) -> Entry | None:
-        state = self._live.command(recorded.stream)
-        device = self._live.devices.get(recorded.device_id or "")
-        if state is not None:
-            return entry(recorded, state.hardware_id, state.type)
-        return None if device is None else entry(recorded, device.hardware_id, None)
+    def _interested(self, project: str, device_id: str | None, hardware_id: str) -> list[Subscription]:
+        find = self._subscriptions.get
+        devices = {None, device_id, hardware_id}  # a device may have one name for both
+        return [s for owner in (None, project) for device in devices for s in find((owner, device), ())]
 
-    def subscribe(self, wanted: Wanted) -> Subscription:
-        subscription = Subscription(wanted, self.head)
-        self._subscriptions.setdefault((wanted.project, wanted.device_id), set()).add(subscription)
-        return subscription
+    def _keep(self, made: Entry) -> None:
+        self.recent[made.position] = made
+        if len(self.recent) > QUEUED:
+            del self.recent[next(iter(self.recent))]
 
-    def unsubscribe(self, subscription: Subscription) -> None:
-        key = subscription.wanted.project, subscription.wanted.device_id
-        found = self._subscriptions.get(key, set())
-        found.discard(subscription)
-        if not found:
-            self._subscriptions.pop(key, None)
+    @contextmanager
+    def subscribed(self, wanted: Wanted, after: int) -> Iterator[Subscription]:
+        """A subscription to everything after a position."""
+        key = wanted.project, wanted.device
+        subscription = Subscription(self, wanted, after)
+        found = self._subscriptions.setdefault(key, set())
+        found.add(subscription)
+        try:
+            yield subscription
+        finally:
+            found.discard(subscription)
+            if not found:
+                del self._subscriptions[key]
 
     async def page(self, wanted: Wanted, after: int, limit: int) -> tuple[list[Entry], int]:
         """What is durable and wanted after a position, at most `limit`, ascending; and how far was looked:
         to the head, if there are fewer."""
         until, entries = self.head, list[Entry]()
         while after < until and len(entries) < limit:
-            more, after = await self._read(wanted, after, until, limit - len(entries))
+            more, after = await self.read(wanted, after, until, limit - len(entries))
             entries += more
         return entries, after
 
-    async def _read(self, wanted: Wanted, after: int, until: int, limit: int) -> tuple[list[Entry], int]:
+    async def read(self, wanted: Wanted, after: int, until: int, limit: int) -> tuple[list[Entry], int]:
+        """One bounded look at the log: what it found, and up to where it looked."""
         return await self._writer.storage.read(lambda sql: outgoing.page(sql, wanted, after, until, limit))
 
     async def follow(self, wanted: Wanted, after: int) -> AsyncIterator[tuple[list[Entry], int]]:
-        """Entries after a position, for ever, in order: each time some, and the position reached.
-
-        Without a gap or a double between history and what is committed now.
-        """
-        while True:
-            subscription = self.subscribe(wanted)
-            try:
-                entries: list[Entry] | None = []
-                while after < subscription.since:
-                    history, after = await self._read(wanted, after, subscription.since, PAGE)
-                    yield history, after
-                while entries is not None:
-                    if entries:
-                        after = entries[-1].position
-                        yield entries, after
-                    entries = await subscription.next(after)
-            finally:
-                self.unsubscribe(subscription)
+        """Entries after a position, for ever, in order: each time some, and the position reached."""
+        with self.subscribed(wanted, after) as subscription:
+            while True:
+                entries = await subscription.next()
+                yield entries or [], subscription.reached

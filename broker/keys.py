@@ -5,6 +5,8 @@ Kept beside the log, not in it. All live in memory, so that a revoked key stops 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from broker.commands import Caller
@@ -29,8 +31,11 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Keys:
+    """`revoked` is told the actor of a key that was taken away."""
+
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
+        self.revoked: Callable[[str], None] = lambda actor: None
         self._by_digest: dict[str, Key] = {}
 
     async def load(self) -> None:
@@ -121,6 +126,7 @@ class Keys:
         at = key.revoked_at or self.writer.now()
         # It stops working now; and it is written each time, because an earlier try may have failed.
         key = self._by_digest[digest] = msgspec.structs.replace(key, revoked_at=at)
+        self.revoked(f"key:{key_id}")
         self.writer.also(
             lambda sql: sql.execute("UPDATE api_keys SET revoked_at = ? WHERE id = ?", (at, key_id))
         )

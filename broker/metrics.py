@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter as Counts
 from collections.abc import Callable
-from typing import get_args
+from typing import Literal, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -123,6 +123,7 @@ class Metrics:
             "A device did what was expired or cancelled: should be 0 for ever",
             registry=self.registry,
         )
+        self._subscriber_events, self._subscriber_lag = _of_subscribers(self.registry)
 
     def watch(self, core: Core) -> None:
         self._live, self._writer = live, writer = core.live, core.writer
@@ -166,17 +167,25 @@ class Metrics:
         made = Counter("ordain_webhook_deliveries_total", what, ("outcome",), registry=registry)
         for outcome in ("delivered", "refused", "unreached"):
             made.labels(outcome)
-        what = "Positions between the end of the log and the subscriber furthest behind"
-        lag = Gauge("ordain_subscriber_lag_events", what, ("kind",), registry=registry)
-        lag.labels("webhook").set_function(webhooks.lag)
+        sent = self.subscribers("webhook", webhooks.lag)
         stopped = Gauge("ordain_webhooks_stopped", "Webhooks paused or gone", registry=registry)
         stopped.set_function(webhooks.stopped)
 
         def tell(attempt: Attempt) -> None:
             refused = "refused" if attempt.status is not None else "unreached"
             made.labels("delivered" if attempt.delivered else refused).inc()
+            sent.inc(attempt.delivered)
 
         webhooks.sender.tell = tell
+
+    def subscribers(self, kind: Literal["sse", "webhook", "mqtt"], lag: Callable[[], float]) -> Counter:
+        """The counter of what goes out one way; `lag` is looked at when asked."""
+        self._subscriber_lag.labels(kind).set_function(lag)
+        return self._subscriber_events.labels(kind)
+
+    def watch_streams(self, look: Callable[[], float]) -> None:
+        gauge = Gauge("ordain_event_streams", "Event streams that are open", registry=self.registry)
+        gauge.set_function(look)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -260,3 +269,16 @@ def _oldest(live: Live, now: int) -> float:
 
 def _online(live: Live) -> float:
     return sum(presence is Presence.ONLINE for presence in live.presence.values())
+
+
+def _of_subscribers(registry: CollectorRegistry) -> tuple[Counter, Gauge]:
+    sent = Counter(
+        "ordain_subscriber_events_total", "Events given to subscribers", ("kind",), registry=registry
+    )
+    lag = Gauge(
+        "ordain_subscriber_lag_events",
+        "How far the subscriber that is furthest behind is from the end of the log",
+        ("kind",),
+        registry=registry,
+    )
+    return sent, lag

@@ -133,6 +133,7 @@ async def _http(parts: Services, listening: socket.socket, directory: Path) -> A
         try:
             yield
         finally:
+            parts.streams.close()  # an open stream would be waited for
             for server in servers:
                 server.should_exit = True
     (directory / SOCKET).unlink(missing_ok=True)

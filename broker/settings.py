@@ -49,6 +49,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     unmatched_per_device: Annotated[int, Meta(ge=1)] = 100
     unmatched_in_all: Annotated[int, Meta(ge=1)] = 10_000
     webhooks_per_project: Annotated[int, Meta(ge=0, le=1_000)] = 20
+    streams_per_project: Annotated[int, Meta(ge=1)] = 2_000
 
 
 class ProjectLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

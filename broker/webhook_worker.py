@@ -14,7 +14,7 @@ import msgspec
 
 from broker import __version__
 from broker.cloudevents import Entry, Wanted, cloud_event
-from broker.feed import PAGE, Feed, Subscription
+from broker.feed import Feed, Subscription
 from broker.seams import Answer, Outbound
 from broker.webhook_queue import GIVE_UP_MS, Pending, Progress, Window, hold_ms, signature
 from broker.writer import Writer
@@ -170,8 +170,7 @@ class Worker:
 
     def rest(self) -> None:
         """Nothing wanted has come: what was committed meanwhile need not be looked at after a restart."""
-        live = self._live
-        if live is not None and not live.queue and not live.overflowed:
+        if self._live is not None and self._live.lag == 0:
             self.window.looked((), self._feed.head, self._writer.now())
 
     def _may_start(self) -> bool:
@@ -190,29 +189,21 @@ class Worker:
 
     async def _read(self) -> None:
         """History first, then what is committed; never more than the window and one page in memory."""
-        endpoint, feed, window = self._endpoint, self._feed, self.window
+        endpoint = self._endpoint
         wanted = Wanted(
             project=endpoint.project,
-            device_id=endpoint.device_id,
+            device=endpoint.device_id,
             command=endpoint.command,
             event=endpoint.events[0] if len(endpoint.events) == 1 else None,
         )
-        while True:
-            subscription = feed.subscribe(wanted)
+        with self._feed.subscribed(wanted, self.window.reached) as subscription:
+            self._live = subscription
             try:
-                while window.reached < subscription.since:
-                    await self._has_room()
-                    self._take_in(*await feed.page(wanted, window.reached, PAGE))
-                self._live = subscription
                 while True:
                     await self._has_room()
-                    entries = await subscription.next(window.reached)
-                    if entries is None:
-                        break
-                    self._take_in(entries, max([window.reached, *(entry.position for entry in entries)]))
+                    self._take_in(await subscription.next() or [], subscription.reached)
             finally:
                 self._live = None
-                feed.unsubscribe(subscription)
 
     def _take_in(self, entries: list[Entry], reached: int) -> None:
         events = self._endpoint.events

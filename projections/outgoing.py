@@ -12,37 +12,49 @@ from broker.events import CommandEvent, DeviceEvent, decode
 from broker.seams import Sql
 from projections.commands import HIDDEN
 
-# Rows looked at in one read: one that wants little of a long log must not hold up the others.
+# One read holds the reading thread: so many rows are looked at, or so many bytes of data taken.
 SCANNED = 5_000
+TAKEN_BYTES = 262_144
 
+# CROSS JOIN: the log is walked in its order, whatever the planner thinks of the rest.
 PAGE = f"""SELECT e.position, e.stream, e.version, e.recorded_at, e.project, e.device_id, d.hardware_id,
     e.actor, e.type, e.schema, c.type, CASE WHEN {HIDDEN} THEN NULL ELSE e.data END
-    FROM events e JOIN devices d ON d.id = e.device_id LEFT JOIN commands c ON c.id = e.stream
-    WHERE e.position > ? AND e.position <= ? {{}} ORDER BY e.position"""
+    FROM events e CROSS JOIN devices d ON d.id = e.device_id LEFT JOIN commands c ON c.id = e.stream
+    WHERE e.position > ? AND e.position <= ?{{}} ORDER BY e.position LIMIT ?"""
+
+
+def kept_after(sql: Sql) -> int:
+    """Every event after this position is kept: 0, as long as nothing ever takes rows away."""
+    row = sql.execute("SELECT value FROM meta WHERE key = 'kept_after'").fetchone()
+    return int(row[0]) if row else 0
 
 
 def page(sql: Sql, wanted: Wanted, after: int, until: int, limit: int) -> tuple[list[Entry], int]:
     """At most `limit` entries that are wanted, ascending, from those after `after` up to `until`; and the
     position up to which was looked: go on from there."""
-    if wanted.command_id is not None:
-        found = sql.execute(PAGE.format("AND e.stream = ?"), (after, until, wanted.command_id)).fetchall()
-        reached = until
-    else:
-        reached = min(until, after + SCANNED)
-        found = sql.execute(PAGE.format(""), (after, reached)).fetchall()
+    reached = until if wanted.command_id is not None else min(until, after + SCANNED)
+    clauses, values = _where(wanted)
+    found = sql.execute(PAGE.format(clauses), (after, reached, *values, limit))
     entries: list[Entry] = []
-    for row in found:
-        # What is not wanted is not even decoded.
-        if (wanted.project, wanted.device_id) != (
-            wanted.project and row[4],
-            wanted.device_id and row[5],
-        ) or wanted.event not in (None, row[8]):
-            continue
-        if wanted.fits(made := _entry(row)):
-            entries.append(made)
-            if len(entries) == limit:
-                return entries, made.position
+    taken = 0
+    while (row := found.fetchone()) is not None:
+        entries.append(_entry(row))
+        taken += len(row[11] or b"")
+        if len(entries) == limit or taken > TAKEN_BYTES:
+            return entries, entries[-1].position
     return entries, max(after, reached)
+
+
+def _where(wanted: Wanted) -> tuple[str, list[str]]:
+    clauses = {
+        " AND e.project = ?": wanted.project,
+        " AND e.stream = ?": wanted.command_id,
+        " AND e.type = ?": wanted.event,
+        " AND c.type = ?": wanted.command,
+        " AND (e.device_id = ? OR d.hardware_id = ?)": wanted.device,
+    }
+    chosen = {clause: value for clause, value in clauses.items() if value is not None}
+    return "".join(chosen), [value for clause, value in chosen.items() for _ in range(clause.count("?"))]
 
 
 def _entry(row: Any) -> Entry:

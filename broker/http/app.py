@@ -46,12 +46,17 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
             return
         if request["method"] == "HEAD":
             # A GET whose body the server leaves out; its own scope still says HEAD.
-            request["method"] = "GET"
+            request["method"], request["head"] = "GET", True
         methods_asked = request["method"] == "OPTIONS"
         if methods_asked:
             # Litestar's own answer forgets methods; its refusal of one that no path takes names them all.
             request["method"] = "-"
-        since, status = metrics.now_ms(), 500
+        since, status = metrics.now_ms(), 0
+
+        def note(status: int) -> None:
+            # Whatever was asked of no route of ours is one line: its words are the caller's.
+            route = request.get("path_template")
+            metrics.request(request["method"] if route else "-", route or "-", status, since)
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -61,6 +66,7 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
                 if methods_asked and status == 405:
                     message["status"] = status = 204
                     message["headers"] = [each for each in message["headers"] if each[0] not in OF_A_BODY]
+                note(status)  # not at its end: a stream may go on for days
             elif status == 204:
                 message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
@@ -68,8 +74,7 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
         try:
             await inner(cast(Scope, request), receive, noting)
         finally:
-            # Whatever was asked of no route of ours is one line: its words are the caller's.
-            route = request.get("path_template")
-            metrics.request(request["method"] if route else "-", route or "-", status, since)
+            if not status:
+                note(500)
 
     return allowing(app, services.settings.cors_origins)

@@ -23,6 +23,7 @@ from broker import __version__
 from broker.http import (
     app_command,
     asyncapi,
+    events,
     fanout,
     iotee,
     lanes,
@@ -47,6 +48,7 @@ DESCRIBED = (
     fanout.routes,
     app_command.routes,
     repairs.routes,
+    events.routes,
     pull.routes,
     unmatched.routes,
     past.routes,
@@ -67,6 +69,7 @@ TAGS = {
     "App": "The same commands in the words of an app: names, idents and data. What stands under the SDK.",
     "Devices": "What can be commanded: devices, their lanes, their types, and what they said.",
     "Unversioned": "The same commands under paths, fields and words that other systems use; and erasing.",
+    "Events": "What happened, as CloudEvents: in pages, or as a stream that goes on.",
     "Webhooks": "Where events are sent to, and what became of it. Keys need `events:read` as well.",
     "System": "How the broker is. Most of it needs no key.",
 }
@@ -190,6 +193,8 @@ def _finish(path: str, operation: dict[str, Any], handler: HTTPRouteHandler, sch
     answers = operation["responses"]
     if "201" in answers and (path in (v1.CREATE, iotee.CREATE) or path.endswith("/retry")):
         answers["200"] = REPLAYED | {"content": answers["201"]["content"]}
+    if path == "GET /v1/events":
+        answers["200"]["content"][events.STREAM] = {"schema": {"type": "string"}}
     for status, answer in answers.items():
         if not answer.get("headers"):
             answer["headers"] = ANSWER_HEADERS.get(status, {})

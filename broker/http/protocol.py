@@ -1,7 +1,8 @@
 """HTTP on the wire: uvicorn's protocol with bounds on what comes before any key is looked at.
 
-A head has a size and a time, a body has a time, and what is refused here is said in the one form of
-errors. It must never answer out of turn: where an earlier answer is still due, it only closes.
+A head has a size and a time, a body has a time, and whoever does not take an answer is cut. What is
+refused here is said in the one form of errors. It must never answer out of turn: where an earlier answer
+is still due, it only closes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from broker.http.errors import error_body
 HEAD_BYTES = 65_536
 HEAD_SEC = 10.0
 BODY_SEC = 30.0
+STALLED_SEC = 10.0  # what was sent fills every buffer on the way, and nobody takes it
 LINGER_SEC = 1.0  # closing at once would take the answer from a client that is still sending
 
 Fault = tuple[Literal[400, 408, 431], str, str]
@@ -43,6 +45,7 @@ class Bounded(HttpToolsProtocol):
         self._parts = 0  # how many began or ended
         self._timed = -1  # for which of them the timer runs
         self._timer: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
         self._kept = 0  # bytes that came since the parser last passed any on
         self._fault: Fault | None = None
         self._refused = False
@@ -53,8 +56,17 @@ class Bounded(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in filter(None, (self._timer, self._stall)):
+            timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(STALLED_SEC, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:

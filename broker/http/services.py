@@ -11,6 +11,7 @@ from broker.erasures import Erasures
 from broker.fanout import Fanout
 from broker.feed import Feed
 from broker.grants import Grants
+from broker.http.streams import Streams
 from broker.intake import Intake
 from broker.keys import Keys
 from broker.metrics import Metrics
@@ -38,6 +39,7 @@ class Services:
     grants: Grants
     feed: Feed
     webhooks: Webhooks
+    streams: Streams
     dispatch: Dispatch
     intake: Intake
     pull: Pull

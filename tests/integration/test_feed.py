@@ -67,7 +67,7 @@ def test_filters_choose_by_project_device_command_name_and_event(tmp_path: Path)
         feed = bench.core.feed
         for wanted, types in (
             (Wanted(project="other"), ["registered", "created"]),
-            (Wanted(device_id=lamp.id, event="created"), ["created"]),
+            (Wanted(device=lamp.id, event="created"), ["created"]),
             (Wanted(command_id=command.id), ["created", "published"]),
             (Wanted(command="open", project=PROJECT), ["created", "published"]),
             (Wanted(command="shut"), []),

@@ -10,6 +10,7 @@ import pytest
 from litestar.routes import HTTPRoute
 
 from broker.http.openapi import DESCRIBED
+from broker.keys import SCOPES
 from tests.integration.http_support import READ, Broker, error_of, register, running
 
 OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/.well-known/jwks.json"}
@@ -90,7 +91,7 @@ async def test_every_route_that_needs_a_key_says_which_scope() -> None:
             assert isinstance(route, HTTPRoute)
             for handler in route.route_handlers:
                 if handler.include_in_schema is not False:
-                    assert handler.opt["scope"] in ("devices:read", "devices:write"), handler
+                    assert handler.opt["scope"] in SCOPES, handler
 
 
 async def test_what_belongs_to_another_project_looks_like_what_does_not_exist(broker: Broker) -> None:

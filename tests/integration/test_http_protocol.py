@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from asyncio import Server
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -16,7 +17,8 @@ from uvicorn.server import ServerState
 
 from broker.http import protocol
 from broker.http.protocol import Bounded
-from tests.integration.http_support import Broker, running
+from tests.integration.core_support import until
+from tests.integration.http_support import Broker, register, running
 
 Sides = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 DEADLINE_SEC = 10
@@ -163,3 +165,28 @@ async def test_nothing_is_said_out_of_turn(sides: Sides) -> None:
     writer.write(GET + b"\r\n" + b"nonsense\r\n\r\n")
     # The first request has not been answered yet: a 400 would be taken for its answer.
     assert await ended(reader) == b""
+
+
+async def test_one_that_takes_nothing_is_cut_and_others_do_not_notice(
+    broker: Broker, served: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "STALLED_SEC", 0.2)
+    _, key = await broker.core.keys.create("acme", ("devices:write", "events:read"), None)
+    client = broker.client(key)
+    await register(client)
+    stream = f"GET /v1/events?after=0 HTTP/1.1\r\nAccept: text/event-stream\r\nX-API-Key: {key}\r\n\r\n"
+    small = socket.socket()
+    small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    small.connect(served.sockets[0].getsockname())
+    async with connected(served) as (reader, writer):
+        with small:
+            small.sendall(stream.encode())
+            writer.write(stream.encode())
+            await until(lambda: broker.streams.open == 2)
+            body = {"type": "open", "params": {"text": "x" * 60_000}}
+            for _ in range(80):  # more than the 4 MB that the system takes for one connection
+                assert (await client.post("/v1/devices/lamp-1/commands", json=body)).status_code == 201
+                await reader.readuntil(b"id: ")
+            await until(lambda: broker.streams.open == 1)
+        broker.streams.close()
+        assert (await ended(reader)).endswith(b"0\r\n\r\n")

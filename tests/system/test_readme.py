@@ -56,13 +56,19 @@ def test_the_first_commands_work_with_the_demo_devices(new_broker: NewBroker) ->
 
 
 def test_the_examples_for_services_and_device_makers_run_in_one_story(broker: Broker) -> None:
-    make_key, register, send, read = blocks("For services")
+    make_key, register, send, read, follow = blocks("For services")
     key = paste(make_key + "echo $KEY", broker).strip()
     device = msgspec.json.decode(paste(register, broker, KEY=key))
     first = msgspec.json.decode(paste(send, broker, KEY=key))
     again = msgspec.json.decode(paste(send, broker, KEY=key))
     assert (again["id"], first["hardware_id"]) == (first["id"], "door-7")
     assert msgspec.json.decode(paste(read, broker, KEY=key))["data"][0]["id"] == first["id"]
+    stream = paste(follow.rstrip() + " -m 1 -H 'Last-Event-ID: 0' || true", broker, KEY=key)
+    told = [msgspec.json.decode(line[6:]) for line in stream.splitlines() if line.startswith("data: ")]
+    assert [(event["type"], event["subject"]) for event in told] == [
+        ("ordain.device.registered.v1", device["id"]),
+        ("ordain.command.created.v1", first["id"]),
+    ]
     broker.key = key
     asyncio.run(_run_agent(broker, device["device_token"], first["id"]))
     assert broker.command(first["id"])["result"] == {"locked": False}

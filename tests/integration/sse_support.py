@@ -1,0 +1,102 @@
+"""A reader of an event stream, straight on the ASGI app: it can stop reading, and see how the answer ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from litestar.types import ASGIApp
+
+
+class Reader:
+    """What has come so far. While `reading` is not set, nothing is taken."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.text = ""
+        self.ended = False
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self._news = asyncio.Condition()
+        self._asked = False
+        self._left = asyncio.Event()
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._asked:
+            self._asked = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        await self.reading.wait()
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+        else:
+            self.text += message["body"].decode()
+            self.ended = not message["more_body"]
+        async with self._news:
+            self._news.notify_all()
+
+    def leave(self) -> None:
+        self._left.set()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The CloudEvents that came whole, after checking that each stands under its own id."""
+        found = []
+        for block in self.text.split("\n\n")[:-1]:
+            fields = [line.partition(": ") for line in block.split("\n")]
+            assert [name for name, _, _ in fields if name not in ("", "retry")] == ["id", "data"]
+            values = {name: value for name, _, value in fields}
+            event = json.loads(values["data"])
+            assert event["id"] == values["id"]
+            found.append(event)
+        return found
+
+    @property
+    def positions(self) -> list[int]:
+        return [int(event["id"]) for event in self.events]
+
+    async def has(self, count: int) -> list[dict[str, Any]]:
+        """The first so many events, once they are there."""
+        await self._when(lambda: len(self.events) >= count)
+        return self.events[:count]
+
+    async def end(self) -> None:
+        await self._when(lambda: self.ended)
+
+    async def _when(self, fact: Any) -> None:
+        async with asyncio.timeout(20), self._news:
+            await self._news.wait_for(fact)
+
+
+@asynccontextmanager
+async def reading(
+    app: ASGIApp, key: str, query: str = "", *, method: str = "GET", **headers: str
+) -> AsyncIterator[Reader]:
+    """A stream of `/v1/events`, read as it comes; at the end the reader leaves."""
+    reader = Reader()
+    sent = {"accept": "text/event-stream", "authorization": f"Bearer {key}"} | headers
+    scope: Any = {
+        "type": "http",
+        "method": method,
+        "path": "/v1/events",
+        "raw_path": b"/v1/events",
+        "root_path": "",
+        "scheme": "http",
+        "query_string": query.encode(),
+        "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in sent.items()],
+    }
+    task: asyncio.Task[None] = asyncio.create_task(app(scope, reader.receive, reader.send))  # type: ignore[arg-type]
+    try:
+        yield reader
+    finally:
+        reader.leave()
+        reader.reading.set()
+        await task

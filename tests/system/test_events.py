@@ -1,0 +1,122 @@
+"""Event streams as a service has them: real connections to a real broker, over its end and its crash."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+
+from broker.control import socket_path
+from tests.system.support import WITHIN_SEC, Broker, until
+
+COMMANDS = 45
+
+
+def key_for_events(broker: Broker) -> str:
+    with socket_path(broker.data) as path:
+        door = httpx2.HTTPTransport(uds=path)
+        with httpx2.Client(transport=door, base_url="http://ordain", trust_env=False) as client:
+            wanted = {"project": "default", "scopes": ["events:read"]}
+            key: str = client.post("/local/keys", json=wanted).json()["key"]
+    return key
+
+
+class Service:
+    """Reads the stream, and goes on from the last id whenever it breaks."""
+
+    def __init__(self, broker: Broker, key: str) -> None:
+        self.broker = broker
+        self.key = key
+        self.events: list[dict[str, Any]] = []
+        self.breaks = 0
+        self.leave = threading.Event()
+
+    def run(self) -> None:
+        while not self.leave.is_set():
+            headers = {"Authorization": f"Bearer {self.key}", "Accept": "text/event-stream"}
+            headers["Last-Event-ID"] = self.events[-1]["id"] if self.events else "0"
+            try:
+                with httpx2.stream(
+                    "GET", self.broker.url + "/v1/events", headers=headers, timeout=1, trust_env=False
+                ) as answer:
+                    assert answer.status_code == 200
+                    for line in answer.iter_lines():
+                        if line.startswith("data: "):
+                            self.events.append(json.loads(line[6:]))
+            except httpx2.TransportError:
+                self.leave.wait(0.05)
+            self.breaks += 1
+
+    @property
+    def ids(self) -> list[int]:
+        return [int(event["id"]) for event in self.events]
+
+
+@contextmanager
+def following(service: Service) -> Iterator[Service]:
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    try:
+        yield service
+    finally:
+        service.leave.set()
+        thread.join(WITHIN_SEC)
+        assert not thread.is_alive()
+
+
+def of_the_log(broker: Broker) -> list[int]:
+    page = broker.http("GET", "/v1/events?limit=1000", Authorization=f"Bearer {key_for_events(broker)}")
+    return [int(event["id"]) for event in page.json()["data"]]
+
+
+def test_a_service_misses_nothing_and_gets_nothing_twice_over_crashes(broker: Broker) -> None:
+    broker.device("lamp")
+    with following(Service(broker, key_for_events(broker))) as service:
+        for _ in range(2):
+            crash_while_commands_come(broker, service)
+        expected = of_the_log(broker)
+        until(lambda: len(service.events) >= len(expected))
+    assert service.ids == expected
+    assert service.breaks >= 2
+    assert broker.verified()
+
+
+def crash_while_commands_come(broker: Broker, service: Service) -> None:
+    before = len(service.events)
+    with ThreadPoolExecutor(8) as pool:
+        made = [pool.submit(broker.create, "lamp") for _ in range(COMMANDS)]
+        until(lambda: len(service.events) > before + COMMANDS // 2)
+        broker.kill()
+    accepted = {each.result() for each in made if each.exception() is None}
+    broker.start()
+    until(lambda: accepted <= {event["subject"] for event in service.events}, within=60)
+
+
+def test_open_streams_end_with_the_broker(broker: Broker) -> None:
+    key = key_for_events(broker)
+    where = urlsplit(broker.url)
+    head = (
+        "GET /v1/events?after=0 HTTP/1.1\r\nHost: ordain\r\nAccept: text/event-stream\r\n"
+        f"Authorization: Bearer {key}\r\n\r\n"
+    )
+    streams = [socket.create_connection((where.hostname, where.port), timeout=WITHIN_SEC) for _ in range(50)]
+    for stream in streams:
+        stream.sendall(head.encode())
+        assert stream.recv(4_096).startswith(b"HTTP/1.1 200 ")
+
+    broker.run.signal(signal.SIGTERM)
+    ends = [b"".join(iter(lambda: stream.recv(4_096), b"")) for stream in streams]  # noqa: B023
+
+    assert all(end.endswith(b"0\r\n\r\n") for end in ends)
+    assert broker.run.wait(10) == 0
+    assert "Traceback" not in broker.run.err.all()
+    for stream in streams:
+        stream.close()
