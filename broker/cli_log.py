@@ -13,13 +13,16 @@ import msgspec
 from cyclopts import App, Parameter
 
 from broker.cli_base import POLL_SEC, REFUSED, USAGE, Config, Data, Failed, Json, print_json, settings_of
+from broker.cli_transfer import export_log, import_log
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.world import open_for_reading
 from devices.clock import rfc3339
 from projections.commands import veiled
 
-logs = App(name="log", help="The log: look at it, verify it.")
+logs = App(name="log", help="The log: look at it, verify it, take it elsewhere.")
+logs.command(export_log, name="export")
+logs.command(import_log, name="import")
 
 
 @logs.command(name="tail")

@@ -6,7 +6,6 @@ written again, because it says what that release left on people's disks.
 
 from __future__ import annotations
 
-import base64
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from broker.events import (
 )
 from broker.log import sqlite as log
 from broker.log.chain import Row
+from broker.log.lines import as_line
 from broker.seams import Receipt, Sql
 from projections import commands as commands_view
 from projections import follower
@@ -131,22 +131,6 @@ async def the_rest(bench: Bench) -> None:
         ERASURES, 1, Erased(ids=["cmd_none"], count=0), project="acme", device_id=None, actor=ME.actor
     )
     await writer.barrier()
-
-
-def as_line(row: Row) -> bytes:
-    """A row as JSON; bytes as base64, so that they stay what they were."""
-    plain = {name: value if not isinstance(value, bytes) else None for name, value in row._asdict().items()}
-    for name in ("data", "salt", "digest", "hash"):
-        value = getattr(row, name)
-        plain[name] = None if value is None else base64.b64encode(value).decode()
-    return msgspec.json.encode(plain)
-
-
-def as_row(line: bytes) -> Row:
-    plain = msgspec.json.decode(line)
-    for name in ("data", "salt", "digest", "hash"):
-        plain[name] = None if plain[name] is None else base64.b64decode(plain[name])
-    return Row(**plain)
 
 
 def main(release: str) -> None:

@@ -18,8 +18,9 @@ from broker.events import TYPES
 from broker.lifecycle import State
 from broker.live import Live
 from broker.log import sqlite as log
+from broker.log.lines import as_line, as_row
 from projections import follower
-from tests.golden.write import HERE, as_line, as_row, folded, main
+from tests.golden.write import HERE, folded, main
 from tests.integration.core_support import ManualClock, SeededEntropy
 from tests.simulation.disk import SimDisk, SimStorage
 from tests.simulation.loop import SimLoop, run

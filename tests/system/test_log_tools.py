@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 from broker.world import DATABASE
 from tests.system.support import Broker, paste, refused
@@ -67,3 +68,28 @@ def test_tools_for_a_log_that_is_not_there_say_so_and_make_none(broker: Broker) 
     for command in (("projections", "verify"), ("projections", "rebuild")):
         refused(broker.ordain(*command, "--data", nothing), 3, nothing)
     assert not (broker.data / "nothing").exists()
+
+
+def test_an_export_beside_the_broker_comes_back_as_the_same_log(broker: Broker, tmp_path: Path) -> None:
+    broker.device("door-7")
+    broker.create("door-7", "lock")
+    file, other = tmp_path / "log.jsonl", tmp_path / "other"
+    out = json.loads(broker.ordain("log", "export", "--to", str(file), "--json").stdout)
+    back = broker.ordain("log", "import", "--from", str(file), "--data", str(other))
+
+    assert (back.returncode, back.stderr) == (0, "")
+    assert back.stdout == (
+        f"{other}: log {out['log_id']} up to position {out['position']}; hash {out['hash']}\n"
+    )
+    verified = json.loads(broker.ordain("log", "verify", "--json", "--data", str(other)).stdout)
+    assert (verified["rows"], verified["hash"], verified["fault"]) == (out["position"], out["hash"], None)
+    same = json.loads(broker.ordain("projections", "verify", "--json", "--data", str(other)).stdout)
+    assert same["fault"] is None
+    now = broker.http("GET", "/v1/system").json()["clock"]["now"]
+    only = broker.ordain("log", "export", "--type", "created", "--until", now).stdout.splitlines()
+    assert [json.loads(line)["type"] for line in only[1:]] == ["created"]
+
+    refused(broker.ordain("log", "export", "--to", str(file)), 1, str(file), "already")
+    refused(broker.ordain("log", "import", "--from", str(file)), 1, str(broker.data), "already")
+    refused(broker.ordain("log", "import", "--from", str(tmp_path / "no")), 3, str(tmp_path / "no"))
+    refused(broker.ordain("log", "export", "--since", "yesterday"), 2, "--since", "yesterday")

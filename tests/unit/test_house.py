@@ -89,6 +89,7 @@ IMPORTED_ONLY_BY = {
         "broker/cli_log.py",
         "broker/cli_projections.py",
         "broker/backup.py",
+        "broker/transfer.py",
         "broker/doctor.py",
     },
     "broker.mqtt": {"broker/serve.py"},
