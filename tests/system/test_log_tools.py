@@ -83,13 +83,8 @@ def test_an_export_beside_the_broker_comes_back_as_the_same_log(broker: Broker, 
     )
     verified = json.loads(broker.ordain("log", "verify", "--json", "--data", str(other)).stdout)
     assert (verified["rows"], verified["hash"], verified["fault"]) == (out["position"], out["hash"], None)
-    same = json.loads(broker.ordain("projections", "verify", "--json", "--data", str(other)).stdout)
-    assert same["fault"] is None
     now = broker.http("GET", "/v1/system").json()["clock"]["now"]
     only = broker.ordain("log", "export", "--type", "created", "--until", now).stdout.splitlines()
     assert [json.loads(line)["type"] for line in only[1:]] == ["created"]
-
-    refused(broker.ordain("log", "export", "--to", str(file)), 1, str(file), "already")
     refused(broker.ordain("log", "import", "--from", str(file)), 1, str(broker.data), "already")
-    refused(broker.ordain("log", "import", "--from", str(tmp_path / "no")), 3, str(tmp_path / "no"))
     refused(broker.ordain("log", "export", "--since", "yesterday"), 2, "--since", "yesterday")
