@@ -45,6 +45,7 @@ from broker.cli_explain import explain
 from broker.cli_grants import grants
 from broker.cli_log import logs
 from broker.cli_projections import projections
+from broker.cli_replay import replay
 from broker.cli_simulate import simulate
 from broker.errors import Unavailable
 from broker.seams import Broken, Full
@@ -73,7 +74,7 @@ keys = App(name="keys", help="API keys: make, list, revoke.")
 devices = App(name="devices", help="Devices: add, list.")
 for part in (keys, devices, grants, logs, projections, simulate):
     app.command(part)
-for one in (explain, diff, backup, restore, doctor):
+for one in (explain, diff, backup, restore, doctor, replay):
     app.command(one)
 
 

@@ -136,6 +136,20 @@ async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient
         await storage.close()
 
 
+async def refuse_replay(core: Core) -> None:
+    """A log that `ordain replay` made is for looking at: its commands are another's to hand over.
+
+    Raises:
+        BadSetting: it is one.
+    """
+
+    def work(sql: Sql) -> object:
+        return sql.execute("SELECT 1 FROM meta WHERE key = 'replayed'").fetchone()
+
+    if await core.storage.read(work) is not None:
+        raise BadSetting(f"data = {core.settings.data!r}: was made by `ordain replay`, and is not served")
+
+
 async def remember_prefix(core: Core) -> None:
     """Whoever serves says so in the log's file, so that nobody makes commands for other topics in between."""
 

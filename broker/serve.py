@@ -18,7 +18,7 @@ import structlog
 import uvicorn
 from litestar.types import ASGIApp
 
-from broker.control import SOCKET, listen, remember_prefix, services
+from broker.control import SOCKET, listen, refuse_replay, remember_prefix, services
 from broker.core import Core
 from broker.demo import Demo
 from broker.http.app import create_app
@@ -84,6 +84,7 @@ async def _serve(
     core = Core(storage, SystemClock(), entropy, types, settings, outbound)
     embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
     await core.open(embedded=embedded)
+    await refuse_replay(core)
     await remember_prefix(core)
     async with core.running("embedded" if embedded else "external") as group:
         async with mqtt_door(settings, core, types, stop) as door:

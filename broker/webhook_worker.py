@@ -7,7 +7,7 @@ endpoint has one request under way at a time, so that it delays itself alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
@@ -83,6 +83,23 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
         return f"answered {self.status}" if self.status is not None else self.error or "no answer"
 
 
+def delivery(
+    log_id: str, entry: Entry, secrets: Sequence[str], timestamp_sec: int
+) -> tuple[dict[str, str], bytes]:
+    """Headers and body of a delivery, as Standard Webhooks has them; without a secret it is not signed."""
+    body = msgspec.json.encode(cloud_event(log_id, entry))
+    id = f"{log_id}_{entry.position}"
+    headers = {
+        "content-type": "application/cloudevents+json",
+        "user-agent": f"Ordain/{__version__}",
+        "webhook-id": id,
+        "webhook-timestamp": str(timestamp_sec),
+    }
+    if secrets:
+        headers["webhook-signature"] = signature(secrets, id, timestamp_sec, body)
+    return headers, body
+
+
 class Sender:
     """Makes the requests of all endpoints. `tell` hears of each."""
 
@@ -104,18 +121,9 @@ class Sender:
 
     async def send(self, endpoint: Endpoint, entry: Entry, attempt: int | None) -> tuple[Attempt, Answer]:
         writer = self.writer
-        body = msgspec.json.encode(cloud_event(self.log_id, entry))
-        id = f"{self.log_id}_{entry.position}"
+        secrets = [secret.value for secret in endpoint.signing(writer.now())]
         # The wall, not the broker's clock: receivers compare it with theirs, and refuse what is minutes off.
-        timestamp = writer.clock.wall_ms() // 1_000
-        secrets = (secret.value for secret in endpoint.signing(writer.now()))
-        headers = {
-            "content-type": "application/cloudevents+json",
-            "user-agent": f"Ordain/{__version__}",
-            "webhook-id": id,
-            "webhook-timestamp": str(timestamp),
-            "webhook-signature": signature(secrets, id, timestamp, body),
-        }
+        headers, body = delivery(self.log_id, entry, secrets, writer.clock.wall_ms() // 1_000)
         at = writer.now()
         answer = await self.outbound.post(endpoint.url, headers, body, self._timeout_sec)
         made = Attempt(

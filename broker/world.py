@@ -191,6 +191,17 @@ def open_file(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def new_file(directory: Path) -> sqlite3.Connection:
+    """A connection to a database that is not there yet, of the owner alone; nothing is in it.
+
+    Raises:
+        OSError: it cannot be made, or is there.
+    """
+    path = directory / DATABASE
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    return sqlite3.connect(path, isolation_level=None)
+
+
 def back_up(directory: Path, to: Path) -> None:
     """Copies one state of the database to a new file of the owner's alone, durable; free pages are not
     copied.

@@ -12,6 +12,7 @@ from msgspec import UNSET, UnsetType
 
 from broker.grants import GrantKey
 from broker.http.auth import Call, authorize, needs
+from broker.http.local_events import publish_event
 from broker.http.views import Time
 from broker.keys import Key
 from devices.clock import rfc3339
@@ -108,7 +109,15 @@ def _shown(key: Key, secret: str | UnsetType = UNSET) -> KeyView:
 
 routes = Router(
     "/local",
-    route_handlers=[create_key, list_keys, revoke_key, list_grant_keys, rotate_grant_key, retire_grant_key],
+    route_handlers=[
+        create_key,
+        list_keys,
+        revoke_key,
+        list_grant_keys,
+        rotate_grant_key,
+        retire_grant_key,
+        publish_event,
+    ],
     before_request=authorize,
     opt=needs("admin"),
 )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from broker.events import NAMES, SCHEMA, Recorded, decode, encode
 from broker.log import chain
 from broker.log.chain import Row
-from broker.log.erasing import Excused
+from broker.log.erasing import Excused, bound
 from broker.seams import Sql
 
 TABLES = """
@@ -156,12 +156,7 @@ def device_stream(sql: Sql, name: str, until: int) -> list[Row]:
 
 def place(sql: Sql, at: int) -> int:
     """The position of the last event recorded at or before a time (ms); 0 if there is none."""
-    low, high = 0, head(sql).position
-    while low < high:  # times never fall along positions
-        middle = (low + high + 1) // 2
-        found = sql.execute("SELECT recorded_at FROM events WHERE position = ?", (middle,)).fetchone()
-        low, high = (middle, high) if found[0] <= at else (low, middle - 1)
-    return low
+    return bound(sql, at + 1) - 1
 
 
 def recorded(row: Row) -> Recorded:

@@ -88,12 +88,13 @@ IMPORTED_ONLY_BY = {
         "broker/cli.py",
         "broker/cli_log.py",
         "broker/cli_projections.py",
+        "broker/cli_replay.py",
         "broker/backup.py",
         "broker/transfer.py",
         "broker/doctor.py",
     },
     "broker.mqtt": {"broker/serve.py"},
-    "broker.outbound": {"broker/serve.py"},
+    "broker.outbound": {"broker/serve.py", "broker/cli_replay.py"},
     "broker.mqtt_server": {"broker/mqtt_door.py"},
 }
 

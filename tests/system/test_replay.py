@@ -1,0 +1,163 @@
+"""`ordain replay`: the same events under the same ids, wherever they go, and no command sent again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from standardwebhooks import Webhook
+
+from tests.conftest import Mosquitto, program
+from tests.system.conftest import NewBroker
+from tests.system.support import WITHIN_SEC, Broker, Device, Process, executed, one_sentence, ordain, refused
+
+SECRET = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
+
+
+@pytest.fixture
+def lived(broker: Broker) -> tuple[Broker, str]:
+    """A broker whose one device has done one command; the command."""
+    device = Device(broker.mqtt_port, "lamp-1", broker.device("lamp-1"))
+    listening = device.listen()
+    command_id = broker.create("lamp-1", "on")
+    device.next(listening)
+    device.say(executed(command_id))
+    broker.reaches(command_id, "executed")
+    return broker, command_id
+
+
+def shown(broker: Broker, *options: str) -> list[dict[str, Any]]:
+    done = broker.ordain("replay", "--into", "stdout", *options)
+    assert done.returncode == 0, done.stderr
+    one_sentence(done.stderr.replace("stdout:", "ordain: "), "sent")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@contextmanager
+def receiver(status: int = 204) -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
+    """An HTTP server that keeps what it is sent."""
+    got: list[tuple[dict[str, str], bytes]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            got.append(({key.lower(): value for key, value in self.headers.items()}, body))
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/events", got
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_to_a_terminal_by_position_time_device_and_speed(lived: tuple[Broker, str]) -> None:
+    broker, command_id = lived
+    whole = shown(broker)
+    mine = [event for event in whole if event["subject"] == command_id]
+    assert [event["type"].split(".")[2] for event in mine] == ["created", "published", "executed"]
+    assert shown(broker, "--from", mine[0]["id"], "--to", mine[1]["id"], "--speed", "1000x") == mine[:2]
+    later = shown(broker, "--from", mine[2]["time"], "--device", "lamp-1")
+    assert later == [event for event in whole if event["time"] >= mine[2]["time"]]
+    broker.device("lamp-2")
+    assert shown(broker, "--device", "lamp-2")[0]["data"]["hardware_id"] == "lamp-2"
+
+
+def test_a_dry_run_tells_what_it_would_send_and_sends_nothing(lived: tuple[Broker, str]) -> None:
+    broker, _ = lived
+    with receiver() as (url, got):
+        done = broker.ordain("replay", "--into", url, "--dry-run", "--device", "lamp-1", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["events"] >= 4
+        assert got == []
+
+
+def test_to_a_webhook_it_goes_signed_and_under_the_same_ids(
+    new_broker: NewBroker, tmp_path: Path, lived: tuple[Broker, str]
+) -> None:
+    broker, _ = lived
+    (tmp_path / "allow.toml").write_text('webhook_allow = ["127.0.0.0/8"]\n')
+    allow = ("--config", str(tmp_path / "allow.toml"))
+    with receiver() as (url, got):
+        for _ in range(2):
+            done = broker.ordain("replay", "--into", url, *allow, ORDAIN_WEBHOOK_SECRET=SECRET)
+            assert done.returncode == 0, done.stderr
+    half = len(got) // 2
+    assert [head["webhook-id"] for head, _ in got[:half]] == [head["webhook-id"] for head, _ in got[half:]]
+    assert [Webhook(SECRET).verify(body, head) for head, body in got[:half]] == shown(broker)
+
+
+def test_a_webhook_that_refuses_stops_it_at_a_position_to_go_on_from(
+    lived: tuple[Broker, str], tmp_path: Path
+) -> None:
+    broker, _ = lived
+    (tmp_path / "allow.toml").write_text('webhook_allow = ["127.0.0.0/8"]\n')
+    with receiver(500) as (url, got):
+        done = broker.ordain("replay", "--into", url, "--config", str(tmp_path / "allow.toml"))
+        refused(done, 1, "it answered 500", "go on with --from")
+        refused(broker.ordain("replay", "--into", url), 1, "not an address of the public internet")
+        assert len(got) == 1
+
+
+def test_to_mqtt_each_event_goes_to_the_topic_of_its_command(
+    new_broker: NewBroker, mosquitto: Mosquitto
+) -> None:
+    broker = new_broker("--mqtt-url", mosquitto.url).start()
+    broker.device("lamp-1")
+    command_id = broker.create("lamp-1", "on")
+    created = shown(broker, "--device", "lamp-1")[-1]
+    subscriber = (
+        program("mosquitto_sub"), "-p", str(mosquitto.port), "-i", "auditor", "-c", "-q", "1",
+        "-W", str(WITHIN_SEC), "-t", f"iotee/evt/lamp-1/{command_id}",
+    )  # fmt: skip
+    assert Process(*subscriber, "-E").wait() == 0
+    done = broker.ordain("replay", "--into", "mqtt", "--from", created["id"], "--to", created["id"])
+    assert done.returncode == 0, done.stderr
+    heard = Process(*subscriber, "-C", "1")
+    assert heard.wait() == 0
+    assert json.loads(heard.out.all()) == created
+    assert broker.end() == 0
+    refused(broker.ordain("replay", "--into", "mqtt"), 3, "no broker serves")
+
+
+def test_into_a_directory_it_is_a_log_up_to_a_position_that_no_broker_serves(
+    lived: tuple[Broker, str], tmp_path: Path
+) -> None:
+    broker, command_id = lived
+    published = next(e for e in shown(broker) if e["subject"] == command_id and ".published." in e["type"])
+    copy = tmp_path / "copy"
+    done = broker.ordain("replay", "--to", published["id"], "--into", str(copy))
+    assert done.returncode == 0, done.stderr
+    verified = json.loads(ordain("log", "verify", "--json", data=copy).stdout)
+    assert (verified["rows"], verified["fault"]) == (int(published["id"]), None)
+    assert ordain("projections", "verify", data=copy).returncode == 0
+    refused(ordain("serve", "--http", "127.0.0.1:0", data=copy), 2, "made by `ordain replay`")
+    refused(broker.ordain("replay", "--into", str(copy)), 2, "is there already")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--from", "yesterday"), ("--from = yesterday", "RFC 3339")),
+        (("--to", "999999999"), ("--to = 999999999", "ends at position")),
+        (("--speed", "fast"), ("--speed = fast", "10x")),
+        (("--device", "nobody"), ("--device = nobody",)),
+        (("--secret", "whsec_?"), ("--secret", "base64")),
+    ],
+)
+def test_a_wrong_option_is_named(broker: Broker, options: tuple[str, ...], words: tuple[str, ...]) -> None:
+    refused(broker.ordain("replay", "--into", "stdout", *options), 2, *words)
