@@ -1,18 +1,32 @@
-"""`ordain log`: reads the log's file itself, beside whoever writes it, and can change nothing."""
+"""`ordain log`: reads the log's file itself, beside whoever writes it."""
 
 from __future__ import annotations
 
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from cyclopts import App, Parameter
 
-from broker.cli_base import POLL_SEC, REFUSED, USAGE, Config, Data, Failed, Json, print_json, settings_of
+from broker import checkpoint, transfer
+from broker.backup import Refused
+from broker.cli_base import (
+    POLL_SEC,
+    REFUSED,
+    USAGE,
+    Config,
+    Data,
+    Failed,
+    Json,
+    Text,
+    print_json,
+    settings_of,
+)
+from broker.cli_progress import Progress
 from broker.cli_transfer import export_log, import_log
 from broker.log import sqlite as log
 from broker.log.chain import Row
@@ -86,15 +100,79 @@ def _show(row: Row, as_json: bool) -> None:
         )
 
 
+@logs.command(name="checkpoint")
+def make_checkpoint(
+    *,
+    to: Annotated[Path | None, Parameter(negative="")] = None,
+    data: Data = None,
+    config: Config = None,
+) -> None:
+    """State how far the log has come and what its last hash is, signed, for somebody else to keep.
+
+    Parameters
+    ----------
+    to
+        The file to make; else standard output.
+    """
+    with closing(transfer.opened(_directory(config, data))) as sql, refusing():
+        text = checkpoint.sign(sql)
+        with transfer.new_file(to) as file:
+            file.write(text.encode() + b"\n")
+
+
 @logs.command(name="verify")
-def verify_log(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """Walk the whole hash chain; exit 0 only if every row is as it was written."""
-    with closing(open_for_reading(Path(settings_of(config, data=data).data))) as sql:
-        sql.execute("BEGIN")  # one state of the log, whatever is appended meanwhile
-        found = log.verify(sql)
+def verify_log(
+    *,
+    against: Annotated[Path | None, Parameter(negative="")] = None,
+    key: Text = None,
+    data: Data = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Walk the whole hash chain; exit 0 only if every row is as it was written.
+
+    Parameters
+    ----------
+    against
+        A checkpoint that was kept: the log must have been what it says, and gone on from there.
+    key
+        The thumbprint of the key that must have signed it, as you noted it.
+    """
+    if key is not None and against is None:
+        raise Failed(USAGE, "--key: belongs to --against, and that is not given")
+    with closing(transfer.opened(_directory(config, data))) as sql, refusing():
+        said = None if against is None else checkpoint.read(against.read_bytes())
+        if said is not None and key not in (None, said.thumbprint):
+            raise Failed(REFUSED, f"{against} is signed by {said.kid} ({said.thumbprint}), not by {key}")
+        fault = None if said is None else checkpoint.contradiction(sql, said.claims)
+        found = log.verify(sql, Progress(log.head(sql).position))
+    fault = fault or found.fault
     if as_json:
-        print_json({"rows": found.rows, "hash": found.hash.hex(), "fault": found.fault})
-    elif found.fault is None:
+        shown = {"rows": found.rows, "hash": found.hash.hex(), "fault": fault}
+        if said is not None:
+            shown["checkpoint"] = msgspec.to_builtins(said.claims) | {
+                "kid": said.kid,
+                "thumbprint": said.thumbprint,
+            }
+        print_json(shown)
+    elif fault is None:
         print(f"{found.rows} events, no fault; the last hash is {found.hash.hex()}")
-    if found.fault is not None:
-        raise Failed(REFUSED, found.fault)
+        if said is not None:
+            claims = said.claims
+            print(f"it goes on from the checkpoint at position {claims.position} of {claims.recorded_at}")
+            print(f"signed by {said.kid}, thumbprint {said.thumbprint}")
+    if fault is not None:
+        raise Failed(REFUSED, fault)
+
+
+def _directory(config: str | None, data: str | None) -> Path:
+    return Path(settings_of(config, data=data).data)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What cannot be done ends the command with its sentence."""
+    try:
+        yield
+    except Refused as error:
+        raise Failed(REFUSED, str(error)) from error

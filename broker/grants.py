@@ -85,7 +85,7 @@ class Grants:
         def work(sql: Sql) -> tuple[list[GrantKey], list[tuple[str, bytes]]]:
             rows = sql.execute("SELECT kid, private, created_at, retired_at FROM grant_keys").fetchall()
             secrets = sql.execute("SELECT device_id, secret FROM device_secrets").fetchall()
-            return [_key(*row) for row in rows], [(row[0], bytes(row[1])) for row in secrets]
+            return [read_key(*row) for row in rows], [(row[0], bytes(row[1])) for row in secrets]
 
         storage = self._writer.storage
         keys, secrets = await storage.read(work)
@@ -151,7 +151,7 @@ class Grants:
 
     def jwks(self) -> dict[str, list[dict[str, str]]]:
         """The public keys, RFC 7517. Secrets of devices are never among them."""
-        return {"keys": [_jwk(key) for key in self._keys.values() if key.retired_at is None]}
+        return {"keys": [jwk(key) for key in self._keys.values() if key.retired_at is None]}
 
     # --- rotation ---
 
@@ -195,13 +195,15 @@ class Grants:
         return GrantKey(kid=new_id("key", now, entropy), private=private, created_at=now)
 
 
-def _jwk(key: GrantKey) -> dict[str, str]:
+def jwk(key: GrantKey) -> dict[str, str]:
+    """The public key, RFC 8037."""
     public = key.private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
     x = base64.urlsafe_b64encode(public).decode().rstrip("=")
     return {"kty": "OKP", "crv": "Ed25519", "x": x, "kid": key.kid, "use": "sig", "alg": "EdDSA"}
 
 
-def _key(kid: str, private: bytes, created_at: int, retired_at: int | None) -> GrantKey:
+def read_key(kid: str, private: bytes, created_at: int, retired_at: int | None) -> GrantKey:
+    """A key of a row of `grant_keys`."""
     loaded = Ed25519PrivateKey.from_private_bytes(bytes(private))
     return GrantKey(kid=kid, private=loaded, created_at=created_at, retired_at=retired_at)
 

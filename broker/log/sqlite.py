@@ -6,7 +6,7 @@ Everything here runs inside a transaction that somebody else holds (`seams.Stora
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from broker.events import NAMES, SCHEMA, Recorded, decode, encode
@@ -187,8 +187,11 @@ class Verified(NamedTuple):
     fault: str | None
 
 
-def verify(sql: Sql) -> Verified:
-    """Walks the whole chain: positions, digests, hashes, versions, times, erasures."""
+def verify(sql: Sql, progress: Callable[[int], None] = lambda _: None) -> Verified:
+    """Walks the whole chain: positions, digests, hashes, versions, times, erasures.
+
+    `progress` is told how many rows were good, every few thousand.
+    """
     excused = Excused(sql)
     previous, position, recorded_at = chain.GENESIS, 0, 0
     for row in all_rows(sql):
@@ -198,6 +201,8 @@ def verify(sql: Sql) -> Verified:
         if fault is not None:
             return Verified(position, previous, fault)
         previous, position, recorded_at = row.hash, row.position, row.recorded_at
+        if position % 8_192 == 0:
+            progress(position)
     gap = sql.execute(
         "SELECT stream, count(*), max(version) FROM events GROUP BY stream "
         "HAVING count(*) <> max(version) OR min(version) <> 1 LIMIT 1"

@@ -88,3 +88,23 @@ def test_an_export_beside_the_broker_comes_back_as_the_same_log(broker: Broker, 
     assert [json.loads(line)["type"] for line in only[1:]] == ["created"]
     refused(broker.ordain("log", "import", "--from", str(file)), 1, str(broker.data), "already")
     refused(broker.ordain("log", "export", "--since", "yesterday"), 2, "--since", "yesterday")
+
+
+def test_a_checkpoint_shows_that_the_log_was_cut_off(broker: Broker, tmp_path: Path) -> None:
+    broker.device("door-7")
+    kept = tmp_path / "checkpoint.jwt"
+    done = broker.ordain("log", "checkpoint", "--to", str(kept))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    good = broker.ordain("log", "verify", "--against", str(kept))
+    assert good.returncode == 0
+    assert "it goes on from the checkpoint at position" in good.stdout
+    thumbprint = good.stdout.split()[-1]
+    refused(broker.ordain("log", "verify", "--against", str(kept), "--key", "noted"), 1, thumbprint, "noted")
+    broker.end()
+
+    with closing(sqlite3.connect(broker.data / DATABASE, isolation_level=None)) as sql:
+        sql.execute("DELETE FROM events WHERE position = (SELECT max(position) FROM events)")
+        sql.execute("DELETE FROM events WHERE position = (SELECT max(position) FROM events)")
+    assert broker.ordain("log", "verify").returncode == 0
+    cut = broker.ordain("log", "verify", "--against", str(kept), "--key", thumbprint)
+    refused(cut, 1, "cut off")
