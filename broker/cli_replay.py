@@ -86,7 +86,7 @@ def replay(
     with closing(open_for_reading(Path(settings.data))) as sql:
         sql.execute("BEGIN")  # one state of the log, whatever is appended meanwhile
         span = _span(sql, first, last)
-        wanted = Wanted(project=project, device_id=None if device is None else _device(sql, device))
+        wanted = Wanted(project=project, device=None if device is None else _device(sql, device))
         pace, secret = _speed(speed), _secret(secret)
         if not into.startswith(("http://", "https://")) and into not in ("stdout", "mqtt"):
             if span[0] > 0 or wanted != Wanted() or pace is not None:
