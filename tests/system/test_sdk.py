@@ -1,15 +1,24 @@
-"""Both SDKs against a real broker: thousands of devices, and connections cut in the middle."""
+"""Both SDKs against a real broker: connections cut in the middle, a broker killed under a stream, devices
+that answer, fail and never come, and a page in a real browser.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
 
 import pytest
+from playwright.sync_api import Page
 
-from tests.sdk_driver import LANGUAGES, Sdk, sdk
-from tests.system.support import Broker
+from devices.agent import Agent, Call, CommandFailed
+from tests.conftest import unused_port
+from tests.sdk_driver import LANGUAGES, Outcome, Sdk, sdk
+from tests.system.conftest import NewBroker
+from tests.system.support import WITHIN_SEC, Broker, running, until
 
 languages = pytest.mark.parametrize("language", LANGUAGES)
 
@@ -17,6 +26,18 @@ languages = pytest.mark.parametrize("language", LANGUAGES)
 def client(broker: Broker, language: str, url: str = "") -> Sdk:
     broker.http("GET", "/v1/types")  # makes the key
     return sdk(language, url or broker.url, broker.key, backoff_sec=0.05)
+
+
+def agent(broker: Broker, hardware_id: str, token: str) -> Agent:
+    made = Agent(hardware_id, token, f"mqtt://127.0.0.1:{broker.mqtt_port}")
+
+    @made.command("unlock")
+    async def unlock(call: Call) -> dict[str, Any]:
+        if call.params == {"jam": True}:
+            raise CommandFailed("jammed", "the bolt does not move")
+        return {"locked": False}
+
+    return made
 
 
 def commands_of(broker: Broker, hardware_id: str) -> list[str]:
@@ -124,8 +145,156 @@ async def test_refusals_of_the_real_broker_are_typed(broker: Broker, language: s
     text = await app.send(order | {"device_ident": "door-1"})
     when = await app.history({"name": "unlock", "device_idents": ["door-1"], "start": "yesterday"})
     stranger = await sdk(language, broker.url, "sk_live_" + "x" * 32).send(order)
+    unknown = await app.wait("cmd_00000000000000000000000000", 5)
     assert [each.error["name"] for each in (wrong, text, when)] == ["InvalidRequest"] * 3
     assert [each.error["details"]["field"] for each in (wrong, text, when)] == [
         "colour", "device_ident", "start",
     ]  # fmt: skip
-    assert stranger.error["name"] == "Unauthorized"
+    assert (stranger.error["name"], unknown.error["name"]) == ("Unauthorized", "NotFound")
+
+
+# --- wait ------------------------------------------------------------------------------------------
+
+
+@languages
+async def test_wait_gives_the_closed_command_whatever_its_end(broker: Broker, language: str) -> None:
+    app = client(broker, language)
+    token = broker.device("door-1")
+    broker.device("door-2")
+    done, failed = [broker.create("door-1", "unlock", params={"jam": jam}) for jam in (False, True)]
+    expired = broker.create("door-2", "unlock", ttl_sec=1)
+    cancelled = broker.create("door-2", "unlock")
+    waits = [asyncio.create_task(app.wait(each, WITHIN_SEC)) for each in (done, failed, expired, cancelled)]
+    with running(lambda: agent(broker, "door-1", token)):
+        path = f"/v1/devices/door-2/commands/{cancelled}"
+        assert broker.http("DELETE", path).status_code == 200
+        closed = [(await wait).answer for wait in waits]
+    assert [each["id"] for each in closed] == [done, failed, expired, cancelled]
+    assert [each["state"] for each in closed] == ["executed", "failed", "expired", "cancelled"]
+    assert closed[0]["result"] == {"locked": False}
+    assert closed[1]["error"]["code"] == "jammed"
+    again = await app.wait(done, 0.9 * WITHIN_SEC)
+    assert {**again.answer, "grant_token": None} == {**closed[0], "grant_token": None}
+
+
+@languages
+async def test_waiting_in_vain_ends_with_a_timeout_and_the_command_goes_on(
+    broker: Broker, language: str
+) -> None:
+    broker.device("door-1")
+    command_id = broker.create("door-1", "unlock")
+    outcome = await client(broker, language).wait(command_id, 0.5)
+    assert outcome.error["name"] == "Timeout"
+    assert broker.command(command_id)["state"] == "pending"
+
+
+# --- events ----------------------------------------------------------------------------------------
+
+
+def has(seen: Outcome, command_id: str) -> bool:
+    return any(event["subject"] == command_id for event in seen.events)
+
+
+@languages
+async def test_a_broker_killed_under_a_stream_costs_no_event_and_doubles_none(
+    new_broker: NewBroker, language: str
+) -> None:
+    address = f"127.0.0.1:{unused_port()}"
+    broker = new_broker("--http", address).start()
+    broker.device("door-1")
+    app = client(broker, language)
+    seen = Outcome()
+    following = asyncio.create_task(app.events(31, into=seen, after=0))
+    made: list[str] = []
+    for life in range(3):
+        made += [broker.create("door-1", "unlock", params={"life": life})]
+        await asyncio.to_thread(until, partial(has, seen, made[-1]))
+        # Of these the stream has seen some, or none, when the broker dies.
+        made += [broker.create("door-1", "unlock", params={"life": life}) for _ in range(9)]
+        if life < 2:
+            broker.end(signal.SIGKILL)
+            broker.start()
+    await following
+    logged = broker.http("GET", "/v1/events?after=0&limit=1000").json()["data"]
+    assert seen.events == logged
+    assert [event["subject"] for event in seen.events[1:]] == made
+
+
+@languages
+async def test_a_stream_without_a_position_begins_now_and_misses_nothing_after_it(
+    new_broker: NewBroker, language: str
+) -> None:
+    """Killed before the first event: what comes while the stream is away is not lost."""
+    address = f"127.0.0.1:{unused_port()}"
+    broker = new_broker("--http", address).start()
+    broker.device("door-1")
+    before = broker.create("door-1", "unlock")
+    app = client(broker, language)
+    following = asyncio.create_task(app.events(1))
+    await asyncio.to_thread(until, lambda: streams(broker) == 1, lambda: streams(broker))
+    broker.end(signal.SIGKILL)
+    broker.start()
+    first = broker.create("door-1", "unlock")
+    (event,) = (await following).events
+    assert event["subject"] == first != before
+
+
+def streams(broker: Broker) -> float:
+    """How many streams of events are open."""
+    text = broker.http("GET", "/metrics").text
+    found = [line for line in text.splitlines() if line.startswith("ordain_event_streams ")]
+    return float(found[0].rpartition(" ")[2])
+
+
+# --- in a browser ----------------------------------------------------------------------------------
+
+IN_A_PAGE = """
+async ([url, key]) => {
+  const { App, NotFound } = await import(`${url}/sdk/app.mjs`);
+  const app = new App(url, key);
+  const events = [];
+  const following = (async () => {
+    for await (const event of app.command.events({ after: 0, event: "executed" })) {
+      events.push(event);
+      if (events.length === 2) return;
+    }
+  })();
+  const sent = await app.command.send({ name: "unlock", device_ident: ["door-1"], data: { first: true } });
+  const id = sent["door-1"].command_id;
+  const command = await app.command.wait(id, 20);
+  await app.command.send({ name: "unlock", device_ident: ["door-1"] });
+  await following;
+  const asked = { name: "unlock", device_idents: ["door-1"], start: "2026-01-01" };
+  const history = await app.command.history(asked);
+  const refused = await app.command.wait("cmd_none", 5).catch((error) => error instanceof NotFound);
+  return { sent, command, subjects: events.map((event) => event.subject), history, refused };
+}
+"""
+
+
+def in_a_page(broker: Broker, page: Page, page_from: str) -> dict[str, Any]:
+    """What the program gives in a page that came from an address."""
+    token = broker.device("door-1")
+    with running(lambda: agent(broker, "door-1", token)):
+        page.goto(f"{page_from}/healthz")
+        seen: dict[str, Any] = page.evaluate(IN_A_PAGE, [broker.url, broker.key])
+    return seen
+
+
+def test_a_page_in_a_browser_sends_waits_and_follows(broker: Broker, page: Page) -> None:
+    seen = in_a_page(broker, page, page_from=broker.url)
+    assert seen["sent"]["door-1"]["sent"] is True
+    assert (seen["command"]["state"], seen["command"]["params"]) == ("executed", {"first": True})
+    assert seen["subjects"] == [record["command_id"] for record in seen["history"]["door-1"]]
+    assert seen["refused"] is True
+
+
+def test_a_page_from_elsewhere_does_so_if_the_settings_name_it(new_broker: NewBroker, page: Page) -> None:
+    port = unused_port()
+    elsewhere = f"http://localhost:{port}"
+    broker = new_broker("--http", f"127.0.0.1:{port}")
+    settings = broker.cwd / "ordain.toml"
+    settings.write_text(f'cors_origins = ["{elsewhere}"]\n')
+    broker.start("--config", str(settings))
+    seen = in_a_page(broker, page, page_from=elsewhere)
+    assert (seen["command"]["state"], seen["refused"]) == ("executed", True)
