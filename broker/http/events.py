@@ -83,9 +83,9 @@ async def list_events(
     Of the key's project, an admin's of all; each is a CloudEvent, in the order of the log and never before it
     is durable. A page begins after `after`, or with the first event. With `Accept: text/event-stream` the
     answer is a stream that goes on for ever: `id` is the position, `data` the CloudEvent, a comment comes
-    every 15 seconds. It begins after `Last-Event-ID`, else after `after`, else with what happens from now.
-    After a break go on from the last `id`: nothing is missed, and nothing comes twice. One that does not take
-    what is sent to it is ended.
+    every 15 seconds. It begins after `Last-Event-ID`, else after `after`, else with what happens from
+    now; an `id` without data says at once where that is. After a break go on from the last `id`: nothing
+    is missed, and nothing comes twice. One that does not take what is sent to it is ended.
     """
     wanted = _wanted(request, device, type, event, command, project)
     services = request.services

@@ -20,8 +20,9 @@ from broker.feed import Feed, Subscription
 
 PING_SEC = 15.0
 PIECE_BYTES = 65_536
-RETRY = b"retry: 3000\n"
-# A comment needs no empty line after it, and one would make an event of the `retry` before it.
+# An id without data is no event, and says where the stream stands: one that began "now" and broke before its
+# first event goes on from there, and not from a later "now".
+BEGIN = b"retry: 3000\nid: %d\n\n"
 PING = b": ping\n"
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 # In JSON a line's end is only space between tokens; in a stream it would end the field.
@@ -79,12 +80,12 @@ class Streams:
             finally:
                 del self._open[subscription]
 
-    async def run(self, subscription: Subscription, receive: Receive, send: Send) -> None:
+    async def run(self, subscription: Subscription, after: int, receive: Receive, send: Send) -> None:
         """Writes until the reader has gone or the subscription was ended."""
         gone = asyncio.create_task(_gone(receive, subscription))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            await _say(send, RETRY)
+            await _say(send, BEGIN % after)
             await self._follow(subscription, send)
             await _say(send, b"", more=False)
         finally:
@@ -140,7 +141,7 @@ class Stream(Response[Any]):
             with self.streams.opened(self.caller, self.wanted, self.after) as subscription:
                 if cast(dict[str, Any], scope).get("head"):  # only what it would begin with is asked for
                     subscription.end()
-                await self.streams.run(subscription, receive, send)
+                await self.streams.run(subscription, self.after, receive, send)
 
         return answer
 

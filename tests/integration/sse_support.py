@@ -50,7 +50,7 @@ class Reader:
     def events(self) -> list[dict[str, Any]]:
         """The CloudEvents that came whole, after checking that each stands under its own id."""
         found = []
-        for block in self.text.split("\n\n")[:-1]:
+        for block in self.text.split("\n\n")[1:-1]:  # the first says where the stream stands
             fields = [line.partition(": ") for line in block.split("\n")]
             assert [name for name, _, _ in fields if name not in ("", "retry")] == ["id", "data"]
             values = {name: value for name, _, value in fields}

@@ -181,7 +181,7 @@ async def test_a_stream_goes_from_history_over_to_what_happens_now(tmp_path: Pat
         assert reader.status == 200
         assert reader.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert reader.headers["cache-control"] == "no-store"
-        assert reader.text.startswith("retry: 3000\n")
+        assert reader.text.startswith("retry: 3000\nid: 0\n\n")
         assert kinds(events) == ["registered", "created", "created"]
         assert [event["subject"] for event in events[1:]] == [first, second]
         assert events == (await client.get("/v1/events")).json()["data"]
@@ -250,7 +250,7 @@ async def test_a_silent_stream_is_pinged(tmp_path: Path, monkeypatch: pytest.Mon
         await register(client)
         async with reading(broker.app, key) as reader:
             await until(lambda: reader.text.count(": ping\n") >= 3)
-            assert reader.text.startswith("retry: 3000\n: ping\n")
+            assert reader.text.startswith("retry: 3000\nid: 2\n\n: ping\n")
             await send(client)
             assert len(await reader.has(1)) == 1
 
