@@ -130,14 +130,20 @@ def _came_online(_: CommandState, request: Request) -> Cell:
     return attempt("due") if request.repeatable else NOTHING
 
 
+def _acknowledged_late(state: CommandState, _: Request) -> Cell:
+    # Nothing is sent after the first acknowledgement, so another one is a copy of it that took its time.
+    return record("acknowledged") if state.acknowledged_at is None else NOTHING
+
+
 def _progress_again(state: CommandState, request: Request) -> Cell:
     changed = (request.percent, request.note) != (state.percent, state.note)
     soon = state.progress_count > 0 and request.now - state.updated_at < PROGRESS_INTERVAL_MS
     return NOTHING if not changed or soon else _progress_late(state, request)
 
 
-def _progress_late(state: CommandState, _: Request) -> Cell:
-    return record("progressed") if state.progress_count < MAX_PROGRESS_RECORDED else NOTHING
+def _progress_late(state: CommandState, request: Request) -> Cell:
+    copy = state.progress_count > 0 and (request.percent, request.note) == (state.percent, state.note)
+    return NOTHING if copy or state.progress_count >= MAX_PROGRESS_RECORDED else record("progressed")
 
 
 def _same_result(state: CommandState, request: Request) -> Cell:
@@ -216,7 +222,7 @@ TABLE: dict[Input, dict[State, Cell | Rule]] = {
     Input.CAME_ONLINE:     row(_,       _,               _came_online,        _,                   _,                     _,            _,           _,        _),
     Input.RESTARTED:       row(_,       _,               _restarted,          _,                   _,                     _,            _,           _,        _),
     # answers of the right device on the right topic
-    Input.ANSWER_ACKNOWLEDGED: row(UNKNOWN, NEVER,       record("acknowledged"), _,                record("acknowledged"), _,           _,           BROKEN,   BROKEN),
+    Input.ANSWER_ACKNOWLEDGED: row(UNKNOWN, NEVER,       record("acknowledged"), _,                _acknowledged_late,    _,           _,           BROKEN,   BROKEN),
     Input.ANSWER_PROGRESS: row(UNKNOWN, NEVER,           record("progressed"), _progress_again,    _progress_late,        _,            _,           BROKEN,   BROKEN),
     Input.ANSWER_EXECUTED: row(UNKNOWN, NEVER,           record("executed"),  record("executed"),  record("executed"),    _same_result, AGAINST,     BROKEN,   BROKEN),
     Input.ANSWER_FAILED:   row(UNKNOWN, NEVER,           record("failed"),    record("failed"),    record("failed"),      AGAINST,      _same_error, BROKEN,   BROKEN),

@@ -237,13 +237,12 @@ def a1(facts: Facts) -> Iterator[str]:
             continue
         if data(created).get("hardware_id") != record.hardware_id:
             continue
-        state = "none"
-        for row in facts.commands[created["stream"]]:
-            if facts.durable(row) < record.seq:
-                state = TABLE[row["type"]][1] if row["type"] in TABLE else state
-        # An answer may say nothing new about progress, and nobody listens to a deleted device.
+        durable = [row for row in facts.commands[created["stream"]] if facts.durable(row) < record.seq]
+        state = next((TABLE[row["type"]][1] for row in durable[::-1] if row["type"] in TABLE), "none")
+        # An answer may say nothing new of a start or of progress, and nobody listens to a deleted device.
         nobody = facts.deleted(created["device_id"]) < record.seq
-        idle = (state == "acknowledged" and event == "progressed") or nobody
+        told = {TABLE[row["type"]][1] for row in durable if row["type"] in ANSWER_EVENT.values()}
+        idle = (TABLE[event][1] == "acknowledged" and "acknowledged" in told) or nobody
         if state in TABLE[event][0] - {"pending"} and not idle:
             yield f"{record.command_id}: {record.status} got its PUBACK while only {state} was durable"
 

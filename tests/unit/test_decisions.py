@@ -17,6 +17,7 @@ from broker.events import (
     Cancelled,
     Created,
     Error,
+    Event,
     Executed,
     Expired,
     Failed,
@@ -254,6 +255,16 @@ def test_only_attempts_over_mqtt_at_a_device_that_is_there_count() -> None:
     assert not counted(transport="relay")
 
 
+def test_a_late_copy_of_an_acknowledgement_does_not_open_a_command_again() -> None:
+    def decided(*events: Event) -> str:
+        what = Input.ANSWER_ACKNOWLEDGED
+        return in_words(what, decide(folded(PUBLISHED, *events), request(what, now=T + 60_000)))
+
+    assert decided(Acknowledged(), TimedOut(reason="no_result")) == "–"
+    assert decided(Progressed(percent=1), TimedOut(reason="no_result")) == "–"
+    assert decided(TimedOut(reason="no_answer")) == ">acknowledged late"
+
+
 class TestProgress:
     def decided(self, state: CommandState, **facts: Any) -> str:
         return in_words(Input.ANSWER_PROGRESS, decide(state, request(Input.ANSWER_PROGRESS, **facts)))
@@ -268,6 +279,12 @@ class TestProgress:
 
     def test_the_first_one_need_not_wait_after_an_acknowledgement(self) -> None:
         assert self.decided(folded(PUBLISHED, Acknowledged()), percent=1, now=T) == ">progressed"
+
+    def test_a_late_copy_of_one_that_was_recorded_says_nothing_new(self) -> None:
+        state = folded(PUBLISHED, Progressed(percent=10, note="warm"), TimedOut(reason="no_result"))
+
+        assert self.decided(state, percent=10, note="warm", now=T + 60_000) == "–"
+        assert self.decided(state, percent=20, note="warm", now=T + 60_000) == ">progressed late"
 
     @pytest.mark.parametrize("end", [(), (TimedOut(reason="no_result"),)], ids=["acknowledged", "timed out"])
     def test_at_most_a_thousand_are_recorded_for_a_command(self, end: tuple[TimedOut, ...]) -> None:
