@@ -97,8 +97,10 @@ async def authorize(request: Request[Any, Any, Any]) -> None:
     if caller.device_id is not None:
         if not options.get("device"):
             raise Refusal("forbidden", "a device's token serves its heartbeat and its own commands only")
-    elif scope not in caller.scopes:
-        raise Refusal("forbidden", f"this key does not have the scope {scope}", {"scope": scope})
+    else:
+        for each in (scope, *options.get("also", ())):
+            if each not in caller.scopes:
+                raise Refusal("forbidden", f"this key does not have the scope {each}", {"scope": each})
     if request.scope["method"] != "GET" and not scope.endswith(":read") and not services.commands.writer.open:
         raise Unavailable("the log cannot be written now")
     request.scope["user"] = caller

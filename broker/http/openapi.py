@@ -70,7 +70,7 @@ TAGS = {
     "Devices": "What can be commanded: devices, their lanes, their types, and what they said.",
     "Unversioned": "The same commands under paths, fields and words that other systems use; and erasing.",
     "Events": "What happened, as CloudEvents: in pages, or as a stream that goes on.",
-    "Webhooks": "Where events are sent to, and what became of it. Keys need `events:read` as well.",
+    "Webhooks": "Where events are sent to, and what became of it.",
     "System": "How the broker is. Most of it needs no key.",
 }
 # What stands in many paths and means the same in each.
@@ -183,7 +183,8 @@ def _finish(path: str, operation: dict[str, Any], handler: HTTPRouteHandler, sch
     if not operation["description"]:
         del operation["description"]
     if scope := handler.opt.get("scope"):
-        operation["security"] = [{"bearer": [scope]}, {"key": [scope]}]
+        scopes = [scope, *handler.opt.get("also", ())]
+        operation["security"] = [{"bearer": scopes}, {"key": scopes}]
     for parameter in operation.get("parameters", []):
         _finish_parameter(parameter)
     body = operation.get("requestBody", {})

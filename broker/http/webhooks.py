@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from litestar import Request, Router, delete, get, patch, post
+from litestar import Router, delete, get, patch, post
 from litestar.params import FromPath, JSONBody, QueryParameter
 from msgspec import UNSET, UnsetType
 
@@ -228,18 +228,6 @@ def _shown(request: Call, known: Webhook, secret: str | UnsetType = UNSET) -> We
     return views.webhook(known, services.feed.head, services.commands.writer.now(), secret)
 
 
-async def _authorize(request: Request[Any, Any, Any]) -> None:
-    """Both scopes.
-
-    Raises:
-        Refusal: unauthorized, or forbidden: the key lacks one of them.
-        Unavailable: it would write, and the log cannot be written now.
-    """
-    await authorize(request)
-    if "events:read" not in request.scope["user"].scopes:
-        raise Refusal("forbidden", "this key does not have the scope events:read", {"scope": "events:read"})
-
-
 routes = Router(
     "/v1/webhooks",
     route_handlers=[
@@ -254,6 +242,7 @@ routes = Router(
         list_deliveries,
         resend_delivery,
     ],
-    before_request=_authorize,
+    opt={"also": ["events:read"]},
+    before_request=authorize,
     tags=["Webhooks"],
 )

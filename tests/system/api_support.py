@@ -42,6 +42,13 @@ def is_stream(operation: dict[str, Any]) -> bool:
     return any(content.keys() == {"text/event-stream"} for content in contents)
 
 
+class Names(dict[str, str]):
+    """What stands in the paths of requests; a name that is not known here is `1`."""
+
+    def __missing__(self, name: str) -> str:
+        return "1"
+
+
 class Served:
     """A broker that serves at `url`, with the `key` of an admin, and names of what it knows."""
 
@@ -53,6 +60,14 @@ class Served:
 
     def client(self) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"})
+
+    def path(self, template: str, **names: str) -> str:
+        return template.format_map(Names({"device": "lamp-1", "command_id": self.commands[0]} | names))
+
+    def new_key(self, project: str, *scopes: str) -> str:
+        made = self._broker.core.keys.create(project, scopes, None)
+        _, secret = asyncio.run_coroutine_threadsafe(made, self._loop).result(WITHIN_SEC)
+        return secret
 
     def position(self) -> int:
         """Where the log ends, with everything that was asked for."""

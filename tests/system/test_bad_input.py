@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import httpx2
 import pytest
 
+from broker.keys import SCOPES
 from tests.system.api_support import Served, description, is_stream, served
 
 DOCUMENT = description()
@@ -147,11 +148,11 @@ def wrong_headers(schema: dict[str, Any]) -> Iterator[str]:
     yield "\xff"
 
 
-def faults(label: str, names: dict[str, str]) -> Iterator[Fault]:
+def faults(label: str, here: Served) -> Iterator[Fault]:
     """Everything that can be wrong with the requests of an operation, one at a time."""
     operation = OPERATIONS[label]
     template = label.partition(" ")[2]
-    path = template.format(**names)
+    path = here.path(template)
     body = None
     if "requestBody" in operation:
         body = json.dumps(operation["requestBody"]["content"]["application/json"]["example"]).encode()
@@ -161,7 +162,7 @@ def faults(label: str, names: dict[str, str]) -> Iterator[Fault]:
         name, schema = parameter["name"], parameter["schema"]
         if parameter["in"] == "path":
             for text in NOT_IN_A_PATH:
-                yield Fault(name, template.format(**names | {name: text}), body)
+                yield Fault(name, here.path(template, **{name: text}), body)
         elif parameter["in"] == "query":
             for text in wrong_texts(schema):
                 yield Fault(name, path, body, f"{name}={text}")
@@ -195,10 +196,9 @@ def ask(client: httpx2.Client, method: str, fault: Fault) -> httpx2.Response:
 
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_what_is_wrong_is_named_and_changes_nothing(label: str, here: Served) -> None:
-    names = {"device": "lamp-1", "command_id": here.commands[0], "webhook": "whk_1", "position": "1"}
     before, found = here.position(), []
     with here.client() as client:
-        for fault in faults(label, names):
+        for fault in faults(label, here):
             answer = ask(client, label.partition(" ")[0], fault)
             details = answer.json().get("error", {}).get("details", {})
             if answer.status_code != 400 or not names_the_field(fault.field, details.get("field", "")):
@@ -210,7 +210,7 @@ def test_what_is_wrong_is_named_and_changes_nothing(label: str, here: Served) ->
 @pytest.mark.parametrize("label", [label for label, found in OPERATIONS.items() if "requestBody" in found])
 def test_a_body_of_another_kind_or_size_is_refused(label: str, here: Served) -> None:
     method, _, template = label.partition(" ")
-    path = template.format(device="lamp-1", command_id=here.commands[0], webhook="whk_1")
+    path = here.path(template)
     before = here.position()
     with here.client() as client:
         for kind in ("text/plain", "application/x-www-form-urlencoded", "application/cbor", ""):
@@ -221,6 +221,34 @@ def test_a_body_of_another_kind_or_size_is_refused(label: str, here: Served) -> 
             method, path, content=b" " * 5_000_000, headers={"Content-Type": "application/json"}
         )
         assert large.status_code == 413
+    assert here.position() == before
+
+
+@pytest.mark.parametrize(
+    "label", [label for label, found in OPERATIONS.items() if found.get("security") != [{}]]
+)
+def test_nobody_is_let_in_without_a_key_and_the_scope_that_is_named(label: str, here: Served) -> None:
+    method, _, template = label.partition(" ")
+    path, operation = here.path(template), OPERATIONS[label]
+    scopes = operation["security"][0]["bearer"]
+    lacking = [
+        here.new_key("acme", *(other for other in SCOPES if other not in (scope, "admin")))
+        for scope in scopes
+    ]
+    body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
+    before = here.position()
+    with httpx2.Client(base_url=here.url) as client:
+        for headers, status in (
+            ({}, 401),
+            ({"X-API-Key": ""}, 401),
+            ({"Authorization": "Bearer sk_live_none"}, 401),
+            ({"Authorization": f"Basic {here.key}"}, 401),
+            *(({"Authorization": f"Bearer {key}"}, 403) for key in lacking),
+            *(({"X-API-Key": key}, 403) for key in lacking),
+        ):
+            answer = client.request(method, path, headers=headers, json=body)
+            assert answer.status_code == status, (headers, answer.text)
+            assert str(status) in operation["responses"]
     assert here.position() == before
 
 

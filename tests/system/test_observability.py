@@ -18,7 +18,7 @@ from tests.system.api_support import served
 DOCS = Path(__file__).parents[2] / "docs"
 # Put there by whoever scrapes.
 SCRAPED = {"instance", "job"}
-FUNCTIONS = {"absent", "histogram_quantile", "increase", "max", "min", "rate", "sum"}
+FUNCTIONS = {"absent", "delta", "histogram_quantile", "increase", "max", "min", "rate", "sum"}
 WORDS = FUNCTIONS | {"by", "and", "or", "unless", "on"}
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 MATCHER = re.compile(rf'({NAME})\s*(=~|!~|!=|=)\s*"([^"]*)"')
@@ -38,7 +38,6 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             found.setdefault(sample.name, []).append(sample.labels)
-    found.setdefault("ordain_subscriber_lag_events", [{"kind": "sse"}])
     return found
 
 
