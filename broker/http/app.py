@@ -44,8 +44,9 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
         if request["type"] != "http":
             await inner(scope, receive, send)
             return
-        if request["method"] == "HEAD":
-            # A GET whose body the server leaves out; its own scope still says HEAD.
+        if request["method"] == "HEAD" and not request["path"].endswith("/commands/pending"):
+            # A GET whose body the server leaves out; its own scope still says HEAD. One of commands to be
+            # handed over would lose them.
             request["method"], request["head"] = "GET", True
         methods_asked = request["method"] == "OPTIONS"
         if methods_asked:

@@ -124,9 +124,11 @@ def document() -> bytes:
         operation_id_creator=lambda handler, method, path: handler.handler_name,
         components=Components(
             security_schemes={
-                "bearer": SecurityScheme(type="http", scheme="bearer", description="A key."),
+                "bearer": SecurityScheme(
+                    type="http", scheme="bearer", description="A key, or a device's token."
+                ),
                 "key": SecurityScheme(
-                    type="apiKey", name="X-API-Key", security_scheme_in="header", description="A key."
+                    type="apiKey", name="X-API-Key", security_scheme_in="header", description="The same."
                 ),
             }
         ),

@@ -247,6 +247,19 @@ def test_without_a_secret_to_sign_with_a_command_fails_and_the_next_is_looked_at
     on_desk(story)
 
 
+def test_asking_for_the_head_alone_hands_nothing_over() -> None:
+    async def story(desk: Desk) -> None:
+        await desk.registered()
+        command_id = await desk.sent()
+
+        answer = await desk.key.head(f"/v1/devices/{RECORDER}/commands/pending")
+
+        assert answer.status_code == 405
+        assert desk.state(command_id) == "pending"
+
+    on_desk(story)
+
+
 # --- leases
 
 
