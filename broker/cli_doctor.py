@@ -12,6 +12,8 @@ from broker import doctor as looks
 from broker.cli_base import REFUSED, Config, Data, Failed, Json, ask, print_json, settings_of
 from broker.doctor import Finding
 
+BROKEN_LOG = ("file", "chain", "projections")  # with one of these nothing is asked: it would be built on
+
 
 def doctor(
     *,
@@ -33,7 +35,7 @@ def doctor(
     async def asking(client: httpx2.AsyncClient, serving: bool) -> list[Finding]:
         return [*await looks.broker(client, serving), *await looks.mqtt(client, serving, canary)]
 
-    if not any(each.level == "fault" and each.check in ("file", "chain") for each in found):
+    if not any(each.level == "fault" and each.check in BROKEN_LOG for each in found):
         found += ask(data, config, asking)
     faults = sum(each.level == "fault" for each in found)
     if as_json:

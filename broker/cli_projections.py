@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -82,21 +83,27 @@ def _show(projection: OwnProjection, rows: list[tuple[object, ...]], as_json: bo
         print_table(projection.columns, [tuple(map(str, row)) for row in rows])
 
 
+def fault_of(kept: sqlite3.Connection, progress: Callable[[int], None]) -> str | None:
+    """Where the projections are not what follows from the log, as a sentence; inside one read transaction."""
+    if not follower.is_current(kept):
+        return "another release made the projections; a start of the broker renews them"
+    # The scratch database has no name: SQLite keeps it in memory, and on disk what is too much for that.
+    with closing(sqlite3.connect("")) as made:
+        try:
+            follower.replay(kept, made, progress)
+        except ValueError as error:
+            return f"{error}; see ordain log verify"
+        return follower.difference(kept, made)
+
+
 @projections.command(name="verify")
 def verify_projections(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """Compute all projections anew, also beside a broker, and compare; exit 0 only if they are the same."""
     directory = Path(settings_of(config, data=data).data)
-    # The scratch database has no name: SQLite keeps it in memory, and on disk what is too much for that.
-    with closing(open_for_reading(directory)) as kept, closing(sqlite3.connect("")) as made:
+    with closing(open_for_reading(directory)) as kept:
         kept.execute("BEGIN")  # one state of log and projections, whatever is recorded meanwhile
-        if not follower.is_current(kept):
-            raise Failed(REFUSED, "another release made the projections; a start of the broker renews them")
         rows = log.head(kept).position
-        try:
-            follower.replay(kept, made, Progress(rows))
-        except ValueError as error:
-            raise Failed(REFUSED, f"{error}; see ordain log verify") from error
-        fault = follower.difference(kept, made)
+        fault = fault_of(kept, Progress(rows))
     if as_json:
         print_json({"events": rows, "fault": fault})
     elif fault is None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import httpx2
 
 from broker.cli_base import POLL_SEC, Failed, call
+from broker.cli_projections import fault_of
 from broker.log import sqlite as log
 from broker.world import DATABASE, SystemClock, open_for_reading
 from devices.canary import Canary, Login, Untried, strangers
@@ -77,6 +78,11 @@ def _database(sql: sqlite3.Connection, path: Path) -> Iterator[Finding]:
         yield Finding("fault", "chain", verified.fault, do)
     else:
         yield Finding("ok", "chain", f"{verified.rows} events, each follows from the one before")
+        if (differs := fault_of(sql, lambda _: None)) is not None:
+            do = "keep a copy, stop the broker, and: ordain projections rebuild"
+            yield Finding("fault", "projections", differs, do)
+        else:
+            yield Finding("ok", "projections", "they are what follows from the log")
     behind = log.head(sql).recorded_at - SystemClock().wall_ms()
     if behind > CLOCK_FAULT_MS:
         last = rfc3339(log.head(sql).recorded_at)

@@ -36,7 +36,16 @@ def test_a_broker_in_good_health_has_no_fault_and_its_canary_lives(
         assert code == 0, found
         assert {each["level"] for each in found} == {"ok"}, found
         assert any("no device reaches another's topics" in each["says"] for each in found)
-    assert {each["check"] for each in found} >= {"file", "chain", "clock", "disk", "broker", "keys", "mqtt"}
+    assert {each["check"] for each in found} >= {
+        "file",
+        "chain",
+        "projections",
+        "clock",
+        "disk",
+        "broker",
+        "keys",
+        "mqtt",
+    }
 
 
 def test_an_mqtt_server_without_rules_is_a_fault_each_named(
@@ -69,6 +78,18 @@ def test_a_changed_row_is_a_fault_that_is_named(broker: Broker) -> None:
     code, found = findings(broker)
     assert code == 1
     assert next(each["says"] for each in found if each["check"] == "chain").startswith(f"position {changed} ")
+
+
+def test_a_projection_that_is_not_what_the_log_says_is_a_fault(broker: Broker) -> None:
+    broker.device("lamp-1")
+    command_id = broker.create("lamp-1", "on")
+    assert broker.end() == 0
+    with closing(sqlite3.connect(broker.data / "ordain.db")) as sql, sql:
+        sql.execute("UPDATE commands SET state = 'executed' WHERE id = ?", (command_id,))
+    code, found = findings(broker)
+    assert code == 1
+    assert levels(found, "chain") == ["ok"]
+    assert levels(found, "projections") == ["fault"]
 
 
 def test_a_log_from_the_future_is_a_fault_of_the_clock(broker: Broker) -> None:
