@@ -28,10 +28,12 @@ from broker.cli_base import (
 )
 from broker.cli_progress import Progress
 from broker.cli_transfer import export_log, import_log
+from broker.events import device_stream
 from broker.log import sqlite as log
 from broker.log.chain import Row
-from broker.world import open_for_reading
+from broker.world import DATABASE, compact, open_for_reading
 from devices.clock import rfc3339
+from projections import devices
 from projections.commands import veiled
 
 logs = App(name="log", help="The log: look at it, verify it, take it elsewhere.")
@@ -98,6 +100,59 @@ def _show(row: Row, as_json: bool) -> None:
             text,
             flush=True,
         )
+
+
+@logs.command(name="show")
+def show_log(what: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
+    """One event, or all events of one command or device.
+
+    Parameters
+    ----------
+    what
+        A position of the log, a command's id, or a device's id or hardware id.
+    """
+    with closing(transfer.opened(_directory(config, data))) as sql:
+        if what.isascii() and what.isdigit():
+            found = [row for row in log.rows(sql, int(what[:18]) - 1, 1) if row.position == int(what)]
+        else:
+            device = devices.by_name(sql, [what]).get(what)
+            found = log.stream(sql, what if device is None else device_stream(device.id))
+        for row in veiled(sql, found):
+            _show(row, as_json)
+    if not found:
+        raise Failed(REFUSED, f"no event, command or device {what[:80]!r} is in the log")
+
+
+@logs.command(name="stats")
+def show_stats(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
+    """How much is in the log: events by type and by project, streams, times, bytes."""
+    directory = _directory(config, data)
+    with closing(transfer.opened(directory)) as sql:
+        found = transfer.stats(sql)
+    found["bytes"] = {path.name: path.stat().st_size for path in sorted(directory.glob(f"{DATABASE}*"))}
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        if isinstance(value, dict):
+            print(f"{name.replace('_', ' ')}:")
+            for part, amount in value.items():
+                print(f"  {part or '(the broker)':24} {amount:>15,}")
+        else:
+            print(f"{name.replace('_', ' '):26} {f'{value:,}' if isinstance(value, int) else value:>15}")
+
+
+@logs.command(name="compact")
+def compact_log(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
+    """Give the space of what was erased back to the disk; removes no event. Only while no broker serves.
+
+    It needs twice the size of what remains as free space meanwhile.
+    """
+    before, after = compact(_directory(config, data))
+    if as_json:
+        print_json({"before": before, "after": after})
+    else:
+        print(f"{before:,} bytes before, {after:,} after")
 
 
 @logs.command(name="checkpoint")

@@ -20,6 +20,7 @@ from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.lines import Header
 from broker.world import DATABASE, SystemEntropy, open_for_reading
+from devices.clock import rfc3339
 from projections import devices, follower
 from projections.commands import veiled
 
@@ -209,3 +210,28 @@ def opened(directory: Path) -> sqlite3.Connection:
     sql = open_for_reading(directory)
     sql.execute("BEGIN")
     return sql
+
+
+def stats(sql: sqlite3.Connection) -> dict[str, Any]:
+    """How much is in a log; times are RFC 3339, sizes in bytes."""
+    first, last, events = sql.execute(
+        "SELECT min(recorded_at), max(recorded_at), count(*) FROM events"
+    ).fetchone()
+    pages = {name: sql.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_size")}
+    return {
+        "log_id": log.meta(sql, "log_id"),
+        "events": events,
+        "erased": sql.execute("SELECT count(*) FROM events WHERE data IS NULL").fetchone()[0],
+        "streams": sql.execute("SELECT count(*) FROM events WHERE version = 1").fetchone()[0],
+        "first_recorded_at": None if first is None else rfc3339(first),
+        "last_recorded_at": None if last is None else rfc3339(last),
+        "by_type": _counted(sql, "type"),
+        "by_project": _counted(sql, "project"),
+        "free_bytes_in_the_file": pages["freelist_count"] * pages["page_size"],
+    }
+
+
+def _counted(sql: sqlite3.Connection, column: str) -> dict[str, int]:
+    return dict(
+        sql.execute(f"SELECT {column}, count(*) FROM events GROUP BY 1 ORDER BY 2 DESC, 1").fetchall()
+    )

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import random
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -221,6 +222,44 @@ def back_up(directory: Path, to: Path) -> None:
             raise _translated(error) from error
     with open(to, "rb") as made:
         os.fsync(made.fileno())
+
+
+def compact(directory: Path) -> tuple[int, int]:
+    """Gives free pages back to the disk; sizes of the file before and after, bytes. No row changes.
+
+    Raises:
+        InUse: a broker serves the directory, or somebody reads the log.
+        Broken: there is no log, or it cannot be read.
+        Full: no space for the copy that is made meanwhile.
+    """
+    open_for_reading(directory).close()
+    path = directory / DATABASE
+    with _lock(directory / LOCK), closing(sqlite3.connect(path, isolation_level=None, timeout=1)) as sql:
+        # Where SQLite puts the copy; elsewhere there may be no room, and others could read it.
+        os.environ["SQLITE_TMPDIR"] = str(directory)
+        try:
+            sql.execute("PRAGMA secure_delete = ON")
+            sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            before = path.stat().st_size
+            pages, free, size = (
+                sql.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("page_count", "freelist_count", "page_size")
+            )
+            # The copy, and the same again on its way back through the write-ahead log.
+            needed, room = 2 * (pages - free) * size, shutil.disk_usage(directory).free
+            if needed > room:
+                raise Full(f"compacting {path} needs {needed:,} bytes of free space; there are {room:,}")
+            sql.execute("VACUUM")
+            busy = sql.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise InUse(f"somebody reads {path}; compact it when nobody does") from error
+            raise _translated(error) from error
+        finally:
+            del os.environ["SQLITE_TMPDIR"]
+        if busy:
+            raise InUse(f"somebody reads {path}; compact it when nobody does")
+    return before, path.stat().st_size
 
 
 def rename_log(path: Path) -> str:

@@ -108,3 +108,22 @@ def test_a_checkpoint_shows_that_the_log_was_cut_off(broker: Broker, tmp_path: P
     assert broker.ordain("log", "verify").returncode == 0
     cut = broker.ordain("log", "verify", "--against", str(kept), "--key", thumbprint)
     refused(cut, 1, "cut off")
+
+
+def test_show_stats_and_compact_say_what_is_there(broker: Broker) -> None:
+    broker.device("door-7")
+    command_id = broker.create("door-7", "lock")
+    shown = broker.ordain("log", "show", command_id, "--json").stdout.splitlines()
+    created = json.loads(shown[0])
+    assert (created["type"], created["stream"], created["data"]["type"]) == ("created", command_id, "lock")
+    assert json.loads(broker.ordain("log", "show", str(created["position"]), "--json").stdout) == created
+    assert " registered " in broker.ordain("log", "show", "door-7").stdout.splitlines()[0]
+    refused(broker.ordain("log", "show", "99999"), 1, "99999")
+
+    found = json.loads(broker.ordain("log", "stats", "--json").stdout)
+    assert (found["by_type"]["created"], found["by_type"]["registered"]) == (1, 1)
+    assert found["bytes"][DATABASE] > 0
+    refused(broker.ordain("log", "compact"), 3, "another broker")
+    broker.end()
+    assert broker.ordain("log", "compact").stdout.endswith(" after\n")
+    assert broker.ordain("log", "stats").stdout.startswith("log id ")
