@@ -22,8 +22,8 @@ from broker.http.auth import Call, authorize, header, needs
 from broker.http.errors import ErrorBody, documented
 from broker.http.pages import cut
 from broker.http.streams import Stream
-from broker.registry import NAME_RULE
-from devices.names import is_name
+from broker.http.views import NAME
+from broker.registry import check_name
 
 STREAM = "text/event-stream"
 
@@ -34,15 +34,24 @@ Cursor = Annotated[
     int | None, QueryParameter(ge=0, description="The same as `after`: `next_cursor` of the page before.")
 ]
 Limit = Annotated[int, QueryParameter(ge=1, le=1_000, description="How many at most, in a page.")]
-ByDevice = Annotated[str | None, QueryParameter(description="Only of this device: id or hardware id.")]
-ByType = Annotated[str | None, QueryParameter(description="Only of commands of this name.")]
+ByDevice = Annotated[
+    str | None, QueryParameter(description="Only of this device: id or hardware id.", schema_extra=NAME)
+]
+ByType = Annotated[
+    str | None, QueryParameter(description="Only of commands of this name.", schema_extra=NAME)
+]
 ByEvent = Annotated[
     str | None,
     QueryParameter(description="Only these: `executed`, or in full `ordain.command.executed.v1`."),
 ]
-ByCommand = Annotated[str | None, QueryParameter(description="Only of this command: its id.")]
+ByCommand = Annotated[
+    str | None, QueryParameter(description="Only of this command: its id.", schema_extra=NAME)
+]
 ByProject = Annotated[
-    str | None, QueryParameter(description="Only of this project; an admin's key sees all others too.")
+    str | None,
+    QueryParameter(
+        description="Only of this project; an admin's key sees all others too.", schema_extra=NAME
+    ),
 ]
 ANSWERS = documented(410, 429) | {
     410: ResponseSpec(
@@ -128,9 +137,9 @@ def _wanted(
     own = request.user.project
     if own is not None and project not in (None, own):
         raise Refusal("forbidden", "project: only a key with the scope admin may ask for another project")
-    for field, value in (("device", device), ("type", type_name), ("project", project)):
-        if value is not None and not is_name(value):
-            raise invalid(field, NAME_RULE, value)
+    names = {"device": device, "type": type_name, "command": command, "project": project}
+    for field, value in names.items():
+        check_name(field, value)
     bare = None if event is None else bare_type(event)
     if event is not None and bare is None:
         raise invalid("event", f"must be one of {', '.join(EVENTS)}", event)
