@@ -6,7 +6,15 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any, get_args
 
+import msgspec
+import pytest
+
+from broker import client_types
+from broker.cloudevents import CloudEvent
+from broker.http import app_command, views
+from broker.http.errors import STATUS
 from tests.integration.http_support import running
 from tests.sdk_driver import MODULE, node
 
@@ -47,6 +55,40 @@ def test_the_types_name_everything_the_module_exports_and_nothing_else() -> None
         for name, body in classes
     }
     assert declared == exported
+
+
+@pytest.mark.parametrize(
+    ("ours", "in_javascript", "theirs"),
+    [
+        (client_types.Command, "Command", views.Command),
+        (client_types.Event, "Event", CloudEvent),
+        (client_types.SendParams, "SendParams", app_command.SendBody),
+        (client_types.HistoryParams, "HistoryParams", app_command.HistoryBody),
+        (client_types.Record, "HistoryRecord", app_command.HistoryRecord),
+    ],
+)
+def test_both_languages_have_the_fields_that_the_broker_has(
+    ours: Any, in_javascript: str, theirs: type[msgspec.Struct]
+) -> None:
+    fields = {
+        field.encode_name: field.default not in (msgspec.UNSET, None)
+        for field in msgspec.structs.fields(theirs)
+    }
+    assert {name: "NotRequired" not in str(kind) for name, kind in ours.__annotations__.items()} == fields
+    _, _, body = TYPES.partition(f"export interface {in_javascript} {{\n")
+    declared = re.findall(r"^  (\w+)(\??):", body.partition("\n}")[0], re.MULTILINE)
+    assert {name: not optional for name, optional in declared} == fields
+
+
+def test_both_languages_have_the_words_that_the_broker_has() -> None:
+    for name in ("Status", "StateName"):
+        words = get_args(getattr(views, name))
+        assert get_args(getattr(client_types, name)) == words
+        _, _, body = TYPES.partition(f"export type {name} =")
+        assert tuple(re.findall(r'"(\w+)"', body.partition(";")[0])) == words
+    typed = re.findall(r"^  (\w+): (\w+),$", MODULE.read_text(), re.MULTILINE)
+    assert dict(typed) == {code: kind.__name__ for code, kind in client_types.ERRORS.items()}
+    assert client_types.ERRORS.keys() <= STATUS.keys()
 
 
 def test_the_types_say_which_error_is_a_kind_of_which() -> None:
