@@ -152,8 +152,10 @@ class Core:
             tasks = [group.create_task(task) for task in self.tasks()]
             try:
                 if mqtt is not None:
-                    tasks.append(group.create_task(self.webhooks.run()))
                     await self.registry.started(__version__, mqtt)
+                    # After that commit, not before: what a killed process wrote last was read, and may
+                    # not have been synced; a power cut could still take it back from whoever was told.
+                    tasks.append(group.create_task(self.webhooks.run()))
                 yield group
                 self.webhooks.save()
                 await self.writer.drain()

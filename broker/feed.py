@@ -77,7 +77,8 @@ class Subscription:
                 return entries
             if self.reached < self._since:
                 continue
-            self.reached = self._feed.head
+            if self._feed.settled:
+                self.reached = self._feed.head
             self._wake.clear()
             try:
                 async with asyncio.timeout(idle_sec):
@@ -107,7 +108,8 @@ class Feed:
         self.recent: dict[int, Entry] = {}
         self._writer = writer
         self._live = live
-        self._subscriptions: dict[Key, set[Subscription]] = {}
+        # In order of their coming: one run of the simulation is one run, in every process.
+        self._subscriptions: dict[Key, dict[Subscription, None]] = {}
         writer.listeners.append(self._committed)
 
     async def open(self) -> None:
@@ -116,6 +118,11 @@ class Feed:
     @property
     def head(self) -> int:
         return self._writer.durable
+
+    @property
+    def settled(self) -> bool:
+        """Whether everybody was told of all up to the head. After a failed commit that takes a moment."""
+        return self._writer.open
 
     def reread(self) -> None:
         """Everybody goes on from the log, as after a failed commit: what became of that nobody was told."""
@@ -150,7 +157,8 @@ class Feed:
 
     def _interested(self, project: str, device_id: str | None, hardware_id: str) -> list[Subscription]:
         find = self._subscriptions.get
-        devices = {None, device_id, hardware_id}  # a device may have one name for both
+        # A device may have one name for both.
+        devices = dict.fromkeys((None, device_id, hardware_id))
         return [s for owner in (None, project) for device in devices for s in find((owner, device), ())]
 
     def _keep(self, made: Entry) -> None:
@@ -163,12 +171,12 @@ class Feed:
         """A subscription to everything after a position."""
         key = wanted.project, wanted.device
         subscription = Subscription(self, wanted, after)
-        found = self._subscriptions.setdefault(key, set())
-        found.add(subscription)
+        found = self._subscriptions.setdefault(key, {})
+        found[subscription] = None
         try:
             yield subscription
         finally:
-            found.discard(subscription)
+            del found[subscription]
             if not found:
                 del self._subscriptions[key]
 

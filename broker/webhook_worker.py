@@ -205,13 +205,14 @@ class Worker:
             event=endpoint.events[0] if len(endpoint.events) == 1 else None,
         )
         with self._feed.subscribed(wanted, self.window.reached) as subscription:
-            self._live = subscription
-            try:
-                while True:
-                    await self._has_room()
-                    self._take_in(await subscription.next() or [], subscription.reached)
-            finally:
-                self._live = None
+            while True:
+                await self._has_room()
+                self._live = subscription
+                entries = await subscription.next()
+                self._live = None  # `rest` must not step over what was read and is not taken in
+                # A failed commit may have left rows that are read and not synced: the next one syncs them.
+                await self._writer.opened()
+                self._take_in(entries or [], subscription.reached)
 
     def _take_in(self, entries: list[Entry], reached: int) -> None:
         events = self._endpoint.events

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from tests.simulation.checkers_hooks import s5
 from tests.simulation.checkers_presence import a3, a5, d9, d10, r8
 from tests.simulation.checkers_pull import a6, d11, r9
 from tests.simulation.facts import (
@@ -349,6 +350,7 @@ CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
     "A6": a6,
     "S1": s1,
     "S2": s2,
+    "S5": s5,
 }
 
 

@@ -87,6 +87,18 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     status: str
 
 
+class Hook(msgspec.Struct, frozen=True, kw_only=True):
+    """A webhook's receiver saw a request. `taken`: it answers 2xx, if the answer arrives."""
+
+    seq: int
+    t: int
+    url: str
+    id: str
+    position: int
+    type: str
+    taken: bool
+
+
 class Note(msgspec.Struct, frozen=True, kw_only=True):
     """What the world did to the broker, for whoever reads the history. No checker may look at it."""
 
@@ -117,6 +129,9 @@ class History:
         self.answers: list[Answer] = []
         self.dumps: list[list[Row]] = []
         self.notes: list[Note] = []
+        self.hooks: list[Hook] = []
+        # Up to this position every endpoint said that it had delivered what was wanted; None if it never did.
+        self.hooked_until: int | None = None
         # From when to when, by the broker's clock, everything was well; None if it never was.
         self.healed_at: int | None = None
         self.ended_at: int | None = None
@@ -215,6 +230,20 @@ class History:
                 status=status,
             )
         )
+
+    def hooked(self, url: str, id: str, position: int, type: str, *, taken: bool) -> None:
+        self.hooks.append(
+            Hook(
+                seq=self._next(),
+                t=self._now_ms(),
+                url=url,
+                id=id,
+                position=position,
+                type=type,
+                taken=taken,
+            )
+        )
+        self._note(f"hook {url} {id} {type} {taken}")
 
     def said(self, what: str) -> None:
         self.notes.append(Note(seq=self._next(), t=self._now_ms(), what=what))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from broker.seams import Outgoing
 from tests.simulation.fleet import Device
+from tests.simulation.receivers import URLS
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -50,6 +51,9 @@ class Nemesis:
             self._refuse_publishes: 1,
             self._rotate_token: 1,
             self._delete_device: 1,
+            self._deafen_receiver: 2,
+            self._pause_webhook: 1,
+            self._send_again: 1,
         }
 
     async def run(self) -> None:
@@ -69,6 +73,7 @@ class Nemesis:
         self._drop("ordain")  # it may be slow or half-open
         self._disk.capacity = None
         self._server.refuse = lambda client_id, outgoing: None
+        self._world.receivers.heal()
         for phone in self._world.phones:
             phone.whims = False
             phone.start()
@@ -231,3 +236,24 @@ class Nemesis:
 
     def _ask(self, kind: str, method: str, path: str) -> None:
         self._loop.create_task(self._world.door.call(kind, method, f"/v1/devices/{path}"))
+
+    # --- webhooks ---
+
+    def _deafen_receiver(self) -> None:
+        trouble, url = self._world.receivers.trouble, self._random.choice(URLS)
+        trouble[url] = self._random.choice((0.5, 1.0))
+        self._later(10, 200, lambda: trouble.update({url: 0.1}))
+
+    def _pause_webhook(self) -> None:
+        webhook = self._random.choice(self._world.webhooks)
+        self._change(webhook, "PATCH", "", {"enabled": False})
+        self._later(1, 60, lambda: self._change(webhook, "POST", "/resume"))
+
+    def _send_again(self) -> None:
+        webhook = self._random.choice(self._world.webhooks)
+        position = self._random.randint(1, 1 + len(self._world.history.commits))
+        self._change(webhook, "POST", "/redrive", {"from": position})
+
+    def _change(self, webhook: str, method: str, more: str, body: dict[str, Any] | None = None) -> None:
+        call = self._world.door.call("change", method, f"/v1/webhooks/{webhook}{more}", body)
+        self._loop.create_task(call)

@@ -6,7 +6,7 @@ name it. Nothing here is ever imported outside of the simulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +22,8 @@ from broker.lanes import Flight, Lane, Member, Presence
 from broker.lifecycle import CommandState, Input, Request, State
 from broker.live import Key
 from broker.seams import Message
+from broker.webhook_queue import Progress, Window
+from broker.webhook_worker import Attempt
 from broker.writer import Writer
 from devices.memory import RamMemory, Remembered
 from devices.types import Definition
@@ -189,6 +191,20 @@ def _take_their_word(state: CommandState | None, request: Request, cell: Cell) -
     return cell
 
 
+def _all_delivered(self: Window) -> Progress:
+    """Forgets what is still open."""
+    reached = max(self.reached, self._before_until)
+    return Progress(cursor=reached + 1, reached=reached)
+
+
+_looked = Window.looked
+
+
+def _each_for_itself(self: Window, entries: Iterable[tuple[int, str]], reached: int, now: int) -> None:
+    """As if every event were of a device of its own."""
+    _looked(self, [(position, f"{device_id}/{position}") for position, device_id in entries], reached, now)
+
+
 BUGS = (
     Bug(
         name="answer before commit",
@@ -279,5 +295,20 @@ BUGS = (
         name="anybody may report",
         caught_by=frozenset({"A6"}),
         patches=((decisions, "_as_report", _take_their_word),),
+    ),
+    Bug(
+        name="webhook's cursor beyond what is undelivered",
+        caught_by=frozenset({"S5"}),
+        patches=((Window, "progress", _all_delivered),),
+    ),
+    Bug(
+        name="webhooks out of order",
+        caught_by=frozenset({"S5"}),
+        patches=((Window, "looked", _each_for_itself),),
+    ),
+    Bug(
+        name="any answer is a delivery",
+        caught_by=frozenset({"S5"}),
+        patches=((Attempt, "delivered", True),),
     ),
 )

@@ -15,6 +15,7 @@ from tests.simulation.history import History, Row
 A, B = "cmd_a", "cmd_b"
 TOPIC = "iotee/dev/hw1/rls"
 DEFINITION = "d1"
+URL = "https://one.example/hook"
 
 
 class Story:
@@ -107,6 +108,17 @@ class Story:
     def defined(self, **definition: Any) -> Story:
         return self.log(f"type/{DEFINITION}", "defined", definition=definition)
 
+    def hook(self, position: int, type: str = "", *, taken: bool = True, id: str = "") -> Story:
+        named = next((row["type"] for row in self.rows if row["position"] == position), "")
+        self.history.hooked(
+            URL, id or f"log_{position}", position, type or f"ordain.command.{named}.v1", taken=taken
+        )
+        return self
+
+    def delivered(self) -> Story:
+        self.history.hooked_until = len(self.rows)
+        return self
+
     def erase(self, position: int) -> Story:
         self.rows[position - 1]["data"] = None
         return self
@@ -134,6 +146,14 @@ def whole_life() -> Story:
 
 def leased() -> Story:
     return Story().defined(relay_lease_sec=60).created().published(transport="relay").fetched()
+
+
+def hooked(*events: str) -> Story:
+    """A command was created and handed over, and a webhook wants it."""
+    story = Story()
+    call = story.history.invoked("webhook")
+    story.history.returned(call, 201, answer={"url": URL, "events": list(events), "cursor": 1})
+    return story.created().published()
 
 
 RIGHT: dict[str, Callable[[], Story]] = {
@@ -183,6 +203,12 @@ RIGHT: dict[str, Callable[[], Story]] = {
     ),
     "A6 a relay": lambda: leased().answers("executed").ended(evidence="relay_report").report(A, "executed"),
     "A2 an id-less answer": lambda: Story().sent().answers("executed", None).ended(evidence="inferred"),
+    "S5 taken at the second try, each device in order": lambda: (
+        hooked().hook(1, taken=False).hook(1).hook(1).hook(2).delivered()
+    ),
+    "S5 what was not wanted, and what came too late": lambda: (
+        hooked("executed").answers("executed").ended().hook(3).delivered().created(B)
+    ),
     "D9 a retained word made it open again": lambda: (
         Story().defined(presence="required").log("device/dev_1", "offline").status().sent()
     ),
@@ -372,6 +398,27 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
     "S2 a version twice": (
         lambda: Story().created().published().change(2, version=1),
         "S2: cmd_a has versions [1, 1]",
+    ),
+    "S5 never": (lambda: hooked().hook(1).delivered(), f"S5: {URL} never got position 2, of dev_1"),
+    "S5 not taken": (
+        lambda: hooked().hook(1).hook(2, taken=False).delivered(),
+        f"S5: {URL} never got position 2, of dev_1",
+    ),
+    "S5 out of order": (
+        lambda: hooked().hook(1, taken=False).hook(2),
+        f"S5: {URL} got position 2 before 1 of the same device was taken",
+    ),
+    "S5 too early": (
+        lambda: hooked().log(A, "acknowledged", durable=False).hook(1).hook(2).hook(3).durable(),
+        f"S5: {URL} got position 3 before it was durable",
+    ),
+    "S5 invented": (
+        lambda: hooked().hook(1).hook(2).hook(3, "ordain.command.executed.v1"),
+        f"S5: {URL} got ordain.command.executed.v1 at position 3, which is not wanted or not in the log",
+    ),
+    "S5 another id": (
+        lambda: hooked().hook(1).hook(1, id="other"),
+        f"S5: {URL} got position 1 under two ids",
     ),
 }
 
