@@ -27,7 +27,7 @@ from broker.cli_base import (
     settings_of,
 )
 from broker.cli_progress import Progress
-from broker.cli_transfer import export_log, import_log
+from broker.cli_transfer import export_log, import_log, redecide_command
 from broker.events import device_stream
 from broker.log import sqlite as log
 from broker.log.chain import Row
@@ -39,6 +39,7 @@ from projections.commands import veiled
 logs = App(name="log", help="The log: look at it, verify it, take it elsewhere.")
 logs.command(export_log, name="export")
 logs.command(import_log, name="import")
+logs.command(redecide_command, name="redecide")
 
 
 @logs.command(name="tail")

@@ -13,9 +13,10 @@ from broker.backup import Refused
 from broker.cli_base import REFUSED, USAGE, Config, Data, Failed, Json, Text, print_json, settings_of
 from broker.cli_progress import Progress
 from broker.log import sqlite as log
+from broker.redecide import redecide
 from broker.seams import Sql
 from broker.transfer import Moved, Only
-from devices.clock import parse_rfc3339
+from devices.clock import parse_rfc3339, rfc3339
 
 
 def export_log(
@@ -24,6 +25,7 @@ def export_log(
     project: Text = None,
     device: Text = None,
     type: Text = None,
+    command: Text = None,
     since: Text = None,
     until: Text = None,
     data: Data = None,
@@ -45,6 +47,8 @@ def export_log(
         Only events of this device and its commands: id or hardware id.
     type
         Only events of this type, such as created.
+    command
+        All that this one command was decided on, and nothing else; for ordain log redecide.
     since
         From this position or RFC 3339 time on.
     until
@@ -53,13 +57,18 @@ def export_log(
     with closing(transfer.opened(Path(settings_of(config, data=data).data))) as sql:
         first = None if since is None else _point(sql, "--since", since, first=True)
         last = None if until is None else _point(sql, "--until", until, first=False)
+        if command is not None and any((project, device, type, since, until)):
+            raise Failed(USAGE, "--command: stands alone; it chooses what it needs by itself")
         only = Only(project=project, device=device, type=type, since=first, until=last)
         try:
-            moved = transfer.export(sql, to, only, Progress(log.head(sql).position))
+            if command is not None:
+                moved = transfer.export_command(sql, to, command)
+            else:
+                moved = transfer.export(sql, to, only, Progress(log.head(sql).position))
         except Refused as error:
             raise Failed(REFUSED, str(error)) from error
     if to is not None:
-        part = " Only a part of it was asked for, so it cannot be imported." if any(only) else ""
+        part = " Only a part of it was asked for, so it cannot be imported." if any(only) or command else ""
         _say(moved, f"{to}: {moved.rows} events of", part, as_json)
 
 
@@ -93,6 +102,36 @@ def import_log(
     except Refused as error:
         raise Failed(REFUSED, str(error)) from error
     _say(moved, f"{directory}:", "", as_json)
+
+
+def redecide_command(source: Path, /, *, as_json: Json = False) -> None:
+    """Decide again, on a virtual clock, what was decided about one command; exit 0 if all comes out the same.
+
+    For each event the request that led to it is put together, and the broker's own functions are asked at the
+    recorded time: the table of the life of a command, its timers, and whether its lane let it go. Not in the
+    log, so not decided again: draws of chance, when bytes were written, whether an attempt still counted.
+
+    Parameters
+    ----------
+    source
+        A file that `ordain log export --command ID` made.
+    """
+    try:
+        command, events = transfer.read_command(source)
+        since = min(event.position for event in events if event.stream == command)
+        steps = list(redecide(events, since))
+    except (Refused, ValueError, KeyError) as error:
+        raise Failed(REFUSED, f"{source}: {error}") from error
+    for recorded, asked, fault in steps:
+        shown = {"position": recorded.position, "recorded_at": rfc3339(recorded.recorded_at)}
+        shown |= {"command_id": recorded.stream, "type": recorded.type, "input": asked.value, "fault": fault}
+        if as_json:
+            print_json(shown)
+        else:
+            print(*[value for name, value in shown.items() if name != "fault"], fault or "the same", sep="  ")
+    faults = [step.recorded.position for step in steps if step.fault is not None]
+    if faults:
+        raise Failed(REFUSED, f"position {faults[0]} would be decided otherwise ({len(faults)} in all)")
 
 
 def _say(moved: Moved, where: str, more: str, as_json: bool) -> None:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from broker.backup import Refused
+from broker.events import SYSTEM, Created, Recorded, definition_stream, device_stream
 from broker.log import chain, lines
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.lines import Header
+from broker.seams import Sql
 from broker.world import DATABASE, SystemEntropy, open_for_reading
 from devices.clock import rfc3339
 from projections import devices, follower
-from projections.commands import veiled
+from projections.commands import HIDDEN, veiled
 
 PAGE = 5_000
 Reached = Callable[[int], None]
@@ -120,6 +122,74 @@ def _take_its_name(part: Path, path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def export_command(sql: Sql, to: Path | None, command_id: str) -> Moved:
+    """Writes all that one command was decided on, as far as the log holds it: its events and those of what
+    shared its lane, up to its last; what its device was, came and went; definitions; starts of the broker.
+
+    Raises:
+        Refused: no such command is known, or the file is there already.
+    """
+    found = sql.execute(
+        f"SELECT device_id, position FROM commands c WHERE id = ? AND NOT {HIDDEN}", (command_id,)
+    ).fetchone()
+    if found is None:
+        raise Refused(f"no command {command_id[:80]!r} is known")
+    device_id, first = found
+    last = log.stream(sql, command_id)[-1].position
+    mates = sql.execute(
+        "SELECT id FROM commands c WHERE device_id = ? AND position <= ? "
+        f"AND (closed_position IS NULL OR closed_position >= ?) AND NOT {HIDDEN}",
+        (device_id, last, first),
+    ).fetchall()
+    rows = {row for (mate,) in mates for row in log.stream(sql, mate, last)}
+    definitions = {_created(row).definition for row in rows if row.type == "created"}
+    rows.update(row for digest in definitions for row in log.stream(sql, definition_stream(digest)))
+    rows.update(log.device_stream(sql, device_stream(device_id), first))
+    rows.update(row for row in log.stream(sql, device_stream(device_id), last) if row.position > first)
+    starts = [row for row in log.stream(sql, SYSTEM, last) if row.type == "started"]
+    rows.update(starts[-1:] if starts and starts[-1].position < first else starts)
+    head = log.head(sql)
+    header = Header(
+        log_id=log.meta(sql, "log_id"), position=head.position, hash=head.hash, command=command_id
+    )
+    with new_file(to) as file:
+        file.write(lines.header_line(header) + b"\n")
+        file.writelines(lines.as_line(row) + b"\n" for row in sorted(rows))
+    return Moved(header.log_id, len(rows), head.position, head.hash)
+
+
+def _created(row: Row) -> Created:
+    event = log.recorded(row).event
+    assert isinstance(event, Created)
+    return event
+
+
+def read_command(source: Path) -> tuple[str, list[Recorded]]:
+    """The command and the events of such a file; the data of each is what its digest says.
+
+    Raises:
+        Refused: it is another file, or was changed.
+        OSError: it cannot be read.
+    """
+    with open(source, "rb") as file:
+        try:
+            header = lines.header(file.readline())
+            rows = [lines.as_row(line) for line in file]
+            events = [log.recorded(row) for row in rows]
+        except ValueError as error:
+            raise Refused(f"{source}: {error}") from error
+    if header.command is None:
+        raise Refused(f"{source} is not of one command: make it with ordain log export --command ID")
+    for row in rows:
+        if row.data is not None and row.salt is not None and chain.digest(row.salt, row.data) != row.digest:
+            raise Refused(
+                f"{source}: position {row.position} was changed: its data does not match its digest"
+            )
+    if not any(event.stream == header.command for event in events):
+        raise Refused(f"{source} has no event of {header.command}")
+    return header.command, events
 
 
 def bring_in(source: Path, directory: Path, reached: Callable[[int, int], None]) -> Moved:

@@ -127,3 +127,23 @@ def test_show_stats_and_compact_say_what_is_there(broker: Broker) -> None:
     broker.end()
     assert broker.ordain("log", "compact").stdout.endswith(" after\n")
     assert broker.ordain("log", "stats").stdout.startswith("log id ")
+
+
+def test_what_was_decided_about_a_command_is_decided_again(broker: Broker, tmp_path: Path) -> None:
+    broker.device("door-7")
+    command_id = broker.create("door-7", "lock")
+    broker.http("DELETE", f"/v1/devices/door-7/commands/{command_id}")
+    file = tmp_path / "one.jsonl"
+    assert broker.ordain("log", "export", "--command", command_id, "--to", str(file)).returncode == 0
+
+    steps = broker.ordain("log", "redecide", str(file), "--json")
+
+    assert (steps.returncode, steps.stderr) == (0, "")
+    found = [json.loads(line) for line in steps.stdout.splitlines()]
+    assert [(step["type"], step["input"], step["fault"]) for step in found] == [
+        ("created", "create", None),
+        ("cancelled", "cancel", None),
+    ]
+    file.write_bytes(file.read_bytes().replace(b'"type":"cancelled"', b'"type":"expired"'))
+    refused(broker.ordain("log", "redecide", str(file)), 1, str(file))
+    refused(broker.ordain("log", "import", "--from", str(file), "--data", str(tmp_path / "x")), 1, command_id)

@@ -23,6 +23,7 @@ PURE = (
     "broker/decisions.py",
     "broker/lanes.py",
     "broker/fleet.py",
+    "broker/redecide.py",
     "broker/cloudevents.py",
     "broker/webhook_queue.py",
 )
