@@ -16,13 +16,14 @@ from broker.events import NAMES, CommandEvent, DeviceEvent, Recorded, subject_ki
 from devices.clock import rfc3339
 
 SECRET = frozenset({"token_digest"})
-_BARE = {
+# Either name of an event of a command or a device, bare or in full -> the bare one.
+BARE_TYPES = {
     known: name
     for kind, classes in (("command", CommandEvent), ("device", DeviceEvent))
     for name in (NAMES[each] for each in get_args(classes))
     for known in (name, f"ordain.{kind}.{name}.v1")
 }
-EVENTS = tuple(dict.fromkeys(_BARE.values()))
+EVENTS = tuple(dict.fromkeys(BARE_TYPES.values()))
 
 _encode = msgspec.json.Encoder().encode
 
@@ -160,12 +161,6 @@ def encoded(log_id: str, entry: Entry) -> bytes:
 def full_type(stream: str, name: str) -> str:
     """`ordain.command.executed.v1` of the event `executed` in a command's stream."""
     return f"ordain.{subject_kind(stream)}.{name}.v1"
-
-
-def bare_type(name: str) -> str | None:
-    """The bare type of an event by either of its names: `executed` of `ordain.command.executed.v1` and of
-    itself; None if there is no such event of a command or a device."""
-    return _BARE.get(name)
 
 
 def event_data(event: events.Event) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def services(core: Core, shown: Settings | None = None) -> Services:
     sent = metrics.subscribers("sse", lambda: streams.lag)
     streams = Streams(core.feed, core.log_id, core.settings.limits.streams_per_project, sent.inc)
     metrics.watch_streams(lambda: streams.open)
+    told = metrics.subscribers("mqtt", lambda: core.mqtt_events.lag if core.settings.mqtt_events else 0)
+    core.mqtt_events.sent = told.inc
     core.keys.revoked = streams.revoked
     return Services(
         commands=core.commands,

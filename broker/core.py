@@ -25,6 +25,7 @@ from broker.intake import Intake
 from broker.keys import Keys
 from broker.live import Live
 from broker.log import sqlite as log
+from broker.mqtt_events import MqttEvents
 from broker.pull import Pull
 from broker.quotas import Quotas
 from broker.registry import Registry
@@ -84,7 +85,9 @@ class Core:
             timeout_sec=settings.webhook_timeout_sec,
             per_project=settings.limits.webhooks_per_project,
         )
+        self.mqtt_events = MqttEvents(self.writer, self.feed, settings.prefix)
         self.link: Link = NoLink()
+        self.mqtt_events.link = self.link
         self.log_id = ""
         self.cursor_key = b""
         self.dispatch: Dispatch
@@ -119,6 +122,7 @@ class Core:
         await writer.start()
         await self.keys.load()
         await self.webhooks.load(self.log_id)
+        await self.mqtt_events.load(self.log_id)
         self._watch_clock()
 
     async def _reload(self) -> None:
@@ -129,7 +133,7 @@ class Core:
         self.feed.reread()
 
     def attach(self, link: Link) -> None:
-        self.link = self.dispatch.link = self.intake.link = link
+        self.link = self.dispatch.link = self.intake.link = self.mqtt_events.link = link
 
     def tasks(self) -> list[Coroutine[Any, Any, None]]:
         """What must run as long as the broker does; each ends only by failing or being cancelled."""
@@ -156,8 +160,11 @@ class Core:
                     # After that commit, not before: what a killed process wrote last was read, and may
                     # not have been synced; a power cut could still take it back from whoever was told.
                     tasks.append(group.create_task(self.webhooks.run()))
+                    if self.settings.mqtt_events:
+                        tasks.append(group.create_task(self.mqtt_events.run()))
                 yield group
                 self.webhooks.save()
+                self.mqtt_events.save()
                 await self.writer.drain()
             finally:
                 for task in tasks:

@@ -6,7 +6,7 @@ Whoever serves opens one door and learns how to reach it; what differs behind it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -57,11 +57,21 @@ async def _embedded(settings: Settings, core: Core, types: dict[str, DeviceType]
         device = await core.registry.authenticate(hardware_id, token)
         return device is not None and device.hardware_id == hardware_id
 
+    async def check_service(secret: str) -> Callable[[str], bool] | None:
+        def sees(hardware_id: str) -> bool:
+            caller = core.keys.caller(secret)  # each time: a key may be revoked
+            project = core.mqtt_events.projects.get(hardware_id)
+            return caller is not None and project is not None and caller.sees(project)
+
+        caller = core.keys.caller(secret)
+        return sees if caller is not None and "events:read" in caller.scopes else None
+
     host, port = address("mqtt_listen", settings.mqtt_listen)
     access = Access(
         prefix=settings.prefix,
         link_password=new_secret("", core.writer.entropy),
         check_device=check_device,
+        check_service=check_service,
         command_suffixes=_command_suffixes(types),
         answer_suffixes={kind.answer_suffix for kind in types.values()},
     )
@@ -76,6 +86,7 @@ async def _embedded(settings: Settings, core: Core, types: dict[str, DeviceType]
             server.disconnect(device.hardware_id)
 
     core.registry.entitled = entitled
+    core.mqtt_events.wanted = server.serves
     try:
         yield Door(server.url, f"mqtt://{server.host}:{server.port}", embedded=True)
     finally:
@@ -99,6 +110,7 @@ async def _mosquitto(
     )
     devices = await core.storage.read(lambda sql: devices_view.newest(sql, None, None, EVERY))
     core.registry.entitled = child.admit
+    core.mqtt_events.wanted = lambda: False  # its users are the devices alone
     async with asyncio.TaskGroup() as group:
         ready = asyncio.Event()
         running = group.create_task(child.run(devices, ready))

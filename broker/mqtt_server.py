@@ -28,7 +28,7 @@ from amqtt.mqtt.subscribe import SubscribePacket  # type: ignore[import-untyped]
 from amqtt.mqtt.unsubscribe import UnsubscribePacket  # type: ignore[import-untyped]
 from amqtt.session import Session  # type: ignore[import-untyped]
 
-from broker.mqtt_access import LINK_USER, Access, Claim, Peer
+from broker.mqtt_access import LINK_USER, SERVICE_USER, Access, Claim, Peer
 from broker.mqtt_connection import CLOSE_WITHIN_SEC, Handler, Packets, Writer
 from broker.mqtt_handover import Said
 from broker.seams import Presence
@@ -54,6 +54,7 @@ class _Broker(Broker):  # type: ignore[misc]
         self._server = server
         self._wildcards: set[str] = set()
         self._links: set[Handler] = set()
+        self.services: set[Handler] = set()
         # By device: the packet ids our link may have had though the device was cut off before its PUBACK.
         self._had: dict[str, set[int]] = {}
 
@@ -99,6 +100,8 @@ class _Broker(Broker):  # type: ignore[misc]
             old[1].end()
             await old[1].gone.wait()
         self._sessions[peer.name] = (session, handler)
+        if peer.kind == SERVICE_USER:
+            self.services.add(handler)
         try:
             await handler.mqtt_connack_authorize(True)
             await handler.start()
@@ -121,6 +124,7 @@ class _Broker(Broker):  # type: ignore[misc]
     async def _forget(self, session: Session, handler: Handler) -> None:
         self._sessions.pop(session.client_id, None)
         self._links.discard(handler)
+        self.services.discard(handler)
         handler.outbox.end()
         self._offer_again()
         if had := handler.spoken.end():
@@ -269,6 +273,10 @@ class EmbeddedServer:
     def connected(self) -> int:
         """How many devices are connected."""
         return 0 if self._broker is None else sum(":" not in name for name in self._broker.sessions)
+
+    def serves(self) -> bool:
+        """Is there anybody who may listen to events?"""
+        return self._broker is not None and bool(self._broker.services)
 
     async def start(self) -> None:
         """Listens. With port 0 the system gives one, and `port` then says which.

@@ -74,6 +74,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     mqtt_listen: str = "127.0.0.1:1883"
     mqtt_url: str = ""
     mqtt_server: Literal["embedded", "mosquitto"] = "embedded"
+    mqtt_events: bool = True
     prefix: str = "iotee"
     issuer: str = "ordain"
     types: str = ""

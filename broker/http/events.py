@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import msgspec
 from litestar import Request, Response, Router, get
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import QueryParameter
+from litestar.params import HeaderParameter, QueryParameter
 from msgspec import Meta
 
-from broker.cloudevents import EVENTS, CloudEvent, Wanted, bare_type, cloud_event
+from broker.cloudevents import BARE_TYPES, EVENTS, CloudEvent, Wanted, cloud_event
 from broker.errors import Refusal, invalid
 from broker.feed import Feed
 from broker.http.answers import Json
@@ -42,7 +42,10 @@ ByType = Annotated[
 ]
 ByEvent = Annotated[
     str | None,
-    QueryParameter(description="Only these: `executed`, or in full `ordain.command.executed.v1`."),
+    QueryParameter(
+        description="Only these: `executed`, or in full `ordain.command.executed.v1`.",
+        schema_extra={"enum": list(BARE_TYPES)},
+    ),
 ]
 ByCommand = Annotated[
     str | None, QueryParameter(description="Only of this command: its id.", schema_extra=NAME)
@@ -51,6 +54,14 @@ ByProject = Annotated[
     str | None,
     QueryParameter(
         description="Only of this project; an admin's key sees all others too.", schema_extra=NAME
+    ),
+]
+LastEventId = Annotated[
+    str | None,
+    HeaderParameter(
+        name="Last-Event-ID",
+        description="Of a stream: only events after this one. It wins over `after`.",
+        schema_extra={"pattern": "^[0-9]{1,19}$"},
     ),
 ]
 ANSWERS = documented(410, 429) | {
@@ -86,6 +97,7 @@ async def list_events(
     event: ByEvent = None,
     command: ByCommand = None,
     project: ByProject = None,
+    last_event_id: LastEventId = None,
 ) -> Response[CloudEventList]:
     """Follow events
 
@@ -101,9 +113,8 @@ async def list_events(
     if not _wants_stream(request):
         start = _place(services.feed, after, cursor)
         return Json(await _page(request, wanted, services.feed.kept_after if start is None else start, limit))
-    last = header(request, b"last-event-id").decode("latin-1").strip()
-    if last:
-        start = _seen(services.feed, "Last-Event-ID", _position(last))
+    if last_event_id:
+        start = _seen(services.feed, "Last-Event-ID", _position(last_event_id))
     else:
         start = _place(services.feed, after, cursor)
     return Stream(
@@ -140,7 +151,7 @@ def _wanted(
     names = {"device": device, "type": type_name, "command": command, "project": project}
     for field, value in names.items():
         check_name(field, value)
-    bare = None if event is None else bare_type(event)
+    bare = None if event is None else BARE_TYPES.get(event)
     if event is not None and bare is None:
         raise invalid("event", f"must be one of {', '.join(EVENTS)}", event)
     return Wanted(project=own or project, device=device, command_id=command, command=type_name, event=bare)

@@ -246,8 +246,10 @@ def new_core(
     seed: int = 1,
     types: dict[str, DeviceType] | None = None,
     outbound: Outbound | None = None,
+    *,
+    mqtt_events: bool = False,
 ) -> Core:
-    settings = Settings(limits=limits or Limits())
+    settings = Settings(limits=limits or Limits(), mqtt_events=mqtt_events)
     known = shipped_types() | (types or {})
     return Core(storage, clock or SystemClock(), SeededEntropy(seed), known, settings, outbound)
 
@@ -260,11 +262,13 @@ async def running(
     seed: int = 1,
     types: dict[str, DeviceType] | None = None,
     outbound: Outbound | None = None,
+    *,
+    mqtt_events: bool = False,
 ) -> AsyncIterator[Bench]:
     """A core with its link up, on a directory or on a storage that the test keeps."""
     storage = await SqliteStorage.open(place) if isinstance(place, Path) else place
     try:
-        core = new_core(storage, clock, limits, seed, types, outbound)
+        core = new_core(storage, clock, limits, seed, types, outbound, mqtt_events=mqtt_events)
         await core.open(embedded=True)
         wire = Wire()
         core.attach(wire)

@@ -80,7 +80,7 @@ async def running(
 ) -> AsyncIterator[Broker]:
     storage = await SqliteStorage.open(directory)
     try:
-        settings = Settings(limits=limits or Limits(), projects=projects)
+        settings = Settings(limits=limits or Limits(), projects=projects, mqtt_events=False)
         core = Core(storage, clock or SystemClock(), SystemEntropy(), shipped_types(), settings, outbound)
         await core.open(embedded=True)
         link = NoServer()

@@ -33,7 +33,7 @@ async def running(place: Path, *, embedded: bool = True) -> AsyncIterator[Bench]
     types: dict[str, DeviceType] = load_types(str(DOCS)) | {"meter": METER}
     storage = await SqliteStorage.open(place)
     try:
-        core = Core(storage, SystemClock(), SeededEntropy(), types, Settings())
+        core = Core(storage, SystemClock(), SeededEntropy(), types, Settings(mqtt_events=False))
         await core.open(embedded=embedded)
         wire = Wire()
         core.attach(wire)

@@ -40,7 +40,7 @@ from tests.simulation.phones import Phone
 from tests.simulation.receivers import URLS, Receivers
 
 SUBSCRIPTIONS = (f"{PREFIX}/dev/+/ack", f"{PREFIX}/dev/+/status")
-SETTINGS = Settings(prefix=PREFIX, issuer=ISSUER)
+SETTINGS = Settings(prefix=PREFIX, issuer=ISSUER, mqtt_events=False)
 LATENCIES = ((0.0002, 0.004), (0.0002, 0.004), (0.003, 0.03), (0.02, 0.2))
 FAULTS_SEC, FAULT_EVERY_SEC = 900.0, 45.0
 UP_WITHIN_SEC, LONGEST_HEAL_SEC = 60, 7_200

@@ -15,16 +15,18 @@ from urllib.parse import urlsplit
 import httpx2
 
 from broker.control import socket_path
-from tests.system.support import WITHIN_SEC, Broker, until
+from tests.conftest import Mosquitto, program
+from tests.system.conftest import NewBroker
+from tests.system.support import WITHIN_SEC, Broker, Process, until
 
 COMMANDS = 45
 
 
-def key_for_events(broker: Broker) -> str:
+def key_for_events(broker: Broker, project: str = "default") -> str:
     with socket_path(broker.data) as path:
         door = httpx2.HTTPTransport(uds=path)
         with httpx2.Client(transport=door, base_url="http://ordain", trust_env=False) as client:
-            wanted = {"project": "default", "scopes": ["events:read"]}
+            wanted = {"project": project, "scopes": ["events:read"]}
             key: str = client.post("/local/keys", json=wanted).json()["key"]
     return key
 
@@ -120,3 +122,74 @@ def test_open_streams_end_with_the_broker(broker: Broker) -> None:
     assert "Traceback" not in broker.run.err.all()
     for stream in streams:
         stream.close()
+
+
+# --- on the MQTT server ----------------------------------------------------------------------------
+
+
+def on_the_bus(port: int, *login: str, topic: str = "iotee/evt/#") -> Process:
+    """mosquitto_sub, which prints topic and payload of what comes, and says so once it listens."""
+    return Process(
+        "stdbuf", "-oL", program("mosquitto_sub"), "-p", str(port), *login, "-q", "1", "-t", topic,
+        "-F", "%t %p", "-d",
+    )  # fmt: skip
+
+
+def told(listening: Process) -> list[tuple[str, dict[str, Any]]]:
+    lines = (line.partition(" ") for line in listening.out.so_far().splitlines() if line.startswith("iotee/"))
+    return [(topic, json.loads(payload)) for topic, _, payload in lines]
+
+
+def test_a_service_on_the_embedded_server_sees_its_own_project_until_its_key_is_revoked(
+    broker: Broker,
+) -> None:
+    token = broker.device("lamp")
+    ours, theirs, stays = (key_for_events(broker, project) for project in ("default", "other", "default"))
+    port = broker.mqtt_port
+    sees, blind, witness = (on_the_bus(port, "-u", "service", "-P", key) for key in (ours, theirs, stays))
+    device = on_the_bus(port, "-i", "lamp", "-u", "lamp", "-P", token)
+    for listening in (sees, blind, witness, device):
+        listening.out.wait("SUBACK")
+
+    command_id = broker.create("lamp")
+    until(lambda: told(sees) and told(witness))
+
+    [(topic, event)] = told(sees)
+    assert topic == f"iotee/evt/lamp/{command_id}"
+    assert (event["type"], event["subject"]) == ("ordain.command.created.v1", command_id)
+    assert on_the_bus(port, "-u", "service", "-P", "sk_live_wrong").wait() != 0
+    broker.run.err.wait("event=mqtt.embedded_denied")
+    ids = [line.split()[0] for line in broker.ordain("keys", "list").stdout.splitlines() if "key_" in line]
+    assert broker.ordain("keys", "revoke", ids[1]).returncode == 0  # the first is the test's own
+    broker.create("lamp")
+    until(lambda: len(told(witness)) == 2)
+    assert len(told(sees)) == 1
+    assert told(blind) == told(device) == []
+    for listening in (sees, blind, witness, device):
+        listening.kill()
+
+
+def test_a_service_with_a_session_on_an_external_server_gets_all_over_a_crash(
+    mosquitto: Mosquitto, new_broker: NewBroker
+) -> None:
+    broker = new_broker("--mqtt-url", mosquitto.url).start()
+    broker.device("lamp")
+    login = ("-i", "billing", "-c")
+    first = on_the_bus(mosquitto.port, *login)
+    first.out.wait("SUBACK")
+    made = [broker.create("lamp") for _ in range(3)]
+    until(lambda: len(told(first)) >= 3)
+    first.kill()
+    made += [broker.create("lamp") for _ in range(3)]
+    broker.kill()
+    broker.start()
+    made += [broker.create("lamp") for _ in range(3)]
+
+    again = on_the_bus(mosquitto.port, *login)
+    until(lambda: len({event["id"] for _, event in told(first) + told(again)}) >= 9)
+
+    seen = [event for _, event in told(first) + told(again)]
+    once = {int(event["id"]): event["subject"] for event in seen}
+    assert list(once.values()) == made
+    assert list(once) == sorted(once)
+    again.kill()
