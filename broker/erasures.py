@@ -26,7 +26,7 @@ logger = structlog.get_logger()
 
 DAY_MS = 86_400_000
 MAX_DAYS = 36_500
-BATCH = 500  # rows of the log erased in one transaction
+BATCH = 100  # rows of the log erased in one transaction: what is sent meanwhile waits for it
 PAUSE_SEC = 0.005
 AGAIN_SEC = 1.0
 
@@ -54,6 +54,7 @@ class Erasures:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self.batch, self.pause_sec = BATCH, PAUSE_SEC
         self.erased = 0  # commands, by this process
 
     async def load(self) -> None:
@@ -141,12 +142,12 @@ class Erasures:
             while after is not None:
                 await writer.opened()
                 after = await self._step(pending[0], after)
-                await asyncio.sleep(PAUSE_SEC)
+                await asyncio.sleep(self.pause_sec)
 
     async def _step(self, purge: Purge, after: int) -> int | None:
         done: list[_Step] = []
         try:
-            self._writer.also(lambda sql: done.append(_erase_some(sql, purge, after)))
+            self._writer.also(lambda sql: done.append(_erase_some(sql, purge, after, self.batch)))
             await self._writer.barrier()
         except Unavailable:
             return after
@@ -180,16 +181,17 @@ def _begin(sql: Sql, position: int, cutoff: int, at: int) -> None:
     erasing.forget_answers(sql, f"at < ? OR {of_hidden}", cutoff)
 
 
-def _erase_some(sql: Sql, purge: Purge, after: int) -> _Step:
+def _erase_some(sql: Sql, purge: Purge, after: int, batch: int) -> _Step:
+    """Erases the next commands of a purge: about `batch` rows of the log, however many to a command."""
     rows, ids = 0, list[str]()
-    for position, command_id in commands_view.purgeable(sql, purge, after, BATCH):
+    for position, command_id in commands_view.purgeable(sql, purge, after, batch):
         rows += erasing.erase(sql, command_id)
         ids.append(command_id)
         after = position
-        if rows >= BATCH:
+        if rows >= batch:
             break
     commands_view.remove(sql, ids)
-    if rows >= BATCH:
+    if rows >= batch:
         return _Step(len(ids), after)
     erasing.finish_purge(sql, purge.position)
     return _Step(len(ids), None)

@@ -285,7 +285,8 @@ def closed(lane: Lane, member: Member, now: int) -> None:
     else:
         lane.late.pop(member.state.id, None)
     if not member.definition.carries_ids and member.state.published_at is not None:
-        late = member.state.state is State.TIMED_OUT
+        # A device that got it twice answers twice, the second time as late as that may come.
+        late = member.state.state is State.TIMED_OUT or member.state.attempts > 1
         pause = ms(member.definition.late_answer_sec) if late else IDLESS_PAUSE_MS
         lane.shut_until = max(lane.shut_until, now + pause)
 

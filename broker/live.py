@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -62,6 +62,16 @@ class Recent(Generic[K, V]):
 
     def clear(self) -> None:
         self._items.clear()
+
+
+class _Read(NamedTuple):
+    """What a start needs of the log. `forgotten`: device and time of erased commands that timed out."""
+
+    open: list[CommandState]
+    late: list[CommandState]
+    forgotten: list[tuple[str, int]]
+    definitions: dict[str, Definition]
+    purges: list[Purge]
 
 
 class Live:
@@ -172,33 +182,42 @@ class Live:
     async def load(self, storage: Storage, entropy: Entropy, now: int) -> None:
         """Reads everything anew, as after a restart; what is known of devices being online stays."""
 
-        def work(sql: Sql) -> tuple[list[CommandState], list[CommandState], dict[str, bytes], list[Purge]]:
-            definitions = devices_view.definitions(sql)
-            return (
+        def work(sql: Sql) -> _Read:
+            definitions = {
+                digest: _definition(body) for digest, body in devices_view.definitions(sql).items()
+            }
+            without_ids = [each for each in definitions.values() if not each.carries_ids]
+            return _Read(
                 lanes_view.open_commands(sql),
-                commands_view.timed_out_since(sql, now - lanes.ms(_longest_late(definitions.values()))),
+                commands_view.timed_out_since(sql, now - _longest_late(definitions.values())),
+                commands_view.forgotten_since(sql, now - _longest_late(without_ids)),
                 definitions,
                 erasing.purges(sql),
             )
 
-        open_commands, late, definitions, purges = await storage.read(work)
+        read = await storage.read(work)
         for cache in (self.closed, self.devices, self.names, self.keys):
             cache.clear()
         self.lanes.clear()
         self.members.clear()
-        promised = [(purge.cutoff, purge.at) for purge in purges]
+        promised = [(purge.cutoff, purge.at) for purge in read.purges]
         self._purged = [*self._purged, *(each for each in promised if each not in self._purged)]
         self.epoch += 1
-        self.definitions = {digest: _definition(body) for digest, body in definitions.items()}
-        for state in open_commands:
+        self.definitions = read.definitions
+        for state in read.open:
             definition = self.definitions[state.definition]
             member = self.put_command(state, definition)
             member.flight = lanes.recovered(state, definition, now, entropy.uniform)
             if not definition.carries_ids:
                 # An end in the last moment before the stop may still have its doubled answer under way.
                 self.lane(state.device_id).shut_until = now + lanes.IDLESS_PAUSE_MS
-        for state in late:
+        for state in read.late:
             self.put_command(state, self.definitions[state.definition])
+        without_ids = [each for each in read.definitions.values() if not each.carries_ids]
+        for device_id, at in read.forgotten:
+            # What was erased may still be answered, and an answer without id is not to be taken for another.
+            lane = self.lane(device_id)
+            lane.shut_until = max(lane.shut_until, at + _longest_late(without_ids))
 
     async def bring(self, storage: Storage, names: Iterable[str], command_ids: Iterable[str] = ()) -> None:
         """Reads those devices (by either name) and commands into memory that are not there yet."""
@@ -238,5 +257,6 @@ def _definition(body: bytes) -> Definition:
     return msgspec.json.decode(body, type=Definition)
 
 
-def _longest_late(bodies: Iterable[bytes]) -> float:
-    return max((_definition(body).late_answer_sec for body in bodies), default=0)
+def _longest_late(definitions: Iterable[Definition]) -> int:
+    """For how long a command that timed out may still be answered, ms."""
+    return lanes.ms(max((definition.late_answer_sec for definition in definitions), default=0))

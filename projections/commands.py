@@ -52,9 +52,14 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(CommandState).decode
 
 
+def summary(state: CommandState) -> bytes:
+    """A state as its row keeps it."""
+    return _encode(msgspec.structs.replace(state, params=NO_PARAMS, result=NO_RESULT, error=None))
+
+
 def folded(row: Any) -> CommandState:
     """A row of `COLUMNS` as the state that its events fold to."""
-    summary, first, name, last = row
+    known, first, name, last = row
     content: dict[str, Any] = {"params": _params(first)}
     if last is not None:
         match decode(name, last):
@@ -62,7 +67,7 @@ def folded(row: Any) -> CommandState:
                 content["result"] = result
             case Failed(error=error):
                 content["error"] = error
-    return msgspec.structs.replace(_decode(summary), **content)
+    return msgspec.structs.replace(_decode(known), **content)
 
 
 def write(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> None:
@@ -70,8 +75,7 @@ def write(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> N
     new: list[tuple[Any, ...]] = []
     known: list[tuple[Any, ...]] = []
     for s in states:
-        summary = _encode(msgspec.structs.replace(s, params=NO_PARAMS, result=NO_RESULT, error=None))
-        latest = (s.state.value, s.closed_at, s.last_position if s.closed else None, summary)
+        latest = (s.state.value, s.closed_at, s.last_position if s.closed else None, summary(s))
         if s.id in opened:
             new.append((s.position, s.id, s.project, s.device_id, s.type, *latest))
         else:
@@ -170,6 +174,16 @@ def timed_out_since(sql: Sql, at: int) -> list[CommandState]:
         (at,),
     )
     return [folded(row) for row in found.fetchall()]
+
+
+def forgotten_since(sql: Sql, at: int) -> list[tuple[str, int]]:
+    """Device and time (ms) of each command that timed out at or after a time and was erased since."""
+    found = sql.execute(
+        "SELECT e.device_id, e.recorded_at FROM events e WHERE e.position >= ? AND e.type = 'timed_out' "
+        f"AND NOT EXISTS (SELECT 1 FROM commands c WHERE c.id = e.stream AND NOT {HIDDEN})",
+        (bound(sql, at),),
+    )
+    return [(row[0], row[1]) for row in found.fetchall()]
 
 
 # --- erasing -------------------------------------------------------------------------------------

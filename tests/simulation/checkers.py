@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from tests.simulation.checkers_erasing import e1, e2, e3
 from tests.simulation.checkers_hooks import s5
 from tests.simulation.checkers_presence import a3, a5, d9, d10, r8
 from tests.simulation.checkers_pull import a6, d11, r9
@@ -240,8 +241,9 @@ def a1(facts: Facts) -> Iterator[str]:
             continue
         durable = [row for row in facts.commands[created["stream"]] if facts.durable(row) < record.seq]
         state = next((TABLE[row["type"]][1] for row in durable[::-1] if row["type"] in TABLE), "none")
-        # An answer may say nothing new of a start or of progress, and nobody listens to a deleted device.
-        nobody = facts.deleted(created["device_id"]) < record.seq
+        # An answer may say nothing new of a start or of progress; to a deleted device, or of an erased
+        # command, nobody listens.
+        nobody = min(facts.deleted(created["device_id"]), facts.erased_at(created["stream"])) < record.seq
         told = {TABLE[row["type"]][1] for row in durable if row["type"] in ANSWER_EVENT.values()}
         idle = (TABLE[event][1] == "acknowledged" and "acknowledged" in told) or nobody
         if state in TABLE[event][0] - {"pending"} and not idle:
@@ -348,6 +350,9 @@ CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
     "A3": a3,
     "A5": a5,
     "A6": a6,
+    "E1": e1,
+    "E2": e2,
+    "E3": e3,
     "S1": s1,
     "S2": s2,
     "S5": s5,

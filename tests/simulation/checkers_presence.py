@@ -41,7 +41,7 @@ def d9(facts: Facts) -> Iterator[str]:
     embedded = False
     online: dict[str, Row] = {}
     offline: dict[str, Row] = {}
-    for row in facts.history.log:
+    for row in facts.rows:
         device_id = row["device_id"]
         if row["type"] == "started":
             embedded = data(row).get("mqtt") == "embedded"
@@ -117,7 +117,7 @@ def a3(facts: Facts) -> Iterator[str]:
 
 def _hasty(facts: Facts) -> Iterator[str]:
     quiet: dict[str, dict[str, int]] = defaultdict(dict)  # until when, by device and command
-    for row in facts.history.log:
+    for row in facts.rows:
         command_id, at = row["stream"], row["recorded_at"]
         definition = facts.definition(command_id)
         if definition.get("carries_ids", True):
@@ -134,7 +134,7 @@ def _hasty(facts: Facts) -> Iterator[str]:
 def a5(facts: Facts) -> Iterator[str]:
     """Nobody is timed out by the clock while no answer can be heard: what was PUBACKed comes later."""
     links, started = facts.history.links, 0
-    for row in facts.history.log:
+    for row in facts.rows:
         if row["type"] == "started":
             started = facts.durable(row)
         commit = facts.commit_of(row)

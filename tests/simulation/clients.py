@@ -194,6 +194,8 @@ class Clients:
             self._retry: 3,
             self._abandon: 1,
             self._cancel_many: 1,
+            self._delete: 2,
+            self._purge: 0.5,
         }
         while True:
             await asyncio.sleep(self._random.expovariate(1 / self._pause))
@@ -263,6 +265,15 @@ class Clients:
         if self.sent:
             _, command_id = self._random.choice(self.sent[-10:])
             await self._ask("abandon", "POST", f"/v1/commands/{command_id}/abandon", command_id)
+
+    async def _delete(self) -> None:
+        if self.sent:
+            _, command_id = self._random.choice(self.sent[-30:])
+            await self._ask("erase", "DELETE", f"/commands/{command_id}", command_id)
+
+    async def _purge(self) -> None:
+        body = {"older_than_days": 0}
+        await self._door.call("purge", "POST", "/commands/purge", body, patience=self._patience())
 
     async def _cancel_many(self) -> None:
         body = {"device": self._random.choice(self._devices).hardware_id}

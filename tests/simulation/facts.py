@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 from tests.simulation.history import Commit, History, Row
@@ -43,7 +45,10 @@ class Facts:
     def __init__(self, history: History) -> None:
         self.history = history
         self.streams: dict[str, list[Row]] = defaultdict(list)
-        for row in history.log:
+        # What was erased was seen when it became durable: the other invariants hold for it as well.
+        self.empty = {row["position"] for row in history.log if row["data"] is None}
+        self.rows = [history.as_recorded(row) for row in history.log]
+        for row in self.rows:
             self.streams[row["stream"]].append(row)
         self.commands = {
             name: rows for name, rows in self.streams.items() if "/" not in name and name not in _NO_COMMANDS
@@ -77,6 +82,26 @@ class Facts:
         """When it was durable that the device is gone."""
         rows = self.streams.get(f"device/{device_id}", ())
         return min((self.durable(row) for row in rows if row["type"] == "deleted"), default=NEVER)
+
+    def covered(self, erased: Row) -> Iterator[str]:
+        """The commands that an `erased` event names, or that were closed then and older than its cutoff."""
+        said = data(erased)
+        yield from said.get("ids", ())
+        for command_id, row in self.created.items() if "cutoff" in said else ():
+            rows = self.commands[command_id]
+            before = [each["type"] for each in rows if each["position"] < erased["position"]]
+            if row["recorded_at"] < said["cutoff"] and before and before[-1] in CLOSING:
+                yield command_id
+
+    @cached_property
+    def gone(self) -> dict[str, Row]:
+        """The event by which each command was erased."""
+        rows = reversed(self.streams.get("erasures", []))  # a later purge covers it as well
+        return {each: row for row in rows for each in self.covered(row)}
+
+    def erased_at(self, command_id: str) -> int:
+        """When it was durable that nobody may know of the command any more."""
+        return self.durable(self.gone[command_id]) if command_id in self.gone else NEVER
 
     def first(self, command_id: str, event: str) -> Row | None:
         return next((row for row in self.commands.get(command_id, ()) if row["type"] == event), None)

@@ -135,6 +135,7 @@ class History:
         # From when to when, by the broker's clock, everything was well; None if it never was.
         self.healed_at: int | None = None
         self.ended_at: int | None = None
+        self._recorded: dict[int, bytes] = {}
         self._now_ms = now_ms
         self._note = note
         self._seq = 0
@@ -160,6 +161,16 @@ class History:
         call.status, call.returned, call.answer = status, self._next(), answer
         call.ids = ids or call.ids
         self._note(f"returned {call.kind} {status} {call.ids}")
+
+    def recorded(self, position: int, data: bytes) -> None:
+        """What a row said when it became durable."""
+        self._recorded[position] = data
+
+    def as_recorded(self, row: Row) -> Row:
+        """A row with the data it had before that was erased, if it was seen."""
+        if row["data"] is not None or row["position"] not in self._recorded:
+            return row
+        return row | {"data": msgspec.json.decode(self._recorded[row["position"]])}
 
     def committed(self, head: int) -> None:
         if not self.commits or self.commits[-1].head != head:

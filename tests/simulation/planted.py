@@ -17,10 +17,12 @@ from broker import decisions, lanes
 from broker.commands import Accepted, Caller, Commands, Order, conflict
 from broker.decisions import Cell, Verdict, decide
 from broker.dispatch import Dispatch
+from broker.erasures import Erasures
+from broker.events import Erased
 from broker.intake import OWN, Intake
 from broker.lanes import Flight, Lane, Member, Presence
 from broker.lifecycle import CommandState, Input, Request, State
-from broker.live import Key
+from broker.live import Key, Live
 from broker.seams import Message
 from broker.webhook_queue import Progress, Window
 from broker.webhook_worker import Attempt
@@ -205,7 +207,40 @@ def _each_for_itself(self: Window, entries: Iterable[tuple[int, str]], reached: 
     _looked(self, [(position, f"{device_id}/{position}") for position, device_id in entries], reached, now)
 
 
+def _unsaid(self: Erasures, event: Erased, project: str, actor: str) -> tuple[int, int]:
+    """Erases, and the log does not say so."""
+    return self._writer.durable, self._writer.now()
+
+
+def _kept_in_memory(self: Live, state: CommandState) -> None:
+    """What is erased can be found in memory still."""
+
+
+async def _never_resumed(self: Erasures) -> None:
+    """What a crash interrupted is not gone on with."""
+    await _load(self)
+    self._wake.clear()
+
+
+_load = Erasures.load
+
+
 BUGS = (
+    Bug(
+        name="erased without the event",
+        caught_by=frozenset({"S3", "E1"}),
+        patches=((Erasures, "_record", _unsaid),),
+    ),
+    Bug(
+        name="erased and still in memory",
+        caught_by=frozenset({"E2", "E3"}),
+        patches=((Live, "forget", _kept_in_memory),),
+    ),
+    Bug(
+        name="a purge ends with its process",
+        caught_by=frozenset({"E3"}),
+        patches=((Erasures, "load", _never_resumed),),
+    ),
     Bug(
         name="answer before commit",
         caught_by=frozenset({"R1"}),

@@ -90,6 +90,11 @@ class Story:
             self.history.returned(call, status, ids=ids)
         return self
 
+    def lists(self, *ids: str) -> Story:
+        call = self.history.invoked("list")
+        self.history.returned(call, 200, answer={"data": [{"id": each} for each in ids]})
+        return self
+
     def well(self, since: int, until: int) -> Story:
         self.history.healed_at, self.history.ended_at = since, until
         return self
@@ -156,6 +161,10 @@ def hooked(*events: str) -> Story:
     return story.created().published()
 
 
+def closed(event: str = "executed") -> Story:
+    return Story().sent().executes().answers(event).ended(event=event, reason="no_answer")
+
+
 RIGHT: dict[str, Callable[[], Story]] = {
     "a whole life": whole_life,
     "R1 an answer that nobody saw": lambda: Story().call("create", None),
@@ -178,6 +187,16 @@ RIGHT: dict[str, Callable[[], Story]] = {
         .sent(B)
         .executes(B)
         .executes(A)
+    ),
+    "E2 it was read before": lambda: (
+        closed().call("read", 200, A).log("erasures", "erased", ids=[A], count=1).call("read", 404, A)
+    ),
+    "E3 what was open when the purge came, or is younger, stays": lambda: (
+        Story()
+        .sent()
+        .log("erasures", "erased", cutoff=1)
+        .log("erasures", "erased", cutoff=90_000)
+        .call("purge", 200)
     ),
     "D6 several may be in flight": lambda: (
         Story().defined(max_in_flight=2).sent(A).sent(B).executes(B).executes(A)
@@ -381,6 +400,38 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
     "A5 nobody could hear": (
         lambda: Story().log("system", "started").sent().log(A, "timed_out", reason="no_answer"),
         "A5: cmd_a timed out before the link was up once",
+    ),
+    "E1 a delete that nobody recorded": (
+        lambda: closed().call("erase", 200, A),
+        "E1: the delete of cmd_a was answered 200 before it was durable",
+    ),
+    "E1 a purge that nobody recorded": (
+        lambda: closed().log("erasures", "erased", ids=[A], count=1).call("purge", 200),
+        "E1: a purge was answered 200 before it was durable",
+    ),
+    "E2 it was read afterwards": (
+        lambda: closed().log("erasures", "erased", ids=[A], count=1).call("read", 200, A),
+        "E2: read answered 200 with cmd_a, which was erased",
+    ),
+    "E2 it was among others afterwards": (
+        lambda: closed().log("erasures", "erased", cutoff=90_000, count=1).lists(A),
+        "E2: list answered 200 with cmd_a, which was erased",
+    ),
+    "E3 nobody asked": (
+        lambda: closed().erase(1),
+        "E3: cmd_a has lost its data, and nobody asked for it",
+    ),
+    "E3 it was open when the purge came": (
+        lambda: Story().sent().log("erasures", "erased", cutoff=90_000).ended().erase(1),
+        "E3: cmd_a has lost its data, and nobody asked for it",
+    ),
+    "E3 it went on": (
+        lambda: closed("timed_out").log("erasures", "erased", ids=[A], count=1).ended(),
+        "E3: cmd_a has a executed after it was erased",
+    ),
+    "E3 it was never carried out": (
+        lambda: closed().log("erasures", "erased", cutoff=90_000, count=1).well(1000, 99_000),
+        "E3: cmd_a was to be erased and has its data still",
     ),
     "S1 a gap": (lambda: Story().created().change(1, position=2), "S1: position 2 stands where 1 belongs"),
     "S1 time falls": (

@@ -21,6 +21,7 @@ import structlog
 from broker.control import services
 from broker.core import Core
 from broker.errors import Unavailable
+from broker.events import subject_kind
 from broker.fleet import DeviceState
 from broker.log import sqlite as log
 from broker.log.chain import Row
@@ -45,6 +46,8 @@ LATENCIES = ((0.0002, 0.004), (0.0002, 0.004), (0.003, 0.03), (0.02, 0.2))
 FAULTS_SEC, FAULT_EVERY_SEC = 900.0, 45.0
 UP_WITHIN_SEC, LONGEST_HEAL_SEC = 60, 7_200
 FOREVER_SEC = 1e8
+# Five minutes before a midnight: purges count whole days.
+EPOCH_MS = 20_834 * 86_400_000 - 300_000
 # What may never be logged, whatever happens.
 WRONG = ("intake.failed", "http.unexpected", "webhook.failed")
 AFTERWARDS = "Event loop is closed"  # what a task that was left over says when the world is taken down
@@ -71,7 +74,7 @@ class World:
     ) -> None:
         self.loop = loop
         draw = loop.rng("world")
-        self.clock = SimClock(loop)
+        self.clock = SimClock(loop, EPOCH_MS)
         self.history = History(self.clock.true_ms, loop.note)
         self.disk = SimDisk(loop)
         drawn = draw.choice((EMBEDDED, MOSQUITTO))
@@ -92,6 +95,7 @@ class World:
         self.found: list[str] = []
         self._node: Node | None = None
         self._lives = 0
+        self._seen = 0  # up to which position rows were looked at in this life
         self._stop = asyncio.Event()
         self._ended = asyncio.Event()
         self._latency = draw.choice(LATENCIES)
@@ -118,8 +122,11 @@ class World:
             checkpoint_pages=100,
             on_commit=self._committed,
         )
+        self._seen = 0
         entropy = SimEntropy(self.loop, f"broker/{self._lives}")
         core = Core(storage, self.clock, entropy, TYPES, SETTINGS, self.receivers)
+        # Small steps, so that many a fault comes in the middle of a purge.
+        core.erasures.batch, core.erasures.pause_sec = 4, self._draw.uniform(0, 20)
         await core.open(embedded=self.embedded)
         link = SimLink(self.server, core.intake, SUBSCRIPTIONS)
         core.attach(link)
@@ -144,6 +151,11 @@ class World:
             connection.close("its token changed")
 
     def _committed(self, connection: apsw.Connection) -> None:
+        new = "SELECT position, data FROM events WHERE position > ? AND data IS NOT NULL ORDER BY position"
+        rows: Any = connection.execute(new, (self._seen,)).fetchall()
+        for position, data in rows:
+            self.history.recorded(position, data)
+            self._seen = position
         found: Any = connection.execute("SELECT coalesce(max(position), 0) FROM events").fetchall()
         self.history.committed(found[0][0])
 
@@ -254,6 +266,7 @@ class World:
         self.clock.offset_ms = max(0, self._core().writer.now() - self.clock.true_ms())
         await self._wait(self._healthy, "the broker did not get ready")
         self.history.healed_at = self._core().writer.now()
+        self._core().erasures.pause_sec = 0
         with suppress(AssertionError):  # who is still open, and whether it may be, the checker says
             await self._wait(lambda: not self._open_commands(), "", LONGEST_HEAL_SEC, every=5)
         await asyncio.sleep(130)  # what is late comes in at last
@@ -290,7 +303,8 @@ class World:
         """L6: what the broker has in memory is what its log says."""
         live, folded = self._core().live, follower.Touched()
         for row in log.all_rows(sql):
-            folded.fold(log.recorded(row))
+            if row.data is not None or subject_kind(row.stream) != "command":
+                folded.fold(log.recorded(row))
         for command_id, state in folded.commands.items():
             known = live.command(command_id)
             if known is not None and msgspec.json.encode(known) != msgspec.json.encode(state):

@@ -22,11 +22,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from broker.core import Core
 from broker.errors import Refusal, Unavailable
-from broker.lifecycle import NO_RESULT, CommandState
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.registry import NewDevice
 from broker.seams import Message, Outgoing, Receipt
+from projections import commands as commands_view
 from projections import follower
 from tests.integration.core_support import ME, PROJECT, TAKEN, UNKNOWN, Bench, Wire, new_core
 from tests.simulation.disk import SimDisk, SimStorage
@@ -69,13 +69,6 @@ for _line in CONTRACT.strip().splitlines():
 names = st.sampled_from(sorted(DEVICES))
 picks = st.integers(0, 1_000)
 rarely = st.sampled_from([False, False, False, True])
-
-
-def summary(state: CommandState) -> bytes:
-    """A state as its projection keeps it: what was asked and answered is read from the events."""
-    return msgspec.json.encode(
-        msgspec.structs.replace(state, params=msgspec.Raw(b"{}"), result=NO_RESULT, error=None)
-    )
 
 
 class Seen:
@@ -417,12 +410,13 @@ class Model(RuleBasedStateMachine):
             touched.fold(log.recorded(row))
         assert verified.fault is None
         bodies = {row[1]: row[-1] for row in kept["projections.commands"]}
-        assert bodies == {name: summary(state) for name, state in touched.commands.items()}
+        assert bodies == {name: commands_view.summary(state) for name, state in touched.commands.items()}
         assert {name: seen.state for name, seen in self.commands.items()} == {
             name: state.state for name, state in touched.commands.items()
         }
         for name, member in self.core().live.members.items():
-            assert summary(member.state) == bodies[name]
+            assert commands_view.summary(member.state) == bodies[name]
+            assert msgspec.json.encode(member.state) == msgspec.json.encode(touched.commands[name])
         lane = sorted(row[1] for row in kept["projections.lanes"])
         assert lane == [seen.position for seen in self.known() if not seen.closed]
 

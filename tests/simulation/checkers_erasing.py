@@ -1,0 +1,59 @@
+"""The invariants of erasing: promised before it is answered, seen by nobody afterwards, and carried out.
+
+Pure functions of a recorded history like those of `checkers`; nothing may be imported from the broker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tests.simulation.facts import Facts, data
+
+SEEING = ("create", "read", "list", "retry", "cancel", "abandon", "erase")
+DONE = (200, 201)
+
+
+def e1(facts: Facts) -> Iterator[str]:
+    """What was answered as erased says so durably in the log, with what it was."""
+    for call in facts.history.calls:
+        if call.kind not in ("erase", "purge") or call.status != 200:
+            continue
+        said = [
+            data(row)
+            for row in facts.streams.get("erasures", ())
+            if facts.durable(row) < (call.returned or 0)
+        ]
+        if call.kind == "erase" and not any(call.ids[0] in each.get("ids", ()) for each in said):
+            yield f"the delete of {call.ids[0]} was answered 200 before it was durable"
+        if call.kind == "purge" and not any("cutoff" in each for each in said):
+            yield "a purge was answered 200 before it was durable"
+
+
+def e2(facts: Facts) -> Iterator[str]:
+    """Once it is durable that a command is erased, no answer to a later request shows that it ever was."""
+    for call in facts.history.calls:
+        if call.kind not in SEEING or call.status not in DONE:
+            continue
+        for command_id in _shown(call.kind, call.ids, call.answer):
+            if facts.erased_at(command_id) < call.invoked:
+                yield f"{call.kind} answered {call.status} with {command_id}, which was erased"
+
+
+def e3(facts: Facts) -> Iterator[str]:
+    """In the end the data of every erased command is gone, and no other's; nothing follows its erasing."""
+    for command_id, rows in facts.commands.items():
+        empty = [row["position"] for row in rows if row["position"] in facts.empty]
+        row = facts.gone.get(command_id)
+        if row is None and empty:
+            yield f"{command_id} has lost its data, and nobody asked for it"
+        if row is None:
+            continue
+        if rows[-1]["position"] > row["position"]:
+            yield f"{command_id} has a {rows[-1]['type']} after it was erased"
+        if facts.history.ended_at is not None and len(empty) < len(rows):
+            yield f"{command_id} was to be erased and has its data still"
+
+
+def _shown(kind: str, ids: tuple[str, ...], answer: Any) -> tuple[str, ...]:
+    return tuple(each["id"] for each in answer["data"]) if kind == "list" else ids
