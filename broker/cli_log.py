@@ -162,6 +162,7 @@ def make_checkpoint(
     to: Annotated[Path | None, Parameter(negative="")] = None,
     data: Data = None,
     config: Config = None,
+    as_json: Json = False,
 ) -> None:
     """State how far the log has come and what its last hash is, signed, for somebody else to keep.
 
@@ -172,8 +173,13 @@ def make_checkpoint(
     """
     with closing(transfer.opened(_directory(config, data))) as sql, refusing():
         text = checkpoint.sign(sql)
-        with transfer.new_file(to) as file:
-            file.write(text.encode() + b"\n")
+        if to is not None or not as_json:
+            with transfer.new_file(to) as file:
+                file.write(text.encode() + b"\n")
+    if as_json:
+        made = checkpoint.read(text.encode())
+        said = msgspec.to_builtins(made.claims)
+        print_json(said | {"kid": made.kid, "thumbprint": made.thumbprint, "checkpoint": text})
 
 
 @logs.command(name="verify")

@@ -113,17 +113,22 @@ def verify_projections(*, data: Data = None, config: Config = None, as_json: Jso
 
 
 @projections.command(name="rebuild")
-def rebuild_projections(*, data: Data = None, config: Config = None) -> None:
+def rebuild_projections(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """Drop all projections and compute them anew. Only while no broker serves."""
     directory = Path(settings_of(config, data=data).data)
     with closing(open_for_reading(directory)):
         pass  # there is a log: opening for writing would make one
 
-    async def rebuilding() -> None:
+    async def rebuilding() -> int:
         storage = await SqliteStorage.open(directory)
         try:
             await storage.write(follower.renew)
+            return (await storage.read(log.head)).position
         finally:
             await storage.close()
 
-    uvloop.run(rebuilding())
+    events = uvloop.run(rebuilding())
+    if as_json:
+        print_json({"events": events})
+    else:
+        print(f"the projections are made anew from {events} events")
