@@ -52,6 +52,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         keys=core.keys,
         grants=core.grants,
         feed=core.feed,
+        mqtt_events=core.mqtt_events,
         webhooks=core.webhooks,
         streams=streams,
         dispatch=core.dispatch,

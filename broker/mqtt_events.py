@@ -13,7 +13,7 @@ from collections.abc import Callable
 import structlog
 
 from broker.cloudevents import Entry, Wanted, encoded
-from broker.errors import Unavailable
+from broker.errors import Unavailable, not_found
 from broker.feed import Feed, Subscription
 from broker.live import Recent
 from broker.seams import Link, Outgoing, Receipt, Sql
@@ -116,15 +116,39 @@ class MqttEvents:
                     return
         self._looked(subscription.reached, flight)
 
-    def _publish(self, entry: Entry, flight: _Flight) -> bool:
-        position = entry.position
+    def message(self, entry: Entry) -> Outgoing:
+        """What goes to the MQTT server of one event of a command."""
         self.projects.put(entry.hardware_id, entry.project)
-        outgoing = Outgoing(
+        return Outgoing(
             topic=f"{self._prefix}/evt/{entry.hardware_id}/{entry.command_id}",
             payload=encoded(self.log_id, entry),
         )
+
+    async def again(self, position: int) -> str | None:
+        """Tells one event once more; its topic, or None if it is no command's.
+
+        Raises:
+            Refusal: not_found.
+            Unavailable: the MQTT server did not take it.
+        """
+        found, _ = await self._feed.page(Wanted(), position - 1, 1)
+        if not found or found[0].position != position:
+            raise not_found("event", str(position))
+        if found[0].command_id is None:
+            return None
+        taken: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        message = self.message(found[0])
+        sent = self.link.publish(message, taken.set_result)
+        if not sent or (reason := (await taken).reason) is None or reason >= REFUSED:
+            raise Unavailable("the MQTT server did not take the event")
+        return message.topic
+
+    def _publish(self, entry: Entry, flight: _Flight) -> bool:
+        position = entry.position
         flight.open.append(position)
-        if not self.link.publish(outgoing, lambda receipt: self._receipt(flight, position, receipt)):
+        if not self.link.publish(
+            self.message(entry), lambda receipt: self._receipt(flight, position, receipt)
+        ):
             return False
         self.sent(1)
         return True

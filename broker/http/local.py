@@ -12,7 +12,6 @@ from msgspec import UNSET, UnsetType
 
 from broker.grants import GrantKey
 from broker.http.auth import Call, authorize, needs
-from broker.http.local_events import publish_event
 from broker.http.views import Time
 from broker.keys import Key
 from devices.clock import rfc3339
@@ -84,6 +83,21 @@ async def rotate_grant_key(request: Call) -> GrantKeyView:
 @post("/grants/{kid:str}/retire", status_code=200)
 async def retire_grant_key(request: Call, kid: FromPath[str]) -> GrantKeyView:
     return _grant_key(request, await request.services.grants.retire(kid))
+
+
+class EventBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    position: int
+
+
+class EventView(msgspec.Struct, frozen=True, kw_only=True):
+    """`topic` null: the event is no command's, and has none."""
+
+    topic: str | None
+
+
+@post("/events/publish", status_code=200)
+async def publish_event(request: Call, data: JSONBody[EventBody]) -> EventView:
+    return EventView(topic=await request.services.mqtt_events.again(data.position))
 
 
 def _grant_key(request: Call, key: GrantKey) -> GrantKeyView:

@@ -15,6 +15,7 @@ from broker.http.streams import Streams
 from broker.intake import Intake
 from broker.keys import Keys
 from broker.metrics import Metrics
+from broker.mqtt_events import MqttEvents
 from broker.pull import Pull
 from broker.registry import Registry
 from broker.repairs import Repairs
@@ -38,6 +39,7 @@ class Services:
     keys: Keys
     grants: Grants
     feed: Feed
+    mqtt_events: MqttEvents
     webhooks: Webhooks
     streams: Streams
     dispatch: Dispatch
