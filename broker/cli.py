@@ -35,6 +35,7 @@ from broker.cli_base import (
     Text,
     ask,
     call,
+    pages,
     print_json,
     print_table,
     settings_of,
@@ -47,6 +48,7 @@ from broker.cli_log import logs
 from broker.cli_projections import projections
 from broker.cli_replay import replay
 from broker.cli_simulate import simulate
+from broker.cli_webhooks import webhooks
 from broker.errors import Unavailable
 from broker.seams import Broken, Full
 from broker.serve import serve as serve_until_signal
@@ -72,7 +74,7 @@ app = App(
 )
 keys = App(name="keys", help="API keys: make, list, revoke.")
 devices = App(name="devices", help="Devices: add, list.")
-for part in (keys, devices, grants, logs, projections, simulate):
+for part in (keys, devices, grants, logs, projections, simulate, webhooks):
     app.command(part)
 for one in (explain, diff, backup, restore, doctor, replay):
     app.command(one)
@@ -178,16 +180,6 @@ def _log_to_stderr() -> None:
 # --- what goes through the operator's door ---------------------------------------------------------
 
 
-async def _pages(client: httpx2.AsyncClient, path: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    cursor: str | None = ""
-    while cursor is not None:
-        page = await call(client, "GET", f"{path}?limit=100" + (f"&cursor={cursor}" if cursor else ""))
-        found += page["data"]
-        cursor = page["next_cursor"]
-    return found
-
-
 @keys.command(name="create")
 def create_key(
     *,
@@ -286,7 +278,7 @@ def add_device(
 @devices.command(name="list")
 def list_devices(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """All devices, newest first."""
-    found = ask(data, config, lambda client, _: _pages(client, "/v1/devices"))
+    found = ask(data, config, lambda client, _: pages(client, "/v1/devices"))
     if as_json:
         print_json(found)
         return

@@ -77,6 +77,17 @@ async def call(client: httpx2.AsyncClient, method: str, path: str, body: object 
     return answer
 
 
+async def pages(client: httpx2.AsyncClient, path: str) -> list[dict[str, Any]]:
+    """All pages of a list of `/v1`."""
+    found: list[dict[str, Any]] = []
+    cursor: str | None = ""
+    while cursor is not None:
+        page = await call(client, "GET", f"{path}?limit=100" + (f"&cursor={cursor}" if cursor else ""))
+        found += page["data"]
+        cursor = page["next_cursor"]
+    return found
+
+
 def print_json(value: object) -> None:
     print(msgspec.json.encode(value).decode(), flush=True)
 
