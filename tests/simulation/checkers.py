@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.simulation.checkers_erasing import e1, e2, e3
 from tests.simulation.checkers_hooks import s5
+from tests.simulation.checkers_many import one_each, r10
 from tests.simulation.checkers_presence import a3, a5, d9, d10, r8
 from tests.simulation.checkers_pull import a6, d11, r9
 from tests.simulation.facts import (
@@ -38,7 +39,7 @@ def _succeeded(call: Call, *kinds: str) -> bool:
 def r1(facts: Facts) -> Iterator[str]:
     """Every id of a 200/201 is in the log, durable before the answer."""
     for call in facts.history.calls:
-        if not _succeeded(call, "create", "retry"):
+        if not _succeeded(call, "create", "retry", "fan_out"):
             continue
         for command_id in call.ids:
             row = facts.created.get(command_id)
@@ -59,6 +60,7 @@ def r3(facts: Facts) -> Iterator[str]:
             yield f"key {call.key} was taken with two bodies: {first.ids} and {call.ids}"
         elif call.ids != first.ids:
             yield f"key {call.key} gave two commands: {first.ids} and {call.ids}"
+    yield from one_each(facts)
 
 
 def r6(facts: Facts) -> Iterator[str]:
@@ -334,6 +336,7 @@ CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
     "R6": r6,
     "R8": r8,
     "R9": r9,
+    "R10": r10,
     "L1": l1,
     "L2": l2,
     "L4": l4,

@@ -80,6 +80,8 @@ class _Exchange:
                 for each in answer["commands"]:
                     named = each["hardware_id"], each["id"], each["attempts"]
                     self._history.handed(self._call.kind, *named)
+            elif self._call.kind == "fan_out" and self.status == 200:
+                ids = tuple(each["command_id"] for each in answer.values() if "command_id" in each)
             elif self._call.kind == "cancel" and self.status == 200:
                 ids = tuple(answer.get("cancelled", ()))
             self._history.returned(self._call, self.status, ids=ids, answer=answer)
@@ -188,6 +190,7 @@ class Clients:
             self._crowd: 3,
             self._queue: 2,
             self._again: 3,
+            self._many: 2,
             self._cancel: 3,
             self._read: 4,
             self._list: 1,
@@ -233,6 +236,31 @@ class Clients:
         device = self._random.choice(self._devices)
         for _ in range(self._random.randint(2, 4)):
             await self._post(*self._order(device), None)
+
+    async def _many(self) -> None:
+        """One command to several devices and a stranger; repeated with one more, as after a lost answer."""
+        hardware_id, body = self._order()
+        names = self._random.sample([each.hardware_id for each in self._devices], len(self._devices))
+        names.remove(hardware_id)
+        names = [hardware_id, "stranger", *names]
+        if self._random.random() < 0.5:
+            body["collapse_key"] = "latest"
+        key = f"many-{next(self._keys)}" if self._random.random() < 0.7 else None
+        for count in range(self._random.randint(2, 4), 7):
+            call = await self._door.call(
+                "fan_out",
+                "POST",
+                "/v1/commands",
+                body | {"devices": names[:count]},
+                key=key,
+                patience=self._patience(),
+            )
+            if call.status == 200:
+                sent = ((name, each.get("command_id")) for name, each in call.answer.items())
+                self.sent += [(name, command_id) for name, command_id in sent if command_id is not None]
+            if key is None or (call.status == 200 and self._random.random() < 0.5):
+                return
+            await asyncio.sleep(self._random.uniform(0.05, 5))
 
     async def _again(self) -> None:
         """An old key once more; now and then with another body."""

@@ -322,8 +322,10 @@ class SimStorage:
                     self._connection.execute("ROLLBACK")
         if self._disk.stopped:
             return  # the machine stands still: nobody learns what became of it
-        if error is None and end == "COMMIT" and self._on_commit is not None:
-            self._on_commit(self._connection)
+        if end == "COMMIT" and self._on_commit is not None:
+            # Also after an error: a commit may stand whose checkpoint found no space.
+            with contextlib.suppress(apsw.Error):
+                self._on_commit(self._connection)
         self._later(_deliver, outcome, result, error)
 
     def _later(self, callback: Callable[..., object], *args: Any) -> None:

@@ -120,6 +120,18 @@ async def _check_then_act(
     return Accepted(state)
 
 
+_keep_key = Commands.keep_key
+
+
+def _for_one_only(self: Commands, key: Key, fingerprint: bytes, state: CommandState) -> None:
+    if key[2] == "":
+        _keep_key(self, key, fingerprint, state)
+
+
+def _none_gives_way(lane: Lane, key: str | None) -> list[Member]:
+    return []
+
+
 def _keep_last(self: Commands, key: Key, fingerprint: bytes, state: CommandState) -> None:
     """The index that would have refused the second command is not asked."""
     self.live.keys.put(key, (fingerprint, state.id))
@@ -270,6 +282,16 @@ BUGS = (
         name="idempotency race",
         caught_by=frozenset({"R3"}),
         patches=((Commands, "create", _check_then_act), (Commands, "keep_key", _keep_last)),
+    ),
+    Bug(
+        name="a fan-out forgets its key",
+        caught_by=frozenset({"R3"}),
+        patches=((Commands, "keep_key", _for_one_only),),
+    ),
+    Bug(
+        name="successors end nothing",
+        caught_by=frozenset({"R10"}),
+        patches=((lanes, "collapsing", _none_gives_way),),
     ),
     Bug(
         name="synchronous=NORMAL",

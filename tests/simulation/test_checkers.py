@@ -133,6 +133,14 @@ class Story:
         return self
 
 
+def many(story: Story, command_id: str) -> Story:
+    """A fan-out with the key `k` is answered: one device has a command, the other is not known."""
+    call = story.history.invoked("fan_out", key="k")
+    answer = {"hw1": {"command_id": command_id}, "stranger": {"error": {"code": "not_found"}}}
+    story.history.returned(call, 200, ids=(command_id,), answer=answer)
+    return story
+
+
 def whole_life() -> Story:
     """One of everything, as it should be."""
     story = Story().log("system", "started").defined(repeatable=True).created(expires_at=10_000)
@@ -213,6 +221,16 @@ RIGHT: dict[str, Callable[[], Story]] = {
         Story().sent().answers("executed").answers("executed").ended()
     ),
     "D11 a lease that ended": lambda: leased().published(attempt=2).change(4, recorded_at=62_000),
+    "R3 many, and one more the second time": lambda: many(many(Story().created(), A), A),
+    "R10 one takes the place of another": lambda: (
+        Story()
+        .created(collapse_key="c")
+        .log(A, "cancelled", durable=False, by="broker", superseded_by=B)
+        .created(B, collapse_key="c")
+    ),
+    "R10 what was handed over stays": lambda: (
+        Story().created(collapse_key="c").published().created(B, collapse_key="c").wire()
+    ),
     "A5 it could not be answered by MQTT": lambda: (
         Story()
         .log("system", "started")
@@ -432,6 +450,39 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
     "E3 it was never carried out": (
         lambda: closed().log("erasures", "erased", cutoff=90_000, count=1).well(1000, 99_000),
         "E3: cmd_a was to be erased and has its data still",
+    ),
+    "R1 an answer to many that is nowhere": (
+        lambda: many(Story(), A),
+        "R1: cmd_a was answered 200 and is not in the log",
+    ),
+    "R3 many get two under one key": (
+        lambda: many(many(Story().created().created(B), A), B),
+        "R3: key k gave hw1 two commands: cmd_a and cmd_b",
+    ),
+    "R3 many get another's": (
+        lambda: many(Story().created(hardware_id="hw2"), A),
+        "R3: cmd_a was answered for hw1 and is another device's",
+    ),
+    "R10 one that should have gone": (
+        lambda: Story().created(collapse_key="c").created(B, collapse_key="c"),
+        "R10: cmd_a was still pending when cmd_b took its place",
+    ),
+    "R10 gone without a successor": (
+        lambda: Story().created().log(A, "cancelled", by="broker", superseded_by=B),
+        "R10: cmd_a gave way to cmd_b, which is not in the log",
+    ),
+    "R10 gone for nothing": (
+        lambda: Story().created().log(A, "cancelled", by="broker", superseded_by=B).created(B),
+        "R10: cmd_a gave way to cmd_b, which does not take its place",
+    ),
+    "R10 gone too early": (
+        lambda: (
+            Story()
+            .created(collapse_key="c")
+            .log(A, "cancelled", by="broker", superseded_by=B)
+            .created(B, collapse_key="c")
+        ),
+        "R10: cmd_a gave way to cmd_b in another commit",
     ),
     "S1 a gap": (lambda: Story().created().change(1, position=2), "S1: position 2 stands where 1 belongs"),
     "S1 time falls": (
