@@ -40,7 +40,7 @@ CommandName = Annotated[
     ),
 ]
 IdempotencyKey = Annotated[str, Meta(min_length=1, max_length=255, examples=["order-4711"])]
-CollapseKey = Annotated[str, Meta(examples=["brightness"], extra_json_schema=views.NAME)]
+CollapseKey = Annotated[str, Meta(extra_json_schema=views.NAME)]
 COLLAPSES = "Takes the place of the device's pending commands with the same key: they are cancelled with it."
 KeyHeader = Annotated[
     str | None,

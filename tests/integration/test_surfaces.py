@@ -181,3 +181,22 @@ def test_the_page_names_calls_that_there_are_and_all_of_the_smaller_vocabularies
         call for call in there if call.partition(" ")[2].startswith(("/commands", "/devices"))
     }
     assert columns[2] == {call for call in there if "/v1/app/" in call}
+
+
+async def test_what_is_erased_is_gone_from_all_and_its_key_makes_nothing_new(broker: Broker) -> None:
+    client, admin = await broker.someone(), await broker.someone(scopes=("admin",))
+    await register(client)
+    many = await fan_out(client, ["lamp-1"], type="unlock", idempotency_key="k")
+    app = await sent(client, "lamp-1", name="unlock", idempotency_key="l")
+    kept = await natively(client)
+    for outcome in (many["lamp-1"], app["lamp-1"]):
+        assert (await admin.delete(f"/commands/{outcome['command_id']}")).status_code == 200
+
+    assert [each["command_id"] for each in (await history(client, "lamp-1", name="unlock"))["lamp-1"]] == [
+        kept
+    ]
+    again = await fan_out(client, ["lamp-1"], type="unlock", idempotency_key="k")
+    assert again["lamp-1"]["error"]["code"] == "gone"
+    assert await sent(client, "lamp-1", name="unlock", idempotency_key="l") == {
+        "lamp-1": {"sent": False, "error": "Command was erased"}
+    }
