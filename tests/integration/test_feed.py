@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import msgspec
+import pytest
 
 from broker.cloudevents import Entry, Wanted, cloud_event
 from broker.commands import Caller, Order
+from broker.errors import Unavailable
 from broker.registry import NewDevice
+from broker.seams import Full, Sql, Storage
+from broker.world import SqliteStorage
 from devices.clock import rfc3339
-from tests.integration.core_support import PROJECT, Bench, running
+from tests.integration.core_support import PROJECT, Bench, running, until
 
 Follow = AsyncGenerator[tuple[list[Entry], int], None]
+
+R = TypeVar("R")
 
 
 def follow(bench: Bench, wanted: Wanted, after: int) -> Follow:
@@ -93,3 +100,56 @@ async def test_a_cloud_event_names_its_command_and_never_shows_a_digest(tmp_path
         assert created["data"]["device_id"] == device.id
         assert created["data"]["type"] == "open"
         assert created["data"]["params"] == {"a": 1}
+
+
+class Torn:
+    """A storage whose next commit is written and yet fails; then the first read passes, the others wait."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.tear = False
+        self.reads: int | None = None
+        self.gate = asyncio.Event()
+
+    async def write(self, work: Callable[[Sql], R]) -> R:
+        found = await self.storage.write(work)
+        if self.tear:
+            self.tear, self.reads = False, 0
+            raise Full("the disk was full when it was written to its place")
+        return found
+
+    async def read(self, work: Callable[[Sql], R]) -> R:
+        if self.reads is not None:
+            self.reads += 1
+            if self.reads > 1:
+                await self.gate.wait()
+        return await self.storage.read(work)
+
+    async def forget_old_pages(self) -> bool:
+        return await self.storage.forget_old_pages()
+
+    async def close(self) -> None:
+        await self.storage.close()
+
+
+async def test_what_a_failed_commit_left_in_the_log_is_not_stepped_over(tmp_path: Path) -> None:
+    storage = Torn(await SqliteStorage.open(tmp_path))
+    try:
+        async with running(storage) as bench:
+            await bench.device()
+            feed, before = bench.core.feed, bench.core.feed.head
+            with feed.subscribed(Wanted(project=PROJECT, event="created"), before) as subscription:
+                storage.tear = True
+                lost = asyncio.create_task(bench.order())
+                await until(lambda: feed.head > before)
+                waiting = asyncio.create_task(subscription.next())
+                await until(lambda: storage.reads == 2)
+                storage.gate.set()
+                async with asyncio.timeout(10):
+                    entries = await waiting
+                with pytest.raises(Unavailable):
+                    await lost
+
+            assert [entry.type for entry in entries or []] == ["created"]
+    finally:
+        await storage.close()
