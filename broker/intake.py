@@ -81,7 +81,7 @@ class Intake:
         if not message.qos and len(self._queue) >= MOST_UNACKNOWLEDGEABLE:
             self.on_unmatched("overrun")
             return
-        self._queue.append(message)
+        self._queue.append(msgspec.structs.replace(message, arrived_at=self.writer.now()))
         self._wake.set()
 
     # What our own server says comes the same way, so that it stands in order with the answers.
@@ -244,7 +244,7 @@ class Intake:
     def _candidate(self, message: Message, device: DeviceState) -> Member | str:
         """The one command an answer without id can mean, or the reason why there is none."""
         lane = self.live.lanes.get(device.id)
-        found = candidates(lane, self.writer.now()) if lane is not None else []
+        found = candidates(lane, message.arrived_at) if lane is not None else []
         # A retained text is what the device said once, not what it says to this command.
         if not found or message.dup or (message.retain and not self.embedded):
             return "nothing_in_flight"

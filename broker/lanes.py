@@ -297,21 +297,25 @@ def reopened(lane: Lane, member: Member) -> None:
     lane.members[member.state.id] = member
 
 
-def candidates(lane: Lane, now: int) -> list[Member]:
+def candidates(lane: Lane, arrived_at: int) -> list[Member]:
     """The commands an answer without id could mean: handed over, not final, not timed out for long.
 
-    One whose first bytes are not written yet cannot be meant, whatever the log says already.
+    `arrived_at`: when it came, ms; it may have waited since. One that was handed over later cannot be
+    meant, nor one whose first bytes are not written yet, whatever the log says already.
     """
     found = [
         member
         for member in lane.members.values()
-        if member.state.state in (State.PUBLISHED, State.ACKNOWLEDGED) and not _unwritten(member)
+        if member.state.state in (State.PUBLISHED, State.ACKNOWLEDGED) and not _unwritten(member, arrived_at)
     ]
-    return found + [member for member in lane.late.values() if now < late_until(member)]
+    return found + [member for member in lane.late.values() if arrived_at < late_until(member)]
 
 
-def _unwritten(member: Member) -> bool:
-    return member.state.attempts == 1 and member.flight.open and member.flight.written_at is None
+def _unwritten(member: Member, at: int) -> bool:
+    state, flight = member.state, member.flight
+    return at < (state.published_at or at) or (
+        state.attempts == 1 and flight.open and flight.written_at is None
+    )
 
 
 def late_until(member: Member) -> int:

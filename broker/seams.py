@@ -81,7 +81,10 @@ class Broken(Exception):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One MQTT message that reached us. `token` is the link's own handle for the PUBACK."""
+    """One MQTT message that reached us. `token` is the link's own handle for the PUBACK.
+
+    `arrived_at`: when it came to the intake, in ms of the broker's clock; it may wait there.
+    """
 
     topic: str
     payload: bytes
@@ -90,6 +93,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     retain: bool = False
     correlation: bytes | None = None
     token: Any = None
+    arrived_at: int = 0
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):

@@ -164,7 +164,7 @@ class Wire:
         return self.up
 
     def puback(self, message: Message) -> None:
-        self.pubacks.append(message)
+        self.pubacks.append(msgspec.structs.replace(message, arrived_at=0))
 
     def receipt(self, receipt: Receipt = TAKEN) -> None:
         """Gives the oldest publish its receipt."""

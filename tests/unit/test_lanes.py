@@ -179,6 +179,12 @@ def test_an_answer_without_id_can_mean_what_was_handed_over_and_is_not_final_or_
     assert named(T + 20_000) == {"flying", "heard"}
 
 
+def test_an_answer_that_came_before_a_command_was_handed_over_cannot_mean_it() -> None:
+    found = lane(member("flying", PUBLISHED))
+    assert [candidate.state.id for candidate in lanes.candidates(found, T)] == ["flying"]
+    assert lanes.candidates(found, T - 1) == []
+
+
 # --- back-off
 
 
