@@ -118,7 +118,7 @@ class Core:
         self.intake = Intake(self.commands, self.registry, self.dispatch, self.link, embedded=embedded)
         self.pull = Pull(self.registry, self.grants, self.dispatch, self.intake)
         writer.reload = self._reload
-        writer.resumed = self.dispatch.pump_all
+        writer.resumed = self._resumed
         await writer.start()
         await self.keys.load()
         await self.webhooks.load(self.log_id)
@@ -130,7 +130,10 @@ class Core:
         await self.registry.load()
         await self.erasures.load()
         self.dispatch.recovered()
+
+    def _resumed(self) -> None:
         self.feed.reread()
+        self.dispatch.pump_all()
 
     def attach(self, link: Link) -> None:
         self.link = self.dispatch.link = self.intake.link = self.mqtt_events.link = link

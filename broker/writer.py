@@ -68,7 +68,8 @@ class Writer:
         self._opened = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
-        self._head = Head()  # of what is durable
+        self._head = Head()  # of what is committed
+        self._durable = 0  # after a failed commit behind it: what was read anew may not be synced
         self._position = 0  # of what is staged
         self._recorded_at = 0
         self._anchor_wall = clock.wall_ms()
@@ -77,7 +78,7 @@ class Writer:
     @property
     def durable(self) -> int:
         """The last position that is durable."""
-        return self._head.position
+        return self._durable
 
     # --- the clock ---
 
@@ -216,6 +217,7 @@ class Writer:
 
     def _open(self) -> None:
         self.open = True
+        self._durable = self._head.position
         self._opened.set()
         self.resumed()
 
@@ -247,6 +249,7 @@ class Writer:
 
         try:
             self._head = await self.storage.write(work)
+            self._durable = self._head.position
         except (Full, Conflict, Broken) as error:
             logger.error("log.commit_failed", error=str(error), events=len(batch.events))
             await self._recover(batch, error)

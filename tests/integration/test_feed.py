@@ -18,7 +18,7 @@ from broker.registry import NewDevice
 from broker.seams import Full, Sql, Storage
 from broker.world import SqliteStorage
 from devices.clock import rfc3339
-from tests.integration.core_support import PROJECT, Bench, running, until
+from tests.integration.core_support import ME, PROJECT, Bench, running, until
 
 Follow = AsyncGenerator[tuple[list[Entry], int], None]
 
@@ -102,54 +102,60 @@ async def test_a_cloud_event_names_its_command_and_never_shows_a_digest(tmp_path
         assert created["data"]["params"] == {"a": 1}
 
 
-class Torn:
-    """A storage whose next commit is written and yet fails; then the first read passes, the others wait."""
+class Doubtful:
+    """A storage whose next write succeeds and says that it failed; what is written after that waits."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self.tear = False
-        self.reads: int | None = None
+        self.doubt = False
         self.gate = asyncio.Event()
+        self.gate.set()
 
     async def write(self, work: Callable[[Sql], R]) -> R:
+        await self.gate.wait()
         found = await self.storage.write(work)
-        if self.tear:
-            self.tear, self.reads = False, 0
-            raise Full("the disk was full when it was written to its place")
+        if self.doubt:
+            self.doubt = False
+            self.gate.clear()
+            raise Full("no space left")
         return found
 
     async def read(self, work: Callable[[Sql], R]) -> R:
-        if self.reads is not None:
-            self.reads += 1
-            if self.reads > 1:
-                await self.gate.wait()
         return await self.storage.read(work)
-
-    async def forget_old_pages(self) -> bool:
-        return await self.storage.forget_old_pages()
 
     async def close(self) -> None:
         await self.storage.close()
 
+    async def forget_old_pages(self) -> bool:
+        return await self.storage.forget_old_pages()
 
-async def test_what_a_failed_commit_left_in_the_log_is_not_stepped_over(tmp_path: Path) -> None:
-    storage = Torn(await SqliteStorage.open(tmp_path))
-    try:
-        async with running(storage) as bench:
-            await bench.device()
-            feed, before = bench.core.feed, bench.core.feed.head
-            with feed.subscribed(Wanted(project=PROJECT, event="created"), before) as subscription:
-                storage.tear = True
-                lost = asyncio.create_task(bench.order())
-                await until(lambda: feed.head > before)
-                waiting = asyncio.create_task(subscription.next())
-                await until(lambda: storage.reads == 2)
-                storage.gate.set()
-                async with asyncio.timeout(10):
-                    entries = await waiting
-                with pytest.raises(Unavailable):
-                    await lost
 
-            assert [entry.type for entry in entries or []] == ["created"]
-    finally:
-        await storage.close()
+async def test_what_a_failed_commit_left_is_shown_once_something_after_it_is_durable(tmp_path: Path) -> None:
+    storage = Doubtful(await SqliteStorage.open(tmp_path))
+    async with running(storage) as bench:
+        await bench.device(online=False)
+        head = bench.core.feed.head
+        async with aclosing(follow(bench, Wanted(), head)) as stream:
+            coming = asyncio.ensure_future(anext(stream))
+            storage.doubt = True
+            with pytest.raises(Unavailable):
+                await bench.order()
+            await until(lambda: bench.live.epoch == 2)
+            assert bench.core.feed.head == head
+            assert not coming.done()
+            storage.gate.set()
+            entries, _ = await coming
+            assert [entry.type for entry in entries] == ["created"]
+    await storage.close()
+
+
+async def test_what_waits_for_a_slow_reader_is_not_told_once_it_was_erased(tmp_path: Path) -> None:
+    async with running(tmp_path) as bench:
+        await bench.device(online=False)
+        start = bench.core.feed.head
+        with bench.core.feed.subscribed(Wanted(), start) as subscription:
+            command = await bench.order(params={"pin": "1234"})
+            await bench.core.erasures.delete(ME, command.id)
+            entries = await subscription.next() or []
+            assert [entry.type for entry in entries] == ["created", "cancelled"]
+            assert [entry.event for entry in entries] == [None, None]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
+from tests.simulation import checkers_hooks, checkers_streams
 from tests.simulation.checkers_erasing import e1, e2, e3
-from tests.simulation.checkers_hooks import s5
 from tests.simulation.checkers_many import one_each, r10
 from tests.simulation.checkers_presence import a3, a5, d9, d10, r8
 from tests.simulation.checkers_pull import a6, d11, r9
@@ -358,7 +358,7 @@ CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
     "E3": e3,
     "S1": s1,
     "S2": s2,
-    "S5": s5,
+    "S5": lambda facts: chain(checkers_hooks.s5(facts), checkers_streams.s5(facts)),
 }
 
 

@@ -21,7 +21,7 @@ def s5(facts: Facts) -> Iterator[str]:
 
 def _endpoint(facts: Facts, call: Call) -> Iterator[str]:
     url, events, start = call.answer["url"], call.answer["events"], call.answer["cursor"]
-    wanted = {row["position"]: row for row in facts.history.log if _is_wanted(row, events)}
+    wanted = {row["position"]: row for row in facts.history.log if is_wanted(row, events)}
     left: dict[str, list[int]] = defaultdict(list)  # of each device, what was not taken yet
     for position, each in wanted.items():
         if position >= start:  # what was before is sent only to whoever asks for it
@@ -50,7 +50,7 @@ def _endpoint(facts: Facts, call: Call) -> Iterator[str]:
                 yield f"{url} never got position {position}, of {device_id}"
 
 
-def _is_wanted(row: Row, events: list[str]) -> bool:
+def is_wanted(row: Row, events: list[str]) -> bool:
     stream = row["stream"]
     outward = stream.startswith("device/") or ("/" not in stream and stream not in ("system", "erasures"))
     return outward and (not events or row["type"] in events)

@@ -9,7 +9,7 @@ import asyncio
 import contextvars
 import itertools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 from litestar.types import ASGIApp
@@ -89,6 +89,14 @@ class _Exchange:
             self.over.set()
 
 
+class Stream(Protocol):
+    """The far end of an event stream; `over` once it is cut."""
+
+    over: asyncio.Event
+
+    async def run(self, app: ASGIApp, scope: dict[str, Any]) -> None: ...
+
+
 class Door:
     """The way to the broker over HTTP. `node` is the process that listens, if one does."""
 
@@ -99,7 +107,7 @@ class Door:
         self._loop, self._history = loop, history
         self._random = loop.rng("door")
         self._numbers = itertools.count()
-        self._open: dict[int, _Exchange] = {}
+        self._open: dict[int, _Exchange | Stream] = {}
 
     def reset(self) -> None:
         """The process died: its connections are closed."""
@@ -141,6 +149,19 @@ class Door:
             del self._open[number]
         await asyncio.sleep(self._random.uniform(0.0003, 0.01))
         return call
+
+    async def follow(self, stream: Stream, path: str, headers: dict[str, str]) -> None:
+        """A connection that goes on until one of the two sides has enough."""
+        if self.node is None:
+            return
+        scope = self._scope("GET", path, None, self.secret)
+        scope["headers"] += [(name.encode(), value.encode()) for name, value in headers.items()]
+        task = self._loop.spawn(self.node, stream.run(_app(), scope))
+        task.add_done_callback(self._ended, context=contextvars.Context())
+        number = next(self._numbers)
+        self._open[number] = stream
+        await stream.over.wait()
+        del self._open[number]
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -99,6 +99,16 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True):
     taken: bool
 
 
+class Streamed(msgspec.Struct, frozen=True, kw_only=True):
+    """An event came to a reader of the event stream."""
+
+    seq: int
+    t: int
+    name: str
+    position: int
+    type: str
+
+
 class Note(msgspec.Struct, frozen=True, kw_only=True):
     """What the world did to the broker, for whoever reads the history. No checker may look at it."""
 
@@ -130,7 +140,11 @@ class History:
         self.dumps: list[list[Row]] = []
         self.notes: list[Note] = []
         self.hooks: list[Hook] = []
-        # Up to this position every endpoint said that it had delivered what was wanted; None if it never did.
+        self.streams: list[Streamed] = []
+        # Who reads the event stream from its beginning: by name the one event it wants, or None for any.
+        self.readers: dict[str, str | None] = {}
+        # Up to this position every endpoint said that it had delivered what was wanted, and every reader had
+        # the time to read it; None if it never came to that.
         self.hooked_until: int | None = None
         # From when to when, by the broker's clock, everything was well; None if it never was.
         self.healed_at: int | None = None
@@ -255,6 +269,11 @@ class History:
             )
         )
         self._note(f"hook {url} {id} {type} {taken}")
+
+    def streamed(self, name: str, position: int, type: str) -> None:
+        seen = Streamed(seq=self._next(), t=self._now_ms(), name=name, position=position, type=type)
+        self.streams.append(seen)
+        self._note(f"stream {name} {position} {type}")
 
     def said(self, what: str) -> None:
         self.notes.append(Note(seq=self._next(), t=self._now_ms(), what=what))

@@ -19,6 +19,7 @@ from broker.decisions import Cell, Verdict, decide
 from broker.dispatch import Dispatch
 from broker.erasures import Erasures
 from broker.events import Erased
+from broker.feed import Subscription
 from broker.intake import OWN, Intake
 from broker.lanes import Flight, Lane, Member, Presence
 from broker.lifecycle import CommandState, Input, Request, State
@@ -237,6 +238,29 @@ async def _never_resumed(self: Erasures) -> None:
 _load = Erasures.load
 
 
+_commit = Writer._commit
+
+
+async def _told_first(self: Writer, batch: Any) -> None:
+    """Whoever listens hears of it before it is durable."""
+    for listener in self.listeners:
+        listener(batch.events)
+    listeners, self.listeners = self.listeners, []
+    try:
+        await _commit(self, batch)
+    finally:
+        self.listeners = listeners
+
+
+_put = Subscription.put
+
+
+def _deaf_while_reading(self: Subscription, position: int) -> None:
+    """What is committed while history is read is not noted."""
+    if self.reached >= self._since:
+        _put(self, position)
+
+
 BUGS = (
     Bug(
         name="erased without the event",
@@ -362,6 +386,16 @@ BUGS = (
         name="webhooks out of order",
         caught_by=frozenset({"S5"}),
         patches=((Window, "looked", _each_for_itself),),
+    ),
+    Bug(
+        name="subscribers are told before the commit",
+        caught_by=frozenset({"S5"}),
+        patches=((Writer, "_commit", _told_first),),
+    ),
+    Bug(
+        name="a gap between history and live",
+        caught_by=frozenset({"S5"}),
+        patches=((Subscription, "put", _deaf_while_reading),),
     ),
     Bug(
         name="any answer is a delivery",

@@ -38,6 +38,7 @@ from tests.simulation.loop import Node, SimClock, SimEntropy, SimLoop, run
 from tests.simulation.nemesis import Nemesis
 from tests.simulation.network import EMBEDDED, MOSQUITTO, ServerKind, SimMqttServer
 from tests.simulation.phones import Phone
+from tests.simulation.readers import READERS, Reader
 from tests.simulation.receivers import URLS, Receivers
 
 SUBSCRIPTIONS = (f"{PREFIX}/dev/+/ack", f"{PREFIX}/dev/+/status")
@@ -48,6 +49,7 @@ UP_WITHIN_SEC, LONGEST_HEAL_SEC = 60, 7_200
 FOREVER_SEC = 1e8
 # Five minutes before a midnight: purges count whole days.
 EPOCH_MS = 20_834 * 86_400_000 - 300_000
+READ_WITHIN_SEC = 5
 # What may never be logged, whatever happens.
 WRONG = ("intake.failed", "http.unexpected", "webhook.failed")
 AFTERWARDS = "Event loop is closed"  # what a task that was left over says when the world is taken down
@@ -89,6 +91,7 @@ class World:
         self.door = Door(loop, self.history)
         self.receivers = Receivers(loop, self.history)
         self.webhooks: list[str] = []
+        self.readers = [Reader(loop, self.door, self.history, name) for name in READERS]
         self.clients: Clients
         self.phones: list[Phone] = []
         self.core: Core | None = None
@@ -254,6 +257,8 @@ class World:
             )
             assert call.status == 201, call
             self.webhooks.append(call.answer["id"])
+        for reader in self.readers:
+            reader.start()
         self.phones = [Phone(self.loop, self.door, self.devices, n) for n in range(self._draw.randint(0, 2))]
         for phone in self.phones:
             phone.start()
@@ -274,7 +279,13 @@ class World:
             call = await self.door.call("change", "POST", f"/v1/webhooks/{webhook}/resume")
             assert call.status == 200, call
         await self._wait(self._all_sent, "the webhooks were not sent", LONGEST_HEAL_SEC, every=1)
-        self.history.hooked_until = self._core().feed.head
+        for reader in self.readers:
+            reader.heal()
+        head = self._core().feed.head
+        await asyncio.sleep(READ_WITHIN_SEC)
+        self.history.hooked_until = head
+        for reader in self.readers:
+            reader.stop()
 
     def _healthy(self) -> bool:
         core = self.core

@@ -1,0 +1,113 @@
+"""Services that follow the event stream: they leave, stall and are cut off, and go on from the last id."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import msgspec
+from litestar.types import ASGIApp
+
+from tests.simulation.clients import Door
+from tests.simulation.history import History
+from tests.simulation.loop import SimLoop
+
+# By name: the one event that is wanted, or any.
+READERS = {"every event": None, "what was executed": "executed"}
+STAYS_SEC, STALLS_SEC, PAUSE_SEC = (1, 200), (1, 40), (0.01, 3)
+
+
+class Stream:
+    """One connection. `take` is called with each event as it comes."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.gone = asyncio.Event()
+        self.over = asyncio.Event()
+        self._reader = reader
+        self._asked = False
+        self._rest = b""
+
+    async def run(self, app: ASGIApp, scope: dict[str, Any]) -> None:
+        await app(cast(Any, scope), cast(Any, self.receive), cast(Any, self.send))
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._asked:
+            self._asked = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        await self._reader.reading.wait()
+        if self.over.is_set():
+            return
+        if message["type"] == "http.response.body":
+            *blocks, self._rest = (self._rest + message["body"]).split(b"\n\n")
+            for block in blocks:
+                self._reader.take(block)
+            if not message["more_body"]:
+                self.over.set()
+
+
+class Reader:
+    """Follows for as long as it is not `stopped`; once the faults are over it stays."""
+
+    def __init__(self, loop: SimLoop, door: Door, history: History, name: str) -> None:
+        self.stopped = self.calm = False
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self._loop, self._door, self._history, self._name = loop, door, history, name
+        self._random = loop.rng(f"reader/{name}")
+        history.readers[name] = READERS[name]
+        self._last = 0
+        self._stream: Stream | None = None
+
+    def start(self) -> None:
+        self._loop.create_task(self._run())
+
+    def heal(self) -> None:
+        self.calm = True
+        self.reading.set()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self._leave()
+
+    def take(self, block: bytes) -> None:
+        for line in block.split(b"\n"):
+            field, _, value = line.partition(b": ")
+            if field == b"data":
+                event = msgspec.json.decode(value)
+                self._last = int(event["id"])
+                self._history.streamed(self._name, self._last, event["type"])
+
+    async def _run(self) -> None:
+        while not self.stopped:
+            self._stream = stream = Stream(self)
+            wanted = READERS[self._name]
+            query = "" if wanted is None else f"?event={wanted}"
+            headers = {"accept": "text/event-stream", "last-event-id": str(self._last)}
+            timer = self._loop.call_later(self._random.uniform(*STAYS_SEC), self._tire)
+            await self._door.follow(stream, f"/v1/events{query}", headers)
+            timer.cancel()
+            self.reading.set()
+            await asyncio.sleep(self._random.uniform(*PAUSE_SEC))
+
+    def _tire(self) -> None:
+        """It has had enough for now: it leaves, or only does not read for a while."""
+        if self.calm:
+            return
+        if self._random.random() < 0.5:
+            self._leave()
+        else:
+            self.reading.clear()
+            self._loop.call_later(self._random.uniform(*STALLS_SEC), self._wake)
+
+    def _wake(self) -> None:
+        self.reading.set()
+        self._loop.call_later(self._random.uniform(*STAYS_SEC), self._tire)
+
+    def _leave(self) -> None:
+        if self._stream is not None:
+            self._stream.over.set()
+            self._stream.gone.set()
