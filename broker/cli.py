@@ -42,6 +42,7 @@ from broker.cli_base import (
 )
 from broker.cli_diff import diff
 from broker.cli_doctor import doctor
+from broker.cli_erase import delete, purge
 from broker.cli_explain import explain
 from broker.cli_grants import grants
 from broker.cli_log import logs
@@ -76,7 +77,7 @@ keys = App(name="keys", help="API keys: make, list, revoke.")
 devices = App(name="devices", help="Devices: add, list.")
 for part in (keys, devices, grants, logs, projections, simulate, webhooks):
     app.command(part)
-for one in (explain, diff, backup, restore, doctor, replay):
+for one in (delete, purge, explain, diff, backup, restore, doctor, replay):
     app.command(one)
 
 

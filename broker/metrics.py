@@ -154,6 +154,7 @@ class Metrics:
                 lambda: dispatch.staged + dispatch.outstanding,
             ),
             ("ordain_send_slots", "How many there may be", lambda: core.settings.limits.send_slots),
+            ("ordain_erased_commands", "Commands erased since the start", lambda: core.erasures.erased),
             ("ordain_mqtt_link_up", "1 while connected to the MQTT server", lambda: core.link.up),
             ("ordain_log_writable", "1 while the log can be written", lambda: writer.open),
         )

@@ -25,7 +25,7 @@ from broker.events import Created, Event, Executed, Published, Recorded
 from broker.fleet import DeviceState
 from broker.log import sqlite as log
 from broker.registry import NewDevice
-from broker.seams import Outgoing, Receipt, Sql
+from broker.seams import Message, Outgoing, Receipt, Sql
 from broker.settings import Settings
 from broker.world import DATABASE, SqliteStorage, SystemClock, SystemEntropy
 from devices.types import shipped_types
@@ -54,8 +54,6 @@ class Taken:
         return True
 
     def _answer(self, outgoing: Outgoing, done) -> None:  # type: ignore[no-untyped-def]
-        from broker.seams import Message
-
         done(Receipt(written=True, reason=0))
         said = b'{"id":"%s","status":"executed"}' % (outgoing.correlation or b"")
         self._core.intake.message(Message(topic=outgoing.topic.replace("/rls", "/ack"), payload=said))

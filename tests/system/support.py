@@ -310,7 +310,8 @@ class Device:
         self.token = token
         self._login = ["-u", hardware_id, "-P", token] if token else []
         # Where the client id must be the hardware id, the second connection ends the first.
-        self._speaker = hardware_id if own_server else f"{hardware_id}-speaks"
+        self.separate = not own_server
+        self._speaker = f"{hardware_id}-speaks" if self.separate else hardware_id
 
     def topic(self, suffix: str) -> str:
         return f"iotee/dev/{self.hardware_id}/{suffix}"
