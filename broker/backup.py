@@ -8,14 +8,13 @@ what is erased afterwards is.
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from broker.log import sqlite as log
-from broker.world import DATABASE, back_up, open_file, rename_log
+from broker.world import DATABASE, back_up, open_file, open_for_reading, rename_log
 
 
 class Refused(Exception):
@@ -45,7 +44,8 @@ def take(directory: Path, to: Path) -> Backup:
         raise Refused(f"{to} is there already; name a new file")
     part = to.with_name(f"{to.name}.part")
     try:
-        back_up(directory, part)
+        with closing(open_for_reading(directory)) as sql:
+            back_up(sql, part)
         made = inspect(part)
         os.link(part, to)  # unlike a rename, it takes nobody's place
         _sync(to.parent)
@@ -72,11 +72,9 @@ def restore(file: Path, directory: Path) -> Backup:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     part = directory / f"{DATABASE}.part"
     try:
-        with (
-            open(file, "rb") as source,
-            open(part, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as copy,
-        ):
-            shutil.copyfileobj(source, copy, 1 << 20)
+        # Not byte by byte: while somebody has it open, what was written last lies in another file beside it.
+        with closing(open_file(file)) as sql:
+            back_up(sql, part)
         log_id = rename_log(part)
         os.link(part, there)
         _sync(directory)

@@ -70,12 +70,19 @@ def tail_log(
 
 def _following(sql: sqlite3.Connection, after: int, follow: bool) -> Iterator[Row]:
     while True:
-        while page := veiled(sql, log.rows(sql, after)):
+        while page := _page(sql, after):
             after = page[-1].position
             yield from page
         if not follow:
             return
         time.sleep(POLL_SEC)
+
+
+def _page(sql: sqlite3.Connection, after: int) -> list[Row]:
+    sql.execute("BEGIN")  # one state of the rows and of what is to be erased of them
+    page = veiled(sql, log.rows(sql, after))
+    sql.execute("COMMIT")
+    return page
 
 
 def _show(row: Row, as_json: bool) -> None:

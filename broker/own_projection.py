@@ -15,6 +15,7 @@ from typing import Any
 
 from broker.events import Recorded
 from broker.log import sqlite as log
+from projections.commands import veiled
 
 PAGE = 5_000
 
@@ -75,7 +76,9 @@ class OwnProjection:
         log_id, after = sql.execute("SELECT log_id, position FROM checkpoint").fetchone()
         if log_id not in (None, log.meta(source, "log_id")):
             raise Wrong(f"{self.file}: its database was made from another log ({log_id})")
-        page = log.rows(source, after, PAGE)
+        source.execute("BEGIN")  # one state of the rows and of what is to be erased of them
+        page = veiled(source, log.rows(source, after, PAGE))
+        source.execute("COMMIT")
         if not page:
             return 0
         sql.execute("BEGIN IMMEDIATE")

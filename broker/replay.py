@@ -13,6 +13,7 @@ from broker.cloudevents import Entry, Wanted
 from broker.log import sqlite as log
 from broker.seams import Sql
 from projections import follower, outgoing
+from projections.commands import veiled
 
 PAGE = 500
 
@@ -36,16 +37,17 @@ def entries(sql: Sql, wanted: Wanted, after: int, until: int) -> Iterator[Entry]
 
 
 def copy_log(source: Sql, target: Sql, until: int) -> None:
-    """Makes a log of its own up to a position, row by row as it is, and its projections, in a new file.
+    """Makes a log of its own up to a position, row by row as it is, and its projections, in a new file;
+    inside one read transaction. What a purge has promised to erase is not in it.
 
     It is marked, and no broker serves it: its open commands belong to the log it was taken from.
     """
     log.create(target, log.meta(source, "log_id"), log.meta(source, "cursor_key"))
     target.execute("INSERT INTO meta VALUES ('replayed', ?)", (str(until),))
-    for row in log.all_rows(source):
-        if row.position > until:
-            break
-        target.execute(log.INSERT, row)
+    after = 0
+    while page := [row for row in log.rows(source, after, PAGE) if row.position <= until]:
+        after = page[-1].position
+        target.executemany(log.INSERT, veiled(source, page))
     follower.renew(target)
 
 

@@ -203,23 +203,22 @@ def new_file(directory: Path) -> sqlite3.Connection:
     return sqlite3.connect(path, isolation_level=None)
 
 
-def back_up(directory: Path, to: Path) -> None:
-    """Copies one state of the database to a new file of the owner's alone, durable; free pages are not
+def back_up(sql: sqlite3.Connection, to: Path) -> None:
+    """Copies one state of an open database to a new file of the owner's alone, durable; free pages are not
     copied.
 
     Raises:
-        Broken: there is no log, or it cannot be read.
+        Broken: it cannot be read.
         Full: no space for the copy.
         OSError: the file cannot be made.
     """
-    with closing(open_for_reading(directory)) as sql:
-        # The file is made by us, so that at no moment others can read it.
-        os.close(os.open(to, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
-        try:
-            sql.execute("PRAGMA query_only = OFF")  # it writes only the new file, and is refused otherwise
-            sql.execute("VACUUM INTO ?", (str(to),))
-        except sqlite3.Error as error:
-            raise _translated(error) from error
+    # The file is made by us, so that at no moment others can read it.
+    os.close(os.open(to, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
+    try:
+        sql.execute("PRAGMA query_only = OFF")  # it writes only the new file, and is refused otherwise
+        sql.execute("VACUUM INTO ?", (str(to),))
+    except sqlite3.Error as error:
+        raise _translated(error) from error
     with open(to, "rb") as made:
         os.fsync(made.fileno())
 

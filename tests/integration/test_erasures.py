@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from broker.events import ERASURES
 from broker.lifecycle import CommandState
 from broker.log import erasing
 from broker.log import sqlite as log
+from broker.own_projection import OwnProjection, caught_up
+from broker.replay import copy_log
 from broker.seams import Full, Sql
-from broker.world import SqliteStorage
+from broker.world import SqliteStorage, new_file, open_for_reading
 from projections import commands as commands_view
 from projections import follower
 from projections.commands import Filter
@@ -370,6 +373,33 @@ async def test_what_a_purge_promised_to_erase_is_unknown_before_it_is_erased(
         assert await bench.core.erasures.purge(ADMIN, 0) == (MIDNIGHT, 1)
         assert await listed(bench) == [kept["today"], kept["pending"]]
         await sound(bench)
+
+
+async def test_what_a_purge_promised_to_erase_is_in_no_replayed_log_and_told_to_no_projection(
+    tmp_path: Path, interrupted: pytest.MonkeyPatch
+) -> None:
+    clock, data, copy = yesterday(), tmp_path / "data", tmp_path / "copy"
+    own = tmp_path / "own.py"
+    own.write_text(
+        "TABLES = 'CREATE TABLE seen (stream TEXT)'\n"
+        "COLUMNS = ('stream',)\n"
+        "def apply(sql, event): sql.execute('INSERT INTO seen VALUES (?)', (event.stream,))\n"
+        "def rows(sql): return sql.execute('SELECT DISTINCT stream FROM seen')\n"
+    )
+    async with running(data, clock) as bench:
+        old, kept = await old_and_new(bench, clock)
+        await bench.core.erasures.purge(ADMIN, 0)
+        await begun(bench)
+
+        copy.mkdir()
+        with closing(open_for_reading(data)) as source, closing(new_file(copy)) as target:
+            copy_log(source, target, bench.core.feed.head)
+            told = {row[0] for row in caught_up(OwnProjection(own), source, tmp_path / "own.db")}
+            assert log.verify(target).fault is None
+            assert {row.data for command_id in old for row in log.stream(target, command_id)} == {None}
+            assert {state.id for state in commands_view.newest(target, Filter(), 100)} == {*kept.values()}
+    assert told.isdisjoint(old)
+    assert told.issuperset(kept.values())
 
 
 async def test_a_purge_that_was_interrupted_is_finished_after_the_next_start(

@@ -61,6 +61,21 @@ def test_a_restored_log_has_an_id_of_its_own(broker: Broker, tmp_path: Path) -> 
     assert (found["position"], found["hash"]) == (made["position"], made["hash"])
 
 
+def test_a_file_that_a_broker_is_writing_is_restored_with_all_that_it_has_answered(
+    new_broker: NewBroker, tmp_path: Path
+) -> None:
+    broker = new_broker().start()
+    broker.device("lamp-1")
+    last = broker.create("lamp-1", "on")
+    assert (broker.data / "ordain.db-wal").stat().st_size > 0
+    done = ordain("restore", str(broker.data / "ordain.db"), data=tmp_path / "new")
+    assert done.returncode == 0, done.stderr
+    again = new_broker(data=tmp_path / "new").start()
+    again.key = broker.key
+    assert again.command(last)["state"] == "pending"
+    assert again.verified()
+
+
 def test_nothing_that_is_there_is_overwritten(broker: Broker, tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.write_text("mine")
