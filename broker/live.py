@@ -65,10 +65,12 @@ class Recent(Generic[K, V]):
 
 
 class _Read(NamedTuple):
-    """What a start needs of the log. `forgotten`: device and time of erased commands that timed out."""
+    """What a start needs of the log. `ended`: those that were answered lately, without their content.
+    `forgotten`: device and time of erased commands that timed out."""
 
     open: list[CommandState]
     late: list[CommandState]
+    ended: list[CommandState]
     forgotten: list[tuple[str, int]]
     definitions: dict[str, Definition]
     purges: list[Purge]
@@ -190,6 +192,7 @@ class Live:
             return _Read(
                 lanes_view.open_commands(sql),
                 commands_view.timed_out_since(sql, now - _longest_late(definitions.values())),
+                commands_view.answered_since(sql, now - _longest_late(without_ids)),
                 commands_view.forgotten_since(sql, now - _longest_late(without_ids)),
                 definitions,
                 erasing.purges(sql),
@@ -213,6 +216,10 @@ class Live:
                 self.lane(state.device_id).shut_until = now + lanes.IDLESS_PAUSE_MS
         for state in read.late:
             self.put_command(state, self.definitions[state.definition])
+        for state in read.ended:
+            definition = self.definitions[state.definition]
+            if not definition.carries_ids:
+                lanes.closed(self.lane(state.device_id), Member(state, definition), state.updated_at)
         without_ids = [each for each in read.definitions.values() if not each.carries_ids]
         for device_id, at in read.forgotten:
             # What was erased may still be answered, and an answer without id is not to be taken for another.

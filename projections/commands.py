@@ -176,6 +176,15 @@ def timed_out_since(sql: Sql, at: int) -> list[CommandState]:
     return [folded(row) for row in found.fetchall()]
 
 
+def answered_since(sql: Sql, at: int) -> list[CommandState]:
+    """Commands whose device ended them at or after a time (ms), without parameters, results and errors; those
+    that a purge has promised to erase too."""
+    found = sql.execute(
+        "SELECT summary FROM commands WHERE closed_at >= ? AND state IN ('executed', 'failed')", (at,)
+    )
+    return [_decode(row[0]) for row in found.fetchall()]
+
+
 def forgotten_since(sql: Sql, at: int) -> list[tuple[str, int]]:
     """Device and time (ms) of each command that timed out at or after a time and was erased since."""
     found = sql.execute(

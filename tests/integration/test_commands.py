@@ -29,7 +29,8 @@ from tests.integration.core_support import (
     simulated,
     until,
 )
-from tests.simulation.loop import SimLoop
+from tests.simulation.disk import SimDisk, SimStorage
+from tests.simulation.loop import SimClock, SimLoop
 
 STRANGER = Caller(actor="key:key_2", project="other")
 NO_SUBSCRIBER, REFUSED, BUSY = (Receipt(written=True, reason=code) for code in (0x10, 0x87, 0x97))
@@ -290,6 +291,29 @@ def test_an_answer_without_id_means_the_one_candidate_and_is_called_inferred() -
         assert bench.writer.now() >= (done.closed_at or 0) + 1_000
 
     play(scene)
+
+
+def test_after_a_restart_a_second_answer_without_id_is_not_taken_for_the_next_commands() -> None:
+    async def world(loop: SimLoop) -> None:
+        disk = SimDisk(loop)
+        async with running(SimStorage(loop, disk), SimClock(loop)) as bench:
+            await bench.device(type="iotee_device")
+            lock = await bench.order(type="lock")
+            await sent(bench, 2)
+            bench.says(b"ok")
+            await bench.becomes(lock.id, "executed")
+        async with running(SimStorage(loop, disk), SimClock(loop)) as bench:
+            unlock = await bench.order(type="unlock")
+            await passes(5)
+            bench.says(b"ok")
+            await until(lambda: len(bench.wire.pubacks) == 1)
+
+            assert await bench.unmatched() == ["nothing_in_flight"]
+            await sent(bench, 1)
+            bench.says(b"ok")
+            await bench.becomes(unlock.id, "executed")
+
+    simulated(world)
 
 
 def test_a_text_is_read_as_the_type_of_its_command_says() -> None:
