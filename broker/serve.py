@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -57,6 +58,9 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
         OSError: the directory cannot be made or written.
         ExceptionGroup (of Broken): the storage failed while serving.
     """
+    # Every stream and every device is an open file, and 1,024, the usual limit, are soon reached.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

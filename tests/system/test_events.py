@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import socket
 import threading
@@ -122,6 +123,17 @@ def test_open_streams_end_with_the_broker(broker: Broker) -> None:
     assert "Traceback" not in broker.run.err.all()
     for stream in streams:
         stream.close()
+
+
+def test_streams_are_not_limited_by_what_a_shell_allows_at_first(new_broker: NewBroker) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        broker = new_broker().start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert resource.prlimit(broker.run.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
 # --- on the MQTT server ----------------------------------------------------------------------------
