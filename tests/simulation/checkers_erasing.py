@@ -31,7 +31,12 @@ def e1(facts: Facts) -> Iterator[str]:
 
 
 def e2(facts: Facts) -> Iterator[str]:
-    """Once it is durable that a command is erased, no answer to a later request shows that it ever was."""
+    """Once it is durable that a command is erased, no answer to a later request shows that it ever was, and
+    no later command is made of it."""
+    for command_id, row in facts.created.items():
+        old = data(row).get("retry_of")
+        if old in facts.gone and facts.gone[old]["position"] < row["position"]:
+            yield f"{command_id} retries {old}, which was erased"
     for call in facts.history.calls:
         if call.kind not in SEEING or call.status not in DONE:
             continue

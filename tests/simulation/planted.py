@@ -269,7 +269,7 @@ BUGS = (
     ),
     Bug(
         name="erased and still in memory",
-        caught_by=frozenset({"E2", "E3"}),
+        caught_by=frozenset({"E2", "E3", "S4"}),
         patches=((Live, "forget", _kept_in_memory),),
     ),
     Bug(

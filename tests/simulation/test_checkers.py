@@ -435,6 +435,10 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
         lambda: closed().log("erasures", "erased", cutoff=90_000, count=1).lists(A),
         "E2: list answered 200 with cmd_a, which was erased",
     ),
+    "E2 it was retried afterwards": (
+        lambda: closed("timed_out").log("erasures", "erased", ids=[A], count=1).created(B, retry_of=A),
+        "E2: cmd_b retries cmd_a, which was erased",
+    ),
     "E3 nobody asked": (
         lambda: closed().erase(1),
         "E3: cmd_a has lost its data, and nobody asked for it",
