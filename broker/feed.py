@@ -35,8 +35,18 @@ class Subscription:
         self.ended = False
         self._feed = feed
         self._since = feed.head
+        self._erasures = feed.erasures
         self._queue: deque[int] = deque()
         self._wake = asyncio.Event()
+
+    @property
+    def stale(self) -> bool:
+        """Whether something was erased since the last entries were looked up: they may hold it."""
+        return self._erasures != self._feed.erasures
+
+    def give_back(self, reached: int) -> None:
+        """What was given after that position was not passed on, and is stale: it comes anew."""
+        self.reached = reached
 
     @property
     def lag(self) -> int:
@@ -70,6 +80,7 @@ class Subscription:
         Empty at times while history is read: none of what was looked at is wanted.
         """
         while not self.ended:
+            self._erasures = self._feed.erasures
             if self.reached < self._since:
                 entries, self.reached = await self._feed.read(self.wanted, self.reached, self._since, BATCH)
                 return entries
@@ -106,6 +117,7 @@ class Feed:
     def __init__(self, writer: Writer, live: Live) -> None:
         self.kept_after = 0
         self.recent: dict[int, Entry] = {}
+        self.erasures = 0  # how many became durable
         self._writer = writer
         self._live = live
         # In order of their coming: one run of the simulation is one run, in every process.
@@ -136,6 +148,7 @@ class Feed:
         for recorded in events if self._subscriptions else ():
             if isinstance(recorded.event, Erased):
                 # What waits here may be what it takes away; in the log it is not shown any more.
+                self.erasures += 1
                 self.recent.clear()
                 self.reread()
                 return

@@ -47,10 +47,14 @@ class _Flight:
             self._taken.discard(self.open.popleft())
         self._news.set()
 
-    async def room(self) -> None:
+    async def room(self) -> bool:
+        """Whether it had to be waited for."""
+        waited = False
         while len(self.open) >= IN_FLIGHT and self.failed is None:
+            waited = True
             self._news.clear()
             await self._news.wait()
+        return waited
 
 
 class MqttEvents:
@@ -110,7 +114,9 @@ class MqttEvents:
     async def _tell(self, subscription: Subscription, flight: _Flight) -> None:
         for entry in await subscription.next(SAVE_SEC) or ():
             if entry.command_id is not None and self.wanted():
-                await flight.room()
+                if await flight.room() and subscription.stale:
+                    subscription.give_back(entry.position - 1)
+                    return
                 if flight.failed is not None or not self._publish(entry, flight):
                     flight.failed = flight.failed or "the link is down"
                     return

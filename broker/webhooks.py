@@ -238,6 +238,8 @@ class Webhooks:
             await self._check(fields["url"])
         async with self._standing_still(caller, id) as known:
             known.endpoint = msgspec.structs.replace(known.endpoint, **fields)
+            if "events" in fields:  # what was passed over may be wanted now
+                known.at_rest = msgspec.structs.replace(known.at_rest, reached=known.at_rest.cursor - 1)
         return known
 
     async def pause(self, caller: Caller, id: str) -> Webhook:

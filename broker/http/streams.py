@@ -99,25 +99,29 @@ class Streams:
             entries = await subscription.next(max(0.0, due - time()))
             if entries:
                 self._sent(len(entries))
-                for piece in self._pieces(entries):
+                for piece, reached in self._pieces(entries):
                     if not subscription.ended:
                         await _say(send, piece)
+                    if subscription.stale:
+                        subscription.give_back(reached)
+                        break
             elif subscription.ended or (entries is not None and time() < due):
                 continue
             else:
                 await _say(send, PING)
             due = time() + PING_SEC
 
-    def _pieces(self, entries: list[Entry]) -> Iterator[bytes]:
+    def _pieces(self, entries: list[Entry]) -> Iterator[tuple[bytes, int]]:
+        """What is sent at once, and the position that is reached with it."""
         piece = bytearray()
         for entry in entries:
             data = encoded(self._log_id, entry).translate(ONE_LINE)
             piece += b"id: %d\ndata: %b\n\n" % (entry.position, data)
             if len(piece) >= PIECE_BYTES:
-                yield bytes(piece)
+                yield bytes(piece), entry.position
                 piece.clear()
         if piece:
-            yield bytes(piece)
+            yield bytes(piece), entries[-1].position
 
 
 class Stream(Response[Any]):

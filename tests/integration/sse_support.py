@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,9 +12,11 @@ from litestar.types import ASGIApp
 
 
 class Reader:
-    """What has come so far. While `reading` is not set, nothing is taken."""
+    """What has come so far. While `reading` is not set, nothing is taken; `taken` hears of each piece, and
+    nothing more comes until it is done."""
 
     def __init__(self) -> None:
+        self.taken: Callable[[str], Awaitable[None]] | None = None
         self.status = 0
         self.headers: dict[str, str] = {}
         self.text = ""
@@ -40,6 +42,8 @@ class Reader:
         else:
             self.text += message["body"].decode()
             self.ended = not message["more_body"]
+            if self.taken is not None:
+                await self.taken(message["body"].decode())
         async with self._news:
             self._news.notify_all()
 

@@ -320,6 +320,27 @@ async def test_one_that_does_not_read_goes_on_from_the_log_and_holds_up_nobody(t
         assert broker.streams.lag == 0
 
 
+async def test_what_is_erased_while_a_reader_is_slow_reaches_it_without_its_data(tmp_path: Path) -> None:
+    async with running(tmp_path) as broker:
+        key = await key_of(broker, "acme", "admin")
+        client = broker.client(key)
+        await register(client)
+        start = broker.core.feed.head
+        first, _, third = [await send(client, params={"s3cret": "x" * 40_000}) for _ in range(3)]
+
+        async def erase(piece: str) -> None:
+            if first in piece:
+                assert third not in piece, "it is in the next piece of the same batch"
+                assert (await client.delete(f"/commands/{third}")).status_code == 200
+
+        async with reading(broker.app, key, f"after={start}") as reader:
+            reader.taken = erase
+            events = await reader.has(4)
+        assert kinds(events) == ["created", "created", "created", "cancelled"]
+        assert [event.get("erased", False) for event in events] == [False, False, True, True]
+        assert "s3cret" not in str(events[2:])
+
+
 async def test_asked_for_its_head_a_stream_ends(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         async with reading(broker.app, await key_of(broker), method="HEAD") as reader:

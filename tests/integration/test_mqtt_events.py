@@ -12,7 +12,7 @@ import msgspec
 from broker.cloudevents import Wanted
 from broker.mqtt_events import IN_FLIGHT
 from broker.seams import Outgoing, Receipt
-from tests.integration.core_support import TAKEN, UNKNOWN, Bench, running, simulated, until
+from tests.integration.core_support import ME, TAKEN, UNKNOWN, Bench, running, simulated, until
 from tests.simulation.disk import SimDisk, SimStorage
 from tests.simulation.loop import SimClock, SimLoop
 
@@ -151,6 +151,27 @@ def test_only_so_many_are_told_before_the_first_is_taken() -> None:
             listener.receipts()
             await until(lambda: len(listener.told) == IN_FLIGHT + 5)
             assert listener.ids == sorted(set(listener.ids))
+
+    simulated(world)
+
+
+def test_what_is_erased_while_the_server_takes_nothing_is_told_without_its_data() -> None:
+    async def world(loop: SimLoop) -> None:
+        async with listening(new_storage(loop), loop) as listener:
+            bench = listener.bench
+            await bench.device(online=False)
+            listener.wire.up = False
+            made = [(await bench.order(params={"a": 1})).id for _ in range(IN_FLIGHT + 2)]
+            listener.wire.up = True
+            await until(lambda: len(listener.told) == IN_FLIGHT)
+            await bench.core.erasures.delete(ME, made[-1])
+            listener.receipts()
+            await until(lambda: len(listener.told) == IN_FLIGHT + 3)
+            kept, created, cancelled = listener.events[IN_FLIGHT:]
+            assert [each["subject"] for each in (kept, created, cancelled)] == [made[-2], *made[-1:] * 2]
+            assert kept["data"]["params"] == {"a": 1}
+            assert created["erased"] is True
+            assert "params" not in created["data"]
 
     simulated(world)
 

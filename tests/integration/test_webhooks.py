@@ -16,6 +16,7 @@ from broker.outbound import HttpOutbound
 from broker.seams import Sql
 from broker.settings import Limits
 from broker.webhook_worker import PARALLEL
+from tests.integration.core_support import ME, until
 from tests.integration.http_support import Broker, error_of, register, running
 from tests.integration.receiver import Got, Receiver, receiving
 
@@ -434,6 +435,25 @@ async def test_a_change_of_url_takes_what_is_left_along(broker: Broker, receiver
         await client.post(f"/v1/webhooks/{made['id']}/resume")
         got = await other.count(2)
         assert [each.event["subject"] for each in got] == ids
+
+
+async def test_a_wider_choice_holds_from_the_cursor_on(broker: Broker, receiver: Receiver) -> None:
+    client = await broker.someone()
+    await register(client)
+    made = await hook(client, receiver, events=["created"])
+    receiver.reply = lambda _: (500, {})
+    command_id = await create(client)
+    await client.delete(f"/v1/devices/lamp-1/commands/{command_id}")
+    await failing(client, made)
+    (known,) = broker.core.webhooks.all(ME)
+    await until(lambda: known.progress.reached >= broker.core.feed.head)
+
+    receiver.reply = lambda _: (200, {})
+    receiver.got.clear()
+    await client.patch(f"/v1/webhooks/{made['id']}", json={"events": ["created", "cancelled"]})
+
+    got = await receiver.count(2)
+    assert [each.event["type"].split(".")[2] for each in got] == ["created", "cancelled"]
 
 
 async def test_a_deleted_webhook_is_gone_and_gets_nothing(broker: Broker, receiver: Receiver) -> None:
