@@ -37,6 +37,8 @@ VISIBLE = re.compile(r"[!-~]+")
 GLOBAL_V6 = IPv6Network("2000::/3")
 NAT64 = IPv6Network("64:ff9b::/96")
 TEREDO = IPv6Network("2001::/32")
+# Taken for public by some releases of Python, and where clouds tell their machines secrets.
+NOT_PUBLIC = (IPv4Network("192.0.0.0/24"), IPv4Network("168.63.129.16/32"), IPv6Network("3fff::/20"))
 
 
 class Refused(Exception):
@@ -90,6 +92,8 @@ def is_public(address: Address) -> bool:
             return is_public(inner)
         if address not in GLOBAL_V6 or address in TEREDO:
             return False
+    if any(address in network for network in NOT_PUBLIC):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
