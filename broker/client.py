@@ -172,6 +172,8 @@ class App:
                     if not answer.is_success:
                         told = answer.headers.get("Retry-After")
                         raise failure(answer.status_code, told, await answer.aread())
+                    if not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
+                        raise httpx2.TransportError("this is no stream of events")
                     failures, opened = 0, True
                     async for message in httpx2.EventSource(answer, max_event_size=None):
                         if message.retry is not None:

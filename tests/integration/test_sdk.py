@@ -268,6 +268,13 @@ async def test_a_stream_that_never_opened_is_given_up(language: str) -> None:
     assert len(script.asked) == 3
 
 
+async def test_what_answers_with_no_stream_of_events_is_given_up_too(language: str) -> None:
+    async with server(*[answer(200, {})] * 3) as script:
+        outcome = await sdk(language, script.url, retries=2).events(1)
+    assert outcome.error["name"] == "Unavailable"
+    assert len(script.asked) == 3
+
+
 @pytest.mark.parametrize(
     ("status", "code", "name"),
     [(410, "gone", "Gone"), (401, "unauthorized", "Unauthorized"), (403, "forbidden", "Forbidden")],
