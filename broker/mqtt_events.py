@@ -24,7 +24,10 @@ logger = structlog.get_logger()
 IN_FLIGHT = 32
 SAVE_SEC = 1.0
 AGAIN_SEC = 1.0
+LONGEST_PAUSE_SEC = 60.0
 REFUSED = 0x80
+# Of this one message: its topic, its size, its format. Asking again would stop all others for ever.
+NEVER = frozenset({0x90, 0x95, 0x99})
 
 
 class _Flight:
@@ -39,6 +42,9 @@ class _Flight:
     def settle(self, position: int, receipt: Receipt) -> None:
         if receipt.reason is None:
             self.failed = self.failed or "no receipt"
+        elif receipt.reason in NEVER:
+            logger.error("mqtt.event_refused", position=position, reason=f"0x{receipt.reason:02x}")
+            self._taken.add(position)
         elif receipt.reason >= REFUSED:
             self.failed = f"the MQTT server refused the publish (0x{receipt.reason:02x})"
         else:
@@ -76,6 +82,7 @@ class MqttEvents:
         self._saved = 0
         self._flight = _Flight()
         self._why: str | None = None
+        self._pause_sec = AGAIN_SEC  # grows while the MQTT server takes nothing
 
     @property
     def lag(self) -> int:
@@ -100,7 +107,8 @@ class MqttEvents:
             while True:
                 if self.link.up:
                     await self._tell_all()
-                await asyncio.sleep(AGAIN_SEC)
+                await asyncio.sleep(self._pause_sec)
+                self._pause_sec = min(2 * self._pause_sec, LONGEST_PAUSE_SEC) if self.link.up else AGAIN_SEC
 
     async def _tell_all(self) -> None:
         self._flight = flight = _Flight()
@@ -162,7 +170,7 @@ class MqttEvents:
     def _receipt(self, flight: _Flight, position: int, receipt: Receipt) -> None:
         flight.settle(position, receipt)
         if flight is self._flight and flight.failed is None:
-            self._why = None
+            self._why, self._pause_sec = None, AGAIN_SEC
             self._checkpoint = flight.open[0] - 1 if flight.open else max(self._checkpoint, position)
 
     def _looked(self, reached: int, flight: _Flight) -> None:

@@ -192,6 +192,23 @@ def test_a_server_that_refuses_holds_up_no_command_and_is_asked_again() -> None:
     simulated(world)
 
 
+def test_one_event_that_the_server_will_never_take_holds_up_no_other() -> None:
+    async def world(loop: SimLoop) -> None:
+        async with listening(new_storage(loop), loop) as listener:
+            bench = listener.bench
+            await bench.device()
+            command = await bench.order()
+            await until(lambda: len(listener.told) == 2)
+            listener.receipts(Receipt(written=True, reason=0x95))
+            bench.answers(command.id)
+            await until(lambda: len(listener.told) == 3)
+            listener.receipts()
+            await until(lambda: bench.core.mqtt_events.lag == 0)
+            assert len(set(listener.ids)) == len(listener.ids) == 3
+
+    simulated(world)
+
+
 def test_what_happens_while_nobody_can_listen_is_told_to_nobody() -> None:
     async def world(loop: SimLoop) -> None:
         async with listening(new_storage(loop), loop) as listener:
