@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 from broker.cloudevents import Entry, Wanted, entry, is_outward
-from broker.events import Erased, Recorded
+from broker.events import Erased, Recorded, subject_kind
 from broker.live import Live
 from broker.writer import Writer
 from projections import outgoing
 
+LOOKS = 20  # reads of one page: a filter that fits little must not walk a whole log in one request
 QUEUED = 1_000  # positions that wait for one subscriber, and entries kept for all of them together
 BATCH = 100  # what one subscriber takes at a time: a slow one must not hold on to more
 
@@ -145,18 +146,18 @@ class Feed:
         return [subscription for found in self._subscriptions.values() for subscription in found]
 
     def _committed(self, events: list[Recorded]) -> None:
+        if any(isinstance(recorded.event, Erased) for recorded in events):
+            # What waits here may be what it takes away; in the log it is not shown any more.
+            self.erasures += 1
+            self.recent.clear()
+            self.reread()
+            return
         for recorded in events if self._subscriptions else ():
-            if isinstance(recorded.event, Erased):
-                # What waits here may be what it takes away; in the log it is not shown any more.
-                self.erasures += 1
-                self.recent.clear()
-                self.reread()
-                return
             if not is_outward(recorded):
                 continue
             state = self._live.command(recorded.stream)
             device = state or self._live.devices.get(recorded.device_id or "")
-            if device is None:
+            if device is None or (state is None and subject_kind(recorded.stream) == "command"):
                 self.reread()  # memory has let go of the names: the log has them
                 return
             found = self._interested(recorded.project, recorded.device_id, device.hardware_id)
@@ -195,9 +196,11 @@ class Feed:
 
     async def page(self, wanted: Wanted, after: int, limit: int) -> tuple[list[Entry], int]:
         """What is durable and wanted after a position, at most `limit`, ascending; and how far was looked:
-        to the head, if there are fewer."""
+        to the head, or as far as one request may."""
         until, entries = self.head, list[Entry]()
-        while after < until and len(entries) < limit:
+        for _ in range(LOOKS):
+            if after >= until or len(entries) >= limit:
+                break
             more, after = await self.read(wanted, after, until, limit - len(entries))
             entries += more
         return entries, after

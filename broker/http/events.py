@@ -102,11 +102,12 @@ async def list_events(
     """Follow events
 
     Of the key's project, an admin's of all; each is a CloudEvent, in the order of the log and never before it
-    is durable. A page begins after `after`, or with the first event. With `Accept: text/event-stream` the
-    answer is a stream that goes on for ever: `id` is the position, `data` the CloudEvent, a comment comes
-    every 15 seconds. It begins after `Last-Event-ID`, else after `after`, else with what happens from
-    now; an `id` without data says at once where that is. After a break go on from the last `id`: nothing
-    is missed, and nothing comes twice. One that does not take what is sent to it is ended.
+    is durable. A page begins after `after`, or with the first event; where a filter fits little it may be
+    short, or empty, with more to come. With `Accept: text/event-stream` the answer is a stream that goes on
+    for ever: `id` is the position, `data` the CloudEvent, a comment comes every 15 seconds. It begins after
+    `Last-Event-ID`, else after `after`, else with what happens from now; an `id` without data says at once
+    where that is. After a break go on from the last `id`: nothing is missed, and nothing comes twice. One
+    that does not take what is sent to it is ended.
     """
     wanted = _wanted(request, device, type, event, command, project)
     services = request.services
@@ -128,12 +129,15 @@ async def list_events(
 
 async def _page(request: Call, wanted: Wanted, after: int, limit: int) -> CloudEventList:
     services = request.services
-    found, _ = await services.feed.page(wanted, after, limit + 1)
+    head = services.feed.head
+    found, reached = await services.feed.page(wanted, after, limit + 1)
     page, more = cut(found, limit)
+    if more:
+        reached = page[-1].position
     return CloudEventList(
         data=[cloud_event(services.log_id, entry) for entry in page],
-        has_more=more,
-        next_cursor=str(page[-1].position) if more else None,
+        has_more=reached < head,
+        next_cursor=str(reached) if reached < head else None,
     )
 
 

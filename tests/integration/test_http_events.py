@@ -10,9 +10,11 @@ import httpx2
 import msgspec
 import pytest
 
+from broker import feed
 from broker.http import streams
 from broker.seams import Sql
 from broker.settings import Limits
+from projections import outgoing
 from tests.integration.core_support import until
 from tests.integration.http_support import Broker, error_of, register, running
 from tests.integration.sse_support import reading
@@ -58,6 +60,25 @@ async def test_pages_go_on_where_the_last_one_ended_and_end_with_the_log(tmp_pat
         later = await send(client)
         news = (await client.get("/v1/events", params={"cursor": seen[-1]["id"]})).json()
         assert [event["subject"] for event in news["data"]] == [later]
+
+
+async def test_a_filter_that_fits_little_is_answered_in_short_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "LOOKS", 1)
+    monkeypatch.setattr(outgoing, "SCANNED", 3)
+    async with running(tmp_path) as broker:
+        client = await broker.someone()
+        await register(client)
+        made = [await send(client, type="rare" if number == 9 else "open") for number in range(10)]
+        found, pages, cursor = list[str](), 0, "0"
+        while cursor:
+            page = (await client.get(f"/v1/events?type=rare&after={cursor}")).json()
+            found += [event["subject"] for event in page["data"]]
+            pages, cursor = pages + 1, page["next_cursor"]
+            assert page["has_more"] is (cursor is not None)
+        assert found == made[-1:]
+        assert pages >= 4
 
 
 async def test_filters_choose_by_device_name_event_and_command(tmp_path: Path) -> None:
