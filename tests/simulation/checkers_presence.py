@@ -14,6 +14,7 @@ from tests.simulation.history import Row
 # How long before it was durable an event can have been decided, on the slowest disk of the simulation.
 COMMIT_MS = 2_000
 IDLESS_PAUSE_MS = 1_000
+DOUBLED_MS = 20_000
 RETRIABLE = CLOSING - {"executed"}
 
 
@@ -111,8 +112,21 @@ def a3(facts: Facts) -> Iterator[str]:
             if data(row).get("evidence") != "inferred":
                 continue
             sent, durable = first.get(command_id, NEVER), facts.durable(row)
+            if _doubled(facts, hardware_id, durable):
+                continue
             if not any(sent < seq < durable for seq in said[hardware_id, row["type"]]):
                 yield f"{command_id}: {row['type']} is taken from an answer older than the command"
+
+
+def _doubled(facts: Facts, hardware_id: str, before: int) -> bool:
+    """Did the device get something lately that we sent once? It does it twice, and answers whenever it has.
+
+    Nothing in such an answer tells it from the next command's.
+    """
+    lately = [each for each in facts.history.wire if each.hardware_id == hardware_id and each.seq < before]
+    lately = [each for each in lately if each.t > lately[-1].t - DOUBLED_MS]
+    reached = sum(each.what == "reached" for each in lately)
+    return reached > sum(each.what == "publish" for each in lately)
 
 
 def _hasty(facts: Facts) -> Iterator[str]:

@@ -374,7 +374,7 @@ BUGS = (
     ),
     Bug(
         name="anybody may report",
-        caught_by=frozenset({"A6"}),
+        caught_by=frozenset({"A6", "R9"}),
         patches=((decisions, "_as_report", _take_their_word),),
     ),
     Bug(

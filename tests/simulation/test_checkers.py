@@ -58,6 +58,10 @@ class Story:
         self.history.on_wire("publish", TOPIC, payload.encode())
         return self
 
+    def reached(self) -> Story:
+        self.history.on_wire("reached", TOPIC, b"1")
+        return self
+
     def fetched(self, command_id: str = A, attempt: int = 1) -> Story:
         self.history.handed("relay", "hw1", command_id, attempt)
         return self
@@ -195,6 +199,22 @@ RIGHT: dict[str, Callable[[], Story]] = {
         .sent(B)
         .executes(B)
         .executes(A)
+    ),
+    "A3 the MQTT server doubled the one before, and the device did it twice": lambda: (
+        Story()
+        .created()
+        .published()
+        .wire(None)
+        .reached()
+        .reached()
+        .answers("executed", command_id=None)
+        .ended(evidence="inferred")
+        .created(B)
+        .answers("executed", command_id=None)
+        .published(B)
+        .wire(None)
+        .reached()
+        .ended(B, evidence="inferred")
     ),
     "E2 it was read before": lambda: (
         closed().call("read", 200, A).log("erasures", "erased", ids=[A], count=1).call("read", 404, A)

@@ -20,7 +20,7 @@ from tests.simulation.test_loop import printed_elsewhere
 from tests.simulation.world import World, quiet, simulate
 
 SEEDS, CHUNK = 300, 25
-TRIES = 60
+TRIES = 100
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
