@@ -203,7 +203,7 @@ def create_key(
         What it is for.
     """
     body = {"project": project, "scopes": scope, "name": name}
-    made = ask(data, config, lambda client, _: call(client, "POST", "/local/keys", body))
+    made = ask(data, config, lambda client, _: call(client, "POST", "/local/keys", body), make=True)
     if as_json:
         print_json(made)
     else:
@@ -269,7 +269,7 @@ def add_device(
     """
     given = {"hardware_id": hardware_id, "type": type, "project": project, "id": id, "name": name}
     body = {key: value for key, value in given.items() if value is not None}
-    made = ask(data, config, lambda client, _: call(client, "POST", "/v1/devices", body))
+    made = ask(data, config, lambda client, _: call(client, "POST", "/v1/devices", body), make=True)
     if as_json:
         print_json(made)
     else:

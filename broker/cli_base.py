@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import httpx2
@@ -14,6 +15,7 @@ from cyclopts import Parameter
 
 from broker.control import operator
 from broker.settings import Settings, load
+from broker.world import there_is_a_log
 
 T = TypeVar("T")
 
@@ -45,9 +47,20 @@ def settings_of(config: str | None = None, **flags: str | None) -> Settings:
     return load(flags, os.environ, config)
 
 
-def ask(data: str | None, config: str | None, work: Callable[[httpx2.AsyncClient, bool], Awaitable[T]]) -> T:
-    """Does something as the operator of a data directory; `work` is told whether a broker is serving."""
+def ask(
+    data: str | None,
+    config: str | None,
+    work: Callable[[httpx2.AsyncClient, bool], Awaitable[T]],
+    *,
+    make: bool = False,
+) -> T:
+    """Does something as the operator of a data directory; `work` is told whether a broker is serving.
+
+    `make`: it may be the first thing done there. Anything else in a wrong directory must not make a log.
+    """
     settings = settings_of(config, data=data)
+    if not make:
+        there_is_a_log(Path(settings.data))
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger("critical")
     )  # errors are exceptions here

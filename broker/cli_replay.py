@@ -89,6 +89,9 @@ def replay(
         wanted = Wanted(project=project, device=None if device is None else _device(sql, device))
         pace, secret = _speed(speed), _secret(secret)
         if not into.startswith(("http://", "https://")) and into not in ("stdout", "mqtt"):
+            if "/" not in into:
+                right = "must be stdout, mqtt, a URL, or a directory such as ./copy"
+                raise Failed(USAGE, f"--into = {into}: {right}")
             if span[0] > 0 or wanted != Wanted() or pace is not None:
                 raise Failed(
                     USAGE,

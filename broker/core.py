@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal
 
 from broker import __version__
@@ -16,6 +16,7 @@ from broker.commands import Commands
 from broker.deadlines import Deadlines
 from broker.dispatch import Dispatch
 from broker.erasures import Erasures
+from broker.errors import Unavailable
 from broker.events import ClockStepped
 from broker.fanout import Fanout
 from broker.feed import Feed
@@ -39,6 +40,7 @@ from projections import follower
 
 CLOCK_WATCH_SEC = 1.0
 HOUSEKEEPING_SEC = 3_600.0
+KEYS_AT_ONCE, KEYS_PAUSE_SEC = 500, 0.05
 
 
 class NoLink:
@@ -146,7 +148,7 @@ class Core:
             self.intake.run(),
             self.erasures.run(),
             self._every(CLOCK_WATCH_SEC, self._watch_clock),
-            self._every(HOUSEKEEPING_SEC, self._forget_keys),
+            self._forget_keys(),
         ]
 
     @asynccontextmanager
@@ -206,13 +208,28 @@ class Core:
             self._stepped_ms = step
             self.registry.record_system(ClockStepped(by_ms=step))
 
-    def _forget_keys(self) -> None:
+    async def _forget_keys(self) -> None:
         """Idempotency keys are remembered for their time, and as long as their command is open."""
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_SEC)
+            with suppress(Unavailable):  # then in an hour
+                while await self._forget_some_keys() == KEYS_AT_ONCE:  # noqa: ASYNC110
+                    await asyncio.sleep(KEYS_PAUSE_SEC)
+
+    async def _forget_some_keys(self) -> int:
+        """A few in one transaction, so that no command waits for long; how many those were."""
         before = self.writer.now() - self.settings.limits.idempotency_sec * 1_000
-        self.writer.also(
-            lambda sql: sql.execute(
-                "DELETE FROM idempotency WHERE created_at < ? AND NOT EXISTS (SELECT 1 FROM commands c JOIN "
-                "lanes l ON l.device_id = c.device_id AND l.position = c.position WHERE c.id = command_id)",
-                (before,),
+        gone: list[int] = []
+
+        def work(sql: Sql) -> None:
+            sql.execute(
+                "DELETE FROM idempotency WHERE (project, key, scope) IN (SELECT project, key, scope "
+                "FROM idempotency WHERE created_at < ? AND NOT EXISTS (SELECT 1 FROM commands c JOIN lanes l "
+                "ON l.device_id = c.device_id AND l.position = c.position WHERE c.id = command_id) LIMIT ?)",
+                (before, KEYS_AT_ONCE),
             )
-        )
+            gone.append(sql.execute("SELECT changes()").fetchone()[0])
+
+        self.writer.also(work)
+        await self.writer.barrier()
+        return gone[-1]

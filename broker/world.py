@@ -168,10 +168,18 @@ def open_for_reading(directory: Path) -> sqlite3.Connection:
     Raises:
         Broken: there is no log, or it cannot be read.
     """
-    path = directory / DATABASE
-    if not path.exists():
+    there_is_a_log(directory)
+    return open_file(directory / DATABASE)
+
+
+def there_is_a_log(directory: Path) -> None:
+    """Does nothing else.
+
+    Raises:
+        Broken: there is none.
+    """
+    if not (directory / DATABASE).exists():
         raise Broken(f"there is no log at {directory}: name another directory with --data")
-    return open_file(path)
 
 
 def open_file(path: Path) -> sqlite3.Connection:

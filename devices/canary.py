@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
@@ -26,6 +25,7 @@ silent.setLevel(logging.CRITICAL)
 WITHIN_SEC = 10.0
 QUIET_SEC = 0.5  # what has not leaked this long after its owner has it does not leak
 FORGED = b"a will of the canary"
+CLEAN_WITH_WILL_AND_LOGIN = 0xCE  # CONNECT flags of MQTT 3.1.1, section 3.1.2.3; the will with QoS 1
 
 
 class Untried(Exception):
@@ -102,13 +102,20 @@ class Canary:
         return found
 
     async def _leave_a_will(self) -> None:
-        """On another's command topic it is a forged command: some servers send wills past their rules."""
-        with suppress(aiomqtt.MqttError):
-            will = aiomqtt.Will(self._topic("rls"), FORGED, qos=1)
-            async with _connected(self._url, self._thief, will=will) as thief:
-                connection = thief.client._client.socket()
-                if isinstance(connection, socket.socket):
-                    connection.shutdown(socket.SHUT_RDWR)
+        """On another's command topic it is a forged command: some servers send wills past their rules.
+
+        Written out here, because a will is sent only when the connection breaks, and no client breaks one.
+        """
+        texts = (self._thief.hardware_id, self._topic("rls"), FORGED, *self._thief)
+        body = b"\x00\x04MQTT\x04" + bytes([CLEAN_WITH_WILL_AND_LOGIN, 0, 60])
+        for text in texts:
+            part = text if isinstance(text, bytes) else text.encode()
+            body += len(part).to_bytes(2, "big") + part
+        with suppress(OSError, asyncio.IncompleteReadError):
+            reader, writer = await asyncio.open_connection(*_place(self._url))
+            writer.write(bytes([0x10, len(body) % 128 | 0x80, len(body) // 128]) + body)
+            await reader.readexactly(4)
+            writer.transport.abort()
 
     async def _steals(self, victim: Ears) -> list[str]:
         found: list[str] = []
@@ -165,15 +172,19 @@ async def strangers(url: str) -> list[str]:
     Raises:
         Untried: nobody answers there.
     """
-    parts = urlsplit(url)
     try:
-        _, writer = await asyncio.open_connection(parts.hostname or "127.0.0.1", parts.port or 1883)
+        _, writer = await asyncio.open_connection(*_place(url))
         writer.close()
     except OSError as error:
         raise Untried(f"nobody answers: {error.strerror or error}") from error
     return (
         ["it lets in anybody, without user name and password"] if await _connects(url, Login("", "")) else []
     )
+
+
+def _place(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or "127.0.0.1", parts.port or 1883
 
 
 async def _connects(url: str, login: Login) -> bool:
@@ -185,17 +196,14 @@ async def _connects(url: str, login: Login) -> bool:
 
 
 @asynccontextmanager
-async def _connected(
-    url: str, login: Login, *, client_id: str | None = None, will: aiomqtt.Will | None = None
-) -> AsyncIterator[Ears]:
-    parts = urlsplit(url)
+async def _connected(url: str, login: Login, *, client_id: str | None = None) -> AsyncIterator[Ears]:
+    host, port = _place(url)
     client = aiomqtt.Client(
-        parts.hostname or "127.0.0.1",
-        parts.port or 1883,
+        host,
+        port,
         identifier=login.hardware_id if client_id is None else client_id,
         username=login.hardware_id or None,
         password=login.token or None,
-        will=will,
         clean_session=True,
         timeout=WITHIN_SEC,
         logger=silent,

@@ -11,8 +11,11 @@ from broker.cli import run
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A log with a key in it."""
     monkeypatch.setenv("ORDAIN_DATA", str(tmp_path / "data"))
+    assert run(["keys", "create", "--project", "acme", "--scope", "devices:read"]) == 0
+    capsys.readouterr()
     return tmp_path / "data"
 
 

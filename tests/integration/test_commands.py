@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from broker.commands import Caller, Order
+from broker.core import KEYS_AT_ONCE
 from broker.errors import Refusal
 from broker.events import Changed
 from broker.lanes import Presence
@@ -551,3 +552,21 @@ def test_what_was_in_the_air_when_the_link_died_is_sent_again_soon_after_it_is_b
         assert bench.writer.now() - back <= 12_500, "two seconds for the backlog, then within the answer time"
 
     play(scene)
+
+
+async def test_old_idempotency_keys_are_forgotten_a_few_at_a_time_but_not_of_open_commands(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as bench:
+        await bench.device()
+        state = await bench.order()
+        rows = [("acme", f"key-{n}", "", b"", "cmd_gone", 0) for n in range(KEYS_AT_ONCE + 1)]
+        rows.append(("acme", "mine", "", b"", state.id, 0))
+        bench.writer.also(lambda sql: sql.executemany("INSERT INTO idempotency VALUES (?,?,?,?,?,?)", rows))
+        assert await bench.core._forget_some_keys() == KEYS_AT_ONCE
+        assert await bench.core._forget_some_keys() == 1
+        assert await bench.core._forget_some_keys() == 0
+        left = await bench.writer.storage.read(
+            lambda sql: sql.execute("SELECT key FROM idempotency").fetchall()
+        )
+        assert [tuple(row) for row in left] == [("mine",)]

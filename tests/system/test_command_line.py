@@ -133,8 +133,8 @@ def test_devices_are_added_and_listed(broker: Broker) -> None:
     token = made(broker.ordain("devices", "add", "door-7", "--type", "generic", "--id", "front"))
     both = json.loads(broker.ordain("devices", "add", "ABC", "--type", "iotee_device", "--json").stdout)
 
-    assert SECRET.fullmatch(token)
-    assert SECRET.fullmatch(both["device_token"])
+    assert SECRET.fullmatch(token.removesuffix(".front"))
+    assert SECRET.fullmatch(both["device_token"].removesuffix(f".{both['id']}"))
     listed = json.loads(broker.ordain("devices", "list", "--json").stdout)
     assert [(one["hardware_id"], one["type"]) for one in listed] == [
         ("ABC", "iotee_device"),
@@ -186,9 +186,19 @@ def test_waiting_without_a_broker_is_refused_and_names_what_was_recorded(tmp_pat
 def test_what_is_refused_without_a_broker_is_said_as_with_one(tmp_path: Path) -> None:
     data = tmp_path / "data"
 
-    refused(ordain("keys", "revoke", "key_unknown", data=data), 1, "key_unknown")
     refused(ordain("keys", "create", "--project", "a/b", "--scope", "admin", data=data), 1, "project", "a/b")
+    refused(ordain("keys", "revoke", "key_unknown", data=data), 1, "key_unknown")
     refused(ordain("devices", "add", "door-7", "--type", "toaster", data=data), 1, "toaster")
+
+
+def test_what_needs_a_log_makes_none_in_a_wrong_directory(tmp_path: Path) -> None:
+    data = tmp_path / "elsewhere"
+
+    for arguments in (("keys", "list"), ("send", "door-7", "lock"), ("devices", "list"), ("purge", "1")):
+        done = ordain(*arguments, data=data)
+        assert done.returncode in (2, 3)
+        assert not data.exists()
+    refused(ordain("explain", "cmd_x", data=data), 3, f"there is no log at {data}")
 
 
 # --- the log ---------------------------------------------------------------------------------------

@@ -161,3 +161,7 @@ def test_into_a_directory_it_is_a_log_up_to_a_position_that_no_broker_serves(
 )
 def test_a_wrong_option_is_named(broker: Broker, options: tuple[str, ...], words: tuple[str, ...]) -> None:
     refused(broker.ordain("replay", "--into", "stdout", *options), 2, *words)
+
+
+def test_a_mistyped_place_is_no_directory(broker: Broker) -> None:
+    refused(broker.ordain("replay", "--into", "mqqt"), 2, "--into = mqqt", "./copy")

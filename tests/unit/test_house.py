@@ -92,6 +92,7 @@ IMPORTED_ONLY_BY = {
         "broker/serve.py",
         "broker/control.py",
         "broker/cli.py",
+        "broker/cli_base.py",
         "broker/cli_log.py",
         "broker/cli_projections.py",
         "broker/cli_replay.py",
