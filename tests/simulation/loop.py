@@ -304,10 +304,14 @@ def run(main: Callable[[SimLoop], Awaitable[T]], seed: int | str = 0, **budgets:
         loop.close()
 
 
+# Five minutes before a midnight: purges count whole days. One for all clocks: a grant has its time.
+EPOCH_MS = 20_834 * 86_400_000 - 300_000
+
+
 class SimClock:
     """A node's clock: `step` moves its wall, the other reading never steps."""
 
-    def __init__(self, loop: SimLoop, epoch_ms: int = 1_800_000_000_000) -> None:
+    def __init__(self, loop: SimLoop, epoch_ms: int = EPOCH_MS) -> None:
         self._loop = loop
         self._epoch_ms = epoch_ms
         self.offset_ms = 0

@@ -19,7 +19,7 @@ from tests.simulation.planted import BUGS, Bug
 from tests.simulation.test_loop import printed_elsewhere
 from tests.simulation.world import World, quiet, simulate
 
-SEEDS, CHUNK = 300, 25
+SEEDS, CHUNK = 150, 25
 TRIES = 100
 
 

@@ -47,8 +47,6 @@ LATENCIES = ((0.0002, 0.004), (0.0002, 0.004), (0.003, 0.03), (0.02, 0.2))
 FAULTS_SEC, FAULT_EVERY_SEC = 900.0, 45.0
 UP_WITHIN_SEC, LONGEST_HEAL_SEC = 60, 7_200
 FOREVER_SEC = 1e8
-# Five minutes before a midnight: purges count whole days.
-EPOCH_MS = 20_834 * 86_400_000 - 300_000
 READ_WITHIN_SEC = 5
 # What may never be logged, whatever happens.
 WRONG = ("intake.failed", "http.unexpected", "webhook.failed")
@@ -76,7 +74,7 @@ class World:
     ) -> None:
         self.loop = loop
         draw = loop.rng("world")
-        self.clock = SimClock(loop, EPOCH_MS)
+        self.clock = SimClock(loop)
         self.history = History(self.clock.true_ms, loop.note)
         self.disk = SimDisk(loop)
         drawn = draw.choice((EMBEDDED, MOSQUITTO))
