@@ -111,7 +111,7 @@ async def list_events(
     """
     wanted = _wanted(request, device, type, event, command, project)
     services = request.services
-    seen = None if not last_event_id else _position(last_event_id)
+    seen = None if last_event_id is None else _position(last_event_id)
     if not _wants_stream(request):
         start = _place(services.feed, after, cursor)
         return Json(await _page(request, wanted, services.feed.kept_after if start is None else start, limit))

@@ -115,4 +115,5 @@ def test_a_start_on_a_full_disk_is_refused_in_one_sentence(disk: Disk) -> None:
     disk.fill()
 
     refused(ordain("serve", "--http", "127.0.0.1:0", data=disk.root / "data"), 3, "No space left")
-    refused(ordain("keys", "list", data=disk.root / "data"), 3, "No space left")
+    create = ("keys", "create", "--project", "acme", "--scope", "admin")
+    refused(ordain(*create, data=disk.root / "data"), 3, "No space left")
