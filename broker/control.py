@@ -18,8 +18,8 @@ import httpx2
 
 from broker.core import Core
 from broker.http.app import create_app
-from broker.http.services import Services
-from broker.http.streams import Streams
+from broker.http.edge.services import Services
+from broker.http.edge.streams import Streams
 from broker.metrics import Metrics
 from broker.seams import Sql
 from broker.settings import BadSetting, Settings

@@ -12,29 +12,29 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal
 
 from broker import __version__
-from broker.commands import Commands
-from broker.deadlines import Deadlines
-from broker.dispatch import Dispatch
-from broker.erasures import Erasures
-from broker.errors import Unavailable
-from broker.events import ClockStepped
-from broker.fanout import Fanout
-from broker.feed import Feed
-from broker.grants import Grants
-from broker.ids import new_id
-from broker.intake import Intake
-from broker.keys import Keys
-from broker.live import Live
+from broker.domain.errors import Unavailable
+from broker.domain.events import ClockStepped
+from broker.engine.commands import Commands
+from broker.engine.deadlines import Deadlines
+from broker.engine.dispatch import Dispatch
+from broker.engine.erasures import Erasures
+from broker.engine.fanout import Fanout
+from broker.engine.grants import Grants
+from broker.engine.ids import new_id
+from broker.engine.intake import Intake
+from broker.engine.keys import Keys
+from broker.engine.live import Live
+from broker.engine.pull import Pull
+from broker.engine.quotas import Quotas
+from broker.engine.registry import Registry
+from broker.engine.repairs import Repairs
+from broker.engine.writer import CLOCK_STEP_MS, Writer
 from broker.log import sqlite as log
-from broker.mqtt_events import MqttEvents
-from broker.pull import Pull
-from broker.quotas import Quotas
-from broker.registry import Registry
-from broker.repairs import Repairs
 from broker.seams import Clock, Entropy, Link, Message, Outbound, Outgoing, Receipt, Sql, Storage
 from broker.settings import Settings
-from broker.webhooks import NoWayOut, Webhooks
-from broker.writer import CLOCK_STEP_MS, Writer
+from broker.subscriptions.feed import Feed
+from broker.subscriptions.mqtt import MqttEvents
+from broker.subscriptions.webhooks import NoWayOut, Webhooks
 from devices.types import DeviceType
 from projections import follower
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import structlog
 
-from broker.commands import Caller
 from broker.core import Core
-from broker.errors import Refusal
-from broker.lanes import Presence
-from broker.registry import NewDevice
-from devices.demo import run_demo
+from broker.domain.errors import Refusal
+from broker.domain.lanes import Presence
+from broker.engine.commands import Caller
+from broker.engine.registry import NewDevice
+from devices.fleet.demo import run_demo
 
 logger = structlog.get_logger()
 

@@ -24,14 +24,14 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from broker import __version__
 from broker.core import Core
-from broker.errors import Kind
-from broker.events import TYPES, Acknowledged, Executed, Failed, Published, Recorded, TimedOut
-from broker.lanes import Presence
-from broker.live import Live
+from broker.domain.errors import Kind
+from broker.domain.events import TYPES, Acknowledged, Executed, Failed, Published, Recorded, TimedOut
+from broker.domain.lanes import Presence
+from broker.engine.live import Live
+from broker.engine.writer import Writer
 from broker.seams import Clock
-from broker.webhook_worker import Attempt
-from broker.webhooks import Webhooks
-from broker.writer import Writer
+from broker.subscriptions.webhook_worker import Attempt
+from broker.subscriptions.webhooks import Webhooks
 
 # Without the charset, which whoever answers adds to any text.
 CONTENT_TYPE = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")

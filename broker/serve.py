@@ -23,12 +23,12 @@ from broker.control import SOCKET, listen, refuse_replay, remember_prefix, servi
 from broker.core import Core
 from broker.demo import Demo
 from broker.http.app import create_app
-from broker.http.protocol import Bounded
-from broker.http.services import Services
-from broker.mqtt import MqttLink
-from broker.mqtt_door import mqtt_door
-from broker.outbound import HttpOutbound
+from broker.http.edge.protocol import Bounded
+from broker.http.edge.services import Services
+from broker.mqtt.door import mqtt_door
+from broker.mqtt.link import MqttLink
 from broker.settings import BadSetting, Settings, address
+from broker.subscriptions.outbound import HttpOutbound
 from broker.type_files import load_types
 from broker.world import SqliteStorage, SystemClock, SystemEntropy
 from devices.types import DeviceType

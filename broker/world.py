@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar, cast
 
 import aiosqlite
 
-from broker.ids import new_id
+from broker.engine.ids import new_id
 from broker.seams import Broken, Conflict, Full, Sql
 
 T = TypeVar("T")

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from broker.events import Created, Executed, Failed, decode, subject_kind
-from broker.lifecycle import NO_RESULT, CommandState, State
+from broker.domain.events import Created, Executed, Failed, decode, subject_kind
+from broker.domain.lifecycle import NO_RESULT, CommandState, State
 from broker.log.chain import Row
 from broker.log.erasing import Purge, bound, purges
 from broker.seams import Sql

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from broker.fleet import DeviceState
+from broker.domain.fleet import DeviceState
 from broker.seams import Sql
 
 TABLES = (

@@ -5,15 +5,17 @@ The same fold serves all three, so a projection that was rebuilt equals the one 
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from hashlib import sha256
 from typing import Any
 
 import msgspec
 
-from broker.events import Defined, Recorded, Registered, subject_kind
-from broker.fleet import DeviceState, evolve_device
-from broker.lifecycle import FINAL, CommandState, evolve
+from broker.domain.events import Defined, Recorded, Registered, subject_kind
+from broker.domain.fleet import DeviceState, evolve_device
+from broker.domain.lifecycle import FINAL, CommandState, evolve
 from broker.log import sqlite as log
 from broker.seams import Sql
 from projections import commands, devices, lanes
@@ -167,3 +169,16 @@ def _difference(table: str, columns: list[str], key: list[str], kept: Any, made:
 def dump(sql: Sql) -> dict[str, list[tuple[Any, ...]]]:
     """All projections, for comparing."""
     return {part.__name__: part.dump(sql) for part in PARTS}
+
+
+def fault(kept: sqlite3.Connection, progress: Callable[[int], None]) -> str | None:
+    """Where the projections are not what follows from the log, as a sentence; inside one read transaction."""
+    if not is_current(kept):
+        return "another release made the projections; a start of the broker renews them"
+    # The scratch database has no name: SQLite keeps it in memory, and on disk what is too much for that.
+    with closing(sqlite3.connect("")) as made:
+        try:
+            replay(kept, made, progress)
+        except ValueError as error:
+            return f"{error}; see ordain log verify"
+        return difference(kept, made)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from typing import Any
 
-from broker.lifecycle import CommandState
+from broker.domain.lifecycle import CommandState
 from broker.seams import Sql
 from projections.commands import COLUMNS, folded
 

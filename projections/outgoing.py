@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from broker.cloudevents import Entry, Wanted
-from broker.events import CommandEvent, DeviceEvent, decode
+from broker.domain.cloudevents import Entry, Wanted
+from broker.domain.events import CommandEvent, DeviceEvent, decode
 from broker.seams import Sql
 from projections.commands import HIDDEN
 

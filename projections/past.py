@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from broker.events import SYSTEM, device_stream, subject_kind
-from broker.fleet import DeviceState, evolve_device
-from broker.lifecycle import CommandState, State, evolve
+from broker.domain.events import SYSTEM, device_stream, subject_kind
+from broker.domain.fleet import DeviceState, evolve_device
+from broker.domain.lifecycle import CommandState, State, evolve
 from broker.log import sqlite as log
 from broker.seams import Sql
 from projections.commands import HIDDEN, Filter, get

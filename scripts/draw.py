@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from broker.lifecycle import FINAL, TRANSITIONS, State
+from broker.domain.lifecycle import FINAL, TRANSITIONS, State
 from scripts import vocabulary
 
 ROOT = Path(__file__).parents[1]

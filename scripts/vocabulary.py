@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from broker.http import iotee, views
-from broker.lifecycle import State
+from broker.domain.lifecycle import State
+from broker.http.compat import iotee
+from broker.http.v1 import views
 
 
 class Row(NamedTuple):

@@ -9,12 +9,13 @@ from litestar.datastructures import State
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from broker.http import local as local_routes
-from broker.http import openapi, sdk
-from broker.http.answers import Json
-from broker.http.auth import Call
-from broker.http.cors import allowing
-from broker.http.errors import HANDLERS
-from broker.http.services import Services
+from broker.http import sdk
+from broker.http.edge.answers import Json
+from broker.http.edge.auth import Call
+from broker.http.edge.cors import allowing
+from broker.http.edge.errors import HANDLERS
+from broker.http.edge.services import Services
+from broker.http.schema import openapi
 
 ROUTES = (*openapi.DESCRIBED, openapi.routes, sdk.routes)
 # Answers hold grants and tokens: nobody on the way may keep them, whichever header carried the key.

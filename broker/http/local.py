@@ -10,10 +10,10 @@ from litestar import Router, delete, get, post
 from litestar.params import FromPath, JSONBody
 from msgspec import UNSET, UnsetType
 
-from broker.grants import GrantKey
-from broker.http.auth import Call, authorize, needs
-from broker.http.views import Time
-from broker.keys import Key
+from broker.engine.grants import GrantKey
+from broker.engine.keys import Key
+from broker.http.edge.auth import Call, authorize, needs
+from broker.http.v1.views import Time
 from devices.clock import rfc3339
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from broker.events import ERASURES, Erased, decode, subject_kind
-from broker.lifecycle import CLOSED
+from broker.domain.events import ERASURES, Erased, decode, subject_kind
+from broker.domain.lifecycle import CLOSED
 from broker.log.chain import Row
 from broker.seams import Sql
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from broker.events import NAMES, SCHEMA, Recorded, decode, encode
+from broker.domain.events import NAMES, SCHEMA, Recorded, decode, encode
 from broker.log import chain
 from broker.log.chain import Row
 from broker.log.erasing import Excused, bound

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from broker.events import (
+from broker.domain.events import (
     ERASURES,
     TYPES,
     Cancelled,

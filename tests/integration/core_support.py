@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from broker.commands import Accepted, Caller, Order
 from broker.core import Core
-from broker.events import (
+from broker.domain.events import (
     Acknowledged,
     Cancelled,
     Created,
@@ -30,11 +29,12 @@ from broker.events import (
     Recorded,
     TimedOut,
 )
-from broker.fleet import DeviceState
-from broker.lifecycle import CommandState, State, evolve
+from broker.domain.fleet import DeviceState
+from broker.domain.lifecycle import CommandState, State, evolve
+from broker.engine.commands import Accepted, Caller, Order
+from broker.engine.registry import NewDevice
 from broker.log import sqlite as log
 from broker.log.chain import Row
-from broker.registry import NewDevice
 from broker.seams import Clock, Message, Outbound, Outgoing, Receipt, Sql, Storage
 from broker.settings import Limits, Settings
 from broker.world import SqliteStorage, SystemClock

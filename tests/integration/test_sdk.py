@@ -16,7 +16,7 @@ import pytest
 
 from broker.client import AppError
 from broker.client_types import ERRORS
-from broker.http.errors import STATUS
+from broker.http.edge.errors import STATUS
 from tests.sdk_driver import LANGUAGES, sdk
 
 CUT = b""

@@ -15,7 +15,7 @@ import msgspec
 from litestar.types import ASGIApp
 
 from broker.http.app import create_app
-from broker.http.services import Services
+from broker.http.edge.services import Services
 from tests.simulation.fleet import COMMANDS, Device
 from tests.simulation.history import Call, History
 from tests.simulation.loop import Node, SimLoop

@@ -13,21 +13,21 @@ from unittest.mock import patch
 
 import msgspec
 
-from broker import decisions, lanes
-from broker.commands import Accepted, Caller, Commands, Order, conflict
-from broker.decisions import Cell, Verdict, decide
-from broker.dispatch import Dispatch
-from broker.erasures import Erasures
-from broker.events import Erased
-from broker.feed import Subscription
-from broker.intake import OWN, Intake
-from broker.lanes import Flight, Lane, Member, Presence
-from broker.lifecycle import CommandState, Input, Request, State
-from broker.live import Key, Live
+from broker.domain import decisions, lanes
+from broker.domain.decisions import Cell, Verdict, decide
+from broker.domain.events import Erased
+from broker.domain.lanes import Flight, Lane, Member, Presence
+from broker.domain.lifecycle import CommandState, Input, Request, State
+from broker.engine.commands import Accepted, Caller, Commands, Order, conflict
+from broker.engine.dispatch import Dispatch
+from broker.engine.erasures import Erasures
+from broker.engine.intake import OWN, Intake
+from broker.engine.live import Key, Live
+from broker.engine.writer import Writer
 from broker.seams import Message
-from broker.webhook_queue import Progress, Window
-from broker.webhook_worker import Attempt
-from broker.writer import Writer
+from broker.subscriptions.feed import Subscription
+from broker.subscriptions.webhook_queue import Progress, Window
+from broker.subscriptions.webhook_worker import Attempt
 from devices.memory import RamMemory, Remembered
 from devices.types import Definition
 from projections import commands as commands_view

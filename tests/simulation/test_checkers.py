@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulation.checkers import CHECKERS, check, s4
+from tests.simulation.checkers.life import CHECKERS, check, s4
 from tests.simulation.facts import Facts
 from tests.simulation.history import History, Row
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulation.checkers import check
+from tests.simulation.checkers.life import check
 from tests.simulation.fleet import COMMANDS
 from tests.simulation.loop import SimLoop, run
 from tests.simulation.network import MOSQUITTO

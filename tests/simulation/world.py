@@ -20,15 +20,15 @@ import structlog
 
 from broker.control import services
 from broker.core import Core
-from broker.errors import Unavailable
-from broker.events import subject_kind
-from broker.fleet import DeviceState
+from broker.domain.errors import Unavailable
+from broker.domain.events import subject_kind
+from broker.domain.fleet import DeviceState
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.seams import Broken, Full, Sql
 from broker.settings import Settings
 from projections import follower
-from tests.simulation.checkers import check, s4
+from tests.simulation.checkers.life import check, s4
 from tests.simulation.clients import SERVICES, Clients, Door
 from tests.simulation.disk import SimDisk, SimStorage
 from tests.simulation.fleet import ISSUER, PREFIX, TYPES, Device

@@ -18,10 +18,10 @@ import httpx2
 import uvicorn
 from uvicorn.server import ServerState
 
-from broker.http.openapi import document
-from broker.http.protocol import Bounded
+from broker.http.edge.protocol import Bounded
+from broker.http.schema.openapi import document
 from broker.log import sqlite as log
-from tests.integration.http_support import Broker, register, running
+from tests.integration.http.support import Broker, register, running
 
 WITHIN_SEC = 20
 ADMIN = ("admin", "devices:read", "devices:write", "events:read")

@@ -12,7 +12,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
-from broker.events import TYPES
+from broker.domain.events import TYPES
 from tests.system.api_support import served
 
 DOCS = Path(__file__).parents[2] / "docs"

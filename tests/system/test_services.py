@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from standardwebhooks import Webhook
 
-from tests.integration.receiver import receiving
+from tests.integration.subscriptions.receiver import receiving
 from tests.sdk_driver import LANGUAGES, run_javascript, run_python
 from tests.system.conftest import NewBroker
+from tests.system.http.test_sdk import agent
 from tests.system.support import ROOT, Broker, paste, running
-from tests.system.test_sdk import agent
 
 PAGE = (ROOT / "docs" / "services.md").read_text()
 BLOCK = {"python": "python", "javascript": "js", "shell": "sh"}

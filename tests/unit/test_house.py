@@ -7,7 +7,8 @@ and the last tests here plant a fault for each of them, so that none can go blin
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,10 @@ ROOT = Path(__file__).parents[2]
 ROOMS = ("broker", "projections", "devices")
 LONGEST_FUNCTION = 70
 LONGEST_MODULE = 400
+MOST_MODULES = 18
 
-PURE = (
-    "broker/events.py",
-    "broker/lifecycle.py",
-    "broker/decisions.py",
-    "broker/lanes.py",
-    "broker/fleet.py",
-    "broker/redecide.py",
-    "broker/cloudevents.py",
-    "broker/webhook_queue.py",
-)
+# Pure rooms and modules: no clock, no disk, no network, no task.
+PURE = ("broker/domain", "broker/operations/redecide", "broker/subscriptions/webhook_queue")
 NEVER_IN_PURE = {
     "asyncio",
     "time",
@@ -41,21 +35,18 @@ NEVER_IN_PURE = {
 
 # Only these may read a clock, draw a random number, start a thread or open a socket.
 SEAMS = (
-    "broker/world.py",
-    "broker/mqtt.py",
-    "broker/mqtt_server.py",
-    "broker/mosquitto.py",
-    "broker/serve.py",
-    "broker/cli.py",
-    "broker/cli_log.py",
-    "broker/cli_progress.py",
-    "broker/client.py",
-    "broker/cli_projections.py",
-    "broker/control.py",
-    "broker/outbound.py",
-    "devices/agent.py",
-    "devices/canary.py",
-    "devices/simulator.py",
+    "broker/world",
+    "broker/serve",
+    "broker/control",
+    "broker/client",
+    "broker/cli",
+    "broker/mqtt/link",
+    "broker/mqtt/server",
+    "broker/mqtt/mosquitto",
+    "broker/subscriptions/outbound",
+    "devices/agent",
+    "devices/canary",
+    "devices/fleet/simulator",
 )
 WORLD_MODULES = {
     "time", "random", "secrets", "uuid", "threading", "socket", "socketserver", "ssl", "select", "concurrent",
@@ -66,43 +57,49 @@ WORLD_NAMES = {
     "asyncio.to_thread", "asyncio.open_connection", "asyncio.start_server",
 }  # fmt: skip
 
-# A room or module -> all it may import of ours.
+# The rooms from the ground up: each may import the rooms named before it, and nothing else of ours.
+# A module directly in `broker/` is a room of its own. Rooms on one line do not import each other.
+FLOORS = (
+    ("devices", "broker/__init__", "broker/seams", "broker/mqtt_url", "broker/client_types"),
+    ("devices/fleet", "broker/client", "broker/domain", "broker/settings"),
+    ("broker/log", "broker/type_files"),
+    ("projections",),
+    ("broker/engine",),
+    ("broker/subscriptions", "broker/world"),
+    ("broker/core", "broker/operations"),
+    ("broker/mqtt", "broker/demo", "broker/metrics"),
+    ("broker/http/edge",),
+    ("broker/http/v1",),
+    ("broker/http/compat",),
+    ("broker/http/schema",),
+    ("broker/http",),
+    ("broker/control",),
+    ("broker/serve",),
+    ("broker/cli",),
+)
+# A room or module -> all it may import of ours, where that is less than all floors below it.
 MAY_IMPORT = {
     "devices": {"devices"},
     "broker/client": {"broker.client_types"},
-    "broker/client_types": set(),
+    "broker/domain": {"broker.domain", "devices.types", "devices.names", "devices.clock"},
     "projections": {
-        "projections", "broker.cloudevents", "broker.events", "broker.fleet", "broker.lifecycle",
-        "broker.log", "broker.seams", "devices.types",
+        "projections", "broker.domain", "broker.log", "broker.seams", "devices.types",
     },
 }  # fmt: skip
 # A room or module -> what it must not import.
 MUST_NOT_IMPORT = {
-    "broker/log": {"broker.http", "litestar", "uvicorn", "httpx2"},
+    "broker/log": {"litestar", "uvicorn", "httpx2"},
+    "broker/engine": {"litestar", "uvicorn", "httpx2", "aiomqtt"},
     "broker/client": {"litestar", "uvicorn", "msgspec", "aiosqlite", "aiomqtt"},
 }
-# What is imported -> the only files of `broker/` and `projections/` that may.
+# What is imported -> the only rooms and modules of `broker/` and `projections/` that may.
 IMPORTED_ONLY_BY = {
-    "aiomqtt": {"broker/mqtt.py"},
-    "paho": {"broker/mqtt.py"},
-    "amqtt": {"broker/mqtt_server.py", "broker/mqtt_connection.py"},
-    "broker.cli": {"broker/__main__.py"},
-    "broker.serve": {"broker/cli.py"},
-    "broker.world": {
-        "broker/serve.py",
-        "broker/control.py",
-        "broker/cli.py",
-        "broker/cli_base.py",
-        "broker/cli_log.py",
-        "broker/cli_projections.py",
-        "broker/cli_replay.py",
-        "broker/backup.py",
-        "broker/transfer.py",
-        "broker/doctor.py",
-    },
-    "broker.mqtt": {"broker/serve.py"},
-    "broker.outbound": {"broker/serve.py", "broker/cli_replay.py"},
-    "broker.mqtt_server": {"broker/mqtt_door.py"},
+    "aiomqtt": {"broker/mqtt/link"},
+    "paho": {"broker/mqtt/link"},
+    "amqtt": {"broker/mqtt"},
+    "broker.world": {"broker/serve", "broker/control", "broker/cli", "broker/operations"},
+    "broker.mqtt": {"broker/mqtt", "broker/serve"},
+    "broker.subscriptions.outbound": {"broker/serve", "broker/cli"},
 }
 
 Checker = Callable[[str, str], list[str]]
@@ -124,6 +121,23 @@ def within(name: str, modules: set[str]) -> bool:
 
 def in_room(path: str, room: str) -> bool:
     return path == f"{room}.py" or path.startswith(room + "/")
+
+
+def in_any(path: str, rooms: Iterable[str]) -> bool:
+    return any(in_room(path, room) for room in rooms)
+
+
+def place(path: str) -> tuple[str, int]:
+    """The innermost room that holds `path` (with or without its ending), and the number of its floor."""
+    found = [
+        (room, number)
+        for number, rooms in enumerate(FLOORS)
+        for room in rooms
+        if path == room or in_room(path, room)
+    ]
+    if not found:
+        raise AssertionError(f"{path} is in no room: name its room in FLOORS")
+    return max(found, key=lambda room: len(room[0]))
 
 
 def imports(path: str, text: str) -> Iterator[str]:
@@ -170,20 +184,40 @@ def wrong_imports(path: str, text: str) -> list[str]:
         found += [
             f"{path} imports {name}; only {', '.join(sorted(allowed))} may"
             for thing, allowed in IMPORTED_ONLY_BY.items()
-            if within(name, {thing}) and not in_room(path, "devices") and path not in allowed
+            if within(name, {thing}) and not in_room(path, "devices") and not in_any(path, allowed)
         ]
+        found += upward(path, name) if ours else []
     return found
 
 
+def upward(path: str, name: str) -> list[str]:
+    """An import of a room that is not on a floor below."""
+    if name == "broker.__version__":
+        return []
+    (room, floor), (target, below) = place(path), place(module_of(name))
+    if room == target or below < floor:
+        return []
+    return [f"{path} imports {name}, which is not on a floor below it"]
+
+
+def module_of(name: str) -> str:
+    """The path, without its ending, of the module that a dotted name lies in; of a package, its __init__."""
+    parts = name.split(".")
+    while not exists("/".join(parts)):
+        parts.pop()
+    path = "/".join(parts)
+    return f"{path}/__init__" if (ROOT / path).is_dir() else path
+
+
 def impure(path: str, text: str) -> list[str]:
-    if path not in PURE:
+    if not in_any(path, PURE):
         return []
     names = [name for name in imports(path, text) if within(name, NEVER_IN_PURE | WORLD_MODULES)]
     return [f"{path} is pure and uses {name}" for name in [*names, *names_the_world(text)]]
 
 
 def reaches_the_world(path: str, text: str) -> list[str]:
-    if path in SEAMS:
+    if in_any(path, SEAMS):
         return []
     names = [name for name in imports(path, text) if within(name, WORLD_MODULES | WORLD_NAMES)]
     return [f"{path} reaches past the seams: {name}" for name in [*names, *names_the_world(text)]]
@@ -244,8 +278,19 @@ def test_pure_modules_are_pure() -> None:
     assert complaints(impure) == []
 
 
-def test_every_module_called_pure_exists() -> None:
-    assert [path for path in PURE if not (ROOT / path).is_file()] == []
+def test_every_room_that_a_rule_names_exists() -> None:
+    named = {*PURE, *SEAMS, *MAY_IMPORT, *MUST_NOT_IMPORT, *(room for rooms in FLOORS for room in rooms)}
+    named |= {room for rooms in IMPORTED_ONLY_BY.values() for room in rooms}
+    assert [room for room in sorted(named) if not exists(room)] == []
+
+
+def exists(room: str) -> bool:
+    return (ROOT / room).is_dir() or (ROOT / f"{room}.py").is_file()
+
+
+def test_no_room_is_crowded() -> None:
+    count = Counter(Path(path).parent.as_posix() for path, _ in sources())
+    assert {room: modules for room, modules in count.items() if modules > MOST_MODULES} == {}
 
 
 def test_only_the_seams_reach_the_world() -> None:
@@ -267,37 +312,44 @@ def test_lock_files_hold_no_addresses() -> None:
 
 
 PLANTED = [
-    (wrong_imports, "devices/agent.py", "import broker.events"),
+    (wrong_imports, "devices/agent.py", "import broker.domain.events"),
     (wrong_imports, "devices/agent.py", "from projections import lanes"),
-    (wrong_imports, "broker/client.py", "from broker.commands import Order"),
-    (wrong_imports, "projections/lanes.py", "from broker.commands import Commands"),
+    (wrong_imports, "broker/client.py", "from broker.engine.commands import Order"),
+    (wrong_imports, "projections/lanes.py", "from broker.engine.commands import Commands"),
     (wrong_imports, "projections/lanes.py", "from devices import wire"),
     (wrong_imports, "broker/log/sqlite.py", "from broker import http"),
     (wrong_imports, "broker/log/sqlite.py", "from ..http import v1"),
-    (wrong_imports, "broker/dispatch.py", "import aiomqtt"),
-    (wrong_imports, "broker/dispatch.py", "from . import mqtt"),
+    (wrong_imports, "broker/engine/dispatch.py", "import aiomqtt"),
+    (wrong_imports, "broker/engine/dispatch.py", "from ..mqtt import link"),
     (wrong_imports, "broker/http/app.py", "from broker.serve import serve"),
-    (impure, "broker/lanes.py", "def now():\n    import time"),
-    (impure, "broker/events.py", "from datetime import datetime\nAT = datetime.now()"),
-    (impure, "broker/lifecycle.py", "if TYPE_CHECKING:\n    import asyncio"),
-    (reaches_the_world, "broker/commands.py", "from time import monotonic"),
-    (reaches_the_world, "broker/commands.py", "import datetime as dt\nAT = dt.datetime.utcnow()"),
+    (wrong_imports, "broker/engine/dispatch.py", "from broker.subscriptions.feed import Feed"),
+    (wrong_imports, "broker/http/v1/lanes.py", "from broker.http.compat import iotee"),
+    (wrong_imports, "broker/domain/lanes.py", "from broker.seams import Sql"),
+    (impure, "broker/domain/lanes.py", "def now():\n    import time"),
+    (impure, "broker/domain/events.py", "from datetime import datetime\nAT = datetime.now()"),
+    (impure, "broker/domain/lifecycle.py", "if TYPE_CHECKING:\n    import asyncio"),
+    (reaches_the_world, "broker/engine/commands.py", "from time import monotonic"),
+    (reaches_the_world, "broker/engine/commands.py", "import datetime as dt\nAT = dt.datetime.utcnow()"),
     (reaches_the_world, "projections/lanes.py", "import os\nSALT = os.urandom(16)"),
     (reaches_the_world, "projections/lanes.py", "from os import urandom"),
     (reaches_the_world, "devices/wire.py", "import socket"),
-    (too_long, "broker/commands.py", "async def long():\n" + "    pass\n" * LONGEST_FUNCTION),
-    (too_long, "broker/commands.py", "A = 1\n" * (LONGEST_MODULE + 1)),
-    (swallows, "broker/commands.py", "try:\n    f()\nexcept:\n    pass"),
-    (swallows, "broker/commands.py", "try:\n    f()\nexcept (OSError, Exception) as e:\n    ..."),
-    (swallows, "broker/commands.py", "for x in y:\n  try:\n    f()\n  except BaseException:\n    continue"),
-    (swallows, "broker/commands.py", "with contextlib.suppress(Exception):\n    f()"),
+    (too_long, "broker/engine/commands.py", "async def long():\n" + "    pass\n" * LONGEST_FUNCTION),
+    (too_long, "broker/engine/commands.py", "A = 1\n" * (LONGEST_MODULE + 1)),
+    (swallows, "broker/engine/commands.py", "try:\n    f()\nexcept:\n    pass"),
+    (swallows, "broker/engine/commands.py", "try:\n    f()\nexcept (OSError, Exception) as e:\n    ..."),
+    (
+        swallows,
+        "broker/engine/commands.py",
+        "for x in y:\n  try:\n    f()\n  except BaseException:\n    continue",
+    ),
+    (swallows, "broker/engine/commands.py", "with contextlib.suppress(Exception):\n    f()"),
     (addresses, "requirements.lock", "--index-url https:" + "//example.org"),
 ]
 
 CLEAN = """
 import timeit
 from datetime import UTC, datetime
-from broker.events import Created
+from broker.domain.events import Created
 AT = datetime.fromtimestamp(0, UTC)
 LATER = sorted({"time": 1, "now": 2})
 try:
@@ -312,7 +364,7 @@ def test_a_planted_fault_is_found(checker: Checker, path: str, text: str) -> Non
     assert checker(path, text) != []
 
 
-@pytest.mark.parametrize("path", ["broker/commands.py", "broker/lanes.py"])
+@pytest.mark.parametrize("path", ["broker/engine/commands.py", "broker/domain/lanes.py"])
 @pytest.mark.parametrize("checker", [wrong_imports, reaches_the_world, impure, too_long, swallows, addresses])
 def test_clean_code_is_left_alone(checker: Checker, path: str) -> None:
     assert checker(path, CLEAN) == []

@@ -1,0 +1,175 @@
+"""Recorded events as the outside sees them: CloudEvents 1.0 in JSON.
+
+Pure. What an event says outwards is decided here alone: never a token's digest, and nothing of an
+event whose data was erased but that it happened.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from broker.domain import events
+from broker.domain.events import NAMES, CommandEvent, DeviceEvent, Recorded, subject_kind
+from devices.clock import rfc3339
+
+SECRET = frozenset({"token_digest"})
+# Either name of an event of a command or a device, bare or in full -> the bare one.
+BARE_TYPES = {
+    known: name
+    for kind, classes in (("command", CommandEvent), ("device", DeviceEvent))
+    for name in (NAMES[each] for each in get_args(classes))
+    for known in (name, f"ordain.{kind}.{name}.v1")
+}
+EVENTS = tuple(dict.fromkeys(BARE_TYPES.values()))
+
+_encode = msgspec.json.Encoder().encode
+
+
+class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """CloudEvents 1.0, section "Context Attributes"; `project`, `actor`, `schema`, `version` and
+    `erased` are extensions.
+
+    `id`: position in the log. `subject`: the command, or the device where the event is the device's.
+    `version`: place among the events of its subject, from 1. `erased`: the data is gone for ever.
+    """
+
+    specversion: Literal["1.0"] = "1.0"
+    id: str
+    source: str
+    type: str
+    subject: str
+    time: str
+    datacontenttype: Literal["application/json"] = "application/json"
+    project: str
+    actor: str
+    schema: int
+    version: int
+    erased: bool | UnsetType = UNSET
+    data: dict[str, Any]
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """One event on its way out, with what subscribers choose by. `command` is the command's name.
+
+    `event` None: its data was erased, and `command` may not be known any more.
+    """
+
+    position: int
+    stream: str
+    version: int
+    recorded_at: int
+    project: str
+    device_id: str
+    hardware_id: str
+    actor: str
+    type: str
+    schema: int = events.SCHEMA
+    command: str | None = None
+    event: CommandEvent | DeviceEvent | None = None
+
+    @property
+    def command_id(self) -> str | None:
+        return self.stream if subject_kind(self.stream) == "command" else None
+
+    @property
+    def full_type(self) -> str:
+        return full_type(self.stream, self.type)
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """Which events a subscriber wants; None means any.
+
+    `device`: its id or its hardware id, which no two devices share. `command_id`: one command, `command`:
+    the command's name. `event`: the bare type, such as `executed`.
+    """
+
+    project: str | None = None
+    device: str | None = None
+    command_id: str | None = None
+    command: str | None = None
+    event: str | None = None
+
+    def fits(self, entry: Entry) -> bool:
+        return (
+            self.project in (None, entry.project)
+            and self.device in (None, entry.device_id, entry.hardware_id)
+            and self.command_id in (None, entry.stream)
+            and self.command in (None, entry.command)
+            and self.event in (None, entry.type)
+        )
+
+
+def is_outward(recorded: Recorded) -> bool:
+    """Is it of a command or a device? The rest is the broker's own business."""
+    return subject_kind(recorded.stream) != "broker"
+
+
+def entry(recorded: Recorded, hardware_id: str, command: str | None) -> Entry:
+    """A fresh event of a command or a device as an entry."""
+    event = recorded.event
+    assert isinstance(event, CommandEvent | DeviceEvent), "asked only of what is outward"
+    return Entry(
+        position=recorded.position,
+        stream=recorded.stream,
+        version=recorded.version,
+        recorded_at=recorded.recorded_at,
+        project=recorded.project,
+        device_id=recorded.device_id or "",
+        hardware_id=hardware_id,
+        actor=recorded.actor,
+        type=recorded.type,
+        command=command,
+        event=event,
+    )
+
+
+def cloud_event(log_id: str, entry: Entry) -> CloudEvent:
+    """The CloudEvent of one entry; its `data` names command and device whatever the event says."""
+    data: dict[str, Any] = {"device_id": entry.device_id, "hardware_id": entry.hardware_id}
+    if entry.command_id is not None:
+        data = {"command_id": entry.command_id, **data}
+    if entry.command is not None and entry.command_id is not None:
+        data["type"] = entry.command
+    if entry.event is not None:
+        data |= event_data(entry.event)
+    return CloudEvent(
+        id=str(entry.position),
+        source=f"/ordain/{log_id}",
+        type=entry.full_type,
+        subject=entry.command_id or entry.device_id,
+        time=rfc3339(entry.recorded_at),
+        project=entry.project,
+        actor=entry.actor,
+        schema=entry.schema,
+        version=entry.version,
+        erased=UNSET if entry.event is not None else True,
+        data=data,
+    )
+
+
+def encoded(log_id: str, entry: Entry) -> bytes:
+    """The CloudEvent in JSON; worked out once, to however many subscribers it goes."""
+    known: bytes | None = entry.__dict__.get("encoded")
+    if known is None:
+        known = entry.__dict__["encoded"] = _encode(cloud_event(log_id, entry))
+    return known
+
+
+def full_type(stream: str, name: str) -> str:
+    """`ordain.command.executed.v1` of the event `executed` in a command's stream."""
+    return f"ordain.{subject_kind(stream)}.{name}.v1"
+
+
+def event_data(event: events.Event) -> dict[str, Any]:
+    """What an event says, outwards: defaults spelled out, what is unset left out, times as text."""
+    data = {
+        field: value
+        for field, value in msgspec.structs.asdict(event).items()
+        if value is not None and value is not UNSET and field not in SECRET
+    }
+    if isinstance(event, events.Created) and event.expires_at is not None:
+        data["expires_at"] = rfc3339(event.expires_at)
+    return data

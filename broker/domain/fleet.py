@@ -1,0 +1,80 @@
+"""A device as its events tell it. Pure: the fold of the device's stream, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from broker.domain.events import Changed, Deleted, Offline, Online, Recorded, Registered, TokenRotated
+
+
+class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Times in ms. `online`: by its last presence event; void once a later `started` is in the log.
+
+    `position` is that of its `registered`, `last_position` that of the last event folded.
+    """
+
+    id: str
+    project: str
+    hardware_id: str
+    device_type: str
+    token_digest: str
+    version: int
+    position: int
+    created_at: int
+    updated_at: int
+    name: str | None = None
+    attributes: dict[str, Any] = {}
+    online: bool = False
+    heard: bool = False
+    seen_at: int | None = None
+    session: str | None = None
+    deleted_at: int | None = None
+    last_position: int = 0
+
+
+def evolve_device(state: DeviceState | None, recorded: Recorded) -> DeviceState:
+    """The device after one more event.
+
+    Raises:
+        ValueError: the first event is not `registered`, or the event is not a device's.
+    """
+    event, at = recorded.event, recorded.recorded_at
+    if isinstance(event, Registered):
+        return DeviceState(
+            id=recorded.device_id or "",
+            project=recorded.project,
+            hardware_id=event.hardware_id,
+            device_type=event.device_type,
+            token_digest=event.token_digest,
+            version=recorded.version,
+            position=recorded.position,
+            created_at=at,
+            updated_at=at,
+            name=event.name,
+            attributes=event.attributes,
+            last_position=recorded.position,
+        )
+    if state is None:
+        raise ValueError(f"{recorded.type} cannot be the first event of {recorded.stream}")
+    changes: dict[str, object] = {
+        "version": recorded.version,
+        "updated_at": at,
+        "last_position": recorded.position,
+    }
+    match event:
+        case Changed():
+            for field in ("device_type", "name", "attributes"):
+                if (value := getattr(event, field)) is not msgspec.UNSET:
+                    changes[field] = value
+        case TokenRotated():
+            changes["token_digest"] = event.token_digest
+        case Online() | Offline():
+            online = isinstance(event, Online)
+            changes |= {"online": online, "heard": True, "seen_at": at, "session": event.session}
+        case Deleted():
+            changes |= {"deleted_at": at, "online": False}
+        case _:
+            raise ValueError(f"{recorded.type} is no event of a device")
+    return msgspec.structs.replace(state, **changes)

@@ -1,0 +1,327 @@
+"""The life of a command: its states, every transition, and the two functions that use them.
+
+`decide(state, request)` says what a request leads to; `evolve(state, recorded)` only records. Both
+are pure: time, ids and randomness are arguments. No other module of Ordain knows which event may
+follow which state, and the pictures in the README are drawn from the two tables below.
+
+A command is *closed* in five states. Four of them are final. The fifth, `timed_out`, admits that we
+do not know: it holds no place in the lane and nothing is sent for it any more, but an answer of the
+device, however late, still turns it into what really happened.
+
+Two promises shape the tables. `expired` and `cancelled` say that no byte of the command ever left
+us; therefore `published` is recorded before the bytes are written, and both can only follow
+`pending`. And a PUBACK says nothing about a device: only the device's own answer closes a command
+as `executed` or `failed`, save for one-way types, which declare that nothing better can be had.
+
+Reading the second table: a row is something that happens, a column the state it finds, a cell what
+follows. A cell is one of
+
+    record(event)      the event is recorded and gives the next state of the first table
+    NOTHING            it changes nothing, and nothing is recorded
+    ALREADY            it has been so before: answer as if it were done now
+    CONFLICT           refused, because the state does not allow it
+    MISSING            there is no such command
+    RENEW              a new command is made from this one
+    ERASE              the command's data may be erased
+    unmatched(reason)  an answer that fits nothing: kept for the operator, never in the log
+    attempt(what)      nothing is recorded, the hand-over in the air changes (see lanes.py)
+    a function         the cell depends on the facts that come with the request
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import assert_never
+
+import msgspec
+
+from broker.domain.events import (
+    Acknowledged,
+    Cancelled,
+    CommandEvent,
+    Created,
+    Error,
+    Evidence,
+    Executed,
+    Expired,
+    Failed,
+    Progressed,
+    Published,
+    Recorded,
+    TimedOut,
+    Transport,
+)
+
+
+class State(StrEnum):
+    NONE = "none"  # no event yet
+    PENDING = "pending"
+    PUBLISHED = "published"
+    ACKNOWLEDGED = "acknowledged"
+    TIMED_OUT = "timed_out"
+    EXECUTED = "executed"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+FINAL = frozenset({State.EXECUTED, State.FAILED, State.EXPIRED, State.CANCELLED})
+CLOSED = FINAL | {State.TIMED_OUT}
+
+TRANSITIONS: dict[State, dict[str, State]] = {
+    State.NONE: {"created": State.PENDING},
+    State.PENDING: {
+        "published": State.PUBLISHED,
+        "failed": State.FAILED,  # by the broker only: it can never be sent
+        "expired": State.EXPIRED,
+        "cancelled": State.CANCELLED,
+    },
+    State.PUBLISHED: {
+        "published": State.PUBLISHED,
+        "acknowledged": State.ACKNOWLEDGED,
+        "progressed": State.ACKNOWLEDGED,
+        "executed": State.EXECUTED,
+        "failed": State.FAILED,
+        "timed_out": State.TIMED_OUT,
+    },
+    State.ACKNOWLEDGED: {
+        "progressed": State.ACKNOWLEDGED,
+        "executed": State.EXECUTED,
+        "failed": State.FAILED,
+        "timed_out": State.TIMED_OUT,
+    },
+    State.TIMED_OUT: {
+        "acknowledged": State.ACKNOWLEDGED,
+        "progressed": State.ACKNOWLEDGED,
+        "executed": State.EXECUTED,
+        "failed": State.FAILED,
+    },
+    State.EXECUTED: {},
+    State.FAILED: {},
+    State.EXPIRED: {},
+    State.CANCELLED: {},
+}
+
+MAX_PROGRESS_RECORDED = 1_000
+NO_RESULT = msgspec.Raw(b"null")
+PROGRESS_INTERVAL_MS = 1_000
+
+
+class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Everything a command's events say, folded. Times in ms; `position` is that of its `created`,
+    `last_position` that of the last event folded.
+
+    `counted` are the attempts that count towards max_attempts. `reopened`: a late answer brought it
+    back from `timed_out`; it then takes no window slot. `pulled`: a pull transport has carried it.
+    """
+
+    id: str
+    project: str
+    device_id: str
+    hardware_id: str
+    type: str
+    device_type: str
+    definition: str
+    topic: str
+    params: msgspec.Raw
+    state: State
+    position: int
+    version: int
+    actor: str
+    created_at: int
+    updated_at: int
+    expires_at: int | None = None
+    ttl_ms: int | None = None
+    retry_of: str | None = None
+    collapse_key: str | None = None
+    attempts: int = 0
+    counted: int = 0
+    transport: Transport | None = None
+    pulled: bool = False
+    published_at: int | None = None
+    handed_over_at: int | None = None
+    delivered_at: int | None = None
+    acknowledged_at: int | None = None
+    reported_at: int | None = None
+    executed_at: int | None = None
+    closed_at: int | None = None
+    percent: int | float | None = None
+    note: str | None = None
+    progress_count: int = 0
+    result: msgspec.Raw = NO_RESULT  # JSON
+    error: Error | None = None
+    reason: str | None = None
+    by: str | None = None
+    superseded_by: str | None = None
+    late: bool = False
+    reopened: bool = False
+    last_position: int = 0
+
+    @property
+    def closed(self) -> bool:
+        return self.state in CLOSED
+
+
+def evolve(state: CommandState | None, recorded: Recorded) -> CommandState:
+    """The state after one more event. Records, never judges: an event once accepted stays readable.
+
+    Raises:
+        ValueError: the first event is not `created`, or the event is not a command's.
+    """
+    event, at = recorded.event, recorded.recorded_at
+    if isinstance(event, Created):
+        return _created(recorded, event)
+    if state is None or not isinstance(event, CommandEvent):
+        raise ValueError(f"{recorded.type} cannot stand at version {recorded.version} of {recorded.stream}")
+    found = TRANSITIONS[state.state].get(recorded.type, state.state)
+    changes = _changes(state, event, at) | {"last_position": recorded.position}
+    if found in CLOSED:
+        changes["closed_at"] = at
+    elif state.state is State.TIMED_OUT:
+        changes |= {"reopened": True, "closed_at": None}
+    return msgspec.structs.replace(state, state=found, version=recorded.version, updated_at=at, **changes)
+
+
+def _created(recorded: Recorded, event: Created) -> CommandState:
+    return CommandState(
+        id=recorded.stream,
+        project=recorded.project,
+        device_id=recorded.device_id or "",
+        hardware_id=event.hardware_id,
+        type=event.type,
+        device_type=event.device_type,
+        definition=event.definition,
+        topic=event.topic,
+        params=event.params,
+        state=State.PENDING,
+        position=recorded.position,
+        version=recorded.version,
+        actor=recorded.actor,
+        created_at=recorded.recorded_at,
+        updated_at=recorded.recorded_at,
+        expires_at=event.expires_at,
+        ttl_ms=event.ttl_ms,
+        retry_of=event.retry_of,
+        collapse_key=event.collapse_key,
+        last_position=recorded.position,
+    )
+
+
+def _changes(state: CommandState, event: CommandEvent, at: int) -> dict[str, object]:
+    heard: dict[str, object] = {"delivered_at": at if state.delivered_at is None else state.delivered_at}
+    match event:
+        case Published():
+            return {
+                "attempts": event.attempt,
+                "counted": state.counted + event.counts,
+                "transport": event.transport,
+                "pulled": state.pulled or event.transport != "mqtt",
+                "published_at": at if state.published_at is None else state.published_at,
+                "handed_over_at": at,
+            }
+        case Acknowledged() | Progressed():
+            first = at if state.acknowledged_at is None else state.acknowledged_at
+            heard |= {"acknowledged_at": first, "reported_at": at, "late": state.late or event.late}
+            if isinstance(event, Progressed):
+                heard |= {
+                    "percent": event.percent,
+                    "note": event.note,
+                    "progress_count": state.progress_count + 1,
+                }
+            return heard
+        case Executed():
+            if event.evidence == "mqtt_puback":
+                heard = {}
+            return heard | {"result": event.result, "executed_at": at, "late": state.late or event.late}
+        case Failed():
+            if event.by != "device":
+                heard = {}
+            return heard | {"error": event.error, "by": event.by, "late": state.late or event.late}
+        case TimedOut():
+            return {"reason": event.reason, "by": event.by}
+        case Expired():
+            return {}
+        case Cancelled():
+            return {"by": event.by, "reason": event.reason, "superseded_by": event.superseded_by}
+        case Created():
+            return {}
+        case _:
+            assert_never(event)
+
+
+# --- requests --------------------------------------------------------------------------------------
+
+
+class Input(StrEnum):
+    """Everything that can happen to a command: a row of the table."""
+
+    CREATE = "create"
+    SUPERSEDE = "create of a successor with the same collapse_key"
+    CANCEL = "cancel"
+    ABANDON = "abandon"
+    RETRY = "retry"
+    DELETE = "delete"
+    DEVICE_DELETED = "device deleted"
+    KEY_REVOKED = "key that created it revoked"
+    HAND_OVER = "hand over by MQTT"
+    FETCH = "heartbeat or relay fetch"
+    UNSENDABLE = "device type cannot speak it"
+    REFUSED = "MQTT server refuses the publish"
+    NO_SUBSCRIBER = "MQTT server has no matching subscriber"
+    ACCEPTED = "MQTT server accepts the publish"
+    WRITE_UNKNOWN = "outcome of the write unknown"
+    ATTEMPT_TIMER = "attempt timer"
+    EXPIRY = "expires_at reached"
+    RESULT_TIMER = "result timer"
+    WENT_OFFLINE = "device goes offline"
+    CAME_ONLINE = "device comes online"
+    RESTARTED = "restart of the broker"
+    ANSWER_ACKNOWLEDGED = "answer acknowledged"
+    ANSWER_PROGRESS = "answer progress"
+    ANSWER_EXECUTED = "answer executed"
+    ANSWER_FAILED = "answer failed"
+    WRONG_DEVICE = "answer from another device or project"
+    WITHOUT_ID = "answer without id"
+    MALFORMED = "answer that does not parse"
+
+
+ANSWERS = {
+    "acknowledged": Input.ANSWER_ACKNOWLEDGED,
+    "progress": Input.ANSWER_PROGRESS,
+    "executed": Input.ANSWER_EXECUTED,
+    "failed": Input.ANSWER_FAILED,
+}
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that happens to one command, with the facts that the rules of its row need.
+
+    `now` in ms. `candidates`: how many commands an answer without id could mean. `over_http`: the
+    answer came as a report by HTTP; `may_report`: from one who may report for a command that went
+    by MQTT only (the device itself).
+    """
+
+    input: Input
+    now: int = 0
+    by: str = "broker"
+    reason: str | None = None
+    created: Created | None = None
+    superseded_by: str | None = None
+    transport: Transport = "mqtt"
+    counts: bool = True
+    attempt_open: bool = False
+    lease_open: bool = False
+    last_attempt: bool = False
+    every_attempt_refused: bool = False
+    repeatable: bool = True
+    held: bool = False
+    one_way: bool = False
+    evidence: Evidence = "device_ack"
+    at: str | None = None
+    result: msgspec.Raw = msgspec.Raw(b"null")
+    error: Error | None = None
+    percent: int | float | None = None
+    note: str | None = None
+    over_http: bool = False
+    may_report: bool = False
+    candidates: int = 1

@@ -1,0 +1,385 @@
+"""Requests on commands: create, cancel, abandon, retry. Load, decide, stage, and wait until durable.
+
+Nothing between looking at the state and staging the event may await. Whatever is answered waits at
+the commit barrier, because it may stand on events that are not durable yet; whoever passes a refusal
+on waits there for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from broker.domain import lanes
+from broker.domain.decisions import Decision, Verdict, decide
+from broker.domain.errors import Refusal, invalid, not_found
+from broker.domain.events import CommandEvent, Created, Defined, definition_stream
+from broker.domain.fleet import DeviceState
+from broker.domain.lanes import Member
+from broker.domain.lifecycle import CommandState, Input, Request, State, evolve
+from broker.engine.ids import new_id
+from broker.engine.live import Key, Live, Recent
+from broker.engine.quotas import Quotas
+from broker.engine.writer import Writer
+from devices.types import BadParams, Definition, DeviceType, UnknownCommand
+from devices.wire import command_topic
+
+MAX_TTL_SEC = 31_536_000
+
+
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """Who asks. `project` None: all projects (an admin). `device_id`: it is the device itself."""
+
+    actor: str
+    project: str | None
+    scopes: frozenset[str] = frozenset()
+    device_id: str | None = None
+
+    def sees(self, project: str) -> bool:
+        return self.project is None or self.project == project
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What a service asks of one device. `ttl_sec` unset: the type's default, else never.
+
+    `fingerprint`: digest of the request as it came; with `idempotency_key` it makes a repeated
+    request name the first command. `collapse_key`: takes the place of what is pending with the same one.
+    """
+
+    device: str
+    type: str
+    params: Any = msgspec.UNSET
+    ttl_sec: int | msgspec.UnsetType | None = msgspec.UNSET
+    device_type: str | None = None
+    idempotency_key: str | None = None
+    fingerprint: bytes = b""
+    collapse_key: str | None = None
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """`state` is the command as of its `created` event, or the first one as it is now if replayed."""
+
+    state: CommandState
+    replayed: bool = False
+
+
+class Commands:
+    """The command side: everything that becomes an event of a command passes through `record`.
+
+    `changed(member)` is called synchronously after each new event was staged.
+    """
+
+    def __init__(
+        self, writer: Writer, live: Live, types: dict[str, DeviceType], prefix: str, quotas: Quotas
+    ) -> None:
+        self.writer = writer
+        self.live = live
+        self.types = types
+        self.prefix = prefix
+        self.quotas = quotas
+        self.limits = quotas.limits
+        # What each command of each type resolves to, and its digest; types do not change while we run.
+        self._digests: Recent[tuple[str, str], tuple[Definition, str]] = Recent(1_024)
+        self.changed: Callable[[Member], None] = lambda _: None
+
+    # --- recording ---
+
+    def record(
+        self,
+        event: CommandEvent,
+        *,
+        command_id: str,
+        before: CommandState | None,
+        definition: Definition,
+        project: str,
+        device_id: str,
+        actor: str,
+    ) -> CommandState:
+        """Stages one event and folds it in; the caller decided that it may follow."""
+        version = 1 if before is None else before.version + 1
+        recorded = self.writer.stage(
+            command_id, version, event, project=project, device_id=device_id, actor=actor
+        )
+        state = evolve(before, recorded)
+        self.writer.touch_command(state)
+        self.changed(self.live.put_command(state, definition))
+        return state
+
+    def apply(self, state: CommandState, decision: Decision, actor: str) -> CommandState:
+        """Records what was decided about a known command, if anything is to be recorded."""
+        if decision.event is None:
+            return state
+        return self.record(
+            decision.event,
+            command_id=state.id,
+            before=state,
+            definition=self.live.definitions[state.definition],
+            project=state.project,
+            device_id=state.device_id,
+            actor=actor,
+        )
+
+    # --- looking up ---
+
+    async def ready(
+        self, names: Iterable[str] = (), command_ids: Iterable[str] = (), keys: Iterable[Key] = ()
+    ) -> None:
+        """Returns when the log can be written and what is asked for is in memory, if it exists.
+
+        The caller may decide and stage until it next awaits. Everything is read again if the state was
+        loaded anew meanwhile.
+
+        Raises:
+            Unavailable: the log cannot be written now.
+        """
+        names, command_ids, keys = list(names), list(command_ids), list(keys)
+        while True:
+            await self.writer.room()
+            epoch = self.live.epoch
+            await self.live.bring(self.writer.storage, names, command_ids)
+            await self.live.bring_keys(self.writer.storage, keys)
+            if self.writer.open and self.live.epoch == epoch:
+                return
+
+    def device(self, caller: Caller, name: str) -> DeviceState:
+        """A device of the caller's project by either name, from memory: see `ready`.
+
+        Raises:
+            Refusal: not_found, also when it belongs to another project or was deleted.
+        """
+        device = self.live.device(name)
+        if device is None or not caller.sees(device.project) or device.deleted_at is not None:
+            raise not_found("device", name)
+        return device
+
+    # --- create ---
+
+    async def create(self, caller: Caller, order: Order, retry_of: str | None = None) -> Accepted:
+        """Accepts one command, or names the one that the same key made before.
+
+        `retry_of` is judged here, after the last wait: the old command may have got its answer meanwhile.
+
+        Raises:
+            Refusal: not_found (device), invalid_request (type, params, ttl), too_large, queue_full,
+                rate_limit_exceeded, idempotency_conflict, gone.
+            Unavailable: the log could not be written.
+        """
+        old = [] if retry_of is None else [retry_of]
+        await self.ready([order.device], old)
+        device = self.device(caller, order.device)
+        key = (device.project, order.idempotency_key or "", "")
+        if order.idempotency_key is not None:
+            await self.ready([order.device], old, [key])
+            device = self.device(caller, order.device)
+            if (first := self.live.keys.get(key)) is not None:
+                return await self._replay(first, order.fingerprint)
+        if retry_of is not None:
+            self._check_retry(caller, retry_of)
+        params, definition = self.check(device, order)
+        state = self.place(caller, device, order, params, definition, retry_of)
+        if order.idempotency_key is not None:
+            self.keep_key(key, order.fingerprint, state)
+        await self.writer.barrier()
+        return Accepted(state)
+
+    def check(self, device: DeviceState, order: Order) -> tuple[msgspec.Raw, Definition]:
+        """The parameters with defaults, encoded, and the definition of the command.
+
+        Raises:
+            Refusal: invalid_request, naming the field.
+        """
+        name = device.device_type if order.device_type is None else order.device_type
+        kind = self.types.get(name)
+        if kind is None:
+            raise invalid("device_type", f"must be one of {', '.join(sorted(self.types))}", name)
+        if isinstance(order.ttl_sec, int) and not 1 <= order.ttl_sec <= MAX_TTL_SEC:
+            raise invalid("ttl_sec", f"must be 1 to {MAX_TTL_SEC} seconds, or null for never", order.ttl_sec)
+        try:
+            known = self._digests.get((kind.name, kind.declared(order.type)))
+            definition = kind.definition(order.type) if known is None else known[0]
+            params = kind.check_params(order.type, {} if order.params is msgspec.UNSET else order.params)
+            encoded = msgspec.json.encode(params)
+        except UnknownCommand as error:
+            raise invalid("type", str(error)) from error
+        except BadParams as error:
+            raise invalid(error.field, error.reason) from error
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise invalid("params", f"cannot be kept as JSON: {error}") from error
+        most = self.quotas.of(device.project).params_bytes
+        if len(encoded) > most:
+            raise Refusal("too_large", f"params: {len(encoded)} bytes; at most {most} are taken")
+        return msgspec.Raw(encoded), definition
+
+    def place(
+        self,
+        caller: Caller,
+        device: DeviceState,
+        order: Order,
+        params: msgspec.Raw,
+        definition: Definition,
+        retry_of: str | None = None,
+    ) -> CommandState:
+        """Stages a checked order and what it cancels by its collapse key; from here on nothing may await.
+
+        Raises:
+            Refusal: queue_full, rate_limit_exceeded; nothing was staged.
+        """
+        lane = self.live.lanes.get(device.id)
+        superseded: Sequence[Member] = ()
+        if lane is not None:
+            superseded = lanes.collapsing(lane, order.collapse_key)
+            self.quotas.check_queue(device, lane, order.type, superseded)
+        self.quotas.take(device.project, self.writer.now())
+        return self._accept(caller, device, order, params, definition, retry_of, superseded)
+
+    def _accept(
+        self,
+        caller: Caller,
+        device: DeviceState,
+        order: Order,
+        params: msgspec.Raw,
+        definition: Definition,
+        retry_of: str | None,
+        superseded: Sequence[Member] = (),
+    ) -> CommandState:
+        """Stages `created`; from here to the return nothing may await."""
+        writer = self.writer
+        digest = self._define(definition)
+        now = writer.now()
+        ttl_sec = order.ttl_sec
+        if isinstance(ttl_sec, msgspec.UnsetType):
+            ttl_sec = self.types[definition.device_type].default_ttl(order.type)
+        ttl_ms = None if ttl_sec is None else ttl_sec * 1_000
+        command_id = new_id("cmd", now, writer.entropy)
+        created = Created(
+            hardware_id=device.hardware_id,
+            type=order.type,
+            device_type=definition.device_type,
+            definition=digest,
+            topic=command_topic(self.prefix, device.hardware_id, definition),
+            params=params,
+            expires_at=None if ttl_ms is None else now + ttl_ms,
+            ttl_ms=ttl_ms,
+            retry_of=retry_of,
+            collapse_key=order.collapse_key,
+        )
+        for member in superseded:
+            request = Request(input=Input.SUPERSEDE, now=now, superseded_by=command_id)
+            self.apply(member.state, decide(member.state, request), "broker")
+        decision = decide(None, Request(input=Input.CREATE, created=created, now=now))
+        assert isinstance(decision.event, Created)
+        return self.record(
+            decision.event,
+            command_id=command_id,
+            before=None,
+            definition=definition,
+            project=device.project,
+            device_id=device.id,
+            actor=caller.actor,
+        )
+
+    def _define(self, definition: Definition) -> str:
+        """The digest of a definition; the first command that needs it puts it on the log."""
+        name = (definition.device_type, definition.command)
+        known = self._digests.get(name)
+        if known is not None and known[0] is definition:
+            digest = known[1]
+        else:
+            encoded = msgspec.json.encode(msgspec.to_builtins(definition), order="sorted")
+            digest = hashlib.sha256(encoded).hexdigest()[:32]
+            self._digests.put(name, (definition, digest))
+        if digest not in self.live.definitions:
+            body = msgspec.to_builtins(definition)
+            event = Defined(definition=body)
+            self.writer.stage(definition_stream(digest), 1, event, project="", device_id=None, actor="broker")
+            self.writer.touch_definition(digest, body)
+            self.live.definitions[digest] = definition
+        return digest
+
+    def _check_retry(self, caller: Caller, command_id: str) -> None:
+        state = self.seen(caller, command_id)
+        if decide(state, Request(input=Input.RETRY, now=self.writer.now())).verdict is not Verdict.RENEW:
+            raise conflict(state, Input.RETRY)
+
+    # --- idempotency ---
+
+    def keep_key(self, key: Key, fingerprint: bytes, state: CommandState) -> None:
+        self.live.keys.put(key, (fingerprint, state.id))
+        values = (*key, fingerprint, state.id, state.created_at)
+        self.writer.also(lambda sql: sql.execute("INSERT INTO idempotency VALUES (?,?,?,?,?,?)", values))
+
+    def replayed(self, first: tuple[bytes, str], fingerprint: bytes) -> CommandState:
+        """The command that a key made before, from memory: see `ready`.
+
+        Raises:
+            Refusal: idempotency_conflict, or gone.
+        """
+        digest, command_id = first
+        if digest != fingerprint:
+            raise Refusal(
+                "idempotency_conflict",
+                f"this idempotency key belongs to {command_id}, which was made by a different request",
+                {"command_id": command_id},
+            )
+        state = self.live.command(command_id)
+        if state is None:
+            raise Refusal("gone", f"{command_id}, made with this idempotency key, was erased")
+        return state
+
+    async def _replay(self, first: tuple[bytes, str], fingerprint: bytes) -> Accepted:
+        await self.writer.barrier()
+        await self.ready(command_ids=[first[1]])
+        state = self.replayed(first, fingerprint)
+        await self.writer.barrier()
+        return Accepted(state, replayed=True)
+
+    # --- the other requests ---
+
+    async def request(self, caller: Caller, command_id: str, request: Request) -> CommandState:
+        """Decides one request on one command; returns its state once that is durable.
+
+        Raises:
+            Refusal: not_found; conflict, saying the state.
+            Unavailable: the log could not be written.
+        """
+        await self.ready(command_ids=[command_id])
+        state = self.seen(caller, command_id)
+        decision = decide(state, msgspec.structs.replace(request, now=self.writer.now(), by=caller.actor))
+        if decision.event is not None:
+            state = self.apply(state, decision, caller.actor)
+        await self.writer.barrier()
+        if decision.verdict is Verdict.CONFLICT:
+            raise conflict(state, request.input)
+        return state
+
+    async def cancel(self, caller: Caller, command_id: str, reason: str | None = None) -> CommandState:
+        return await self.request(caller, command_id, Request(input=Input.CANCEL, reason=reason))
+
+    async def abandon(self, caller: Caller, command_id: str, reason: str | None = None) -> CommandState:
+        return await self.request(caller, command_id, Request(input=Input.ABANDON, reason=reason))
+
+    def seen(self, caller: Caller, command_id: str) -> CommandState:
+        """A command of the caller's project, from memory: see `ready`.
+
+        Raises:
+            Refusal: not_found, also when it belongs to another project.
+        """
+        state = self.live.command(command_id)
+        if state is None or not caller.sees(state.project):
+            raise not_found("command", command_id)
+        return state
+
+
+def conflict(state: CommandState, wanted: Input, hint: str = "") -> Refusal:
+    """The refusal of a request that the state does not allow; it says the state."""
+    handed = "" if state.published_at is None else ", it was handed over to the device's transport"
+    if wanted is Input.ABANDON and state.state is State.PENDING:
+        hint = " (cancel it)"
+    return Refusal(
+        "conflict",
+        f"{state.id} is {state.state.value}{handed}: {wanted.value} is not possible{hint}",
+        {"state": state.state.value},
+    )

@@ -1,0 +1,397 @@
+"""Hands commands over by MQTT and keeps their timers: asks the lanes what is due, sends what was recorded.
+
+A command is encoded, its `published` staged, and only when that is durable are the bytes written.
+What becomes of an attempt (receipt, time, presence) goes through `decide` like everything else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import structlog
+
+from broker.domain import lanes
+from broker.domain.decisions import Decision, Verdict, decide
+from broker.domain.explain import Explanation, Situation, explain
+from broker.domain.lanes import Lane, Member, Presence
+from broker.domain.lifecycle import CommandState, Input, Request, State
+from broker.engine.commands import Commands
+from broker.engine.deadlines import Deadlines
+from broker.engine.grants import Grants
+from broker.seams import Link, Outgoing, Receipt
+from devices.clock import rfc3339
+from devices.wire import Unsendable, answer_topic, encode_command
+
+logger = structlog.get_logger()
+
+DRAIN_MS = 2_000
+NO_SUBSCRIBER = 0x10
+REFUSED = frozenset({0x87, 0x90, 0x95, 0x99})
+
+
+class _Send(NamedTuple):
+    """One recorded hand-over on its way to the wire."""
+
+    command_id: str
+    attempt: int
+    outgoing: Outgoing
+
+
+class Dispatch:
+    """Everything the broker decides by itself about handing over. Synchronous: it only stages and sends."""
+
+    def __init__(self, commands: Commands, grants: Grants, link: Link) -> None:
+        self.commands = commands
+        self.live = commands.live
+        self.writer = commands.writer
+        self.grants = grants
+        self.link = link
+        self.deadlines = Deadlines(self.writer.now, self._fire, self.writer.space)
+        self.deadlines.stalled = self._stalled
+        self.halted: str | None = None  # why nothing is handed over, for /readyz
+        self._slots = commands.limits.send_slots
+        self.staged = 0  # slots taken by hand-overs that are not durable yet
+        self.outstanding = 0  # slots taken by publishes without a receipt
+        self._waiting: dict[str, None] = {}  # lanes that wait for the link or a slot, in order
+        self._dirty: deque[str] = deque()
+        self._pumping = False
+        self._undrained: dict[str, None] = {}  # commands whose time was up before those were
+        self._drained_at: int | None = None  # from when answers kept for us by the server have been taken in
+        commands.changed = self.changed
+
+    # --- what happened ---
+
+    def changed(self, member: Member) -> None:
+        """After every event of a command: its timer, and what its lane may now hand over."""
+        state = member.state
+        if state.closed:
+            self.deadlines.set(state.id, None)
+        else:
+            self._set_timer(member)
+        if state.closed or state.state is State.PENDING:
+            self.pump(state.device_id)
+
+    def recovered(self) -> None:
+        """After a start or a reload: every timer anew, every lane looked at."""
+        self.staged = 0
+        self.deadlines.clear()
+        self._undrained.clear()
+        for member in list(self.live.members.values()):
+            if not member.state.closed:
+                self._set_timer(member)
+        self.pump_all()
+
+    def link_up(self) -> None:
+        drained_at = self._drain()
+        self._waiting.clear()
+        for member in self.live.members.values():
+            if lanes.interrupted(member, drained_at, self.writer.entropy.uniform):
+                self._set_timer(member)
+        self.pump_all()
+
+    def link_down(self) -> None:
+        self._drained_at = None
+
+    def _stalled(self) -> None:
+        """The process stood still: answers may wait in its buffers, and must be read before time counts."""
+        if self._drained_at is not None:
+            self._drain()
+
+    def _drain(self) -> int:
+        """Gives the answers that were kept for us time to come in before any timer counts again."""
+        self._drained_at = self.writer.now() + DRAIN_MS
+        for command_id in self._undrained:
+            self.deadlines.set(command_id, self._drained_at)
+        self._undrained.clear()
+        return self._drained_at
+
+    def presence(self, device_id: str, presence: Presence) -> None:
+        """What was learnt of a device being reachable; its lane follows."""
+        before = self.live.presence.get(device_id, Presence.NEVER)
+        self.live.presence[device_id] = presence
+        lane = self.live.lanes.get(device_id)
+        if lane is None or before is presence:
+            return
+        if presence in (Presence.ONLINE, Presence.OFFLINE):
+            came = presence is Presence.ONLINE
+            for member in list(lane.members.values()):
+                if came or (member.definition.presence == "required" and member.flight.lease_until is None):
+                    self._input(member, Input.CAME_ONLINE if came else Input.WENT_OFFLINE)
+        self.pump(device_id)
+
+    async def explain(self, state: CommandState) -> Explanation:
+        """Why a command is where it is, and what happens next; `state` as it was read."""
+        await self.live.bring(self.writer.storage, [state.device_id])
+        await self.writer.barrier()
+        member = self.live.members.get(state.id)
+        device = self.live.device(state.device_id)
+        presence = self.live.presence.get(state.device_id, Presence.NEVER)
+        return explain(
+            Situation(
+                state=self.live.command(state.id) or state,
+                now=self.writer.now(),
+                member=member,
+                lane=self.live.lanes.get(state.device_id),
+                presence=presence,
+                offline_since=device.seen_at if device is not None and not device.online else None,
+                link_up=self.link.up,
+                halted=self.halted,
+                slots_free=self._slots > self.staged + self.outstanding,
+            )
+        )
+
+    def alive(self, device_id: str) -> None:
+        """A live message of the device: what waits for its next attempt need not wait any longer."""
+        lane = self.live.lanes.get(device_id)
+        if lane is None:
+            return
+        for member in list(lane.members.values()):
+            if member.state.state is State.PENDING:
+                break
+            if member.state.state is State.PUBLISHED and not member.flight.open:
+                self._input(member, Input.CAME_ONLINE)
+                self.pump(device_id)
+
+    def reported(self, member: Member) -> None:
+        """A report that was not recorded, because there were enough: the device is at work all the same."""
+        member.flight.heard_at = self.writer.now()
+        self._set_timer(member)
+
+    # --- handing over ---
+
+    def pump_all(self) -> None:
+        for device_id in list(self.live.lanes):
+            self.pump(device_id)
+
+    def pump(self, device_id: str) -> None:
+        """Hands over what is due in a lane. What it stages comes back here, so it must not recurse."""
+        self._dirty.append(device_id)
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            while self._dirty:
+                self._pump_lane(self._dirty.popleft())
+        finally:
+            self._pumping = False
+
+    def _pump_lane(self, device_id: str) -> None:
+        lane = self.live.lanes.get(device_id)
+        if lane is None:
+            return
+        now = self.writer.now()
+        self.live.forget_late(lane, now)
+        ends = [*map(lanes.late_until, lane.late.values()), lane.shut_until, self._drained_at or 0]
+        self.deadlines.set(f"lane/{device_id}", min((at for at in ends if at > now), default=None))
+        free = self._slots - self.staged - self.outstanding
+        if not self.link.up or self.halted or free <= 0 or not self.writer.open:
+            self._waiting[device_id] = None
+            return
+        presence = self.live.presence.get(device_id, Presence.NEVER)
+        found = lanes.due(lane, presence, now, free, self.drained(now))
+        for member in found:
+            self._hand_over(lane, member, presence, now)
+        if len(found) == free:
+            self._waiting[device_id] = None
+
+    def _hand_over(self, lane: Lane, member: Member, presence: Presence, now: int) -> None:
+        state = member.state
+        flight = member.flight
+        request = Request(
+            input=Input.HAND_OVER,
+            now=now,
+            counts=lanes.counts(member.definition, presence),
+            attempt_open=flight.open,
+            repeatable=member.definition.repeatable,
+        )
+        decision = decide(state, request)
+        if decision.verdict is not Verdict.RECORD:
+            return
+        try:
+            outgoing = self._encode(state, member, now)
+        except Unsendable as error:
+            request = Request(input=Input.UNSENDABLE, now=now, reason=error.reason)
+            self.commands.apply(state, decide(state, request), "broker")
+            return
+        flight.open, flight.written_at, flight.lease_until = True, None, None
+        flight.counts = request.counts
+        state = self.commands.apply(state, decision, "broker")
+        self.staged += 1
+        send = _Send(state.id, state.attempts, outgoing)
+        self.writer.then(lambda: self._send(send))
+
+    def _encode(self, state: CommandState, member: Member, now: int) -> Outgoing:
+        """The message of the next attempt.
+
+        Raises:
+            Unsendable: the device type cannot express it, or it is too large.
+        """
+        definition = member.definition
+        grant = self.grants.mint(state, now) if definition.carries_grant else None
+        attempt = state.attempts + 1
+        payload = encode_command(
+            definition,
+            command_id=state.id,
+            command=state.type,
+            params=state.params,
+            attempt=attempt,
+            expires_at=None if state.expires_at is None else rfc3339(state.expires_at),
+            grant=grant,
+        )
+        life = lanes.ms(definition.ack_timeout_sec)
+        if state.expires_at is not None:
+            life = min(life, state.expires_at - now)
+        properties = [("attempt", str(attempt))]
+        if grant is not None:
+            properties.append(("grant", grant))
+        return Outgoing(
+            topic=state.topic,
+            payload=payload,
+            correlation=state.id.encode(),
+            response_topic=answer_topic(self.commands.prefix, state.hardware_id, definition),
+            expiry_sec=max(1, life // 1_000),
+            user_properties=tuple(properties),
+        )
+
+    def _send(self, send: _Send) -> None:
+        """The event is durable: write the bytes, unless the command's time is up or it was closed since."""
+        self.staged -= 1
+        member = self._at(send)
+        now = self.writer.now()
+        if member is not None:
+            presence = self.live.presence.get(member.state.device_id, Presence.NEVER)
+            if lanes.has_time(member.state, now) and lanes.reachable(member.definition, presence):
+                self.outstanding += self.link.publish(
+                    send.outgoing, lambda receipt: self._receipt(send, receipt)
+                )
+            # Not written counts as written here: a timer must end the attempt either way.
+            member.flight.written_at = now
+            self._set_timer(member)
+        self._refill()
+
+    def _at(self, send: _Send) -> Member | None:
+        """The command, if this attempt of it is still the one in the air."""
+        member = self.live.members.get(send.command_id)
+        if (
+            member is None
+            or member.state.state is not State.PUBLISHED
+            or member.state.attempts != send.attempt
+        ):
+            return None
+        return member if member.flight.open else None
+
+    def _refill(self) -> None:
+        """Gives free slots to the lanes that waited longest."""
+        while self._waiting and self.link.up and self._slots > self.staged + self.outstanding:
+            device_id = next(iter(self._waiting))
+            del self._waiting[device_id]
+            self.pump(device_id)
+            if device_id in self._waiting:
+                return
+
+    # --- what becomes of an attempt ---
+
+    def _receipt(self, send: _Send, receipt: Receipt) -> None:
+        """The MQTT server's word on one publish. It never says anything about the device."""
+        self.outstanding -= 1
+        member = self._at(send)
+        if member is not None and self.writer.open:
+            self._take_receipt(member, receipt.reason)
+        self._refill()
+
+    def _take_receipt(self, member: Member, reason: int | None) -> None:
+        if reason is None:
+            return  # unknown: the attempt timer decides
+        if reason == NO_SUBSCRIBER:
+            self._input(member, Input.NO_SUBSCRIBER)
+            self.presence(member.state.device_id, Presence.OFFLINE)
+        elif reason in REFUSED:
+            member.flight.refused += 1
+            logger.warning("mqtt.publish_refused", command_id=member.state.id, reason=reason)
+            self._input(member, Input.REFUSED, reason=f"the MQTT server refused the publish (0x{reason:02x})")
+        elif reason >= 0x80:
+            self._input(member, Input.ATTEMPT_TIMER)
+        else:
+            self._input(member, Input.ACCEPTED)
+
+    def _input(self, member: Member, what: Input, reason: str | None = None) -> None:
+        """Decides one thing that happened to a handed-over command, and does what was decided."""
+        state, definition, flight = member.state, member.definition, member.flight
+        presence = self.live.presence.get(state.device_id, Presence.NEVER)
+        request = Request(
+            input=what,
+            now=self.writer.now(),
+            reason=reason,
+            last_attempt=flight.lease_until is None and lanes.is_last_attempt(member),
+            every_attempt_refused=flight.refused == state.attempts,
+            repeatable=definition.repeatable,
+            held=not lanes.reachable(definition, presence),
+            one_way=definition.completes_on == "published",
+        )
+        decision = decide(state, request)
+        if decision.verdict is Verdict.RECORD:
+            self.commands.apply(state, decision, "broker")
+        elif decision.verdict is Verdict.ATTEMPT:
+            self._attempt(member, decision, presence)
+
+    def _attempt(self, member: Member, decision: Decision, presence: Presence) -> None:
+        """Nothing is recorded; what is in the air changes."""
+        definition, flight = member.definition, member.flight
+        if decision.word == "close":
+            # A refused attempt counts like one that was not answered.
+            self._input(member, Input.ATTEMPT_TIMER)
+            return
+        if decision.word == "due":
+            if not flight.open:
+                flight.due_at = self.writer.now()
+        else:
+            void, leased = decision.word == "void", flight.lease_until is not None
+            flight.voided += void and flight.open and flight.counts
+            flight.open, flight.lease_until = False, None
+            if leased:
+                flight.due_at = self.writer.now()
+                self.pump(member.state.device_id)
+            elif decision.word == "back_off" or (void and lanes.reachable(definition, presence)):
+                tried = member.state.attempts if void else member.counted
+                counting = void or lanes.counts(definition, presence)
+                pause = lanes.backoff_ms(definition, tried, counting, self.writer.entropy.uniform)
+                flight.due_at = self.writer.now() + pause
+        self._set_timer(member)
+
+    # --- time ---
+
+    def _set_timer(self, member: Member) -> None:
+        self.deadlines.set(member.state.id, lanes.wake_at(member, self.writer.now()))
+
+    def _fire(self, key: str) -> None:
+        """A moment has come. If the log cannot be written now, it comes again a second later."""
+        now = self.writer.now()
+        if not self.writer.open or self.halted:
+            self.deadlines.set(key, now + 1_000)
+            return
+        if key.startswith("lane/"):
+            self.pump(key.removeprefix("lane/"))
+            return
+        member = self.live.members.get(key)
+        if member is None or member.state.closed:
+            return
+        due = lanes.overdue(member, now)
+        by_mqtt = member.state.state is not State.PENDING and "mqtt" in member.definition.transports
+        if due is not None and by_mqtt and not self.drained(now):
+            if self.link.up and self._drained_at is not None:
+                self.deadlines.set(key, self._drained_at)
+            else:
+                self._undrained[key] = None
+        elif due is Input.ATTEMPT_TIMER:
+            self._input(member, due)
+        elif due is not None:
+            decision = decide(member.state, Request(input=due, now=now))
+            self.commands.apply(member.state, decision, "broker")
+        else:
+            self._set_timer(member)
+            self.pump(member.state.device_id)
+
+    def drained(self, now: int) -> bool:
+        """Have the answers that the server kept while we were away been taken in?"""
+        return self.link.up and self._drained_at is not None and now >= self._drained_at

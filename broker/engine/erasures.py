@@ -1,0 +1,197 @@
+"""Erasing: one command, or all that were closed and are older than some days.
+
+What is asked for is one `erased` event, and from its commit on no read knows the commands any more. Their
+rows lose parameters and results at once if it is one command, and batch by batch behind the answer if it
+is a purge: small transactions through the writer, so that delivery goes on. A restart goes on with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+import structlog
+
+from broker.domain.decisions import Verdict, decide
+from broker.domain.errors import Unavailable
+from broker.domain.events import ERASURES, Erased
+from broker.domain.lifecycle import Input, Request
+from broker.engine.commands import Caller, Commands, conflict
+from broker.log import erasing
+from broker.log.erasing import Purge
+from broker.seams import Full, Sql
+from projections import commands as commands_view
+
+logger = structlog.get_logger()
+
+DAY_MS = 86_400_000
+MAX_DAYS = 36_500
+BATCH = 100  # rows of the log erased in one transaction: what is sent meanwhile waits for it
+PAUSE_SEC = 0.005
+AGAIN_SEC = 1.0
+
+
+class Purged(NamedTuple):
+    """What a purge erases: `commands` that were created before `cutoff` (ms)."""
+
+    cutoff: int
+    commands: int
+
+
+class _Step(NamedTuple):
+    """What one transaction erased, and after which position the next goes on; None: nothing is left."""
+
+    commands: int
+    after: int | None
+
+
+class Erasures:
+    def __init__(self, commands: Commands) -> None:
+        self._commands = commands
+        self._writer = commands.writer
+        self._live = commands.live
+        self._version = 0
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.batch, self.pause_sec = BATCH, PAUSE_SEC
+        self.erased = 0  # commands, by this process
+
+    async def load(self) -> None:
+        """Reads how many erasures the log has seen. What was interrupted goes on."""
+
+        def work(sql: Sql) -> int:
+            found = sql.execute("SELECT coalesce(max(version), 0) FROM events WHERE stream = ?", (ERASURES,))
+            return int(found.fetchone()[0])
+
+        self._version = await self._writer.storage.read(work)
+        if self._version:
+            self._wake.set()
+
+    # --- requests ---
+
+    async def delete(self, caller: Caller, command_id: str) -> None:
+        """Erases one closed command; a pending one is cancelled first.
+
+        Raises:
+            Refusal: not_found; conflict, if it was handed over and is not closed.
+            Unavailable: the log could not be written.
+        """
+        await self._commands.ready(command_ids=[command_id])
+        state = self._commands.seen(caller, command_id)
+        request = Request(input=Input.DELETE, now=self._writer.now(), by=caller.actor)
+        decision = decide(state, request)
+        if decision.verdict is Verdict.CONFLICT:
+            await self._writer.barrier()
+            raise conflict(state, Input.DELETE)
+        state = self._commands.apply(state, decision, caller.actor)
+        self._record(Erased(ids=[command_id], count=1), state.project, caller.actor)
+        self._live.forget(state)
+        self._writer.also(lambda sql: _delete(sql, command_id))
+        self._writer.then(lambda: self._carry_out(1), lambda: self._live.remember(state))
+        await self._writer.barrier()
+
+    async def purge(self, caller: Caller, older_than_days: int) -> Purged:
+        """Erases every closed command, of whatever project, created before midnight (UTC) so many days ago.
+
+        Answered when it is promised; carried out behind the answer. Commands that are open stay.
+
+        Raises:
+            Unavailable: the log could not be written.
+        """
+        writer = self._writer
+        await self._commands.ready()
+        now = writer.now()
+        cutoff = now - now % DAY_MS - older_than_days * DAY_MS
+        count = await writer.storage.read(lambda sql: commands_view.closed_before(sql, cutoff))
+        writer.tick()  # whatever was closed before this event was closed before its time
+        position, at = self._record(Erased(cutoff=cutoff, count=count), "", caller.actor)
+        self._live.forget_purged(cutoff, at)
+        writer.also(lambda sql: _begin(sql, position, cutoff, at))
+        writer.then(self._carry_out, lambda: self._live.remember_purged(cutoff, at))
+        await writer.barrier()
+        return Purged(cutoff, count)
+
+    def _record(self, event: Erased, project: str, actor: str) -> tuple[int, int]:
+        recorded = self._writer.stage(
+            ERASURES, self._version + 1, event, project=project, device_id=None, actor=actor
+        )
+        self._version += 1
+        return recorded.position, recorded.recorded_at
+
+    # --- behind the answers ---
+
+    async def finished(self) -> None:
+        """Waits until all that was asked of this process is erased; for a clean end without a broker."""
+        await self._idle.wait()
+
+    async def run(self) -> None:
+        """Carries out what was promised, for ever, and sees that no old page keeps what was erased."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await self._erase()
+            await self._forget_old_pages()
+            if not self._wake.is_set():
+                self._idle.set()
+
+    async def _erase(self) -> None:
+        writer = self._writer
+        while pending := await writer.storage.read(erasing.purges):
+            after: int | None = 0
+            while after is not None:
+                await writer.opened()
+                after = await self._step(pending[0], after)
+                await asyncio.sleep(self.pause_sec)
+
+    async def _step(self, purge: Purge, after: int) -> int | None:
+        done: list[_Step] = []
+        try:
+            self._writer.also(lambda sql: done.append(_erase_some(sql, purge, after, self.batch)))
+            await self._writer.barrier()
+        except Unavailable:
+            return after
+        self.erased += done[-1].commands
+        return done[-1].after
+
+    async def _forget_old_pages(self) -> None:
+        while True:
+            try:
+                if await self._writer.storage.forget_old_pages():
+                    return
+            except Full as error:
+                logger.error("erasing.no_space", error=str(error))
+            await asyncio.sleep(AGAIN_SEC)
+
+    def _carry_out(self, erased: int = 0) -> None:
+        self.erased += erased
+        self._idle.clear()
+        self._wake.set()
+
+
+def _delete(sql: Sql, command_id: str) -> None:
+    erasing.erase(sql, command_id)
+    erasing.forget_answers(sql, "command_id = ?", command_id)
+    commands_view.remove(sql, [command_id])
+
+
+def _begin(sql: Sql, position: int, cutoff: int, at: int) -> None:
+    erasing.begin_purge(sql, position, cutoff, at)
+    of_hidden = f"EXISTS (SELECT 1 FROM commands c WHERE c.id = command_id AND {commands_view.HIDDEN})"
+    erasing.forget_answers(sql, f"at < ? OR {of_hidden}", cutoff)
+
+
+def _erase_some(sql: Sql, purge: Purge, after: int, batch: int) -> _Step:
+    """Erases the next commands of a purge: about `batch` rows of the log, however many to a command."""
+    rows, ids = 0, list[str]()
+    for position, command_id in commands_view.purgeable(sql, purge, after, batch):
+        rows += erasing.erase(sql, command_id)
+        ids.append(command_id)
+        after = position
+        if rows >= batch:
+            break
+    commands_view.remove(sql, ids)
+    if rows >= batch:
+        return _Step(len(ids), after)
+    erasing.finish_purge(sql, purge.position)
+    return _Step(len(ids), None)

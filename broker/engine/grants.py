@@ -1,0 +1,213 @@
+"""Signs grants: the token that lets one device execute one command with exactly these parameters.
+
+Minted when handed over or shown, never stored. Form and claims: contract, section 4; RFC 7519, RFC 8037.
+Private keys and device secrets lie beside the log and must never enter an event.
+"""
+
+from __future__ import annotations
+
+import base64
+
+import jwt
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from broker.domain.errors import Refusal, not_found
+from broker.domain.lifecycle import CommandState
+from broker.engine.ids import new_id
+from broker.engine.live import Live, Recent
+from broker.engine.writer import Writer
+from broker.seams import Sql
+from devices.grant import TYPE, params_hash
+from devices.wire import Unsendable
+
+LIFE_SEC = 86_400
+LATELY = 1_024
+
+
+class Secrets:
+    """What HS256 grants of a device are signed with, by device id. Loaded by `Grants.load`."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._held: dict[str, bytes] = {}
+
+    def get(self, device_id: str) -> bytes | None:
+        return self._held.get(device_id)
+
+    def take(self, rows: list[tuple[str, bytes]]) -> None:
+        self._held = dict(rows)
+
+    def renew(self, device_id: str) -> str:
+        """Stages a new secret; in use as soon as it is durable. Given as base64url, shown this once."""
+        secret = self._writer.entropy.token(32)
+        self._writer.also(
+            lambda sql: sql.execute(
+                "INSERT OR REPLACE INTO device_secrets VALUES (?, ?)", (device_id, secret)
+            )
+        )
+        self._writer.then(lambda: self._held.update({device_id: secret}))
+        return base64.urlsafe_b64encode(secret).decode().rstrip("=")
+
+    def forget(self, device_id: str) -> None:
+        def forgotten() -> None:
+            self._held.pop(device_id, None)
+
+        if device_id in self._held:
+            self._writer.also(
+                lambda sql: sql.execute("DELETE FROM device_secrets WHERE device_id = ?", (device_id,))
+            )
+            self._writer.then(forgotten)
+
+
+class GrantKey(msgspec.Struct, frozen=True, kw_only=True):
+    """A signing key. Times in ms. A retired one is no longer shown to devices."""
+
+    kid: str
+    private: Ed25519PrivateKey
+    created_at: int
+    retired_at: int | None = None
+
+
+class Grants:
+    """The signing key in use, and those whose grants may still be alive. `load` before anything else."""
+
+    def __init__(self, writer: Writer, live: Live, secrets: Secrets, issuer: str) -> None:
+        self.issuer = issuer
+        self._writer, self._live, self._secrets = writer, live, secrets
+        self._keys: dict[str, GrantKey] = {}
+        self._lately: Recent[tuple[str, str, int, int], tuple[object, str]] = Recent(LATELY)
+
+    async def load(self) -> None:
+        """Reads keys and secrets; the first start makes a key."""
+
+        def work(sql: Sql) -> tuple[list[GrantKey], list[tuple[str, bytes]]]:
+            rows = sql.execute("SELECT kid, private, created_at, retired_at FROM grant_keys").fetchall()
+            secrets = sql.execute("SELECT device_id, secret FROM device_secrets").fetchall()
+            return [read_key(*row) for row in rows], [(row[0], bytes(row[1])) for row in secrets]
+
+        storage = self._writer.storage
+        keys, secrets = await storage.read(work)
+        if not keys:
+            keys = [self._new_key()]
+            await storage.write(lambda sql: _insert(sql, keys[0]))
+        self._keys = {key.kid: key for key in sorted(keys, key=lambda key: (key.created_at, key.kid))}
+        self._secrets.take(secrets)
+
+    # --- minting ---
+
+    @property
+    def signing(self) -> GrantKey:
+        """The newest key."""
+        return next(reversed(self._keys.values()))
+
+    def mint(self, state: CommandState, now_ms: int) -> str:
+        """A grant for this hand-over; ends with the command, and for a closed one not after its closing.
+
+        Raises:
+            Unsendable: the type signs with the device's own secret, and the device has none.
+        """
+        now = now_ms // 1_000
+        exp = now + LIFE_SEC
+        for end in (state.expires_at, state.closed_at):
+            if end is not None:
+                exp = min(exp, end // 1_000)
+        kid, key, algorithm = self._signer(state)
+        # The answer of a create and the hand-over in the same second carry the same grant: signed once.
+        made = (kid, state.id, now, exp)
+        found = self._lately.get(made)
+        if found is not None and found[0] == key:
+            return found[1]
+        claims = {
+            "iss": self.issuer,
+            "aud": state.hardware_id,
+            "sub": state.id,
+            "jti": state.id,
+            "iat": now,
+            "nbf": now,
+            "exp": exp,
+            "cmd": state.type,
+            "phs": params_hash(msgspec.json.decode(state.params)),
+        }
+        token = jwt.encode(claims, key, algorithm=algorithm, headers={"typ": TYPE, "kid": kid})
+        self._lately.put(made, (key, token))
+        return token
+
+    def _signer(self, state: CommandState) -> tuple[str, Ed25519PrivateKey | bytes, str]:
+        if self._live.definitions[state.definition].grant_algorithm != "HS256":
+            return self.signing.kid, self.signing.private, "EdDSA"
+        secret = self._secrets.get(state.device_id)
+        if secret is None:
+            raise Unsendable(f"{state.hardware_id} has no device secret; a new token comes with one")
+        return state.device_id, secret, "HS256"
+
+    def shown(self, state: CommandState, now_ms: int) -> str | None:
+        """A grant to be looked at; None where there is nothing to sign it with."""
+        try:
+            return self.mint(state, now_ms)
+        except Unsendable:
+            return None
+
+    def jwks(self) -> dict[str, list[dict[str, str]]]:
+        """The public keys, RFC 7517. Secrets of devices are never among them."""
+        return {"keys": [jwk(key) for key in self._keys.values() if key.retired_at is None]}
+
+    # --- rotation ---
+
+    def all(self) -> list[GrantKey]:
+        """Oldest first; the last one signs."""
+        return list(self._keys.values())
+
+    async def rotate(self) -> GrantKey:
+        """Makes the key that signs from now on; grants of older ones stay good until those are retired."""
+        await self._writer.room()
+        key = self._new_key()
+        self._writer.also(lambda sql: _insert(sql, key))
+        await self._writer.barrier()
+        self._keys[key.kid] = key
+        return key
+
+    async def retire(self, kid: str) -> GrantKey:
+        """Takes a key out of the JWKS; devices refuse its grants once they have read that. Again: no change.
+
+        Raises:
+            Refusal: not_found; conflict for the key that signs.
+        """
+        key = self._keys.get(kid)
+        if key is None:
+            raise not_found("grant key", kid)
+        if key is self.signing:
+            raise Refusal("conflict", f"{kid} is the key that signs; rotate first")
+        if key.retired_at is None:
+            await self._writer.room()
+            now = self._writer.now()
+            self._writer.also(
+                lambda sql: sql.execute("UPDATE grant_keys SET retired_at = ? WHERE kid = ?", (now, kid))
+            )
+            await self._writer.barrier()
+            key = self._keys[kid] = msgspec.structs.replace(key, retired_at=now)
+        return key
+
+    def _new_key(self) -> GrantKey:
+        now, entropy = self._writer.now(), self._writer.entropy
+        private = Ed25519PrivateKey.from_private_bytes(entropy.token(32))
+        return GrantKey(kid=new_id("key", now, entropy), private=private, created_at=now)
+
+
+def jwk(key: GrantKey) -> dict[str, str]:
+    """The public key, RFC 8037."""
+    public = key.private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    x = base64.urlsafe_b64encode(public).decode().rstrip("=")
+    return {"kty": "OKP", "crv": "Ed25519", "x": x, "kid": key.kid, "use": "sig", "alg": "EdDSA"}
+
+
+def read_key(kid: str, private: bytes, created_at: int, retired_at: int | None) -> GrantKey:
+    """A key of a row of `grant_keys`."""
+    loaded = Ed25519PrivateKey.from_private_bytes(bytes(private))
+    return GrantKey(kid=kid, private=loaded, created_at=created_at, retired_at=retired_at)
+
+
+def _insert(sql: Sql, key: GrantKey) -> None:
+    raw = key.private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+    sql.execute("INSERT INTO grant_keys VALUES (?, ?, ?, NULL)", (key.kid, raw, key.created_at))

@@ -1,0 +1,306 @@
+"""Takes in what devices say over MQTT: answers and status messages, in order of arrival.
+
+A message is acknowledged to the MQTT server only when everything that follows from it is durable.
+The device is named by the topic, never by the payload. What fits nothing is counted and kept for
+the operator; nothing a device sends may ever stop this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+import msgspec
+import structlog
+
+from broker.domain.decisions import Verdict, decide
+from broker.domain.errors import Unavailable
+from broker.domain.events import Error, Evidence
+from broker.domain.fleet import DeviceState
+from broker.domain.lanes import Member, Presence, candidates
+from broker.domain.lifecycle import ANSWERS, CommandState, Request
+from broker.engine.commands import Commands
+from broker.engine.dispatch import Dispatch
+from broker.engine.registry import Registry
+from broker.log import sqlite as log
+from broker.seams import Link, Message
+from devices.types import AnswerStatus
+from devices.wire import (
+    Answer,
+    Malformed,
+    bare_word,
+    decode_answer,
+    decode_status,
+    parse_topic,
+    status_topic,
+)
+
+logger = structlog.get_logger()
+
+BATCH = 1_000
+KEPT_BYTES = 1_024
+# QoS 0 has no window that bounds it: beyond this it is lost, as it may be.
+MOST_UNACKNOWLEDGEABLE = 10_000
+OWN = object()  # the token of what our own MQTT server says of a device
+
+
+class Intake:
+    """`link` acknowledges; `embedded` says that presence is told by our own MQTT server alone."""
+
+    def __init__(
+        self, commands: Commands, registry: Registry, dispatch: Dispatch, link: Link, *, embedded: bool
+    ) -> None:
+        self.commands = commands
+        self.live = commands.live
+        self.writer = commands.writer
+        self.registry = registry
+        self.dispatch = dispatch
+        self.link = link
+        self.embedded = embedded
+        registry.presence = dispatch.presence
+        self.on_unmatched: Callable[[str], None] = lambda _: None
+        self.on_unfit: Callable[[str], None] = lambda _: None
+        self._queue: deque[Message] = deque()
+        self._wake = asyncio.Event()
+        self._backlog_until = 0
+
+    # --- what the link tells ---
+
+    def link_up(self) -> None:
+        self._backlog_until = self.writer.now() + 2_000
+        if not self.embedded:
+            self.registry.nobody_known_online()
+        self.dispatch.link_up()
+
+    def link_down(self, why: str) -> None:
+        self.dispatch.link_down()
+
+    def message(self, message: Message) -> None:
+        if not message.qos and len(self._queue) >= MOST_UNACKNOWLEDGEABLE:
+            self.on_unmatched("overrun")
+            return
+        self._queue.append(msgspec.structs.replace(message, arrived_at=self.writer.now()))
+        self._wake.set()
+
+    # What our own server says comes the same way, so that it stands in order with the answers.
+
+    def device_online(self, hardware_id: str) -> None:
+        self._own(hardware_id, b"online")
+
+    def device_offline(self, hardware_id: str) -> None:
+        self._own(hardware_id, b"offline")
+
+    def _own(self, hardware_id: str, word: bytes) -> None:
+        self.message(Message(topic=status_topic(self.commands.prefix, hardware_id), payload=word, token=OWN))
+
+    # --- taking in ---
+
+    async def run(self) -> None:
+        """Takes in messages, for ever, a batch at a time."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                await self._take_batch()
+
+    async def _take_batch(self) -> None:
+        batch = list(islice(self._queue, BATCH))
+        places = [parse_topic(self.commands.prefix, message.topic) for message in batch]
+        names = {place[0] for place in places if place is not None}
+        await self._ready(names)
+        answers = [self._read(message, place) for message, place in zip(batch, places, strict=True)]
+        named = {answer.id for answer in answers if isinstance(answer, Answer) and answer.id is not None}
+        await self._ready(names, named)
+        # From here on nothing may come in between. What a failed commit gave back stands before this batch.
+        if self._queue[0] is not batch[0]:
+            return
+        for _ in batch:
+            self._queue.popleft()
+        for message, place, answer in zip(batch, places, answers, strict=True):
+            try:
+                self._take(message, place, answer)
+            except Exception:
+                # One message must not stop the next; it is acknowledged, so that it cannot come for ever.
+                logger.exception("intake.failed", topic=message.topic[:200])
+        self.writer.then(lambda: self._puback(batch), lambda: self._again(batch))
+
+    async def _ready(self, names: Iterable[str], command_ids: Iterable[str] = ()) -> None:
+        """Like `Commands.ready`, but waits until the log can be written: a device's answer is not refused."""
+        while True:
+            await self.writer.opened()
+            try:
+                await self.commands.ready(names, command_ids)
+                return
+            except Unavailable:
+                continue
+
+    def _puback(self, batch: list[Message]) -> None:
+        for message in batch:
+            if message.token is not OWN:
+                self.link.puback(message)
+
+    def _again(self, batch: list[Message]) -> None:
+        """The commit failed: what was decided is void, so the messages are taken in anew, in order."""
+        self._queue.extendleft(reversed(batch))
+        self._wake.set()
+
+    def _read(self, message: Message, place: tuple[str, str] | None) -> Answer | Malformed | None:
+        """The answer in a message, or why there is none; None for status messages and foreign topics."""
+        device = self.live.device(place[0]) if place is not None else None
+        if place is None or device is None or place[1] == "status":
+            return None
+        try:
+            return decode_answer(message.payload, message.correlation, self._words(device, message.payload))
+        except Malformed as error:
+            return error
+
+    def _words(self, device: DeviceState, payload: bytes) -> dict[str, AnswerStatus]:
+        """The bare texts a device may answer with: its type's, or those its open commands were made with."""
+        kind = self.commands.types.get(device.device_type)
+        words, word = kind.words if kind else {}, bare_word(payload)
+        lane = self.live.lanes.get(device.id)
+        if word is None or word in words or lane is None:
+            return words
+        for member in (*lane.members.values(), *lane.late.values()):
+            if word in member.definition.answers:
+                return member.definition.answers
+        return words
+
+    def _take(
+        self, message: Message, place: tuple[str, str] | None, answer: Answer | Malformed | None
+    ) -> None:
+        device = self.live.device(place[0]) if place is not None else None
+        if device is None or place is None or device.hardware_id != place[0] or device.deleted_at is not None:
+            if message.token is OWN:
+                return  # our own server tells of a device that was deleted meanwhile
+            self.unmatched(message, None, "unknown_device")
+        elif place[1] == "status":
+            self._take_status(message, device)
+        elif answer is None or isinstance(answer, Malformed):
+            self.unmatched(message, device, "malformed")
+        else:
+            self._take_answer(message, device, answer)
+            # After the answer, which may close the command that coming online would send again.
+            self._heard(self.live.device(place[0]) or device, message)
+
+    def _take_status(self, message: Message, device: DeviceState) -> None:
+        if self.embedded and message.token is not OWN:
+            return  # our own server knows better than any message
+        try:
+            online, session = decode_status(message.payload)
+        except Malformed:
+            self.unmatched(message, device, "malformed")
+            return
+        if message.retain:
+            # A retained `online` may be a year old: the device was heard once, nothing more.
+            self.registry.heard(device, Presence.UNKNOWN if online else Presence.OFFLINE, session)
+        elif online:
+            self.registry.heard(device, Presence.ONLINE, session)
+        elif device.session is None or session is None or session == device.session:
+            self.registry.heard(device, Presence.OFFLINE, session)
+
+    def _heard(self, device: DeviceState, message: Message) -> None:
+        """Any live message shows that the device is there; one from the backlog only that it was."""
+        known = self.live.presence.get(device.id, Presence.NEVER)
+        if message.retain or self.writer.now() < self._backlog_until:
+            if known is Presence.NEVER and not self.embedded:
+                self.registry.heard(device, Presence.UNKNOWN, device.session)
+            return
+        if known is not Presence.ONLINE and not self.embedded:
+            self.registry.heard(device, Presence.ONLINE, device.session)
+        self.dispatch.alive(device.id)
+
+    # --- answers ---
+
+    def _take_answer(self, message: Message, device: DeviceState, answer: Answer) -> None:
+        evidence: Evidence = (
+            "device_ack" if answer.status in ("acknowledged", "progress") else "device_result"
+        )
+        if answer.id is None:
+            found = self._candidate(message, device)
+            if isinstance(found, str):
+                self.unmatched(message, device, found)
+                return
+            state, evidence = found.state, "inferred"
+        else:
+            known = self.live.command(answer.id)
+            if known is not None and known.device_id != device.id:
+                self.unmatched(message, device, "wrong_device", answer.id)
+                return
+            if known is None:
+                self.unmatched(message, device, "unknown", answer.id)
+                return
+            state = known
+        if (word := bare_word(message.payload)) is not None:
+            # What a text means is a matter of the command: "ON" does not answer an "off".
+            own = self.live.definitions[state.definition].answers
+            if own.get(word) != answer.status:
+                self.unmatched(message, device, "nothing_in_flight", state.id)
+                return
+        self.answered(state, answer, evidence, message, device)
+
+    def _candidate(self, message: Message, device: DeviceState) -> Member | str:
+        """The one command an answer without id can mean, or the reason why there is none."""
+        lane = self.live.lanes.get(device.id)
+        found = candidates(lane, message.arrived_at) if lane is not None else []
+        # A retained text is what the device said once, not what it says to this command.
+        if not found or message.dup or (message.retain and not self.embedded):
+            return "nothing_in_flight"
+        return found[0] if len(found) == 1 else "ambiguous"
+
+    def answered(
+        self, state: CommandState, answer: Answer, evidence: Evidence, message: Message, device: DeviceState
+    ) -> None:
+        """Decides one answer on one command and does what was decided."""
+        error = answer.error
+        request = Request(
+            input=ANSWERS[answer.status],
+            now=self.writer.now(),
+            evidence=evidence,
+            at=answer.at,
+            result=msgspec.Raw(msgspec.json.encode(answer.result)),
+            error=msgspec.convert(error, Error) if error is not None else None,
+            percent=answer.progress.percent if answer.progress else None,
+            note=answer.progress.note if answer.progress else None,
+        )
+        decision = decide(state, request)
+        if decision.verdict is Verdict.RECORD:
+            self.commands.apply(state, decision, f"device:{device.id}")
+            self.check_result(state, answer)
+        elif decision.verdict is Verdict.UNMATCHED:
+            self.unmatched(message, device, decision.word, state.id)
+        elif answer.status == "progress" and (member := self.live.members.get(state.id)) is not None:
+            self.dispatch.reported(member)
+
+    def check_result(self, state: CommandState, answer: Answer) -> None:
+        """It was done, whatever the result looks like: a wrong one is recorded, and counted."""
+        definition = self.live.definitions[state.definition]
+        fault = definition.result_fault(answer.result) if answer.status == "executed" else None
+        if fault is not None:
+            logger.warning(
+                "result.unfit", command_id=state.id, type=definition.device_type, fault=fault[:200]
+            )
+            self.on_unfit(definition.device_type)
+
+    def unmatched(
+        self, message: Message, device: DeviceState | None, reason: str, command_id: str | None = None
+    ) -> None:
+        """Keeps an answer that fits nothing for the operator, outside the log, and counts it."""
+        entry = (
+            self.writer.now(),
+            None if device is None else device.project,
+            None if device is None else device.id,
+            reason,
+            message.topic[:256],
+            command_id,
+            message.payload[:KEPT_BYTES],
+        )
+        limits = self.commands.limits
+        keep = limits.unmatched_per_device, limits.unmatched_in_all
+        self.writer.also(lambda sql: log.add_unmatched(sql, [entry], *keep))
+        self.on_unmatched(reason)
+        if reason == "promise_broken":
+            logger.error("delivery.promise_broken", command_id=command_id)
+        logger.info("answer.unmatched", reason=reason, topic=message.topic[:200], command_id=command_id)

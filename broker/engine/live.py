@@ -1,0 +1,269 @@
+"""What the broker holds in memory: open commands in their lanes, and what was lately used.
+
+All of it can be read anew from the log; it is never the only place of a fact. Decisions are made
+against this state, synchronously, so that nothing can come between looking and recording.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Generic, NamedTuple, TypeVar
+
+import msgspec
+
+from broker.domain import lanes
+from broker.domain.fleet import DeviceState
+from broker.domain.lanes import Lane, Member, Presence
+from broker.domain.lifecycle import CommandState, State
+from broker.log import erasing
+from broker.log.erasing import Purge
+from broker.seams import Entropy, Sql, Storage
+from devices.types import Definition
+from projections import commands as commands_view
+from projections import devices as devices_view
+from projections import lanes as lanes_view
+
+K = TypeVar("K")
+V = TypeVar("V")
+Key = tuple[str, str, str]  # project, idempotency key, scope
+
+KEPT = 20_000
+KEPT_PURGES = 100
+
+
+class Recent(Generic[K, V]):
+    """A bounded map that forgets what was used longest ago."""
+
+    def __init__(self, bound: int = KEPT) -> None:
+        self._bound = bound
+        self._items: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K) -> V | None:
+        if key in self._items:
+            self._items.move_to_end(key)
+            return self._items[key]
+        return None
+
+    def put(self, key: K, value: V) -> None:
+        self._items[key] = value
+        self._items.move_to_end(key)
+        if len(self._items) > self._bound:
+            self._items.popitem(last=False)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._items
+
+    def values(self) -> list[V]:
+        return list(self._items.values())
+
+    def forget(self, key: K) -> None:
+        self._items.pop(key, None)
+
+    def clear(self) -> None:
+        self._items.clear()
+
+
+class _Read(NamedTuple):
+    """What a start needs of the log. `ended`: those that were answered lately, without their content.
+    `forgotten`: device and time of erased commands that timed out."""
+
+    open: list[CommandState]
+    late: list[CommandState]
+    ended: list[CommandState]
+    forgotten: list[tuple[str, int]]
+    definitions: dict[str, Definition]
+    purges: list[Purge]
+
+
+class Live:
+    """`members` are the open commands and those timed out lately; `closed` are others lately used."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[str, Lane] = {}
+        self.members: dict[str, Member] = {}
+        self.definitions: dict[str, Definition] = {}
+        self.closed: Recent[str, CommandState] = Recent()
+        self.devices: Recent[str, DeviceState] = Recent()
+        self.names: Recent[str, str] = Recent(2 * KEPT)
+        self.keys: Recent[Key, tuple[bytes, str]] = Recent()
+        self.presence: dict[str, Presence] = {}
+        # Reads that began before an erasure may still bring what it took away.
+        self._erased: Recent[str, None] = Recent()
+        self._purged: list[tuple[int, int]] = []
+        self.epoch = 0  # how often everything was read anew
+
+    # --- looking up ---
+
+    def command(self, command_id: str) -> CommandState | None:
+        """The state of a command that is in memory; None says nothing about the log."""
+        member = self.members.get(command_id)
+        return member.state if member is not None else self.closed.get(command_id)
+
+    def device(self, name: str) -> DeviceState | None:
+        """A device by id or hardware id, if it is in memory; deleted ones too."""
+        device_id = self.names.get(name)
+        return None if device_id is None else self.devices.get(device_id)
+
+    def lane(self, device_id: str) -> Lane:
+        lane = self.lanes.get(device_id)
+        if lane is None:
+            lane = self.lanes[device_id] = Lane(device_id)
+        return lane
+
+    def put_device(self, device: DeviceState) -> None:
+        self.devices.put(device.id, device)
+        self.names.put(device.id, device.id)
+        self.names.put(device.hardware_id, device.id)
+
+    # --- changing, always after the event was staged ---
+
+    def put_command(self, state: CommandState, definition: Definition) -> Member:
+        """Takes in a command's new state, and opens or closes its place in the lane."""
+        lane = self.lane(state.device_id)
+        member = self.members.get(state.id)
+        if member is None:
+            member = Member(state, definition)
+            self.members[state.id] = member
+            self.closed.forget(state.id)
+            if not state.closed:
+                lane.members[state.id] = member
+        before, member.state = member.state, state
+        if state.closed:
+            lanes.closed(lane, member, state.updated_at)
+            if state.state is not State.TIMED_OUT:
+                del self.members[state.id]
+                self.closed.put(state.id, state)
+        elif before.closed:
+            lanes.reopened(lane, member)
+        return member
+
+    def forget_late(self, lane: Lane, now: int) -> None:
+        """Lets go of commands whose late answers no longer need a place in memory, and of an empty lane."""
+        for member in [m for m in lane.late.values() if now >= lanes.late_until(m)]:
+            del lane.late[member.state.id]
+            del self.members[member.state.id]
+            self.closed.put(member.state.id, member.state)
+        if not lane.members and not lane.late and now >= lane.shut_until:
+            self.lanes.pop(lane.device_id, None)
+
+    # --- erasing ---
+
+    def forget(self, state: CommandState) -> None:
+        """A closed command was erased: nobody may find it here any more, nor bring it back."""
+        self._erased.put(state.id, None)
+        self._drop(state)
+
+    def forget_purged(self, cutoff: int, at: int) -> None:
+        """Erased are all commands created before `cutoff` and closed before `at` (ms)."""
+        self._purged = [*self._purged[-KEPT_PURGES:], (cutoff, at)]
+        held = [*(member.state for member in self.members.values()), *self.closed.values()]
+        for state in filter(self._is_erased, held):
+            self._drop(state)
+
+    def remember(self, state: CommandState) -> None:
+        """It was not erased after all: the commit failed."""
+        self._erased.forget(state.id)
+
+    def remember_purged(self, cutoff: int, at: int) -> None:
+        self._purged = [known for known in self._purged if known != (cutoff, at)]
+
+    def _drop(self, state: CommandState) -> None:
+        self.closed.forget(state.id)
+        if self.members.pop(state.id, None) is not None:
+            self.lanes[state.device_id].late.pop(state.id, None)
+
+    def _is_erased(self, state: CommandState) -> bool:
+        return state.id in self._erased or (
+            state.closed
+            and any(state.created_at < cutoff and state.updated_at < at for cutoff, at in self._purged)
+        )
+
+    # --- from the log ---
+
+    async def load(self, storage: Storage, entropy: Entropy, now: int) -> None:
+        """Reads everything anew, as after a restart; what is known of devices being online stays."""
+
+        def work(sql: Sql) -> _Read:
+            definitions = {
+                digest: _definition(body) for digest, body in devices_view.definitions(sql).items()
+            }
+            without_ids = [each for each in definitions.values() if not each.carries_ids]
+            return _Read(
+                lanes_view.open_commands(sql),
+                commands_view.timed_out_since(sql, now - _longest_late(definitions.values())),
+                commands_view.answered_since(sql, now - _longest_late(without_ids)),
+                commands_view.forgotten_since(sql, now - _longest_late(without_ids)),
+                definitions,
+                erasing.purges(sql),
+            )
+
+        read = await storage.read(work)
+        for cache in (self.closed, self.devices, self.names, self.keys):
+            cache.clear()
+        self.lanes.clear()
+        self.members.clear()
+        promised = [(purge.cutoff, purge.at) for purge in read.purges]
+        self._purged = [*self._purged, *(each for each in promised if each not in self._purged)]
+        self.epoch += 1
+        self.definitions = read.definitions
+        for state in read.open:
+            definition = self.definitions[state.definition]
+            member = self.put_command(state, definition)
+            member.flight = lanes.recovered(state, definition, now, entropy.uniform)
+            if not definition.carries_ids:
+                # An end in the last moment before the stop may still have its doubled answer under way.
+                self.lane(state.device_id).shut_until = now + lanes.IDLESS_PAUSE_MS
+        for state in read.late:
+            self.put_command(state, self.definitions[state.definition])
+        for state in read.ended:
+            definition = self.definitions[state.definition]
+            if not definition.carries_ids:
+                lanes.closed(self.lane(state.device_id), Member(state, definition), state.updated_at)
+        without_ids = [each for each in read.definitions.values() if not each.carries_ids]
+        for device_id, at in read.forgotten:
+            # What was erased may still be answered, and an answer without id is not to be taken for another.
+            lane = self.lane(device_id)
+            lane.shut_until = max(lane.shut_until, at + _longest_late(without_ids))
+
+    async def bring(self, storage: Storage, names: Iterable[str], command_ids: Iterable[str] = ()) -> None:
+        """Reads those devices (by either name) and commands into memory that are not there yet."""
+        missing_names = {name for name in names if self.device(name) is None}
+        missing_ids = {command_id for command_id in command_ids if self.command(command_id) is None}
+        if not missing_names and not missing_ids:
+            return
+
+        def work(sql: Sql) -> tuple[dict[str, DeviceState], dict[str, CommandState]]:
+            return devices_view.by_name(sql, missing_names), commands_view.get_many(sql, missing_ids)
+
+        devices, commands = await storage.read(work)
+        for device in devices.values():
+            # What was changed in memory while we read is newer; its names may have been forgotten.
+            self.put_device(self.devices.get(device.id) or device)
+        for state in commands.values():
+            if self.command(state.id) is None and not self._is_erased(state):
+                self.closed.put(state.id, state)
+
+    async def bring_keys(self, storage: Storage, keys: Iterable[Key]) -> None:
+        """Reads what those idempotency keys made, as far as it is not in memory."""
+        missing = [key for key in keys if self.keys.get(key) is None]
+        if not missing:
+            return
+
+        def work(sql: Sql) -> dict[Key, tuple[bytes, str]]:
+            find = "SELECT digest, command_id FROM idempotency WHERE project = ? AND key = ? AND scope = ?"
+            rows = ((key, sql.execute(find, key).fetchone()) for key in missing)
+            return {key: (bytes(row[0]), row[1]) for key, row in rows if row is not None}
+
+        for key, first in (await storage.read(work)).items():
+            if self.keys.get(key) is None:
+                self.keys.put(key, first)
+
+
+def _definition(body: bytes) -> Definition:
+    return msgspec.json.decode(body, type=Definition)
+
+
+def _longest_late(definitions: Iterable[Definition]) -> int:
+    """For how long a command that timed out may still be answered, ms."""
+    return lanes.ms(max((definition.late_answer_sec for definition in definitions), default=0))

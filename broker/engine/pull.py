@@ -1,0 +1,206 @@
+"""Delivery without MQTT: a device asks by its heartbeat, or a relay (a phone) for a device next to it.
+
+What is due is judged by `lanes.fetched` and handed over through `decide` under a lease. Nothing leaves before
+its `published` is durable, and what was closed while that was awaited does not leave at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from broker.domain import lanes
+from broker.domain.decisions import Verdict, decide
+from broker.domain.errors import Refusal, invalid, not_found
+from broker.domain.events import Changed, Error
+from broker.domain.fleet import DeviceState
+from broker.domain.lanes import Lane, Member
+from broker.domain.lifecycle import ANSWERS, CommandState, Input, Request, State
+from broker.engine.commands import Caller, conflict
+from broker.engine.dispatch import Dispatch
+from broker.engine.grants import Grants
+from broker.engine.intake import Intake
+from broker.engine.registry import Registry
+from broker.seams import Message
+from devices.wire import MAX_ANSWER_BYTES, Malformed, Unsendable, decode_answer
+
+ME = "me"
+
+PullTransport = Literal["heartbeat", "relay"]
+
+
+class Fetched(NamedTuple):
+    """A command as it is handed over, and the grant that goes with it."""
+
+    state: CommandState
+    grant: str | None
+
+
+class Pull:
+    """Fetching and reporting by HTTP, for the device itself or for whoever may write to it."""
+
+    def __init__(self, registry: Registry, grants: Grants, dispatch: Dispatch, intake: Intake) -> None:
+        self.registry = registry
+        self.commands = registry.commands
+        self.live = registry.live
+        self.writer = registry.writer
+        self.grants = grants
+        self.dispatch = dispatch
+        self.intake = intake
+
+    def device(self, caller: Caller, name: str) -> DeviceState:
+        """The device that is meant, from memory: see `Commands.ready`. A device knows itself alone.
+
+        Raises:
+            Refusal: not_found.
+        """
+        device = self.commands.device(caller, self.name(caller, name))
+        if caller.device_id not in (None, device.id):
+            raise not_found("device", name)
+        return device
+
+    def name(self, caller: Caller, name: str) -> str:
+        return caller.device_id if name == ME and caller.device_id is not None else name
+
+    # --- fetching ---
+
+    async def fetch(
+        self, caller: Caller, name: str, transport: PullTransport, attributes: dict[str, Any] | None = None
+    ) -> list[Fetched]:
+        """What is due to a device that takes it this way, under a lease; `attributes`: said by the device.
+
+        Raises:
+            Refusal: not_found; too_large, if more attributes come together than are kept.
+            Unavailable: the log could not be written.
+        """
+        await self.commands.ready([self.name(caller, name)])
+        device = self.device(caller, name)
+        if attributes:
+            self._keep(caller, device, attributes)
+        taken = self._take(caller, device, transport)
+        await self.writer.barrier()
+        now = self.writer.now()
+        return [fetched for fetched in taken if self._may_leave(fetched.state, now)]
+
+    def _keep(self, caller: Caller, device: DeviceState, attributes: dict[str, Any]) -> None:
+        """An event only when something differs: idle heartbeats do not grow the log."""
+        merged = device.attributes | attributes
+        encoded = msgspec.json.encode(merged, order="sorted")
+        if encoded == msgspec.json.encode(device.attributes, order="sorted"):
+            return
+        most = self.commands.limits.params_bytes
+        if len(encoded) > most:
+            raise Refusal("too_large", f"attributes: {len(encoded)} bytes in all; at most {most} are kept")
+        self.registry.record(Changed(attributes=merged), device.id, device, device.project, caller.actor)
+
+    def _take(self, caller: Caller, device: DeviceState, transport: PullTransport) -> list[Fetched]:
+        """Stages the hand-over of all that is due. From here to the return nothing may await."""
+        lane = self.live.lanes.get(device.id)
+        if lane is None or self.dispatch.halted:
+            return []
+        now, taken = self.writer.now(), []
+        for member, grant in self._speakable(lane, transport, now):
+            state, flight = member.state, member.flight
+            open_now = lanes.in_the_air(member, now)
+            request = Request(
+                input=Input.FETCH,
+                now=now,
+                transport=transport,
+                attempt_open=open_now,
+                lease_open=open_now and flight.lease_until is not None,
+                repeatable=member.definition.repeatable,
+            )
+            decision = decide(state, request)
+            if decision.verdict is Verdict.RECORD:
+                flight.open, flight.written_at, flight.counts = True, None, False
+                flight.lease_until = now + lanes.lease_ms(member.definition, transport)
+                flight.holder = caller.actor
+                state = self.commands.apply(state, decision, caller.actor)
+            elif decision.verdict is not Verdict.ATTEMPT:
+                continue
+            taken.append(Fetched(state, grant))
+        return taken
+
+    def _speakable(self, lane: Lane, transport: PullTransport, now: int) -> list[tuple[Member, str | None]]:
+        """What is due, with its grants. What cannot be granted ends, and what stood behind it is due then."""
+        while True:
+            found: list[tuple[Member, str | None]] = []
+            ended = False
+            for member in lanes.fetched(lane, transport, now, self.dispatch.drained(now)):
+                mint = self.grants.mint if member.definition.carries_grant else self.grants.shown
+                try:
+                    found.append((member, mint(member.state, now)))
+                except Unsendable as error:
+                    if lanes.in_the_air(member, now):
+                        continue
+                    request = Request(input=Input.UNSENDABLE, now=now, reason=error.reason)
+                    self.commands.apply(member.state, decide(member.state, request), "broker")
+                    ended = True
+            if not ended:
+                return found
+
+    def _may_leave(self, handed: CommandState, now: int) -> bool:
+        """Once it is durable: is this attempt still the open one, with time left?"""
+        member = self.live.members.get(handed.id)
+        if (
+            member is None
+            or member.state.state is not State.PUBLISHED
+            or member.state.attempts != handed.attempts
+            or not lanes.in_the_air(member, now)
+            or not lanes.has_time(member.state, now)
+        ):
+            return False
+        if member.flight.written_at is None:
+            member.flight.written_at = now
+        return True
+
+    # --- reporting ---
+
+    async def report(
+        self, caller: Caller, name: str, command_id: str, status: str, result: Any = None, error: Any = None
+    ) -> CommandState:
+        """Takes in an answer to one command, from the device itself or from a relay.
+
+        Raises:
+            Refusal: not_found; conflict, saying the state; invalid_request or too_large.
+            Unavailable: the log could not be written.
+        """
+        said = {"id": command_id, "status": status, "result": result, "error": error}
+        payload = msgspec.json.encode(said)
+        if len(payload) > MAX_ANSWER_BYTES:
+            raise Refusal("too_large", f"the report has {len(payload)} bytes; at most {MAX_ANSWER_BYTES}")
+        try:
+            answer = decode_answer(payload, None, {})
+        except Malformed as fault:
+            if "command id" in fault.reason:
+                raise not_found("command", command_id) from fault
+            raise invalid("error" if status == "failed" else "result", fault.reason) from fault
+        await self.commands.ready([self.name(caller, name)], [command_id])
+        device = self.device(caller, name)
+        state = self.commands.seen(caller, command_id)
+        if state.device_id != device.id:
+            raise not_found("command", command_id)
+        itself = caller.device_id == device.id
+        own_word = "device_ack" if status == "acknowledged" else "device_result"
+        request = Request(
+            input=ANSWERS[answer.status],
+            now=self.writer.now(),
+            evidence=own_word if itself else "relay_report",  # type: ignore[arg-type]
+            result=msgspec.Raw(msgspec.json.encode(answer.result)),
+            error=None if answer.error is None else msgspec.convert(answer.error, Error),
+            over_http=True,
+            may_report=itself,
+        )
+        decision = decide(state, request)
+        if decision.verdict is Verdict.RECORD:
+            state = self.commands.apply(state, decision, caller.actor)
+            self.intake.check_result(state, answer)
+        elif decision.word == "promise_broken":
+            message = Message(topic=f"http/{caller.actor}", payload=payload)
+            self.intake.unmatched(message, device, decision.word, state.id)
+        await self.writer.barrier()
+        if decision.verdict is Verdict.CONFLICT:
+            by_mqtt = "" if itself or state.pulled else " (it did not go by a relay or a heartbeat)"
+            raise conflict(state, request.input, by_mqtt)
+        return state

@@ -1,0 +1,270 @@
+"""Devices: registering, changing, their tokens, and what is known of them being reachable.
+
+A name belongs to one device only, as id or as hardware id, in the whole broker and for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from broker.domain.decisions import decide
+from broker.domain.errors import Refusal, invalid
+from broker.domain.events import (
+    SYSTEM,
+    Changed,
+    ClockStepped,
+    Deleted,
+    DeviceEvent,
+    Offline,
+    Online,
+    Registered,
+    Started,
+    TokenRotated,
+    device_stream,
+)
+from broker.domain.fleet import DeviceState, evolve_device
+from broker.domain.lanes import Presence
+from broker.domain.lifecycle import Input, Request
+from broker.engine.commands import Caller, Commands
+from broker.engine.grants import Secrets
+from broker.engine.ids import is_token, new_id, new_secret, token_digest
+from broker.seams import Sql
+from devices.names import is_name
+from projections import devices as devices_view
+
+MQTT_USERS = frozenset({"ordain", "service"})
+OF_DEVICE = "dtok_"
+NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be me or pending"
+
+
+def check_name(field: str, value: str | None) -> None:
+    """What is given must be an identifier.
+
+    Raises:
+        Refusal: invalid_request.
+    """
+    if value is not None and not is_name(value):
+        raise invalid(field, NAME_RULE, value)
+
+
+class NewDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """What registers a device; `id` is made up if it is not given."""
+
+    hardware_id: str
+    type: str
+    project: str
+    id: str | None = None
+    name: str | None = None
+    attributes: dict[str, Any] = {}
+
+
+class Issued(NamedTuple):
+    """A device and what is shown of it this once; `secret` where its type signs grants with HMAC."""
+
+    device: DeviceState
+    token: str
+    secret: str | None
+
+
+class Registry:
+    """`presence(device_id, presence)` is called when what is known of a device being reachable changes.
+
+    `entitled(device)` is called when a device's token became valid, changed, or lost its worth.
+    """
+
+    def __init__(self, commands: Commands) -> None:
+        self.commands = commands
+        self.writer = commands.writer
+        self.live = commands.live
+        self.types = commands.types
+        self.secrets = Secrets(commands.writer)
+        self.presence: Callable[[str, Presence], None] = lambda device_id, presence: None
+        self._system_version = 0
+        self.entitled: Callable[[DeviceState], None] = lambda device: None
+
+    def record(
+        self, event: DeviceEvent, device_id: str, before: DeviceState | None, project: str, actor: str
+    ) -> DeviceState:
+        version = 1 if before is None else before.version + 1
+        recorded = self.writer.stage(
+            device_stream(device_id), version, event, project=project, device_id=device_id, actor=actor
+        )
+        device = evolve_device(before, recorded)
+        names = (device.id, device.hardware_id) if before is None else ()
+        self.writer.touch_device(device, names)
+        self.live.put_device(device)
+        return device
+
+    # --- requests ---
+
+    async def register(self, caller: Caller, new: NewDevice) -> Issued:
+        """Makes a device known; gives its token and secret, which are shown this once.
+
+        Raises:
+            Refusal: invalid_request, or conflict if a name is taken.
+        """
+        device_id = new.id or new_id("dev", self.writer.now(), self.writer.entropy)
+        for field, value in (("hardware_id", new.hardware_id), ("id", device_id), ("project", new.project)):
+            check_name(field, value)
+        if new.hardware_id in MQTT_USERS:
+            raise invalid("hardware_id", "ordain and service are users of the MQTT server", new.hardware_id)
+        if new.type not in self.types:
+            raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", new.type)
+        await self.commands.ready([device_id, new.hardware_id])
+        for name in (device_id, new.hardware_id):
+            if self.live.device(name) is not None:
+                raise Refusal("conflict", f"the name {name} is taken; names are never given twice")
+        token = self._new_token(device_id)
+        event = Registered(
+            hardware_id=new.hardware_id,
+            device_type=new.type,
+            token_digest=token_digest(token, self.writer.entropy),
+            name=new.name,
+            attributes=new.attributes,
+        )
+        device = self.record(event, device_id, None, new.project, caller.actor)
+        secret = self._new_secret(device)
+        await self.writer.barrier()
+        self.entitled(device)
+        return Issued(device, token, secret)
+
+    async def change(self, caller: Caller, name: str, change: Changed) -> DeviceState:
+        """Sets what is given anew.
+
+        Raises:
+            Refusal: not_found, or invalid_request.
+        """
+        if isinstance(change.device_type, str) and change.device_type not in self.types:
+            raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", change.device_type)
+        device = await self.find(caller, name)
+        if change != Changed():
+            device = self.record(change, device.id, device, device.project, caller.actor)
+        await self.writer.barrier()
+        return device
+
+    async def delete(self, caller: Caller, name: str, *, force: bool) -> DeviceState:
+        """Takes a device away for ever; with `force` also while commands to it are open.
+
+        Those never handed over are cancelled, the others end as timed out: they may have been done.
+
+        Raises:
+            Refusal: not_found, or conflict while its lane is not empty.
+        """
+        device = await self.find(caller, name)
+        lane = self.live.lanes.get(device.id)
+        open_ones = list(lane.members.values()) if lane is not None else []
+        if open_ones and not force:
+            raise Refusal(
+                "conflict",
+                f"device {device.hardware_id} has {len(open_ones)} open commands; force=true ends them",
+                {"open_commands": len(open_ones)},
+            )
+        # Deleted first: what is recorded of its commands from here on hands nothing over.
+        device = self.record(Deleted(), device.id, device, device.project, caller.actor)
+        self.secrets.forget(device.id)
+        self.writer.then(lambda: self._gone(device.id))
+        request = Request(input=Input.DEVICE_DELETED, by=caller.actor, now=self.writer.now())
+        for member in reversed(open_ones):
+            self.commands.apply(member.state, decide(member.state, request), caller.actor)
+        await self.writer.barrier()
+        self.entitled(device)
+        return device
+
+    async def rotate_token(self, caller: Caller, name: str) -> Issued:
+        """Gives the device a new token and secret; the old ones stop working at once."""
+        device = await self.find(caller, name)
+        token = self._new_token(device.id)
+        event = TokenRotated(token_digest=token_digest(token, self.writer.entropy))
+        device = self.record(event, device.id, device, device.project, caller.actor)
+        secret = self._new_secret(device)
+        await self.writer.barrier()
+        self.entitled(device)
+        return Issued(device, token, secret)
+
+    def _new_token(self, device_id: str) -> str:
+        """Says whose it is behind its secret, so that a device needs no name beside it."""
+        return f"{new_secret(OF_DEVICE, self.writer.entropy)}.{device_id}"
+
+    def _new_secret(self, device: DeviceState) -> str | None:
+        """Staged with the token, so that both are new or neither; only for types that sign with it."""
+        kind = self.types.get(device.device_type)
+        if kind is not None and kind.grants == "HS256":
+            return self.secrets.renew(device.id)
+        self.secrets.forget(device.id)
+        return None
+
+    async def find(self, caller: Caller, name: str) -> DeviceState:
+        """A device of the caller's project by either name, ready to be changed without further waiting.
+
+        Raises:
+            Refusal: not_found, also when it belongs to another project or was deleted.
+        """
+        await self.commands.ready([name])
+        return self.commands.device(caller, name)
+
+    async def authenticate(self, name: str, token: str) -> DeviceState | None:
+        """The device this token belongs to, if it is its."""
+        await self.live.bring(self.writer.storage, [name] if is_name(name) else [])
+        device = self.live.device(name)
+        if device is None or device.deleted_at is not None:
+            return None
+        return device if is_token(token, device.token_digest) else None
+
+    async def caller(self, token: str, name: str) -> Caller | None:
+        """The device that asks with this token; `name` as the request gives it, for tokens that say none."""
+        _, _, own = token.partition(".")
+        device = await self.authenticate(own or name, token)
+        if device is None:
+            return None
+        return Caller(actor=f"device:{device.id}", project=device.project, device_id=device.id)
+
+    # --- presence ---
+
+    async def load(self) -> None:
+        self._system_version = await self.writer.storage.read(_system_version)
+
+    async def started(self, release: str, mqtt: Literal["embedded", "external"]) -> None:
+        """A new process serves this log: nobody is known online; with our own server all are offline."""
+        self.record_system(Started(release=release, mqtt=mqtt))
+        for device in await self.writer.storage.read(devices_view.believed_online):
+            self.live.put_device(device)
+            if mqtt == "embedded":
+                self.heard(device, Presence.OFFLINE, device.session)
+            else:
+                self.live.presence[device.id] = Presence.UNKNOWN
+        await self.writer.barrier()
+
+    def record_system(self, event: Started | ClockStepped) -> None:
+        self._system_version += 1
+        self.writer.stage(SYSTEM, self._system_version, event, project="", device_id=None, actor="broker")
+
+    def nobody_known_online(self) -> None:
+        """A new MQTT session began: whoever was online may have gone while we were not listening."""
+        for device_id, presence in list(self.live.presence.items()):
+            if presence is Presence.ONLINE:
+                self.presence(device_id, Presence.UNKNOWN)
+
+    def heard(self, device: DeviceState, presence: Presence, session: str | None) -> None:
+        """Takes in what was learnt of a device; an event is recorded when it came or went."""
+        known = self.live.presence.get(device.id)
+        if presence is Presence.ONLINE and (not device.online or session != device.session):
+            self.record(Online(session=session), device.id, device, device.project, f"device:{device.id}")
+        elif presence is Presence.OFFLINE and device.online:
+            self.record(Offline(session=session), device.id, device, device.project, f"device:{device.id}")
+        if presence is Presence.ONLINE is known and session != device.session:
+            # It went and came without our hearing it: what was in the air is lost.
+            self.presence(device.id, Presence.OFFLINE)
+            self.presence(device.id, Presence.ONLINE)
+        elif presence is not known:
+            self.presence(device.id, presence)
+
+    def _gone(self, device_id: str) -> None:
+        self.live.presence.pop(device_id, None)
+
+
+def _system_version(sql: Sql) -> int:
+    row = sql.execute("SELECT coalesce(max(version), 0) FROM events WHERE stream = ?", (SYSTEM,)).fetchone()
+    return int(row[0])

@@ -1,0 +1,102 @@
+"""Requests of those who repair: retry what ended badly, cancel many at once.
+
+They stand on `commands.py` and follow its rules: nothing between looking and staging may await.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from broker.domain.decisions import decide
+from broker.domain.errors import Refusal
+from broker.domain.lifecycle import CommandState, Input, Request, State
+from broker.engine.commands import Accepted, Caller, Commands, Order
+
+BATCH = 500  # cancelled in one go; between two of them others get their turn
+
+
+class Which(msgspec.Struct, frozen=True, kw_only=True):
+    """Which commands a bulk request is about; None means any."""
+
+    device: str | None = None
+    type: str | None = None
+    created_by: str | None = None
+
+
+class Repairs:
+    def __init__(self, commands: Commands) -> None:
+        self._commands = commands
+
+    async def retry(self, caller: Caller, command_id: str, key: str | None = None) -> Accepted:
+        """A new command like one that failed, timed out, expired or was cancelled, at the end of the lane.
+
+        It lives as long as the old one was to live, from now. Retrying one that timed out may make the
+        device do it twice.
+
+        Raises:
+            Refusal: not_found, conflict, device_deleted; and whatever `create` raises.
+            Unavailable: the log could not be written.
+        """
+        commands = self._commands
+        await commands.ready(command_ids=[command_id])
+        old = commands.seen(caller, command_id)
+        await commands.ready([old.device_id])
+        device = commands.live.device(old.device_id)
+        if device is None or device.deleted_at is not None:
+            raise Refusal("device_deleted", f"the device of {old.id} was deleted")
+        order = Order(
+            device=old.device_id,
+            type=old.type,
+            params=msgspec.json.decode(old.params),
+            ttl_sec=None if old.ttl_ms is None else max(1, old.ttl_ms // 1_000),
+            device_type=old.device_type,
+            idempotency_key=key,
+            fingerprint=hashlib.sha256(f"retry {old.id}".encode()).digest(),
+        )
+        return await commands.create(caller, order, retry_of=old.id)
+
+    async def cancel_many(self, caller: Caller, which: Which, reason: str | None = None) -> list[str]:
+        """Cancels every command that was never handed over and fits; gives their ids, in order of creation.
+
+        Raises:
+            Refusal: not_found (device).
+            Unavailable: the log could not be written; some may have been cancelled.
+        """
+        commands = self._commands
+        await commands.ready([] if which.device is None else [which.device])
+        device_id = None if which.device is None else commands.device(caller, which.device).id
+        # From the end of each lane, so that nothing moves up and is handed over meanwhile.
+        found = sorted(
+            (
+                member.state
+                for member in commands.live.members.values()
+                if member.state.state is State.PENDING and _fits(caller, which, device_id, member.state)
+            ),
+            key=lambda state: -state.position,
+        )
+        cancelled = []
+        for start in range(0, len(found), BATCH):
+            await commands.ready()
+            for state in found[start : start + BATCH]:
+                member = commands.live.members.get(state.id)
+                if member is None or member.state.state is not State.PENDING:
+                    continue  # since we looked, its time ran out or it was handed over
+                request = Request(
+                    input=Input.CANCEL, now=commands.writer.now(), by=caller.actor, reason=reason
+                )
+                commands.apply(member.state, decide(member.state, request), caller.actor)
+                cancelled.append(state.id)
+            await commands.writer.barrier()
+        await commands.writer.barrier()
+        return cancelled[::-1]
+
+
+def _fits(caller: Caller, which: Which, device_id: str | None, state: CommandState) -> bool:
+    return (
+        caller.sees(state.project)
+        and device_id in (None, state.device_id)
+        and which.type in (None, state.type)
+        and which.created_by in (None, state.actor)
+    )

@@ -1,0 +1,188 @@
+"""`/v1/app/command`: what stands under the SDK, in its own words: names, idents, data and values.
+
+The same commands by the same way as everywhere else; only what they are called differs.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Response, Router, post
+from litestar.params import JSONBody
+from msgspec import UNSET, Meta, UnsetType
+
+from broker.domain.errors import Refusal, invalid
+from broker.engine.commands import Order
+from broker.engine.fanout import Outcome
+from broker.engine.registry import check_name
+from broker.http.edge.answers import Json
+from broker.http.edge.auth import Call, authorize, needs
+from broker.http.edge.errors import documented
+from broker.http.v1.commands import CommandName, IdempotencyKey, KeyHeader, fingerprints, one_key
+from broker.http.v1.fanout import BODY_BYTES, Devices, count_refusals
+from broker.http.v1.views import STATUS, Status
+from broker.log import erasing
+from broker.seams import Sql
+from projections import commands as commands_view
+from projections import devices as devices_view
+from projections.commands import Sent
+
+SEND = "POST /v1/app/command/send"
+MOST_RECORDS = 10_000
+# As the SDK's users know them. What is wrong with name or data is said in full.
+ERRORS = {
+    "not_found": "Device not found",
+    "queue_full": "Queue full",
+    "rate_limit_exceeded": "Rate limit exceeded",
+    "too_large": "Data too large",
+    "idempotency_conflict": "Idempotency key used for a different request",
+    "gone": "Command was erased",
+}
+NAMES = {"type": "name", "params": "data"}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class SendBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: CommandName
+    device_ident: Annotated[Devices, Meta(description="Ids or hardware ids; each device once.")]
+    data: Annotated[Any, Meta(description="What the command takes: any JSON; absent is `{}`.")] = UNSET
+    idempotency_key: Annotated[
+        IdempotencyKey | UnsetType,
+        Meta(description="Repeated with the same key: nothing is sent twice, what is missing is sent."),
+    ] = UNSET
+
+
+class AppSent(msgspec.Struct, frozen=True, kw_only=True):
+    sent: Annotated[bool, Meta(description="It is durable, and is delivered when the device is there.")]
+    command_id: str | UnsetType = UNSET
+    error: Annotated[str | UnsetType, Meta(description="Why it was not sent, for people.")] = UNSET
+
+
+class HistoryBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: CommandName
+    device_idents: Annotated[Devices, Meta(description="Ids or hardware ids, at most 10,000.")]
+    start: Annotated[
+        str,
+        Meta(description="ISO 8601, inclusive; without an offset UTC.", examples=["2026-03-01T00:00:00Z"]),
+    ]
+    end: Annotated[str | None, Meta(description="ISO 8601, exclusive; absent is now.")] = None
+
+
+class HistoryRecord(msgspec.Struct, frozen=True, kw_only=True):
+    value: Annotated[Any, Meta(description="The data that was sent.")]
+    timestamp: Annotated[int, Meta(description="When it was accepted, Unix time in milliseconds.")]
+    command_id: str
+    status: Status
+
+
+@post(
+    "/send",
+    status_code=200,
+    opt=needs("devices:write", body_bytes=BODY_BYTES),
+    responses=documented(413, 415),
+)
+async def send_app_command(
+    request: Call, data: JSONBody[SendBody], idempotency_key: KeyHeader = None
+) -> Response[dict[str, AppSent]]:
+    """Send a command from an app
+
+    To each of the devices; the answer has one member for each ident. It never expires unless the device's
+    type says so: a device that is offline gets it when it comes back.
+    """
+    check_name("name", data.name)
+    order = Order(
+        device="",
+        type=data.name,
+        params=data.data,
+        idempotency_key=one_key(data.idempotency_key, idempotency_key),
+    )
+    same = fingerprints(SEND, msgspec.structs.replace(data, device_ident=UNSET, idempotency_key=UNSET))
+    found = await request.services.fanout.send(request.user, data.device_ident, order, same)
+    count_refusals(request.services, found)
+    return Json({ident: _sent(outcome) for ident, outcome in found.items()})
+
+
+@post(
+    "/history",
+    status_code=200,
+    opt=needs("devices:read", body_bytes=BODY_BYTES),
+    responses=documented(413, 415),
+)
+async def app_command_history(
+    request: Call, data: JSONBody[HistoryBody]
+) -> Response[dict[str, list[HistoryRecord]]]:
+    """Read what was sent from an app
+
+    The commands of one name that were accepted from `start` on and before `end`, in order, for each ident:
+    at most 10,000 in all, and as far back as the project's history is kept.
+    """
+    check_name("name", data.name)
+    start = _instant("start", data.start)
+    end = None if data.end is None else _instant("end", data.end)
+    caller, commands = request.user, request.services.commands
+    now = commands.writer.now()
+
+    def work(sql: Sql) -> dict[str, list[Sent]]:
+        found: dict[str, list[Sent]] = {}
+        before = None if end is None else erasing.bound(sql, end)
+        firsts: dict[int, int] = {}  # by how long a project's history is kept
+        room = MOST_RECORDS
+        for ident, device in devices_view.by_name(sql, data.device_idents).items():
+            if not caller.sees(device.project):
+                continue
+            kept_sec = commands.quotas.of(device.project).history_retention_sec
+            if kept_sec not in firsts:
+                firsts[kept_sec] = erasing.bound(sql, max(start, now - kept_sec * 1_000))
+            first = firsts[kept_sec]
+            found[ident] = commands_view.sent(sql, device.id, data.name, first, before, room + 1)
+            room -= len(found[ident])
+            if room < 0:
+                raise invalid("start", f"more than {MOST_RECORDS} records from then on: ask for less")
+        return found
+
+    found = await commands.writer.storage.read(work)
+    return Json({ident: [_record(each) for each in found.get(ident, ())] for ident in data.device_idents})
+
+
+def _sent(outcome: Outcome) -> AppSent:
+    if not isinstance(outcome, Refusal):
+        return AppSent(sent=True, command_id=outcome)
+    error = ERRORS.get(outcome.kind, outcome.message)
+    if outcome.kind == "invalid_request" and outcome.details is not None:
+        first, *rest = outcome.details["field"].split(".")
+        error = f"{'.'.join([NAMES.get(first, first), *rest])}: {outcome.details['reason']}"
+    return AppSent(sent=False, error=error)
+
+
+def _record(found: Sent) -> HistoryRecord:
+    return HistoryRecord(
+        value=found.params,
+        timestamp=found.created_at,
+        command_id=found.id,
+        status=STATUS[found.state],
+    )
+
+
+def _instant(field: str, text: str) -> int:
+    """The first whole millisecond at or after an ISO 8601 instant; a bare date is its midnight in UTC.
+
+    Raises:
+        Refusal: invalid_request.
+    """
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        raise invalid(field, "must be ISO 8601, such as 2026-03-01T00:00:00Z or 2026-03-01", text) from None
+    if at.tzinfo is None:
+        at = at.replace(tzinfo=UTC)
+    return -((_EPOCH - at) // timedelta(milliseconds=1))
+
+
+routes = Router(
+    "/v1/app/command",
+    route_handlers=[send_app_command, app_command_history],
+    before_request=authorize,
+    tags=["App"],
+)

@@ -1,0 +1,142 @@
+"""Who asks: the key of a request becomes a `Caller`, and the request itself is read strictly.
+
+Whoever reaches the private socket is the operator of this machine and needs no key. `authorize` runs
+before any body is read; nothing here may wait, but for the first look at a device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import msgspec
+from litestar import Request
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+
+from broker.domain.errors import Refusal, Unavailable, invalid
+from broker.engine.commands import Caller
+from broker.engine.keys import SCOPES
+from broker.engine.registry import OF_DEVICE
+from broker.http.edge.errors import body_fault
+from broker.http.edge.services import Services
+from devices.names import RESERVED, is_name
+
+FILTERS_BY_NAME = frozenset({"device", "type", "command"})
+OPERATOR = Caller(actor="operator:local", project=None, scopes=frozenset(SCOPES))
+
+
+class Call(Request[Caller, Any, State]):
+    """One request. `user` is who asks; `services` what answers."""
+
+    __slots__ = ()
+
+    @property
+    def services(self) -> Services:
+        return cast(Services, self.scope["litestar_app"].state["services"])
+
+    async def body(self) -> bytes:
+        """The whole body, kept.
+
+        Raises:
+            HTTPException: 413, as soon as more has come than is taken, whatever length was announced.
+        """
+        if not isinstance(self._body, bytes):
+            most = max(self.services.limits.body_bytes, self.route_handler.opt.get("body_bytes", 0))
+            body, more = bytearray(), True
+            while more:
+                event = cast(dict[str, Any], await self.receive())
+                if event["type"] == "http.disconnect":
+                    raise HTTPException("the client went away")
+                body += event.get("body", b"")
+                more = event.get("more_body", False)
+                if len(body) > most:
+                    raise HTTPException(status_code=413)
+            self._body = bytes(body)
+        return self._body
+
+    async def json(self) -> Any:
+        """The body as the Struct that the handler's `data` says, strictly.
+
+        Litestar's own conversion would take `"5"` for 5; a Struct that is one already it leaves alone.
+        """
+        if header(self, b"content-type").partition(b";")[0].strip().lower() != b"application/json":
+            raise HTTPException(status_code=415)
+        field = self.route_handler.parsed_data_field
+        assert field is not None, "only asked for by a handler that has `data`"
+        try:
+            return msgspec.json.decode(await self.body(), type=field.annotation)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise body_fault(error) from error
+
+
+def needs(scope: str, *, device: bool = False, body_bytes: int = 0) -> dict[str, str | bool | int]:
+    """The options of a route: which scope it asks of a key, whether a device's token will do as well, and
+    how large a body it takes, where that is more than the usual one."""
+    return {"scope": scope, "device": device, "body_bytes": body_bytes}
+
+
+async def authorize(request: Request[Any, Any, Any]) -> None:
+    """Runs before every route that needs a key. No Litestar guard: for those the handler is copied each time.
+
+    Raises:
+        Refusal: unauthorized, forbidden (the key lacks the scope), or what the address says is wrong.
+        Unavailable: it would write, and the log cannot be written now.
+    """
+    state = request.scope["litestar_app"].state
+    services: Services = state["services"]
+    options, secret = request.route_handler.opt, _secret(request)
+    if state["local"]:
+        caller: Caller | None = OPERATOR
+    elif secret.startswith(OF_DEVICE):
+        caller = await services.registry.caller(secret, str(request.path_params.get("device", "")))
+    else:
+        caller = services.keys.caller(secret)
+    if caller is None:
+        raise Refusal("unauthorized", "a valid key is needed: Authorization: Bearer <key>, or X-API-Key")
+    scope = options["scope"]
+    if caller.device_id is not None:
+        if not options.get("device"):
+            raise Refusal("forbidden", "a device's token serves its heartbeat and its own commands only")
+    else:
+        for each in (scope, *options.get("also", ())):
+            if each not in caller.scopes:
+                raise Refusal("forbidden", f"this key does not have the scope {each}", {"scope": each})
+    if request.scope["method"] != "GET" and not scope.endswith(":read") and not services.commands.writer.open:
+        raise Unavailable("the log cannot be written now")
+    request.scope["user"] = caller
+    check_address(request)
+
+
+def check_address(request: Request[Any, Any, Any]) -> None:
+    """What stands in a path is an identifier (reserved ones have their own routes), in a query one value.
+
+    Raises:
+        Refusal: invalid_request.
+    """
+    for field, value in request.scope["path_params"].items():
+        if not is_name(value) and value not in RESERVED:
+            raise invalid(field, "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63}", value)
+    if request.scope["query_string"]:
+        given: set[str] = set()
+        for name, value in request.query_params.multi_items():
+            field = name or "query"
+            if field in given:
+                raise invalid(field, "is given more than once")
+            if "\ufffd" in value:
+                raise invalid(field, "is not UTF-8", value)
+            if field not in FILTERS_BY_NAME and value.lower() == "null":
+                # Litestar would read it as left out, and a list without its filter says too much.
+                raise invalid(field, "cannot be null; leave it out", value)
+            given.add(field)
+
+
+def header(request: Request[Any, Any, Any], name: bytes) -> bytes:
+    """Straight from the scope: building Litestar's headers costs more than the rest of `authorize`."""
+    return next((value for key, value in request.scope["headers"] if key == name), b"")
+
+
+def _secret(request: Request[Any, Any, Any]) -> str:
+    scheme, _, secret = header(request, b"authorization").partition(b" ")
+    if scheme.lower() != b"bearer":
+        secret = header(request, b"x-api-key")
+    return secret.strip().decode("latin-1")

@@ -1,0 +1,223 @@
+"""Errors as HTTP says them: the one table from kinds to statuses, and the one form every error has.
+
+Nothing here tells a caller what went wrong inside: an unexpected failure is logged, and answered as
+`internal`. There is no 422: what is wrong with a request is 400 and names the field.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, cast
+
+import msgspec
+import structlog
+from litestar import Request, Response
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.types import ASGIApp, Receive, Scope, Send
+from msgspec import UNSET, Meta, UnsetType
+
+from broker.domain.errors import Refusal, Unavailable, invalid
+from broker.http.edge.answers import Json
+from broker.http.edge.services import Services
+from broker.seams import Broken, Full
+
+logger = structlog.get_logger()
+
+STATUS = {
+    "invalid_request": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "conflict": 409,
+    "idempotency_conflict": 409,
+    "device_deleted": 409,
+    "gone": 410,
+    "too_large": 413,
+    "unsupported_media_type": 415,
+    "rate_limit_exceeded": 429,
+    "queue_full": 429,
+    "internal": 500,
+    "unavailable": 503,
+}
+HEADERS = {
+    "unauthorized": {"WWW-Authenticate": "Bearer"},
+    "rate_limit_exceeded": {"Retry-After": "1"},
+    "queue_full": {"Retry-After": "1"},
+    "unavailable": {"Retry-After": "1"},
+}
+# What Litestar and this package raise by status alone.
+BY_STATUS = {
+    400: ("invalid_request", "the request is not what it should be"),
+    404: ("not_found", "there is nothing at this path"),
+    405: ("method_not_allowed", "this path does not take this method"),
+    413: ("too_large", "the body is larger than is taken"),
+    415: ("unsupported_media_type", "a body must be JSON: Content-Type: application/json"),
+}
+DOCUMENTED = {
+    400: "`invalid_request`: `details.field` names what is wrong, `details.reason` says why.",
+    401: "`unauthorized`: no key, or one that is unknown or revoked.",
+    403: "`forbidden`: the key lacks the scope.",
+    404: "`not_found`: not known, or of another project.",
+    409: "`conflict` or `idempotency_conflict`: the message says what stands against it.",
+    410: "`gone`: what this idempotency key made was erased.",
+    413: "`too_large`: the body or the parameters.",
+    415: "`unsupported_media_type`: a body must be `application/json`.",
+    429: "`queue_full`: too many open commands, or `rate_limit_exceeded`: too many in a minute; "
+    "`Retry-After` says when to ask again.",
+    503: "`unavailable`: the log cannot be written now; the outcome is unknown, ask again.",
+}
+# Parameters of handlers that could not have the name they have outside.
+RENAMED = {"in_state": "state"}
+_NAMED = re.compile(r"Object (?:(contains unknown)|missing required) field `(.*)`", re.DOTALL)
+
+
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wrong."""
+
+    code: Annotated[
+        str,
+        Meta(
+            description="For programs; one of the codes of the status.",
+            examples=["invalid_request"],
+            extra_json_schema={"enum": list(STATUS)},
+        ),
+    ]
+    message: Annotated[
+        str,
+        Meta(description="For people: a sentence, facts first.", examples=["ttl_sec: Expected `int` >= 1"]),
+    ]
+    details: Annotated[
+        dict[str, Any] | UnsetType,
+        Meta(
+            description="Of an `invalid_request` always `field` and `reason`.",
+            examples=[{"field": "ttl_sec", "reason": "Expected `int` >= 1"}],
+        ),
+    ] = UNSET
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """The form of every error, from every path."""
+
+    error: ErrorDetail
+
+
+class Held(Json[ErrorBody]):
+    """A refusal, held at the commit barrier: it may stand on what is not durable yet. 503 if that fails."""
+
+    def to_asgi_response(  # type: ignore[override]
+        self, app: None, request: Request[Any, Any, Any], **more: Any
+    ) -> ASGIApp:
+        refusal = super().to_asgi_response(app, request, **more)
+        services = _services(request)
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await services.commands.writer.barrier()
+            except Unavailable as error:
+                lost = unavailable(request, error)
+                await lost.to_asgi_response(app=None, request=request)(scope, receive, send)
+            else:
+                await refusal(scope, receive, send)
+
+        return answer
+
+
+def documented(*statuses: int) -> dict[int, ResponseSpec]:
+    """The error answers of a route that asks for a key, for its description."""
+    every = sorted({400, 401, 403, 503, *statuses})
+    return {
+        status: ResponseSpec(ErrorBody, generate_examples=False, description=DOCUMENTED[status])
+        for status in every
+    }
+
+
+def error_body(code: str, message: str, details: dict[str, Any] | None = None) -> ErrorBody:
+    return ErrorBody(error=ErrorDetail(code=code, message=message, details=details or UNSET))
+
+
+def answer(
+    code: str, message: str, details: dict[str, Any] | None = None, headers: Mapping[str, str] | None = None
+) -> Response[ErrorBody]:
+    body = error_body(code, message, details)
+    return Json(body, status_code=STATUS[code], headers={**HEADERS.get(code, {}), **(headers or {})})
+
+
+def refused(request: Request[Any, Any, Any], error: Refusal) -> Response[ErrorBody]:
+    body = error_body(error.kind, error.message, error.details)
+    headers = dict(HEADERS.get(error.kind, {}))
+    if error.retry_after_sec is not None:
+        headers["Retry-After"] = str(error.retry_after_sec)
+    _services(request).metrics.refused(error.kind)
+    return Held(body, status_code=STATUS[error.kind], headers=headers)
+
+
+def unavailable(_: Request[Any, Any, Any], error: Exception) -> Response[ErrorBody]:
+    if not isinstance(error, Unavailable):
+        logger.error("http.storage_failed", error=str(error))
+    return answer("unavailable", "the log cannot be read or written now; ask again")
+
+
+def by_status(request: Request[Any, Any, Any], error: HTTPException) -> Response[ErrorBody]:
+    """What Litestar refuses by itself."""
+    if isinstance(error, ValidationException):
+        return refused(request, _parameter_fault(error))
+    code, message = BY_STATUS.get(error.status_code, BY_STATUS[400])
+    if error.status_code >= 500:
+        logger.warning("http.broken_off", detail=error.detail, path=request.scope["path"])
+        code, message = "internal", "the request could not be served"
+    else:
+        _services(request).metrics.refused(code)
+    details = {"field": "request", "reason": error.detail} if code == "invalid_request" else None
+    # Litestar lists the methods of a path in no order.
+    allow = (error.headers or {}).get("allow")
+    headers = {"Allow": ", ".join(sorted(allow.split(", ")))} if allow else {}
+    return answer(code, message, details, headers)
+
+
+def failed(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorBody]:
+    logger.error(
+        "http.failed", method=request.scope["method"], path=request.scope["path"][:200], exc_info=error
+    )
+    return answer("internal", "something went wrong here; it was logged")
+
+
+HANDLERS: Any = {
+    Refusal: refused,
+    Unavailable: unavailable,
+    Broken: unavailable,
+    Full: unavailable,
+    HTTPException: by_status,
+    Exception: failed,
+}
+
+
+def _services(request: Request[Any, Any, Any]) -> Services:
+    return cast(Services, request.scope["litestar_app"].state["services"])
+
+
+def _parameter_fault(error: ValidationException) -> Refusal:
+    """The first fault that Litestar found in the parameters of a request."""
+    faults = error.extra if isinstance(error.extra, list) else []
+    first = faults[0] if faults and isinstance(faults[0], dict) else {}
+    if first.get("key") == "data":
+        return invalid("body", "is required")
+    reason = str(first.get("message", error.detail)).partition(" - at `")[0]
+    field = str(first.get("key", "request"))
+    return invalid(RENAMED.get(field, field), reason)
+
+
+def body_fault(error: Exception) -> Refusal:
+    """The field that is wrong in a body, out of what the decoder says."""
+    if isinstance(error, RecursionError):
+        return invalid("body", "is nested too deeply")
+    if not isinstance(error, msgspec.ValidationError):
+        return invalid("body", f"is not JSON in UTF-8: {str(error)[:200]}")
+    reason, _, path = str(error).partition(" - at `$")
+    field = path.removesuffix("`").removeprefix(".")
+    if named := _NAMED.fullmatch(reason):
+        field = ".".join(filter(None, [field, named[2]]))
+        reason = "is not known here" if named[1] else "is required"
+    return invalid(field[:200] or "body", reason)

@@ -1,0 +1,160 @@
+"""HTTP on the wire: uvicorn's protocol with bounds on what comes before any key is looked at.
+
+A head has a size and a time, a body has a time, and whoever does not take an answer is cut. What is
+refused here is said in the one form of errors. It must never answer out of turn: where an earlier answer
+is still due, it only closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Literal
+
+import httptools
+import msgspec
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from broker.http.edge.errors import error_body
+
+HEAD_BYTES = 65_536
+HEAD_SEC = 10.0
+BODY_SEC = 30.0
+STALLED_SEC = 10.0  # what was sent fills every buffer on the way, and nobody takes it
+LINGER_SEC = 1.0  # closing at once would take the answer from a client that is still sending
+
+Fault = tuple[Literal[400, 408, 431], str, str]
+MALFORMED: Fault = (400, "invalid_request", "this is not HTTP/1.1")
+LATE: Fault = (408, "invalid_request", "the rest of the request did not come in time")
+TOO_LARGE: Fault = (431, "too_large", f"address and headers are larger than {HEAD_BYTES} bytes")
+
+
+class Bounded(HttpToolsProtocol):
+    """One connection. `_part` is what it is in the middle of; each part of each message has its own time."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, object],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._part: Literal["head", "body"] | None = "head"
+        self._parts = 0  # how many began or ended
+        self._timed = -1  # for which of them the timer runs
+        self._timer: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
+        self._kept = 0  # bytes that came since the parser last passed any on
+        self._fault: Fault | None = None
+        self._refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in filter(None, (self._timer, self._stall)):
+            timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(STALLED_SEC, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if self._part is None:
+            self._enter("head")  # also for empty lines, which the parser passes over
+        self._kept += len(data)
+        super().data_received(data)
+        if self._kept > HEAD_BYTES and self._part is not None:
+            self._refuse(TOO_LARGE)
+        else:
+            self._time()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._enter("head")
+
+    def on_headers_complete(self) -> None:
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > HEAD_BYTES:
+            self._fault = TOO_LARGE
+            raise httptools.HttpParserError(TOO_LARGE[2])
+        super().on_headers_complete()
+        self._enter("body")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._part == "head":  # not after the body: what comes there is nobody's header
+            super().on_header(name, value)
+
+    def on_chunk_header(self) -> None:
+        self._kept = 0
+
+    def on_body(self, body: bytes) -> None:
+        self._kept = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._enter(None)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(self._fault or MALFORMED)
+
+    def _enter(self, part: Literal["head", "body"] | None) -> None:
+        self._part = part
+        self._parts += 1
+        self._kept = 0
+
+    def _time(self) -> None:
+        """Sets the timer of the part that is under way; one that came whole never has any."""
+        if self._timed == self._parts:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timed, self._timer = self._parts, None
+        if self._part is not None:
+            self._timer = self.loop.call_later(HEAD_SEC if self._part == "head" else BODY_SEC, self._late)
+
+    def _late(self) -> None:
+        if self.flow.read_paused:  # it waits for us, not we for it
+            self._timed = -1
+            self._time()
+        elif self._parts == 0 and self._kept == 0:
+            self.transport.close()
+        else:
+            self._refuse(LATE)
+
+    def _refuse(self, fault: Fault) -> None:
+        """The last that is said on this connection."""
+        part, self._refused = self._part, True
+        self._part, self._timed = None, self._parts
+        if self._timer is not None:
+            self._timer.cancel()
+        cycle, turn = self.cycle, not self.pipeline
+        if cycle is not None:
+            # Of a body: unless its answer has begun. Of a head: once the request before has its answer.
+            turn = turn and (not cycle.response_started if part == "body" else cycle.response_complete)
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if not turn or self.transport.is_closing():
+            self.transport.close()
+            return
+        status, code, message = fault
+        details = {"field": "request", "reason": message} if code == "invalid_request" else None
+        body = msgspec.json.encode(error_body(code, message, details))
+        head = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+        head += b"cache-control: no-store\r\nx-content-type-options: nosniff\r\nconnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[status] + head + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._timer = self.loop.call_later(LINGER_SEC, self.transport.close)

@@ -1,0 +1,54 @@
+"""What the HTTP surface stands on, put together by whoever starts the broker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from broker.engine.commands import Commands
+from broker.engine.dispatch import Dispatch
+from broker.engine.erasures import Erasures
+from broker.engine.fanout import Fanout
+from broker.engine.grants import Grants
+from broker.engine.intake import Intake
+from broker.engine.keys import Keys
+from broker.engine.pull import Pull
+from broker.engine.registry import Registry
+from broker.engine.repairs import Repairs
+from broker.http.edge.streams import Streams
+from broker.metrics import Metrics
+from broker.seams import Link
+from broker.settings import Limits, Settings
+from broker.subscriptions.feed import Feed
+from broker.subscriptions.mqtt import MqttEvents
+from broker.subscriptions.webhooks import Webhooks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """`cursor_key` signs the cursors of lists; `ready` gives the reasons why not, none when it is.
+
+    `settings` are what is shown, and whose pages may ask.
+    """
+
+    commands: Commands
+    repairs: Repairs
+    erasures: Erasures
+    fanout: Fanout
+    registry: Registry
+    keys: Keys
+    grants: Grants
+    feed: Feed
+    mqtt_events: MqttEvents
+    webhooks: Webhooks
+    streams: Streams
+    dispatch: Dispatch
+    intake: Intake
+    pull: Pull
+    link: Link
+    metrics: Metrics
+    limits: Limits
+    log_id: str
+    cursor_key: bytes
+    ready: Callable[[], list[str]]
+    settings: Settings = field(default_factory=Settings)

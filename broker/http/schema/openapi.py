@@ -1,0 +1,233 @@
+"""The description of the API, worked out of the handlers themselves, and a page that shows it offline.
+
+Nothing is written by hand that a handler or a Struct says already, and nothing is loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from http import HTTPStatus
+from importlib import resources
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import msgspec
+from litestar import Litestar, Response, Router, get
+from litestar.handlers import HTTPRouteHandler
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.spec import Components, License, SecurityScheme
+from litestar.routes import HTTPRoute
+
+from broker import __version__
+from broker.http.compat import app_command, iotee
+from broker.http.edge import health
+from broker.http.edge.auth import Call
+from broker.http.edge.errors import ErrorBody
+from broker.http.schema import asyncapi
+from broker.http.v1 import commands as v1
+from broker.http.v1 import devices as v1_devices
+from broker.http.v1 import events, fanout, lanes, past, pull, repairs, unmatched, webhooks
+from broker.http.v1 import system as v1_system
+from devices.names import PATTERN as NAME_PATTERN
+
+DESCRIBED = (
+    v1_devices.routes,
+    lanes.routes,
+    v1.routes,
+    fanout.routes,
+    app_command.routes,
+    repairs.routes,
+    events.routes,
+    pull.routes,
+    unmatched.routes,
+    past.routes,
+    iotee.routes,
+    webhooks.routes,
+    v1_system.routes,
+    health.routes,
+)
+# The page runs its own script and speaks to this broker alone.
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+DESCRIPTION = """Commands for MQTT devices: accepted durably, delivered at least once, explained afterwards.
+
+Every call under `/v1` needs a key. Times are RFC 3339 in UTC with milliseconds. `{device}` is a device's
+`id` or its `hardware_id`. What belongs to another project is 404. Lists are
+`{data, has_more, next_cursor}`."""
+TAGS = {
+    "Commands": "Sending commands, following them, and mending what went wrong.",
+    "App": "The same commands in the words of an app: names, idents and data. What stands under the SDK.",
+    "Devices": "What can be commanded: devices, their lanes, their types, and what they said.",
+    "Unversioned": "The same commands under paths, fields and words that other systems use; and erasing.",
+    "Events": "What happened, as CloudEvents: in pages, or as a stream that goes on.",
+    "Webhooks": "Where events are sent to, and what became of it.",
+    "System": "How the broker is. Most of it needs no key.",
+}
+# What stands in many paths and means the same in each.
+PATH_PARAMETERS = {
+    "device": "The device's `id` or `hardware_id`.",
+    "command_id": "The command's `id`.",
+    "webhook": "The webhook's `id`.",
+    "position": "The event's position in the log.",
+}
+# Litestar's words for an answer that has none of its own.
+STANDARD_PHRASES = {status.description for status in HTTPStatus}
+RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string"}}}
+ANSWER_HEADERS = {
+    "401": {"WWW-Authenticate": {"description": "`Bearer`", "schema": {"const": "Bearer"}}},
+    "429": RETRY_AFTER,
+    "503": RETRY_AFTER,
+}
+REPLAYED = {
+    "description": "The same idempotency key and body came before: the first command, as it is now.",
+    "headers": {"Idempotent-Replayed": {"description": "`true`", "schema": {"const": "true"}}},
+}
+
+
+@get("/openapi.json", include_in_schema=False)
+async def description() -> Response[bytes]:
+    return Response(document(), media_type="application/json")
+
+
+@get("/docs", include_in_schema=False)
+async def docs() -> Response[bytes]:
+    return Response(_page(), media_type="text/html", headers={"Content-Security-Policy": PAGE_POLICY})
+
+
+routes = Router("/", route_handlers=[description, docs, asyncapi.description])
+
+
+@cache
+def _page() -> bytes:
+    return (resources.files("broker.http.schema") / "docs.html").read_bytes()
+
+
+@cache
+def document() -> bytes:
+    """OpenAPI 3.1, JSON."""
+    config = OpenAPIConfig(
+        title="Ordain",
+        version=__version__,
+        description=DESCRIPTION,
+        license=License(name="Apache 2.0", identifier="Apache-2.0"),
+        use_handler_docstrings=True,
+        operation_id_creator=lambda handler, method, path: handler.handler_name,
+        components=Components(
+            security_schemes={
+                "bearer": SecurityScheme(
+                    type="http", scheme="bearer", description="A key, or a device's token."
+                ),
+                "key": SecurityScheme(
+                    type="apiKey", name="X-API-Key", security_scheme_in="header", description="The same."
+                ),
+            }
+        ),
+        security=[{"bearer": []}, {"key": []}],
+    )
+    app = Litestar(
+        route_handlers=[*DESCRIBED], request_class=Call, openapi_config=config, logging_config=None
+    )
+    schema = app.openapi_schema.to_schema()
+    handlers = {
+        handler.handler_name: handler
+        for route in app.routes
+        if isinstance(route, HTTPRoute)
+        for handler in route.route_handlers
+    }
+    # Litestar's own words for a Struct lose bounds and docstrings; msgspec knows what it will accept.
+    schema["components"]["schemas"] = _schemas(
+        handlers[each["operationId"]] for _, each in _operations(schema)
+    )
+    for path, operation in _operations(schema):
+        _finish(path, operation, handlers[operation["operationId"]], schema["components"]["schemas"])
+    used = {tag for _, operation in _operations(schema) for tag in operation["tags"]}
+    schema["tags"] = [{"name": tag, "description": text} for tag, text in TAGS.items() if tag in used]
+    return msgspec.json.encode(schema)
+
+
+def _operations(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, item in schema["paths"].items():
+        for method, operation in item.items():
+            yield f"{method.upper()} {path}", operation
+
+
+def _schemas(handlers: Iterable[HTTPRouteHandler]) -> dict[str, Any]:
+    """Every Struct that a handler takes or gives, by name."""
+    found: dict[Any, None] = {ErrorBody: None}
+    for handler in handlers:
+        fields = [handler.parsed_return_field, handler.parsed_data_field]
+        kinds = [field.annotation for field in fields if field is not None]
+        kinds += [spec.data_container for spec in (handler.responses or {}).values()]
+        while kinds:
+            kind = kinds.pop()
+            if get_origin(kind) is not None or isinstance(kind, UnionType):
+                kinds += get_args(kind)
+            elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+                found[kind] = None
+    _, named = msgspec.json.schema_components(list(found), ref_template="#/components/schemas/{name}")
+    return dict(sorted(named.items()))
+
+
+def _finish(path: str, operation: dict[str, Any], handler: HTTPRouteHandler, schemas: dict[str, Any]) -> None:
+    """What Litestar has no words for: titles, what is true of every route, headers of answers."""
+    title, _, text = operation["description"].partition("\n")
+    operation["summary"], operation["description"] = title.strip(), text.strip()
+    if not operation["description"]:
+        del operation["description"]
+    if scope := handler.opt.get("scope"):
+        scopes = [scope, *handler.opt.get("also", ())]
+        operation["security"] = [{"bearer": scopes}, {"key": scopes}]
+    for parameter in operation.get("parameters", []):
+        _finish_parameter(parameter)
+    body = operation.get("requestBody", {})
+    for content in body.get("content", {}).values():
+        content["example"] = _example(content["schema"], schemas)
+        body["required"] = {"type": "null"} not in content["schema"].get("oneOf", [])
+    answers = operation["responses"]
+    if "201" in answers and (path in (v1.CREATE, iotee.CREATE) or path.endswith("/retry")):
+        answers["200"] = REPLAYED | {"content": answers["201"]["content"]}
+    if path == "GET /v1/events":
+        answers["200"]["content"][events.STREAM] = {"schema": {"type": "string"}}
+    for status, answer in answers.items():
+        if not answer.get("headers"):
+            answer["headers"] = ANSWER_HEADERS.get(status, {})
+        if answer["description"] in STANDARD_PHRASES:
+            answer["description"] = _about(answer, schemas) or operation["summary"]
+        if not answer["headers"]:
+            del answer["headers"]
+    operation["responses"] = dict(sorted(answers.items()))
+
+
+def _finish_parameter(parameter: dict[str, Any]) -> None:
+    """In a path, query or header null cannot be said: what may be absent is only not required."""
+    schema = parameter["schema"]
+    kinds = [kind for kind in schema.pop("oneOf", []) if kind != {"type": "null"}]
+    for kind in kinds:
+        schema |= kind
+    if "enum" in schema:
+        schema |= {"type": "string", "enum": [value for value in schema["enum"] if value is not None]}
+    for bound in {"minimum", "maximum"} & schema.keys():
+        schema[bound] = int(schema[bound])
+    schema.pop("description", None)
+    if parameter["in"] == "path":
+        schema["pattern"] = NAME_PATTERN
+        parameter.setdefault("description", PATH_PARAMETERS.get(parameter["name"], ""))
+    for silent in ("deprecated", "allowEmptyValue", "allowReserved"):
+        parameter.pop(silent, None)
+
+
+def _example(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
+    """A body out of the examples of its fields."""
+    for kind in (schema, *schema.get("oneOf", [])):
+        if "$ref" in kind:
+            fields = schemas[kind["$ref"].rpartition("/")[2]]["properties"]
+            known = {name: field.get("examples") or field.get("enum") for name, field in fields.items()}
+            return {name: values[0] for name, values in known.items() if values}
+    return {}
+
+
+def _about(answer: dict[str, Any], schemas: dict[str, Any]) -> str | None:
+    """What the Struct of an answer says of itself."""
+    contents = [content["schema"].get("$ref", "") for content in answer.get("content", {}).values()]
+    said = [schemas.get(name.rpartition("/")[2], {}).get("description") for name in contents]
+    return said[0] if said else None

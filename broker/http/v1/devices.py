@@ -1,0 +1,222 @@
+"""`/v1/devices`: registering, listing and changing devices, and their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Router, delete, get, patch, post
+from litestar.params import FromPath, JSONBody, QueryParameter
+from msgspec import UNSET, Meta, UnsetType
+
+from broker.domain.errors import invalid, not_found
+from broker.domain.events import Changed
+from broker.domain.fleet import DeviceState
+from broker.engine.commands import Caller
+from broker.engine.registry import Issued, NewDevice
+from broker.http.edge.auth import Call, authorize, needs
+from broker.http.edge.errors import documented
+from broker.http.edge.pages import Cursor, Limit, Pager, cut
+from broker.http.v1 import past, views
+from broker.http.v1.past import AsOf
+from broker.http.v1.views import Device, DeviceList, Name, TypeName
+from broker.seams import Sql
+from projections import devices as devices_view
+from projections import past as past_view
+from projections.past import Then
+
+Title = Annotated[str, Meta(max_length=200)]
+Force = Annotated[bool, QueryParameter(description="Also while commands to it are open.")]
+Attributes = Annotated[
+    dict[str, Any], Meta(description="Anything worth keeping about it.", examples=[{"floor": 2}])
+]
+# What is kept must stay readable wherever it is decoded later, however deep the stack is there.
+ATTRIBUTE_LEVELS = 16
+LOCAL_PROJECT = "default"
+
+
+class DeviceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A device to be made known."""
+
+    hardware_id: Annotated[
+        Name,
+        Meta(
+            description="Letters, digits, `_` and `-`; at most 64; not `me` or `pending`.",
+            examples=["door-7"],
+        ),
+    ]
+    type: TypeName
+    id: Annotated[Name | UnsetType, Meta(description="Made up (`dev_…`) if absent.")] = UNSET
+    name: Annotated[Title | None, Meta(examples=["Front door"])] = None
+    attributes: Attributes = {}
+    project: Annotated[Name | UnsetType, Meta(description="For admins: another project than the key's.")] = (
+        UNSET
+    )
+
+
+class DeviceChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is absent keeps its value."""
+
+    type: TypeName | UnsetType = UNSET
+    name: Annotated[Title | UnsetType | None, Meta(examples=["Back door"])] = UNSET
+    attributes: Attributes | UnsetType = UNSET
+
+
+@post("/", status_code=201, opt=needs("devices:write"), responses=documented(409, 413, 415))
+async def register(request: Call, data: JSONBody[DeviceBody]) -> Device:
+    """Register a device
+
+    Makes a device known and gives its token, which is shown this once. A name, as `id` or as `hardware_id`,
+    is given once in the whole broker, for ever: 409 if it is taken.
+    """
+    if data.id == "":
+        raise invalid("id", "must not be empty; leave it out to have one made up")
+    check_levels(data.attributes)
+    new = NewDevice(
+        hardware_id=data.hardware_id,
+        type=data.type,
+        project=project_for(request, data.project),
+        id=None if data.id is UNSET else data.id,
+        name=data.name,
+        attributes=data.attributes,
+    )
+    return _issued(request, await request.services.registry.register(request.user, new))
+
+
+@get("/", opt=needs("devices:read"), responses=documented())
+async def list_devices(
+    request: Call, limit: Limit = 20, cursor: Cursor = None, as_of: AsOf = None
+) -> DeviceList:
+    """List devices
+
+    Newest first; an admin's key sees those of all projects.
+    """
+    project = request.user.project
+    pager = Pager(request.services.cursor_key, "devices", project, *([] if as_of is None else [as_of]))
+    before = pager.after(cursor)
+    place = None if as_of is None else await past.place_of(request, as_of)
+
+    def work(sql: Sql) -> Sequence[DeviceState | Then]:
+        if place is not None:
+            return past_view.devices(sql, project, place(sql), before, limit + 1)
+        return devices_view.newest(sql, project, before, limit + 1)
+
+    page, more = cut(await request.services.commands.writer.storage.read(work), limit)
+    last = page[-1] if more else None
+    return DeviceList(
+        data=[_shown(request, device) for device in page],
+        has_more=more,
+        next_cursor=None if last is None else pager.seal(_state(last).position),
+    )
+
+
+@get("/{device:str}", opt=needs("devices:read"), responses=documented(404))
+async def get_device(request: Call, device: FromPath[str], as_of: AsOf = None) -> Device:
+    """Read a device
+
+    `{device}` is its id or its hardware id.
+    """
+    caller = request.user
+    place = None if as_of is None else await past.place_of(request, as_of)
+
+    def work(sql: Sql) -> DeviceState | Then:
+        if place is not None:
+            return past.find_device(sql, caller, device, place(sql))
+        return find_device(sql, caller, device)
+
+    return _shown(request, await request.services.commands.writer.storage.read(work))
+
+
+@patch("/{device:str}", opt=needs("devices:write"), responses=documented(404, 413, 415))
+async def change_device(request: Call, device: FromPath[str], data: JSONBody[DeviceChange]) -> Device:
+    """Change a device
+
+    Its type, name or attributes; commands accepted before keep what the type said then. Attributes are
+    replaced as a whole.
+    """
+    if data.attributes is not UNSET:
+        check_levels(data.attributes)
+    change = Changed(device_type=data.type, name=data.name, attributes=data.attributes)
+    return _shown(request, await request.services.registry.change(request.user, device, change))
+
+
+@post("/{device:str}/token", status_code=201, opt=needs("devices:write"), responses=documented(404))
+async def rotate_token(request: Call, device: FromPath[str]) -> Device:
+    """Give a device a new token
+
+    Shown this once; the old one stops working at once. Where its type signs grants with HMAC, the
+    `device_secret` is new too.
+    """
+    return _issued(request, await request.services.registry.rotate_token(request.user, device))
+
+
+@delete("/{device:str}", status_code=200, opt=needs("devices:write"), responses=documented(404, 409))
+async def delete_device(request: Call, device: FromPath[str], force: Force = False) -> Device:
+    """Delete a device
+
+    For ever: its names are never given again. With open commands only with `force`: those never handed over
+    are cancelled, the others become `timed_out`, because they may have been done.
+    """
+    return _shown(request, await request.services.registry.delete(request.user, device, force=force))
+
+
+def find_device(sql: Sql, caller: Caller, name: str) -> DeviceState:
+    """A device by either name, as far as the caller may know of it.
+
+    Raises:
+        Refusal: not_found.
+    """
+    device = devices_view.by_name(sql, [name]).get(name)
+    if device is None or not caller.sees(device.project) or device.deleted_at is not None:
+        raise not_found("device", name)
+    return device
+
+
+def _state(device: DeviceState | Then) -> DeviceState:
+    return device.state if isinstance(device, Then) else device
+
+
+def _shown(request: Call, device: DeviceState | Then) -> Device:
+    if isinstance(device, Then):
+        return past.device(device)
+    return views.device(device, request.services.commands.live.presence.get(device.id))
+
+
+def _issued(request: Call, issued: Issued) -> Device:
+    secret = UNSET if issued.secret is None else issued.secret
+    shown = _shown(request, issued.device)
+    return msgspec.structs.replace(shown, device_token=issued.token, device_secret=secret)
+
+
+def project_for(request: Call, wanted: str | UnsetType) -> str:
+    """Where what is made goes: an admin may choose, all others have one project."""
+    caller = request.user
+    own = caller.project or request.services.keys.project_of(caller.actor) or LOCAL_PROJECT
+    if wanted is UNSET or wanted == own:
+        return own
+    if caller.project is not None:
+        raise invalid("project", "this key works in its own project only")
+    return wanted
+
+
+def check_levels(attributes: dict[str, Any]) -> None:
+    level: list[Any] = [attributes]
+    for _ in range(ATTRIBUTE_LEVELS):
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise invalid("attributes", f"nested deeper than {ATTRIBUTE_LEVELS} levels")
+
+
+routes = Router(
+    "/v1/devices",
+    route_handlers=[register, list_devices, get_device, change_device, rotate_token, delete_device],
+    before_request=authorize,
+    tags=["Devices"],
+)

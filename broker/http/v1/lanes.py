@@ -1,0 +1,137 @@
+"""`/v1/devices/{device}/lane`: what waits for a device, what is with it, and what each waits for.
+
+Shows the live state; it must never hold it still or change it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Router, get
+from litestar.params import FromPath
+from msgspec import Meta
+
+from broker.domain.lanes import Member, Presence
+from broker.domain.lifecycle import CommandState
+from broker.http.edge.auth import Call, authorize, needs
+from broker.http.edge.errors import documented
+from broker.http.v1 import past
+from broker.http.v1.devices import find_device
+from broker.http.v1.past import AsOf
+from broker.http.v1.views import PresenceName, StateName, Time, presence_of
+from broker.seams import Sql
+from devices.clock import rfc3339
+from projections import past as past_view
+from projections.past import Then
+
+
+class LaneCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """One open command, and what happens next to it."""
+
+    id: str
+    type: str
+    state: StateName
+    position: Annotated[int, Meta(description="That of its creation in the log: the order of the lane.")]
+    attempts: int
+    created_at: Time
+    expires_at: Time | None
+    next: Annotated[dict[str, Any] | None, Meta(description="As its `explain` says it; null in what was.")]
+
+
+class LaneView(msgspec.Struct, frozen=True, kw_only=True):
+    """The open commands of one device, in order of creation."""
+
+    device_id: str
+    hardware_id: str
+    presence: PresenceName
+    offline_since: Annotated[Time | None, Meta(description="Null also where the moment is not known.")]
+    open: list[LaneCommand]
+    window: Annotated[int, Meta(description="How many may be with the device at a time.")]
+    in_flight: Annotated[int, Meta(description="How many are.")]
+    shut_until: Annotated[
+        Time | None, Meta(description="Until then an answer without id may belong to a command before.")
+    ]
+
+
+@get("/{device:str}/lane", opt=needs("devices:read"), responses=documented(404))
+async def read_lane(request: Call, device: FromPath[str], as_of: AsOf = None) -> LaneView:
+    """Read the lane of a device
+
+    Its open commands, oldest first, and what happens next to each. With `as_of`, what was open then;
+    what this process alone knew (`next`, `shut_until`) is null.
+    """
+    if as_of is not None:
+        return await _lane_then(request, device, as_of)
+    caller, commands = request.user, request.services.commands
+    live, writer = commands.live, commands.writer
+    durable = await writer.storage.read(lambda sql: find_device(sql, caller, device))
+    found = live.device(durable.id) or durable
+    lane = live.lanes.get(found.id)
+    members = [] if lane is None else list(lane.members.values())
+    shown = []
+    for member in members:
+        explanation = await request.services.dispatch.explain(member.state)
+        state = member.state
+        if not state.closed:
+            shown.append(_command(state, explanation.next))
+    kind = commands.types.get(found.device_type)
+    window = members[0].definition.max_in_flight if members else kind.max_in_flight if kind else 1
+    presence = presence_of(found, live.presence.get(found.id))
+    offline = presence is Presence.OFFLINE and not found.online and found.seen_at is not None
+    shut = lane is not None and lane.shut_until > writer.now()
+    answer = LaneView(
+        device_id=found.id,
+        hardware_id=found.hardware_id,
+        presence=presence.value,
+        offline_since=rfc3339(found.seen_at) if offline and found.seen_at is not None else None,
+        open=shown,
+        window=window,
+        in_flight=sum(member.holds_slot for member in members),
+        shut_until=rfc3339(lane.shut_until) if shut and lane is not None else None,
+    )
+    await writer.barrier()
+    return answer
+
+
+async def _lane_then(request: Call, name: str, as_of: str) -> LaneView:
+    caller, commands = request.user, request.services.commands
+    place = await past.place_of(request, as_of)
+
+    def work(sql: Sql) -> tuple[Then, list[CommandState]]:
+        position = place(sql)
+        then = past.find_device(sql, caller, name, position)
+        return then, past_view.lane(sql, then.state.id, position)
+
+    then, states = await commands.writer.storage.read(work)
+    device, kind = then.state, commands.types.get(then.state.device_type)
+    members = [Member(state, commands.live.definitions[state.definition]) for state in states]
+    window = members[0].definition.max_in_flight if members else kind.max_in_flight if kind else 1
+    presence = presence_of(device, past.known(then))
+    offline = presence is Presence.OFFLINE and device.seen_at is not None
+    return LaneView(
+        device_id=device.id,
+        hardware_id=device.hardware_id,
+        presence=presence.value,
+        offline_since=rfc3339(device.seen_at) if offline and device.seen_at is not None else None,
+        open=[_command(state, None) for state in states],
+        window=window,
+        in_flight=sum(member.holds_slot for member in members),
+        shut_until=None,
+    )
+
+
+def _command(state: CommandState, next: dict[str, Any] | None) -> LaneCommand:
+    return LaneCommand(
+        id=state.id,
+        type=state.type,
+        state=state.state.value,  # type: ignore[arg-type]
+        position=state.position,
+        attempts=state.attempts,
+        created_at=rfc3339(state.created_at),
+        expires_at=None if state.expires_at is None else rfc3339(state.expires_at),
+        next=next,
+    )
+
+
+routes = Router("/v1/devices", route_handlers=[read_lane], before_request=authorize, tags=["Devices"])

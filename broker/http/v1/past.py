@@ -1,0 +1,197 @@
+"""`as_of`: reads of what was; and `/v1/diff`: what changed between two points of the log.
+
+A point is a position, or a time: the state after everything recorded at or before it. What is shown
+is worked out from the log alone, so it is the same whenever it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import msgspec
+from litestar import Router, get
+from litestar.params import QueryParameter
+from msgspec import Meta
+
+from broker.domain.errors import invalid, not_found
+from broker.domain.lanes import Presence
+from broker.domain.lifecycle import CommandState
+from broker.engine.commands import Caller
+from broker.http.edge.auth import Call, authorize, needs
+from broker.http.edge.errors import documented
+from broker.http.edge.pages import Cursor, Limit, Pager
+from broker.http.v1 import views
+from broker.http.v1.views import Command, Device
+from broker.log import sqlite as log
+from broker.seams import Sql
+from devices.clock import parse_rfc3339
+from projections import commands as commands_view
+from projections import devices as devices_view
+from projections import past
+from projections.past import Then
+
+PATTERN = {
+    "pattern": "^([0-9]{1,18}|[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]{1,9})?"
+    "(Z|[+-][0-9]{2}:[0-9]{2}))$"
+}
+AsOf = Annotated[
+    str | None,
+    QueryParameter(
+        description="The state as it was: after this position of the log, or after everything recorded at or "
+        "before this RFC 3339 time. Grants are not shown.",
+        schema_extra=PATTERN,
+    ),
+]
+POINT = "A position of the log, or an RFC 3339 time"
+Start = Annotated[
+    str | None,
+    QueryParameter(name="from", description=f"{POINT}; else its beginning.", schema_extra=PATTERN),
+]
+End = Annotated[str | None, QueryParameter(description=f"{POINT}; else now.", schema_extra=PATTERN)]
+Place = Callable[[Sql], int]
+LONGEST_POSITION = 18  # digits
+
+
+class ChangedCommand(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="command"):
+    """A command that is not the same at both points."""
+
+    id: str
+    device_id: str
+    before: Annotated[Command | None, Meta(description="Null: it was not created yet.")]
+    after: Command
+
+
+class ChangedDevice(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="device"):
+    """A device that is not the same at both points; one that was deleted has `deleted_at`."""
+
+    id: str
+    device_id: str
+    before: Annotated[Device | None, Meta(description="Null: it was not registered yet.")]
+    after: Device
+
+
+class ChangeList(msgspec.Struct, frozen=True, kw_only=True):
+    data: list[ChangedCommand | ChangedDevice]
+    has_more: bool
+    next_cursor: str | None
+
+
+async def place_of(request: Call, text: str, field: str = "as_of") -> Place:
+    """Finds the position of a point, inside the transaction that reads.
+
+    Raises:
+        Refusal: invalid_request: it is none, or lies ahead; the latter also from what is returned.
+    """
+    if text.isascii() and text.isdigit() and len(text) <= LONGEST_POSITION:
+        return lambda sql: _reached(sql, int(text), field)
+    try:
+        at = parse_rfc3339(text)
+    except ValueError:
+        raise invalid(field, "must be a position of the log or an RFC 3339 time", text) from None
+    writer = request.services.commands.writer
+    if at > writer.now():
+        raise invalid(field, "lies in the future", text)
+    await writer.barrier()  # what was recorded before that time may still be on its way to the disk
+    return lambda sql: log.place(sql, at)
+
+
+def _head(sql: Sql) -> int:
+    return log.head(sql).position
+
+
+def _reached(sql: Sql, position: int, field: str) -> int:
+    head = _head(sql)
+    if position > head:
+        raise invalid(field, f"the log ends at position {head}", position)
+    return position
+
+
+def find_command(
+    sql: Sql, caller: Caller, command_id: str, device_id: str | None = None, position: int | None = None
+) -> CommandState:
+    """A command as far as the caller may know of it; with a device, only if it is its; with a position, as
+    it was.
+
+    Raises:
+        Refusal: not_found, also before it was created.
+    """
+    if position is None:
+        state = commands_view.get(sql, command_id)
+    else:
+        state = past.command(sql, command_id, position)
+    if state is None or not caller.sees(state.project) or device_id not in (None, state.device_id):
+        raise not_found("command", command_id)
+    return state
+
+
+def find_device(sql: Sql, caller: Caller, name: str, position: int) -> Then:
+    """A device as it was, as far as the caller may know of it.
+
+    Raises:
+        Refusal: not_found, also before it was registered and after it was deleted.
+    """
+    now = devices_view.by_name(sql, [name]).get(name)
+    then = None if now is None or not caller.sees(now.project) else past.device(sql, now.id, position)
+    if then is None or then.state.deleted_at is not None:
+        raise not_found("device", name)
+    return then
+
+
+def known(then: Then) -> Presence | None:
+    """What the log knew of a device being reachable."""
+    return None if not then.state.online else Presence.UNKNOWN if then.void else Presence.ONLINE
+
+
+def device(then: Then) -> Device:
+    return views.device(then.state, known(then))
+
+
+@get("/diff", opt=needs("devices:read"), responses=documented())
+async def read_diff(
+    request: Call,
+    since: Start = None,
+    to: End = None,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+) -> ChangeList:
+    """Read what changed
+
+    Commands and devices that are not the same at two points of the log, in order of their first change. A
+    page may be shorter than `limit` and not be the last: `has_more` says.
+    """
+    project = request.user.project
+    start_of = await place_of(request, "0" if since is None else since, "from")
+    end_of = _head if to is None else await place_of(request, to, "to")
+    pager = Pager(request.services.cursor_key, "diff", project, since, to)
+    after = pager.after(cursor)
+
+    def work(sql: Sql) -> tuple[list[past.Change], int | None]:
+        start, end = start_of(sql), end_of(sql)
+        if start > end:
+            raise invalid("from", f"must not lie after `to`, which is position {end}", since)
+        return past.changes(sql, project, start, end, start if after is None else after, limit)
+
+    found, resume = await request.services.commands.writer.storage.read(work)
+    shown = [_change(change) for change in found]
+    return ChangeList(
+        data=[change for change in shown if change.before != change.after],
+        has_more=resume is not None,
+        next_cursor=None if resume is None else pager.seal(resume),
+    )
+
+
+def _change(change: past.CommandChange | past.DeviceChange) -> ChangedCommand | ChangedDevice:
+    if isinstance(change, past.DeviceChange):
+        device_id = change.after.state.id
+        before = None if change.before is None else device(change.before)
+        return ChangedDevice(id=device_id, device_id=device_id, before=before, after=device(change.after))
+    return ChangedCommand(
+        id=change.after.id,
+        device_id=change.after.device_id,
+        before=None if change.before is None else views.command(change.before, None),
+        after=views.command(change.after, None),
+    )
+
+
+routes = Router("/v1", route_handlers=[read_diff], before_request=authorize, tags=["System"])

@@ -1,0 +1,203 @@
+"""`/v1`: retrying what ended badly, cancelling many at once, and why a command is where it is.
+
+What may be retried or cancelled is decided by the core; nothing here looks at a state to refuse.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from litestar import Response, Router, get, post
+from litestar.params import FromPath, JSONBody
+from msgspec import UNSET, Meta, UnsetType
+
+from broker.domain.errors import invalid
+from broker.domain.explain import Explanation, Said, with_answers
+from broker.domain.lifecycle import CommandState, State
+from broker.engine.registry import check_name
+from broker.engine.repairs import Which
+from broker.http.edge.answers import Json
+from broker.http.edge.auth import Call, authorize, needs
+from broker.http.edge.errors import documented
+from broker.http.v1 import unmatched
+from broker.http.v1.commands import IdempotencyKey, KeyHeader, find, one_key, shown
+from broker.http.v1.past import find_command
+from broker.http.v1.views import Command, Name
+from broker.seams import Sql
+
+# Whatever was retried and is in one of these now had timed out: the device may have it still.
+MAY_REPEAT = (State.TIMED_OUT, State.ACKNOWLEDGED, State.EXECUTED)
+
+
+class RetryBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to retry."""
+
+    idempotency_key: Annotated[
+        IdempotencyKey | UnsetType,
+        Meta(description="A repeated request with the same key names the first retry."),
+    ] = UNSET
+
+
+class Retried(Command, frozen=True, kw_only=True):
+    """A new command, made from one that ended badly."""
+
+    may_repeat: Annotated[
+        bool, Meta(description="The old one timed out, so the device may have done it, or still be at it.")
+    ]
+
+
+class AbandonBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why to give up."""
+
+    reason: Annotated[
+        Annotated[str, Meta(max_length=200)] | None,
+        Meta(description="Kept with the event.", examples=["the door was replaced"]),
+    ] = None
+
+
+class CancelBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which commands; what is absent is any. `all`, if nothing else is given."""
+
+    device: Annotated[Name | None, Meta(description="Its id or hardware id.", examples=["door-7"])] = None
+    type: Annotated[Name | None, Meta(description="The commands' name.")] = None
+    created_by: Annotated[str | None, Meta(description="The id of the key that made them.")] = None
+    all: Annotated[bool, Meta(description="Must be true to cancel without any filter.")] = False
+    reason: Annotated[
+        Annotated[str, Meta(max_length=200)] | None,
+        Meta(description="Kept with the event.", examples=["the key was stolen"]),
+    ] = None
+
+
+class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
+    """What was cancelled."""
+
+    cancelled: Annotated[list[str], Meta(description="Ids, in order of creation.")]
+    count: int
+
+
+@post(
+    "/devices/{device:str}/commands/{command_id:str}/retry",
+    status_code=201,
+    opt=needs("devices:write"),
+    responses=documented(404, 409, 410, 413, 415, 429),
+)
+async def retry_device_command(
+    request: Call,
+    device: FromPath[str],
+    command_id: FromPath[str],
+    data: JSONBody[RetryBody | None] = None,
+    idempotency_key: KeyHeader = None,
+) -> Response[Retried]:
+    """Retry a command of a device
+
+    A new command like one that failed, timed out, expired or was cancelled, at the end of the lane, with
+    as long to live as the old one had. 409 in every other state, and if the device was deleted.
+    """
+    await find(request, command_id, device)
+    return await _retry(request, command_id, data, idempotency_key)
+
+
+@post(
+    "/commands/{command_id:str}/retry",
+    status_code=201,
+    opt=needs("devices:write"),
+    responses=documented(404, 409, 410, 413, 415, 429),
+)
+async def retry_command(
+    request: Call,
+    command_id: FromPath[str],
+    data: JSONBody[RetryBody | None] = None,
+    idempotency_key: KeyHeader = None,
+) -> Response[Retried]:
+    """Retry a command
+
+    As under its device.
+    """
+    return await _retry(request, command_id, data, idempotency_key)
+
+
+@post(
+    "/commands/cancel",
+    status_code=200,
+    opt=needs("devices:write"),
+    responses=documented(404, 413, 415),
+)
+async def cancel_commands(request: Call, data: JSONBody[CancelBody]) -> Cancelled:
+    """Cancel many commands
+
+    Every command that fits and was never handed over; the others stay as they are. Without a filter only
+    with `all`.
+    """
+    filters = (data.device, data.type, data.created_by)
+    if filters == (None, None, None) and not data.all:
+        raise invalid("all", "must be true where neither device, type nor created_by is given")
+    if filters != (None, None, None) and data.all:
+        raise invalid("all", "goes with no filter: leave one or the other out")
+    check_name("device", data.device)
+    check_name("type", data.type)
+    created_by = data.created_by
+    if created_by is not None and ":" not in created_by:
+        created_by = f"key:{created_by}"
+    which = Which(device=data.device, type=data.type, created_by=created_by)
+    ids = await request.services.repairs.cancel_many(request.user, which, data.reason)
+    return Cancelled(cancelled=ids, count=len(ids))
+
+
+@post(
+    "/commands/{command_id:str}/abandon",
+    status_code=200,
+    opt=needs("devices:write"),
+    responses=documented(404, 409, 413, 415),
+)
+async def abandon_command(
+    request: Call, command_id: FromPath[str], data: JSONBody[AbandonBody | None] = None
+) -> Command:
+    """Give up waiting for a command
+
+    Ends what cancelling cannot: a command that was handed over becomes `timed_out`. The device may still do
+    it, and a late answer still corrects it.
+    """
+    reason = None if data is None else data.reason
+    return shown(request, await request.services.commands.abandon(request.user, command_id, reason))
+
+
+@get("/commands/{command_id:str}/explain", opt=needs("devices:read"), responses=documented(404))
+async def explain_command(request: Call, command_id: FromPath[str]) -> Explanation:
+    """Explain a command
+
+    Why it is where it is, and what happens next.
+    """
+    services, caller = request.services, request.user
+    writer = services.commands.writer
+
+    def work(sql: Sql) -> tuple[CommandState, list[Said]]:
+        state = find_command(sql, caller, command_id)
+        return state, unmatched.of_command(sql, state)
+
+    state, said = await writer.storage.read(work)
+    explanation = with_answers(await services.dispatch.explain(state), said)
+    await writer.barrier()
+    return explanation
+
+
+async def _retry(
+    request: Call, command_id: str, data: RetryBody | None, header: str | None
+) -> Response[Retried]:
+    services = request.services
+    key = one_key(UNSET if data is None else data.idempotency_key, header)
+    accepted = await services.repairs.retry(request.user, command_id, key)
+    old = services.commands.live.command(command_id)
+    fields = msgspec.structs.asdict(shown(request, accepted.state))
+    retried = Retried(**fields, may_repeat=old is not None and old.state in MAY_REPEAT)
+    if accepted.replayed:
+        return Json(retried, status_code=200, headers={"Idempotent-Replayed": "true"})
+    return Json(retried)
+
+
+routes = Router(
+    "/v1",
+    route_handlers=[retry_device_command, retry_command, cancel_commands, abandon_command, explain_command],
+    before_request=authorize,
+    tags=["Commands"],
+)

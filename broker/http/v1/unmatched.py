@@ -1,0 +1,130 @@
+"""`/v1/unmatched`: what devices said and nothing could be made of, as it was kept for the operator.
+
+Read only. It stands outside the log, so nothing may be decided on it.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Literal
+
+import msgspec
+from litestar import Router, get
+from litestar.params import QueryParameter
+from msgspec import Meta
+
+from broker.domain.explain import Said
+from broker.domain.lifecycle import CommandState
+from broker.engine.registry import check_name
+from broker.http.edge.auth import Call, authorize, needs
+from broker.http.edge.errors import documented
+from broker.http.edge.pages import Cursor, Limit, Pager, cut
+from broker.http.v1.views import NAME, Time
+from broker.seams import Sql
+from devices.clock import rfc3339
+from projections import devices as devices_view
+
+Reason = Literal[
+    "unknown",
+    "never_handed_over",
+    "promise_broken",
+    "contradiction",
+    "wrong_device",
+    "unknown_device",
+    "nothing_in_flight",
+    "ambiguous",
+    "malformed",
+]
+ByDevice = Annotated[
+    str | None,
+    QueryParameter(description="Only answers of this device: id or hardware id.", schema_extra=NAME),
+]
+ByReason = Annotated[Reason | None, QueryParameter(description="Only answers kept for this reason.")]
+
+
+class Unmatched(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer that fitted nothing."""
+
+    id: int
+    at: Time
+    device_id: Annotated[str | None, Meta(description="Null: of no device that is known.")]
+    reason: Reason
+    topic: str
+    command_id: Annotated[str | None, Meta(description="The command it named, if it named one.")]
+    payload: Annotated[str, Meta(description="Its first 1,024 bytes.")]
+    encoding: Literal["utf-8", "base64"]
+
+
+class UnmatchedList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of answers that fitted nothing."""
+
+    data: list[Unmatched]
+    has_more: bool
+    next_cursor: str | None
+
+
+@get("/unmatched", opt=needs("devices:read"), responses=documented())
+async def list_unmatched(
+    request: Call, device: ByDevice = None, reason: ByReason = None, limit: Limit = 20, cursor: Cursor = None
+) -> UnmatchedList:
+    """List answers that fitted nothing
+
+    Of the key's project, newest first; the last of each device are kept (100). An admin's key sees those of
+    all projects, and of devices that are not known.
+    """
+    caller = request.user
+    project = caller.project
+    check_name("device", device)
+    pager = Pager(request.services.cursor_key, "unmatched", project, device, reason)
+    before = pager.after(cursor)
+
+    def work(sql: Sql) -> list[Any]:
+        wanted: dict[str, Any] = {"project = ?": project, "reason = ?": reason, "id < ?": before}
+        if device is not None:
+            known = devices_view.by_name(sql, [device]).get(device)
+            if known is None or not caller.sees(known.project):
+                return []
+            wanted["device_id = ?"] = known.id
+        where = {clause: value for clause, value in wanted.items() if value is not None}
+        return sql.execute(
+            "SELECT id, at, device_id, reason, topic, command_id, payload FROM unmatched "
+            f"WHERE {' AND '.join(where) or '1'} ORDER BY id DESC LIMIT ?",
+            (*where.values(), limit + 1),
+        ).fetchall()
+
+    page, more = cut(await request.services.commands.writer.storage.read(work), limit)
+    return UnmatchedList(
+        data=[_shown(row) for row in page],
+        has_more=more,
+        next_cursor=pager.seal(page[-1][0]) if more else None,
+    )
+
+
+def of_command(sql: Sql, state: CommandState) -> list[Said]:
+    """What its own device said of a command and did not fit."""
+    rows = sql.execute(
+        "SELECT at, reason FROM unmatched WHERE device_id = ? AND command_id = ? ORDER BY id",
+        (state.device_id, state.id),
+    ).fetchall()
+    return [Said(at=at, reason=reason) for at, reason in rows]
+
+
+def _shown(row: Any) -> Unmatched:
+    payload, encoding = bytes(row[6]), "utf-8"
+    try:
+        text = payload.decode()
+    except UnicodeDecodeError:
+        text, encoding = base64.b64encode(payload).decode(), "base64"
+    return Unmatched(
+        id=row[0],
+        at=rfc3339(row[1]),
+        device_id=row[2],
+        reason=row[3],
+        topic=row[4],
+        command_id=row[5],
+        payload=text,
+        encoding=encoding,  # type: ignore[arg-type]
+    )
+
+
+routes = Router("/v1", route_handlers=[list_unmatched], before_request=authorize, tags=["Devices"])

@@ -1,0 +1,298 @@
+"""Commands, their events and devices as `/v1` shows them. Field names are the contract's, to the letter.
+
+Pure: what is shown is worked out from the folded state and the caller's scopes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from broker.domain import events
+from broker.domain.cloudevents import event_data
+from broker.domain.fleet import DeviceState
+from broker.domain.lanes import Presence
+from broker.domain.lifecycle import CommandState, State
+from broker.log.chain import Row
+from devices.clock import rfc3339
+from devices.names import PATTERN
+from devices.types import DeviceType
+
+Status = Literal["pending", "delivered", "executed", "failed", "expired", "cancelled"]
+StateName = Literal[
+    "pending", "published", "acknowledged", "executed", "failed", "timed_out", "expired", "cancelled"
+]
+PresenceName = Literal["never", "offline", "unknown", "online"]
+Time = Annotated[
+    str,
+    Meta(
+        description="RFC 3339, UTC, milliseconds.",
+        examples=["2026-11-20T09:30:00.000Z"],
+        extra_json_schema={"format": "date-time"},
+    ),
+]
+NAME = {"pattern": PATTERN}
+Name = Annotated[str, Meta(extra_json_schema=NAME)]
+TypeName = Annotated[
+    str,
+    Meta(description="A device type of `GET /v1/types`.", examples=["generic"], extra_json_schema=NAME),
+]
+
+STATUS: dict[State, Status] = {
+    State.PENDING: "pending",
+    State.PUBLISHED: "pending",
+    State.ACKNOWLEDGED: "delivered",
+    State.EXECUTED: "executed",
+    State.FAILED: "failed",
+    State.TIMED_OUT: "failed",
+    State.EXPIRED: "expired",
+    State.CANCELLED: "cancelled",
+}
+TIMEOUTS = {
+    "no_answer": "the device did not answer in time; it may have done it",
+    "no_result": "the device had it, and no result came in time",
+    "ttl": "its time ran out after it was handed over, and no answer came",
+    "unsendable": "it was handed over and could not be sent again; no answer came",
+    "device_deleted": "the device was deleted while it may have had it",
+    "operator": "an operator gave up waiting for an answer",
+}
+
+
+class CommandError(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a command failed, or what is not known of it."""
+
+    code: Annotated[
+        str, Meta(description="`timeout`, `unsendable`, `refused`, `device_error`, or the device's own.")
+    ]
+    message: str
+    details: Annotated[Any, Meta(description="As the device gave them; of a `timeout` its `reason`.")] = UNSET
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True):
+    """What one device is asked to do, and what became of it."""
+
+    id: Annotated[str, Meta(description="`cmd_…`, sortable by time.")]
+    device_id: str
+    hardware_id: str
+    type: str
+    status: Annotated[
+        Status, Meta(description="In short: `failed` with the error code `timeout` where no answer came.")
+    ]
+    params: Annotated[Any, Meta(description="With every default filled in.")]
+    grant_token: Annotated[
+        str | None, Meta(description="Signed for this device; null for keys that may not write.")
+    ]
+    result: Annotated[Any, Meta(description="What the device gave back: an object, or null.")]
+    error: CommandError | None
+    expires_at: Time | None
+    delivered_at: Annotated[Time | None, Meta(description="The device's first answer of any kind.")]
+    executed_at: Time | None
+    created_at: Time
+    state: Annotated[
+        StateName, Meta(description="In full. A `published` command cannot be cancelled any more.")
+    ]
+    published_at: Annotated[Time | None, Meta(description="The first hand-over.")]
+    attempts: Annotated[int, Meta(description="How often it was handed over.")]
+    retry_of: str | None
+
+
+class CommandList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of commands."""
+
+    data: list[Command]
+    has_more: bool
+    next_cursor: str | None
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One recorded fact about a command."""
+
+    position: Annotated[int, Meta(description="Its place in the whole log.")]
+    version: Annotated[int, Meta(description="Its place among the events of this command, from 1.")]
+    type: str
+    recorded_at: Time
+    evidence: Annotated[str | None, Meta(description="How we know.")]
+    data: dict[str, Any]
+    erased: Annotated[bool | UnsetType, Meta(description="Present and true: the data was erased.")] = UNSET
+
+
+class EventList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of the events of a command, in order."""
+
+    data: list[Event]
+    has_more: bool
+    next_cursor: str | None
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """One piece of hardware. Token and secret are in the answer that made them, and nowhere else."""
+
+    id: str
+    hardware_id: Annotated[str, Meta(description="Its name in topics, and its MQTT user name.")]
+    type: str
+    name: str | None
+    attributes: dict[str, Any]
+    project: str
+    presence: Annotated[
+        PresenceName, Meta(description="`unknown`: heard once, not since our last connection.")
+    ]
+    last_seen_at: Annotated[Time | None, Meta(description="When it last came or went.")]
+    created_at: Time
+    updated_at: Time
+    device_token: Annotated[str | UnsetType, Meta(description="`dtok_…`, its MQTT password. Shown once.")] = (
+        UNSET
+    )
+    device_secret: Annotated[
+        str | UnsetType, Meta(description="What HS256 grants are signed with, base64url. Shown once.")
+    ] = UNSET
+    deleted_at: Annotated[Time | UnsetType, Meta(description="In the answer that deleted it.")] = UNSET
+
+
+class DeviceList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of devices."""
+
+    data: list[Device]
+    has_more: bool
+    next_cursor: str | None
+
+
+class TypeCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """One command that a device type has."""
+
+    name: str
+    title: str | None
+    params: Annotated[dict[str, Any] | None, Meta(description="JSON Schema; null: any.")]
+    repeatable: bool
+    completes_on: str
+    default_ttl_sec: int | None
+
+
+class Type(msgspec.Struct, frozen=True, kw_only=True):
+    """One kind of device. `open`: it takes any command name."""
+
+    name: str
+    title: str | None
+    payload: str
+    open: bool
+    presence: str
+    transports: list[str]
+    max_in_flight: int
+    commands: list[TypeCommand]
+
+
+class TypeList(msgspec.Struct, frozen=True, kw_only=True):
+    """All device types."""
+
+    data: list[Type]
+    has_more: bool = False
+    next_cursor: str | None = None
+
+
+def time(ms: int | None) -> str | None:
+    return None if ms is None else rfc3339(ms)
+
+
+def command(state: CommandState, grant_token: str | None) -> Command:
+    return Command(
+        id=state.id,
+        device_id=state.device_id,
+        hardware_id=state.hardware_id,
+        type=state.type,
+        status=STATUS[state.state],
+        params=state.params,
+        grant_token=grant_token,
+        result=state.result,
+        error=error(state),
+        expires_at=time(state.expires_at),
+        delivered_at=time(state.delivered_at),
+        executed_at=time(state.executed_at),
+        created_at=rfc3339(state.created_at),
+        state=state.state.value,  # type: ignore[arg-type]
+        published_at=time(state.published_at),
+        attempts=state.attempts,
+        retry_of=state.retry_of,
+    )
+
+
+def error(state: CommandState) -> CommandError | None:
+    if state.state is State.TIMED_OUT:
+        reason = state.reason or "no_answer"
+        return CommandError(code="timeout", message=TIMEOUTS[reason], details={"reason": reason})
+    if state.error is None:
+        return None
+    details = UNSET if state.error.details is None else state.error.details
+    return CommandError(code=state.error.code, message=state.error.message, details=details)
+
+
+def event(row: Row) -> Event:
+    """A row of the log; one whose data was erased keeps its place."""
+    data, evidence = {}, None
+    if row.data is not None:
+        data = event_data(events.decode(row.type, row.data, row.schema))
+        evidence = data.pop("evidence", None)
+    return Event(
+        position=row.position,
+        version=row.version,
+        type=row.type,
+        recorded_at=rfc3339(row.recorded_at),
+        evidence=evidence,
+        data=data,
+        erased=UNSET if row.data is not None else True,
+    )
+
+
+def device(state: DeviceState, presence: Presence | None, token: str | UnsetType = UNSET) -> Device:
+    return Device(
+        id=state.id,
+        hardware_id=state.hardware_id,
+        type=state.device_type,
+        name=state.name,
+        attributes=state.attributes,
+        project=state.project,
+        presence=presence_of(state, presence).value,
+        last_seen_at=time(state.seen_at),
+        created_at=rfc3339(state.created_at),
+        updated_at=rfc3339(state.updated_at),
+        device_token=token,
+        deleted_at=UNSET if state.deleted_at is None else rfc3339(state.deleted_at),
+    )
+
+
+def presence_of(state: DeviceState, known: Presence | None) -> Presence:
+    """What this process knows of a device, or else what the log does: heard once, it is offline now."""
+    if known is None or known is Presence.NEVER:
+        return Presence.OFFLINE if state.heard else Presence.NEVER
+    return known
+
+
+def types(known: Mapping[str, DeviceType]) -> TypeList:
+    return TypeList(data=[_type(kind) for _, kind in sorted(known.items())])
+
+
+def _type(kind: DeviceType) -> Type:
+    commands = []
+    for name, declared in kind.commands.items():
+        definition = kind.definition(name)
+        commands.append(
+            TypeCommand(
+                name=name,
+                title=declared.title,
+                params=declared.params,
+                repeatable=definition.repeatable,
+                completes_on=definition.completes_on,
+                default_ttl_sec=kind.default_ttl(name),
+            )
+        )
+    return Type(
+        name=kind.name,
+        title=kind.title,
+        payload=kind.payload,
+        open=kind.open,
+        presence=kind.presence,
+        transports=list(kind.transports),
+        max_in_flight=kind.max_in_flight,
+        commands=commands,
+    )

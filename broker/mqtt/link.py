@@ -1,0 +1,336 @@
+"""The MQTT link: one connection to whatever MQTT server there is, kept up until it is closed.
+
+It passes messages on and withholds each PUBACK until it is told; it never decides, keeps anything for a
+dead connection or sends anything twice. Private parts of aiomqtt and paho are used here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import aiomqtt
+import structlog
+from paho.mqtt import client as paho
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from broker.mqtt.packets import (
+    PUBACK,
+    PUBLISH,
+    Splitter,
+    acknowledgement,
+    publish_packet,
+    read_puback,
+    read_publish,
+    whole,
+)
+from broker.mqtt.receipts import Receipts
+from broker.mqtt.wire import Wire
+from broker.mqtt_url import Version, parse_url
+from broker.seams import Entropy, LinkEvents, Message, Outgoing, Receipt
+
+T = TypeVar("T")
+
+logger = structlog.get_logger()
+
+OPEN_WITHIN_SEC = 10
+BACKOFF_SEC = (0.1, 5.0)
+# The server keeps our session, and the answers in it, for as long as a long weekend's outage.
+SESSION_EXPIRY_SEC = 7 * 86_400
+# Answers a second are at most this window divided by the time of a commit: the default of 20 would throttle.
+WINDOW = 1_000
+REFUSED = 0x80
+# 1 is how a server that knows only MQTT 3.1.1 says 0x84.
+WRONG_VERSION = frozenset({1, 0x84})
+
+_SILENT = logging.getLogger("broker.mqtt.aiomqtt")
+_SILENT.disabled = True
+
+
+def _code(answer: int | ReasonCode | None) -> int:
+    return answer.value if isinstance(answer, ReasonCode) else answer or 0
+
+
+class _Connection:
+    """One connection from its TCP socket to its end. A new one each time: aiomqtt's re-used client floods.
+
+    Publishes, answers and their acknowledgements are read and written here; the rest is paho's, which takes
+    the wire for its socket and therefore never blocks.
+    """
+
+    def __init__(self, client: aiomqtt.Client, events: LinkEvents, *, version: Version) -> None:
+        self.up = False
+        self.receipts = Receipts()
+        self._five = version == "5"
+        self._loop = asyncio.get_running_loop()
+        self.lost: asyncio.Future[None] = self._loop.create_future()
+        self._events = events
+        self._aio = client
+        self._paho = client._client
+        self._paho.disable_logger()
+        self._paho.on_disconnect = self._on_disconnect
+        # aiomqtt would watch a socket, and there is none. With no one to tell, paho writes at once.
+        self._paho.on_socket_open = self._paho.on_socket_close = None
+        self._paho.on_socket_register_write = self._paho.on_socket_unregister_write = None
+        self._splitter = Splitter()
+        self._inbox: deque[Message | tuple[int, int]] = deque()
+        self._wire = Wire(self._received, self._ended)
+        self._alive: asyncio.Task[None] | None = None
+
+    async def open(
+        self, host: str, port: int, tls: ssl.SSLContext | None, subscriptions: Sequence[str]
+    ) -> None:
+        """Returns when the server has granted everything; messages wait in the inbox until `announce`."""
+        async with asyncio.timeout(OPEN_WITHIN_SEC):
+            # Both loops switch Nagle's algorithm off: it would make 88 ms of a 0.7 ms round trip.
+            await self._loop.create_connection(lambda: self._wire, host, port, ssl=tls)
+            self._paho._create_socket = lambda: self._wire  # type: ignore[method-assign]
+            self._aio._client_connect()
+            self._alive = asyncio.create_task(self._keep_alive())
+            await self._answer(self._aio._connected)
+            granted = asyncio.create_task(self._aio.subscribe([(topic, 1) for topic in subscriptions]))
+            try:
+                codes = [_code(answer) for answer in await self._answer(granted)]
+            finally:
+                granted.cancel()
+        for topic, value in zip(subscriptions, codes, strict=True):
+            if value >= REFUSED:
+                logger.error("mqtt.subscription_refused", topic=topic, code=value)
+                raise aiomqtt.MqttError(f"the server refused the subscription to {topic}: {value:#04x}")
+
+    async def _answer(self, answer: asyncio.Future[T]) -> T:
+        """What the server says. aiomqtt alone would not notice here that the connection has ended."""
+        either: set[asyncio.Future[Any]] = {answer, self.lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise aiomqtt.MqttError(f"the connection ended too early: {self.lost.exception()}")
+        return answer.result()
+
+    async def _keep_alive(self) -> None:
+        try:
+            while self._paho.loop_misc() == paho.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 - paho's clock
+                await asyncio.sleep(1)
+        except Exception as error:
+            self._lose(error)
+
+    def announce(self) -> None:
+        self.up = True
+        self._tell(self._events.link_up, "link_up")
+        self._drain()
+
+    def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
+        if not self.up:
+            return False
+        if len(self.receipts) >= WINDOW:
+            # Ours are far fewer (send slots), so this server has stopped acknowledging: start afresh.
+            self._lose(aiomqtt.MqttError(f"{WINDOW} messages are not acknowledged"))
+            return False
+        mid = self.receipts.next_id()
+        self._write(publish_packet(mid, outgoing, five=self._five))
+        self.receipts.expect(mid, done)
+        return True
+
+    def puback(self, mid: int, qos: int) -> None:
+        if self.up:
+            self._write(acknowledgement(mid, qos))
+
+    async def end(self) -> None:
+        """Says goodbye if there is anybody, and leaves nothing of itself in the loop."""
+        self.up = False
+        self._lose(aiomqtt.MqttError("closed"))
+        self.lost.exception()  # looked at, so that the loop does not report it
+        if self._aio._connected.done():
+            self._aio._connected.exception()
+        if self._alive is not None:
+            self._alive.cancel()
+            await asyncio.wait({self._alive})
+        self._paho.disconnect()
+        await self._wire.goodbye()
+
+    def _write(self, packet: bytes) -> None:
+        self._wire.write(packet)
+        self._paho._last_msg_out = time.monotonic()  # paho sends a ping only into silence
+
+    def _received(self, data: bytes) -> None:
+        if self.lost.done():
+            return  # what comes now is not acknowledged, and so comes again
+        self._paho._last_bytes_received = time.monotonic()
+        try:
+            for first, body in self._splitter.feed(data):
+                self._take(first, body)
+                if self.lost.done():
+                    break
+        except Exception as error:  # a broken packet, in whatever way paho stumbles over one
+            self._lose(error)
+        self._drain()
+
+    def _take(self, first: int, body: bytes) -> None:
+        kind = first & 0xF0
+        if kind == PUBLISH:
+            self._inbox.append(read_publish(first, body, five=self._five, owner=self))
+        elif kind == PUBACK:
+            self._inbox.append(read_puback(body, five=self._five))
+        else:
+            self._wire.give(whole(first, body))
+            self._paho.loop_read()
+
+    def _ended(self, error: Exception | None) -> None:
+        self._lose(error or aiomqtt.MqttError("the server closed the connection"))
+
+    def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, reason: ReasonCode, _more: Any) -> None:
+        self._lose(aiomqtt.MqttCodeError(reason, "the MQTT connection ended"))
+
+    def _drain(self) -> None:
+        while self.up and self._inbox:
+            come = self._inbox.popleft()
+            if isinstance(come, Message):
+                self._tell(partial(self._events.message, come), come.topic)
+            else:
+                self.receipts.settle(*come)
+
+    def _tell(self, call: Callable[[], None], about: str) -> None:
+        try:
+            call()
+        except Exception:
+            logger.exception("mqtt.callback_failed", about=about)
+
+    def _lose(self, error: Exception) -> None:
+        if not self.lost.done():
+            self.lost.set_exception(error)
+
+
+class MqttLink:
+    """`broker.seams.Link` over a real server. `run` once, in a task; `close` from anywhere.
+
+    `why` is why the link is down, None while it is up; `version` is the MQTT version in use or next tried.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        client_id: str,
+        subscriptions: Sequence[str],
+        events: LinkEvents,
+        clean_session: bool,
+        entropy: Entropy,
+        keepalive: int = 10,
+    ) -> None:
+        self.address = parse_url(url)
+        self.version: Version = self.address.version or "5"
+        self.why: str | None = "not connected yet"
+        self._client_id = client_id
+        self._subscriptions = subscriptions
+        self._events = events
+        self._clean_session = clean_session
+        self._entropy = entropy
+        self._keepalive = keepalive
+        self._tls = ssl.create_default_context() if self.address.tls else None
+        self._connection: _Connection | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+
+    @property
+    def up(self) -> bool:
+        return self._connection is not None and self._connection.up
+
+    def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
+        return self._connection is not None and self._connection.publish(outgoing, done)
+
+    def puback(self, message: Message) -> None:
+        if message.token is not None:
+            connection, mid = message.token
+            connection.puback(mid, message.qos)
+
+    async def run(self) -> None:
+        """Keeps the link up until `close`."""
+        self._task = asyncio.create_task(self._forever())
+        try:
+            await asyncio.wait({self._task})
+        finally:
+            await self.close()
+        if not self._task.cancelled():
+            self._task.result()
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.wait({self._task}, timeout=1)
+
+    async def _forever(self) -> None:
+        failures = 0
+        while not self._closing:
+            failures = 0 if await self._once() else failures + 1
+            shortest, longest = BACKOFF_SEC
+            # The exponent is bounded: 2 ** 2000 would be more than a float holds.
+            ceiling = min(longest, shortest * 2 ** min(failures + 1, 10))
+            await asyncio.sleep(self._entropy.uniform(shortest, ceiling))
+
+    async def _once(self) -> bool:
+        """One connection, as long as it lasts. Returns whether the link was up."""
+        connection = _Connection(self._client(), self._events, version=self.version)
+        why = "closed"
+        try:
+            await connection.open(self.address.host, self.address.port, self._tls, self._subscriptions)
+            self._up(connection)
+            await asyncio.wait({connection.lost})
+            why = str(connection.lost.exception() or "the server ended the connection")
+            return True
+        except (aiomqtt.MqttError, OSError) as error:
+            self._failed(error)
+            return False
+        finally:
+            self._down(connection, why)
+            await connection.end()
+
+    def _client(self) -> aiomqtt.Client:
+        five = self.version == "5"
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = 0 if self._clean_session else SESSION_EXPIRY_SEC
+        properties.ReceiveMaximum = WINDOW
+        return aiomqtt.Client(
+            self.address.host,
+            self.address.port,
+            username=self.address.username,
+            password=self.address.password,
+            identifier=self._client_id,
+            logger=_SILENT,
+            protocol=aiomqtt.ProtocolVersion.V5 if five else aiomqtt.ProtocolVersion.V311,
+            clean_session=None if five else self._clean_session,
+            clean_start=self._clean_session if five else paho.MQTT_CLEAN_START_FIRST_ONLY,
+            properties=properties if five else None,
+            keepalive=self._keepalive,
+            timeout=OPEN_WITHIN_SEC,
+        )
+
+    def _up(self, connection: _Connection) -> None:
+        self._connection = connection
+        self.why = None
+        logger.info("mqtt.link_up", server=self.address.shown, version=self.version)
+        connection.announce()
+
+    def _down(self, connection: _Connection, why: str) -> None:
+        if self._connection is connection:
+            self._connection = None
+            self.why = why
+            connection.up = False
+            log = logger.info if self._closing else logger.warning
+            log("mqtt.link_down", server=self.address.shown, why=why)
+            connection._tell(partial(self._events.link_down, why), "link_down")
+            connection.receipts.forget()
+
+    def _failed(self, error: Exception) -> None:
+        code = _code(error.rc) if isinstance(error, aiomqtt.MqttCodeError) else None
+        if code in WRONG_VERSION and self.version == "5" and self.address.version is None:
+            self.version = "3.1.1"
+        self.why = str(error) or f"no answer within {OPEN_WITHIN_SEC} s"
+        logger.warning("mqtt.connect_failed", server=self.address.shown, why=self.why)

@@ -1,0 +1,1 @@
+"""The operator's tools: backup, export and import, checkpoints, replay, doctor."""

@@ -1,0 +1,47 @@
+"""Asking a broker as its operator: the answer's JSON, or a failure that carries an exit code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+
+DONE, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
+POLL_SEC = 0.1
+
+
+class Failed(Exception):
+    """The command did not do what was asked; carries the exit code."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+async def call(client: httpx2.AsyncClient, method: str, path: str, body: object = None) -> Any:
+    """The answer's JSON.
+
+    Raises:
+        Failed: the broker refused, in its words.
+    """
+    response = (
+        await client.request(method, path, json=body)
+        if body is not None
+        else await client.request(method, path)
+    )
+    answer = response.json()
+    if response.is_error:
+        code = UNREACHABLE if response.status_code >= 500 else REFUSED
+        raise Failed(code, answer["error"]["message"])
+    return answer
+
+
+async def pages(client: httpx2.AsyncClient, path: str) -> list[dict[str, Any]]:
+    """All pages of a list of `/v1`."""
+    found: list[dict[str, Any]] = []
+    cursor: str | None = ""
+    while cursor is not None:
+        page = await call(client, "GET", f"{path}?limit=100" + (f"&cursor={cursor}" if cursor else ""))
+        found += page["data"]
+        cursor = page["next_cursor"]
+    return found

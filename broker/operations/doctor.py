@@ -1,0 +1,184 @@
+"""`ordain doctor`: looks at everything a broker stands on, and says what to do about what is wrong.
+
+It changes nothing, but for the canary, which registers two devices of its own and sends one a command.
+A *fault* is what loses, stops or gives away commands; a *warning* what may come to that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+import stat
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import httpx2
+
+from broker.log import sqlite as log
+from broker.operations.asking import POLL_SEC, Failed, call
+from broker.world import DATABASE, SystemClock, open_for_reading
+from devices.canary import Canary, Login, Untried, strangers
+from devices.clock import rfc3339
+from projections import follower
+
+CANARY_PROJECT = "ordain-canary"
+CANARIES = ("ordain-canary-thief", "ordain-canary-victim")
+MANY_EMBEDDED = 500
+FULL_BYTES, TIGHT_BYTES = 100 << 20, 1 << 30
+CLOCK_FAULT_MS = 5_000
+OPEN = ("pending", "published", "acknowledged")
+OLD_KEY_MS = 366 * 86_400_000
+
+
+class Finding(NamedTuple):
+    """What was looked at, what was seen, and what to do; `do` is empty where all is well."""
+
+    level: Literal["ok", "warning", "fault"]
+    check: str
+    says: str
+    do: str = ""
+
+
+def files(directory: Path) -> Iterator[Finding]:
+    """The data directory, the database's pages, the chain, the disk. Read beside whoever serves.
+
+    Raises:
+        Broken: there is no log, or it cannot be read.
+    """
+    path = directory / DATABASE
+    with closing(open_for_reading(directory)) as sql:
+        open_to = [each for each in (directory, path) if stat.S_IMODE(each.stat().st_mode) & 0o077]
+        if open_to:
+            names = " ".join(map(str, open_to))
+            yield Finding("warning", "file", f"others than the owner may read {names}", f"chmod go= {names}")
+        yield from _database(sql, path)
+    free = shutil.disk_usage(directory).free
+    says = f"{free >> 20} MiB are free"
+    if free < FULL_BYTES:
+        yield Finding("fault", "disk", says, "make room: a full disk refuses every change")
+    elif free < max(TIGHT_BYTES, path.stat().st_size // 4):
+        yield Finding("warning", "disk", says, "make room before it is full")
+    else:
+        yield Finding("ok", "disk", says)
+
+
+def _database(sql: sqlite3.Connection, path: Path) -> Iterator[Finding]:
+    fault = sql.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if fault != "ok":
+        yield Finding("fault", "file", f"{path}: {fault}", "restore a backup into a new directory")
+        return
+    yield Finding("ok", "file", f"{path}, {path.stat().st_size >> 20} MiB, every page is whole")
+    sql.execute("BEGIN")
+    verified = log.verify(sql)
+    if verified.fault is not None:
+        do = "somebody or something changed the log; keep a copy, and restore a backup from before"
+        yield Finding("fault", "chain", verified.fault, do)
+    else:
+        yield Finding("ok", "chain", f"{verified.rows} events, each follows from the one before")
+        if (differs := follower.fault(sql, lambda _: None)) is not None:
+            do = "keep a copy, stop the broker, and: ordain projections rebuild"
+            yield Finding("fault", "projections", differs, do)
+        else:
+            yield Finding("ok", "projections", "they are what follows from the log")
+    behind = log.head(sql).recorded_at - SystemClock().wall_ms()
+    if behind > CLOCK_FAULT_MS:
+        last = rfc3339(log.head(sql).recorded_at)
+        do = "set the clock (NTP); until then nothing is handed over"
+        yield Finding("fault", "clock", f"it is {behind} ms before the last event ({last})", do)
+    else:
+        yield Finding("ok", "clock", "not before the last event")
+
+
+async def broker(client: httpx2.AsyncClient, serving: bool) -> list[Finding]:
+    """What the broker says of itself, and its keys; without one that serves, what its log says."""
+    found = []
+    if not serving:
+        found.append(Finding("warning", "broker", "none serves this log; nothing moves", "ordain serve"))
+    else:
+        ready = await client.get("/readyz")
+        reasons = ready.json()["error"]["details"]["reasons"] if ready.is_error else []
+        found += [
+            Finding("fault", "broker", reason, "see its log lines; it goes on by itself once this is mended")
+            for reason in reasons
+        ]
+        if not reasons:
+            found.append(Finding("ok", "broker", "it serves, and does its whole work"))
+    system = await call(client, "GET", "/v1/system")
+    if system["mqtt"]["kind"] == "embedded" and system["devices"]["known"] > MANY_EMBEDDED:
+        says = f"{system['devices']['known']} devices on the embedded MQTT server"
+        found.append(Finding("warning", "devices", says, "ordain serve --mqtt-server mosquitto"))
+    broken = await call(client, "GET", "/v1/unmatched?reason=promise_broken&limit=1")
+    if broken["data"]:
+        says = "a device did what was expired or cancelled before it was handed over"
+        do = "GET /v1/unmatched?reason=promise_broken: forged, or a grant reached it another way"
+        found.append(Finding("fault", "promises", says, do))
+    return found + _keys(
+        (await call(client, "GET", "/local/keys"))["data"],
+        (await call(client, "GET", "/local/grants"))["data"],
+        system["clock"]["now"],
+    )
+
+
+def _keys(keys: list[dict[str, Any]], grants: list[dict[str, Any]], now: str) -> list[Finding]:
+    valid = [key for key in keys if key["revoked_at"] is None]
+    signing = [key for key in grants if key["signing"]]
+    found = []
+    if not valid:
+        do = "ordain keys create --project P --scope devices:read --scope devices:write"
+        found.append(Finding("warning", "keys", "no API key is valid: nobody can ask anything", do))
+    if not signing:
+        found.append(Finding("fault", "keys", "no key signs grants", "ordain grants rotate"))
+    elif signing[0]["created_at"] < rfc3339(SystemClock().wall_ms() - OLD_KEY_MS):
+        says = f"grants are signed with a key of {signing[0]['created_at'][:10]}"
+        found.append(Finding("warning", "keys", says, "ordain grants rotate"))
+    if not found:
+        admins = sum("admin" in key["scopes"] for key in valid)
+        found.append(Finding("ok", "keys", f"{len(valid)} API keys, {admins} of them for all projects"))
+    return found
+
+
+async def mqtt(client: httpx2.AsyncClient, serving: bool, canary: bool) -> list[Finding]:
+    """The MQTT server's rules: does it let in strangers; with the canary, everything a device must not do."""
+    if not serving:
+        return [Finding("warning", "mqtt", "not looked at: no broker serves", "ordain serve")]
+    system = await call(client, "GET", "/v1/system")
+    url, prefix = system["mqtt"]["url"], system["settings"]["prefix"]
+    do = "see mosquitto.conf and docs/mosquitto.acl: each device its own topics, nobody without a password"
+    try:
+        breaches = await (_canary(client, url, prefix) if canary else strangers(url))
+    except (Untried, Failed) as error:
+        says = f"{url}: its rules could not be tried: {error or type(error).__name__}"
+        hint = "is it up? A server of your own needs the canary's two devices in its password file"
+        return [Finding("warning" if canary else "fault", "mqtt", says, hint)]
+    if breaches:
+        return [Finding("fault", "mqtt", f"{url}: {breach}", do) for breach in breaches]
+    says = "no device reaches another's topics" if canary else "nobody gets in without a password"
+    more = "" if canary else "; with --canary its rules are tried as a device"
+    return [Finding("ok", "mqtt", f"{url}: {says}{more}")]
+
+
+async def _canary(client: httpx2.AsyncClient, url: str, prefix: str) -> list[str]:
+    """Two devices of a project of their own, with new tokens each time; made at the first."""
+    logins = []
+    for name in CANARIES:
+        found = await client.get(f"/v1/devices/{name}")
+        body = {"hardware_id": name, "type": "generic", "project": CANARY_PROJECT}
+        path = "/v1/devices" if found.is_error else f"/v1/devices/{name}/token"
+        made = await call(client, "POST", path, body if found.is_error else None)
+        logins.append(Login(name, made["device_token"]))
+    thief, victim = logins
+
+    async def send() -> str:
+        command = {"type": "canary", "ttl_sec": 60}
+        made = await call(client, "POST", f"/v1/devices/{victim.hardware_id}/commands", command)
+        return str(made["id"])
+
+    async def outcome(command_id: str) -> str:
+        while (state := (await call(client, "GET", f"/v1/commands/{command_id}"))["state"]) in OPEN:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_SEC)
+        return str(state)
+
+    return await Canary(url, prefix, thief, victim, send, outcome).breaches()

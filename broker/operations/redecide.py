@@ -1,0 +1,208 @@
+"""Decides again what a log says was decided: the same functions, the recorded times as the clock.
+
+Pure. For each recorded event of a command the request that led to it is put together from what the log
+holds, `decide` and the lane are asked anew, and what they say must be what was recorded. What the log does
+not hold is not decided again: draws of chance, when bytes were written, whether an attempt still counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from broker.domain import lanes
+from broker.domain.decisions import decide
+from broker.domain.events import (
+    Acknowledged,
+    Cancelled,
+    CommandEvent,
+    Created,
+    Defined,
+    Executed,
+    Expired,
+    Failed,
+    Progressed,
+    Published,
+    Recorded,
+    Started,
+    TimedOut,
+    subject_kind,
+)
+from broker.domain.fleet import DeviceState, evolve_device
+from broker.domain.lanes import Flight, Lane, Member, Presence
+from broker.domain.lifecycle import CommandState, Input, Request, evolve
+from devices.types import Definition
+
+SLOTS = 100
+TIMERS = {
+    "no_answer": Input.ATTEMPT_TIMER,
+    "no_result": Input.RESULT_TIMER,
+    "ttl": Input.EXPIRY,
+    "operator": Input.ABANDON,
+    "device_deleted": Input.DEVICE_DELETED,
+    "unsendable": Input.UNSENDABLE,
+}
+
+
+class Step(NamedTuple):
+    """One decision. `fault`: why it would not be taken again, as a sentence; None if it would be."""
+
+    recorded: Recorded
+    input: Input
+    fault: str | None
+
+
+def redecide(events: Iterable[Recorded], since: int) -> Iterator[Step]:
+    """Decides the events of commands again, from position `since` on; those before are only folded.
+
+    `events` in order of position: of the commands of one device's lane, of the device, the definitions they
+    need, and starts of the broker.
+    """
+    then = _Then()
+    for recorded in events:
+        if subject_kind(recorded.stream) == "command" and recorded.position >= since:
+            yield then.decided(recorded)
+        then.take(recorded)
+
+
+class _Then:
+    """What the broker knew, as far as the log does."""
+
+    def __init__(self) -> None:
+        self.lane = Lane("")
+        self.known: dict[str, Member] = {}
+        self.definitions: dict[str, Definition] = {}
+        self.device: DeviceState | None = None
+        self.void = False  # what was known of the device being online
+
+    def take(self, recorded: Recorded) -> None:
+        event = recorded.event
+        if isinstance(event, Defined):
+            definition = msgspec.convert(event.definition, Definition)
+            self.definitions[recorded.stream.removeprefix("type/")] = definition
+        elif isinstance(event, Started):
+            self.void = True
+        elif subject_kind(recorded.stream) == "device":
+            self.device = evolve_device(self.device, recorded)
+            self.void = self.void and recorded.type != "online"
+        elif subject_kind(recorded.stream) == "command":
+            self._fold(recorded)
+
+    def _fold(self, recorded: Recorded) -> None:
+        member = self.known.get(recorded.stream)
+        state = evolve(None if member is None else member.state, recorded)
+        if member is None:
+            member = self.known[state.id] = Member(state, self.definitions[state.definition])
+            self.lane.members[state.id] = member
+        before, member.state = member.state, state
+        if state.closed:
+            lanes.closed(self.lane, member, recorded.recorded_at)
+        elif before.closed:
+            lanes.reopened(self.lane, member)
+
+    def decided(self, recorded: Recorded) -> Step:
+        member = self.known.get(recorded.stream)
+        event = recorded.event
+        assert isinstance(event, CommandEvent)
+        state = None if member is None else member.state
+        definition = None if member is None else member.definition
+        request = _request(event, state, definition, recorded.recorded_at)
+        decision = decide(state, request)
+        fault = None
+        if decision.event is None:
+            fault = f"{request.input.value}: {decision.verdict.value} {decision.word}".rstrip()
+        elif decision.event != event:
+            fault = f"{request.input.value}: another event would be recorded: {decision.event}"
+        elif member is not None:
+            fault = self._untimely(member, event, request, recorded.recorded_at)
+        return Step(recorded, request.input, fault)
+
+    def _untimely(self, member: Member, event: CommandEvent, request: Request, now: int) -> str | None:
+        """Why a timer would not have run out, or the lane would not have let it go."""
+        state = member.state
+        if request.input in (Input.EXPIRY, Input.RESULT_TIMER, Input.ATTEMPT_TIMER):
+            # The answer time begins when the bytes are written, so not before the hand-over.
+            member.flight = Flight(open=True, written_at=state.handed_over_at)
+            if lanes.overdue(member, now) is not request.input:
+                return f"{request.input.value}: not at {now}"
+        if isinstance(event, Published) and event.transport == "mqtt":
+            for each in self.lane.members.values():
+                each.flight = Flight(open=each is not member)
+            if member not in lanes.due(self.lane, self._presence(), now, SLOTS):
+                return f"hand over by MQTT: not due at {now}, with the device {self._presence().value}"
+        return None
+
+    def _presence(self) -> Presence:
+        if self.device is None or not self.device.heard:
+            return Presence.NEVER
+        if not self.device.online:
+            return Presence.OFFLINE
+        return Presence.UNKNOWN if self.void else Presence.ONLINE
+
+
+def _request(
+    event: CommandEvent, state: CommandState | None, definition: Definition | None, now: int
+) -> Request:
+    """The request that leads to an event, with the facts that the log holds."""
+    repeatable = definition is None or definition.repeatable
+    match event:
+        case Created():
+            return Request(input=Input.CREATE, now=now, created=event)
+        case Published():
+            asked = Input.HAND_OVER if event.transport == "mqtt" else Input.FETCH
+            return Request(
+                input=asked, now=now, transport=event.transport, counts=event.counts, repeatable=repeatable
+            )
+        case Acknowledged():
+            return Request(input=Input.ANSWER_ACKNOWLEDGED, now=now, at=event.at, evidence=event.evidence)
+        case Progressed():
+            return Request(
+                input=Input.ANSWER_PROGRESS,
+                now=now,
+                percent=event.percent,
+                note=event.note,
+                at=event.at,
+                evidence=event.evidence,
+            )
+        case Executed(evidence="mqtt_puback"):
+            one_way = definition is not None and definition.completes_on == "published"
+            return Request(input=Input.ACCEPTED, now=now, one_way=one_way, result=event.result)
+        case Executed():
+            return Request(
+                input=Input.ANSWER_EXECUTED,
+                now=now,
+                result=event.result,
+                at=event.at,
+                evidence=event.evidence,
+            )
+        case Failed():
+            return _failed(event, now)
+        case TimedOut():
+            counted = 0 if state is None else state.counted
+            return Request(
+                input=TIMERS[event.reason],
+                now=now,
+                by=event.by or "broker",
+                reason=event.note,
+                repeatable=repeatable,
+                last_attempt=definition is not None and counted >= definition.max_attempts,
+            )
+        case Expired():
+            return Request(input=Input.EXPIRY, now=now)
+        case Cancelled():
+            asked = Input.CANCEL if event.superseded_by is None else Input.SUPERSEDE
+            return Request(
+                input=asked, now=now, by=event.by, reason=event.reason, superseded_by=event.superseded_by
+            )
+
+
+def _failed(event: Failed, now: int) -> Request:
+    if event.by == "broker":
+        return Request(input=Input.UNSENDABLE, now=now, reason=event.error.message)
+    if event.by == "mqtt_server":
+        return Request(input=Input.REFUSED, now=now, reason=event.error.message, every_attempt_refused=True)
+    return Request(
+        input=Input.ANSWER_FAILED, now=now, error=event.error, at=event.at, evidence=event.evidence
+    )

@@ -1,0 +1,1 @@
+"""Brings events to services: event streams, MQTT and webhooks."""

@@ -1,0 +1,202 @@
+"""Events of commands, told to the MQTT server: `<prefix>/evt/<hardware_id>/<command_id>`, at least once.
+
+QoS 1, never retained, in order, from a checkpoint that is kept beside the log: what the MQTT server has not
+taken is told again, after a restart too. It takes no send slot, and no command ever waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from broker.domain.cloudevents import Entry, Wanted, encoded
+from broker.domain.errors import Unavailable, not_found
+from broker.engine.live import Recent
+from broker.engine.writer import Writer
+from broker.seams import Link, Outgoing, Receipt, Sql
+from broker.subscriptions.feed import Feed, Subscription
+
+logger = structlog.get_logger()
+
+IN_FLIGHT = 32
+SAVE_SEC = 1.0
+AGAIN_SEC = 1.0
+LONGEST_PAUSE_SEC = 60.0
+REFUSED = 0x80
+# Of this one message: its topic, its size, its format. Asking again would stop all others for ever.
+NEVER = frozenset({0x90, 0x95, 0x99})
+
+
+class _Flight:
+    """What the MQTT server was given since we last began, in order, until it has taken it."""
+
+    def __init__(self) -> None:
+        self.open: deque[int] = deque()
+        self.failed: str | None = None
+        self._taken: set[int] = set()
+        self._news = asyncio.Event()
+
+    def settle(self, position: int, receipt: Receipt) -> None:
+        if receipt.reason is None:
+            self.failed = self.failed or "no receipt"
+        elif receipt.reason in NEVER:
+            logger.error("mqtt.event_refused", position=position, reason=f"0x{receipt.reason:02x}")
+            self._taken.add(position)
+        elif receipt.reason >= REFUSED:
+            self.failed = f"the MQTT server refused the publish (0x{receipt.reason:02x})"
+        else:
+            self._taken.add(position)
+        while self.open and self.open[0] in self._taken:
+            self._taken.discard(self.open.popleft())
+        self._news.set()
+
+    async def room(self) -> bool:
+        """Whether it had to be waited for."""
+        waited = False
+        while len(self.open) >= IN_FLIGHT and self.failed is None:
+            waited = True
+            self._news.clear()
+            await self._news.wait()
+        return waited
+
+
+class MqttEvents:
+    """`wanted` says whether anybody can be listening: what is committed while nobody is, is told to nobody.
+
+    `sent` is told how many events went out.
+    """
+
+    def __init__(self, writer: Writer, feed: Feed, prefix: str) -> None:
+        self.link: Link
+        self.log_id = ""
+        self.wanted: Callable[[], bool] = lambda: True
+        self.sent: Callable[[int], None] = lambda _: None
+        self.projects: Recent[str, str] = Recent()  # of the devices told about, by hardware id
+        self._writer = writer
+        self._feed = feed
+        self._prefix = prefix
+        self._checkpoint = 0
+        self._saved = 0
+        self._flight = _Flight()
+        self._why: str | None = None
+        self._pause_sec = AGAIN_SEC  # grows while the MQTT server takes nothing
+
+    @property
+    def lag(self) -> int:
+        return max(0, self._feed.head - self._checkpoint)
+
+    async def load(self, log_id: str) -> None:
+        """Where the last process stood; the first begins with what happens from now on."""
+
+        def work(sql: Sql) -> int | None:
+            row = sql.execute("SELECT value FROM meta WHERE key = 'mqtt_events'").fetchone()
+            return int(row[0]) if row else None
+
+        self.log_id = log_id
+        saved = await self._writer.storage.read(work)
+        self._checkpoint = self._feed.head if saved is None else min(saved, self._feed.head)
+        self._saved = self._checkpoint if saved is not None else -1
+
+    async def run(self) -> None:
+        """Tells what is committed, for ever; after a failure again from the checkpoint."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep())
+            while True:
+                if self.link.up:
+                    await self._tell_all()
+                await asyncio.sleep(self._pause_sec)
+                self._pause_sec = min(2 * self._pause_sec, LONGEST_PAUSE_SEC) if self.link.up else AGAIN_SEC
+
+    async def _tell_all(self) -> None:
+        self._flight = flight = _Flight()
+        with self._feed.subscribed(Wanted(), self._checkpoint) as subscription:
+            while flight.failed is None:
+                await self._tell(subscription, flight)
+        if self.link.up and flight.failed != self._why:
+            logger.warning("mqtt.events_not_taken", why=flight.failed, position=self._checkpoint)
+        self._why = flight.failed
+
+    async def _tell(self, subscription: Subscription, flight: _Flight) -> None:
+        for entry in await subscription.next(SAVE_SEC) or ():
+            if entry.command_id is not None and self.wanted():
+                if await flight.room() and subscription.stale:
+                    subscription.give_back(entry.position - 1)
+                    return
+                if flight.failed is not None or not self._publish(entry, flight):
+                    flight.failed = flight.failed or "the link is down"
+                    return
+        self._looked(subscription.reached, flight)
+
+    def message(self, entry: Entry) -> Outgoing:
+        """What goes to the MQTT server of one event of a command."""
+        self.projects.put(entry.hardware_id, entry.project)
+        return Outgoing(
+            topic=f"{self._prefix}/evt/{entry.hardware_id}/{entry.command_id}",
+            payload=encoded(self.log_id, entry),
+        )
+
+    async def again(self, position: int) -> str | None:
+        """Tells one event once more; its topic, or None if it is no command's.
+
+        Raises:
+            Refusal: not_found.
+            Unavailable: the MQTT server did not take it.
+        """
+        found, _ = await self._feed.page(Wanted(), position - 1, 1)
+        if not found or found[0].position != position:
+            raise not_found("event", str(position))
+        if found[0].command_id is None:
+            return None
+        taken: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        message = self.message(found[0])
+        sent = self.link.publish(message, taken.set_result)
+        if not sent or (reason := (await taken).reason) is None or reason >= REFUSED:
+            raise Unavailable("the MQTT server did not take the event")
+        return message.topic
+
+    def _publish(self, entry: Entry, flight: _Flight) -> bool:
+        position = entry.position
+        flight.open.append(position)
+        if not self.link.publish(
+            self.message(entry), lambda receipt: self._receipt(flight, position, receipt)
+        ):
+            return False
+        self.sent(1)
+        return True
+
+    def _receipt(self, flight: _Flight, position: int, receipt: Receipt) -> None:
+        flight.settle(position, receipt)
+        if flight is self._flight and flight.failed is None:
+            self._why, self._pause_sec = None, AGAIN_SEC
+            self._checkpoint = flight.open[0] - 1 if flight.open else max(self._checkpoint, position)
+
+    def _looked(self, reached: int, flight: _Flight) -> None:
+        if not flight.open and flight.failed is None:
+            self._checkpoint = max(self._checkpoint, reached)
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_SEC)
+            self.save()
+
+    def save(self) -> None:
+        """Stages the checkpoint for the next commit; at most so much is told twice after a crash."""
+        checkpoint = self._checkpoint
+        if checkpoint == self._saved:
+            return
+        try:
+            self._writer.also(
+                lambda sql: sql.execute(
+                    "INSERT OR REPLACE INTO meta VALUES ('mqtt_events', ?)", (str(checkpoint),)
+                )
+            )
+        except Unavailable:
+            return  # it is staged again when the log can be written
+        self._saved = checkpoint
+        self._writer.then(lambda: None, self._not_saved)
+
+    def _not_saved(self) -> None:
+        self._saved = -1

@@ -1,0 +1,260 @@
+"""One webhook at work: reads what its endpoint wants, sends what is due, and says when it must stop.
+
+Sends nothing that is not durable, and skips nothing: whatever is not answered with 2xx stays due. A failing
+endpoint has one request under way at a time, so that it delays itself alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+
+from broker import __version__
+from broker.domain.cloudevents import Entry, Wanted, cloud_event
+from broker.engine.writer import Writer
+from broker.seams import Answer, Outbound
+from broker.subscriptions.feed import Feed, Subscription
+from broker.subscriptions.webhook_queue import GIVE_UP_MS, Pending, Progress, Window, hold_ms, signature
+from devices.clock import rfc3339
+from projections import outgoing
+
+State = Literal["active", "paused", "gone"]
+
+PARALLEL = 16  # requests of one endpoint at a time, each for another device
+SHARED = 128  # of all endpoints together, beyond the first of each
+GONE = 410
+ASKED_TO_WAIT = (429, 503)
+
+
+class Secret(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`until`: it was replaced, and signs beside the new one till then, ms."""
+
+    value: str
+    until: int | None = None
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where to, what, and whether. `events`: bare types; none: all. Times in ms.
+
+    `state`: `paused` until somebody resumes it, `gone` after a 410; `reason` says why.
+    """
+
+    id: str
+    project: str
+    url: str
+    created_at: int
+    created_by: str
+    secrets: tuple[Secret, ...]
+    name: str | None = None
+    events: tuple[str, ...] = ()
+    device_id: str | None = None
+    command: str | None = None
+    state: State = "active"
+    reason: str | None = None
+
+    def signing(self, now: int) -> tuple[Secret, ...]:
+        """The newest secret first."""
+        return tuple(secret for secret in self.secrets if secret.until is None or secret.until > now)
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """One request that was made. `attempt` counts those for this event; None: it was asked for by hand."""
+
+    position: int
+    type: str
+    device_id: str
+    command_id: str | None
+    attempt: int | None
+    at: int
+    duration_ms: int
+    status: int | None
+    error: str | None
+
+    @property
+    def delivered(self) -> bool:
+        return self.status is not None and 200 <= self.status < 300
+
+    @property
+    def outcome(self) -> str:
+        """What the receiver did, in a few words."""
+        return f"answered {self.status}" if self.status is not None else self.error or "no answer"
+
+
+def delivery(
+    log_id: str, entry: Entry, secrets: Sequence[str], timestamp_sec: int
+) -> tuple[dict[str, str], bytes]:
+    """Headers and body of a delivery, as Standard Webhooks has them; without a secret it is not signed."""
+    body = msgspec.json.encode(cloud_event(log_id, entry))
+    id = f"{log_id}_{entry.position}"
+    headers = {
+        "content-type": "application/cloudevents+json",
+        "user-agent": f"Ordain/{__version__}",
+        "webhook-id": id,
+        "webhook-timestamp": str(timestamp_sec),
+    }
+    if secrets:
+        headers["webhook-signature"] = signature(secrets, id, timestamp_sec, body)
+    return headers, body
+
+
+class Sender:
+    """Makes the requests of all endpoints. `tell` hears of each."""
+
+    def __init__(self, writer: Writer, outbound: Outbound, timeout_sec: float) -> None:
+        self.writer = writer
+        self.outbound = outbound
+        self.log_id = ""
+        self.tell: Callable[[Attempt], None] = lambda _: None
+        self.shared = 0
+        self._timeout_sec = timeout_sec
+
+    async def entry(self, project: str, position: int) -> Entry | None:
+        """The event as it is now: what was erased since it was recorded must not leave us."""
+        wanted = Wanted(project=project)
+        found, _ = await self.writer.storage.read(
+            lambda sql: outgoing.page(sql, wanted, position - 1, position, 1)
+        )
+        return found[0] if found else None
+
+    async def send(self, endpoint: Endpoint, entry: Entry, attempt: int | None) -> tuple[Attempt, Answer]:
+        writer = self.writer
+        secrets = [secret.value for secret in endpoint.signing(writer.now())]
+        # The wall, not the broker's clock: receivers compare it with theirs, and refuse what is minutes off.
+        headers, body = delivery(self.log_id, entry, secrets, writer.clock.wall_ms() // 1_000)
+        at = writer.now()
+        answer = await self.outbound.post(endpoint.url, headers, body, self._timeout_sec)
+        made = Attempt(
+            position=entry.position,
+            type=entry.type,
+            device_id=entry.device_id,
+            command_id=entry.command_id,
+            attempt=attempt,
+            at=at,
+            duration_ms=writer.now() - at,
+            status=answer.status,
+            error=answer.error,
+        )
+        self.tell(made)
+        return made, answer
+
+
+class Worker:
+    """`run` it once, and take `window.progress()` from it at any time. `note` hears of each attempt."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        feed: Feed,
+        endpoint: Endpoint,
+        progress: Progress,
+        note: Callable[[Attempt], None],
+    ) -> None:
+        self.window = Window(progress)
+        self._sender, self._feed, self._endpoint, self._note = sender, feed, endpoint, note
+        self._writer = sender.writer
+        self._live: Subscription | None = None
+        self._slots = PARALLEL
+        self._under_way = 0
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._verdict: tuple[State, str] | None = None
+
+    async def run(self) -> tuple[State, str]:
+        """Until it must stop: the state to be in then, and why."""
+        async with asyncio.TaskGroup() as group:
+            reader = group.create_task(self._read())
+            while self._verdict is None:
+                while self._may_start() and (pending := self.window.take(self._writer.now())):
+                    extra = self._under_way > 0
+                    self._under_way += 1
+                    self._sender.shared += extra
+                    group.create_task(self._deliver(pending, extra=extra))
+                await self._sleep()
+            reader.cancel()
+        return self._verdict
+
+    def rest(self) -> None:
+        """Nothing wanted has come: what was committed meanwhile need not be looked at after a restart."""
+        if self._live is not None and self._live.lag == 0:
+            self.window.looked((), self._feed.head, self._writer.now())
+
+    def _may_start(self) -> bool:
+        return self._under_way == 0 or (self._under_way < self._slots and self._sender.shared < SHARED)
+
+    async def _sleep(self) -> None:
+        at = self.window.next_at() if self._may_start() else None
+        try:
+            async with asyncio.timeout(None if at is None else (at - self._writer.now()) / 1_000):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        self._wake.clear()
+
+    # --- what is wanted ---
+
+    async def _read(self) -> None:
+        """History first, then what is committed; never more than the window and one page in memory."""
+        endpoint = self._endpoint
+        wanted = Wanted(
+            project=endpoint.project,
+            device=endpoint.device_id,
+            command=endpoint.command,
+            event=endpoint.events[0] if len(endpoint.events) == 1 else None,
+        )
+        with self._feed.subscribed(wanted, self.window.reached) as subscription:
+            while True:
+                await self._has_room()
+                self._live = subscription
+                entries = await subscription.next()
+                self._live = None  # `rest` must not step over what was read and is not taken in
+                # A failed commit may have left rows that are read and not synced: the next one syncs them.
+                await self._writer.opened()
+                self._take_in(entries or [], subscription.reached)
+
+    def _take_in(self, entries: list[Entry], reached: int) -> None:
+        events = self._endpoint.events
+        chosen = [(each.position, each.device_id) for each in entries if not events or each.type in events]
+        self.window.looked(chosen, reached, self._writer.now())
+        self._wake.set()
+
+    async def _has_room(self) -> None:
+        while self.window.full:
+            self._room.clear()
+            await self._room.wait()
+
+    # --- sending ---
+
+    async def _deliver(self, pending: Pending, *, extra: bool) -> None:
+        try:
+            entry = await self._sender.entry(self._endpoint.project, pending.position)
+            assert entry is not None, "a position of the log stays one"
+            made, answer = await self._sender.send(self._endpoint, entry, pending.attempts + 1)
+            self._judge(pending, made, answer)
+        finally:
+            self._under_way -= 1
+            self._sender.shared -= extra
+            self._wake.set()
+
+    def _judge(self, pending: Pending, made: Attempt, answer: Answer) -> None:
+        now, window = self._writer.now(), self.window
+        if made.delivered:
+            window.delivered(pending, now)
+            self._slots = min(PARALLEL, self._slots * 2)
+            self._room.set()
+        else:
+            self._slots = 1
+            going_on = window.failed(pending, now, self._writer.entropy.uniform)
+            if made.status in ASKED_TO_WAIT:
+                window.hold_until = now + hold_ms(answer.retry_after, self._writer.clock.wall_ms())
+            what = f"the event at position {made.position}"
+            if self._verdict is not None:
+                pass  # others that were under way have nothing to add
+            elif made.status == GONE:
+                self._verdict = "gone", f"the receiver answered {what} with 410 Gone at {rfc3339(now)}"
+            elif not going_on:
+                days = GIVE_UP_MS // 86_400_000
+                self._verdict = "paused", f"{what} could not be delivered for {days} days: {made.outcome}"
+        self._note(made)

@@ -1,0 +1,384 @@
+"""Webhooks: where events are sent to, who may say so, and how far each endpoint is.
+
+Kept beside the log, not in it: memory is what holds, a row of each endpoint follows once a second and before
+any answer. A secret is shown when it is made; it must never be in a log line or in a second answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import structlog
+
+from broker.domain.errors import Refusal, Unavailable, invalid, not_found
+from broker.engine.commands import Caller
+from broker.engine.ids import new_id
+from broker.engine.writer import Writer
+from broker.seams import Answer, Entropy, Outbound, Sql
+from broker.subscriptions.feed import Feed
+from broker.subscriptions.webhook_queue import Pending, Progress, fresh
+from broker.subscriptions.webhook_worker import Attempt, Endpoint, Secret, Sender, Worker
+
+logger = structlog.get_logger()
+
+SAVE_SEC = 1.0
+AGAIN_SEC = 5.0
+ATTEMPTS = 1_000
+SECRETS = 3
+SECRET_BYTES = 32
+
+
+class NoWayOut:
+    """Where nobody gave us one."""
+
+    async def fault(self, url: str) -> str | None:
+        return "cannot be reached from here"
+
+    async def post(self, url: str, headers: Any, body: bytes, timeout_sec: float) -> Answer:
+        return Answer(error="nothing can be sent from here")
+
+
+class Webhook:
+    """One endpoint, and what is known of its deliveries. `attempts`: the last since we started, numbered."""
+
+    def __init__(self, endpoint: Endpoint, progress: Progress) -> None:
+        self.endpoint = endpoint
+        self.attempts: deque[tuple[int, Attempt]] = deque(maxlen=ATTEMPTS)
+        self.worker: Worker | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.changing = asyncio.Lock()
+        self.resending = False
+        self.at_rest = progress  # how far it was when no worker was at it
+        self.saved: Progress | None = None
+
+    @property
+    def progress(self) -> Progress:
+        return self.at_rest if self.worker is None else self.worker.window.progress()
+
+    @property
+    def cursor(self) -> int:
+        """Everything wanted before this position is delivered."""
+        return self.at_rest.cursor if self.worker is None else self.worker.window.cursor
+
+    @property
+    def failing(self) -> Pending | None:
+        """The event that could not be delivered for longest."""
+        if self.worker is not None:
+            return self.worker.window.failing()
+        failed = [pending for pending in self.at_rest.open if pending.failed_since is not None]
+        return min(failed, key=lambda pending: pending.failed_since or 0, default=None)
+
+    def is_open(self, position: int) -> bool:
+        if self.worker is not None:
+            return self.worker.window.is_open(position)
+        open = {pending.position for pending in self.at_rest.open}
+        return position > self.at_rest.reached or position in open
+
+    def note(self, attempt: Attempt) -> None:
+        number = self.attempts[-1][0] + 1 if self.attempts else 1
+        self.attempts.append((number, attempt))
+
+
+class Webhooks:
+    def __init__(
+        self, writer: Writer, feed: Feed, outbound: Outbound, *, timeout_sec: float, per_project: int
+    ) -> None:
+        self.writer = writer
+        self.sender = Sender(writer, outbound, timeout_sec)
+        self._feed = feed
+        self._per_project = per_project
+        self._kept: dict[str, Webhook] = {}
+        self._dirty: dict[str, None] = {}
+        self._group: asyncio.TaskGroup | None = None
+
+    # --- running and keeping ---
+
+    async def load(self, log_id: str) -> None:
+        def work(sql: Sql) -> list[Any]:
+            return sql.execute("SELECT id, endpoint, progress FROM webhooks ORDER BY id").fetchall()
+
+        self.sender.log_id = log_id
+        for id, endpoint, progress in await self.writer.storage.read(work):
+            known = Webhook(
+                msgspec.json.decode(endpoint, type=Endpoint), msgspec.json.decode(progress, type=Progress)
+            )
+            known.saved = known.at_rest
+            self._kept[id] = known
+
+    async def run(self) -> None:
+        """Delivers, for ever."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            try:
+                self._start(self._kept)
+                while True:
+                    await asyncio.sleep(SAVE_SEC)
+                    self.save()
+            finally:
+                self._group = None
+
+    def save(self) -> bool:
+        """Stages the rows of what has changed; False if the log cannot be written now."""
+        if not self.writer.open:
+            return False
+        for id, known in self._kept.items():
+            if known.worker is not None:
+                known.worker.rest()
+                if known.progress != known.saved:
+                    self._dirty[id] = None
+        if not self._dirty:
+            return True
+        ids, self._dirty = tuple(self._dirty), {}
+        rows = []
+        for id in ids:
+            if (kept := self._kept.get(id)) is not None:
+                kept.saved = kept.progress
+                rows.append((id, msgspec.json.encode(kept.endpoint), msgspec.json.encode(kept.saved)))
+        deleted = [(id,) for id in ids if id not in self._kept]
+
+        def work(sql: Sql) -> None:
+            sql.executemany("INSERT OR REPLACE INTO webhooks VALUES (?,?,?)", rows)
+            sql.executemany("DELETE FROM webhooks WHERE id = ?", deleted)
+
+        self.writer.also(work)
+        self.writer.then(lambda: self._start(ids), lambda: self._dirty.update(dict.fromkeys(ids)))
+        return True
+
+    def _start(self, ids: Iterable[str]) -> None:
+        """Lets those work that should and do not: what they are is durable."""
+        for id in ids:
+            known = self._kept.get(id)
+            if known is None or self._group is None or known.task is not None or known.changing.locked():
+                continue
+            if known.endpoint.state == "active":
+                known.task = self._group.create_task(self._serve(known))
+
+    async def _serve(self, known: Webhook) -> None:
+        id, verdict = known.endpoint.id, None
+        try:
+            while verdict is None:
+                worker = Worker(self.sender, self._feed, known.endpoint, known.at_rest, known.note)
+                known.worker = worker
+                try:
+                    verdict = await worker.run()
+                except Exception as error:
+                    logger.error("webhook.failed", webhook=id, error=repr(error), exc_info=error)
+                finally:
+                    known.at_rest, known.worker = worker.window.progress(), None
+                if verdict is None:
+                    await asyncio.sleep(AGAIN_SEC)
+        finally:
+            known.task = None
+            self._dirty[id] = None
+        state, reason = verdict
+        known.endpoint = msgspec.structs.replace(known.endpoint, state=state, reason=reason)
+        logger.warning("webhook.stopped", webhook=id, state=state, reason=reason)
+
+    # --- requests ---
+
+    def all(self, caller: Caller) -> list[Webhook]:
+        """Newest first."""
+        found = [known for known in self._kept.values() if caller.sees(known.endpoint.project)]
+        return sorted(found, key=lambda known: known.endpoint.id, reverse=True)
+
+    def seen(self, caller: Caller, id: str) -> Webhook:
+        """One that the caller may know of.
+
+        Raises:
+            Refusal: not_found.
+        """
+        known = self._kept.get(id)
+        if known is None or not caller.sees(known.endpoint.project):
+            raise not_found("webhook", id)
+        return known
+
+    async def create(self, caller: Caller, project: str, url: str, **fields: Any) -> tuple[Webhook, str]:
+        """A new endpoint, which gets what is recorded from now on; and its secret, `whsec_…`.
+
+        Raises:
+            Refusal: invalid_request (url), conflict: the project has as many as it may have.
+            Unavailable: the log cannot be written.
+        """
+        await self._check(url)
+        await self.writer.room()
+        if sum(known.endpoint.project == project for known in self._kept.values()) >= self._per_project:
+            raise Refusal(
+                "conflict", f"project {project} has {self._per_project} webhooks, as many as it may have"
+            )
+        now, secret = self.writer.now(), new_secret(self.writer.entropy)
+        endpoint = Endpoint(
+            id=new_id("whk", now, self.writer.entropy),
+            project=project,
+            url=url,
+            created_at=now,
+            created_by=caller.actor,
+            secrets=(Secret(value=secret),),
+            **fields,
+        )
+        start = self._feed.head + 1
+        known = self._kept[endpoint.id] = Webhook(endpoint, Progress(cursor=start, reached=start - 1))
+        await self._durable(endpoint.id)
+        return known, secret
+
+    async def change(self, caller: Caller, id: str, **fields: Any) -> Webhook:
+        """Another url, name or choice of events, from its cursor on.
+
+        Raises:
+            Refusal: not_found, invalid_request (url).
+            Unavailable: the log cannot be written.
+        """
+        if "url" in fields:
+            self.seen(caller, id)
+            await self._check(fields["url"])
+        async with self._standing_still(caller, id) as known:
+            known.endpoint = msgspec.structs.replace(known.endpoint, **fields)
+            if "events" in fields:  # what was passed over may be wanted now
+                known.at_rest = msgspec.structs.replace(known.at_rest, reached=known.at_rest.cursor - 1)
+        return known
+
+    async def pause(self, caller: Caller, id: str) -> Webhook:
+        """Sends nothing until it is resumed; nothing is lost meanwhile.
+
+        Raises:
+            Refusal: not_found.
+            Unavailable: the log cannot be written.
+        """
+        async with self._standing_still(caller, id) as known:
+            if known.endpoint.state == "active":
+                reason = f"{caller.actor} paused it"
+                known.endpoint = msgspec.structs.replace(known.endpoint, state="paused", reason=reason)
+        return known
+
+    async def resume(self, caller: Caller, id: str) -> Webhook:
+        """Goes on where it stopped; what failed is due at once, and has its three days again.
+
+        Raises:
+            Refusal: not_found, conflict: the receiver said that it is gone.
+            Unavailable: the log cannot be written.
+        """
+        async with self._standing_still(caller, id) as known:
+            endpoint = known.endpoint
+            if endpoint.state == "gone":
+                raise Refusal("conflict", f"webhook {id} has ended: {endpoint.reason}; make another one")
+            known.endpoint = msgspec.structs.replace(endpoint, state="active", reason=None)
+            known.at_rest = fresh(known.at_rest)
+        return known
+
+    async def redrive(self, caller: Caller, id: str, position: int) -> Webhook:
+        """Sends everything wanted from a position on again, under the same ids.
+
+        Raises:
+            Refusal: not_found, invalid_request: it would skip what is not delivered.
+            Unavailable: the log cannot be written.
+        """
+        async with self._standing_still(caller, id) as known:
+            if not 1 <= position <= known.cursor:
+                raise invalid(
+                    "from",
+                    f"must be a position from 1 to the cursor, {known.cursor}: nothing is skipped",
+                    position,
+                )
+            known.at_rest = Progress(cursor=position, reached=position - 1)
+        return known
+
+    async def rotate(self, caller: Caller, id: str, overlap_sec: int) -> tuple[Webhook, str]:
+        """A new secret; those before sign beside it for `overlap_sec` more.
+
+        Raises:
+            Refusal: not_found.
+            Unavailable: the log cannot be written.
+        """
+        secret = new_secret(self.writer.entropy)
+        async with self._standing_still(caller, id) as known:
+            now = self.writer.now()
+            until = now + overlap_sec * 1_000
+            old = tuple(
+                Secret(value=each.value, until=min(each.until or until, until))
+                for each in known.endpoint.signing(now)
+                if overlap_sec
+            )
+            secrets = (Secret(value=secret), *old)[:SECRETS]
+            known.endpoint = msgspec.structs.replace(known.endpoint, secrets=secrets)
+        return known, secret
+
+    async def delete(self, caller: Caller, id: str) -> Webhook:
+        """Nothing is sent any more, and nothing is kept of it.
+
+        Raises:
+            Refusal: not_found.
+            Unavailable: the log cannot be written.
+        """
+        async with self._standing_still(caller, id) as known:
+            del self._kept[id]
+        return known
+
+    async def resend(self, caller: Caller, id: str, position: int) -> Attempt:
+        """Sends one event of the project once more, now, whatever became of it before; once.
+
+        Raises:
+            Refusal: not_found, conflict: it is still to be sent in its order; rate_limit_exceeded.
+        """
+        known = self.seen(caller, id)
+        if known.is_open(position) and position <= self._feed.head:
+            raise Refusal("conflict", f"the event at position {position} is still to be sent, in its order")
+        if known.resending:
+            raise Refusal("rate_limit_exceeded", f"webhook {id} is sending another event again")
+        known.resending = True
+        try:
+            entry = await self.sender.entry(known.endpoint.project, position) if position > 0 else None
+            if entry is None:
+                raise not_found("event at position", str(position))
+            attempt, _ = await self.sender.send(known.endpoint, entry, None)
+            known.note(attempt)
+        finally:
+            known.resending = False
+        return attempt
+
+    @asynccontextmanager
+    async def _standing_still(self, caller: Caller, id: str) -> AsyncIterator[Webhook]:
+        """Nothing is sent while it is being changed; afterwards the change is durable."""
+        known = self.seen(caller, id)
+        async with known.changing:
+            await self.writer.room()
+            if known.task is not None:
+                known.task.cancel()
+                await asyncio.wait({known.task})
+                known.task = None  # it may have ended before it began
+            self.seen(caller, id)  # it may have been deleted meanwhile
+            try:
+                yield known
+                await self._durable(id)
+            finally:
+                self._dirty[id] = None  # so that it starts again, whatever came of it
+        self._start([id])
+
+    async def _durable(self, id: str) -> None:
+        self._dirty[id] = None
+        if not self.save():
+            raise Unavailable("the log cannot be written now")
+        await self.writer.barrier()
+
+    async def _check(self, url: str) -> None:
+        fault = await self.sender.outbound.fault(url)
+        if fault is not None:
+            raise invalid("url", fault, url)
+
+    # --- figures ---
+
+    def lag(self) -> float:
+        """Positions between the end of the log and the cursor that is furthest behind."""
+        cursors = [known.cursor for known in self._kept.values() if known.endpoint.state == "active"]
+        return float(max(0, self._feed.head + 1 - min(cursors, default=self._feed.head + 1)))
+
+    def stopped(self) -> float:
+        return float(sum(known.endpoint.state != "active" for known in self._kept.values()))
+
+
+def new_secret(entropy: Entropy) -> str:
+    return "whsec_" + base64.b64encode(entropy.token(SECRET_BYTES)).decode()

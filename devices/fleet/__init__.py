@@ -1,0 +1,1 @@
+"""Simulated devices, for trying Ordain out and for load tests."""

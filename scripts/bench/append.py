@@ -1,0 +1,132 @@
+"""What appending costs: whole lives through the writer, against the same rows put into bare SQLite.
+
+Both keep the durability that is promised: WAL and synchronous=FULL. Neither sends anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from broker.domain.events import Acknowledged, CommandEvent, Created, Executed, Published
+from broker.domain.lifecycle import CommandState, evolve
+from broker.engine.ids import new_id
+from broker.engine.writer import Writer
+from broker.log import sqlite as log
+from broker.seams import Sql
+from broker.world import DATABASE, SqliteStorage, SystemClock, SystemEntropy
+from projections import follower
+
+WAITING = (1_000, 100)
+PER_TRANSACTION = 100
+DEVICES = 100
+LIFE_MS = 300_000
+PROJECT, ACTOR = "bench", "key:key_01kagbx5wpf2ts6n8y7zq3v4me"
+PARAMS = msgspec.Raw(b'{"duration_sec":30,"reason":"door 7","by":"bench"}')
+FOLLOWING = (
+    Published(attempt=1),
+    Acknowledged(),
+    Executed(result=msgspec.Raw(b'{"ok":true,"battery_percent":87}')),
+)
+
+Figures = dict[str, list[float]]
+
+
+async def appends(home: Path, rounds: int, count: int) -> Figures:
+    """`count` events each time, four a life."""
+    figures: Figures = {}
+    count -= count % 4
+    for number in range(rounds + 1):
+        found: dict[str, float] = {}
+        for waiting in WAITING:
+            directory = home / f"append-{number}-{waiting}"
+            rate, cost = await _through_the_writer(directory, waiting, count)
+            found |= {f"events/s, {waiting} waiting": rate, f"CPU µs per event, {waiting} waiting": cost}
+        rate, cost = _bare(directory / DATABASE, home / f"bare-{number}.db", count)
+        found |= {f"events/s, bare SQLite by {PER_TRANSACTION}": rate, "CPU µs per event, bare SQLite": cost}
+        for waiting in WAITING:
+            found[f"events/s / bare, {waiting} waiting"] = found[f"events/s, {waiting} waiting"] / rate
+            found[f"CPU / bare, {waiting} waiting"] = found[f"CPU µs per event, {waiting} waiting"] / cost
+        if number:  # the first is the warm-up
+            for name, value in found.items():
+                figures.setdefault(name, []).append(value)
+    return figures
+
+
+async def _through_the_writer(directory: Path, waiting: int, count: int) -> tuple[float, float]:
+    """(events/s, CPU µs per event); so many lives at a time wait for their next event to be durable."""
+    storage = await SqliteStorage.open(directory)
+    try:
+        await storage.write(_create)
+        writer = Writer(storage, SystemClock(), SystemEntropy())
+        await writer.start()
+        running = asyncio.create_task(writer.run())
+        numbers = iter(range(count // 4))
+        since, cpu = time.perf_counter(), time.process_time()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(waiting):
+                group.create_task(_lives(writer, numbers))
+        seconds, cpu = time.perf_counter() - since, time.process_time() - cpu
+        running.cancel()
+        await asyncio.wait({running})
+        assert (await storage.read(log.head)).position == count
+    finally:
+        await storage.close()
+    return count / seconds, cpu / count * 1e6
+
+
+def _create(sql: Sql) -> None:
+    log.create(sql, "log_bench", "00")
+    follower.create(sql)
+
+
+async def _lives(writer: Writer, numbers: Iterator[int]) -> None:
+    for number in numbers:
+        now = writer.now()
+        name = f"bench_{number % DEVICES:04}"
+        created = Created(
+            hardware_id=name,
+            type="lock",
+            device_type="generic",
+            definition="5d41402abc4b2a76b9719d911017c592",
+            topic=f"iotee/dev/{name}/rls",
+            params=PARAMS,
+            expires_at=now + LIFE_MS,
+            ttl_ms=LIFE_MS,
+        )
+        command_id = new_id("cmd", now, writer.entropy)
+        events: tuple[CommandEvent, ...] = (created, *FOLLOWING)
+        state: CommandState | None = None
+        for version, event in enumerate(events, 1):
+            await writer.room()
+            recorded = writer.stage(
+                command_id, version, event, project=PROJECT, device_id=f"dev_{name}", actor=ACTOR
+            )
+            state = evolve(state, recorded)
+            writer.touch_command(state)
+            await writer.barrier()
+
+
+def _bare(source: Path, target: Path, count: int) -> tuple[float, float]:
+    """(events/s, CPU µs per event) of the same rows of `events`, made before, without projections."""
+    with sqlite3.connect(source) as before:
+        rows = before.execute(f"SELECT {log.COLUMNS} FROM events ORDER BY position").fetchall()
+    before.close()
+    assert len(rows) == count
+    bare = sqlite3.connect(target, isolation_level=None)
+    bare.execute("PRAGMA journal_mode = WAL")
+    bare.execute("PRAGMA synchronous = FULL")
+    log.create(bare, "log_bench", "00")
+    since, cpu = time.perf_counter(), time.process_time()
+    for start in range(0, count, PER_TRANSACTION):
+        bare.execute("BEGIN IMMEDIATE")
+        bare.executemany(log.INSERT, rows[start : start + PER_TRANSACTION])
+        bare.execute("COMMIT")
+    seconds, cpu = time.perf_counter() - since, time.process_time() - cpu
+    bare.close()
+    return count / seconds, cpu / count * 1e6

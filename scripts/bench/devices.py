@@ -1,0 +1,76 @@
+"""The benchmark's devices: many `generic` devices on a few connections, in a process of their own.
+
+They answer at once and remember nothing, so that they cost little; they must never be taken for
+reference devices. Prints `ready` when all are subscribed and their `online` has its PUBACK.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from functools import partial
+
+import msgspec
+import uvloop
+
+from scripts.bench.mqtt import Client
+
+PREFIX = "iotee/dev"
+RESULTS = {
+    "acknowledged": b'{"id":"%s","status":"acknowledged"}',
+    "executed": b'{"id":"%s","status":"executed","result":{"ok":true,"battery_percent":87}}',
+}
+
+
+class _Command(msgspec.Struct):
+    id: str
+
+
+_decode = msgspec.json.Decoder(_Command).decode
+
+
+def hardware_id(number: int) -> str:
+    return f"bench_{number:04}"
+
+
+class _Devices:
+    """The devices of one connection."""
+
+    def __init__(self, answers: list[bytes]) -> None:
+        self._answers = answers
+        self.client: Client
+
+    def command(self, topic: bytes, payload: bytes) -> None:
+        command_id = _decode(payload).id.encode()
+        answer_topic = topic.removesuffix(b"rls") + b"ack"
+        for answer in self._answers:
+            self.client.publish(answer_topic, answer % command_id)
+
+
+async def _run(port: int, devices: int, connections: int, answers: list[bytes]) -> None:
+    for number in range(connections):
+        names = [hardware_id(device) for device in range(number, devices, connections)]
+        group = _Devices(answers)
+        group.client = client = await Client.open(port, f"bench-devices-{number}", group.command)
+        await client.subscribe([f"{PREFIX}/{name}/rls" for name in names])
+        for name in names:
+            client.publish(f"{PREFIX}/{name}/status".encode(), b"online", retain=True)
+        await client.settled()
+    print("ready", flush=True)
+    await asyncio.Future()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    number = partial(parser.add_argument, type=int, required=True)
+    number("--port")
+    number("--devices")
+    number("--connections")
+    parser.add_argument("--answers", nargs="+", choices=RESULTS, required=True)
+    given = parser.parse_args()
+    answers = [RESULTS[name] for name in given.answers]
+    uvloop.run(_run(given.port, given.devices, given.connections, answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What a command's way costs over real MQTT: a bare round trip (the floor), and a full life over HTTP.
+
+The same devices and the same Mosquitto serve both. What a life takes is read from the log, so that
+looking does not disturb what is looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import msgspec
+
+from broker.world import open_for_reading
+from scripts.bench import processes
+from scripts.bench.devices import PREFIX, hardware_id
+from scripts.bench.load import Report
+from scripts.bench.mqtt import Client
+
+IN_FLIGHT = 100
+ROUND_WITHIN_SEC = 120
+LOOK_AGAIN_SEC = 0.005
+COMMAND = b'{"id":"cmd_%026d","type":"lock","params":{"duration_sec":30,"reason":"door 7","by":"bench"}}'
+LIVES = """SELECT c.recorded_at, e.recorded_at FROM events c JOIN events e ON e.stream = c.stream
+    WHERE c.type = 'created' AND e.type = 'executed' AND c.position > ?"""
+
+Figures = dict[str, list[float]]
+
+
+class _Trips:
+    """Keeps a number of commands in the air until enough were answered."""
+
+    def __init__(self, devices: int) -> None:
+        self._topics = [f"{PREFIX}/{hardware_id(number)}/rls".encode() for number in range(devices)]
+        self._sent = self._wanted = self._answered = 0
+        self._done: asyncio.Future[None]
+        self.client: Client
+
+    async def run(self, count: int) -> None:
+        self._sent = self._answered = 0
+        self._wanted = count
+        self._done = asyncio.get_running_loop().create_future()
+        for _ in range(min(IN_FLIGHT, count)):
+            self._send()
+        self.client.flush()
+        await self._done
+
+    def answer(self, _topic: bytes, _payload: bytes) -> None:
+        self._answered += 1
+        if self._sent < self._wanted:
+            self._send()
+        elif self._answered == self._wanted:
+            self._done.set_result(None)
+
+    def _send(self) -> None:
+        self.client.publish(self._topics[self._sent % len(self._topics)], COMMAND % self._sent)
+        self._sent += 1
+
+
+async def round_trips(home: Path, rounds: int, count: int, devices: int, connections: int) -> Figures:
+    """Command out, one answer back, nothing kept: what MQTT alone allows."""
+    figures: Figures = {name: [] for name in ("round trips/s", "client CPU µs per round trip")}
+    trips = _Trips(devices)
+    async with processes.mosquitto_server(home) as (port, _):
+        async with processes.devices(home, port, devices, connections, ["executed"]):
+            trips.client = await Client.open(port, "bench", trips.answer)
+            await trips.client.subscribe([f"{PREFIX}/+/ack"])
+            for number in range(rounds + 1):
+                since, cpu = time.perf_counter(), time.process_time()
+                async with asyncio.timeout(ROUND_WITHIN_SEC):
+                    await trips.run(count)
+                if number:  # the first is the warm-up
+                    figures["round trips/s"].append(count / (time.perf_counter() - since))
+                    cpu_each = (time.process_time() - cpu) / count
+                    figures["client CPU µs per round trip"].append(cpu_each * 1e6)
+            trips.client.close()
+    return figures
+
+
+async def lives(
+    home: Path, rounds: int, count: int, devices: int, connections: int, profile: Path | None
+) -> Figures:
+    """Created over HTTP, published, acknowledged, executed: everything durable on its way."""
+    figures: Figures = {}
+    async with (
+        processes.mosquitto_server(home) as (mqtt_port, mosquitto),
+        processes.broker(home, mqtt_port, profile) as (port, broker),
+    ):
+        scopes = ["--scope", "devices:read", "--scope", "devices:write"]
+        key = processes.ordain("keys", "create", "--project", "bench", *scopes, "--data", str(home))
+        await _register(port, key, devices)
+        async with processes.devices(
+            home, mqtt_port, devices, connections, ["acknowledged", "executed"]
+        ) as fleet:
+            pids = {"broker": broker, "Mosquitto": mosquitto, "devices": fleet}
+            log = open_for_reading(home)
+            for number in range(rounds + 1):
+                async with asyncio.timeout(ROUND_WITHIN_SEC):
+                    found = await _round(log, port, key, devices, count, pids)
+                if number:
+                    for name, value in found.items():
+                        figures.setdefault(name, []).append(value)
+            log.close()
+    return figures
+
+
+async def _register(port: int, key: str, devices: int) -> None:
+    headers = {"Authorization": f"Bearer {key}"}
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as client:
+        for number in range(devices):
+            body = {"hardware_id": hardware_id(number), "type": "generic"}
+            (await client.post("/v1/devices", json=body)).raise_for_status()
+
+
+async def _round(
+    log: sqlite3.Connection, port: int, key: str, devices: int, count: int, pids: dict[str, int]
+) -> dict[str, float]:
+    """One load process from its first request until the last command is executed."""
+    (after,) = log.execute("SELECT max(position) FROM events").fetchone()
+    before = {name: processes.cpu_sec(pid) for name, pid in pids.items()}
+    report = await _load(port, key, devices, count)
+    while log.execute("SELECT 1 FROM lanes LIMIT 1").fetchone():  # noqa: ASYNC110 - another process's
+        await asyncio.sleep(LOOK_AGAIN_SEC)
+    spent = {name: processes.cpu_sec(pid) - before[name] for name, pid in pids.items()}
+    spent["load"] = report.cpu_sec
+    times = log.execute(LIVES, (after,)).fetchall()
+    if len(times) != count:
+        raise AssertionError(f"{count} commands were accepted, and {len(times)} executed")
+    seconds = (max(end for _, end in times) - min(start for start, _ in times)) / 1_000
+    p50, p99 = _quantiles([float(end - start) for start, end in times])
+    http_p50, http_p99 = _quantiles(report.latencies_ms)
+    return {
+        "lives/s": count / seconds,
+        **{f"{name} CPU µs per life": value / count * 1e6 for name, value in spent.items()},
+        "created to executed, p50 ms": p50,
+        "created to executed, p99 ms": p99,
+        "POST answered, p50 ms": http_p50,
+        "POST answered, p99 ms": http_p99,
+    }
+
+
+async def _load(port: int, key: str, devices: int, count: int) -> Report:
+    program = [sys.executable, "-m", "scripts.bench.load", "--port", str(port), "--key", key]
+    program += ["--devices", str(devices), "--count", str(count)]
+    load = await asyncio.create_subprocess_exec(*program, cwd=processes.ROOT, stdout=asyncio.subprocess.PIPE)
+    try:
+        said, _ = await load.communicate()
+    finally:
+        if load.returncode is None:
+            load.kill()
+            await load.wait()
+    if load.returncode:
+        raise ConnectionError("the load could not be sent")
+    return msgspec.json.decode(said, type=Report)
+
+
+def _quantiles(values: list[float]) -> tuple[float, float]:
+    """p50 and p99."""
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return cuts[49], cuts[98]

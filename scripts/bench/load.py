@@ -1,0 +1,129 @@
+"""The benchmark's load: creates commands over keep-alive HTTP, each connection one request at a time.
+
+A process of its own, because it must not share a core's time with what it measures. Prints one line
+of JSON: seconds, CPU seconds, and the latencies of the requests in ms. Any answer but 201 ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from typing import cast
+
+import msgspec
+import uvloop
+
+from scripts.bench.devices import hardware_id
+
+CONNECTIONS = 32
+BODY = b'{"type":"lock","params":{"duration_sec":30,"reason":"door 7","by":"bench"}}'
+REQUEST = (
+    b"POST /v1/devices/%s/commands HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer %s\r\n"
+    b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+)
+LENGTH = b"\r\ncontent-length: "
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What the load saw; `latencies_ms` has one entry a request."""
+
+    seconds: float
+    cpu_sec: float
+    latencies_ms: list[float]
+
+
+class _Load:
+    """What all connections share: the requests, and what is left to send."""
+
+    def __init__(self, key: str, devices: int, count: int) -> None:
+        names = [hardware_id(number).encode() for number in range(devices)]
+        self._requests = [REQUEST % (name, key.encode(), len(BODY), BODY) for name in names]
+        self._count = count
+        self._sent = 0
+        self.latencies_ms: list[float] = []
+        self.done = asyncio.get_running_loop().create_future()
+
+    def next(self) -> bytes | None:
+        if self._sent == self._count:
+            return None
+        self._sent += 1
+        return self._requests[self._sent % len(self._requests)]
+
+    def answered(self, seconds: float) -> None:
+        self.latencies_ms.append(seconds * 1_000)
+        if len(self.latencies_ms) == self._count:
+            self.done.set_result(None)
+
+    def failed(self, why: str) -> None:
+        if not self.done.done():
+            self.done.set_exception(ConnectionError(why))
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self, load: _Load) -> None:
+        self._load = load
+        self._rest = b""
+        self._since = 0.0
+        self._transport: asyncio.WriteTransport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's are of no class of asyncio's
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._load.failed(f"the broker closed a connection: {error}")
+
+    def send(self) -> None:
+        request = self._load.next()
+        if request is not None:
+            self._since = time.perf_counter()
+            self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self._rest += data
+        head, blank, body = self._rest.partition(b"\r\n\r\n")
+        if not blank:
+            return
+        if not head.startswith(b"HTTP/1.1 201"):
+            self._load.failed(f"not 201 but {self._rest.decode(errors='replace')[:300]}")
+            return
+        if len(body) >= int(head.partition(LENGTH)[2].partition(b"\r\n")[0]):
+            self._rest = b""
+            self._load.answered(time.perf_counter() - self._since)
+            self.send()
+
+
+async def _run(port: int, key: str, devices: int, count: int) -> Report:
+    load = _Load(key, devices, count)
+    loop = asyncio.get_running_loop()
+    connections = [
+        (await loop.create_connection(lambda: _Connection(load), "127.0.0.1", port))[1]
+        for _ in range(CONNECTIONS)
+    ]
+    since, cpu = time.perf_counter(), time.process_time()
+    for connection in connections:
+        connection.send()
+    await load.done
+    return Report(
+        seconds=time.perf_counter() - since,
+        cpu_sec=time.process_time() - cpu,
+        latencies_ms=load.latencies_ms,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("--port", "--devices", "--count"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--key", required=True)
+    given = parser.parse_args()
+    try:
+        report = uvloop.run(_run(given.port, given.key, given.devices, given.count))
+    except OSError as error:
+        sys.exit(f"load: {error}")
+    print(msgspec.json.encode(report).decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The processes a benchmark starts, and what the system says of them: real servers on free ports.
+
+Each ends with its block. Nothing here measures time; nobody may start one outside a `with`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx2
+
+ROOT = Path(__file__).parents[2]
+# Debian puts the server where only root's PATH leads.
+PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+READY_WITHIN_SEC = 20
+END_WITHIN_SEC = 20
+LOOK_AGAIN_SEC = 0.02
+# The limits of mosquitto.conf; without rights and persistence, which cost the same to everybody.
+MOSQUITTO = """
+listener {port} 127.0.0.1
+allow_anonymous true
+set_tcp_nodelay true
+max_inflight_messages 1000
+max_queued_messages 100000
+log_dest none
+"""
+ORDAIN = "from broker.cli.main import main; main()"
+# Only the thread of the event loop is seen; that is where the broker's own code runs.
+PROFILED = "import cProfile; from broker.cli.main import main; cProfile.run('main()', {path!r})"
+
+
+def unused_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def mosquitto() -> str:
+    """The full path of the server."""
+    found = shutil.which("mosquitto", path=PATH)
+    if found is None:
+        raise SystemExit("mosquitto is not installed (Debian: apt install mosquitto)")
+    return found
+
+
+def cpu_sec(pid: int) -> float:
+    """The CPU time a process has used, in user and system mode, to the clock tick (10 ms)."""
+    # The name of the program, in parentheses, may hold spaces.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@asynccontextmanager
+async def process(arguments: Sequence[str], log: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Runs a program, what it says as an error in `log`; asked to end at the end, and then made to."""
+    with log.open("wb") as errors:
+        running = await asyncio.create_subprocess_exec(
+            *arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors
+        )
+    try:
+        yield running
+    except BaseException:
+        _show_end(log)
+        raise
+    finally:
+        if running.returncode is None:
+            running.terminate()
+            try:
+                async with asyncio.timeout(END_WITHIN_SEC):
+                    await running.communicate()
+            except TimeoutError:
+                running.kill()
+                await running.communicate()
+
+
+@asynccontextmanager
+async def mosquitto_server(home: Path) -> AsyncIterator[tuple[int, int]]:
+    """(port, process id) of a Mosquitto that accepts connections."""
+    port = unused_port()
+    config = home / "mosquitto.conf"
+    config.write_text(MOSQUITTO.format(port=port))
+    async with process([mosquitto(), "-c", str(config)], home / "mosquitto.log") as server:
+        async with asyncio.timeout(READY_WITHIN_SEC):
+            while not _accepts(port):  # noqa: ASYNC110 - another process's
+                await asyncio.sleep(LOOK_AGAIN_SEC)
+        yield port, server.pid
+
+
+@asynccontextmanager
+async def devices(
+    home: Path, port: int, count: int, connections: int, answers: Sequence[str]
+) -> AsyncIterator[int]:
+    """The process id of the devices; all are online."""
+    program = [sys.executable, "-m", "scripts.bench.devices", "--port", str(port), "--devices", str(count)]
+    program += ["--connections", str(connections), "--answers", *answers]
+    async with process(program, home / "devices.log") as running:
+        assert running.stdout is not None
+        async with asyncio.timeout(READY_WITHIN_SEC):
+            if await running.stdout.readline() != b"ready\n":
+                raise ConnectionError("the devices did not come online")
+        yield running.pid
+
+
+@asynccontextmanager
+async def broker(home: Path, mqtt_port: int, profile: Path | None) -> AsyncIterator[tuple[int, int]]:
+    """(HTTP port, process id) of a real `ordain serve` on the data directory `home`, ready for work."""
+    port = unused_port()
+    config = home / "bench.toml"
+    # A round queues as much as it likes: what is measured is work, not being refused.
+    config.write_text("[limits]\nqueue_per_name = 1000000\nqueue_per_device = 1000000\n")
+    code = ORDAIN if profile is None else PROFILED.format(path=str(profile))
+    program = [sys.executable, "-c", code, "serve", "--data", str(home), "--config", str(config)]
+    program += ["--http", f"127.0.0.1:{port}", "--mqtt-url", f"mqtt://127.0.0.1:{mqtt_port}"]
+    async with process(program, home / "broker.log") as running:
+        async with asyncio.timeout(READY_WITHIN_SEC):
+            while not (_accepts(port) and _ready(port)):
+                if running.returncode is not None:
+                    raise ConnectionError("the broker did not start")
+                await asyncio.sleep(LOOK_AGAIN_SEC)
+        yield port, running.pid
+
+
+def ordain(*arguments: str) -> str:
+    """What one command of the command line prints."""
+    program = [sys.executable, "-c", ORDAIN, *arguments]
+    return subprocess.run(program, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _show_end(log: Path) -> None:
+    print(f"\n--- {log.name}\n{log.read_text(errors='replace')[-2_000:]}", file=sys.stderr)
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _ready(port: int) -> bool:
+    return httpx2.get(f"http://127.0.0.1:{port}/readyz").status_code == 200

@@ -1,0 +1,86 @@
+"""`make soak`: long runs on real processes, with faults; what they came to, and whether all of it is right.
+
+backlog: everybody offline, a long queue, two kill -9, then all devices at once. slope: does memory grow with
+what was done? away: the MQTT server or the broker is gone for a while. It prints figures, and ends with
+status 1 when a promise was broken; it must never judge by speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from scripts.soak import away as soak_away
+from scripts.soak import backlog as soak_backlog
+from scripts.soak import slope as soak_slope
+from scripts.soak.judge import Figures
+
+Run = Callable[[Path, argparse.Namespace, Figures], Coroutine[None, None, list[str]]]
+RUNS: dict[str, Run] = {"backlog": soak_backlog.run, "slope": soak_slope.run, "away": soak_away.run}
+
+
+def main() -> int:
+    given = _options()
+    figures: Figures = {"load before": "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())}
+    since = time.monotonic()
+    home = Path(tempfile.mkdtemp(prefix="ordain-soak-", dir=given.dir))
+    try:
+        faults = uvloop.run(RUNS[given.run](home, given, figures))
+    except BaseException:
+        for log in sorted(home.glob("*.log")):
+            print(f"--- {log}\n{log.read_text(errors='replace')[-2_000:]}", file=sys.stderr)
+        raise
+    if faults or given.keep:
+        print(f"all of it is kept in {home}", file=sys.stderr)
+    else:
+        shutil.rmtree(home)
+    figures["seconds in all"] = time.monotonic() - since
+    figures["load after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
+    if given.json:
+        print(msgspec.json.encode({"figures": figures, "faults": faults}).decode())
+    else:
+        for name, value in figures.items():
+            print(f"{name:52} {value if isinstance(value, str) else f'{value:,.2f}':>14}")
+        print("\n".join(f"FAULT {fault}" for fault in faults) or "no fault found")
+    return int(bool(faults))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scripts.soak", description=__doc__)
+    parser.add_argument("--dir", type=Path, help="where the log is put; not a file system in memory")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the log and all else; with faults it is kept"
+    )
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
+    runs = parser.add_subparsers(dest="run", required=True)
+    backlog = runs.add_parser("backlog", help="a long queue for devices that come back at once")
+    backlog.add_argument("--devices", type=int, default=1_000)
+    backlog.add_argument("--count", type=int, default=100_000, help="at most 400 a device")
+    backlog.add_argument("--child", action="store_true", help="the broker's own Mosquitto, killed with it")
+    backlog.add_argument("--ack-timeout", type=int, default=10, help="seconds; what was cut off waits for it")
+    slope = runs.add_parser("slope", help="memory by what was closed")
+    slope.add_argument("--devices", type=int, default=100)
+    slope.add_argument("--count", type=int, default=300_000)
+    slope.add_argument("--warm-up", type=int, default=100_000)
+    slope.add_argument("--every", type=int, default=50_000)
+    slope.add_argument("--trace", type=Path, metavar="PATH", help="what grows in the broker; slows it a lot")
+    away = runs.add_parser("away", help="the MQTT server or the broker is gone for a while")
+    away.add_argument("--devices", type=int, default=100)
+    away.add_argument("--rate", type=float, default=30, help="commands a second, all the while")
+    away.add_argument("--seconds", type=float, default=60)
+    away.add_argument("--time-out", type=int, default=5, help="seconds to an answer; three times to a result")
+    away.add_argument("--how", nargs="+", choices=soak_away.WAYS, default=list(soak_away.USUAL))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""What a soak runs on: a real broker, a real Mosquitto and the fleet, each killed and started again at will.
+
+Also what the system says of them. Nothing here judges, and nothing is started that does not end with `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from subprocess import DEVNULL, PIPE
+
+import httpx2
+import msgspec
+
+from broker.world import open_for_reading
+from scripts.bench import processes
+from scripts.soak.fleet import Books
+
+WITHIN_SEC = 60
+LOOK_AGAIN_SEC = 0.05
+# The other end of a line to the fleet: it may have thousands of connections to open.
+TOLD_WITHIN_SEC = 120
+# The limits and the saving of mosquitto.conf; only our own processes come here, so all are let in.
+MOSQUITTO = """
+user root
+listener {port} 127.0.0.1
+allow_anonymous true
+persistence true
+persistence_location {home}/
+autosave_interval 10
+set_tcp_nodelay true
+max_inflight_messages 1000
+max_queued_messages 100000
+log_dest none
+"""
+TRACED = "from scripts.soak.trace import main; main({path!r})"
+
+
+async def until(fact: Callable[[], bool], what: str, within: float = WITHIN_SEC) -> None:
+    """Returns when it is so.
+
+    Raises:
+        TimeoutError: it did not come in time; says what.
+    """
+    try:
+        async with asyncio.timeout(within):
+            while not fact():  # noqa: ASYNC110 - another process's
+                await asyncio.sleep(LOOK_AGAIN_SEC)
+    except TimeoutError:
+        raise TimeoutError(f"not within {within:g} s: {what}") from None
+
+
+class Program:
+    """A process with as many lives as it needs; all of them say what they say in one file."""
+
+    def __init__(self, name: str, arguments: Sequence[str], home: Path) -> None:
+        self.log = home / f"{name}.log"
+        self._arguments = arguments
+        self._process: asyncio.subprocess.Process | None = None
+        self._spent_sec = 0.0
+        self._peak_mb = 0.0
+
+    async def start(self, *, pipes: bool = False) -> asyncio.subprocess.Process:
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._arguments,
+                cwd=processes.ROOT,
+                stdin=PIPE if pipes else DEVNULL,
+                stdout=PIPE if pipes else log,
+                stderr=log,
+            )
+        return self._process
+
+    async def end(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal and waits for the end of this life; does nothing if there is none."""
+        if self._process is None:
+            return
+        if self._process.returncode is None:
+            self._peak_mb, self._spent_sec = self.peak_mb(), self.cpu_sec()
+            self._process.send_signal(number)
+        await self._process.wait()
+        self._process = None
+
+    @property
+    def running(self) -> asyncio.subprocess.Process:
+        if self._process is None or self._process.returncode is not None:
+            raise ConnectionError(f"it is not running; see {self.log}")
+        return self._process
+
+    def cpu_sec(self) -> float:
+        """Of all its lives."""
+        return self._spent_sec + processes.cpu_sec(self.running.pid)
+
+    def rss_mb(self) -> float:
+        return self._memory_mb("VmRSS")
+
+    def peak_mb(self) -> float:
+        """The largest of all its lives."""
+        return max(self._peak_mb, self._memory_mb("VmHWM"))
+
+    def _memory_mb(self, field: str) -> float:
+        lines = Path(f"/proc/{self.running.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1_024 for line in lines if line.startswith(f"{field}:"))
+
+
+class World:
+    """The processes of one run, in its directory. `child`: the broker has a Mosquitto of its own."""
+
+    def __init__(
+        self, home: Path, device_type: str, *, child: bool = False, trace: Path | None = None
+    ) -> None:
+        self.home, self.data, self.names = home, home / "data", list[str]()
+        self.port, self.mqtt_port = processes.unused_port(), processes.unused_port()
+        self.key = ""
+        (home / "types").mkdir(parents=True)
+        (home / "types" / "soak.toml").write_text(device_type)
+        (home / "soak.toml").write_text(f'types = "{home}/types"\n')
+        (home / "mosquitto.conf").write_text(MOSQUITTO.format(port=self.mqtt_port, home=home))
+        serve = ["serve", "--data", str(self.data), "--config", str(home / "soak.toml")]
+        serve += ["--http", f"127.0.0.1:{self.port}"]
+        serve += (
+            ["--mqtt-server", "mosquitto", "--mqtt-listen", f"127.0.0.1:{self.mqtt_port}"]
+            if child
+            else ["--mqtt-url", f"mqtt://127.0.0.1:{self.mqtt_port}"]
+        )
+        server = [processes.mosquitto(), "-c", str(home / "mosquitto.conf")]
+        self.mosquitto = None if child else Program("mosquitto", server, home)
+        code = processes.ORDAIN if trace is None else TRACED.format(path=str(trace.absolute()))
+        self.broker = Program("broker", [sys.executable, "-c", code, *serve], home)
+        self._fleet: Program | None = None
+
+    async def open(self, devices: int, *, slow: float = 0.0, slow_sec: tuple[float, float] = (1, 5)) -> None:
+        """Servers up, devices registered, and a fleet of them that is not online yet."""
+        await self.start_mosquitto()
+        await self.start_broker()
+        self.key = await asyncio.to_thread(
+            processes.ordain, "keys", "create", "--project", "soak", "--scope", "devices:read",
+            "--scope", "devices:write", "--data", str(self.data),
+        )  # fmt: skip
+        tokens = await self._register(devices)
+        self.names = list(tokens)
+        (self.home / "tokens.json").write_bytes(msgspec.json.encode(tokens))
+        fleet = [sys.executable, "-m", "scripts.soak.fleet", "--port", str(self.mqtt_port)]
+        fleet += ["--tokens", str(self.home / "tokens.json"), "--slow", str(slow)]
+        fleet += ["--slow-sec", *map(str, slow_sec)]
+        self._fleet = Program("fleet", fleet, self.home)
+        await self._fleet.start(pipes=True)
+
+    async def close(self) -> None:
+        """Ends what runs; the broker in order, so that its Mosquitto ends too."""
+        if self._fleet is not None:
+            await self._fleet.end()
+        await self.broker.end(signal.SIGTERM)
+        if self.mosquitto is not None:
+            await self.mosquitto.end()
+
+    async def start_mosquitto(self) -> None:
+        if self.mosquitto is not None:
+            await self.mosquitto.start()
+            await until(self._mqtt_accepts, "Mosquitto accepts connections")
+
+    async def start_broker(self) -> None:
+        """Returns when it is ready for work."""
+        await self.broker.start()
+        async with httpx2.AsyncClient(base_url=self._url, trust_env=False) as client:
+            async with asyncio.timeout(WITHIN_SEC):
+                while self.broker.running:
+                    try:
+                        if (await client.get("/readyz")).status_code == 200:
+                            return
+                    except httpx2.TransportError:
+                        pass
+                    await asyncio.sleep(LOOK_AGAIN_SEC)
+
+    async def tell_fleet(self, words: str) -> None:
+        """Returns when the fleet has done it."""
+        assert self._fleet is not None, "the world is open"
+        fleet = self._fleet.running
+        assert fleet.stdin is not None
+        assert fleet.stdout is not None
+        fleet.stdin.write(f"{words}\n".encode())
+        async with asyncio.timeout(TOLD_WITHIN_SEC):
+            if not await fleet.stdout.readline():
+                raise ConnectionError(f"the fleet ended; see {self._fleet.log}")
+
+    async def books(self) -> Books:
+        """What the devices did."""
+        path = self.home / "books.json"
+        await self.tell_fleet(f"books {path}")
+        return msgspec.json.decode(path.read_bytes(), type=Books)
+
+    def ask(self, question: str) -> list[tuple[int | str | None, ...]]:
+        """What the log says now. Opened each time: an open reader would hide how it is after a kill."""
+        log = open_for_reading(self.data)
+        try:
+            return log.execute(question).fetchall()
+        finally:
+            log.close()
+
+    def open_commands(self) -> int:
+        return self._number("SELECT count(*) FROM lanes")
+
+    def recorded(self, event: str) -> int:
+        """How often it is in the log; walks the whole of it."""
+        return self._number(f"SELECT count(*) FROM events WHERE type = '{event}'")
+
+    def _number(self, question: str) -> int:
+        return int(self.ask(question)[0][0] or 0)
+
+    async def _register(self, count: int) -> dict[str, str]:
+        headers = {"Authorization": f"Bearer {self.key}"}
+        tokens: dict[str, str] = {}
+        async with httpx2.AsyncClient(base_url=self._url, headers=headers, trust_env=False) as client:
+            for number in range(count):
+                name = f"soak-{number:04}"
+                answer = await client.post("/v1/devices", json={"hardware_id": name, "type": "soak"})
+                tokens[name] = answer.raise_for_status().json()["device_token"]
+        return tokens
+
+    @property
+    def _url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def _mqtt_accepts(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.mqtt_port)) == 0

@@ -1,0 +1,170 @@
+"""The description of what goes over MQTT is valid AsyncAPI, and true of what the wire does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import msgspec
+import pytest
+
+from broker.http.schema.asyncapi import document
+from devices.types import DeviceType, load_type, shipped_types
+from devices.wire import (
+    Answer,
+    answer_topic,
+    command_topic,
+    encode_answer,
+    encode_command,
+    encode_status,
+    status_topic,
+)
+from tests.integration.http.support import Broker, running
+
+HERE = Path(__file__).parent
+TYPES = dict(shipped_types()) | {
+    kind.name: kind for kind in map(load_type, sorted((HERE.parents[2] / "docs/types").glob("*.toml")))
+}
+VALVE = load_type("""
+name = "valve"
+payload = "msgpack"
+open = true
+any_params = true
+command_suffix = "in/valve"
+[commands.turn]
+[commands.turn.params]
+type = "object"
+required = ["percent"]
+[commands.turn.result]
+type = "object"
+""")
+TYPES["valve"] = VALVE
+PARAMS: dict[str, dict[str, Any]] = {"turn": {"percent": 5}}
+COMMANDS = [(kind, name) for kind in TYPES.values() for name in (*kind.commands, *(["x"] * kind.open))]
+
+
+@pytest.fixture(scope="module")
+def described() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(msgspec.json.encode(document(TYPES, "site")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def official() -> jsonschema_rs.Validator:
+    return jsonschema_rs.validator_for(json.loads((HERE / "asyncapi" / "3.0.0.json").read_text()))
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
+    async with running(tmp_path / "data") as broker:
+        yield broker
+
+
+def followed(described: dict[str, Any], reference: str) -> Any:
+    found: Any = described
+    for step in reference.removeprefix("#/").split("/"):
+        found = found[step]
+    return found
+
+
+def references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from references(item)
+
+
+def fitting(described: dict[str, Any], topic: str, kind: DeviceType | None, payload: Any) -> list[str]:
+    """The messages on a topic, of one device type, that a payload is one of."""
+    found = []
+    for name, channel in described["channels"].items():
+        own = kind is None or name.startswith(f"{kind.name}.")
+        if own and channel["address"].replace("{hardware_id}", "d-1") == topic:
+            for message in channel["messages"].values():
+                schema = message["payload"] | {"components": described["components"]}
+                if jsonschema_rs.validator_for(schema).is_valid(payload):
+                    found.append(message["name"])
+    return found
+
+
+async def test_it_is_served_to_everybody_and_names_the_prefix(broker: Broker) -> None:
+    answer = await broker.client().get("/asyncapi.json")
+
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json() == json.loads(msgspec.json.encode(document(shipped_types(), "iotee")))
+
+
+def test_it_is_valid_by_the_official_schema(
+    described: dict[str, Any], official: jsonschema_rs.Validator
+) -> None:
+    official.validate(described)
+
+
+def test_the_official_schema_finds_what_is_wrong(
+    described: dict[str, Any], official: jsonschema_rs.Validator
+) -> None:
+    operations = {**described["operations"], "planted": {"action": "publish"}}
+    with pytest.raises(jsonschema_rs.ValidationError):
+        official.validate({**described, "operations": operations})
+
+
+def test_whatever_it_refers_to_is_there(described: dict[str, Any]) -> None:
+    found = list(references(described))
+    assert found
+    for reference in found:
+        assert followed(described, reference) is not None
+    for operation in described["operations"].values():
+        channel = operation["channel"]["$ref"]
+        assert operation["messages"]
+        assert all(message["$ref"].startswith(f"{channel}/messages/") for message in operation["messages"])
+
+
+@pytest.mark.parametrize(("kind", "name"), COMMANDS, ids=lambda value: getattr(value, "name", value))
+def test_a_command_on_the_wire_is_one_of_those_described(
+    described: dict[str, Any], kind: DeviceType, name: str
+) -> None:
+    definition = kind.definition(name)
+    payload: Any = encode_command(
+        definition,
+        command_id="cmd_1",
+        command=name,
+        params=kind.check_params(name, PARAMS.get(name, {})),
+        attempt=1,
+        expires_at=None,
+        grant="g",
+    )
+    if kind.payload == "bare":
+        payload = payload.decode()
+    else:
+        payload = (msgspec.msgpack if kind.payload == "msgpack" else msgspec.json).decode(payload)
+
+    found = fitting(described, command_topic("site", "d-1", definition), kind, payload)
+
+    assert found == [f"{kind.name}.{name if name in kind.commands else '*'}"]
+    assert fitting(described, command_topic("site", "d-1", definition), kind, {"id": 1}) == []
+
+
+@pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
+def test_answers_are_those_described(described: dict[str, Any], kind: DeviceType) -> None:
+    definition = kind.definition(next(iter([*kind.commands, "x"])))
+    topic = answer_topic("site", "d-1", definition)
+    said = encode_answer(Answer(id="cmd_1", status="executed", result={"a": 1}))
+
+    assert fitting(described, topic, kind, msgspec.json.decode(said)) == [f"{kind.name}.answer"]
+    for word in kind.words:
+        assert fitting(described, topic, kind, word) == [f"{kind.name}.text"]
+    assert fitting(described, topic, kind, {"status": "done"}) == []
+    assert fitting(described, topic, kind, "done") == []
+
+
+def test_a_status_is_one_of_those_described(described: dict[str, Any]) -> None:
+    topic = status_topic("site", "d-1")
+    assert fitting(described, topic, None, "online") == ["status.word"]
+    assert fitting(described, topic, None, msgspec.json.decode(encode_status(True, "s"))) == ["status"]

@@ -1,0 +1,210 @@
+"""Devices over HTTP: registering, changing, listing, and their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker.seams import Rows, Sql
+from tests.integration.http.support import Broker, error_of, register, running
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
+    async with running(tmp_path / "data") as broker:
+        yield broker
+
+
+async def test_a_device_is_registered_and_its_token_shown_once(broker: Broker) -> None:
+    client = await broker.someone()
+
+    device = await register(client, "lamp-1", name="Hall", attributes={"floor": 2})
+
+    assert device["id"].startswith("dev_")
+    assert device["device_token"].startswith("dtok_")
+    assert await broker.core.registry.authenticate("lamp-1", device["device_token"]) is not None
+    shown = {key: value for key, value in device.items() if key != "device_token"}
+    assert (shown["name"], shown["attributes"], shown["type"]) == ("Hall", {"floor": 2}, "generic")
+    assert (shown["project"], shown["presence"], shown["last_seen_at"]) == ("acme", "never", None)
+    for name in ("lamp-1", device["id"]):
+        assert (await client.get(f"/v1/devices/{name}")).json() == shown
+    assert (await client.get("/v1/devices")).json() == {
+        "data": [shown], "has_more": False, "next_cursor": None,
+    }  # fmt: skip
+
+
+async def test_a_name_is_given_once_as_either(broker: Broker) -> None:
+    client, neighbour = await broker.someone(), await broker.someone("other")
+    await register(client, "lamp-1", id="hall")
+
+    for who in (client, neighbour):
+        for names in (
+            {"hardware_id": "lamp-1"},
+            {"hardware_id": "hall"},
+            {"hardware_id": "x", "id": "lamp-1"},
+        ):
+            answer = await who.post("/v1/devices", json={"type": "generic"} | names)
+            error_of(answer, 409, "conflict")
+
+
+async def test_a_wrong_field_of_a_device_is_named(broker: Broker) -> None:
+    client = await broker.someone()
+    deep: Any = {}
+    for _ in range(17):
+        deep = {"a": deep}
+    for wrong, field in (
+        ({"hardware_id": "a/b"}, "hardware_id"),
+        ({"hardware_id": "me"}, "hardware_id"),
+        ({"hardware_id": "x" * 65}, "hardware_id"),
+        ({"hardware_id": 5}, "hardware_id"),
+        ({"id": ""}, "id"),
+        ({"id": "pending"}, "id"),
+        ({"type": "toaster"}, "type"),
+        ({"name": "x" * 201}, "name"),
+        ({"attributes": []}, "attributes"),
+        ({"attributes": deep}, "attributes"),
+        ({"colour": "red"}, "colour"),
+        ({"project": "other"}, "project"),
+    ):
+        answer = await client.post("/v1/devices", json={"hardware_id": "lamp-1", "type": "generic"} | wrong)
+        error = error_of(answer, 400, "invalid_request")
+        assert error["details"]["field"] == field, (wrong, error)
+    assert (await client.get("/v1/devices")).json()["data"] == []
+
+
+async def test_a_change_sets_only_what_it_names(broker: Broker) -> None:
+    client = await broker.someone()
+    await register(client, name="Hall", attributes={"floor": 2})
+
+    first = await client.patch("/v1/devices/lamp-1", json={"name": None})
+    second = await client.patch("/v1/devices/lamp-1", json={"type": "recorder", "attributes": {"room": 1}})
+    nothing = await client.patch("/v1/devices/lamp-1", json={})
+
+    assert (first.json()["name"], first.json()["attributes"]) == (None, {"floor": 2})
+    assert (second.json()["type"], second.json()["attributes"]) == ("recorder", {"room": 1})
+    assert nothing.json() == second.json()
+    for wrong in (
+        {"type": None},
+        {"hardware_id": "x"},
+        {"type": "toaster"},
+        {"attributes": None},
+        {"name": 1},
+    ):
+        error = error_of(await client.patch("/v1/devices/lamp-1", json=wrong), 400, "invalid_request")
+        assert error["details"]["field"] == next(iter(wrong))
+
+
+async def test_a_new_token_replaces_the_old_one(broker: Broker) -> None:
+    client = await broker.someone()
+    old = (await register(client))["device_token"]
+
+    answer = await client.post("/v1/devices/lamp-1/token")
+
+    assert answer.status_code == 201
+    registry = broker.core.registry
+    assert await registry.authenticate("lamp-1", answer.json()["device_token"]) is not None
+    assert await registry.authenticate("lamp-1", old) is None
+
+
+async def test_devices_are_listed_newest_first_in_pages(broker: Broker) -> None:
+    client = await broker.someone()
+    for number in range(5):
+        await register(client, f"lamp-{number}")
+
+    seen, query = [], {"limit": "2"}
+    while True:
+        page = (await client.get("/v1/devices", params=query)).json()
+        seen += [device["hardware_id"] for device in page["data"]]
+        if not page["has_more"]:
+            break
+        query["cursor"] = page["next_cursor"]
+        await register(client, f"late-{len(seen)}")
+
+    assert seen == [f"lamp-{number}" for number in range(4, -1, -1)]
+
+
+async def test_a_huge_number_in_attributes_comes_back_as_it_was(broker: Broker) -> None:
+    client = await broker.someone()
+    await register(client, attributes={"serial": 10**30})
+    assert (await client.get("/v1/devices/lamp-1")).json()["attributes"] == {"serial": 10**30}
+
+
+async def test_a_device_that_comes_online_is_shown_online(broker: Broker) -> None:
+    client = await broker.someone()
+    await register(client)
+    command = await client.post("/v1/devices/lamp-1/commands", json={"type": "blink"})
+
+    broker.online("lamp-1")
+    while (await client.get(f"/v1/commands/{command.json()['id']}")).json()["state"] == "pending":
+        pass
+
+    device = (await client.get("/v1/devices/lamp-1")).json()
+    assert device["presence"] == "online"
+    assert device["last_seen_at"] is not None
+
+
+async def test_the_device_types_are_described_with_their_parameters(broker: Broker) -> None:
+    client = await broker.someone()
+
+    page = (await client.get("/v1/types")).json()
+
+    assert [kind["name"] for kind in page["data"]] == ["generic", "iotee_device", "recorder"]
+    recorder = {command["name"]: command for command in page["data"][2]["commands"]}
+    assert recorder["start_recording"]["params"]["properties"]["max_duration_sec"]["maximum"] == 86_400
+    assert (page["has_more"], page["next_cursor"]) == (False, None)
+
+
+async def test_the_commands_of_a_deleted_device_are_the_same_on_every_route(broker: Broker) -> None:
+    client, neighbour = await broker.someone(), await broker.someone("other")
+    await register(client)
+    command = (await client.post("/v1/devices/lamp-1/commands", json={"type": "blink"})).json()
+    path = f"/v1/devices/lamp-1/commands/{command['id']}"
+    await client.delete(path)
+    await client.delete("/v1/devices/lamp-1")
+
+    assert (await client.get(path)).json() == (await client.get(f"/v1/commands/{command['id']}")).json()
+    assert (await client.delete(path)).json()["state"] == "cancelled"
+    error_of(await client.post(f"{path}/retry"), 409, "device_deleted")
+    for method, where in (("GET", path), ("DELETE", path), ("POST", f"{path}/retry")):
+        error_of(await neighbour.request(method, where), 404, "not_found")
+
+
+@dataclass
+class Counting:
+    """A connection that notes what it is asked."""
+
+    sql: Sql
+    statements: list[str]
+
+    def execute(self, sql: str, parameters: Sequence[Any] = (), /) -> Rows:
+        self.statements.append(sql)
+        return self.sql.execute(sql, parameters)
+
+    def executemany(self, sql: str, parameters: Iterable[Sequence[Any]], /) -> Any:
+        self.statements.append(sql)
+        return self.sql.executemany(sql, parameters)
+
+
+async def test_a_device_of_another_project_costs_what_one_that_is_not_there_costs(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, neighbour = await broker.someone(), await broker.someone("other")
+    await register(client)
+    read = broker.core.storage.read
+    statements: list[str] = []
+
+    async def counting(work: Callable[[Sql], Any]) -> Any:
+        return await read(lambda sql: work(Counting(sql, statements)))
+
+    monkeypatch.setattr(broker.core.storage, "read", counting)
+    for path in ("/v1/commands", "/v1/unmatched"):
+        asked = []
+        for device in ("lamp-1", "nobody"):
+            statements.clear()
+            assert (await neighbour.get(path, params={"device": device})).json()["data"] == []
+            asked.append(list(statements))
+        assert asked[0] == asked[1] != []

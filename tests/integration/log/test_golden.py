@@ -1,0 +1,115 @@
+"""The logs of every release so far: today's code reads them, verifies them, and folds them the same.
+
+The files in `tests/golden/` are what a release left on disks. None may ever change; `write.py` there
+makes the one of a new release.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import msgspec
+import pytest
+
+from broker.domain.events import TYPES
+from broker.domain.lifecycle import State
+from broker.engine.live import Live
+from broker.log import sqlite as log
+from broker.log.lines import as_line, as_row
+from projections import follower
+from tests.golden.write import HERE, folded, main
+from tests.integration.core_support import ManualClock, SeededEntropy
+from tests.simulation.disk import SimDisk, SimStorage
+from tests.simulation.loop import SimLoop, run
+
+RELEASES = sorted(path.stem for path in HERE.glob("*.jsonl"))
+
+
+def lines(release: str) -> list[bytes]:
+    return (HERE / f"{release}.jsonl").read_bytes().splitlines()
+
+
+def states(release: str) -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.json.decode((HERE / f"{release}.states.json").read_bytes())
+    return found
+
+
+def put(sql: Any, release: str) -> None:
+    log.create(sql, "log_golden", "00")
+    follower.create(sql)
+    for line in lines(release):
+        sql.execute(log.INSERT, as_row(line))
+
+
+@pytest.fixture(params=RELEASES)
+def golden(request: pytest.FixtureRequest) -> Iterator[tuple[str, sqlite3.Connection]]:
+    with closing(sqlite3.connect(":memory:")) as sql:
+        put(sql, request.param)
+        yield request.param, sql
+
+
+def without_defaults(kept: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Of today's states, what the release already knew: later fields may have been added."""
+    return {key: {name: now[key].get(name) for name in fields} for key, fields in kept.items()}
+
+
+def test_the_log_of_a_release_verifies_and_reads_back_to_the_same_bytes(
+    golden: tuple[str, sqlite3.Connection],
+) -> None:
+    release, sql = golden
+    verified = log.verify(sql)
+
+    assert (verified.fault, verified.rows) == (None, len(lines(release)))
+    assert [as_line(row) for row in log.all_rows(sql)] == lines(release)
+
+
+def test_every_event_of_a_release_is_still_understood_and_folds_to_the_same_states(
+    golden: tuple[str, sqlite3.Connection],
+) -> None:
+    release, sql = golden
+    for row in log.all_rows(sql):
+        assert log.recorded(row).type == row.type
+    follower.rebuild(sql)
+
+    kept, now = states(release), folded(sql)
+    for part in ("commands", "devices"):
+        assert kept[part].keys() == now[part].keys()
+        assert without_defaults(kept[part], now[part]) == kept[part]
+    assert now["open"] == kept["open"]
+
+
+def test_a_broker_starts_on_the_log_of_a_release(golden: tuple[str, sqlite3.Connection]) -> None:
+    release, _ = golden
+
+    async def world(loop: SimLoop) -> None:
+        storage, live = SimStorage(loop, SimDisk(loop)), Live()
+        await storage.write(lambda sql: put(sql, release))
+        await storage.write(follower.rebuild)
+        await live.load(storage, SeededEntropy(), ManualClock().wall_ms())
+
+        open_ones = [name for name, member in live.members.items() if not member.state.closed]
+        assert len(open_ones) == len(states(release)["open"])
+        await storage.close()
+
+    run(world)
+
+
+def test_the_first_release_left_every_event_and_every_state() -> None:
+    rows = [as_row(line) for line in lines("0.1.0")]
+    found = {state["state"] for state in states("0.1.0")["commands"].values()}
+
+    assert RELEASES[0] == "0.1.0"
+    assert {row.type for row in rows} <= set(TYPES)
+    assert len({row.type for row in rows}) == 19
+    assert found == {state.value for state in State} - {"none"}
+
+
+def test_a_golden_log_is_never_written_twice() -> None:
+    before = {path: path.read_bytes() for path in HERE.glob("*.json*")}
+
+    with pytest.raises(FileExistsError):
+        main("0.1.0")
+    assert {path: path.read_bytes() for path in HERE.glob("*.json*")} == before

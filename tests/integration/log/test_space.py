@@ -1,0 +1,102 @@
+"""Compacting gives space back, changes nothing that can be read, and refuses where it could do harm."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from broker.log import sqlite as log
+from broker.operations import transfer
+from broker.seams import Broken, Full
+from broker.world import DATABASE, InUse, SqliteStorage, compact
+from projections import follower
+from tests.integration.log.test_golden import put
+
+KIB = 1_024
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A log of a release with half a megabyte of free pages in its file."""
+    with closing(sqlite3.connect(tmp_path / DATABASE, isolation_level=None)) as sql:
+        sql.execute("PRAGMA journal_mode = WAL")
+        put(sql, "0.1.0")
+        follower.renew(sql)
+        sql.execute("INSERT INTO meta VALUES ('x', ?)", ("x" * 512 * KIB,))
+        sql.execute("DELETE FROM meta WHERE key = 'x'")
+    return tmp_path
+
+
+def everything(data: Path) -> object:
+    with closing(transfer.opened(data)) as sql:
+        return list(log.all_rows(sql)), follower.dump(sql), log.verify(sql)
+
+
+def test_compacting_makes_the_file_smaller_and_keeps_every_row(data: Path) -> None:
+    before = everything(data)
+
+    sizes = compact(data)
+
+    assert sizes[0] - sizes[1] > 400 * KIB
+    assert (data / DATABASE).stat().st_size == sizes[1]
+    assert everything(data) == before
+    with closing(transfer.opened(data)) as sql:
+        assert transfer.stats(sql)["free_bytes_in_the_file"] == 0
+
+
+async def test_compacting_is_refused_while_a_broker_serves(data: Path) -> None:
+    storage = await SqliteStorage.open(data)
+    size = (data / DATABASE).stat().st_size
+    try:
+        with pytest.raises(InUse, match="another broker"):
+            compact(data)
+    finally:
+        await storage.close()
+    assert (data / DATABASE).stat().st_size == size
+
+
+def test_compacting_is_refused_while_somebody_reads(data: Path) -> None:
+    before = everything(data)
+    with closing(transfer.opened(data)) as reader:
+        log.head(reader)
+        with pytest.raises(InUse, match="somebody reads"):
+            compact(data)
+        assert log.verify(reader).fault is None
+    assert everything(data) == before
+    compact(data)
+    assert everything(data) == before
+
+
+def test_compacting_is_refused_without_room_for_the_copy(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=10_000))
+    before = (data / DATABASE).stat().st_size
+
+    with pytest.raises(Full, match="there are 10,000"):
+        compact(data)
+    assert (data / DATABASE).stat().st_size == before
+
+
+def test_compacting_makes_no_log(tmp_path: Path) -> None:
+    with pytest.raises(Broken, match="there is no log"):
+        compact(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_stats_count_what_is_there(data: Path) -> None:
+    with closing(transfer.opened(data)) as sql:
+        found = transfer.stats(sql)
+        rows = list(log.all_rows(sql))
+    assert found["events"] == sum(found["by_type"].values()) == sum(found["by_project"].values()) == len(rows)
+    assert found["streams"] == len({row.stream for row in rows})
+    assert found["by_type"]["created"] == sum(row.type == "created" for row in rows)
+    assert found["erased"] == 0
+    assert found["free_bytes_in_the_file"] > 400 * KIB
+    assert found["first_recorded_at"] < found["last_recorded_at"]

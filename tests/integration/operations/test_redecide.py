@@ -1,0 +1,222 @@
+"""What a real broker decided on the virtual clock is decided again, from what was exported of each command.
+
+And a log in which something else stands is found out: each of its decisions would be another one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from broker.domain.events import (
+    Acknowledged,
+    Cancelled,
+    Executed,
+    Expired,
+    Failed,
+    Offline,
+    Published,
+    Recorded,
+    TimedOut,
+)
+from broker.log import lines
+from broker.operations import transfer
+from broker.operations.backup import Refused
+from broker.operations.redecide import Step, redecide
+from broker.seams import Sql
+from tests.golden.write import lives
+from tests.integration.core_support import on_virtual_time, simulated
+from tests.simulation.loop import SimLoop
+
+Events = list[Recorded]
+
+
+@cache
+def exported() -> dict[str, bytes]:
+    """What is exported of each command after one of every kind of life."""
+
+    async def world(loop: SimLoop) -> dict[str, bytes]:
+        async with on_virtual_time(loop) as (bench, _):
+            await lives(bench)
+            await bench.writer.barrier()
+            return await bench.writer.storage.read(everything)
+
+    return simulated(world)
+
+
+def everything(sql: Sql) -> dict[str, bytes]:
+    found = {}
+    with tempfile.TemporaryDirectory() as home:
+        for (command_id,) in sql.execute("SELECT id FROM commands ORDER BY position").fetchall():
+            file = Path(home) / command_id
+            transfer.export_command(sql, file, command_id)
+            found[command_id] = file.read_bytes()
+    return found
+
+
+def read(content: bytes, tmp_path: Path) -> tuple[str, Events]:
+    (tmp_path / "bundle.jsonl").write_bytes(content)
+    return transfer.read_command(tmp_path / "bundle.jsonl")
+
+
+def decided(command: str, events: Events) -> list[Step]:
+    return list(redecide(events, min(each.position for each in events if each.stream == command)))
+
+
+def test_everything_that_was_decided_is_decided_again(tmp_path: Path) -> None:
+    seen: set[tuple[str, str]] = set()
+    for content in exported().values():
+        command, events = read(content, tmp_path)
+        steps = decided(command, events)
+        assert [step for step in steps if step.fault is not None] == []
+        own = [each for each in events if each.stream == command]
+        assert [step.recorded for step in steps if step.recorded.stream == command] == own
+        seen |= {(step.recorded.type, step.input.name) for step in steps}
+    assert seen >= {
+        ("created", "CREATE"),
+        ("published", "HAND_OVER"),
+        ("acknowledged", "ANSWER_ACKNOWLEDGED"),
+        ("progressed", "ANSWER_PROGRESS"),
+        ("executed", "ANSWER_EXECUTED"),
+        ("failed", "ANSWER_FAILED"),
+        ("failed", "REFUSED"),
+        ("timed_out", "ATTEMPT_TIMER"),
+        ("timed_out", "RESULT_TIMER"),
+        ("timed_out", "EXPIRY"),
+        ("timed_out", "ABANDON"),
+        ("expired", "EXPIRY"),
+        ("cancelled", "CANCEL"),
+    }
+
+
+def one(tmp_path: Path, *types: str) -> tuple[str, Events]:
+    """A command with these events and no other."""
+    for content in exported().values():
+        command, events = read(content, tmp_path)
+        if tuple(each.type for each in events if each.stream == command) == types:
+            return command, events
+    raise AssertionError(types)
+
+
+def altered(events: Events, command: str, type: str, **fields: Any) -> Events:
+    return [
+        msgspec.structs.replace(each, **fields) if (each.stream, each.type) == (command, type) else each
+        for each in events
+    ]
+
+
+def first_fault(command: str, events: Events) -> str:
+    return next((step.fault for step in decided(command, events) if step.fault is not None), "none")
+
+
+def at(events: Events, command: str, type: str) -> int:
+    return next(each.recorded_at for each in events if (each.stream, each.type) == (command, type))
+
+
+def test_a_command_that_expired_too_early_is_found(tmp_path: Path) -> None:
+    command, events = one(tmp_path, "created", "expired")
+    early = at(events, command, "expired") - 10
+
+    assert "not at" in first_fault(command, altered(events, command, "expired", recorded_at=early))
+
+
+def test_a_result_time_that_ended_too_early_is_found(tmp_path: Path) -> None:
+    command, events = one(tmp_path, "created", "published", "acknowledged", "timed_out")
+    early = at(events, command, "acknowledged") + 1_000
+
+    assert "not at" in first_fault(command, altered(events, command, "timed_out", recorded_at=early))
+
+
+def test_an_end_before_the_last_attempt_is_found(tmp_path: Path) -> None:
+    command, events = one(tmp_path, "created", *["published"] * 5, "timed_out")
+    fifth = [each for each in events if (each.stream, each.type) == (command, "published")][-1]
+    fewer = [each for each in events if each is not fifth]
+
+    assert "attempt timer: attempt back_off" in first_fault(command, fewer)
+
+
+@pytest.mark.parametrize(
+    ("type", "event", "found"),
+    [
+        ("published", Published(attempt=2), "another event would be recorded"),
+        ("published", Executed(), "unmatched never_handed_over"),
+        ("published", Cancelled(by="key:key_1"), "answer acknowledged: unmatched promise_broken"),
+        ("executed", Executed(late=True), "another event would be recorded"),
+        ("executed", Expired(), "expires_at reached: nothing"),
+        ("executed", TimedOut(reason="no_result"), "not at"),
+        ("executed", Cancelled(by="key:key_1"), "conflict"),
+    ],
+)
+def test_another_event_in_its_place_is_found(tmp_path: Path, type: str, event: Any, found: str) -> None:
+    command, events = one(tmp_path, "created", "published", "acknowledged", "progressed", "executed")
+
+    said = first_fault(command, altered(events, command, type, event=event))
+
+    assert found in said
+
+
+def test_a_hand_over_to_a_device_that_was_offline_is_found(tmp_path: Path) -> None:
+    command, events = one(tmp_path, "created", "published", "failed")
+    device = next(each for each in events if each.type == "online")
+    offline = msgspec.structs.replace(device, event=Offline())
+
+    said = first_fault(command, [offline if each is device else each for each in events])
+
+    assert "not due" in said
+    assert "offline" in said
+
+
+def test_a_hand_over_past_the_window_is_found(tmp_path: Path) -> None:
+    command, events = one(tmp_path, "created", "published", "failed")
+    created = next(each for each in events if each.stream == command)
+    published = next(each for each in events if (each.stream, each.type) == (command, "published"))
+    other = [
+        msgspec.structs.replace(created, stream="cmd_other", position=created.position),
+        msgspec.structs.replace(published, stream="cmd_other", position=created.position),
+    ]
+    where = events.index(created)
+
+    assert "not due" in first_fault(command, [*events[:where], *other, *events[where:]])
+
+
+def test_a_final_command_that_was_answered_again_is_found(tmp_path: Path) -> None:
+    command, events = one(tmp_path, "created", "published", "failed")
+    last = next(each for each in events if (each.stream, each.type) == (command, "failed"))
+    again = msgspec.structs.replace(last, version=4, event=Acknowledged())
+
+    assert "nothing" in first_fault(command, [*events, again])
+    error = Failed(error=msgspec.structs.replace(last.event.error, code="x"))  # type: ignore[union-attr]
+    contradicting = msgspec.structs.replace(last, version=4, event=error)
+    assert "contradiction" in first_fault(command, [*events, contradicting])
+
+
+CHANGES: list[tuple[Callable[[list[bytes]], list[bytes]], str]] = [
+    (lambda found: found[1:], "no export of a log"),
+    (lambda found: [found[0]], "has no event of"),
+    (lambda found: [*found[:2], b"{}"], "missing required field"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGES)
+def test_a_file_that_was_changed_is_refused(
+    tmp_path: Path, change: Callable[[list[bytes]], list[bytes]], said: str
+) -> None:
+    content = next(iter(exported().values())).splitlines()
+
+    with pytest.raises(Refused, match=said):
+        read(b"\n".join(change(content)), tmp_path)
+
+
+def test_data_that_is_not_what_its_digest_says_is_refused(tmp_path: Path) -> None:
+    content = next(iter(exported().values())).splitlines()
+    row = lines.as_row(content[-1])
+    content[-1] = lines.as_line(row._replace(data=b'{"late":true}'))
+
+    with pytest.raises(Refused, match=f"position {row.position} was changed"):
+        read(b"\n".join(content), tmp_path)

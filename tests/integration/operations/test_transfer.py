@@ -1,0 +1,216 @@
+"""A log taken elsewhere as JSON Lines and brought in again is the same; anything less is refused."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker.domain.events import ERASURES, Erased, Recorded
+from broker.log import lines, sqlite
+from broker.operations import transfer
+from broker.operations.backup import Refused
+from broker.operations.transfer import Moved, Only
+from broker.world import DATABASE
+from projections import follower
+from tests.integration.log.test_golden import RELEASES, put
+
+GONE = "UPDATE events SET data = NULL, salt = NULL WHERE stream = ?"
+
+
+@pytest.fixture(params=RELEASES)
+def data(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A data directory with the log of a release, in which one command was erased."""
+    directory = tmp_path / "data"
+    directory.mkdir()
+    with closing(sqlite3.connect(directory / DATABASE, isolation_level=None)) as sql:
+        put(sql, request.param)
+        head = sqlite.head(sql)
+        stream = sql.execute("SELECT stream FROM events WHERE type = 'executed' LIMIT 1").fetchone()[0]
+        erased = Recorded(
+            position=head.position + 1,
+            stream=ERASURES,
+            version=2,
+            recorded_at=head.recorded_at,
+            project="acme",
+            device_id=None,
+            actor="key:key_1",
+            event=Erased(ids=[stream], count=1),
+        )
+        sqlite.append(sql, head, [erased], bytes(16))
+        sql.execute(GONE, (stream,))
+        follower.renew(sql)
+    return directory
+
+
+def exported(data: Path, to: Path | None, **only: Any) -> Moved:
+    with closing(transfer.opened(data)) as sql:
+        return transfer.export(sql, to, Only(**only), lambda _: None)
+
+
+def brought_in(source: Path, into: Path) -> Moved:
+    return transfer.bring_in(source, into, lambda done, total: None)
+
+
+def everything(data: Path) -> Any:
+    with closing(transfer.opened(data)) as sql:
+        return (
+            list(sqlite.all_rows(sql)),
+            follower.dump(sql),
+            sqlite.verify(sql),
+            sqlite.meta(sql, "log_id"),
+        )
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_bytes().splitlines()[1:]]
+
+
+def test_a_log_comes_back_the_same_to_the_byte_with_the_same_projections(data: Path, tmp_path: Path) -> None:
+    out = exported(data, tmp_path / "log.jsonl")
+    back = brought_in(tmp_path / "log.jsonl", tmp_path / "other")
+
+    assert back == out
+    assert everything(tmp_path / "other") == everything(data)
+    assert everything(data)[2].fault is None
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == [DATABASE]
+    again = exported(tmp_path / "other", tmp_path / "again.jsonl")
+    assert again == out
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "log.jsonl").read_bytes()
+    assert (tmp_path / "log.jsonl").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "other" / DATABASE).stat().st_mode & 0o777 == 0o600
+
+
+def test_an_empty_log_comes_back_empty(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with closing(sqlite3.connect(tmp_path / "data" / DATABASE, isolation_level=None)) as sql:
+        sqlite.create(sql, "log_empty", "00")
+        follower.prepare(sql)
+
+    assert exported(tmp_path / "data", tmp_path / "log.jsonl").rows == 0
+    assert brought_in(tmp_path / "log.jsonl", tmp_path / "other").position == 0
+
+
+def test_pages_do_not_show(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported(data, tmp_path / "whole.jsonl")
+    monkeypatch.setattr(transfer, "PAGE", 3)
+    exported(data, tmp_path / "paged.jsonl")
+
+    assert (tmp_path / "paged.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    brought_in(tmp_path / "paged.jsonl", tmp_path / "other")
+    assert everything(tmp_path / "other") == everything(data)
+
+
+def test_filters_choose_rows_and_what_they_leave_cannot_be_imported(data: Path, tmp_path: Path) -> None:
+    all_rows = everything(data)[0]
+    device_id = next(row.device_id for row in all_rows if row.type == "registered")
+    chosen: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
+        ({"project": "acme"}, lambda row: row.project == "acme"),
+        ({"type": "created"}, lambda row: row.type == "created"),
+        ({"device": "lamp-1"}, lambda row: row.device_id == device_id),
+        ({"since": 5, "until": 9}, lambda row: 5 <= row.position <= 9),
+        (
+            {"device": device_id, "type": "online", "since": 3},
+            lambda row: row.device_id == device_id and row.type == "online" and row.position >= 3,
+        ),
+        ({"project": "nobody"}, lambda row: False),
+    ]
+    for number, (only, fits) in enumerate(chosen):
+        file = tmp_path / f"{number}.jsonl"
+        moved = exported(data, file, **only)
+        expected = [row.position for row in all_rows if fits(row)]
+        assert [row["position"] for row in rows(file)] == expected, only
+        assert moved.rows == len(expected)
+        with pytest.raises(Refused, match="only a part of a log"):
+            brought_in(file, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(Refused, match="no device 'nobody'"):
+        exported(data, tmp_path / "x.jsonl", device="nobody")
+    assert not list(tmp_path.glob("x.*"))
+
+
+def change(line: bytes, **fields: Any) -> bytes:
+    return json.dumps(json.loads(line) | fields).encode()
+
+
+DAMAGE: list[tuple[Callable[[list[bytes]], list[bytes]], str]] = [
+    (lambda found: found[:-1], "ends at position"),
+    (lambda found: [*found[:-1], found[-1][:40]], "it is no row of a log"),
+    (lambda found: found[:5] + found[6:], "line 6: position 5 is missing"),
+    (lambda found: [*found[:5], found[6], found[5], *found[7:]], "line 6: position 5 is missing"),
+    (lambda found: [*found[:5], change(found[5], actor="me"), *found[6:]], "line 6: position 5 does not"),
+    (lambda found: [*found[:5], change(found[5], data="e30K"), *found[6:]], "line 6: position 5 was"),
+    (lambda found: [*found[:5], change(found[5], data=None, salt=None), *found[6:]], "no erased event"),
+    (lambda found: [*found[:5], change(found[5], position=-5), *found[6:]], "line 6: it is no row"),
+    (lambda found: [*found[:5], change(found[5], more=1), *found[6:]], "line 6: it is no row"),
+    (lambda found: [*found, found[-1]], "is missing: the next row is"),
+    (lambda found: found[1:], "no export of a log"),
+    (lambda found: [change(found[0], version=2), *found[1:]], "only 'ordain-log' 1 is known"),
+    (lambda found: [change(found[0], hash="AAAA"), *found[1:]], "ends at position"),
+    (lambda found: [], "no export of a log"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGE)
+def test_a_file_that_is_not_the_whole_log_is_refused_and_nothing_is_left(
+    data: Path, tmp_path: Path, damage: Callable[[list[bytes]], list[bytes]], said: str
+) -> None:
+    exported(data, tmp_path / "log.jsonl")
+    found = (tmp_path / "log.jsonl").read_bytes().splitlines()
+    (tmp_path / "bad.jsonl").write_bytes(b"".join(line + b"\n" for line in damage(found)))
+
+    with pytest.raises(Refused) as refused:
+        brought_in(tmp_path / "bad.jsonl", tmp_path / "other")
+
+    assert said in str(refused.value)
+    assert "bad.jsonl" in str(refused.value)
+    assert not list((tmp_path / "other").glob("*"))
+
+
+def test_nothing_is_overwritten(data: Path, tmp_path: Path) -> None:
+    exported(data, tmp_path / "log.jsonl")
+    before, kept = (tmp_path / "log.jsonl").read_bytes(), everything(data)
+
+    with pytest.raises(Refused, match="is there already"):
+        exported(data, tmp_path / "log.jsonl")
+    with pytest.raises(Refused, match="has a log already"):
+        brought_in(tmp_path / "log.jsonl", data)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    assert everything(data) == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "log.jsonl"]
+
+
+def test_what_a_purge_has_promised_to_erase_is_not_exported(data: Path, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(data / DATABASE, isolation_level=None)) as sql:
+        head = sqlite.head(sql)
+        purged = Recorded(
+            position=head.position + 1,
+            stream=ERASURES,
+            version=3,
+            recorded_at=head.recorded_at + 1,
+            project="",
+            device_id=None,
+            actor="key:key_1",
+            event=Erased(cutoff=head.recorded_at + 1, count=1),
+        )
+        sqlite.append(sql, head, [purged], bytes(16))
+        sql.execute(
+            "INSERT INTO purges VALUES (?, ?, ?, ?)",
+            (purged.position, head.recorded_at + 1, head.position + 1, head.recorded_at + 1),
+        )
+        hidden = sql.execute("SELECT id FROM commands WHERE closed_at IS NOT NULL LIMIT 1").fetchone()[0]
+
+    exported(data, tmp_path / "log.jsonl")
+
+    assert {row["data"] for row in rows(tmp_path / "log.jsonl") if row["stream"] == hidden} == {None}
+    brought_in(tmp_path / "log.jsonl", tmp_path / "other")
+
+
+def test_a_line_is_the_row_it_was_made_of(data: Path) -> None:
+    for row in everything(data)[0]:
+        assert lines.as_row(lines.as_line(row)) == row

@@ -1,0 +1,94 @@
+"""Projections held against the log: a rebuilt one is the same, and whatever was changed is named."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from broker.log import sqlite as log
+from projections import follower
+from tests.integration.log.test_golden import RELEASES, put
+
+
+@pytest.fixture(params=RELEASES)
+def kept(request: pytest.FixtureRequest) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(":memory:")) as sql:
+        put(sql, request.param)
+        follower.renew(sql)
+        yield sql
+
+
+def verified(kept: sqlite3.Connection) -> str | None:
+    with closing(sqlite3.connect("")) as made:
+        follower.replay(kept, made)
+        return follower.difference(kept, made)
+
+
+@pytest.mark.parametrize("page", [1, 7, 5_000])
+def test_what_is_made_anew_elsewhere_is_the_same(
+    kept: sqlite3.Connection, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follower, "PAGE", page)
+    seen: list[int] = []
+    with closing(sqlite3.connect("")) as made:
+        follower.replay(kept, made, seen.append)
+
+        assert follower.difference(kept, made) is None
+        assert follower.dump(made) == follower.dump(kept)
+    assert seen[-1] == log.head(kept).position
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            "UPDATE commands SET state = 'executed' WHERE position = 47",
+            "commands, the row of position 47: state",
+        ),
+        (
+            "UPDATE commands SET summary = x'7b7d' WHERE position = 8",
+            "commands, the row of position 8: summary",
+        ),
+        ("DELETE FROM commands WHERE position = 8", "commands, the row of position 8 is missing"),
+        ("UPDATE commands SET position = 9 WHERE position = 8", "commands, the row of position 8 is missing"),
+        ("DELETE FROM commands WHERE position > 8", "commands, the row of position 13 is missing"),
+        ("INSERT INTO lanes VALUES ('dev_x', 1)", "lanes, the row of device_id 'dev_x', position 1 does not"),
+        ("DELETE FROM names WHERE name = 'lamp-1'", "names, the row of name 'lamp-1' is missing"),
+        ("UPDATE devices SET deleted = 1", "devices, the row of id"),
+        ("DELETE FROM definitions", "definitions, the row of digest"),
+    ],
+)
+def test_the_first_row_that_does_not_follow_is_named(
+    kept: sqlite3.Connection, change: str, found: str
+) -> None:
+    assert verified(kept) is None
+    kept.execute(change)
+
+    assert found in (verified(kept) or "")
+
+
+def test_a_row_that_was_added_is_named_and_not_the_one_behind_it(kept: sqlite3.Connection) -> None:
+    kept.execute(
+        "INSERT INTO commands SELECT 9, 'cmd_x', project, device_id, type, state, closed_at, "
+        "closed_position, summary FROM commands WHERE position = 8"
+    )
+
+    assert verified(kept) == "commands, the row of position 9 does not follow from the log"
+
+
+def test_projections_of_another_shape_are_made_anew(kept: sqlite3.Connection) -> None:
+    before = follower.dump(kept)
+    kept.execute("UPDATE meta SET value = 'older' WHERE key = 'projections'")
+    kept.execute("DROP TABLE lanes")
+    kept.execute("DELETE FROM commands")
+
+    follower.prepare(kept)
+
+    assert follower.dump(kept) == before
+    assert follower.is_current(kept)
+    kept.execute("DELETE FROM commands")
+    follower.prepare(kept)
+    assert follower.dump(kept) != before  # it is of this shape: nothing was made

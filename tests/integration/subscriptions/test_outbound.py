@@ -1,0 +1,320 @@
+"""Requests to addresses that customers chose: real servers get them, and nothing private is reached."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from broker.subscriptions.outbound import HttpOutbound, Refused, is_public, target_of
+from tests.integration.subscriptions.receiver import Receiver, receiving
+
+HERE = "127.0.0.0/8"
+NAME = "hooks.example"
+
+
+class Names:
+    """A resolver that gives one answer after the other, the last one again and again."""
+
+    def __init__(self, *answers: Sequence[str]) -> None:
+        self.answers = list(answers)
+        self.asked: list[str] = []
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        self.asked.append(host)
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+@asynccontextmanager
+async def outbound(
+    *allow: str, lookup: Names | None = None, verify: ssl.SSLContext | None = None
+) -> AsyncIterator[HttpOutbound]:
+    made = HttpOutbound(allow, lookup, verify)
+    try:
+        yield made
+    finally:
+        await made.aclose()
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    async with receiving() as made:
+        yield made
+
+
+async def test_body_and_headers_arrive_and_the_answer_comes_back(receiver: Receiver) -> None:
+    receiver.reply = lambda _: (429, {"Retry-After": "7"})
+    async with outbound(HERE) as out:
+        answer = await out.post(receiver.url + "?a=b", {"webhook-id": "x"}, b"{}", 5)
+
+    assert (answer.status, answer.error, answer.retry_after) == (429, None, "7")
+    (got,) = receiver.got
+    assert (got.path, got.body, got.headers["webhook-id"]) == ("/hook?a=b", b"{}", "x")
+    assert got.headers["host"] == f"127.0.0.1:{receiver.port}"
+
+
+async def test_a_connection_is_used_again(receiver: Receiver) -> None:
+    async with outbound(HERE) as out:
+        for _ in range(3):
+            assert (await out.post(receiver.url, {}, b"", 5)).status == 204
+
+    assert (len(receiver.got), receiver.connections) == (3, 1)
+
+
+async def test_no_redirect_is_followed(receiver: Receiver) -> None:
+    async with receiving() as secret:
+        receiver.reply = lambda _: (307, {"Location": secret.url})
+        async with outbound(HERE) as out:
+            assert (await out.post(receiver.url, {}, b"", 5)).status == 307
+
+    assert secret.connections == 0
+
+
+async def test_no_proxy_of_the_environment_is_used(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with receiving() as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        async with outbound(HERE) as out:
+            assert (await out.post(receiver.url, {}, b"", 5)).status == 204
+
+    assert (len(receiver.got), proxy.connections) == (1, 0)
+
+
+async def test_who_never_answers_is_left_after_the_time_that_was_given(receiver: Receiver) -> None:
+    receiver.gate.clear()
+    async with outbound(HERE) as out:
+        answer = await out.post(receiver.url, {}, b"", 0.2)
+
+    assert (answer.status, answer.error) == (None, "no answer within 0.2 s")
+
+
+async def test_an_answer_without_end_is_cut_off() -> None:
+    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        try:
+            while True:
+                writer.write(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+                await writer.drain()
+        except ConnectionError:
+            writer.close()
+
+    server = await asyncio.start_server(endless, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, outbound(HERE) as out:
+        answer = await out.post(f"http://127.0.0.1:{port}/", {}, b"", 20)
+
+    assert answer.status == 200
+
+
+async def test_nobody_there_and_no_http_are_errors_and_no_exceptions(free_port: int) -> None:
+    async def rude(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 smtp.example ready\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(rude, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, outbound(HERE) as out:
+        nobody = await out.post(f"http://127.0.0.1:{free_port}/", {}, b"", 5)
+        nonsense = await out.post(f"http://127.0.0.1:{port}/", {}, b"", 5)
+
+    assert nobody.status is None
+    assert "ConnectError" in (nobody.error or "")
+    assert nonsense.status is None
+    assert "ProtocolError" in (nonsense.error or "")
+
+
+# --- TLS -------------------------------------------------------------------------------------------
+
+
+def certificate(directory: Path, *names: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """What a server of these names has, and what trusts it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = directory / "server.pem"
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(secret + made.public_bytes(serialization.Encoding.PEM))
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(path)
+    return server, ssl.create_default_context(cafile=str(path))
+
+
+async def test_tls_asks_for_the_name_while_the_connection_goes_to_the_address(tmp_path: Path) -> None:
+    server, client = certificate(tmp_path, NAME)
+    asked: list[str | None] = []
+    server.sni_callback = lambda _socket, name, _context: asked.append(name)
+    names = Names(["127.0.0.1"])
+    async with receiving(context=server) as receiver, outbound(HERE, lookup=names, verify=client) as out:
+        answer = await out.post(f"https://{NAME}:{receiver.port}/x", {}, b"", 5)
+
+        assert (answer.status, answer.error) == (204, None)
+        assert asked == [NAME]
+        assert receiver.got[0].headers["host"] == f"{NAME}:{receiver.port}"
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_a_certificate_of_another_name_or_of_nobody_known_gets_nothing(
+    tmp_path: Path, trusted: bool
+) -> None:
+    server, client = certificate(tmp_path, "other.example" if trusted else NAME)
+    names = Names(["127.0.0.1"])
+    verify = client if trusted else None
+    async with receiving(context=server) as receiver, outbound(HERE, lookup=names, verify=verify) as out:
+        answer = await out.post(f"https://{NAME}:{receiver.port}/x", {}, b"", 5)
+
+        assert "CERTIFICATE_VERIFY_FAILED" in (answer.error or "")
+        assert receiver.got == []
+
+
+# --- where it may go -------------------------------------------------------------------------------
+
+
+async def test_nothing_reaches_this_machine_unless_it_is_allowed(receiver: Receiver) -> None:
+    async with outbound() as out:
+        for host in (
+            "127.0.0.1",
+            "localhost",
+            "2130706433",
+            "0x7f000001",
+            "0x7f.1",
+            "0177.0.0.1",
+            "127.1",
+            "0",
+            "0.0.0.0",
+            "[::1]",
+            "[::]",
+            "[::ffff:127.0.0.1]",
+            "[::ffff:7f00:1]",
+            "[64:ff9b::7f00:1]",
+            "[2002:7f00:1::]",
+        ):
+            for scheme in ("http", "https"):
+                url = f"{scheme}://{host}:{receiver.port}/"
+                fault = await out.fault(url)
+                answer = await out.post(url, {}, b"", 5)
+                assert fault is not None, url
+                assert "public internet" in fault, url
+                assert "public internet" in (answer.error or ""), url
+
+    assert receiver.connections == 0
+
+
+async def test_a_name_that_changes_its_address_after_it_was_looked_at_is_judged_where_it_leads() -> None:
+    """DNS rebinding: what is judged is what is connected to."""
+    async with receiving("127.0.0.2") as open_one, receiving("127.0.0.1", port=open_one.port) as inner:
+        url = f"http://{NAME}:{open_one.port}/"
+        names = Names(["127.0.0.2"], ["127.0.0.2"], ["127.0.0.1"])
+        async with outbound("127.0.0.2/32", lookup=names) as out:
+            assert await out.fault(url) is None
+            assert (await out.post(url, {"connection": "close"}, b"", 5)).status == 204
+            assert len(names.asked) == 2, "one look-up for one connection"
+            answer = await out.post(url, {}, b"", 5)
+
+        assert "127.0.0.1" in (answer.error or "")
+        assert (len(open_one.got), inner.connections) == (1, 0)
+
+
+async def test_one_private_address_among_several_is_enough_to_refuse() -> None:
+    async with outbound(lookup=Names(["93.184.215.14", "10.0.0.1"])) as out:
+        assert "10.0.0.1" in (await out.fault(f"https://{NAME}/") or "")
+
+
+async def test_plain_http_is_for_networks_that_are_allowed(receiver: Receiver) -> None:
+    async with outbound(HERE, lookup=Names(["93.184.215.14"])) as out:
+        assert "https" in (await out.fault(f"http://{NAME}/") or "")
+        assert await out.fault(f"https://{NAME}/") is None
+        assert await out.fault(receiver.url) is None
+
+
+async def test_a_name_that_nobody_knows_is_an_error() -> None:
+    async with outbound() as out:
+        assert await out.fault("https://nobody.invalid/") == "the host nobody.invalid cannot be looked up"
+        answer = await out.post("https://nobody.invalid/", {}, b"", 20)
+    assert "cannot be looked up" in (answer.error or "")
+
+
+PRIVATE = (
+    "0.0.0.0 0.1.2.3 10.0.0.1 100.64.0.1 127.0.0.1 127.255.255.254 169.254.169.254 172.16.0.1 "
+    "172.31.255.255 192.0.0.1 192.0.2.1 192.168.1.1 198.18.0.1 198.51.100.1 203.0.113.1 224.0.0.1 "
+    "239.255.255.255 240.0.0.1 255.255.255.255 :: ::1 ::127.0.0.1 ::ffff:10.0.0.1 "
+    "::ffff:169.254.169.254 64:ff9b::a9fe:a9fe 64:ff9b:1::1 100::1 2001::1 2001:db8::1 2002:a00:1:: "
+    "2002:a9fe:a9fe:: fc00::1 fd00:ec2::254 fe80::1 fec0::1 ff02::1 ::ffff:0:127.0.0.1 "
+    "192.0.0.192 168.63.129.16 ::ffff:168.63.129.16 64:ff9b::c000:c0 3fff::1 "
+)
+PUBLIC = (
+    "1.1.1.1 93.184.215.14 8.8.8.8 100.63.255.255 172.32.0.1 2606:4700:4700::1111 64:ff9b::808:808 "
+    "::ffff:8.8.8.8 2002:808:808:: "
+)
+
+
+@pytest.mark.parametrize("text", PRIVATE.split())
+def test_what_is_not_of_the_public_internet_is_known_as_such(text: str) -> None:
+    assert not is_public(ip_address(text))
+
+
+@pytest.mark.parametrize("text", PUBLIC.split())
+def test_what_is_of_the_public_internet_is_let_through(text: str) -> None:
+    assert is_public(ip_address(text))
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("", "printable"),
+        ("hooks.example/x", "https"),
+        ("ftp://hooks.example/", "https"),
+        ("file:///etc/passwd", "https"),
+        ("https://", "host"),
+        ("https:///x", "host"),
+        ("https://user@hooks.example/", "user"),
+        ("https://user:pass@hooks.example/", "user"),
+        ("https://hooks.example@127.0.0.1/", "user"),
+        ("https://hooks.example\\@127.0.0.1/", "printable"),
+        ("https://hooks.example/a b", "printable"),
+        ("https://hooks.example/\r\nX: y", "printable"),
+        ("https://hooks.example/#x", "fragment"),
+        ("https://hooks.example:0/", "host"),
+        ("https://hooks.example:99999/", "URL"),
+        ("https://hooks.example:x/", "URL"),
+        ("https://[::1/", "URL"),
+        ("https://[fe80::1%25lo]/", "host"),
+        ("https://①②⑦.0.0.1/", "xn--"),
+        ("https://bücher.example/", "xn--"),
+        ("https://hooks.exam%70le/", "host"),
+        ("https://" + "a" * 2_050, "longer"),
+    ],
+)
+def test_what_is_no_plain_url_is_refused_with_a_reason(url: str, why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        target_of(url)
+
+
+def test_a_plain_url_is_taken_apart() -> None:
+    assert target_of("https://xn--bcher-kva.example") == (True, "xn--bcher-kva.example", 443, "/")
+    assert target_of("http://[2606:4700::1]:81/a%20b?c=d&e") == (False, "2606:4700::1", 81, "/a%20b?c=d&e")

@@ -1,0 +1,369 @@
+"""The invariants as pure functions of a recorded history: each gives the sentences that say what was broken.
+
+Nothing here may be imported from the broker.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
+from typing import Any
+
+from tests.simulation.checkers import hooks as checkers_hooks
+from tests.simulation.checkers import streams as checkers_streams
+from tests.simulation.checkers.erasing import e1, e2, e3
+from tests.simulation.checkers.many import one_each, r10
+from tests.simulation.checkers.presence import a3, a5, d9, d10, r8
+from tests.simulation.checkers.pull import a6, d11, r9
+from tests.simulation.facts import (
+    ANSWER_EVENT,
+    CLOSING,
+    FINAL,
+    FROM_DEVICE,
+    GRACE_MS,
+    NEVER,
+    TABLE,
+    Facts,
+    data,
+)
+from tests.simulation.history import Call, History, Row, Wire
+
+
+def _succeeded(call: Call, *kinds: str) -> bool:
+    return call.kind in kinds and call.status in (200, 201)
+
+
+# --- requests --------------------------------------------------------------------------------------
+
+
+def r1(facts: Facts) -> Iterator[str]:
+    """Every id of a 200/201 is in the log, durable before the answer."""
+    for call in facts.history.calls:
+        if not _succeeded(call, "create", "retry", "fan_out"):
+            continue
+        for command_id in call.ids:
+            row = facts.created.get(command_id)
+            if row is None:
+                yield f"{command_id} was answered {call.status} and is not in the log"
+            elif facts.durable(row) > (call.returned or 0):
+                yield f"{command_id} was answered {call.status} before it was durable"
+
+
+def r3(facts: Facts) -> Iterator[str]:
+    """One idempotency key, one command."""
+    seen: dict[str, Call] = {}
+    for call in facts.history.calls:
+        if call.key is None or not _succeeded(call, "create"):
+            continue
+        first = seen.setdefault(call.key, call)
+        if call.body != first.body:
+            yield f"key {call.key} was taken with two bodies: {first.ids} and {call.ids}"
+        elif call.ids != first.ids:
+            yield f"key {call.key} gave two commands: {first.ids} and {call.ids}"
+    yield from one_each(facts)
+
+
+def r6(facts: Facts) -> Iterator[str]:
+    """Cancel answered 200: `cancelled` is final, and it was never handed over."""
+    sent = {record.command_id for record in facts.publishes}
+    for call in facts.history.calls:
+        if not _succeeded(call, "cancel"):
+            continue
+        for command_id in call.ids:
+            types = [row["type"] for row in facts.commands.get(command_id, ())]
+            if not types or types[-1] != "cancelled":
+                yield f"cancel of {command_id} was answered 200 and its log says {types}"
+            if "published" in types or command_id in sent:
+                yield f"{command_id} was cancelled and handed over"
+
+
+# --- life ------------------------------------------------------------------------------------------
+
+
+def l1(facts: Facts) -> Iterator[str]:
+    """Only transitions of the table, attempts numbered from 1, what corrects `timed_out` marked late."""
+    for command_id, rows in facts.commands.items():
+        state, attempts = "none", 0
+        for row in rows:
+            event, said = row["type"], data(row)
+            allowed, gives = TABLE.get(event, (frozenset[str](), event))
+            by_broker = said.get("by") == "broker" or row["data"] is None
+            if state not in allowed or (event == "failed" and state == "pending" and not by_broker):
+                yield f"{command_id}: {event} after {state} at version {row['version']}"
+            if event == "published":
+                attempts += 1
+                if said.get("attempt", attempts) != attempts:
+                    yield f"{command_id}: attempt {said['attempt']} where {attempts} was due"
+            if state == "timed_out" and gives in TABLE and row["data"] is not None and not said.get("late"):
+                yield f"{command_id}: {event} after timed_out is not marked late"
+            state = gives
+
+
+def l2(facts: Facts) -> Iterator[str]:
+    """One final event, nothing after it."""
+    for command_id, rows in facts.commands.items():
+        for before, after in pairwise(rows):
+            if before["type"] in FINAL:
+                yield f"{command_id}: {after['type']} after its final {before['type']}"
+
+
+def l4(facts: Facts) -> Iterator[str]:
+    """Once faults have stopped every command is closed: by `expires_at`, or, once acknowledged, by its last
+    report + its result time, and 15 s. One without expiry ends as well: its device is online then."""
+    healed, ended = facts.history.healed_at or 0, facts.history.ended_at or 0
+    for command_id, created in facts.created.items() if ended else ():
+        due: int = data(created).get("expires_at") or NEVER
+        result_ms = round(1000 * facts.definition(command_id).get("result_timeout_sec", 60))
+        state = "none"
+        for row in facts.commands[command_id]:
+            before, state = state, TABLE[row["type"]][1]
+            too_late = row["recorded_at"] > max(due, healed) + GRACE_MS
+            if too_late and state in CLOSING and before not in CLOSING:
+                yield f"{command_id}: {row['type']} came {row['recorded_at'] - due} ms after it was due"
+            due = row["recorded_at"] + result_ms if state == "acknowledged" else due
+        if state not in CLOSING and (due == NEVER or ended > max(due, healed) + GRACE_MS):
+            yield f"{command_id} is {state} at the end, {ended - healed} ms after the faults stopped"
+
+
+# --- delivery --------------------------------------------------------------------------------------
+
+
+def d1(facts: Facts) -> Iterator[str]:
+    """Every publish on the wire has its durable `published` event before it."""
+    unnamed: Counter[str] = Counter()
+    handed_over: dict[str, list[int]] = defaultdict(list)
+    for command_id, created in facts.created.items():
+        for row in facts.commands[command_id]:
+            if row["type"] == "published" and data(row).get("transport", "mqtt") == "mqtt":
+                handed_over[data(created).get("topic", "")].append(facts.durable(row))
+    for record in facts.publishes:
+        if record.command_id is None:  # bare payloads: told apart by their number on the topic
+            unnamed[record.topic] += 1
+            if sum(seq < record.seq for seq in handed_over[record.topic]) < unnamed[record.topic]:
+                yield f"publish {unnamed[record.topic]} on {record.topic} has no durable event before it"
+            continue
+        event = _handing_over(facts, record)
+        if event is None:
+            yield f"{record.command_id} attempt {record.attempt} was sent and never recorded as published"
+        elif facts.durable(event) > record.seq:
+            yield f"{record.command_id} attempt {record.attempt} was sent before its event was durable"
+
+
+def _handing_over(facts: Facts, record: Wire) -> Row | None:
+    for row in facts.commands.get(record.command_id or "", ()):
+        by_it = data(row).get("transport", "mqtt") == record.transport
+        if row["type"] == "published" and by_it and record.attempt in (None, data(row).get("attempt")):
+            return row
+    return None
+
+
+def d3(facts: Facts) -> Iterator[str]:
+    """No command executed twice by a device that gets ids; one that is not repeatable is sent once."""
+    executed = Counter((run.hardware_id, run.command_id) for run in facts.history.executions)
+    for (hardware_id, command_id), times in executed.items():
+        if times > 1:
+            yield f"{hardware_id} executed {command_id} {times} times"
+    sent = Counter(record.command_id for record in facts.publishes)
+    for command_id, rows in facts.commands.items():
+        if facts.definition(command_id).get("repeatable", True):
+            continue
+        times = max(sent[command_id], sum(row["type"] == "published" for row in rows))
+        if times > 1:
+            yield f"{command_id} is not repeatable and was sent {times} times"
+
+
+def d4(facts: Facts) -> Iterator[str]:
+    """We publish nothing after `expires_at`, by the broker's clock.
+
+    Which, when the bytes left, showed at least the event's `recorded_at` plus what passed since its commit.
+    """
+    for record in facts.publishes:
+        row = _handing_over(facts, record)
+        commit = facts.commit_of(row) if row else None
+        created = facts.created.get(record.command_id or "")
+        expires_at = data(created).get("expires_at") if created else None
+        if row is None or commit is None or expires_at is None:
+            continue
+        late_by = row["recorded_at"] + max(0, record.t - commit.t) - expires_at
+        if late_by >= 0:
+            yield f"{record.command_id} attempt {record.attempt} was sent {late_by} ms after it expired"
+
+
+def d6(facts: Facts) -> Iterator[str]:
+    """First executions of a device are in order of creation.
+
+    Excused: the earlier one was closed before the later one was first handed over; then the pipe was late.
+    """
+    firsts: dict[str, dict[str, int]] = defaultdict(dict)
+    for run in facts.history.executions:
+        if facts.definition(run.command_id).get("max_in_flight", 1) == 1 and run.command_id in facts.created:
+            firsts[run.hardware_id].setdefault(run.command_id, run.seq)
+    for hardware_id, executed in firsts.items():
+        done: list[str] = []
+        for command_id in sorted(executed, key=executed.__getitem__):
+            position = facts.created[command_id]["position"]
+            for other in done:
+                if facts.created[other]["position"] > position and not _closed_before(
+                    facts, command_id, other
+                ):
+                    yield f"{hardware_id} executed {command_id} after {other}, which was created later"
+            done.append(command_id)
+
+
+def _closed_before(facts: Facts, earlier: str, later: str) -> bool:
+    sent = facts.first(later, "published")
+    return sent is None or any(
+        row["type"] in CLOSING and row["position"] < sent["position"] for row in facts.commands[earlier]
+    )
+
+
+def d8(facts: Facts) -> Iterator[str]:
+    """We start no publish after a closing event."""
+    closed: dict[str, int] = {}
+    for command_id, rows in facts.commands.items():
+        closed[command_id] = min(
+            (facts.durable(row) for row in rows if row["type"] in CLOSING), default=NEVER
+        )
+    for record in facts.publishes:
+        if record.seq > closed.get(record.command_id or "", NEVER):
+            yield f"{record.command_id} attempt {record.attempt} was sent after it was closed"
+
+
+# --- answers ---------------------------------------------------------------------------------------
+
+
+def a1(facts: Facts) -> Iterator[str]:
+    """At our PUBACK of an answer the durable state is one that this answer changes no more."""
+    for record in facts.history.wire:
+        created = facts.created.get(record.command_id or "")
+        event = ANSWER_EVENT.get(record.status or "")
+        if record.what != "puback" or record.retain or created is None or event is None:
+            continue
+        if data(created).get("hardware_id") != record.hardware_id:
+            continue
+        durable = [row for row in facts.commands[created["stream"]] if facts.durable(row) < record.seq]
+        state = next((TABLE[row["type"]][1] for row in durable[::-1] if row["type"] in TABLE), "none")
+        # An answer may say nothing new of a start or of progress; to a deleted device, or of an erased
+        # command, nobody listens.
+        nobody = min(facts.deleted(created["device_id"]), facts.erased_at(created["stream"])) < record.seq
+        told = {TABLE[row["type"]][1] for row in durable if row["type"] in ANSWER_EVENT.values()}
+        idle = (TABLE[event][1] == "acknowledged" and "acknowledged" in told) or nobody
+        if state in TABLE[event][0] - {"pending"} and not idle:
+            yield f"{record.command_id}: {record.status} got its PUBACK while only {state} was durable"
+
+
+def a2(facts: Facts) -> Iterator[str]:
+    """n copies, one event: no more events than answers were sent, and no two alike next to each other."""
+    sent = Counter((sent.hardware_id, sent.command_id, sent.status) for sent in facts.history.answers)
+    for command_id, rows in facts.commands.items():
+        if rows[0]["data"] is None:
+            continue
+        hardware_id = str(data(rows[0]).get("hardware_id"))
+        for status, event in ANSWER_EVENT.items():
+            recorded = sum(row["type"] == event and _of_device(row) for row in rows)
+            times = sent[hardware_id, command_id, status]
+            if status == "acknowledged" and len(facts.definition(command_id).get("transports", ())) > 1:
+                times += sent[hardware_id, command_id, "progress"]  # over HTTP there is no other word for it
+            if recorded > times:
+                yield f"{command_id}: {recorded} {event} events of {times} answers"
+        for before, after in pairwise(rows):
+            if after["type"] in ANSWER_EVENT.values() and _told(before) == _told(after):
+                yield f"{command_id}: the same {after['type']} was recorded twice"
+
+
+def _of_device(row: Row) -> bool:
+    """What goes without saying is not written: an answer is the device's if it says nothing else."""
+    return data(row).get("evidence", "device_result") in FROM_DEVICE
+
+
+def _told(row: Row) -> tuple[Any, ...]:
+    said = data(row)
+    erased = row["version"] if row["data"] is None else None  # no two erased ones are known to be alike
+    return row["type"], said.get("percent"), said.get("note"), erased
+
+
+# --- log and projections ---------------------------------------------------------------------------
+
+
+def s1(facts: Facts) -> Iterator[str]:
+    """Positions 1..N, time never falls; an earlier dump is a prefix of a later one, erased data aside."""
+    dumps = facts.history.dumps
+    for index, row in enumerate(facts.history.log, 1):
+        if row["position"] != index:
+            yield f"position {row['position']} stands where {index} belongs"
+            break
+    for before, after in pairwise(facts.history.log):
+        if after["recorded_at"] < before["recorded_at"]:
+            yield f"recorded_at falls at position {after['position']}"
+    for earlier, later in pairwise(dumps):
+        if len(later) < len(earlier):
+            yield f"the log had {len(earlier)} events and later {len(later)}"
+        for before, after in zip(earlier, later, strict=False):
+            if any(
+                before[name] != after[name]
+                for name in before
+                if name not in ("data", "salt") or after[name] is not None
+            ):
+                yield f"the event at position {before['position']} was changed"
+
+
+def s2(facts: Facts) -> Iterator[str]:
+    """Versions 1..n in every stream."""
+    for stream, rows in facts.streams.items():
+        versions = [row["version"] for row in rows]
+        if versions != list(range(1, len(rows) + 1)):
+            yield f"{stream} has versions {versions}"
+
+
+def s4(incremental: Mapping[str, Sequence[Any]], rebuilt: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Every projection, kept up event by event, equals the rebuilt one. Rows by table, in one order."""
+    found = []
+    for table in sorted(incremental.keys() | rebuilt.keys()):
+        kept, fresh = incremental.get(table, ()), rebuilt.get(table, ())
+        if len(kept) != len(fresh):
+            found.append(f"S4: {table} has {len(kept)} rows and rebuilt {len(fresh)}")
+        found += [
+            f"S4: {table} has {one} and rebuilt {other}"
+            for one, other in zip(kept, fresh, strict=False)
+            if one != other
+        ]
+    return found
+
+
+CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
+    "R1": r1,
+    "R3": r3,
+    "R6": r6,
+    "R8": r8,
+    "R9": r9,
+    "R10": r10,
+    "L1": l1,
+    "L2": l2,
+    "L4": l4,
+    "D1": d1,
+    "D3": d3,
+    "D4": d4,
+    "D6": d6,
+    "D8": d8,
+    "D9": d9,
+    "D10": d10,
+    "D11": d11,
+    "A1": a1,
+    "A2": a2,
+    "A3": a3,
+    "A5": a5,
+    "A6": a6,
+    "E1": e1,
+    "E2": e2,
+    "E3": e3,
+    "S1": s1,
+    "S2": s2,
+    "S5": lambda facts: chain(checkers_hooks.s5(facts), checkers_streams.s5(facts)),
+}
+
+
+def check(history: History) -> list[str]:
+    """Every violation of every invariant here, each with its name before it."""
+    facts = Facts(history)
+    return [f"{name}: {sentence}" for name, checker in CHECKERS.items() for sentence in checker(facts)]

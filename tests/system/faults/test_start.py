@@ -1,0 +1,200 @@
+"""Starting: the demo that a newcomer sees, and every start that must be refused in one sentence."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from broker.cli.main import run
+from tests.system.conftest import NewBroker
+from tests.system.support import (
+    ORDAIN,
+    Broker,
+    Device,
+    environment,
+    made,
+    one_sentence,
+    ordain,
+    refused,
+    until,
+)
+
+
+def bash(text: str, cwd: Path) -> str:
+    done = subprocess.run(
+        ["bash", "-c", text], capture_output=True, text=True, timeout=30, env=environment(), cwd=cwd
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def welcome(broker: Broker) -> dict[str, str]:
+    """What the demo prints, by its first word; a line that goes on is kept whole."""
+    broker.run.out.wait("  log ")
+    text = broker.run.out.so_far()
+    return dict(re.findall(r"^  (\w+) +((?:.*\\\n)*.*)$", text, re.MULTILINE))
+
+
+def test_the_curl_that_the_demo_prints_works_when_it_is_pasted(new_broker: NewBroker, tmp_path: Path) -> None:
+    broker = new_broker("--demo", data=tmp_path / "some where").start()
+
+    printed = welcome(broker)
+    answer, status = bash(printed["send"] + r" -w '\n%{http_code}'", tmp_path).rsplit("\n", 1)
+
+    assert status == "201"
+    assert '"status":"pending"' in answer
+    until(lambda: '"state":"executed"' in bash(printed["look"], tmp_path))
+    headers = {"X-API-Key": printed["key"]}
+    assert httpx2.get(f"{broker.url}/v1/devices", headers=headers, trust_env=False).status_code == 200
+    assert httpx2.get(printed["docs"], trust_env=False).status_code == 200
+    assert "executed" in bash(printed["log"].replace(".venv/bin/ordain", ORDAIN), tmp_path)
+
+
+def test_the_demo_starts_again_with_the_same_key_and_devices(new_broker: NewBroker, tmp_path: Path) -> None:
+    broker = new_broker("--demo").start()
+    key = welcome(broker)["key"]
+    broker.run.kill()
+
+    printed = welcome(broker.start())
+
+    assert printed["key"] == key
+    bash(printed["send"], tmp_path)
+    until(lambda: '"state":"executed"' in bash(printed["look"], tmp_path))
+
+
+def test_the_demo_leaves_out_a_device_that_was_deleted_and_one_that_is_somebody_elses(
+    new_broker: NewBroker, tmp_path: Path
+) -> None:
+    broker = new_broker("--demo")
+    token = made(broker.ordain("devices", "add", "ABC123", "--type", "iotee_device"))
+    printed = welcome(broker.start())
+    assert "demo.device_left_out hardware_id=ABC123" in broker.said()
+    device = Device(broker.mqtt_port, "ABC123", token)
+    assert device.say("online", suffix="status") == 0
+    path = f"{broker.url}/v1/devices/demo_lock"
+    writer = {"X-API-Key": printed["key"]}
+    assert httpx2.delete(path, headers=writer, trust_env=False).is_success
+    broker.end()
+
+    printed = welcome(broker.start())
+
+    assert "demo.device_left_out hardware_id=demo_lock" in broker.run.err.so_far()
+    bash(printed["send"], tmp_path)
+    until(lambda: '"state":"executed"' in bash(printed["look"], tmp_path))
+
+
+def test_a_second_broker_on_the_directory_is_refused_and_the_first_unharmed(broker: Broker) -> None:
+    broker.device("lamp")
+
+    second = broker.launch()
+
+    assert second.wait() == 3
+    one_sentence(second.err.all(), str(broker.data), str(broker.runs[0].process.pid))
+    assert broker.create("lamp")
+    assert (broker.data / "ordain.sock").exists()
+    assert broker.verified()
+
+
+def test_two_brokers_with_directories_of_their_own_do_not_meet(
+    broker: Broker, new_broker: NewBroker, tmp_path: Path
+) -> None:
+    other = new_broker(data=tmp_path / "other").start()
+
+    broker.device("lamp")
+    other.device("lamp")
+
+    assert broker.create("lamp") != other.create("lamp")
+    assert broker.http("GET", "/v1/commands").json() != other.http("GET", "/v1/commands").json()
+
+
+@pytest.mark.parametrize("option", ["--http", "--mqtt-listen"])
+def test_a_port_that_is_taken_is_named(new_broker: NewBroker, option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = "127.0.0.1:{1}".format(*taken.getsockname())
+        started = new_broker(option, address).launch()
+
+        assert started.wait() == 2
+        one_sentence(started.err.all(), option.strip("-").replace("-", "_"), address, "in use")
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1:80", "no-such-host.invalid:80"])
+def test_an_address_of_another_machine_is_refused(new_broker: NewBroker, address: str) -> None:
+    started = new_broker("--http", address).launch()
+
+    assert started.wait() == 2
+    one_sentence(started.err.all(), address)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "toml", "words"),
+    [
+        ((), 'htpp = "127.0.0.1:80"', ("config.toml", "htpp")),
+        ((), "http = 80", ("config.toml", "http = 80", "str")),
+        ((), "[limits]\nqueue_per_device = 0", ("config.toml", "limits.queue_per_device = 0", ">= 1")),
+        ((), "[limits]\nqueue = 0", ("config.toml", "limits.queue", "queue_per_device")),
+        ((), "limits = 3", ("config.toml", "limits = 3", "table")),
+        ((), "projects = 3", ("config.toml", "projects = 3", "[projects.<name>]")),
+        ((), "[projects]\nacme = 3", ("config.toml", "projects.acme = 3", "table")),
+        ((), "[projects.'a/b']", ("config.toml", "projects.a/b", "letters")),
+        ((), "[projects.acme]\nqueue_per_name = 0", ("projects.acme.queue_per_name = 0", ">= 1")),
+        ((), "[projects.acme]\nparams_bytes = '9'", ("projects.acme.params_bytes = '9'", "int")),
+        ((), "[projects.acme]\ncommands_per_minute = -1", ("projects.acme.commands_per_minute = -1", ">= 0")),
+        ((), "[projects.acme]\nbody_bytes = 9", ("projects.acme.body_bytes", "queue_per_device")),
+        ((), 'mqtt_server = "mosquito"', ("config.toml", "mqtt_server = 'mosquito'")),
+        ((), 'mqtt_url = ["mqtt://user:hidden@host"]', ("config.toml", "mqtt_url")),
+        ((), "http = ", ("config.toml", "TOML")),
+        ((), 'http = "nowhere"', ("http", "nowhere", "HOST:PORT")),
+        ((), 'prefix = "a/b"', ("prefix", "a/b")),
+        ((), 'mqtt_url = "http://127.0.0.1"', ("mqtt_url", "mqtt")),
+        (("--config", "missing.toml"), "", ("missing.toml", "No such file")),
+        (("--http", "127.0.0.1:99999"), "", ("http", "99999")),
+        (("--mqtt-listen", ":1883"), "", ("mqtt_listen", ":1883")),
+        (("--mqtt-listen", f"{'a' * 64}:1883"), "", ("mqtt_listen", "aaa")),
+        (("--mqtt-url", "mqtt://user:hidden/slash@host"), "", ("mqtt_url", "port")),
+        (("--mqtt-url", "mqtt://user:hidden\N{CARE OF}@host"), "", ("mqtt_url", "://host")),
+        (("--mqtt-url", "mqtt://[user:hidden@host"), "", ("mqtt_url", "://host")),
+        (("--mqtt-url", f"mqtt://user:hidden@{'a' * 64}"), "", ("mqtt_url", "://host")),
+        (("--nonsense",), "", ("--nonsense",)),
+        (("--http",), "", ("--http",)),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    toml: str,
+    words: tuple[str, ...],
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(toml)
+    monkeypatch.setenv("ORDAIN_CONFIG", str(config))
+    monkeypatch.setenv("ORDAIN_DATA", str(tmp_path / "data"))
+
+    code = run(["serve", *arguments])
+
+    assert code == 2
+    said = capsys.readouterr().err
+    one_sentence(said, *words)
+    assert "hidden" not in said
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_directory_that_cannot_be_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file")
+
+    refused(ordain("serve", data=tmp_path / "data"), 3, str(tmp_path / "data"))
+
+
+def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> None:
+    database = tmp_path / "ordain.db"
+    database.write_text("precious " * 1_000)
+
+    refused(ordain("keys", "list", data=tmp_path), 3, str(database), "not a database")
+    refused(ordain("log", "verify", data=tmp_path), 3, str(database), "not a database")
+    assert database.read_text() == "precious " * 1_000

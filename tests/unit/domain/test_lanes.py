@@ -1,0 +1,392 @@
+"""What is due in a lane, when time will next do something, and what a restart makes of a hand-over."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.domain import lanes
+from broker.domain.events import Acknowledged, Event, Executed, Progressed, Published, TimedOut, Transport
+from broker.domain.lanes import Flight, Lane, Member, Presence
+from broker.domain.lifecycle import Input
+from tests.integration.core_support import DEVICE, PUBLISHED, T, created, definition, folded
+
+BARE: dict[str, Any] = {"carries_ids": False, "carries_grant": False, "late_answer_sec": 20}
+REQUIRED: dict[str, Any] = {"presence": "required"}
+NONE: dict[str, Any] = {"presence": "none"}
+
+
+def member(
+    name: str, *events: Event | tuple[Event, int], flight: Flight | None = None, **facts: Any
+) -> Member:
+    ttl_ms = facts.pop("ttl_ms", None)
+    state = folded(*events, first=created(ttl_ms=ttl_ms), id=name)
+    return Member(state, definition(**facts), flight or Flight())
+
+
+def lane(*members: Member) -> Lane:
+    return Lane(DEVICE, {found.state.id: found for found in members})
+
+
+def due(found: Lane, presence: Presence = Presence.ONLINE, now: int = T, slots: int = 100) -> list[str]:
+    return [hand.state.id for hand in lanes.due(found, presence, now, slots)]
+
+
+def jitter(low: float, high: float) -> float:
+    return random.Random(7).uniform(low, high)
+
+
+# --- order, window, slots
+
+
+def test_the_first_created_goes_first_and_the_next_waits_for_its_end() -> None:
+    assert due(lane(member("a"), member("b"))) == ["a"]
+    assert due(lane(member("a", PUBLISHED, flight=Flight(open=True)), member("b"))) == []
+    assert due(lane(member("a", PUBLISHED, Acknowledged()), member("b"))) == []
+
+
+def test_the_window_is_filled_in_order_and_never_exceeded() -> None:
+    wide: dict[str, Any] = {"max_in_flight": 3}
+    pending = [member(name, **wide) for name in "abcde"]
+    flying = member("z", PUBLISHED, flight=Flight(open=True), **wide)
+
+    assert due(lane(*pending)) == ["a", "b", "c"]
+    assert due(lane(flying, *pending)) == ["a", "b"]
+    assert due(lane(*pending), slots=2) == ["a", "b"]
+    assert due(lane(*pending), slots=0) == []
+
+
+def test_a_closed_or_reopened_command_takes_no_place_in_the_window() -> None:
+    reopened = member("a", PUBLISHED, TimedOut(reason="no_answer"), Acknowledged(late=True))
+
+    assert due(lane(reopened, member("b"))) == ["b"]
+
+
+KINDS: dict[str, tuple[tuple[Event, ...], Flight, int | None]] = {
+    "open": ((PUBLISHED,), Flight(open=True), None),
+    "back-off": ((PUBLISHED,), Flight(due_at=T + 5_000), None),
+    "due": ((PUBLISHED,), Flight(due_at=T), None),
+    "acknowledged": ((PUBLISHED, Acknowledged()), Flight(), None),
+    "short": ((), Flight(), 1_000),
+    "pending": ((), Flight(), None),
+}
+
+
+@given(
+    st.lists(st.sampled_from(list(KINDS)[:4]), max_size=4),
+    st.lists(st.sampled_from(["short", "pending"]), max_size=6),
+    st.integers(1, 4),
+    st.integers(0, 5),
+)
+def test_whatever_is_in_the_lane_order_window_and_slots_hold(
+    handed_over: list[str], waiting: list[str], window: int, slots: int
+) -> None:
+    made = []
+    for index, kind in enumerate(handed_over + waiting):
+        events, flight, ttl_ms = KINDS[kind]
+        made.append(member(f"{index} {kind}", *events, flight=flight, ttl_ms=ttl_ms, max_in_flight=window))
+
+    names = due(lane(*made), now=T + 950, slots=slots)
+
+    assert names == sorted(names)
+    assert len(names) <= slots
+    assert {name.split()[1] for name in names} <= {"pending", "due"}
+    fresh = sum("pending" in name for name in names)
+    assert fresh == 0 or len(handed_over) + fresh <= window
+
+
+# --- presence
+
+
+@pytest.mark.parametrize(
+    ("presence", "required", "counted"),
+    [
+        (Presence.NEVER, False, False),
+        (Presence.OFFLINE, False, False),
+        (Presence.UNKNOWN, True, False),
+        (Presence.ONLINE, True, True),
+    ],
+)
+def test_presence_decides_whether_it_is_sent_and_whether_that_counts(
+    presence: Presence, required: bool, counted: bool
+) -> None:
+    waiting = Flight(due_at=T)
+
+    assert bool(due(lane(member("a", **REQUIRED)), presence)) is required
+    assert bool(due(lane(member("a", PUBLISHED, flight=waiting, **REQUIRED)), presence)) is required
+    assert lanes.counts(definition(**REQUIRED), presence) is counted
+    assert due(lane(member("a", **NONE)), presence) == ["a"]
+    assert lanes.counts(definition(**NONE), presence)
+
+
+def test_one_that_may_not_go_holds_back_those_behind_it() -> None:
+    assert due(lane(member("a", **REQUIRED), member("b", **NONE)), Presence.OFFLINE) == []
+    assert due(lane(member("a", transports=("relay",)), member("b"))) == []
+
+
+# --- time left
+
+
+@pytest.mark.parametrize(
+    ("ttl_ms", "margin"), [(1_000, 100), (5_000, 500), (10_000, 1_000), (300_000, 1_000)]
+)
+def test_the_last_second_or_tenth_of_a_life_belongs_to_the_timer(ttl_ms: int, margin: int) -> None:
+    last = T + ttl_ms - margin
+    waiting = member("a", ttl_ms=ttl_ms)
+
+    assert due(lane(waiting), now=last - 1) == ["a"]
+    assert due(lane(waiting, member("b")), now=last) == ["b"], "it will never go, so it holds nobody back"
+    assert due(lane(member("a", PUBLISHED, ttl_ms=ttl_ms)), now=last) == []
+
+
+def test_a_command_without_expiry_always_has_time() -> None:
+    assert due(lane(member("a")), now=T + 10**12) == ["a"]
+
+
+# --- types whose answers carry no id
+
+
+def test_an_idless_lane_stays_shut_after_an_end_and_longer_after_a_time_out() -> None:
+    for ending, pause in ((Executed(), 1_000), (TimedOut(reason="no_answer"), 20_000)):
+        found = lane(gone := member("a", PUBLISHED, ending, **BARE), member("b", **BARE))
+        lanes.closed(found, gone, T)
+        assert due(found, now=T + pause - 1) == []
+        assert due(found, now=T + pause) == ["b"]
+
+
+def test_a_lane_with_ids_opens_at_once_and_so_does_one_that_sent_nothing() -> None:
+    for gone in (member("a", PUBLISHED, Executed()), member("a", **BARE)):
+        found = lane(gone, member("b", **BARE))
+        lanes.closed(found, gone, T)
+        assert due(found) == ["b"]
+
+
+def test_an_answer_without_id_can_mean_what_was_handed_over_and_is_not_final_or_long_timed_out() -> None:
+    late = member("late", PUBLISHED, TimedOut(reason="no_answer"), **BARE)
+    found = lane(
+        late, member("flying", PUBLISHED), member("heard", PUBLISHED, Acknowledged()), member("waiting")
+    )
+    lanes.closed(found, late, T)
+
+    def named(now: int) -> set[str]:
+        return {candidate.state.id for candidate in lanes.candidates(found, now)}
+
+    assert named(T + 19_999) == {"late", "flying", "heard"}
+    assert named(T + 20_000) == {"flying", "heard"}
+
+
+def test_an_answer_that_came_before_a_command_was_handed_over_cannot_mean_it() -> None:
+    found = lane(member("flying", PUBLISHED))
+    assert [candidate.state.id for candidate in lanes.candidates(found, T)] == ["flying"]
+    assert lanes.candidates(found, T - 1) == []
+
+
+# --- back-off
+
+
+@given(
+    st.integers(0, 10_000),
+    st.booleans(),
+    st.floats(0.05, 60),
+    st.floats(1, 10),
+    st.floats(60, 600),
+    st.integers(0, 2**32),
+)
+def test_back_off_is_at_least_a_second_and_never_beyond_its_ceiling(
+    counted: int, counting: bool, base: float, factor: float, cap: float, seed: int
+) -> None:
+    kind = definition(backoff_base_sec=base, backoff_factor=factor, backoff_cap_sec=cap)
+    grown = base * factor ** min(counted - 1, 60) if counted > 0 else base
+    ceiling = min(cap, grown) if counting else cap
+
+    pause = lanes.backoff_ms(kind, counted, counting, random.Random(seed).uniform)
+
+    assert 1_000 <= pause <= max(1_000, round(ceiling * 1_000))
+
+
+@pytest.mark.parametrize(
+    ("counted", "ceiling_sec"), [(1, 5), (2, 10), (3, 20), (6, 160), (7, 300), (500, 300)]
+)
+def test_back_off_doubles_from_five_seconds_up_to_five_minutes(counted: int, ceiling_sec: float) -> None:
+    assert lanes.backoff_ms(definition(), counted, True, lambda low, high: high) == ceiling_sec * 1_000
+    assert lanes.backoff_ms(definition(), counted, True, lambda low, high: low) == 1_000
+    assert lanes.backoff_ms(definition(), counted, False, lambda low, high: high) == 300_000
+
+
+# --- timers
+
+
+def test_the_attempt_timer_starts_when_the_bytes_were_written() -> None:
+    queued = member("a", PUBLISHED, flight=Flight(open=True))
+    written = member("a", PUBLISHED, flight=Flight(open=True, written_at=T + 3_000))
+
+    assert lanes.wake_at(queued, T) is None
+    assert lanes.overdue(queued, T + 10**9) is None
+    assert lanes.wake_at(written, T) == T + 13_000
+    assert lanes.overdue(written, T + 12_999) is None
+    assert lanes.overdue(written, T + 13_000) is Input.ATTEMPT_TIMER
+
+
+def test_expiry_comes_before_any_other_timer_and_not_after_an_acknowledgement() -> None:
+    flight = Flight(open=True, written_at=T)
+    acknowledged = member("a", PUBLISHED, Acknowledged(), ttl_ms=5_000)
+
+    assert lanes.wake_at(member("a", ttl_ms=5_000), T) == T + 5_000
+    assert lanes.overdue(member("a", ttl_ms=5_000), T + 4_999) is None
+    assert lanes.overdue(member("a", PUBLISHED, flight=flight, ttl_ms=5_000), T + 20_000) is Input.EXPIRY
+    assert lanes.wake_at(acknowledged, T) == T + 60_000
+    assert lanes.overdue(acknowledged, T + 5_000) is None
+
+
+def test_each_report_grants_a_new_result_time_up_to_the_longest_run() -> None:
+    def end(*events: Event | tuple[Event, int]) -> int:
+        return lanes.result_due_at(member("a", PUBLISHED, *events, max_run_sec=100)) - T
+
+    assert end((Acknowledged(), 1_000)) == 61_000
+    assert end((Acknowledged(), 1_000), (Progressed(percent=1), 30_000)) == 90_000
+    assert end((Acknowledged(), 1_000), (Progressed(percent=1), 60_000)) == 101_000
+    assert end((Progressed(percent=1), 2_000)) == 62_000
+
+
+def test_a_reopened_command_gets_a_result_time_again() -> None:
+    again = member("a", PUBLISHED, TimedOut(reason="no_answer"), (Acknowledged(late=True), 500_000))
+
+    assert lanes.overdue(again, T + 559_999) is None
+    assert lanes.overdue(again, T + 560_000) is Input.RESULT_TIMER
+
+
+def test_a_next_attempt_wakes_once_and_then_waits_for_something_else_than_time() -> None:
+    backing_off = member("a", PUBLISHED, flight=Flight(due_at=T + 4_000))
+
+    assert lanes.wake_at(backing_off, T) == T + 4_000
+    assert lanes.wake_at(backing_off, T + 4_000) is None
+    assert due(lane(backing_off), now=T + 3_999) == []
+    assert due(lane(backing_off), now=T + 4_000) == ["a"]
+
+
+def test_what_may_be_sent_once_is_never_due_again() -> None:
+    assert due(lane(member("a", PUBLISHED, repeatable=False))) == []
+
+
+def test_the_last_attempt_is_the_one_that_uses_up_the_count() -> None:
+    tries = [Published(attempt=n) for n in (1, 2, 3)]
+
+    assert lanes.is_last_attempt(member("a", *tries, max_attempts=3))
+    assert not lanes.is_last_attempt(member("a", *tries, max_attempts=4))
+    assert not lanes.is_last_attempt(member("a", *tries, flight=Flight(voided=1), max_attempts=3))
+    assert not lanes.is_last_attempt(
+        member("a", *tries[:2], Published(attempt=3, counts=False), max_attempts=3)
+    )
+
+
+# --- after a restart
+
+
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 2**32))
+def test_an_interrupted_attempt_is_due_again_within_the_answer_time(tries: int, most: int, seed: int) -> None:
+    state = folded(*(Published(attempt=n + 1) for n in range(tries)))
+    kind = definition(max_attempts=most)
+
+    flight = lanes.recovered(state, kind, T, random.Random(seed).uniform)
+
+    assert not flight.open
+    assert T <= flight.due_at <= T + 10_000
+    left = most - (state.counted - flight.voided)
+    assert left == max(1, most - tries), "if it was the last one, one more"
+
+
+def test_what_may_be_sent_once_or_is_on_lease_waits_for_its_end() -> None:
+    once = lanes.recovered(folded(PUBLISHED), definition(repeatable=False), T + 500, jitter)
+    leased = lanes.recovered(
+        folded((Published(attempt=1, transport="relay"), 100)),
+        definition(relay_lease_sec=30),
+        T + 500,
+        jitter,
+    )
+
+    assert (once.open, once.written_at) == (True, T + 500)
+    assert (leased.open, leased.lease_until) == (True, T + 30_100)
+
+
+def test_a_command_that_was_not_in_the_air_has_no_flight() -> None:
+    for state in (folded(), folded(PUBLISHED, Acknowledged())):
+        assert lanes.recovered(state, definition(), T, jitter) == Flight()
+
+
+# --- what is fetched without MQTT
+
+PULLED: dict[str, Any] = {"transports": ("mqtt", "relay", "heartbeat")}
+CLAIMED = Published(attempt=1, transport="relay", counts=False)
+
+
+def fetched(found: Lane, transport: Transport = "relay", now: int = T, drained: bool = True) -> list[str]:
+    return [hand.state.id for hand in lanes.fetched(found, transport, now, drained)]
+
+
+def leased(**facts: Any) -> Member:
+    return member("a", CLAIMED, flight=Flight(open=True, lease_until=T + 60_000), **PULLED | facts)
+
+
+def test_a_fetch_gets_the_oldest_first_and_no_more_than_the_window() -> None:
+    pending = [member(name, **PULLED) for name in "abc"]
+    wide = [member(name, **PULLED, max_in_flight=2) for name in "abc"]
+
+    assert fetched(lane(*pending)) == ["a"]
+    assert fetched(lane(*wide)) == ["a", "b"]
+    assert fetched(lane(leased(max_in_flight=2), *wide[1:])) == ["a", "b"]
+    assert fetched(lane(member("a", CLAIMED, Acknowledged(), **PULLED), *pending[1:])) == []
+
+
+def test_only_a_transport_that_the_type_allows_fetches() -> None:
+    only = member("a", transports=("heartbeat",))
+
+    assert fetched(lane(only), "heartbeat") == ["a"]
+    assert fetched(lane(only)) == []
+    assert fetched(lane(member("a"))) == []
+    assert fetched(lane(only, member("b", **PULLED))) == [], "what may not go holds back what is behind it"
+
+
+def test_while_a_lease_runs_only_its_own_transport_gets_it() -> None:
+    assert fetched(lane(leased())) == ["a"]
+    assert fetched(lane(leased()), "heartbeat") == []
+    assert fetched(lane(leased()), "heartbeat", T + 60_000) == ["a"]
+    assert due(lane(leased())) == []
+
+
+def test_an_attempt_by_mqtt_is_waited_for_whether_or_not_its_timer_could_fire() -> None:
+    flying = member("a", PUBLISHED, flight=Flight(open=True, written_at=T), **PULLED)
+    unwritten = member("a", PUBLISHED, flight=Flight(open=True), **PULLED)
+    between = member("a", PUBLISHED, flight=Flight(due_at=T + 99_000), **PULLED)
+
+    assert fetched(lane(flying), now=T + 9_999) == []
+    assert fetched(lane(flying), now=T + 10_000) == ["a"]
+    assert fetched(lane(unwritten), now=T + 99_000) == []
+    assert fetched(lane(between)) == ["a"], "a device that asks need not wait for a pause"
+
+
+def test_what_may_be_sent_once_is_fetched_once() -> None:
+    assert fetched(lane(member("a", repeatable=False, **PULLED))) == ["a"]
+    assert fetched(lane(leased(repeatable=False))) == []
+    assert fetched(lane(leased(repeatable=False)), now=T + 60_000) == []
+
+
+def test_what_has_no_time_left_is_not_fetched() -> None:
+    dying, fresh = member("a", ttl_ms=5_000, **PULLED), member("b", **PULLED)
+
+    assert fetched(lane(dying, fresh), now=T + 4_499) == ["a"]
+    assert fetched(lane(dying, fresh), now=T + 4_500) == ["b"]
+    assert fetched(lane(leased(ttl_ms=5_000)), now=T + 4_500) == []
+
+
+def test_a_lane_shut_for_answers_without_id_is_shut_for_every_transport() -> None:
+    bare = member("a", carries_ids=False, **PULLED)
+    shut = Lane(DEVICE, {"a": bare}, shut_until=T + 1_000)
+
+    assert fetched(shut) == []
+    assert fetched(shut, now=T + 1_000) == ["a"]
+    assert fetched(lane(bare), drained=False) == []
+    assert fetched(lane(member("a", carries_ids=False, transports=("relay",))), drained=False) == ["a"]
