@@ -26,6 +26,8 @@ class BadSetting(Exception):
 
 
 Queue = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
 Bytes = Annotated[int, Meta(ge=2)]
 PerMinute = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Retention = Annotated[int, Meta(ge=1, le=3_153_600_000)]
@@ -50,6 +52,40 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     unmatched_in_all: Annotated[int, Meta(ge=1)] = 10_000
     webhooks_per_project: Annotated[int, Meta(ge=0, le=1_000)] = 20
     streams_per_project: Annotated[int, Meta(ge=1)] = 2_000
+
+
+class MqttLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one client of our own MQTT server, and all together, may make it hold or do; sizes in bytes.
+
+    `strangers` are connections that are not let in yet. Of each client: `unacknowledged` messages from it
+    that wait for our PUBACK (MQTT 5 clients are told `receive_maximum`), `in_flight` to it without its PUBACK
+    and `queued` behind those. Its rates may be exceeded for `burst_sec`.
+    """
+
+    connections: Count = 50_000
+    connections_per_address: Count = 50_000
+    strangers: Count = 5_000
+    strangers_per_address: Count = 2_500
+    admitted_at_once: Count = 64
+    admit_within_sec: Seconds = 3.0
+    connect_bytes: Annotated[int, Meta(ge=256)] = 16_384
+    connect_sec: Seconds = 10.0
+    packet_bytes: Annotated[int, Meta(ge=1_024, le=268_435_455)] = 262_144
+    filters: Count = 100
+    receive_maximum: Annotated[int, Meta(ge=1, le=65_535)] = 20
+    unacknowledged: Count = 100
+    unacknowledged_bytes: Annotated[int, Meta(ge=65_536)] = 67_108_864
+    in_flight: Annotated[int, Meta(ge=1, le=65_000)] = 100
+    queued: Count = 100
+    packets_at_once: Count = 200
+    packets_per_sec: Seconds = 500.0
+    bytes_per_sec: Seconds = 1_048_576.0
+    burst_sec: Seconds = 4.0
+    keepalive_sec: Annotated[int, Meta(ge=1, le=65_535)] = 300
+    unanswered_sec: Seconds = 30.0
+    stalled_sec: Seconds = 30.0
+    close_within_sec: Seconds = 1.0
+    tick_sec: Seconds = 0.5
 
 
 class ProjectLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

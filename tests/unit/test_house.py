@@ -20,7 +20,14 @@ LONGEST_MODULE = 400
 MOST_MODULES = 18
 
 # Pure rooms and modules: no clock, no disk, no network, no task.
-PURE = ("broker/domain", "broker/operations/redecide", "broker/subscriptions/webhook_queue")
+PURE = (
+    "broker/domain",
+    "broker/operations/redecide",
+    "broker/subscriptions/webhook_queue",
+    "broker/mqtt/packets",
+    "broker/mqtt/codec",
+    "broker/mqtt/session",
+)
 NEVER_IN_PURE = {
     "asyncio",
     "time",

@@ -15,7 +15,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from broker.mqtt.packets import (
+from broker.mqtt.link_packets import (
     LONGEST,
     PUBACK,
     PUBLISH,

@@ -1,0 +1,394 @@
+"""One session by itself: what goes in, what comes out, what it tells its owner. No network, no clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from broker.mqtt import packets as p
+from broker.mqtt.codec import encode
+from broker.mqtt.packets import Reason
+from broker.mqtt.session import Closed
+from broker.settings import MqttLimits
+from tests.unit.mqtt.speaker import LIMITS, Speaker, said
+
+BOTH = pytest.mark.parametrize("version", [4, 5])
+
+
+def limits(**more: Any) -> MqttLimits:
+    return msgspec.structs.replace(LIMITS, **more)
+
+
+@BOTH
+def test_a_connect_is_given_to_the_owner_who_lets_it_in(version: int) -> None:
+    speaker = Speaker(version=version)
+    speaker.say(p.Connect(client_id="door", version=version, user="door", password=b"secret", keepalive=20))
+    (connect,) = speaker.told(p.Connect)
+    assert (connect.client_id, connect.user, connect.password) == ("door", "door", b"secret")
+    assert speaker.heard == []
+    speaker.session.accept(speaker.now)
+    speaker.look()
+    (connack,) = speaker.sent(p.Connack)
+    assert (connack.reason, connack.session_present) == (0, False)
+    if version == 5:
+        assert connack.properties == {
+            "maximum_qos": 1,
+            "receive_maximum": 20,
+            "maximum_packet": 262_144,
+            "alias_maximum": 0,
+            "session_expiry": 0,
+            "shared_available": 0,
+            "subscription_ids_available": 0,
+        }
+
+
+@pytest.mark.parametrize(("asked", "told"), [(0, 300), (60, None), (300, None), (301, 300), (65_535, 300)])
+def test_a_keepalive_that_is_none_or_too_long_is_set_by_the_server(asked: int, told: int | None) -> None:
+    speaker = Speaker()
+    speaker.say(p.Connect(client_id="door", keepalive=asked))
+    speaker.session.accept(speaker.now)
+    speaker.look()
+    assert speaker.sent(p.Connack)[0].properties.get("server_keepalive") == told
+
+
+def test_a_service_may_share_and_is_told_the_name_that_was_made_up_for_it() -> None:
+    speaker = Speaker()
+    speaker.say(p.Connect(client_id=""))
+    speaker.session.accept(speaker.now, assigned_id="service-1", shared=True)
+    speaker.look()
+    properties = speaker.sent(p.Connack)[0].properties
+    assert properties["assigned_id"] == "service-1"
+    assert not {"shared_available", "subscription_ids_available"} & properties.keys()
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (Reason.NOT_AUTHORIZED, 5),
+        (Reason.WRONG_CLIENT_ID, 2),
+        (Reason.WRONG_VERSION, 1),
+        (Reason.UNAVAILABLE, 3),
+        (Reason.CONNECTION_RATE, 3),
+        (Reason.QUOTA, 3),
+    ],
+)
+def test_a_refusal_is_said_in_the_words_of_its_version(reason: int, code: int) -> None:
+    for version in (4, 5):
+        speaker = Speaker(version=version)
+        speaker.say(p.Connect(client_id="door", version=version, will=p.Will(topic="t", payload=b"")))
+        speaker.session.refuse(reason, "because")
+        speaker.look()
+        (connack,) = speaker.sent(p.Connack)
+        assert connack.reason == (reason if version == 5 else code)
+        if version == 5:
+            assert connack.properties["reason_string"] == "because"
+        assert speaker.closed == Closed(reason, "because", will=False, by_us=True)
+
+
+@BOTH
+def test_what_comes_behind_a_connect_waits_for_the_owner(version: int) -> None:
+    speaker = Speaker(version=version)
+    subscribe = p.Subscribe(7, [p.Filter("a", 1)])
+    speaker.say(p.Connect(client_id="door", version=version), subscribe)
+    assert speaker.told(p.Subscribe) == []
+    assert speaker.session.paused
+    speaker.session.accept(speaker.now)
+    speaker.look()
+    assert speaker.told(p.Subscribe) == [subscribe]
+    assert not speaker.session.paused
+
+
+@BOTH
+def test_pubacks_go_out_in_order_of_arrival_and_never_before_they_may(version: int) -> None:
+    speaker = Speaker(version=version).connected()
+    speaker.say(said(b"a", 3), said(b"b", 1), said(b"c", 2))
+    assert speaker.heard == []
+    speaker.acknowledge(2)
+    speaker.acknowledge(1)
+    assert speaker.heard == []
+    speaker.acknowledge(3)
+    assert [ack.packet_id for ack in speaker.sent(p.Ack)] == [3, 1, 2]
+    speaker.acknowledge(3)
+    assert len(speaker.heard) == 3
+
+
+def test_a_puback_says_why_in_mqtt_5_only() -> None:
+    for version in (4, 5):
+        speaker = Speaker(version=version).connected()
+        speaker.say(said(b"a", 3))
+        speaker.acknowledge(3, Reason.BAD_FORMAT, "not JSON")
+        (ack,) = speaker.sent(p.Ack)
+        told = (ack.reason, ack.properties.get("reason_string"))
+        assert told == ((Reason.BAD_FORMAT, "not JSON") if version == 5 else (0, None))
+
+
+def test_a_client_that_wants_no_problem_information_gets_codes_alone() -> None:
+    speaker = Speaker().connected(properties={"problem_info": 0})
+    speaker.say(said(b"a", 3))
+    speaker.acknowledge(3, Reason.BAD_FORMAT, "not JSON")
+    assert speaker.sent(p.Ack) == [p.Ack(p.PUBACK, 3, Reason.BAD_FORMAT)]
+
+
+def test_a_text_that_would_be_too_long_for_the_client_is_left_out() -> None:
+    speaker = Speaker().connected(properties={"maximum_packet": 20})
+    speaker.say(said(b"a", 3))
+    speaker.acknowledge(3, Reason.BAD_FORMAT, "a text of more than twenty bytes")
+    assert speaker.sent(p.Ack) == [p.Ack(p.PUBACK, 3, Reason.BAD_FORMAT)]
+
+
+@BOTH
+def test_what_a_client_says_again_on_the_same_connection_is_one_entry(version: int) -> None:
+    speaker = Speaker(version=version, limits=limits(receive_maximum=1)).connected()
+    speaker.say(said(), said(dup=True), said(dup=True))
+    assert len(speaker.told(p.Publish)) == 1
+    assert speaker.session.duplicates == 2
+    speaker.acknowledge(1)
+    assert len(speaker.sent(p.Ack)) == 1
+    speaker.say(said(b"next"))
+    assert [each.payload for each in speaker.told(p.Publish)] == [b"ok", b"next"]
+
+
+@BOTH
+def test_a_packet_id_in_use_for_something_else_ends_the_connection(version: int) -> None:
+    speaker = Speaker(version=version).connected()
+    speaker.say(said(b"one"), said(b"two"))
+    assert speaker.closed is not None
+    assert speaker.closed.reason == Reason.PROTOCOL_ERROR
+
+
+def test_a_client_of_mqtt_5_beyond_the_window_is_cut_with_the_reason() -> None:
+    speaker = Speaker().connected()
+    speaker.say(*(said(b"x", each) for each in range(1, 21)))
+    assert not speaker.told(Closed)
+    speaker.say(said(b"x", 21))
+    assert speaker.sent(p.Goodbye)[0].reason == Reason.TOO_MANY
+    assert len(speaker.told(p.Publish)) == 20
+
+
+def test_a_client_of_mqtt_3_is_not_read_beyond_the_window_and_read_again_later() -> None:
+    speaker = Speaker(version=4, limits=limits(unacknowledged=2)).connected()
+    speaker.say(said(b"a", 1), said(b"b", 2), said(b"c", 3), p.Ping())
+    assert speaker.session.paused
+    assert len(speaker.told(p.Publish)) == 2
+    speaker.wait(1_000)
+    assert not speaker.told(Closed)  # it is us who do not listen
+    speaker.acknowledge(1)
+    assert len(speaker.told(p.Publish)) == 3
+    speaker.acknowledge(2)
+    assert speaker.sent(p.Ping) == [p.Ping(p.PINGRESP)]
+    assert not speaker.session.paused
+
+
+def test_pings_are_answered_while_a_commit_takes_long() -> None:
+    speaker = Speaker().connected()
+    speaker.say(*(said(b"x", each) for each in range(1, 21)), p.Ping())
+    assert speaker.heard == [p.Ping(p.PINGRESP)]
+
+
+def test_qos_2_of_mqtt_3_is_one_message_however_often_it_comes() -> None:
+    speaker = Speaker(version=4).connected()
+    speaker.say(said(qos=2))
+    speaker.acknowledge(1)
+    speaker.say(said(qos=2, dup=True), p.Ack(p.PUBREL, 1), p.Ack(p.PUBREL, 1))
+    assert len(speaker.told(p.Publish)) == 1
+    assert [ack.kind for ack in speaker.sent(p.Ack)] == [p.PUBREC, p.PUBREC, p.PUBCOMP, p.PUBCOMP]
+    speaker.say(said(qos=2))
+    assert len(speaker.told(p.Publish)) == 2
+
+
+# What goes to the client
+
+
+@BOTH
+def test_a_message_is_sent_and_its_puback_is_told_with_its_tag(version: int) -> None:
+    speaker = Speaker(version=version).connected()
+    assert speaker.publish(tag="first") == "sent"
+    (message,) = speaker.sent(p.Publish)
+    assert (message.qos, message.dup, message.retain, message.packet_id) == (1, False, False, 1)
+    speaker.say(p.Ack(p.PUBACK, 1, Reason.UNSPECIFIED if version == 5 else 0))
+    assert speaker.taken == [("first", 0x80 if version == 5 else 0)]
+    speaker.say(p.Ack(p.PUBACK, 1), p.Ack(p.PUBACK, 99))
+    assert not speaker.told(Closed)
+
+
+def test_never_more_is_in_flight_than_the_client_allows_and_the_rest_follows_in_order() -> None:
+    speaker = Speaker().connected(properties={"receive_maximum": 2})
+    assert [speaker.publish(bytes([each]), tag=each) for each in range(4)] == [
+        "sent",
+        "sent",
+        "queued",
+        "queued",
+    ]
+    assert speaker.session.in_flight == 4
+    speaker.say(p.Ack(p.PUBACK, 2))
+    assert [message.payload for message in speaker.sent(p.Publish)] == [b"\x00", b"\x01", b"\x02"]
+    speaker.say(p.Ack(p.PUBACK, 1))
+    assert len(speaker.sent(p.Publish)) == 4
+
+
+def test_what_waits_for_the_client_is_bounded_and_dies_in_time() -> None:
+    speaker = Speaker(limits=limits(queued=2)).connected(properties={"receive_maximum": 1})
+    speaker.publish(tag=0)
+    assert speaker.publish(tag=1, expires_at=speaker.now + 5) == "queued"
+    assert speaker.publish(tag=2) == "queued"
+    assert speaker.publish(tag=3) == "full"
+    speaker.wait(6)
+    speaker.say(p.Ack(p.PUBACK, 1))
+    assert speaker.taken == [(0, 0), (1, None)]
+    assert len(speaker.sent(p.Publish)) == 2
+
+
+def test_a_packet_id_in_flight_is_not_given_again() -> None:
+    speaker = Speaker().connected()
+    speaker.publish(tag="old")
+    speaker.session._last_id = 0xFFFF
+    speaker.publish(tag="new")
+    assert [message.packet_id for message in speaker.sent(p.Publish)] == [1, 2]
+
+
+def test_a_message_larger_than_the_client_takes_is_not_sent() -> None:
+    speaker = Speaker().connected(properties={"maximum_packet": 100})
+    assert speaker.publish(b"x" * 100) == "too large"
+    assert speaker.publish(b"x" * 60) == "sent"
+    assert len(speaker.heard) == 1
+
+
+def test_qos_0_is_sent_and_never_heard_of_again() -> None:
+    speaker = Speaker().connected()
+    assert speaker.publish(qos=0) == "sent"
+    assert speaker.session.in_flight == 0
+
+
+@BOTH
+def test_what_was_in_flight_at_the_end_is_told_as_unknown(version: int) -> None:
+    speaker = Speaker(version=version).connected()
+    speaker.publish(tag="lost")
+    speaker.session.lost()
+    speaker.look()
+    assert speaker.taken == [("lost", None)]
+    assert speaker.closed is not None
+    assert not speaker.closed.by_us
+
+
+# Time
+
+
+@BOTH
+def test_silence_of_one_and_a_half_keepalives_ends_it(version: int) -> None:
+    speaker = Speaker(version=version).connected(keepalive=10)
+    speaker.wait(14)
+    speaker.say(p.Ping())
+    speaker.wait(14)
+    assert not speaker.told(Closed)
+    speaker.raw(encode(said(), version)[:-1])
+    speaker.wait(2)
+    assert speaker.closed is not None
+    assert speaker.closed.reason == Reason.KEEPALIVE
+    assert [goodbye.reason for goodbye in speaker.sent(p.Goodbye)] == [Reason.KEEPALIVE][: version - 4]
+
+
+def test_without_a_keepalive_a_client_that_does_not_acknowledge_is_cut() -> None:
+    speaker = Speaker(version=4).connected(keepalive=0)
+    speaker.wait(100_000)
+    assert not speaker.told(Closed)
+    speaker.publish()
+    speaker.wait(29)
+    speaker.say(p.Ping())
+    speaker.wait(29)
+    assert not speaker.told(Closed)
+    speaker.wait(2)
+    assert speaker.closed is not None
+
+
+def test_whoever_does_not_say_connect_is_cut_without_a_word() -> None:
+    speaker = Speaker()
+    speaker.raw(encode(p.Connect(client_id="door"), 5)[:-1])
+    speaker.wait(9)
+    assert not speaker.told(Closed)
+    speaker.wait(2)
+    assert speaker.closed is not None
+    assert speaker.heard == []
+
+
+def test_beyond_its_rate_a_client_is_read_later_and_nothing_is_lost() -> None:
+    speaker = Speaker(limits=limits(packets_per_sec=10, burst_sec=1)).connected()
+    speaker.say(*(said(b"x", each, qos=0) for each in range(30)))
+    first = len(speaker.told(p.Publish))
+    assert 10 <= first <= 12
+    while speaker.session.resume_at is not None:
+        assert speaker.session.resume_at > speaker.now
+        speaker.now = speaker.session.resume_at
+        speaker.session.work(speaker.now)
+        speaker.look()
+    assert len(speaker.told(p.Publish)) == 30
+    assert 1_001.5 <= speaker.now <= 1_002.5
+
+
+def test_large_packets_cost_as_much_as_many() -> None:
+    speaker = Speaker(limits=limits(bytes_per_sec=1_000, burst_sec=1)).connected()
+    speaker.say(said(b"x" * 5_000))
+    assert len(speaker.told(p.Publish)) == 1
+    speaker.say(p.Ping())
+    assert speaker.session.resume_at == pytest.approx(speaker.now + 4, abs=0.1)
+
+
+def test_pubacks_that_we_asked_for_cost_nothing() -> None:
+    speaker = Speaker(limits=limits(packets_per_sec=1, burst_sec=1)).connected()
+    for each in range(50):
+        speaker.publish(tag=each)
+        speaker.say(p.Ack(p.PUBACK, each + 1))
+    assert len(speaker.taken) == 50
+    assert not speaker.session.paused
+
+
+def test_one_turn_handles_a_bounded_number_of_packets() -> None:
+    speaker = Speaker().connected()
+    speaker.raw(b"\xc0\x00" * 1_000)
+    assert len(speaker.heard) == 200
+    assert speaker.session.resume_at == speaker.now
+    for _ in range(5):
+        speaker.session.work(speaker.now)
+        speaker.look()
+    assert len(speaker.heard) == 1_000
+
+
+# Its end
+
+
+WILL = p.Will(topic="iotee/dev/door/status", payload=b"offline")
+
+
+@BOTH
+def test_a_goodbye_takes_the_will_back_and_nothing_else_does(version: int) -> None:
+    for say, due in (([p.Goodbye()], False), ([said(qos=1), p.Connect(client_id="door")], True)):
+        speaker = Speaker(version=version).connected(will=WILL)
+        speaker.say(*say)
+        assert speaker.closed is not None
+        assert speaker.closed.will is due
+    speaker = Speaker(version=version).connected(will=WILL)
+    speaker.session.lost()
+    speaker.look()
+    assert speaker.closed is not None
+    assert speaker.closed.will
+
+
+def test_a_goodbye_of_mqtt_5_may_ask_for_the_will() -> None:
+    speaker = Speaker().connected(will=WILL)
+    speaker.say(p.Goodbye(reason=Reason.WITH_WILL))
+    assert speaker.closed is not None
+    assert speaker.closed.will
+
+
+@BOTH
+def test_after_the_end_nothing_is_read_sent_or_told(version: int) -> None:
+    speaker = Speaker(version=version).connected()
+    speaker.say(said(b"a", 1), p.Goodbye(), said(b"b", 2), p.Ping())
+    assert len(speaker.told(p.Publish)) == 1
+    speaker.acknowledge(1)
+    speaker.session.close(Reason.TAKEN_OVER, "again")
+    speaker.wait(100)
+    speaker.look()
+    assert speaker.heard == []
+    assert len(speaker.told(Closed)) == 1
