@@ -103,6 +103,11 @@ class Metrics:
 
     def _wrongs(self) -> None:
         """What is refused, and what should not happen."""
+        self._refused_notes = Counter(
+            "ordain_refused_notes_total",
+            "Side rows left out of a commit because their values cannot be written",
+            registry=self.registry,
+        )
         self._unmatched = Counter(
             "ordain_unmatched_total", "Answers that fitted nothing", ("reason",), registry=self.registry
         )
@@ -130,6 +135,7 @@ class Metrics:
         dispatch = core.dispatch
         writer.listeners.append(self._committed)
         core.intake.on_unmatched = self._unmatched_answer
+        writer.on_refused_note = self._refused_notes.inc
         core.intake.on_unfit = lambda device_type: self._unfit.labels(device_type).inc()
         # From 0: a rate cannot see the first of what was not there before.
         for event_type in TYPES:

@@ -21,6 +21,7 @@ from typing import IO, Any, TypeVar, cast
 import aiosqlite
 
 from broker.engine.ids import new_id
+from broker.log import sqlite as log
 from broker.seams import Broken, Conflict, Full, Sql
 
 T = TypeVar("T")
@@ -312,4 +313,6 @@ def _translated(error: sqlite3.Error) -> Exception:
         return Conflict(str(error))
     if code == sqlite3.SQLITE_FULL:
         return Full(str(error))
+    if isinstance(error, log.UNWRITABLE):
+        return error
     return Broken(f"{getattr(error, 'sqlite_errorname', 'error')}: {error}")

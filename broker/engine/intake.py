@@ -299,7 +299,7 @@ class Intake:
         )
         limits = self.commands.limits
         keep = limits.unmatched_per_device, limits.unmatched_in_all
-        self.writer.also(lambda sql: log.add_unmatched(sql, [entry], *keep))
+        self.writer.note(lambda sql: log.add_unmatched(sql, [entry], *keep))
         self.on_unmatched(reason)
         if reason == "promise_broken":
             logger.error("delivery.promise_broken", command_id=command_id)

@@ -36,6 +36,7 @@ class _Batch:
         self.events: list[Recorded] = []
         self.touched = Touched()
         self.rows: list[Callable[[Sql], object]] = []
+        self.notes: list[Callable[[Sql], object]] = []
         self.done: list[Callable[[], None]] = []
         self.failed: list[Callable[[], None]] = []
         self.settled = asyncio.Event()
@@ -43,7 +44,7 @@ class _Batch:
 
     @property
     def empty(self) -> bool:
-        return not (self.events or self.rows)
+        return not (self.events or self.rows or self.notes)
 
 
 class Writer:
@@ -60,6 +61,7 @@ class Writer:
         self.reload: Callable[[], Awaitable[None]] | None = None
         self.resumed: Callable[[], None] = lambda: None
         self.listeners: list[Callable[[list[Recorded]], None]] = []
+        self.on_refused_note: Callable[[], None] = lambda: None
         self.fatal: BaseException | None = None
         self.open = False
         self._batch = _Batch()
@@ -154,6 +156,20 @@ class Writer:
         self._batch.rows.append(work)
         self._rouse()
 
+    def note(self, work: Callable[[Sql], object]) -> None:
+        """Queues rows that nothing depends on (unmatched answers) for the same transaction.
+
+        If their values cannot be written, they are left out, counted and logged; the batch is committed
+        without them. A full or failing disk still fails the whole batch.
+
+        Raises:
+            Unavailable: the log cannot be written now.
+        """
+        if not self.open:
+            raise Unavailable("the log cannot be written now")
+        self._batch.notes.append(work)
+        self._rouse()
+
     def then(self, done: Callable[[], None], failed: Callable[[], None] | None = None) -> None:
         """Calls `done` once everything staged so far is durable, or `failed` if it could not be made so."""
         target = self._last()
@@ -240,20 +256,30 @@ class Writer:
     async def _commit(self, batch: _Batch) -> None:
         head, salts = self._head, self.entropy.token(16 * len(batch.events))
 
+        refused: list[Exception] = []
+
         def work(sql: Sql) -> Head:
             after = log.append(sql, head, batch.events, salts)
             follower.write(sql, batch.touched)
             for row in batch.rows:
                 row(sql)
+            for note in batch.notes:
+                try:
+                    note(sql)
+                except log.UNWRITABLE as error:
+                    refused.append(error)
             return after
 
         try:
             self._head = await self.storage.write(work)
             self._durable = self._head.position
-        except (Full, Conflict, Broken) as error:
+        except (Full, Conflict, Broken, *log.UNWRITABLE) as error:
             logger.error("log.commit_failed", error=str(error), events=len(batch.events))
             await self._recover(batch, error)
             return
+        for unwritable in refused:
+            logger.error("log.note_refused", error=str(unwritable))
+            self.on_refused_note()
         self._in_flight = None
         batch.ok = True
         for listener in self.listeners:
@@ -279,6 +305,8 @@ class Writer:
                 failed()
         if self.fatal is not None:
             raise self.fatal
+        if isinstance(error, log.UNWRITABLE):
+            await asyncio.sleep(RETRY_SEC)  # a value that can never be written must not keep the loop busy
         await self._reread()  # at once: what was discarded must not be shown as fact
         while True:
             try:

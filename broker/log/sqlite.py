@@ -6,6 +6,7 @@ Everything here runs inside a transaction that somebody else holds (`seams.Stora
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -50,6 +51,11 @@ COLUMNS = (
     "project, device_id, actor, data, salt, digest, hash"
 )
 LAST = 2**63 - 1
+# What SQLite's driver raises for a value or statement it cannot take. The disk is not at fault.
+UNWRITABLE = (
+    ValueError, TypeError, OverflowError, Warning,
+    sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError,
+)  # fmt: skip
 INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"
 
 
@@ -227,8 +233,8 @@ def add_unmatched(sql: Sql, entries: Iterable[tuple[object, ...]], per_device: i
         devices.add(entry[2])
     for device in devices:
         sql.execute(
-            "DELETE FROM unmatched WHERE device_id IS ?1 AND id <= (SELECT id FROM unmatched "
-            "WHERE device_id IS ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)",
-            (device, per_device),
+            "DELETE FROM unmatched WHERE device_id IS ? AND id <= (SELECT id FROM unmatched "
+            "WHERE device_id IS ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
+            (device, device, per_device),
         )
     sql.execute("DELETE FROM unmatched WHERE id <= (SELECT max(id) FROM unmatched) - ?", (in_all,))

@@ -360,3 +360,35 @@ async def test_a_core_that_was_only_opened_reads_its_log_and_writes_nothing(tmp_
     assert core.live.command(state.id) == state
     assert await storage.read(lambda sql: list(log.all_rows(sql))) == before
     await storage.close()
+
+
+# --- values that cannot be written
+
+
+async def test_a_note_that_cannot_be_written_is_left_out_and_counted_and_its_batch_is_committed(
+    tmp_path: Path,
+) -> None:
+    async with held(tmp_path) as storage, running(storage) as bench:
+        await bench.device()
+        refused: list[None] = []
+        bench.writer.on_refused_note = lambda: refused.append(None)
+        for values in ((2**70,), ("a", "b"), (object(),)):
+            bench.writer.note(lambda sql, v=values: sql.execute("DELETE FROM meta WHERE key = ?", v))  # type: ignore[misc]
+        state = await bench.order()
+        await bench.writer.barrier()
+        assert len(refused) == 3
+        assert await storage.read(lambda sql: log.head(sql).position) >= state.position
+
+
+async def test_a_row_that_cannot_be_written_fails_its_batch_and_not_the_broker(tmp_path: Path) -> None:
+    async with held(tmp_path) as storage, running(storage) as bench:
+        await bench.device()
+        before = bench.writer.durable
+        bench.writer.also(lambda sql: sql.execute("DELETE FROM meta WHERE key = ?", (2**70,)))
+        with pytest.raises(Unavailable):
+            await bench.order()
+        await bench.writer.opened()
+        assert bench.writer.durable == before
+        state = await bench.order()
+        recorded = await storage.read(lambda sql: sql.execute("SELECT stream FROM events").fetchall())
+        assert [row[0] for row in recorded if row[0].startswith("cmd_")][:1] == [state.id]
