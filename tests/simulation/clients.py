@@ -1,6 +1,7 @@
-"""The services that use the simulated broker: they ask over the real HTTP app and never trust a lost answer.
+"""The services that use the simulated broker, over the real HTTP app. They never rely on an answer that may
+be lost.
 
-Every request and its outcome goes into the history; an answer counts from the moment it left the broker.
+Every request and its outcome goes into the history. An answer is recorded when it leaves the broker.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ TTLS = (5, 20, 60, 60, 300, 300, 600, None)
 
 
 class _Current:
-    """Stands for what the node that runs has: the app is built once, because building it costs a run."""
+    """Forwards to the services of the node that runs now. The app is built only once because building it
+    costs as much as a whole run."""
 
     def __init__(self, look: Callable[[], Any]) -> None:
         self._look = look
@@ -47,7 +49,7 @@ def _app() -> ASGIApp:
 
 
 class _Exchange:
-    """One request on its way through the app of one broker process."""
+    """One request to the app in one broker process."""
 
     def __init__(self, history: History, call: Call, scope: dict[str, Any], body: bytes) -> None:
         self.status = 0
@@ -90,7 +92,7 @@ class _Exchange:
 
 
 class Stream(Protocol):
-    """The far end of an event stream; `over` once it is cut."""
+    """The client's end of an event stream; `over` is set when the stream is cut."""
 
     over: asyncio.Event
 
@@ -98,7 +100,7 @@ class Stream(Protocol):
 
 
 class Door:
-    """The way to the broker over HTTP. `node` is the process that listens, if one does."""
+    """The HTTP connection to the broker. `node` is the process that listens, or None."""
 
     def __init__(self, loop: SimLoop, history: History) -> None:
         self.node: Node | None = None
@@ -110,7 +112,7 @@ class Door:
         self._open: dict[int, _Exchange | Stream] = {}
 
     def reset(self) -> None:
-        """The process died: its connections are closed."""
+        """Closes all connections, because the process died."""
         self.node = None
         for exchange in self._open.values():
             exchange.over.set()
@@ -127,7 +129,8 @@ class Door:
         patience: float = PATIENCE_SEC,
         secret: str | None = None,
     ) -> Call:
-        """Asks, and waits as long as its patience: without `status` the outcome is unknown."""
+        """Sends a request and waits at most `patience` seconds. If the call has no `status`, its outcome is
+        unknown."""
         raw = b"" if body is None else msgspec.json.encode(body)
         call = self._history.invoked(kind, key=key, body=f"{path} {raw.decode()}", ids=ids)
         await asyncio.sleep(self._random.uniform(0.0003, 0.01))
@@ -151,7 +154,7 @@ class Door:
         return call
 
     async def follow(self, stream: Stream, path: str, headers: dict[str, str]) -> None:
-        """A connection that goes on until one of the two sides has enough."""
+        """Opens an event stream and holds it until one of the two sides ends it."""
         if self.node is None:
             return
         scope = self._scope("GET", path, None, self.secret)
@@ -190,7 +193,7 @@ class Door:
 
 
 class Clients:
-    """Several services at work on one fleet, until told to stop."""
+    """Several services that use one fleet until `stopped` is set."""
 
     def __init__(self, loop: SimLoop, door: Door, devices: list[Device], count: int, pause: float) -> None:
         self.stopped = False
@@ -245,7 +248,7 @@ class Clients:
             await self._insist(hardware_id, body, key)
 
     async def _crowd(self) -> None:
-        """The same request several times at once: one command."""
+        """Sends the same request several times at once; the broker must make one command."""
         hardware_id, body = self._order()
         key = self._new_key(hardware_id, body)
         async with asyncio.TaskGroup() as group:
@@ -253,13 +256,14 @@ class Clients:
                 group.create_task(self._insist(hardware_id, body, key))
 
     async def _queue(self) -> None:
-        """Several commands for one device, so that some wait behind others."""
+        """Creates several commands for one device, so that some wait in its lane."""
         device = self._random.choice(self._devices)
         for _ in range(self._random.randint(2, 4)):
             await self._post(*self._order(device), None)
 
     async def _many(self) -> None:
-        """One command to several devices and a stranger; repeated with one more, as after a lost answer."""
+        """Fans out one command to several devices and an unknown one. Repeats the request with one more
+        device, like a client that lost the answer."""
         hardware_id, body = self._order()
         names = self._random.sample([each.hardware_id for each in self._devices], len(self._devices))
         names.remove(hardware_id)
@@ -284,7 +288,7 @@ class Clients:
             await asyncio.sleep(self._random.uniform(0.05, 5))
 
     async def _again(self) -> None:
-        """An old key once more; now and then with another body."""
+        """Sends an old idempotency key again; in one of five cases with another body, which must conflict."""
         if not self._orders:
             return
         hardware_id, key, body = self._random.choice(self._orders)
@@ -300,7 +304,7 @@ class Clients:
             )
 
     async def _retry(self) -> None:
-        """Whatever its state: the broker is to say whether it may be."""
+        """Retries a command in any state; the broker must decide whether that is allowed."""
         if self.sent:
             hardware_id, old = self._random.choice(self.sent[-20:])
             key = f"retry-{next(self._keys)}" if self._random.random() < 0.5 else None
@@ -337,7 +341,7 @@ class Clients:
         await self._door.call("list", "GET", "/v1/commands?limit=5")
 
     def _device_ended(self, hardware_id: str, command_id: str) -> None:
-        """Somebody sees the device become free and takes the next command back at that very moment."""
+        """Cancels the next command at the moment when the device becomes free for it."""
         sent = [named for device, named in self.sent if device == hardware_id]
         behind = sent[sent.index(command_id) + 1 :] if command_id in sent else sent[-2:]
         if not self.stopped and behind and self._random.random() < 0.6:
@@ -356,7 +360,7 @@ class Clients:
         return key
 
     async def _insist(self, hardware_id: str, body: dict[str, Any], key: str) -> None:
-        """Retries what may or may not have happened, as a client with a key may."""
+        """Repeats a request whose outcome is unknown, which is safe because it has an idempotency key."""
         for _ in range(4):
             call = await self._post(hardware_id, body, key)
             if call.status not in (None, 503):
@@ -374,5 +378,5 @@ class Clients:
         await self._door.call(kind, method, path, ids=(command_id,), patience=self._patience())
 
     def _patience(self) -> float:
-        """Some hang up at any moment."""
+        """Seconds that a client waits; some clients hang up at any moment."""
         return self._random.uniform(0, 0.012) if self._random.random() < 0.1 else PATIENCE_SEC

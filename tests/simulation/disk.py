@@ -1,7 +1,7 @@
 """A disk in memory under real SQLite, and the broker's storage on top of it, both on the virtual clock.
 
-What was not synced is lost or torn by sector when the power goes, and kept when only the process dies.
-Creating and deleting a file is durable at once: the one thing here that is kinder than a real disk.
+A power cut loses unsynced writes or tears them by sector; a killed process loses none of them. Creating and
+deleting a file is durable at once: only in this the simulation is kinder than a real disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BROKEN = (apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError
 
 
 class _File:
-    """What programs see, and in `undo` what the platter holds where the two differ."""
+    """The file as programs see it. `undo` holds the durable content of each sector that is not synced yet."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -74,7 +74,7 @@ class _File:
 
 
 class SimDisk:
-    """Faults are attributes: set `capacity` (bytes) for a full disk, `failing` for I/O errors."""
+    """A disk in memory. Set `capacity` (bytes) for a full disk and `failing` for I/O errors."""
 
     _ids = itertools.count()
 
@@ -93,9 +93,11 @@ class SimDisk:
 
     def connect(self, *, synchronous: str = "FULL", checkpoint_pages: int = 1000) -> apsw.Connection:
         connection = apsw.Connection(f"/{self._id}/ordain.db", vfs=_VFS.NAME)
-        # An orderly end writes no more than a kill does, so that every start has a log to recover from.
+        # No checkpoint on close: an orderly end then leaves a WAL like a kill does, and every start tests
+        # recovery.
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-        # Exclusive first: then the WAL's index lives in the heap and needs no shared memory from us.
+        # Must be set before WAL: then SQLite keeps the WAL index in the heap and this VFS needs no shared
+        # memory.
         connection.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
         connection.execute("PRAGMA journal_mode=WAL").fetchall()
         connection.execute(f"PRAGMA synchronous={synchronous}").fetchall()
@@ -105,19 +107,19 @@ class SimDisk:
         return connection
 
     def stop_after(self, operations: int, then: Callable[[], object]) -> None:
-        """After so many more writes and syncs nothing gets through, in the middle of whatever that is.
+        """Stops the disk after this many more writes and syncs, possibly in the middle of a transaction.
 
-        `then` is called soon, outside of every node, to kill the process or cut the power.
+        `then` is called soon afterwards, outside of every node. It kills the process or cuts the power.
         """
         self._left, self._then = operations, then
 
     @property
     def armed(self) -> bool:
-        """Is a stop still to come?"""
+        """Whether a stop is still to come."""
         return self._then is not None
 
     def lose_process(self) -> None:
-        """Kill -9: the kernel keeps what was written."""
+        """Kill -9: the kernel keeps all writes, synced or not."""
         self._loop.note("disk lost its process")
         self._begin_again()
 
@@ -150,7 +152,7 @@ class SimDisk:
 
 
 class _Handle:
-    """An open file. It belongs to one life of the disk; afterwards it can touch nothing."""
+    """An open file. It works only in the disk epoch in which it was opened; after a crash it fails."""
 
     def __init__(self, disk: SimDisk, file: _File) -> None:
         self._disk = disk
@@ -196,14 +198,14 @@ class _Handle:
         return 4096
 
     def xDeviceCharacteristics(self) -> int:
-        # What SQLite assumes of every disk under Linux: a write harms no byte next to it.
+        # SQLite assumes this of every disk under Linux: a write does not damage the bytes next to it.
         return apsw.SQLITE_IOCAP_POWERSAFE_OVERWRITE
 
     def xClose(self) -> None: ...
 
 
 class _Vfs(apsw.VFS):
-    """SQLite's way to the simulated disks: the first part of a path says which."""
+    """SQLite's VFS for the simulated disks; the first part of a path names the disk."""
 
     NAME = "simulated"
 
@@ -231,7 +233,7 @@ class _Vfs(apsw.VFS):
         return name
 
     def xCurrentTime(self) -> float:
-        return 2440587.5  # SQL that asks for the time gets 1970: it has a seam to ask
+        return 2440587.5  # SQL that asks for the time gets 1970, because the broker must use its clock seam
 
     def _disk(self, path: str) -> SimDisk:
         return self.disks[path.split("/")[1]]
@@ -241,10 +243,10 @@ _VFS = _Vfs()
 
 
 class SimStorage:
-    """`broker.seams.Storage` on a simulated disk: one writing queue, reads beside it, drawn latency.
+    """`broker.seams.Storage` on a simulated disk: one queue for writes, concurrent reads, random latency.
 
-    As with a database thread, a waiter that is cancelled does not take its transaction back. Belongs to
-    the node that makes it: when that is killed, whatever is under way ends where it is.
+    As with a database thread, cancelling a caller does not cancel its transaction. The storage belongs to the
+    node that creates it; killing the node stops all work in progress at once.
     """
 
     def __init__(
@@ -321,9 +323,9 @@ class SimStorage:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
         if self._disk.stopped:
-            return  # the machine stands still: nobody learns what became of it
+            return  # the machine has stopped: no caller learns the outcome
         if end == "COMMIT" and self._on_commit is not None:
-            # Also after an error: a commit may stand whose checkpoint found no space.
+            # After an error too: the commit can succeed while its checkpoint finds the disk full.
             with contextlib.suppress(apsw.Error):
                 self._on_commit(self._connection)
         self._later(_deliver, outcome, result, error)

@@ -1,6 +1,7 @@
-"""A history, sorted for looking things up, and the words in which the checkers speak of it.
+"""A recorded history, indexed for the checkers, and the constants that the checkers share.
 
-Nothing here may be imported from the broker: the table of a command's life is written down a second time.
+Nothing here may be imported from the broker: the life-cycle table is written down a second time on purpose,
+so that the checkers do not depend on the code they check.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from tests.simulation.history import Commit, History, Row
 
-# event: (states it may follow, state it gives); contract.md, section 2.
+# event: (states it may follow, state it leads to); contract.md, section 2.
 TABLE: dict[str, tuple[frozenset[str], str]] = {
     "created": (frozenset({"none"}), "pending"),
     "published": (frozenset({"pending", "published"}), "published"),
@@ -40,12 +41,13 @@ _NO_COMMANDS = ("system", "erasures")
 
 
 class Facts:
-    """A history, sorted for looking things up."""
+    """A history, indexed for lookups."""
 
     def __init__(self, history: History) -> None:
         self.history = history
         self.streams: dict[str, list[Row]] = defaultdict(list)
-        # What was erased was seen when it became durable: the other invariants hold for it as well.
+        # Erased rows keep the data that the history saw when they became durable, so that the other
+        # invariants are checked for erased commands as well.
         self.empty = {row["position"] for row in history.log if row["data"] is None}
         self.rows = [history.as_recorded(row) for row in history.log]
         for row in self.rows:
@@ -62,7 +64,7 @@ class Facts:
         self._heads = [commit.head for commit in self._commits]
 
     def commit_of(self, row: Row) -> Commit | None:
-        """The first moment at which anybody could know that the row is durable."""
+        """The first observed commit that covers the row. From this moment on the row is durable."""
         index = bisect_left(self._heads, row["position"])
         return self._commits[index] if index < len(self._commits) else None
 
@@ -79,12 +81,13 @@ class Facts:
         return state
 
     def deleted(self, device_id: str) -> int:
-        """When it was durable that the device is gone."""
+        """The `seq` at which the device's `deleted` event became durable, or NEVER."""
         rows = self.streams.get(f"device/{device_id}", ())
         return min((self.durable(row) for row in rows if row["type"] == "deleted"), default=NEVER)
 
     def covered(self, erased: Row) -> Iterator[str]:
-        """The commands that an `erased` event names, or that were closed then and older than its cutoff."""
+        """The commands that an `erased` event covers: those it names, or those that were closed at that
+        moment and created before its cutoff."""
         said = data(erased)
         yield from said.get("ids", ())
         for command_id, row in self.created.items() if "cutoff" in said else ():
@@ -95,19 +98,20 @@ class Facts:
 
     @cached_property
     def gone(self) -> dict[str, Row]:
-        """The event by which each command was erased."""
-        rows = reversed(self.streams.get("erasures", []))  # a later purge covers it as well
+        """For each command the first event that erased it."""
+        # reversed: a later purge covers the command as well, and the first event wins
+        rows = reversed(self.streams.get("erasures", []))
         return {each: row for row in rows for each in self.covered(row)}
 
     def erased_at(self, command_id: str) -> int:
-        """When it was durable that nobody may know of the command any more."""
+        """The `seq` at which the erasure of the command became durable, or NEVER."""
         return self.durable(self.gone[command_id]) if command_id in self.gone else NEVER
 
     def first(self, command_id: str, event: str) -> Row | None:
         return next((row for row in self.commands.get(command_id, ()) if row["type"] == event), None)
 
     def definition(self, command_id: str) -> dict[str, Any]:
-        """What the device type said of this command when it was accepted."""
+        """The device type's definition of this command when it was accepted."""
         row = self.created.get(command_id)
         digest = data(row).get("definition") if row else None
         rows = self.streams.get(f"type/{digest}")
@@ -115,5 +119,5 @@ class Facts:
 
 
 def data(row: Row) -> dict[str, Any]:
-    """Erased rows have none."""
+    """The row's data; empty for an erased row."""
     return row["data"] or {}

@@ -1,7 +1,7 @@
 """The simulated devices: the real device core and its memory, driven by hand, on the simulated network.
 
-Each is a process of its own that may be killed and started again with its memory kept. The forgeries,
-too, are sent here. Nothing in it reads the broker's state.
+Each device is a process of its own that can be killed and started again; its memory is kept. This module also
+sends forged answers. It reads none of the broker's state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.simulation.loop import Node, SimClock, SimLoop
 from tests.simulation.network import SimMqttServer
 
 PREFIX, ISSUER = "iotee", "ordain"
-# Knows no answer, so its commands are done when the MQTT server has them.
+# A type without answers: its commands are done when the MQTT server has taken them.
 SIREN = """
 name = "siren"
 payload = "bare"
@@ -38,7 +38,7 @@ repeatable = true
 [commands.off]
 text = "off"
 """
-# Is never on MQTT.
+# A type that never connects to MQTT.
 TAG = """
 name = "tag"
 presence = "required"
@@ -50,7 +50,7 @@ heartbeat_lease_sec = 30
 repeatable = false
 """
 TYPES = shipped_types() | {"siren": load_type(SIREN), "tag": load_type(TAG)}
-# What clients may ask of each type, with parameters that it takes.
+# The commands that clients send to each type, with valid parameters.
 COMMANDS: dict[str, dict[str, dict[str, Any]]] = {
     "generic": {"ping": {}, "set": {"level": 3}, "run": {"steps": [1, 2]}},
     "recorder": {"start_recording": {"max_duration_sec": 60}, "stop_recording": {}},
@@ -73,7 +73,7 @@ HEARTBEAT_SEC = 30
 
 
 class Asks(Protocol):
-    """`clients.Door`, which knows this module."""
+    """The interface of `clients.Door`. A protocol, because `clients` imports this module."""
 
     async def call(
         self,
@@ -97,20 +97,21 @@ class _Said(msgspec.Struct):
 
 
 class Device:
-    """One device; `verifier` from the first time it is told the broker's keys."""
+    """One simulated device."""
 
     def __init__(
         self, loop: SimLoop, server: SimMqttServer, history: History, hardware_id: str, kind: str
     ) -> None:
         self.hardware_id, self.kind = hardware_id, kind
-        self.whims = True  # it may get stuck, take long, or fail
+        self.whims = True  # may get stuck, take long, or fail
         self.jwks: dict[str, Any] | None = None
         self.port: SimDevicePort
         self.node: Node | None = None
         self.token = ""
-        self.ble: Callable[[bytes], object] | None = None  # where a phone listens
-        self._by_air: set[str] = set()  # commands that a phone brought
-        self._unconfirmed: list[Send] = []  # what a phone has not confirmed
+        # callback of the phone that is connected over the air
+        self.ble: Callable[[bytes], object] | None = None
+        self._by_air: set[str] = set()  # ids of commands that a phone brought
+        self._unconfirmed: list[Send] = []  # answers that no phone has confirmed yet
         self.door: Asks
         self.on_end: Callable[[str, str], object] = lambda hardware_id, command_id: None
         self._loop, self._server, self._history = loop, server, history
@@ -142,7 +143,7 @@ class Device:
             self.node.context.run(self._boot)
 
     def die(self) -> None:
-        """What it has in memory is kept; what it had not sent yet is not."""
+        """Kills the process. The device core's memory is kept, unsent answers are lost."""
         if self.node is not None:
             node, self.node = self.node, None
             self._loop.kill(node)
@@ -151,7 +152,8 @@ class Device:
             self.ble = None
 
     def connect(self) -> None:
-        """After `port.disconnect`; a port that is not closed dials again by itself."""
+        """Connects to the MQTT server. Only needed at boot and after `port.disconnect`: otherwise the port
+        reconnects by itself."""
         if "mqtt" not in self.transports:
             return
         session = f"s{next(self._sessions)}" if self._names_session else None
@@ -170,7 +172,8 @@ class Device:
         self.port.disconnect()
 
     def forge(self, command_id: str | None, status: str) -> None:
-        """Answers for a command out of nowhere: its own, another's, or one that never was."""
+        """Sends an unexpected answer: for a command of this device, of another device, or one that does not
+        exist."""
         answer = {"id": command_id, "status": status, "result": {"forged": True}, "progress": {"percent": 7}}
         payload = msgspec.json.encode(answer)
         if self._say_raw(payload):
@@ -203,7 +206,7 @@ class Device:
             self._loop.create_task(self._beat())
 
     def nearby(self, payload: bytes) -> None:
-        """A command came over the air, from a phone."""
+        """Receives a command over the air, from a phone."""
         if self.node is not None:
             self._by_air.add(msgspec.json.decode(payload, type=_Said).id or "")
             self.node.context.copy().run(self._fetched, payload)
@@ -212,7 +215,7 @@ class Device:
         self._unconfirmed = [send for send in self._unconfirmed if send.payload != payload]
 
     def alone(self) -> None:
-        """The phone went away: what it did not confirm goes the device's own way."""
+        """The phone went away: unconfirmed answers go over the device's own transport."""
         self.ble = None
         left, self._unconfirmed = self._unconfirmed, []
         if self.node is not None:
@@ -232,7 +235,7 @@ class Device:
                     self._fetched(message_of(command))
 
     async def _ask(self, kind: str, path: str, body: dict[str, Any] | None = None) -> Call:
-        """By its own token, which somebody gives it anew where it is no longer taken."""
+        """Sends a request with the device's own token. After a 401 an operator issues a new token."""
         patience = self._random.uniform(0, 0.02) if self.whims and self._random.random() < 0.05 else 15
         path = f"/v1/devices/me/{path}"
         call = await self.door.call(kind, "POST", path, body, secret=self.token, patience=patience)
@@ -275,7 +278,7 @@ class Device:
     async def _execute(self, command: CommandMessage) -> None:
         draw = self._random.random() if self.whims else 0.5
         if draw < 0.02:
-            return  # stuck: its handler never ends, and nothing behind it is run before a reboot
+            return  # stuck: the handler never ends, and later commands wait until the device reboots
         await asyncio.sleep(self._random.uniform(0.01, 3) if draw < 0.9 else self._random.uniform(3, 90))
         if self._random.random() < 0.2:
             self._do(self._core.progress(self._now(), command, 50, None))
@@ -310,7 +313,8 @@ class Device:
 
         send = self._unsent[number]
         if self.port.publish(send.topic, send.payload, done=done) and self.bare:
-            # Nobody can tell a text that is sent again from a new one.
+            # An answer without id that is sent again looks like a new answer, so each transmission is
+            # recorded.
             status = self._type.words[send.payload.decode()]
             self._history.answered(self.hardware_id, None, status)
 

@@ -1,7 +1,7 @@
 """What was seen from outside in one run: by HTTP clients, on the wire, by devices, on the disk, in the log.
 
-Plain records in the order in which they happened (`seq`), with the true time in milliseconds (`t`).
-It judges nothing and reads nothing of the broker's; `checkers` do the judging.
+Plain records in the order in which they happened (`seq`), with the true time in milliseconds (`t`). This
+module judges nothing and reads none of the broker's state; the checkers do the judging.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from typing import Any, Literal
 import msgspec
 
 What = Literal["publish", "accepted", "delivery", "puback", "reached"]
-Row = dict[str, Any]  # an event as the log has it, `data` decoded; None where it was erased
+Row = dict[str, Any]  # an event as the log stores it, `data` decoded; `data` is None for an erased event
 
 
 class Call(msgspec.Struct, kw_only=True):
-    """One HTTP request. While `status` is None its outcome is unknown: it may or may not have happened.
+    """One HTTP request. While `status` is None the outcome is unknown: the request may have been carried out
+    or not.
 
-    `ids`: the commands that it names (cancel, read) or that the answer names (create, retry, fan-out).
+    `ids`: the commands that the request names (cancel, read) or that the answer names (create, retry,
+    fan-out).
     """
 
     kind: str
@@ -33,7 +35,7 @@ class Call(msgspec.Struct, kw_only=True):
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):
-    """From here on everything up to position `head` is durable."""
+    """From this `seq` on, every event up to position `head` is durable."""
 
     seq: int
     t: int
@@ -41,11 +43,15 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True):
-    """One MQTT message at one end of its way, as far as the payload tells.
+    """One MQTT message, seen at one end of its way. The fields hold what its payload says.
 
-    `publish`: the broker began to write it; by another `transport`: a fetch was answered with it. `accepted`:
-    the MQTT server's PUBACK of it, without a fault, reached the broker. `delivery`: it reached the broker.
-    `puback`: the broker gave its own. `reached`: it reached a device.
+    `what` is one of:
+    - `publish`: the broker begins to write the message. With a `transport` other than `mqtt`: the broker
+    answers a fetch with it.
+    - `accepted`: the MQTT server's PUBACK for it, without an error code, reaches the broker.
+    - `delivery`: the message reaches the broker.
+    - `puback`: the broker sends its PUBACK.
+    - `reached`: the message reaches a device.
     """
 
     what: What
@@ -61,7 +67,7 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """The broker's connection to the MQTT server came or went, as the broker heard of it."""
+    """The broker's connection to the MQTT server came up or went down, as seen by the broker."""
 
     seq: int
     t: int
@@ -69,7 +75,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Execution(msgspec.Struct, frozen=True, kw_only=True):
-    """The device did it, whatever became of its answer."""
+    """The device executed the command. Its answer may have been lost."""
 
     seq: int
     t: int
@@ -78,7 +84,8 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """The device sent an answer once (by MQTT or HTTP), however many copies arrived. Forged ones too."""
+    """The device sent an answer (by MQTT or HTTP), forged answers included. Copies made on the way do not
+    count."""
 
     seq: int
     t: int
@@ -88,7 +95,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hook(msgspec.Struct, frozen=True, kw_only=True):
-    """A webhook's receiver saw a request. `taken`: it answers 2xx, if the answer arrives."""
+    """A webhook receiver saw a request. `taken`: the receiver answers 2xx; the answer itself may be lost."""
 
     seq: int
     t: int
@@ -100,7 +107,7 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Streamed(msgspec.Struct, frozen=True, kw_only=True):
-    """An event came to a reader of the event stream."""
+    """A reader of the event stream received an event."""
 
     seq: int
     t: int
@@ -110,7 +117,7 @@ class Streamed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
-    """What the world did to the broker, for whoever reads the history. No checker may look at it."""
+    """What the simulation did to the broker, for people who read the history. Checkers may not use it."""
 
     seq: int
     t: int
@@ -128,7 +135,7 @@ _NOTHING = _Named()
 
 
 class History:
-    """The recorder. `now_ms` is the true time; `note` mixes what was seen into the trace of the run."""
+    """The recorder. `now_ms` gives the true time in ms; `note` adds each observation to the run's trace."""
 
     def __init__(self, now_ms: Callable[[], int], note: Callable[[str], object] = lambda what: None) -> None:
         self.calls: list[Call] = []
@@ -141,12 +148,14 @@ class History:
         self.notes: list[Note] = []
         self.hooks: list[Hook] = []
         self.streams: list[Streamed] = []
-        # Who reads the event stream from its beginning: by name the one event it wants, or None for any.
+        # Readers that follow the event stream from its beginning: name to the one event type wanted, None for
+        # all.
         self.readers: dict[str, str | None] = {}
-        # Up to this position every endpoint said that it had delivered what was wanted, and every reader had
-        # the time to read it; None if it never came to that.
+        # Position up to which all endpoints confirmed their deliveries and all readers had time to read; None
+        # if the run did not get that far.
         self.hooked_until: int | None = None
-        # From when to when, by the broker's clock, everything was well; None if it never was.
+        # Start and end of the phase without faults, by the broker's clock in ms; None if the run did not
+        # reach it.
         self.healed_at: int | None = None
         self.ended_at: int | None = None
         self._recorded: dict[int, bytes] = {}
@@ -156,7 +165,7 @@ class History:
 
     @property
     def log(self) -> list[Row]:
-        """The last dump is the final log."""
+        """The last dump, which is the final log."""
         return self.dumps[-1] if self.dumps else []
 
     def _next(self) -> int:
@@ -177,11 +186,11 @@ class History:
         self._note(f"returned {call.kind} {status} {call.ids}")
 
     def recorded(self, position: int, data: bytes) -> None:
-        """What a row said when it became durable."""
+        """Keeps the data that a row had when it became durable."""
         self._recorded[position] = data
 
     def as_recorded(self, row: Row) -> Row:
-        """A row with the data it had before that was erased, if it was seen."""
+        """The row with its data from before its erasure, if that data was seen."""
         if row["data"] is not None or row["position"] not in self._recorded:
             return row
         return row | {"data": msgspec.json.decode(self._recorded[row["position"]])}
@@ -199,7 +208,7 @@ class History:
         retain: bool = False,
         attempt: int | None = None,
     ) -> None:
-        """`attempt`: where the payload does not say it."""
+        """Records one MQTT message. `attempt` is used when the payload does not name one."""
         try:
             named = _decode(payload)
         except msgspec.MsgspecError:
@@ -221,7 +230,7 @@ class History:
         self._note(f"{what} {topic} {command_id} {named.attempt} {named.status}")
 
     def handed(self, transport: str, hardware_id: str, command_id: str, attempt: int) -> None:
-        """A fetch was answered with this command."""
+        """Records that the broker answered a fetch with this command."""
         self.wire.append(
             Wire(
                 what="publish",

@@ -1,6 +1,6 @@
 """The broker's link to the simulated MQTT server, and a device's port.
 
-They carry and record, and decide nothing: what crosses the wire is told to the history when it happens.
+Both only carry messages and record them in the history at the moment they cross the wire.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Done = Callable[[Receipt], None]
 
 
 class Client:
-    """What the broker's link and a device's port have in common. Belongs to the node that makes it."""
+    """The common part of the broker's link and a device's port. It belongs to the node that creates it."""
 
     is_device = False
 
@@ -109,7 +109,7 @@ class Client:
 
 
 class SimLink(Client):
-    """`broker.seams.Link`: tells the history of every publish, delivery and PUBACK of the broker's."""
+    """`broker.seams.Link`: records every publish, delivery and PUBACK of the broker in the history."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class SimLink(Client):
 
 
 class SimDevicePort(Client):
-    """A device's way to the server. It dials again by itself, until `disconnect`."""
+    """A device's connection to the MQTT server. It reconnects by itself until `disconnect` is called."""
 
     is_device = True
 
@@ -196,7 +196,7 @@ class SimDevicePort(Client):
         will: tuple[str, bytes] | None = None,
         clean: bool = True,
     ) -> None:
-        """PUBACK follows when `on_message` has returned."""
+        """Connects. The port sends a PUBACK for each message when `on_message` has returned."""
         self._on_message, self._on_up, self._on_down = on_message, on_up, on_down
         self.will, self.clean, self._wanted = will, clean, True
         self.inbox.later(self.server.random.uniform(0.001, 0.05), self._dial)
@@ -207,7 +207,8 @@ class SimDevicePort(Client):
         return self._write(Outgoing(topic=topic, payload=payload), retain, done)
 
     def disconnect(self) -> None:
-        """Politely: no will. For the rude ways see `SimMqttServer.connection`."""
+        """Disconnects cleanly, so that no will is sent. For broken connections see
+        `SimMqttServer.connection`."""
         self._hang_up()
 
     def came_up(self) -> None:

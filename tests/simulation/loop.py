@@ -1,7 +1,8 @@
-"""An event loop on a virtual clock whose every choice comes from one seed; its clock and entropy beside it.
+"""An event loop on a virtual clock that takes every choice from one seed, with its clock and entropy.
 
-It never waits, opens a socket or starts a thread, and nothing in it may depend on real time, on hash
-seeds or on when garbage is collected: one seed gives one run, and `trace` says whether two were the same.
+It never waits, opens a socket or starts a thread. Nothing in it may depend on real time, on hash seeds or on
+the time of garbage collection: one seed gives one run, and equal `trace` values show that two runs were the
+same.
 """
 
 from __future__ import annotations
@@ -24,22 +25,24 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _NODE: contextvars.ContextVar[Node | None] = contextvars.ContextVar("node", default=None)
-# Collections at fixed steps instead of at allocation counts, which differ from process to process.
+# Collect garbage after a fixed number of steps, not by allocation count, which differs between processes.
 _STEPS_PER_COLLECTION = 1 << 16
-# Code that awaits in `finally` refuses its first GeneratorExit; each further one gets past one more await.
+# A coroutine that awaits in `finally` ignores its first GeneratorExit; each further one passes one more
+# await.
 _CLOSE_TRIES = 100
 
 
 class Livelock(Exception):
-    """Steps go on and nothing comes of it: the budget of steps is spent."""
+    """The step budget is spent without progress."""
 
 
 class Deadlock(Exception):
-    """Nobody will ever go on: no handle and no timer is left, or the budget of virtual time is spent."""
+    """No handle and no timer is left, or the budget of virtual time is spent."""
 
 
 class Node:
-    """One process of the simulated world. It dies once; restarted it is another Node of the same name."""
+    """One process of the simulated world. A Node dies only once; a restart creates a new Node with the same
+    name."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -50,12 +53,13 @@ class Node:
 
 
 def current_node() -> Node | None:
-    """Whose handle is running; None is the world outside of every node."""
+    """The node whose handle is running; None outside of every node."""
     return _NODE.get()
 
 
 class _Future(asyncio.Future[T]):
-    """Sets of futures (TaskGroup and `wait` keep some) are walked by hash, which is no address here."""
+    """A future that hashes by its number. TaskGroup and `asyncio.wait` iterate over sets, and the default
+    hash is a memory address, which differs between runs."""
 
     __slots__ = ("_number",)
 
@@ -68,7 +72,7 @@ class _Future(asyncio.Future[T]):
 
 
 class _Task(asyncio.Task[T]):
-    """The same for tasks."""
+    """A task that hashes by its number, for the same reason as `_Future`."""
 
     __slots__ = ("_number",)
 
@@ -81,9 +85,9 @@ class _Task(asyncio.Task[T]):
 
 
 class SimLoop(asyncio.BaseEventLoop):
-    """`kill` is the end of a process: its handles never run again, and no `finally` of it does."""
+    """The loop. `kill` ends a process: its handles never run again, and its `finally` blocks do not run."""
 
-    # Private parts of BaseEventLoop, the same in 3.11 to 3.13.
+    # Private attributes of BaseEventLoop; they are the same in Python 3.11 to 3.14.
     _ready: deque[Any]
     _scheduled: list[Any]
     _stopping: bool
@@ -109,7 +113,8 @@ class SimLoop(asyncio.BaseEventLoop):
         self._max_idle_steps = max_idle_steps
         self._max_time = max_time
         self._random = self.rng("scheduler")
-        # Whose each task is. The dead ones stay: collected, their coroutines would run their `finally`.
+        # The owner of each task. Tasks of killed nodes are kept: a collected coroutine would run its
+        # `finally`.
         self._tasks: list[tuple[Node | None, asyncio.Task[Any]]] = []
         self._sweep_at = 64
         self.number = itertools.count(1).__next__
@@ -118,14 +123,15 @@ class SimLoop(asyncio.BaseEventLoop):
     # --- what the world uses ---------------------------------------------------------------------
 
     def rng(self, name: str) -> random.Random:
-        """An own stream of randomness for each part, so that one more draw here changes nothing there."""
+        """A separate random stream for each part, so that one more draw in one part changes nothing in the
+        others."""
         return random.Random(f"{self.seed}/{name}")
 
     def spawn(self, node: Node, coro: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         return self.create_task(coro, context=node.context.copy())
 
     def kill(self, node: Node) -> None:
-        """Kill -9: from outside of the node only, for a frame that runs can't be taken away under itself."""
+        """Kill -9. Must be called from outside the node, because a running frame cannot be removed."""
         if _NODE.get() is node:
             raise RuntimeError(f"{node.name} cannot kill itself: call_soon it from outside")
         if not node.alive:
@@ -136,7 +142,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._keep_timers(lambda timer: timer._context.get(_NODE) is not node)
         for owner, task in self._tasks:
             if owner is node and task.done():
-                task._log_traceback = False  # whoever would have looked at its exception is gone
+                task._log_traceback = False  # the code that would read its exception was killed too
         for tell in node.on_kill:
             tell()
 
@@ -161,7 +167,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def _run_once(self) -> None:
         choose = self._random.random
         while True:
-            ready = self._ready  # `kill` puts another one there
+            ready = self._ready  # a local name, because `kill` replaces the attribute
             if not ready:
                 self._advance()
                 ready = self._ready
@@ -186,7 +192,7 @@ class SimLoop(asyncio.BaseEventLoop):
                 self._check_budget()
 
     def _advance(self) -> None:
-        """Nothing is ready: the clock jumps to the next timer, and all that are due then become ready."""
+        """Nothing is ready: moves the clock to the next timer and makes all due timers ready."""
         timers = self._scheduled
         if self._timer_cancelled_count > 100 and self._timer_cancelled_count * 2 > len(timers):
             self._keep_timers(lambda timer: not timer._cancelled)
@@ -219,16 +225,17 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _check_budget(self) -> None:
         if self.steps > self._max_steps:
-            raise Livelock(f"{self._max_steps} steps are spent at {self._now:.3f} s")
+            raise Livelock(f"{self._max_steps} steps were used by {self._now:.3f} s")
         if self.steps - self._moved_at > self._max_idle_steps:
-            raise Livelock(f"{self._max_idle_steps} steps and the clock still stands at {self._now:.3f} s")
+            raise Livelock(f"{self._max_idle_steps} steps without progress of the clock at {self._now:.3f} s")
         if not self.steps % _STEPS_PER_COLLECTION:
             gc.collect(1)
 
     def _make_task(
         self, _loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T], **options: Any
     ) -> asyncio.Task[T]:
-        """Keeps every task: asyncio holds them weakly, and when one is collected is no seed's decision."""
+        """Creates a task and keeps it. asyncio holds tasks weakly, and the time of collection does not come
+        from the seed."""
         task = _Task(coro, loop=self, **options)
         context = options.get("context")
         self._tasks.append((_NODE.get() if context is None else context.get(_NODE), task))
@@ -244,7 +251,7 @@ class SimLoop(asyncio.BaseEventLoop):
         return _Future(loop=self)
 
     def run_in_executor(self, executor: Any, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
-        """Runs it here and now: a thread would be somebody whom the seed does not decide."""
+        """Runs `func` at once in the loop's thread: the seed cannot control a second thread."""
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))
@@ -267,7 +274,7 @@ class SimLoop(asyncio.BaseEventLoop):
             self.unhandled.append((context["message"], context.get("exception")))
 
     def close(self) -> None:
-        """Ends what was left pending, when its `finally` can reach nobody any more."""
+        """Closes all pending coroutines, now that their `finally` blocks can affect nothing."""
         left, self._tasks = self._tasks, []
         super().close()
         with warnings.catch_warnings():
@@ -290,12 +297,12 @@ def _label(callback: Any) -> bytes:
 
 
 def run(main: Callable[[SimLoop], Awaitable[T]], seed: int | str = 0, **budgets: Any) -> T:
-    """Runs a whole world from one seed. An exception that nobody handled fails it."""
+    """Runs a whole world from one seed. Raises RuntimeError for an exception that no code handled."""
     loop = SimLoop(seed, **budgets)
     try:
         result = loop.run_until_complete(main(loop))
         loop.forget_done_tasks()
-        gc.collect()  # a task that failed unseen says so when it is collected
+        gc.collect()  # a failed task whose exception was not read reports it when it is collected
         if loop.unhandled:
             message, error = loop.unhandled[0]
             raise RuntimeError(f"unhandled in the simulation: {message}") from error
@@ -304,12 +311,13 @@ def run(main: Callable[[SimLoop], Awaitable[T]], seed: int | str = 0, **budgets:
         loop.close()
 
 
-# Five minutes before a midnight: purges count whole days. One for all clocks: a grant has its time.
+# The epoch is 5 minutes before midnight UTC, because purges count whole days. All clocks share it, so that a
+# grant is valid for brokers and devices alike.
 EPOCH_MS = 20_834 * 86_400_000 - 300_000
 
 
 class SimClock:
-    """A node's clock: `step` moves its wall, the other reading never steps."""
+    """A node's clock: `step` changes the wall time; the monotonic time never steps."""
 
     def __init__(self, loop: SimLoop, epoch_ms: int = EPOCH_MS) -> None:
         self._loop = loop
@@ -317,7 +325,7 @@ class SimClock:
         self.offset_ms = 0
 
     def true_ms(self) -> int:
-        """The wall as it would be had nobody stepped it: what histories are recorded in."""
+        """The wall time without steps, in ms. Histories use this time."""
         return self._epoch_ms + self.monotonic_ms()
 
     def wall_ms(self) -> int:
@@ -332,7 +340,7 @@ class SimClock:
 
 
 class SimEntropy:
-    """Randomness of one part of the world, by its name."""
+    """Randomness for one part of the world, selected by its name."""
 
     def __init__(self, loop: SimLoop, name: str) -> None:
         self._random = loop.rng(f"entropy/{name}")

@@ -1,6 +1,7 @@
-"""Everything that goes wrong in a simulated run, at moments drawn from the seed, and how it ends.
+"""All faults of a simulated run, at moments drawn from the seed, and the healing at its end.
 
-Only acts from outside: on processes, machines, the network, clocks and devices. `heal` ends all of it.
+The nemesis acts only from outside: on processes, machines, the network, clocks and devices. `heal` ends all
+faults.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ class Nemesis:
             fault()
 
     def heal(self) -> None:
-        """No new fault, and every lasting one undone."""
+        """Stops new faults and ends all lasting ones."""
         self.stopped = True
         self._server.up = self._server.up or not self._world.embedded
         self._calm()
-        self._drop("ordain")  # it may be slow or half-open
+        self._drop("ordain")  # the connection may be slow or half-open
         self._disk.capacity = None
         self._server.refuse = lambda client_id, outgoing: None
         self._world.receivers.heal()
@@ -118,7 +119,7 @@ class Nemesis:
 
     def _restart_mqtt(self) -> None:
         if self._world.embedded:
-            self._world.crash()  # it lives and dies in the broker's process
+            self._world.crash()  # the embedded server runs in the broker's process
             return
         longest = self._random.choice((20, 20, 300))
         self._server.restart(self._random.choice(SESSIONS), self._random.uniform(0.1, longest))
@@ -215,7 +216,8 @@ class Nemesis:
             self._later(0.5, 60, phone.start)
 
     def _forge_report(self) -> None:
-        """A phone that reports what it never saw; of what went to a phone nobody knows better."""
+        """Reports a result for a command that the phone may never have fetched. For a command that did go to
+        a phone the broker cannot detect the lie."""
         sent = self._world.clients.sent
         if sent:
             hardware_id, command_id = self._random.choice(sent[-8:])
@@ -231,7 +233,7 @@ class Nemesis:
         self._ask("rotate", "POST", f"{self._device().hardware_id}/token")
 
     def _delete_device(self) -> None:
-        """Its commands end; the device itself knows nothing of it, and stays."""
+        """Deletes a device in the broker, which ends its commands; the device itself goes on running."""
         self._ask("delete", "DELETE", f"{self._device().hardware_id}?force=true")
 
     def _ask(self, kind: str, method: str, path: str) -> None:

@@ -1,7 +1,8 @@
-"""A simulated MQTT server and the connections to it, with every fault a switch.
+"""A simulated MQTT server and the connections to it; each fault can be switched on and off.
 
-QoS 1 both ways, as an unreliable pipe may keep it. It never runs code of a node's in place: whatever a
-client is told goes through its inbox, and what is on the wire outlives who wrote it.
+QoS 1 in both directions, with the errors of an unreliable network. The server never calls a node's code
+directly: each client gets its calls through an inbox. Messages on the wire outlive the process that sent
+them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ NO_SUBSCRIBER = 0x10
 
 
 class ServerKind(msgspec.Struct, frozen=True, kw_only=True):
-    """What one make of server does, as the hazards of choices.md say."""
+    """The behaviour of one MQTT server product; the hazards in choices.md describe it."""
 
     name: str
     mqtt5: bool = False
@@ -42,7 +43,7 @@ NATS = ServerKind(name="nats", redeliver_after_sec=5)
 
 
 class Faults(msgspec.Struct, kw_only=True):
-    """Chances per message; the world turns them on and off while it runs. The default is a good day."""
+    """Probabilities per message. The simulation changes them during a run. The default has no faults."""
 
     latency_sec: tuple[float, float] = (0.0005, 0.02)
     duplicate: float = 0.0
@@ -53,7 +54,8 @@ class Faults(msgspec.Struct, kw_only=True):
 
 
 class Inbox:
-    """Calls into one node, in order, each a handle of its own there: a dead node hears nothing."""
+    """Queues calls into one node, in order. Each call is a handle of that node, so a dead node receives
+    none."""
 
     def __init__(self, loop: SimLoop) -> None:
         self._loop = loop
@@ -73,7 +75,8 @@ class Inbox:
 
 
 class Pipe:
-    """One direction of one connection: in order (per topic where topics may be reordered), after a delay."""
+    """One direction of one connection. Messages arrive after a delay, in order; with `reorder_topics` in
+    order per topic."""
 
     def __init__(self, server: SimMqttServer) -> None:
         self.slow = 1.0
@@ -87,7 +90,7 @@ class Pipe:
         server, faults = self._server, self._server.faults
         delay = self.slow * server.random.uniform(*faults.latency_sec)
         if topic and topic not in server.in_time and faults.late and server.random.random() < faults.late:
-            # The others overtake it, as they do a copy that waited in some queue on the way.
+            # Later messages overtake this one, as they overtake a copy that waited in a queue on the way.
             delay += server.random.uniform(*faults.late_sec)
             server.loop.call_later(delay, arrive, *args, context=server.world)
             return
@@ -102,7 +105,8 @@ class Pipe:
         self._queues.clear()
 
     def _arrive(self, queue: deque[_Call]) -> None:
-        # Whoever comes first takes the oldest: handles of one instant may run in any order.
+        # Take the oldest entry, whichever handle runs first: handles that are due at once run in random
+        # order.
         if queue:
             arrive, args = queue.popleft()
             arrive(*args)
@@ -126,7 +130,7 @@ class _Session:
 
 
 class Connection:
-    """One TCP connection, as the server and the client share it."""
+    """One TCP connection, shared by the server and the client."""
 
     def __init__(self, server: SimMqttServer, client: Client, session: _Session) -> None:
         self.server = server
@@ -137,7 +141,8 @@ class Connection:
         self.open = True
 
     def close(self, why: str, *, graceful: bool = False) -> None:
-        """The end for both sides at once. What the client sent may still arrive, unanswered, or not."""
+        """Closes the connection for both sides at once. Data that the client sent may still arrive, without
+        an answer."""
         if not self.open:
             return
         self.open = False
@@ -153,14 +158,14 @@ class Connection:
             self.client.inbox.post(self.client.message, message)
 
     def go_half_open(self, noticed_after_sec: float) -> None:
-        """Writes of both sides vanish, until keepalive tells."""
+        """Drops all data of both sides until the keepalive timeout closes the connection."""
         self.to_server.deaf = self.to_client.deaf = True
         loop = self.server.loop
         loop.call_later(noticed_after_sec, self.close, "keepalive", context=self.server.world)
 
 
 class SimMqttServer:
-    """Sessions, subscriptions, retained messages and wills, as one server kind keeps them."""
+    """Sessions, subscriptions, retained messages and wills, as a server of this kind handles them."""
 
     def __init__(
         self, loop: SimLoop, kind: ServerKind, *, history: History | None = None, faults: Faults | None = None
@@ -170,26 +175,29 @@ class SimMqttServer:
         self.history = history
         self.faults = faults or Faults()
         self.random = loop.rng(f"network/{kind.name}")
-        self.world = contextvars.Context()  # bytes on the wire belong to no node and outlive each
+        self.world = contextvars.Context()  # data on the wire belongs to no node and outlives every node
         self.up = True
         self.refuse: Callable[[str, Outgoing], int | None] = lambda client_id, outgoing: None
-        # Nobody can tell an answer without id that comes minutes late from a new one.
+        # Topics without late delivery: an answer without id that is minutes late looks like a new answer.
         self.in_time: set[str] = set()
         self.sessions: dict[str, _Session] = {}
         self.retained: dict[str, bytes] = {}
         self._presence: tuple[Presence, Inbox] | None = None
 
     def tell(self, presence: Presence) -> None:
-        """As the embedded server does: belongs to the node that calls, and ends with it."""
+        """Reports connects and disconnects of devices, like the embedded server. The report ends with the
+        calling node."""
         self._presence = presence, Inbox(self.loop)
 
     def connection(self, client_id: str) -> Connection | None:
-        """For the world's faults: `close`, `go_half_open`, or the pipes' `slow`."""
+        """The open connection of a client. Faults use its `close` and `go_half_open`, and the `slow` of its
+        pipes."""
         session = self.sessions.get(client_id)
         return session.connection if session else None
 
     def restart(self, sessions: Literal["kept", "emptied", "lost"], down_for_sec: float) -> None:
-        """Emptied: the sessions are there, the messages they had PUBACKed are not (an old snapshot)."""
+        """Restarts the server. `emptied`: sessions survive but lose their acknowledged messages (an old
+        snapshot)."""
         self.up = False
         for session in list(self.sessions.values()):
             if session.connection:
@@ -217,7 +225,8 @@ class SimMqttServer:
         first_again = len(session.in_flight)
         session.in_flight.clear()
         session.queue.clear()
-        early = self.random.random() < 0.5  # queued messages may come before the SUBACK, or after it
+        # the server may send queued messages before the SUBACK or after it
+        early = self.random.random() < 0.5
         if early:
             self._resend(session, resent, first_again)
         connection.to_client.send("", client.inbox.post, client.connected, connection)
@@ -244,7 +253,7 @@ class SimMqttServer:
             self.loop.call_soon(self._route, will, True, context=self.world)
 
     def received(self, connection: Connection, mid: int, outgoing: Outgoing, retain: bool) -> None:
-        """A PUBLISH arrived; whether its sender still hears the PUBACK is another matter."""
+        """Handles a PUBLISH. Its PUBACK may still be lost on the way to the sender."""
         if not self.up:
             return
         reason = self.refuse(connection.client.client_id, outgoing) if self.kind.mqtt5 else None

@@ -1,6 +1,6 @@
-"""Phones that relay to the simulated devices: the reference relay, over the simulated HTTP and air.
+"""Phones that relay to the simulated devices: the reference relay, over the simulated HTTP and radio.
 
-A phone dies at any moment and remembers nothing. Over the air one phone at a time is with a device.
+A phone can die at any moment and keeps nothing. A device is connected to at most one phone at a time.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tests.simulation.fleet import Device
 from tests.simulation.loop import Node, SimLoop
 
 VISIT_SEC = 12
-logging.getLogger("ordain.relay").disabled = True  # it may say much, and the history says it as well
+logging.getLogger("ordain.relay").disabled = True  # it logs much, and the history has the same facts
 
 
 class Phone:
-    """`whims`: it may walk away in the middle, or claim with no device near."""
+    """A phone. With `whims` it may walk away during a transfer, or claim commands with no device near."""
 
     def __init__(self, loop: SimLoop, door: Door, devices: list[Device], number: int) -> None:
         self.whims = True
@@ -59,7 +59,7 @@ class Phone:
                 await self._visit(device)
 
     async def _ask(self, device: Device) -> None:
-        """Claims, and is then not where the device is."""
+        """Claims commands without being near the device."""
         try:
             await self._http.post(f"/v1/devices/{device.hardware_id}/commands/claim")
         except httpx2.TransportError:
@@ -78,7 +78,7 @@ class Phone:
 
 
 class _Air:
-    """A `Peer`: the connection to one life of one device."""
+    """A `Peer`: the radio connection to a device; it ends when the device restarts."""
 
     def __init__(self, random: Any, device: Device) -> None:
         self._random, self._device, self._life = random, device, device.node

@@ -1,7 +1,7 @@
-"""Bugs planted on purpose, each of which the checkers must find: a canary that lives is a red test.
+"""Bugs planted on purpose. The checkers must find each one; a bug that no checker finds fails the test.
 
-Each replaces methods of the real broker or device for the length of a run, and says which invariants may
-name it. Nothing here is ever imported outside of the simulation.
+Each bug replaces methods of the real broker or device during a run and lists the invariants that may detect
+it. Nothing here is imported outside the simulation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from tests.simulation.world import Outcome, Synchronous, simulate
 
 
 class Bug(msgspec.Struct, frozen=True, kw_only=True):
-    """`patches`: (owner, name, replacement). `caught_by`: the invariants of which one must be named."""
+    """`patches`: (owner, name, replacement). `caught_by`: at least one of these invariants must be
+    reported."""
 
     name: str
     caught_by: frozenset[str]
@@ -58,7 +59,7 @@ class Bug(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def _no_barrier(self: Writer) -> None:
-    """Answers at once, while what it says is still to be committed."""
+    """Answers at once, before the commit."""
 
 
 _message = Intake.message
@@ -74,7 +75,7 @@ _then = Writer.then
 
 
 def _send_first(self: Writer, done: Callable[[], None], failed: Callable[[], None] | None = None) -> None:
-    """Only hand-overs have nobody to tell of a failure."""
+    """Hand-overs are the only callers without a `failed` callback: only they are called before the commit."""
     if failed is None:
         done()
     else:
@@ -88,7 +89,7 @@ def _forgotten(self: RamMemory, command_id: str) -> Remembered | None:
 async def _cancel_by_projection(
     self: Commands, caller: Caller, command_id: str, reason: str | None = None
 ) -> CommandState:
-    """Decides on what is durable, and misses a hand-over that is only staged."""
+    """Decides on the durable state and misses a hand-over that is staged but not durable yet."""
     await self.ready(command_ids=[command_id])
     durable = await self.writer.storage.read(lambda sql: commands_view.get(sql, command_id))
     await self.ready(command_ids=[command_id])
@@ -105,7 +106,7 @@ async def _cancel_by_projection(
 async def _check_then_act(
     self: Commands, caller: Caller, order: Order, retry_of: str | None = None
 ) -> Accepted:
-    """Waits between looking for the key and keeping it."""
+    """Waits between the lookup of the key and its insertion."""
     key = ("acme", order.idempotency_key or "", "")
     await self.ready([order.device], keys=[key])
     first = self.live.keys.get(key) if order.idempotency_key is not None else None
@@ -134,7 +135,7 @@ def _none_gives_way(lane: Lane, key: str | None) -> list[Member]:
 
 
 def _keep_last(self: Commands, key: Key, fingerprint: bytes, state: CommandState) -> None:
-    """The index that would have refused the second command is not asked."""
+    """Overwrites the key, so that the unique index does not refuse the second command."""
     self.live.keys.put(key, (fingerprint, state.id))
     values = (*key, fingerprint, state.id, state.created_at)
     insert = "INSERT OR REPLACE INTO idempotency VALUES (?,?,?,?,?,?)"
@@ -153,7 +154,7 @@ def _never_again(member: Member, presence: Presence, now: int) -> bool:
 
 
 def _never_timed(self: Dispatch, member: Member) -> None:
-    """Timers are only set again by a restart."""
+    """Sets no result timer when a command is acknowledged; only a restart sets it."""
     if member.state.state is not State.ACKNOWLEDGED:
         self.deadlines.set(member.state.id, lanes.wake_at(member, self.writer.now()))
 
@@ -163,7 +164,7 @@ def _always_there(definition: Definition, presence: Presence) -> bool:
 
 
 def _left_open(lane: Lane, member: Member, now: int) -> None:
-    """Takes it out of its lane, and lets the next one follow at once."""
+    """Takes the command out of its lane without a pause: the next one follows at once."""
     shut_until = lane.shut_until
     _closed(lane, member, now)
     lane.shut_until = shut_until
@@ -198,7 +199,7 @@ _recovered = lanes.recovered
 def _lease_forgotten(
     state: CommandState, definition: Definition, now: int, uniform: Callable[[float, float], float]
 ) -> Flight:
-    """After a restart what was fetched is taken for what went by MQTT."""
+    """After a restart, treats commands fetched by heartbeat or relay as if they went by MQTT."""
     return _recovered(msgspec.structs.replace(state, transport="mqtt"), definition, now, uniform)
 
 
@@ -207,7 +208,7 @@ def _take_their_word(state: CommandState | None, request: Request, cell: Cell) -
 
 
 def _all_delivered(self: Window) -> Progress:
-    """Forgets what is still open."""
+    """Ignores the deliveries that are still open."""
     reached = max(self.reached, self._before_until)
     return Progress(cursor=reached + 1, reached=reached)
 
@@ -216,21 +217,21 @@ _looked = Window.looked
 
 
 def _each_for_itself(self: Window, entries: Iterable[tuple[int, str]], reached: int, now: int) -> None:
-    """As if every event were of a device of its own."""
+    """Treats every event as if it belonged to its own device, so that the order per device is lost."""
     _looked(self, [(position, f"{device_id}/{position}") for position, device_id in entries], reached, now)
 
 
 def _unsaid(self: Erasures, event: Erased, project: str, actor: str) -> tuple[int, int]:
-    """Erases, and the log does not say so."""
+    """Erases without an event in the log."""
     return self._writer.durable, self._writer.now()
 
 
 def _kept_in_memory(self: Live, state: CommandState) -> None:
-    """What is erased can be found in memory still."""
+    """Leaves erased commands in memory."""
 
 
 async def _never_resumed(self: Erasures) -> None:
-    """What a crash interrupted is not gone on with."""
+    """Does not resume a purge that a crash interrupted."""
     await _load(self)
     self._wake.clear()
 
@@ -242,7 +243,7 @@ _commit = Writer._commit
 
 
 async def _told_first(self: Writer, batch: Any) -> None:
-    """Whoever listens hears of it before it is durable."""
+    """Notifies the listeners before the events are durable."""
     for listener in self.listeners:
         listener(batch.events)
     listeners, self.listeners = self.listeners, []
@@ -256,7 +257,7 @@ _put = Subscription.put
 
 
 def _deaf_while_reading(self: Subscription, position: int) -> None:
-    """What is committed while history is read is not noted."""
+    """Ignores events that are committed while the history is read."""
     if self.reached >= self._since:
         _put(self, position)
 

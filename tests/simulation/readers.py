@@ -1,4 +1,5 @@
-"""Services that follow the event stream: they leave, stall and are cut off, and go on from the last id."""
+"""Services that follow the event stream. They leave, stall or are cut off, and resume from the last event
+id."""
 
 from __future__ import annotations
 
@@ -12,13 +13,13 @@ from tests.simulation.clients import Door
 from tests.simulation.history import History
 from tests.simulation.loop import SimLoop
 
-# By name: the one event that is wanted, or any.
+# Reader name to the one event type it wants, or None for all.
 READERS = {"every event": None, "what was executed": "executed"}
 STAYS_SEC, STALLS_SEC, PAUSE_SEC = (1, 200), (1, 40), (0.01, 3)
 
 
 class Stream:
-    """One connection. `take` is called with each event as it comes."""
+    """One connection of a reader."""
 
     def __init__(self, reader: Reader) -> None:
         self.gone = asyncio.Event()
@@ -50,7 +51,7 @@ class Stream:
 
 
 class Reader:
-    """Follows for as long as it is not `stopped`; once the faults are over it stays."""
+    """Follows the stream until `stop`; after `heal` it no longer leaves or stalls."""
 
     def __init__(self, loop: SimLoop, door: Door, history: History, name: str) -> None:
         self.stopped = self.calm = False
@@ -94,7 +95,7 @@ class Reader:
             await asyncio.sleep(self._random.uniform(*PAUSE_SEC))
 
     def _tire(self) -> None:
-        """It has had enough for now: it leaves, or only does not read for a while."""
+        """Leaves the stream, or stops reading for a while."""
         if self.calm:
             return
         if self._random.random() < 0.5:

@@ -1,6 +1,6 @@
-"""Services that get webhooks, and the way to them: answers that come late, wrong, or never.
+"""Services that receive webhooks, and the network to them: answers come late, wrong or never.
 
-What a receiver saw, and whether it took it, goes into the history; it keeps no more than that.
+Each request that arrives goes into the history, with its outcome; nothing else is kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REFUSALS = (500, 502, 429, 503, 404)
 
 
 class Receivers:
-    """`trouble`: how often, of 1, something goes wrong with a request to each."""
+    """`trouble`: for each URL the probability (0 to 1) that a request fails."""
 
     def __init__(self, loop: SimLoop, history: History) -> None:
         self.trouble = dict.fromkeys(URLS, 0.1)
@@ -40,7 +40,7 @@ class Receivers:
         kind = draw.choice(("lost", "unanswered", "refused", "refused"))
         await asyncio.sleep(draw.uniform(0.001, 0.2))
         if wrong and kind == "lost":
-            return Answer(error="it never came there")
+            return Answer(error="the request was lost")
         taken = not (wrong and kind == "refused")
         event = msgspec.json.decode(body)
         self._history.hooked(url, headers["webhook-id"], int(event["id"]), event["type"], taken=taken)

@@ -1,4 +1,4 @@
-"""Each checker of the simulation stays silent on a history that is right and names the one that is wrong."""
+"""Each checker accepts a correct history and names the fault in a wrong one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ URL = "https://one.example/hook"
 
 
 class Story:
-    """Builds a history: every `log` is a commit of its own, one millisecond after what came before."""
+    """Builds a history. Each `log` is its own commit, at least 1 ms later than the previous entry."""
 
     def __init__(self) -> None:
         self.now = 1000
@@ -138,7 +138,7 @@ class Story:
 
 
 def many(story: Story, command_id: str) -> Story:
-    """A fan-out with the key `k` is answered: one device has a command, the other is not known."""
+    """Adds an answered fan-out with the key `k`: one device gets a command, the other is unknown."""
     call = story.history.invoked("fan_out", key="k")
     answer = {"hw1": {"command_id": command_id}, "stranger": {"error": {"code": "not_found"}}}
     story.history.returned(call, 200, ids=(command_id,), answer=answer)
@@ -146,7 +146,7 @@ def many(story: Story, command_id: str) -> Story:
 
 
 def whole_life() -> Story:
-    """One of everything, as it should be."""
+    """A correct history with one entry of each kind."""
     story = Story().log("system", "started").defined(repeatable=True).created(expires_at=10_000)
     story.history.linked(True)
     story.call("create", 201, A, key="k", body="x").call("create", 200, A, key="k", body="x")
@@ -166,7 +166,7 @@ def leased() -> Story:
 
 
 def hooked(*events: str) -> Story:
-    """A command was created and handed over, and a webhook wants it."""
+    """A history with one command that was created and handed over, and a webhook that wants `events`."""
     story = Story()
     call = story.history.invoked("webhook")
     story.history.returned(call, 201, answer={"url": URL, "events": list(events), "cursor": 1})
@@ -398,7 +398,7 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
     ),
     "D10 done before its PUBACK": (
         lambda: Story().defined(completes_on="published").sent().log(A, "executed", evidence="mqtt_puback"),
-        "D10: cmd_a was called done before the MQTT server had it",
+        "D10: cmd_a was completed before the MQTT server accepted it",
     ),
     "A3 an answer to what was before": (
         lambda: (
@@ -409,7 +409,7 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
             .wire()
             .ended(evidence="inferred")
         ),
-        "A3: cmd_a: executed is taken from an answer older than the command",
+        "A3: cmd_a: executed was inferred from an answer older than the command",
     ),
     "R9 a report forgotten": (
         lambda: Story().sent().report(A, "executed"),
@@ -433,7 +433,7 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
     ),
     "A6 a stranger": (
         lambda: Story().sent().answers("executed").ended(evidence="relay_report"),
-        "A6: cmd_a: executed was taken from a stranger's report",
+        "A6: cmd_a: executed was reported by a relay that never fetched the command",
     ),
     "A5 nobody could hear": (
         lambda: Story().log("system", "started").sent().log(A, "timed_out", reason="no_answer"),
@@ -461,11 +461,11 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
     ),
     "E3 nobody asked": (
         lambda: closed().erase(1),
-        "E3: cmd_a has lost its data, and nobody asked for it",
+        "E3: cmd_a has lost its data without an erasure",
     ),
     "E3 it was open when the purge came": (
         lambda: Story().sent().log("erasures", "erased", cutoff=90_000).ended().erase(1),
-        "E3: cmd_a has lost its data, and nobody asked for it",
+        "E3: cmd_a has lost its data without an erasure",
     ),
     "E3 it went on": (
         lambda: closed("timed_out").log("erasures", "erased", ids=[A], count=1).ended(),
@@ -473,7 +473,7 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
     ),
     "E3 it was never carried out": (
         lambda: closed().log("erasures", "erased", cutoff=90_000, count=1).well(1000, 99_000),
-        "E3: cmd_a was to be erased and has its data still",
+        "E3: cmd_a was erased and still has data",
     ),
     "R1 an answer to many that is nowhere": (
         lambda: many(Story(), A),
@@ -485,19 +485,19 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
     ),
     "R3 many get another's": (
         lambda: many(Story().created(hardware_id="hw2"), A),
-        "R3: cmd_a was answered for hw1 and is another device's",
+        "R3: cmd_a was answered for hw1 but belongs to another device",
     ),
     "R10 one that should have gone": (
         lambda: Story().created(collapse_key="c").created(B, collapse_key="c"),
-        "R10: cmd_a was still pending when cmd_b took its place",
+        "R10: cmd_a was still pending when cmd_b replaced it",
     ),
     "R10 gone without a successor": (
         lambda: Story().created().log(A, "cancelled", by="broker", superseded_by=B),
-        "R10: cmd_a gave way to cmd_b, which is not in the log",
+        "R10: cmd_a was replaced by cmd_b, which is not in the log",
     ),
     "R10 gone for nothing": (
         lambda: Story().created().log(A, "cancelled", by="broker", superseded_by=B).created(B),
-        "R10: cmd_a gave way to cmd_b, which does not take its place",
+        "R10: cmd_a was replaced by cmd_b, which may not replace it",
     ),
     "R10 gone too early": (
         lambda: (
@@ -506,9 +506,9 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
             .log(A, "cancelled", by="broker", superseded_by=B)
             .created(B, collapse_key="c")
         ),
-        "R10: cmd_a gave way to cmd_b in another commit",
+        "R10: cmd_a was replaced by cmd_b in another commit",
     ),
-    "S1 a gap": (lambda: Story().created().change(1, position=2), "S1: position 2 stands where 1 belongs"),
+    "S1 a gap": (lambda: Story().created().change(1, position=2), "S1: found position 2 where 1 was due"),
     "S1 time falls": (
         lambda: Story().created().published().change(2, recorded_at=1),
         "S1: recorded_at falls at position 2",
@@ -550,18 +550,18 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_a_history_that_is_right_is_passed_in_silence(name: str) -> None:
+def test_a_correct_history_has_no_violation(name: str) -> None:
     assert check(RIGHT[name]().dump().history) == []
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_history_that_is_wrong_is_named(name: str) -> None:
+def test_a_wrong_history_is_named(name: str) -> None:
     story, sentence = WRONG[name]
 
     assert sentence in check(story().dump().history)
 
 
-def test_every_checker_has_a_history_that_it_finds_wrong() -> None:
+def test_every_checker_has_a_wrong_history() -> None:
     assert {name.split()[0] for name in WRONG} == CHECKERS.keys()
 
 
@@ -575,7 +575,7 @@ def test_rebuilt_projections_must_equal_the_incremental_ones() -> None:
     ]
 
 
-def test_what_is_durable_is_known_from_the_first_commit_that_covers_it() -> None:
+def test_an_event_is_durable_from_the_first_commit_that_covers_it() -> None:
     story = Story().log(A, "created", durable=False).log(A, "published", durable=False).durable().dump()
     facts = Facts(story.history)
 

@@ -1,4 +1,4 @@
-"""The simulated disk under real SQLite: what survives a kill, what a power cut, and how it fails."""
+"""The simulated disk under real SQLite: what survives a kill and a power cut, and how it fails."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ async def opened(loop: SimLoop, disk: SimDisk, **options: Any) -> Storage:
 async def write_until_it_stops(
     loop: SimLoop, *, power: bool, synchronous: str = "FULL"
 ) -> tuple[list[int], list[int]]:
-    """The numbers whose write was answered before the machine stopped, and those found afterwards."""
+    """Two lists: the numbers whose write was answered before the machine stopped, and the numbers on the disk
+    afterwards."""
     disk = SimDisk(loop)
     answered: list[int] = []
     node, stopped = Node("writer"), asyncio.Event()
@@ -61,7 +62,7 @@ async def write_until_it_stops(
     return answered, await (await opened(loop, disk)).read(numbers)
 
 
-def test_a_power_cut_at_any_write_loses_nothing_that_was_answered() -> None:
+def test_a_power_cut_at_any_write_loses_no_answered_write() -> None:
     for seed in SEEDS:
         answered, found = run(lambda loop: write_until_it_stops(loop, power=True), seed)
 
@@ -80,7 +81,7 @@ def test_without_full_synchronisation_a_power_cut_loses_answered_writes() -> Non
 
 
 @pytest.mark.parametrize("synchronous", ["FULL", "NORMAL"])
-def test_a_kill_at_any_write_loses_nothing_that_was_answered(synchronous: str) -> None:
+def test_a_kill_at_any_write_loses_no_answered_write(synchronous: str) -> None:
     for seed in SEEDS:
         answered, found = run(
             lambda loop: write_until_it_stops(loop, power=False, synchronous=synchronous), seed
@@ -108,7 +109,7 @@ def test_some_power_cuts_tear_the_log_and_sqlite_recovers_from_it() -> None:
     assert any(0 < changed < dirty - 1 for changed, dirty in outcomes)
 
 
-def test_a_transaction_whose_work_fails_leaves_nothing_and_the_next_goes_on() -> None:
+def test_a_failed_transaction_leaves_nothing_and_the_next_one_works() -> None:
     async def main(loop: SimLoop) -> list[int]:
         storage = await opened(loop, SimDisk(loop))
 
@@ -119,13 +120,13 @@ def test_a_transaction_whose_work_fails_leaves_nothing_and_the_next_goes_on() ->
         with pytest.raises(LookupError):
             await storage.write(work)
         await storage.write(insert(2))
-        await storage.read(insert(3))  # a read that writes is taken back
+        await storage.read(insert(3))  # writes of a read are rolled back
         return await storage.read(numbers)
 
     assert run(main) == [2]
 
 
-def test_the_second_of_two_equal_keys_is_a_conflict() -> None:
+def test_a_second_equal_key_is_a_conflict() -> None:
     async def main(loop: SimLoop) -> list[int]:
         storage = await opened(loop, SimDisk(loop))
         await storage.write(insert(1))
@@ -136,7 +137,7 @@ def test_the_second_of_two_equal_keys_is_a_conflict() -> None:
     assert run(main) == [1]
 
 
-def test_a_full_disk_is_said_so_reads_go_on_and_with_space_writes_too() -> None:
+def test_a_full_disk_is_reported_reads_work_and_writes_work_again_with_space() -> None:
     async def main(loop: SimLoop) -> list[int]:
         disk = SimDisk(loop)
         storage = await opened(loop, disk)
@@ -163,7 +164,7 @@ def test_an_io_error_is_broken(operation: Any) -> None:
     run(main)
 
 
-def test_cancelling_who_waits_does_not_cancel_the_transaction() -> None:
+def test_cancelling_a_waiter_does_not_cancel_the_transaction() -> None:
     async def main(loop: SimLoop) -> list[int]:
         storage = await opened(loop, SimDisk(loop))
         waiting = asyncio.ensure_future(storage.write(insert(1)))
@@ -176,7 +177,7 @@ def test_cancelling_who_waits_does_not_cancel_the_transaction() -> None:
     assert run(main) == [1, 2]
 
 
-def test_a_kill_may_land_before_or_after_the_commit_but_never_within() -> None:
+def test_a_kill_lands_before_or_after_a_commit_but_never_within() -> None:
     async def main(loop: SimLoop) -> tuple[int, int]:
         disk = SimDisk(loop)
         node = Node("writer")
@@ -202,7 +203,7 @@ def test_a_kill_may_land_before_or_after_the_commit_but_never_within() -> None:
     assert {found - answered for answered, found in outcomes} == {0, 1}
 
 
-def test_writes_commit_in_the_order_in_which_they_were_asked_for() -> None:
+def test_writes_commit_in_request_order() -> None:
     async def main(loop: SimLoop) -> list[int]:
         storage = await opened(loop, SimDisk(loop))
         order: list[int] = []

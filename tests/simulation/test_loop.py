@@ -1,4 +1,4 @@
-"""The simulated loop: one seed one run, a virtual clock, and a kill after which nothing of a node runs."""
+"""The simulated loop: one seed gives one run, the clock is virtual, and a killed node runs no more code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 async def busy_world(loop: SimLoop) -> tuple[int, list[str]]:
-    """Everything of asyncio that the broker uses, under kills."""
+    """Uses everything of asyncio that the broker uses, while nodes are killed."""
     seen: list[str] = []
     queue: asyncio.Queue[str] = asyncio.Queue(3)
     opened = asyncio.Event()
@@ -52,7 +52,7 @@ async def busy_world(loop: SimLoop) -> tuple[int, list[str]]:
 
 
 async def fall_apart(seen: list[str]) -> None:
-    """A TaskGroup cancels its tasks in the order of a set."""
+    """A TaskGroup cancels its tasks in the order of a set, which must not depend on memory addresses."""
 
     async def child(name: str) -> None:
         try:
@@ -72,7 +72,7 @@ def fingerprint(seed: int) -> str:
 
 
 def printed_elsewhere(module: str, name: str, seeds: int) -> list[str]:
-    """What other processes, each with its own hash seed, print of these runs."""
+    """The output of these runs in other processes, each with its own hash seed."""
     script = f"from {module} import {name}\nfor seed in range({seeds}): print({name}(seed))"
     return [
         subprocess.run(
@@ -103,7 +103,7 @@ def test_an_hour_of_sleep_takes_no_time_and_the_clock_shows_it() -> None:
     assert run(main) == (3600.001, 3_600_001, 4_600_001)
 
 
-def test_a_step_moves_the_wall_and_nothing_else() -> None:
+def test_a_clock_step_changes_only_the_wall_time() -> None:
     async def main(loop: SimLoop) -> tuple[int, int, int]:
         clock = SimClock(loop, epoch_ms=0)
         clock.step(-86_400_000)
@@ -125,7 +125,7 @@ def test_entropy_of_one_name_does_not_depend_on_what_another_draws() -> None:
     assert run(main, 7) == run(alone, 7) != run(alone, 8)
 
 
-def test_the_order_of_what_is_ready_is_drawn_from_the_seed() -> None:
+def test_the_order_of_ready_handles_is_drawn_from_the_seed() -> None:
     async def main(loop: SimLoop) -> tuple[int, ...]:
         seen: list[int] = []
         for number in range(5):
@@ -139,7 +139,7 @@ def test_the_order_of_what_is_ready_is_drawn_from_the_seed() -> None:
     assert len(orders) > 10
 
 
-def test_nothing_of_a_killed_node_runs_again_and_no_finally_does() -> None:
+def test_a_killed_node_runs_no_handle_and_no_finally() -> None:
     ran: list[str] = []
 
     async def main(loop: SimLoop) -> None:
@@ -189,10 +189,10 @@ def test_nothing_of_a_killed_node_runs_again_and_no_finally_does() -> None:
         assert ran == ["other"]
 
     run(main)
-    gc.collect()  # and no "never awaited", no "destroyed but pending": warnings are errors here
+    gc.collect()  # no "never awaited" and no "destroyed but pending": warnings are errors here
 
 
-def test_who_watches_a_node_is_told_of_its_death_once() -> None:
+def test_on_kill_callbacks_run_once() -> None:
     async def main(loop: SimLoop) -> list[str]:
         told: list[str] = []
         node = Node("victim")
@@ -217,7 +217,7 @@ def test_a_node_cannot_kill_itself() -> None:
     run(main)
 
 
-def test_waiting_for_what_never_comes_is_a_deadlock() -> None:
+def test_waiting_without_any_timer_is_a_deadlock() -> None:
     async def main(_loop: SimLoop) -> None:
         await asyncio.Event().wait()
 
@@ -225,27 +225,27 @@ def test_waiting_for_what_never_comes_is_a_deadlock() -> None:
         run(main)
 
 
-def test_spinning_while_the_clock_stands_is_a_livelock() -> None:
+def test_steps_without_progress_of_the_clock_are_a_livelock() -> None:
     async def main(_loop: SimLoop) -> None:
         while True:  # noqa: ASYNC110 - the mistake itself
             await asyncio.sleep(0)
 
-    with pytest.raises(Livelock, match="clock still stands"):
+    with pytest.raises(Livelock, match="steps without progress of the clock"):
         run(main, max_idle_steps=5000)
 
 
-def test_the_budgets_of_steps_and_of_virtual_time_end_a_run() -> None:
+def test_the_step_and_time_budgets_end_a_run() -> None:
     async def main(_loop: SimLoop) -> None:
         for _ in range(10_000):
             await asyncio.sleep(1)
 
-    with pytest.raises(Livelock, match="5000 steps are spent"):
+    with pytest.raises(Livelock, match="5000 steps were used"):
         run(main, max_steps=5000)
     with pytest.raises(Deadlock, match="60 s of virtual time"):
         run(main, max_time=60)
 
 
-def test_an_exception_that_nobody_handles_fails_the_run() -> None:
+def test_an_unhandled_exception_fails_the_run() -> None:
     async def main(loop: SimLoop) -> None:
         loop.call_soon(lambda: 1 // 0)
         await asyncio.sleep(1)
@@ -255,7 +255,7 @@ def test_an_exception_that_nobody_handles_fails_the_run() -> None:
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_a_task_that_failed_unseen_fails_the_run() -> None:
+def test_a_failed_task_whose_exception_is_not_read_fails_the_run() -> None:
     async def main(loop: SimLoop) -> None:
         async def fail() -> None:
             raise ValueError("lost")
@@ -267,7 +267,7 @@ def test_a_task_that_failed_unseen_fails_the_run() -> None:
         run(main)
 
 
-def test_a_thread_that_reaches_into_the_loop_is_refused() -> None:
+def test_a_call_from_another_thread_is_refused() -> None:
     async def main(loop: SimLoop) -> list[str]:
         said: list[str] = []
 

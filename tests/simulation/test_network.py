@@ -21,7 +21,7 @@ SEEDS = range(40)
 
 
 class Broker:
-    """A link's owner that PUBACKs by itself unless told to withhold."""
+    """The owner of a link. It sends a PUBACK for each message unless told to withhold it."""
 
     def __init__(self, loop: SimLoop, server: SimMqttServer) -> None:
         self.loop = loop
@@ -67,7 +67,7 @@ class Broker:
 
 
 class World:
-    """A broker, a device and the server between them."""
+    """A broker, a device and the MQTT server between them."""
 
     def __init__(self, loop: SimLoop, kind: ServerKind, **faults: Any) -> None:
         self.loop = loop
@@ -110,7 +110,7 @@ async def conversation(world: World) -> World:
 
 
 @pytest.mark.parametrize("kind", [EMBEDDED, MOSQUITTO, NATS])
-def test_on_a_good_day_everything_arrives_once_and_in_order(kind: ServerKind) -> None:
+def test_without_faults_everything_arrives_once_and_in_order(kind: ServerKind) -> None:
     for seed in SEEDS:
         world = simulate(kind, conversation, seed)
 
@@ -121,7 +121,8 @@ def test_on_a_good_day_everything_arrives_once_and_in_order(kind: ServerKind) ->
 
 
 def fingerprint(seed: int) -> str:
-    """A conversation under faults, and writes to a disk that loses power."""
+    """A conversation under faults and writes to a disk that loses power, as one line to compare between
+    processes."""
 
     async def main(loop: SimLoop) -> str:
         world = World(loop, MOSQUITTO, duplicate=0.2, late=0.2, reorder_topics=True)
@@ -150,7 +151,7 @@ def test_faults_duplicate_delay_and_reorder_but_lose_nothing_on_a_live_link() ->
     assert len(orders) > 30
 
 
-def test_a_cut_link_says_so_its_open_receipts_are_unknown_and_it_comes_back() -> None:
+def test_a_cut_link_is_reported_its_open_receipts_are_unknown_and_it_reconnects() -> None:
     async def story(world: World) -> tuple[list[Receipt], int]:
         world.broker.send(b"1")
         world.cut("ordain")
@@ -165,7 +166,7 @@ def test_a_cut_link_says_so_its_open_receipts_are_unknown_and_it_comes_back() ->
     assert {reached for _, reached in outcomes} == {0, 1}
 
 
-def test_a_link_that_is_down_takes_nothing() -> None:
+def test_a_link_that_is_down_refuses_messages() -> None:
     async def story(world: World) -> None:
         world.server.restart("kept", down_for_sec=10)
         await asyncio.sleep(1)
@@ -178,7 +179,7 @@ def test_a_link_that_is_down_takes_nothing() -> None:
     simulate(MOSQUITTO, story)
 
 
-def test_a_half_open_link_swallows_until_it_is_noticed() -> None:
+def test_a_half_open_link_loses_messages_until_it_is_noticed() -> None:
     async def story(world: World) -> None:
         connection = world.server.connection("ordain")
         assert connection is not None
@@ -194,7 +195,7 @@ def test_a_half_open_link_swallows_until_it_is_noticed() -> None:
     simulate(MOSQUITTO, story)
 
 
-def test_what_is_not_acknowledged_comes_again_after_a_kill_with_dup() -> None:
+def test_unacknowledged_messages_are_sent_again_with_dup_after_a_kill() -> None:
     async def story(world: World) -> list[tuple[bytes, bool]]:
         world.broker.withhold = True
         world.device.publish(ACK, b"1")
@@ -211,7 +212,7 @@ def test_what_is_not_acknowledged_comes_again_after_a_kill_with_dup() -> None:
     assert simulate(EMBEDDED, story) == []
 
 
-def test_a_puback_of_an_older_connection_does_nothing() -> None:
+def test_a_puback_on_an_older_connection_does_nothing() -> None:
     async def story(world: World) -> list[bool]:
         world.broker.withhold = True
         world.device.publish(ACK, b"1")
@@ -238,7 +239,7 @@ def test_some_servers_send_again_on_a_live_link_while_the_puback_is_withheld() -
 
 
 @pytest.mark.parametrize(("sessions", "found"), [("kept", [b"1"]), ("emptied", []), ("lost", [])])
-def test_a_restart_keeps_or_loses_what_the_server_had_acknowledged(sessions: Any, found: list[bytes]) -> None:
+def test_a_restart_keeps_or_loses_acknowledged_messages(sessions: Any, found: list[bytes]) -> None:
     async def story(world: World) -> list[bytes]:
         world.device.disconnect()
         world.broker.send(b"1")
@@ -252,7 +253,7 @@ def test_a_restart_keeps_or_loses_what_the_server_had_acknowledged(sessions: Any
     assert simulate(MOSQUITTO, story) == found
 
 
-def test_a_message_that_expired_in_the_queue_of_the_server_is_not_delivered() -> None:
+def test_a_message_that_expired_in_the_servers_queue_is_not_delivered() -> None:
     async def story(world: World) -> list[bytes]:
         world.device.disconnect()
         world.broker.send(b"1", expiry_sec=5)
@@ -266,7 +267,7 @@ def test_a_message_that_expired_in_the_queue_of_the_server_is_not_delivered() ->
     assert simulate(NATS, story) == [b"1", b"2"]
 
 
-def test_mqtt_5_says_when_nobody_subscribes_and_when_it_refuses() -> None:
+def test_mqtt_5_reports_missing_subscribers_and_refusals() -> None:
     async def story(world: World) -> list[int | None]:
         world.broker.send(b"1", topic="iotee/dev/hw2/rls")
         await asyncio.sleep(1)
@@ -279,7 +280,7 @@ def test_mqtt_5_says_when_nobody_subscribes_and_when_it_refuses() -> None:
     assert simulate(MOSQUITTO, story) == [0x10, 0x87]
 
 
-def test_a_device_that_drops_leaves_its_will_and_one_that_disconnects_does_not() -> None:
+def test_a_dropped_device_leaves_its_will_and_a_disconnecting_one_does_not() -> None:
     async def rude(world: World) -> list[bytes]:
         world.cut("hw1")
         await asyncio.sleep(1)
@@ -294,7 +295,7 @@ def test_a_device_that_drops_leaves_its_will_and_one_that_disconnects_does_not()
     assert simulate(MOSQUITTO, polite) == []
 
 
-def test_a_retained_status_meets_who_subscribes_later() -> None:
+def test_a_retained_status_reaches_later_subscribers() -> None:
     async def story(world: World) -> list[bool]:
         world.device.publish(STATUS, b"online", retain=True)
         await asyncio.sleep(1)
@@ -309,7 +310,8 @@ def test_a_retained_status_meets_who_subscribes_later() -> None:
 def test_presence_follows_the_newest_connection() -> None:
     async def story(world: World) -> list[str]:
         other = SimDevicePort(world.server, "hw1", (RLS,))
-        world.device._wanted = False  # else the two take the name from each other for ever
+        # no reconnect: otherwise the two clients take over the session from each other for ever
+        world.device._wanted = False
         other.connect(lambda message: None)
         await asyncio.sleep(5)
         return world.broker.told

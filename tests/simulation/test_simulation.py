@@ -1,6 +1,7 @@
-"""The whole broker under faults, seed by seed; the same seed twice; and bugs planted to test the checkers.
+"""The whole broker under faults, for many seeds; the same seed twice; and planted bugs that test the
+checkers.
 
-More seeds, or one of them printed: `python -m scripts.simulate`.
+For more seeds, or to print one of them: `python -m scripts.simulate`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TRIES = 100
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_no_fault_makes_the_broker_break_a_promise(first: int) -> None:
+def test_the_broker_keeps_all_invariants_under_faults(first: int) -> None:
     broken = {}
     for seed in range(first, first + CHUNK):
         found = simulate(seed).found
@@ -53,8 +54,9 @@ def test_a_planted_bug_is_found(bug: Bug) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_an_hour_without_the_mqtt_server_costs_no_command(seed: int) -> None:
-    """Commands of every state wait; answers given before it went are kept there, and nothing is timed out."""
+def test_an_hour_without_the_mqtt_server_loses_no_command(seed: int) -> None:
+    """Commands in every state wait. The server keeps the answers from before its restart, and no command
+    times out."""
 
     async def main(loop: SimLoop) -> World:
         world = World(loop, kind=MOSQUITTO)

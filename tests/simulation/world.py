@@ -1,7 +1,7 @@
 """One simulated run from one seed: a broker process on a simulated machine, devices, clients and a nemesis.
 
-The broker is the real `Core` under the real HTTP app; only what lies behind the seams is simulated. After
-the faults comes a heal phase; then the log is read from the disk and everything seen goes to the checkers.
+The broker is the real `Core` under the real HTTP app; only what is behind the seams is simulated. After the
+faults comes a phase without faults. Then the log is read from the disk and the checkers judge the history.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ FAULTS_SEC, FAULT_EVERY_SEC = 900.0, 45.0
 UP_WITHIN_SEC, LONGEST_HEAL_SEC = 60, 7_200
 FOREVER_SEC = 1e8
 READ_WITHIN_SEC = 5
-# What may never be logged, whatever happens.
+# Log events that show a bug under any fault.
 WRONG = ("intake.failed", "http.unexpected", "webhook.failed")
-AFTERWARDS = "Event loop is closed"  # what a task that was left over says when the world is taken down
+AFTERWARDS = "Event loop is closed"  # the error of tasks that are still running when the simulation ends
 
 Synchronous = Literal["FULL", "NORMAL"]
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What one run came to. `trace` is equal for two runs exactly if they were the same."""
+    """The outcome of one run. Two runs were the same if and only if their `trace` is equal."""
 
     seed: int
     found: list[str]
@@ -67,7 +67,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class World:
-    """The parts of one run, and the life and death of the broker's process."""
+    """The parts of one run, and the starts and ends of the broker's process."""
 
     def __init__(
         self, loop: SimLoop, synchronous: Synchronous = "FULL", kind: ServerKind | None = None
@@ -96,7 +96,7 @@ class World:
         self.found: list[str] = []
         self._node: Node | None = None
         self._lives = 0
-        self._seen = 0  # up to which position rows were looked at in this life
+        self._seen = 0  # the last position whose data this process recorded in the history
         self._stop = asyncio.Event()
         self._ended = asyncio.Event()
         self._latency = draw.choice(LATENCIES)
@@ -126,7 +126,7 @@ class World:
         self._seen = 0
         entropy = SimEntropy(self.loop, f"broker/{self._lives}")
         core = Core(storage, self.clock, entropy, TYPES, SETTINGS, self.receivers)
-        # Small steps, so that many a fault comes in the middle of a purge.
+        # Small batches and pauses, so that many faults come in the middle of a purge.
         core.erasures.batch, core.erasures.pause_sec = 4, self._draw.uniform(0, 20)
         await core.open(embedded=self.embedded)
         link = SimLink(self.server, core.intake, SUBSCRIPTIONS)
@@ -146,7 +146,7 @@ class World:
         await storage.close()
 
     def _token_changed(self, device: DeviceState) -> None:
-        """As the embedded server does with whoever is connected by a token that was valid until now."""
+        """Closes the connection of a device whose token changed, like the embedded server."""
         connection = self.server.connection(device.hardware_id)
         if connection is not None:
             connection.close("its token changed")
@@ -161,7 +161,7 @@ class World:
         self.history.committed(found[0][0])
 
     def _process_ended(self, task: asyncio.Task[None]) -> None:
-        """It ended by itself: as it was asked to, or because its storage failed."""
+        """The process ended by itself: on request, or because its storage failed."""
         error = task.exception()
         if error is None:
             self._ended.set()
@@ -171,11 +171,11 @@ class World:
             full = isinstance(cause, (Full, Unavailable)) and self.disk.capacity is not None
             if not full and not (isinstance(cause, Broken) and self.disk.stopped):
                 self.found.append(f"O3: the broker ended by {cause!r}")
-        if not self.disk.stopped:  # else its end is on its way already
+        if not self.disk.stopped:  # otherwise the stop of the disk kills the process anyway
             self.crash()
 
     def crash(self, *, power: bool = False) -> None:
-        """Kill -9, or a power cut, and a start some time later."""
+        """Kill -9 or a power cut, and a restart 0.1 to 10 s later."""
         node, self._node, self.core = self._node, None, None
         if node is None:
             return
@@ -190,7 +190,8 @@ class World:
         self.loop.call_later(self._draw.uniform(0.1, 10), self.start, context=contextvars.Context())
 
     def inspect(self) -> None:
-        """Reads the log from the disk of a stopped machine: its chain, and its projections made anew."""
+        """Reads the log from the disk of a stopped machine: checks the chain and compares the projections
+        with rebuilt ones."""
         capacity, self.disk.capacity = self.disk.capacity, None
         sql = self.disk.connect()
         try:
@@ -228,7 +229,7 @@ class World:
         await self.end()
 
     async def end(self) -> None:
-        """Waits until no command is open, stops the broker in peace and reads its log."""
+        """Waits until all commands are closed, stops the broker in order and reads its log."""
         await self._heal()
         await self._core().storage.read(self._compare_live_state)
         self.history.ended_at = self._core().writer.now()
@@ -239,7 +240,7 @@ class World:
         self.inspect()
 
     async def furnish(self) -> None:
-        """Starts, and makes keys and devices, as an operator does before anything goes wrong."""
+        """Starts the broker and creates keys, devices and webhooks, before any fault."""
         self.start()
         await self._wait(lambda: self.core is not None and self.core.link.up, "the broker did not start")
         core, node = self._core(), self._node
@@ -265,7 +266,8 @@ class World:
             phone.start()
 
     async def _heal(self) -> None:
-        """Everything is put right; then time passes until no command is open, or far too long."""
+        """Waits until the broker is healthy, then until all commands are closed (at most
+        LONGEST_HEAL_SEC)."""
         if self.disk.armed:
             self.crash()
         await self._wait(lambda: self._node is not None and self.core is not None, "the broker did not start")
@@ -273,9 +275,9 @@ class World:
         await self._wait(self._healthy, "the broker did not get ready")
         self.history.healed_at = self._core().writer.now()
         self._core().erasures.pause_sec = 0
-        with suppress(AssertionError):  # who is still open, and whether it may be, the checker says
+        with suppress(AssertionError):  # the checkers judge the commands that are still open
             await self._wait(lambda: not self._open_commands(), "", LONGEST_HEAL_SEC, every=5)
-        await asyncio.sleep(130)  # what is late comes in at last
+        await asyncio.sleep(130)  # longer than the longest delay of a late message (120 s)
         for webhook in self.webhooks:
             call = await self.door.call("change", "POST", f"/v1/webhooks/{webhook}/resume")
             assert call.status == 200, call
@@ -312,7 +314,7 @@ class World:
         return self.core
 
     def _compare_live_state(self, sql: Sql) -> None:
-        """L6: what the broker has in memory is what its log says."""
+        """L6: the state in memory equals the fold of the log."""
         live, folded = self._core().live, follower.Touched()
         try:
             for row in log.all_rows(sql):
@@ -329,7 +331,7 @@ class World:
 
 
 def simulate(seed: int, *, synchronous: Synchronous = "FULL") -> Outcome:
-    """The whole of one run. What is found is sentences, each with the name of the invariant before it."""
+    """One whole run. The result lists violations as sentences that start with the invariant's name."""
     logged: list[str] = []
 
     async def main(loop: SimLoop) -> World:
@@ -363,14 +365,15 @@ def simulate(seed: int, *, synchronous: Synchronous = "FULL") -> Outcome:
 
 @cache
 def _settle() -> None:
-    """What was imported is no garbage: to look through it after every run takes a sixth of the time."""
+    """Excludes imported modules from garbage collection: scanning them after each run takes a sixth of the
+    time."""
     gc.collect()
     gc.freeze()
 
 
 @contextmanager
 def quiet(logged: list[str]) -> Iterator[None]:
-    """Log lines go into a list: they are part of what was seen."""
+    """Collects log lines in a list, because they are part of the observations."""
 
     def keep(_logger: Any, level: str, event: MutableMapping[str, Any]) -> str:
         logged.append(f"{event.pop('event')} {event}")

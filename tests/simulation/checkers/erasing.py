@@ -1,6 +1,6 @@
-"""The invariants of erasing: promised before it is answered, seen by nobody afterwards, and carried out.
+"""The invariants of erasing: durable before it is answered, invisible afterwards, and carried out.
 
-Pure functions of a recorded history like those of `checkers`; nothing may be imported from the broker.
+Pure functions of a recorded history, like those in `life`. Nothing may be imported from the broker.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ DONE = (200, 201)
 
 
 def e1(facts: Facts) -> Iterator[str]:
-    """What was answered as erased says so durably in the log, with what it was."""
+    """E1: an erasure that was answered 200 is durable before the answer, as an event that names the command
+    or the cutoff."""
     for call in facts.history.calls:
         if call.kind not in ("erase", "purge") or call.status != 200:
             continue
@@ -31,8 +32,8 @@ def e1(facts: Facts) -> Iterator[str]:
 
 
 def e2(facts: Facts) -> Iterator[str]:
-    """Once it is durable that a command is erased, no answer to a later request shows that it ever was, and
-    no later command is made of it."""
+    """E2: once an erasure is durable, no answer to a later request shows the command, and no later command is
+    a retry of it."""
     for command_id, row in facts.created.items():
         old = data(row).get("retry_of")
         if old in facts.gone and facts.gone[old]["position"] < row["position"]:
@@ -46,18 +47,19 @@ def e2(facts: Facts) -> Iterator[str]:
 
 
 def e3(facts: Facts) -> Iterator[str]:
-    """In the end the data of every erased command is gone, and no other's; nothing follows its erasing."""
+    """E3: at the end all data of erased commands is gone, no other command lost data, and no event follows an
+    erasure."""
     for command_id, rows in facts.commands.items():
         empty = [row["position"] for row in rows if row["position"] in facts.empty]
         row = facts.gone.get(command_id)
         if row is None and empty:
-            yield f"{command_id} has lost its data, and nobody asked for it"
+            yield f"{command_id} has lost its data without an erasure"
         if row is None:
             continue
         if rows[-1]["position"] > row["position"]:
             yield f"{command_id} has a {rows[-1]['type']} after it was erased"
         if facts.history.ended_at is not None and len(empty) < len(rows):
-            yield f"{command_id} was to be erased and has its data still"
+            yield f"{command_id} was erased and still has data"
 
 
 def _shown(kind: str, ids: tuple[str, ...], answer: Any) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""S5 for webhooks: everything wanted arrives at least once, in order per device, and only what is durable.
+"""S5 for webhooks: each wanted event arrives at least once, in order per device, and only after it is
+durable.
 
 Nothing here may be imported from the broker.
 """
@@ -13,7 +14,7 @@ from tests.simulation.history import Call, Row
 
 
 def s5(facts: Facts) -> Iterator[str]:
-    """By endpoint, as the answer that made it described it."""
+    """Checks every endpoint, as described by the answer that created it."""
     for call in facts.history.calls:
         if call.kind == "webhook" and call.status == 201:
             yield from _endpoint(facts, call)
@@ -22,9 +23,10 @@ def s5(facts: Facts) -> Iterator[str]:
 def _endpoint(facts: Facts, call: Call) -> Iterator[str]:
     url, events, start = call.answer["url"], call.answer["events"], call.answer["cursor"]
     wanted = {row["position"]: row for row in facts.history.log if is_wanted(row, events)}
-    left: dict[str, list[int]] = defaultdict(list)  # of each device, what was not taken yet
+    # per device: positions that the receiver has not taken yet
+    left: dict[str, list[int]] = defaultdict(list)
     for position, each in wanted.items():
-        if position >= start:  # what was before is sent only to whoever asks for it
+        if position >= start:  # earlier events are sent only on request (redrive)
             left[each["device_id"]].append(position)
     ids: dict[int, str] = {}
     for hook in facts.history.hooks:

@@ -1,4 +1,4 @@
-"""The invariants as pure functions of a recorded history: each gives the sentences that say what was broken.
+"""The invariants as pure functions of a recorded history. Each yields one sentence per violation.
 
 Nothing here may be imported from the broker.
 """
@@ -38,7 +38,7 @@ def _succeeded(call: Call, *kinds: str) -> bool:
 
 
 def r1(facts: Facts) -> Iterator[str]:
-    """Every id of a 200/201 is in the log, durable before the answer."""
+    """Every command id in a 200 or 201 answer is in the log, and was durable before the answer."""
     for call in facts.history.calls:
         if not _succeeded(call, "create", "retry", "fan_out"):
             continue
@@ -51,7 +51,7 @@ def r1(facts: Facts) -> Iterator[str]:
 
 
 def r3(facts: Facts) -> Iterator[str]:
-    """One idempotency key, one command."""
+    """One idempotency key gives one command."""
     seen: dict[str, Call] = {}
     for call in facts.history.calls:
         if call.key is None or not _succeeded(call, "create"):
@@ -65,7 +65,7 @@ def r3(facts: Facts) -> Iterator[str]:
 
 
 def r6(facts: Facts) -> Iterator[str]:
-    """Cancel answered 200: `cancelled` is final, and it was never handed over."""
+    """After a cancel that was answered 200, `cancelled` is final and the command is never handed over."""
     sent = {record.command_id for record in facts.publishes}
     for call in facts.history.calls:
         if not _succeeded(call, "cancel"):
@@ -82,7 +82,8 @@ def r6(facts: Facts) -> Iterator[str]:
 
 
 def l1(facts: Facts) -> Iterator[str]:
-    """Only transitions of the table, attempts numbered from 1, what corrects `timed_out` marked late."""
+    """All transitions are in the table, attempts count from 1, and an event that corrects `timed_out` is
+    marked late."""
     for command_id, rows in facts.commands.items():
         state, attempts = "none", 0
         for row in rows:
@@ -101,7 +102,7 @@ def l1(facts: Facts) -> Iterator[str]:
 
 
 def l2(facts: Facts) -> Iterator[str]:
-    """One final event, nothing after it."""
+    """A command has one final event, and no event follows it."""
     for command_id, rows in facts.commands.items():
         for before, after in pairwise(rows):
             if before["type"] in FINAL:
@@ -109,8 +110,9 @@ def l2(facts: Facts) -> Iterator[str]:
 
 
 def l4(facts: Facts) -> Iterator[str]:
-    """Once faults have stopped every command is closed: by `expires_at`, or, once acknowledged, by its last
-    report + its result time, and 15 s. One without expiry ends as well: its device is online then."""
+    """Once faults have stopped, every command closes: by `expires_at` + 15 s, or, once acknowledged, by its
+    last report + its result timeout + 15 s. A command without expiry closes as well, because its device is
+    online then."""
     healed, ended = facts.history.healed_at or 0, facts.history.ended_at or 0
     for command_id, created in facts.created.items() if ended else ():
         due: int = data(created).get("expires_at") or NEVER
@@ -130,7 +132,7 @@ def l4(facts: Facts) -> Iterator[str]:
 
 
 def d1(facts: Facts) -> Iterator[str]:
-    """Every publish on the wire has its durable `published` event before it."""
+    """A durable `published` event precedes every publish on the wire."""
     unnamed: Counter[str] = Counter()
     handed_over: dict[str, list[int]] = defaultdict(list)
     for command_id, created in facts.created.items():
@@ -138,7 +140,7 @@ def d1(facts: Facts) -> Iterator[str]:
             if row["type"] == "published" and data(row).get("transport", "mqtt") == "mqtt":
                 handed_over[data(created).get("topic", "")].append(facts.durable(row))
     for record in facts.publishes:
-        if record.command_id is None:  # bare payloads: told apart by their number on the topic
+        if record.command_id is None:  # a bare payload has no id: match it by its number on the topic
             unnamed[record.topic] += 1
             if sum(seq < record.seq for seq in handed_over[record.topic]) < unnamed[record.topic]:
                 yield f"publish {unnamed[record.topic]} on {record.topic} has no durable event before it"
@@ -159,7 +161,7 @@ def _handing_over(facts: Facts, record: Wire) -> Row | None:
 
 
 def d3(facts: Facts) -> Iterator[str]:
-    """No command executed twice by a device that gets ids; one that is not repeatable is sent once."""
+    """A device that gets ids executes no command twice; a command that is not repeatable is sent once."""
     executed = Counter((run.hardware_id, run.command_id) for run in facts.history.executions)
     for (hardware_id, command_id), times in executed.items():
         if times > 1:
@@ -174,9 +176,9 @@ def d3(facts: Facts) -> Iterator[str]:
 
 
 def d4(facts: Facts) -> Iterator[str]:
-    """We publish nothing after `expires_at`, by the broker's clock.
+    """The broker publishes nothing after `expires_at`, by its own clock.
 
-    Which, when the bytes left, showed at least the event's `recorded_at` plus what passed since its commit.
+    When the bytes left, that clock showed at least the event's `recorded_at` plus the time since its commit.
     """
     for record in facts.publishes:
         row = _handing_over(facts, record)
@@ -191,9 +193,10 @@ def d4(facts: Facts) -> Iterator[str]:
 
 
 def d6(facts: Facts) -> Iterator[str]:
-    """First executions of a device are in order of creation.
+    """A device first executes its commands in their order of creation.
 
-    Excused: the earlier one was closed before the later one was first handed over; then the pipe was late.
+    Exception: the earlier command was closed before the later one was first handed over. Then its message was
+    delayed on the network.
     """
     firsts: dict[str, dict[str, int]] = defaultdict(dict)
     for run in facts.history.executions:
@@ -219,7 +222,7 @@ def _closed_before(facts: Facts, earlier: str, later: str) -> bool:
 
 
 def d8(facts: Facts) -> Iterator[str]:
-    """We start no publish after a closing event."""
+    """The broker starts no publish after a closing event."""
     closed: dict[str, int] = {}
     for command_id, rows in facts.commands.items():
         closed[command_id] = min(
@@ -234,7 +237,7 @@ def d8(facts: Facts) -> Iterator[str]:
 
 
 def a1(facts: Facts) -> Iterator[str]:
-    """At our PUBACK of an answer the durable state is one that this answer changes no more."""
+    """When the broker sends its PUBACK for an answer, the durable state already includes that answer."""
     for record in facts.history.wire:
         created = facts.created.get(record.command_id or "")
         event = ANSWER_EVENT.get(record.status or "")
@@ -244,8 +247,8 @@ def a1(facts: Facts) -> Iterator[str]:
             continue
         durable = [row for row in facts.commands[created["stream"]] if facts.durable(row) < record.seq]
         state = next((TABLE[row["type"]][1] for row in durable[::-1] if row["type"] in TABLE), "none")
-        # An answer may say nothing new of a start or of progress; to a deleted device, or of an erased
-        # command, nobody listens.
+        # No event is needed for a repeated acknowledgement or progress report, for a deleted device, or for
+        # an erased command.
         nobody = min(facts.deleted(created["device_id"]), facts.erased_at(created["stream"])) < record.seq
         told = {TABLE[row["type"]][1] for row in durable if row["type"] in ANSWER_EVENT.values()}
         idle = (TABLE[event][1] == "acknowledged" and "acknowledged" in told) or nobody
@@ -254,7 +257,8 @@ def a1(facts: Facts) -> Iterator[str]:
 
 
 def a2(facts: Facts) -> Iterator[str]:
-    """n copies, one event: no more events than answers were sent, and no two alike next to each other."""
+    """Copies of one answer give one event: never more events than answers, and never two equal events in a
+    row."""
     sent = Counter((sent.hardware_id, sent.command_id, sent.status) for sent in facts.history.answers)
     for command_id, rows in facts.commands.items():
         if rows[0]["data"] is None:
@@ -264,7 +268,8 @@ def a2(facts: Facts) -> Iterator[str]:
             recorded = sum(row["type"] == event and _of_device(row) for row in rows)
             times = sent[hardware_id, command_id, status]
             if status == "acknowledged" and len(facts.definition(command_id).get("transports", ())) > 1:
-                times += sent[hardware_id, command_id, "progress"]  # over HTTP there is no other word for it
+                # over HTTP, progress is reported as an acknowledgement
+                times += sent[hardware_id, command_id, "progress"]
             if recorded > times:
                 yield f"{command_id}: {recorded} {event} events of {times} answers"
         for before, after in pairwise(rows):
@@ -273,13 +278,13 @@ def a2(facts: Facts) -> Iterator[str]:
 
 
 def _of_device(row: Row) -> bool:
-    """What goes without saying is not written: an answer is the device's if it says nothing else."""
+    """Whether the event comes from the device. The default evidence is not written to the log."""
     return data(row).get("evidence", "device_result") in FROM_DEVICE
 
 
 def _told(row: Row) -> tuple[Any, ...]:
     said = data(row)
-    erased = row["version"] if row["data"] is None else None  # no two erased ones are known to be alike
+    erased = row["version"] if row["data"] is None else None  # erased data cannot be compared: never equal
     return row["type"], said.get("percent"), said.get("note"), erased
 
 
@@ -287,11 +292,12 @@ def _told(row: Row) -> tuple[Any, ...]:
 
 
 def s1(facts: Facts) -> Iterator[str]:
-    """Positions 1..N, time never falls; an earlier dump is a prefix of a later one, erased data aside."""
+    """Positions run 1..N and time never falls. An earlier dump is a prefix of a later one, except for erased
+    data."""
     dumps = facts.history.dumps
     for index, row in enumerate(facts.history.log, 1):
         if row["position"] != index:
-            yield f"position {row['position']} stands where {index} belongs"
+            yield f"found position {row['position']} where {index} was due"
             break
     for before, after in pairwise(facts.history.log):
         if after["recorded_at"] < before["recorded_at"]:
@@ -309,7 +315,7 @@ def s1(facts: Facts) -> Iterator[str]:
 
 
 def s2(facts: Facts) -> Iterator[str]:
-    """Versions 1..n in every stream."""
+    """Versions run 1..n in every stream."""
     for stream, rows in facts.streams.items():
         versions = [row["version"] for row in rows]
         if versions != list(range(1, len(rows) + 1)):
@@ -317,7 +323,8 @@ def s2(facts: Facts) -> Iterator[str]:
 
 
 def s4(incremental: Mapping[str, Sequence[Any]], rebuilt: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Every projection, kept up event by event, equals the rebuilt one. Rows by table, in one order."""
+    """Every incrementally updated projection equals the rebuilt one. Arguments: table name to its rows,
+    sorted alike."""
     found = []
     for table in sorted(incremental.keys() | rebuilt.keys()):
         kept, fresh = incremental.get(table, ()), rebuilt.get(table, ())
@@ -364,6 +371,6 @@ CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
 
 
 def check(history: History) -> list[str]:
-    """Every violation of every invariant here, each with its name before it."""
+    """All violations of the invariants in CHECKERS, each sentence prefixed with the invariant's name."""
     facts = Facts(history)
     return [f"{name}: {sentence}" for name, checker in CHECKERS.items() for sentence in checker(facts)]

@@ -1,6 +1,7 @@
-"""The invariants of presence, answers without id, one-way types, time while nobody hears, and retries.
+"""The invariants of presence, answers without id, one-way types, timeouts while the link is down, and
+retries.
 
-Pure functions of a recorded history like those of `checkers`; nothing may be imported from the broker.
+Pure functions of a recorded history, like those in `life`. Nothing may be imported from the broker.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from tests.simulation.facts import CLOSING, NEVER, Facts, data
 from tests.simulation.history import Row
 
-# How long before it was durable an event can have been decided, on the slowest disk of the simulation.
+# The longest time in ms from decision to durable event, on the slowest simulated disk.
 COMMIT_MS = 2_000
 IDLESS_PAUSE_MS = 1_000
 DOUBLED_MS = 20_000
@@ -19,7 +20,8 @@ RETRIABLE = CLOSING - {"executed"}
 
 
 def r8(facts: Facts) -> Iterator[str]:
-    """What is retried had ended badly; giving up, answered 200, ended it as `timed_out`."""
+    """Only a command that ended without success is retried; an abandon answered 200 ended its command as
+    `timed_out`."""
     for command_id, row in facts.created.items():
         old = data(row).get("retry_of")
         state = facts.state_at(old, row["position"]) if old else "failed"
@@ -33,11 +35,11 @@ def r8(facts: Facts) -> Iterator[str]:
 
 
 def d9(facts: Facts) -> Iterator[str]:
-    """Nothing is handed over by MQTT to a device known offline.
+    """No command is handed over by MQTT to a device that is known to be offline.
 
-    With the embedded server that is each not heard of since its start. With another one an `offline` that is
-    the last word since the start; a retained `online` that came after the device was last online leaves it
-    open, because no event tells of that.
+    With the embedded server, a device is offline until it connects after the server's start. With an external
+    server, a device is offline if its last presence event since the start is `offline`. Exception: a retained
+    `online` message that came after the device's last `online` event, because no event records it.
     """
     embedded = False
     online: dict[str, Row] = {}
@@ -77,7 +79,7 @@ def _retained_since(facts: Facts, row: Row, online: Row | None) -> bool:
 
 
 def d10(facts: Facts) -> Iterator[str]:
-    """A one-way command is done only when the MQTT server has taken it."""
+    """A one-way command is done only after the MQTT server has accepted it."""
     accepted: dict[str, int] = {}
     for record in facts.history.wire:
         if record.what == "accepted" and record.command_id is not None:
@@ -87,15 +89,15 @@ def d10(facts: Facts) -> Iterator[str]:
             if data(row).get("evidence") != "mqtt_puback":
                 continue
             if facts.definition(command_id).get("completes_on") != "published":
-                yield f"{command_id} was called done by a PUBACK, which says nothing of its type"
+                yield f"{command_id} was completed by a PUBACK, but its type does not complete on `published`"
             if accepted.get(command_id, NEVER) > facts.durable(row):
-                yield f"{command_id} was called done before the MQTT server had it"
+                yield f"{command_id} was completed before the MQTT server accepted it"
 
 
 def a3(facts: Facts) -> Iterator[str]:
-    """An answer without id is taken for what was sent before the device gave it.
+    """An answer without id is assigned only to a command that was sent before the device gave the answer.
 
-    So that a doubled or late one finds no other command, each end is followed by a pause.
+    A pause follows each end, so that a duplicated or late answer does not match the next command.
     """
     yield from _hasty(facts)
     said: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -115,14 +117,12 @@ def a3(facts: Facts) -> Iterator[str]:
             if _doubled(facts, hardware_id, durable):
                 continue
             if not any(sent < seq < durable for seq in said[hardware_id, row["type"]]):
-                yield f"{command_id}: {row['type']} is taken from an answer older than the command"
+                yield f"{command_id}: {row['type']} was inferred from an answer older than the command"
 
 
 def _doubled(facts: Facts, hardware_id: str, before: int) -> bool:
-    """Did the device get something lately that we sent once? It does it twice, and answers whenever it has.
-
-    Nothing in such an answer tells it from the next command's.
-    """
+    """Whether the device recently received more messages than the broker sent. It then executes a command
+    twice and answers twice, and the second answer cannot be told from an answer to the next command."""
     lately = [each for each in facts.history.wire if each.hardware_id == hardware_id and each.seq < before]
     lately = [each for each in lately if each.t > lately[-1].t - DOUBLED_MS]
     reached = sum(each.what == "reached" for each in lately)
@@ -130,7 +130,8 @@ def _doubled(facts: Facts, hardware_id: str, before: int) -> bool:
 
 
 def _hasty(facts: Facts) -> Iterator[str]:
-    quiet: dict[str, dict[str, int]] = defaultdict(dict)  # until when, by device and command
+    # per device and command: the end of the pause, in ms
+    quiet: dict[str, dict[str, int]] = defaultdict(dict)
     for row in facts.rows:
         command_id, at = row["stream"], row["recorded_at"]
         definition = facts.definition(command_id)
@@ -142,11 +143,13 @@ def _hasty(facts: Facts) -> Iterator[str]:
             yield f"{command_id} was handed over {max(ended.values()) - at} ms too soon after another's end"
         if row["type"] in CLOSING and state != "pending":
             pause = 1_000 * definition["late_answer_sec"] if row["type"] == "timed_out" else IDLESS_PAUSE_MS
-            ended[command_id] = at + round(pause)  # the late answer, once it came, is waited for no longer
+            # overwrites the longer pause of `timed_out`: the late answer has come
+            ended[command_id] = at + round(pause)
 
 
 def a5(facts: Facts) -> Iterator[str]:
-    """Nobody is timed out by the clock while no answer can be heard: what was PUBACKed comes later."""
+    """No command times out while the MQTT link is down, because the device's answer may be waiting at the
+    server."""
     links, started = facts.history.links, 0
     for row in facts.rows:
         if row["type"] == "started":
@@ -155,7 +158,7 @@ def a5(facts: Facts) -> Iterator[str]:
         if row["type"] != "timed_out" or data(row).get("evidence", "timer") != "timer" or commit is None:
             continue
         if "mqtt" not in facts.definition(row["stream"]).get("transports", ("mqtt",)):
-            continue  # it cannot be answered there
+            continue  # a device without MQTT does not answer there
         life = [link for link in links if started < link.seq < commit.seq]
         if not any(link.up for link in life):
             yield f"{row['stream']} timed out before the link was up once"

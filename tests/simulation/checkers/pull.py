@@ -1,6 +1,6 @@
 """The invariants of delivery without MQTT: leases, and reports over HTTP.
 
-Pure functions of a recorded history like those of `checkers`; nothing may be imported from the broker.
+Pure functions of a recorded history, like those in `life`. Nothing may be imported from the broker.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from tests.simulation.facts import ANSWER_EVENT, NEVER, Facts, data
 
 
 def r9(facts: Facts) -> Iterator[str]:
-    """A report answered 200 stands in the log: an event of the device's, or the end it reported."""
+    """A report that was answered 200 is durable before the answer, as an event of the device or as the
+    reported end."""
     for call in facts.history.calls:
         if call.kind != "report" or call.status != 200:
             continue
@@ -29,7 +30,7 @@ def r9(facts: Facts) -> Iterator[str]:
 
 
 def d11(facts: Facts) -> Iterator[str]:
-    """While a lease runs there is no other attempt, by any transport."""
+    """While a lease runs, no other attempt is made on any transport."""
     for command_id, rows in facts.commands.items():
         definition = facts.definition(command_id)
         for before, after in pairwise(row for row in rows if row["type"] == "published"):
@@ -41,10 +42,10 @@ def d11(facts: Facts) -> Iterator[str]:
 
 
 def a6(facts: Facts) -> Iterator[str]:
-    """Nobody but the device itself reports for a command that never went by heartbeat or relay."""
+    """Only the device itself may report on a command that was never fetched by heartbeat or relay."""
     for command_id, rows in facts.commands.items():
         pulled = False
         for row in rows:
             pulled |= row["type"] == "published" and data(row).get("transport", "mqtt") != "mqtt"
             if data(row).get("evidence") == "relay_report" and not pulled:
-                yield f"{command_id}: {row['type']} was taken from a stranger's report"
+                yield f"{command_id}: {row['type']} was reported by a relay that never fetched the command"

@@ -1,4 +1,4 @@
-"""S5 for streams: everything wanted, once, in order, and only what is durable.
+"""S5 for streams: each wanted event arrives once, in order, and only after it is durable.
 
 Nothing here may be imported from the broker.
 """
