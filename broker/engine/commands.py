@@ -1,8 +1,9 @@
-"""Requests on commands: create, cancel, abandon, retry. Load, decide, stage, and wait until durable.
+"""Requests on commands: create, cancel, abandon, retry.
 
-Nothing between looking at the state and staging the event may await. Whatever is answered waits at
-the commit barrier, because it may stand on events that are not durable yet; whoever passes a refusal
-on waits there for it.
+Each request loads the state, decides, stages its event and waits until that is durable. There must be
+no `await` between reading the state and staging the event. Every answer waits at the commit barrier,
+because it may depend on events that are not durable yet. A refusal raised here has not waited: the
+caller must await `Writer.barrier` before it passes the refusal on.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MAX_TTL_SEC = 31_536_000
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """Who asks. `project` None: all projects (an admin). `device_id`: it is the device itself."""
+    """Who makes a request. `project` None: all projects (an admin). `device_id`: set if a device asks."""
 
     actor: str
     project: str | None
@@ -43,10 +44,10 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What a service asks of one device. `ttl_sec` unset: the type's default, else never.
+    """One command as a service orders it. `ttl_sec` unset: the type's default, else it never expires.
 
-    `fingerprint`: digest of the request as it came; with `idempotency_key` it makes a repeated
-    request name the first command. `collapse_key`: takes the place of what is pending with the same one.
+    `fingerprint`: digest of the request; a request that repeats `idempotency_key` and `fingerprint`
+    gets the first command. `collapse_key`: cancels pending commands of the device with the same key.
     """
 
     device: str
@@ -60,14 +61,14 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """`state` is the command as of its `created` event, or the first one as it is now if replayed."""
+    """`state`: the new command as of its `created` event. If `replayed`: the first command as it is now."""
 
     state: CommandState
     replayed: bool = False
 
 
 class Commands:
-    """The command side: everything that becomes an event of a command passes through `record`.
+    """The command side: every event of a command is staged by `record`.
 
     `changed(member)` is called synchronously after each new event was staged.
     """
@@ -81,7 +82,7 @@ class Commands:
         self.prefix = prefix
         self.quotas = quotas
         self.limits = quotas.limits
-        # What each command of each type resolves to, and its digest; types do not change while we run.
+        # (device type, command) -> its definition and digest. Types do not change while the broker runs.
         self._digests: Recent[tuple[str, str], tuple[Definition, str]] = Recent(1_024)
         self.changed: Callable[[Member], None] = lambda _: None
 
@@ -98,7 +99,7 @@ class Commands:
         device_id: str,
         actor: str,
     ) -> CommandState:
-        """Stages one event and folds it in; the caller decided that it may follow."""
+        """Stages one event and folds it into the state. The caller has already decided that it may follow."""
         version = 1 if before is None else before.version + 1
         recorded = self.writer.stage(
             command_id, version, event, project=project, device_id=device_id, actor=actor
@@ -109,7 +110,7 @@ class Commands:
         return state
 
     def apply(self, state: CommandState, decision: Decision, actor: str) -> CommandState:
-        """Records what was decided about a known command, if anything is to be recorded."""
+        """Records the event of a decision about a known command; does nothing if there is no event."""
         if decision.event is None:
             return state
         return self.record(
@@ -127,10 +128,10 @@ class Commands:
     async def ready(
         self, names: Iterable[str] = (), command_ids: Iterable[str] = (), keys: Iterable[Key] = ()
     ) -> None:
-        """Returns when the log can be written and what is asked for is in memory, if it exists.
+        """Returns when the log can be written and the named items are in memory, as far as they exist.
 
-        The caller may decide and stage until it next awaits. Everything is read again if the state was
-        loaded anew meanwhile.
+        The caller may decide and stage until its next `await`. If the live state was reloaded meanwhile,
+        everything is read again.
 
         Raises:
             Unavailable: the log cannot be written now.
@@ -145,10 +146,10 @@ class Commands:
                 return
 
     def device(self, caller: Caller, name: str) -> DeviceState:
-        """A device of the caller's project by either name, from memory: see `ready`.
+        """A device of the caller's project by id or hardware id, from memory: call `ready` first.
 
         Raises:
-            Refusal: not_found, also when it belongs to another project or was deleted.
+            Refusal: not_found; also for a device of another project and for a deleted one.
         """
         device = self.live.device(name)
         if device is None or not caller.sees(device.project) or device.deleted_at is not None:
@@ -158,9 +159,9 @@ class Commands:
     # --- create ---
 
     async def create(self, caller: Caller, order: Order, retry_of: str | None = None) -> Accepted:
-        """Accepts one command, or names the one that the same key made before.
+        """Accepts one command, or returns the one that the same idempotency key created before.
 
-        `retry_of` is judged here, after the last wait: the old command may have got its answer meanwhile.
+        `retry_of` is checked after the last wait, because the old command may be answered meanwhile.
 
         Raises:
             Refusal: not_found (device), invalid_request (type, params, ttl), too_large, queue_full,
@@ -186,10 +187,10 @@ class Commands:
         return Accepted(state)
 
     def check(self, device: DeviceState, order: Order) -> tuple[msgspec.Raw, Definition]:
-        """The parameters with defaults, encoded, and the definition of the command.
+        """The encoded parameters with their defaults filled in, and the definition of the command.
 
         Raises:
-            Refusal: invalid_request, naming the field.
+            Refusal: invalid_request, which names the field; too_large.
         """
         name = device.device_type if order.device_type is None else order.device_type
         kind = self.types.get(name)
@@ -207,10 +208,10 @@ class Commands:
         except BadParams as error:
             raise invalid(error.field, error.reason) from error
         except (ValueError, OverflowError, RecursionError) as error:
-            raise invalid("params", f"cannot be kept as JSON: {error}") from error
+            raise invalid("params", f"cannot be encoded as JSON: {error}") from error
         most = self.quotas.of(device.project).params_bytes
         if len(encoded) > most:
-            raise Refusal("too_large", f"params: {len(encoded)} bytes; at most {most} are taken")
+            raise Refusal("too_large", f"params: {len(encoded)} bytes; at most {most} are allowed")
         return msgspec.Raw(encoded), definition
 
     def place(
@@ -222,7 +223,7 @@ class Commands:
         definition: Definition,
         retry_of: str | None = None,
     ) -> CommandState:
-        """Stages a checked order and what it cancels by its collapse key; from here on nothing may await.
+        """Stages a checked order, and cancels the commands that its collapse key replaces. Never awaits.
 
         Raises:
             Refusal: queue_full, rate_limit_exceeded; nothing was staged.
@@ -245,7 +246,7 @@ class Commands:
         retry_of: str | None,
         superseded: Sequence[Member] = (),
     ) -> CommandState:
-        """Stages `created`; from here to the return nothing may await."""
+        """Stages `created`. Never awaits."""
         writer = self.writer
         digest = self._define(definition)
         now = writer.now()
@@ -282,7 +283,7 @@ class Commands:
         )
 
     def _define(self, definition: Definition) -> str:
-        """The digest of a definition; the first command that needs it puts it on the log."""
+        """The digest of a definition. Stages `defined` if the log does not have this definition yet."""
         name = (definition.device_type, definition.command)
         known = self._digests.get(name)
         if known is not None and known[0] is definition:
@@ -312,10 +313,12 @@ class Commands:
         self.writer.also(lambda sql: sql.execute("INSERT INTO idempotency VALUES (?,?,?,?,?,?)", values))
 
     def replayed(self, first: tuple[bytes, str], fingerprint: bytes) -> CommandState:
-        """The command that a key made before, from memory: see `ready`.
+        """The command that an idempotency key created before, from memory: call `ready` first.
+
+        `first` is the fingerprint of the first request and its command id.
 
         Raises:
-            Refusal: idempotency_conflict, or gone.
+            Refusal: idempotency_conflict (other fingerprint), or gone (the command was erased).
         """
         digest, command_id = first
         if digest != fingerprint:
@@ -339,10 +342,10 @@ class Commands:
     # --- the other requests ---
 
     async def request(self, caller: Caller, command_id: str, request: Request) -> CommandState:
-        """Decides one request on one command; returns its state once that is durable.
+        """Decides one request on one command; returns the new state when it is durable.
 
         Raises:
-            Refusal: not_found; conflict, saying the state.
+            Refusal: not_found; conflict, which names the state.
             Unavailable: the log could not be written.
         """
         await self.ready(command_ids=[command_id])
@@ -362,10 +365,10 @@ class Commands:
         return await self.request(caller, command_id, Request(input=Input.ABANDON, reason=reason))
 
     def seen(self, caller: Caller, command_id: str) -> CommandState:
-        """A command of the caller's project, from memory: see `ready`.
+        """A command of the caller's project, from memory: call `ready` first.
 
         Raises:
-            Refusal: not_found, also when it belongs to another project.
+            Refusal: not_found; also for a command of another project.
         """
         state = self.live.command(command_id)
         if state is None or not caller.sees(state.project):
@@ -374,7 +377,7 @@ class Commands:
 
 
 def conflict(state: CommandState, wanted: Input, hint: str = "") -> Refusal:
-    """The refusal of a request that the state does not allow; it says the state."""
+    """The refusal of a request that the command's state does not allow; its message names the state."""
     handed = "" if state.published_at is None else ", it was handed over to the device's transport"
     if wanted is Input.ABANDON and state.state is State.PENDING:
         hint = " (cancel it)"

@@ -1,6 +1,6 @@
-"""The broker's own timers: a heap of moments at which a command or a lane must be looked at again.
+"""The broker's timers: a heap of times at which a command or a lane must be checked again.
 
-Nothing here is durable; every moment follows from the log and is set again after a restart.
+Nothing here is durable. Every time is computed from the log and set again after a restart.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ SLACK = 1_000
 
 
 class Deadlines:
-    """At most one moment per key; setting it again moves it. `fire(key)` is called when it has come.
+    """At most one time per key; setting it again replaces it. `fire(key)` is called when it is reached.
 
-    `space` is awaited now and then, so that what the fires stage stays within bounds.
+    `space` is awaited after every 64 fires, so that the events they stage stay within the writer's bound.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Deadlines:
         self.stalled: Callable[[], None] | None = None
 
     def set(self, key: str, at: int | None) -> None:
-        """`at` in ms of the broker's clock; None takes the moment away."""
+        """Sets the time of a key, in ms of broker time; None removes it."""
         if at is None:
             self._set.pop(key, None)
             return
@@ -42,7 +42,7 @@ class Deadlines:
         self._set[key] = at
         heapq.heappush(self._heap, (at, key))
         if len(self._heap) > 2 * len(self._set) + SLACK:
-            # Moments taken away stay in the heap until they come; with long lives they would pile up.
+            # Removed times stay in the heap until they are reached. With long TTLs they would pile up.
             self._heap = [(moment, name) for name, moment in self._set.items()]
             heapq.heapify(self._heap)
         if self._asleep and (self._asleep_until is None or at < self._asleep_until):
@@ -53,20 +53,20 @@ class Deadlines:
         self._set.clear()
 
     def look_again(self) -> None:
-        """The clock jumped: what seemed far away may be due."""
+        """Checks all times again after the broker clock jumped."""
         self._wake.set()
 
     def __len__(self) -> int:
         return len(self._set)
 
     def next(self) -> int | None:
-        """The earliest moment that still stands."""
+        """The earliest time that was not removed or replaced; None if there is none."""
         while self._heap and self._set.get(self._heap[0][1]) != self._heap[0][0]:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
     async def run(self) -> None:
-        """Fires what is due, for ever. Tells `stalled` when the loop woke up more than a second late."""
+        """Fires what is due, for ever. Calls `stalled` if the loop woke up more than `STALL_MS` late."""
         slept, fired = True, 0
         while True:
             at, now = self.next(), self._now()
@@ -78,7 +78,7 @@ class Deadlines:
                 del self._set[key]
                 self._fire(key)
                 if fired % 64 == 0:
-                    # Thousands may be due at once: others must get their turn, and the log its batches.
+                    # Thousands may be due at once: let other tasks run, and let the writer commit.
                     await asyncio.sleep(0)
                     await self._space()
                 continue

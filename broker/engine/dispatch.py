@@ -1,7 +1,7 @@
-"""Hands commands over by MQTT and keeps their timers: asks the lanes what is due, sends what was recorded.
+"""Hands commands over by MQTT and runs their timers.
 
-A command is encoded, its `published` staged, and only when that is durable are the bytes written.
-What becomes of an attempt (receipt, time, presence) goes through `decide` like everything else.
+`lanes.due` says which commands are due. For each: encode it, stage `published`, and write the bytes only
+after that event is durable. All that can end an attempt (receipt, timer, presence) goes through `decide`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REFUSED = frozenset({0x87, 0x90, 0x95, 0x99})
 
 
 class _Send(NamedTuple):
-    """One recorded hand-over on its way to the wire."""
+    """One hand-over whose `published` event is staged and whose bytes are not written yet."""
 
     command_id: str
     attempt: int
@@ -39,7 +39,7 @@ class _Send(NamedTuple):
 
 
 class Dispatch:
-    """Everything the broker decides by itself about handing over. Synchronous: it only stages and sends."""
+    """All decisions about hand-over that the broker makes by itself. Synchronous: it stages and sends."""
 
     def __init__(self, commands: Commands, grants: Grants, link: Link) -> None:
         self.commands = commands
@@ -49,21 +49,21 @@ class Dispatch:
         self.link = link
         self.deadlines = Deadlines(self.writer.now, self._fire, self.writer.space)
         self.deadlines.stalled = self._stalled
-        self.halted: str | None = None  # why nothing is handed over, for /readyz
+        self.halted: str | None = None  # the reason why hand-over is stopped, shown by /readyz
         self._slots = commands.limits.send_slots
         self.staged = 0  # slots taken by hand-overs that are not durable yet
         self.outstanding = 0  # slots taken by publishes without a receipt
-        self._waiting: dict[str, None] = {}  # lanes that wait for the link or a slot, in order
+        self._waiting: dict[str, None] = {}  # devices whose lane waits for the link or a slot, in order
         self._dirty: deque[str] = deque()
         self._pumping = False
-        self._undrained: dict[str, None] = {}  # commands whose time was up before those were
-        self._drained_at: int | None = None  # from when answers kept for us by the server have been taken in
+        self._undrained: dict[str, None] = {}  # commands whose timer fired before `_drained_at`
+        self._drained_at: int | None = None  # when answers queued at the MQTT server count as read; broker ms
         commands.changed = self.changed
 
-    # --- what happened ---
+    # --- state changes ---
 
     def changed(self, member: Member) -> None:
-        """After every event of a command: its timer, and what its lane may now hand over."""
+        """Called after every event of a command: sets its timer and hands over what its lane now allows."""
         state = member.state
         if state.closed:
             self.deadlines.set(state.id, None)
@@ -73,7 +73,7 @@ class Dispatch:
             self.pump(state.device_id)
 
     def recovered(self) -> None:
-        """After a start or a reload: every timer anew, every lane looked at."""
+        """After a start or a reload: sets every timer again and checks every lane."""
         self.staged = 0
         self.deadlines.clear()
         self._undrained.clear()
@@ -94,12 +94,12 @@ class Dispatch:
         self._drained_at = None
 
     def _stalled(self) -> None:
-        """The process stood still: answers may wait in its buffers, and must be read before time counts."""
+        """The event loop was blocked: reads the answers in the buffers before any timer counts again."""
         if self._drained_at is not None:
             self._drain()
 
     def _drain(self) -> int:
-        """Gives the answers that were kept for us time to come in before any timer counts again."""
+        """Delays timers by `DRAIN_MS`: queued answers are read first. Returns that time, in broker ms."""
         self._drained_at = self.writer.now() + DRAIN_MS
         for command_id in self._undrained:
             self.deadlines.set(command_id, self._drained_at)
@@ -107,7 +107,7 @@ class Dispatch:
         return self._drained_at
 
     def presence(self, device_id: str, presence: Presence) -> None:
-        """What was learnt of a device being reachable; its lane follows."""
+        """Takes in a device's new presence and applies it to the commands of its lane."""
         before = self.live.presence.get(device_id, Presence.NEVER)
         self.live.presence[device_id] = presence
         lane = self.live.lanes.get(device_id)
@@ -121,7 +121,7 @@ class Dispatch:
         self.pump(device_id)
 
     async def explain(self, state: CommandState) -> Explanation:
-        """Why a command is where it is, and what happens next; `state` as it was read."""
+        """Explains the state of a command and what happens next. `state`: the command as it was read."""
         await self.live.bring(self.writer.storage, [state.device_id])
         await self.writer.barrier()
         member = self.live.members.get(state.id)
@@ -142,7 +142,7 @@ class Dispatch:
         )
 
     def alive(self, device_id: str) -> None:
-        """A live message of the device: what waits for its next attempt need not wait any longer."""
+        """The device sent a live message: makes commands that are in back-off due now."""
         lane = self.live.lanes.get(device_id)
         if lane is None:
             return
@@ -154,7 +154,7 @@ class Dispatch:
                 self.pump(device_id)
 
     def reported(self, member: Member) -> None:
-        """A report that was not recorded, because there were enough: the device is at work all the same."""
+        """A progress report that was not recorded (over the limit) still restarts the result timer."""
         member.flight.heard_at = self.writer.now()
         self._set_timer(member)
 
@@ -165,7 +165,7 @@ class Dispatch:
             self.pump(device_id)
 
     def pump(self, device_id: str) -> None:
-        """Hands over what is due in a lane. What it stages comes back here, so it must not recurse."""
+        """Hands over what is due in a lane. Staging calls `pump` again: the queue prevents the recursion."""
         self._dirty.append(device_id)
         if self._pumping:
             return
@@ -222,10 +222,10 @@ class Dispatch:
         self.writer.then(lambda: self._send(send))
 
     def _encode(self, state: CommandState, member: Member, now: int) -> Outgoing:
-        """The message of the next attempt.
+        """The MQTT message of the next attempt.
 
         Raises:
-            Unsendable: the device type cannot express it, or it is too large.
+            Unsendable: the device type cannot encode the command, or the message is too large.
         """
         definition = member.definition
         grant = self.grants.mint(state, now) if definition.carries_grant else None
@@ -255,7 +255,7 @@ class Dispatch:
         )
 
     def _send(self, send: _Send) -> None:
-        """The event is durable: write the bytes, unless the command's time is up or it was closed since."""
+        """`published` is durable: writes the bytes, unless the command expired or was closed since."""
         self.staged -= 1
         member = self._at(send)
         now = self.writer.now()
@@ -265,13 +265,13 @@ class Dispatch:
                 self.outstanding += self.link.publish(
                     send.outgoing, lambda receipt: self._receipt(send, receipt)
                 )
-            # Not written counts as written here: a timer must end the attempt either way.
+            # Also set if nothing was written: the attempt timer must end the attempt in both cases.
             member.flight.written_at = now
             self._set_timer(member)
         self._refill()
 
     def _at(self, send: _Send) -> Member | None:
-        """The command, if this attempt of it is still the one in the air."""
+        """The command, if this attempt is still its open one; else None."""
         member = self.live.members.get(send.command_id)
         if (
             member is None
@@ -282,7 +282,7 @@ class Dispatch:
         return member if member.flight.open else None
 
     def _refill(self) -> None:
-        """Gives free slots to the lanes that waited longest."""
+        """Gives free send slots to the lanes that have waited longest."""
         while self._waiting and self.link.up and self._slots > self.staged + self.outstanding:
             device_id = next(iter(self._waiting))
             del self._waiting[device_id]
@@ -290,10 +290,10 @@ class Dispatch:
             if device_id in self._waiting:
                 return
 
-    # --- what becomes of an attempt ---
+    # --- results of an attempt ---
 
     def _receipt(self, send: _Send, receipt: Receipt) -> None:
-        """The MQTT server's word on one publish. It never says anything about the device."""
+        """Takes the MQTT server's receipt for one publish. It is never evidence about the device."""
         self.outstanding -= 1
         member = self._at(send)
         if member is not None and self.writer.open:
@@ -302,7 +302,7 @@ class Dispatch:
 
     def _take_receipt(self, member: Member, reason: int | None) -> None:
         if reason is None:
-            return  # unknown: the attempt timer decides
+            return  # the outcome is unknown: the attempt timer decides
         if reason == NO_SUBSCRIBER:
             self._input(member, Input.NO_SUBSCRIBER)
             self.presence(member.state.device_id, Presence.OFFLINE)
@@ -316,7 +316,7 @@ class Dispatch:
             self._input(member, Input.ACCEPTED)
 
     def _input(self, member: Member, what: Input, reason: str | None = None) -> None:
-        """Decides one thing that happened to a handed-over command, and does what was decided."""
+        """Decides one input for a handed-over command and carries the decision out."""
         state, definition, flight = member.state, member.definition, member.flight
         presence = self.live.presence.get(state.device_id, Presence.NEVER)
         request = Request(
@@ -336,10 +336,10 @@ class Dispatch:
             self._attempt(member, decision, presence)
 
     def _attempt(self, member: Member, decision: Decision, presence: Presence) -> None:
-        """Nothing is recorded; what is in the air changes."""
+        """Carries out a decision that records no event and changes only the open attempt (`Flight`)."""
         definition, flight = member.definition, member.flight
         if decision.word == "close":
-            # A refused attempt counts like one that was not answered.
+            # An attempt that the MQTT server refused counts like an attempt without an answer.
             self._input(member, Input.ATTEMPT_TIMER)
             return
         if decision.word == "due":
@@ -365,7 +365,7 @@ class Dispatch:
         self.deadlines.set(member.state.id, lanes.wake_at(member, self.writer.now()))
 
     def _fire(self, key: str) -> None:
-        """A moment has come. If the log cannot be written now, it comes again a second later."""
+        """Handles one timer. While the log cannot be written, or hand-over is halted, tries again in 1 s."""
         now = self.writer.now()
         if not self.writer.open or self.halted:
             self.deadlines.set(key, now + 1_000)
@@ -393,5 +393,5 @@ class Dispatch:
             self.pump(member.state.device_id)
 
     def drained(self, now: int) -> bool:
-        """Have the answers that the server kept while we were away been taken in?"""
+        """True once the answers that the MQTT server queued during our absence have been read."""
         return self.link.up and self._drained_at is not None and now >= self._drained_at

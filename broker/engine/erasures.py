@@ -1,8 +1,9 @@
-"""Erasing: one command, or all that were closed and are older than some days.
+"""Erases one command, or all closed commands older than a number of days (a purge).
 
-What is asked for is one `erased` event, and from its commit on no read knows the commands any more. Their
-rows lose parameters and results at once if it is one command, and batch by batch behind the answer if it
-is a purge: small transactions through the writer, so that delivery goes on. A restart goes on with it.
+Each request records one `erased` event. From its commit on, no read returns the erased commands. For one
+command, parameters and results are removed from the log in the same transaction. For a purge they are
+removed after the answer, in small transactions through the writer, so that delivery goes on meanwhile.
+A restart continues a purge that was interrupted.
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ logger = structlog.get_logger()
 
 DAY_MS = 86_400_000
 MAX_DAYS = 36_500
-BATCH = 100  # rows of the log erased in one transaction: what is sent meanwhile waits for it
+BATCH = 100  # log rows erased in one transaction; small, because hand-overs wait for that transaction
 PAUSE_SEC = 0.005
 AGAIN_SEC = 1.0
 
 
 class Purged(NamedTuple):
-    """What a purge erases: `commands` that were created before `cutoff` (ms)."""
+    """The extent of a purge: the number of `commands`, all created before `cutoff` (ms)."""
 
     cutoff: int
     commands: int
 
 
 class _Step(NamedTuple):
-    """What one transaction erased, and after which position the next goes on; None: nothing is left."""
+    """The number of commands erased in one transaction. The next one starts after position `after`;
+    None: the purge is finished."""
 
     commands: int
     after: int | None
@@ -55,10 +57,10 @@ class Erasures:
         self._idle = asyncio.Event()
         self._idle.set()
         self.batch, self.pause_sec = BATCH, PAUSE_SEC
-        self.erased = 0  # commands, by this process
+        self.erased = 0  # number of commands erased by this process
 
     async def load(self) -> None:
-        """Reads how many erasures the log has seen. What was interrupted goes on."""
+        """Reads the version of the `erasures` stream, and wakes `run` to finish interrupted purges."""
 
         def work(sql: Sql) -> int:
             found = sql.execute("SELECT coalesce(max(version), 0) FROM events WHERE stream = ?", (ERASURES,))
@@ -74,7 +76,7 @@ class Erasures:
         """Erases one closed command; a pending one is cancelled first.
 
         Raises:
-            Refusal: not_found; conflict, if it was handed over and is not closed.
+            Refusal: not_found; conflict, if the command was handed over and is not closed.
             Unavailable: the log could not be written.
         """
         await self._commands.ready(command_ids=[command_id])
@@ -92,9 +94,9 @@ class Erasures:
         await self._writer.barrier()
 
     async def purge(self, caller: Caller, older_than_days: int) -> Purged:
-        """Erases every closed command, of whatever project, created before midnight (UTC) so many days ago.
+        """Erases closed commands of all projects, created before midnight (UTC) `older_than_days` days ago.
 
-        Answered when it is promised; carried out behind the answer. Commands that are open stay.
+        Returns when the `erased` event is durable; `run` erases the data afterwards. Open commands stay.
 
         Raises:
             Unavailable: the log could not be written.
@@ -104,7 +106,7 @@ class Erasures:
         now = writer.now()
         cutoff = now - now % DAY_MS - older_than_days * DAY_MS
         count = await writer.storage.read(lambda sql: commands_view.closed_before(sql, cutoff))
-        writer.tick()  # whatever was closed before this event was closed before its time
+        writer.tick()  # so that every command closed before this event has an earlier `closed_at`
         position, at = self._record(Erased(cutoff=cutoff, count=count), "", caller.actor)
         self._live.forget_purged(cutoff, at)
         writer.also(lambda sql: _begin(sql, position, cutoff, at))
@@ -119,14 +121,14 @@ class Erasures:
         self._version += 1
         return recorded.position, recorded.recorded_at
 
-    # --- behind the answers ---
+    # --- in the background ---
 
     async def finished(self) -> None:
-        """Waits until all that was asked of this process is erased; for a clean end without a broker."""
+        """Waits until all requested erasures are carried out; used to end cleanly when no broker runs."""
         await self._idle.wait()
 
     async def run(self) -> None:
-        """Carries out what was promised, for ever, and sees that no old page keeps what was erased."""
+        """Carries out purges, for ever, and empties the write-ahead log, which still has the old pages."""
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -182,7 +184,7 @@ def _begin(sql: Sql, position: int, cutoff: int, at: int) -> None:
 
 
 def _erase_some(sql: Sql, purge: Purge, after: int, batch: int) -> _Step:
-    """Erases the next commands of a purge: about `batch` rows of the log, however many to a command."""
+    """Erases the next commands of a purge: whole commands, until `batch` rows of the log are reached."""
     rows, ids = 0, list[str]()
     for position, command_id in commands_view.purgeable(sql, purge, after, batch):
         rows += erasing.erase(sql, command_id)

@@ -1,8 +1,8 @@
-"""One command to many devices: each device has its own outcome, and its own place under the idempotency key.
+"""Sends one command to many devices. Each device has its own outcome and its own idempotency entry.
 
-It stands on `commands.py` and follows its rules. A part at a time is looked up, staged in one go and made
-durable, so that others get their turn in between and a crash leaves whole parts, which the repeated
-request completes.
+Works in parts of `PART` devices: look the part up, stage it without an `await`, wait until it is durable.
+Other requests run between two parts. After a crash whole parts are recorded; repeating the request with
+the same idempotency key completes the rest.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from devices.types import Definition
 
 PART = 500
 
-Outcome = str | Refusal  # the command's id, or why there is none
+Outcome = str | Refusal  # the command's id, or why the device got no command
 Checked = tuple[msgspec.Raw, Definition] | Refusal
 
 
 class Fanout:
     def __init__(self, commands: Commands) -> None:
         self._commands = commands
-        # One part at a time is between looking and staging: together many would overfill a batch.
+        # Only one part may be in work: many parts at once would stage more than the writer's bound.
         self._turn = asyncio.Lock()
 
     async def send(
         self, caller: Caller, names: Sequence[str], order: Order, fingerprint: Callable[[str], bytes]
     ) -> dict[str, Outcome]:
-        """Accepts the command for each of the devices, by the names they were asked for; each device once.
+        """Accepts the command for each device. Returns the outcomes by the names of the request.
 
-        `order` is for all of them, its `device` aside; `fingerprint(device_id)` is what makes a repeated
-        request the same for that device. With the key of an earlier request it names what that one made.
+        A device that is named twice gets one command. `order.device` is ignored. `fingerprint(device_id)`
+        identifies a repeated request for that device. With the idempotency key of an earlier request, the
+        outcome is the command of that request.
 
         Raises:
-            Unavailable: the log could not be written; some may have been accepted.
+            Unavailable: the log could not be written; some commands may have been accepted.
         """
         found: dict[str, Outcome] = {}
-        made: dict[str, Outcome] = {}  # by device: it may have been named twice
+        made: dict[str, Outcome] = {}  # by device id: one device may be named twice
         checked: dict[tuple[str, str], Checked] = {}
         wanted = list(dict.fromkeys(names))
         for start in range(0, len(wanted), PART):
@@ -57,7 +58,7 @@ class Fanout:
     async def _bring(
         self, caller: Caller, part: list[str], key: str | None, fingerprint: Callable[[str], bytes]
     ) -> None:
-        """Everything that the part is decided on is in memory from here until the next wait."""
+        """Reads everything that the part's decisions need into memory; valid until the next `await`."""
         commands, live = self._commands, self._commands.live
         names = [name for name in part if is_name(name)]
         await commands.ready(names)
@@ -78,7 +79,7 @@ class Fanout:
         made: dict[str, Outcome],
         checked: dict[tuple[str, str], Checked],
     ) -> Outcome:
-        """Synchronous, from looking to staging."""
+        """Decides and stages for one device. Never awaits."""
         try:
             device = self._commands.device(caller, name)
         except Refusal as refusal:

@@ -1,7 +1,8 @@
-"""Signs grants: the token that lets one device execute one command with exactly these parameters.
+"""Signs grants: tokens that let one device execute one command with exactly these parameters.
 
-Minted when handed over or shown, never stored. Form and claims: contract, section 4; RFC 7519, RFC 8037.
-Private keys and device secrets lie beside the log and must never enter an event.
+A grant is signed each time a command is handed over or shown, and never stored. Format and claims:
+contract, section 4; RFC 7519, RFC 8037. Private keys and device secrets are kept beside the log and
+must never enter an event.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LATELY = 1_024
 
 
 class Secrets:
-    """What HS256 grants of a device are signed with, by device id. Loaded by `Grants.load`."""
+    """The secrets that sign HS256 grants, by device id. Loaded by `Grants.load`."""
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
@@ -40,7 +41,7 @@ class Secrets:
         self._held = dict(rows)
 
     def renew(self, device_id: str) -> str:
-        """Stages a new secret; in use as soon as it is durable. Given as base64url, shown this once."""
+        """Stages a new secret of 32 bytes, used as soon as it is durable. Returns it as base64url, once."""
         secret = self._writer.entropy.token(32)
         self._writer.also(
             lambda sql: sql.execute(
@@ -62,7 +63,7 @@ class Secrets:
 
 
 class GrantKey(msgspec.Struct, frozen=True, kw_only=True):
-    """A signing key. Times in ms. A retired one is no longer shown to devices."""
+    """A signing key. Times in ms. A retired key is no longer in the JWKS that devices read."""
 
     kid: str
     private: Ed25519PrivateKey
@@ -71,7 +72,7 @@ class GrantKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grants:
-    """The signing key in use, and those whose grants may still be alive. `load` before anything else."""
+    """The signing key in use, and older keys whose grants may still be valid. Call `load` first."""
 
     def __init__(self, writer: Writer, live: Live, secrets: Secrets, issuer: str) -> None:
         self.issuer = issuer
@@ -80,7 +81,7 @@ class Grants:
         self._lately: Recent[tuple[str, str, int, int], tuple[object, str]] = Recent(LATELY)
 
     async def load(self) -> None:
-        """Reads keys and secrets; the first start makes a key."""
+        """Reads keys and secrets; makes a first key if there is none."""
 
         def work(sql: Sql) -> tuple[list[GrantKey], list[tuple[str, bytes]]]:
             rows = sql.execute("SELECT kid, private, created_at, retired_at FROM grant_keys").fetchall()
@@ -103,10 +104,11 @@ class Grants:
         return next(reversed(self._keys.values()))
 
     def mint(self, state: CommandState, now_ms: int) -> str:
-        """A grant for this hand-over; ends with the command, and for a closed one not after its closing.
+        """A grant for this hand-over, as a JWT. It ends after 24 h, or earlier: when the command expires, or
+        when it was closed.
 
         Raises:
-            Unsendable: the type signs with the device's own secret, and the device has none.
+            Unsendable: the type uses HS256 and the device has no secret.
         """
         now = now_ms // 1_000
         exp = now + LIFE_SEC
@@ -114,7 +116,7 @@ class Grants:
             if end is not None:
                 exp = min(exp, end // 1_000)
         kid, key, algorithm = self._signer(state)
-        # The answer of a create and the hand-over in the same second carry the same grant: signed once.
+        # The answer to a create and a hand-over in the same second carry the same grant: sign it once.
         made = (kid, state.id, now, exp)
         found = self._lately.get(made)
         if found is not None and found[0] == key:
@@ -139,28 +141,32 @@ class Grants:
             return self.signing.kid, self.signing.private, "EdDSA"
         secret = self._secrets.get(state.device_id)
         if secret is None:
-            raise Unsendable(f"{state.hardware_id} has no device secret; a new token comes with one")
+            raise Unsendable(f"{state.hardware_id} has no device secret; rotate its token to get one")
         return state.device_id, secret, "HS256"
 
     def shown(self, state: CommandState, now_ms: int) -> str | None:
-        """A grant to be looked at; None where there is nothing to sign it with."""
+        """A grant to show in an answer; None if the device has no secret to sign it with."""
         try:
             return self.mint(state, now_ms)
         except Unsendable:
             return None
 
     def jwks(self) -> dict[str, list[dict[str, str]]]:
-        """The public keys, RFC 7517. Secrets of devices are never among them."""
+        """The public keys as a JWKS (RFC 7517). It never contains device secrets."""
         return {"keys": [jwk(key) for key in self._keys.values() if key.retired_at is None]}
 
     # --- rotation ---
 
     def all(self) -> list[GrantKey]:
-        """Oldest first; the last one signs."""
+        """All keys, oldest first; the last one signs."""
         return list(self._keys.values())
 
     async def rotate(self) -> GrantKey:
-        """Makes the key that signs from now on; grants of older ones stay good until those are retired."""
+        """Makes a new signing key. Grants of older keys stay valid until those keys are retired.
+
+        Raises:
+            Unavailable: the log could not be written.
+        """
         await self._writer.room()
         key = self._new_key()
         self._writer.also(lambda sql: _insert(sql, key))
@@ -169,10 +175,13 @@ class Grants:
         return key
 
     async def retire(self, kid: str) -> GrantKey:
-        """Takes a key out of the JWKS; devices refuse its grants once they have read that. Again: no change.
+        """Removes a key from the JWKS. Devices refuse its grants after they have read the new JWKS.
+
+        Retiring a retired key changes nothing.
 
         Raises:
             Refusal: not_found; conflict for the key that signs.
+            Unavailable: the log could not be written.
         """
         key = self._keys.get(kid)
         if key is None:
@@ -196,14 +205,14 @@ class Grants:
 
 
 def jwk(key: GrantKey) -> dict[str, str]:
-    """The public key, RFC 8037."""
+    """The public key as a JWK (RFC 8037)."""
     public = key.private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
     x = base64.urlsafe_b64encode(public).decode().rstrip("=")
     return {"kty": "OKP", "crv": "Ed25519", "x": x, "kid": key.kid, "use": "sig", "alg": "EdDSA"}
 
 
 def read_key(kid: str, private: bytes, created_at: int, retired_at: int | None) -> GrantKey:
-    """A key of a row of `grant_keys`."""
+    """The key in a row of the table `grant_keys`."""
     loaded = Ed25519PrivateKey.from_private_bytes(bytes(private))
     return GrantKey(kid=kid, private=loaded, created_at=created_at, retired_at=retired_at)
 

@@ -29,21 +29,21 @@ def new_secret(prefix: str, entropy: Entropy) -> str:
 
 
 def secret_digest(secret: str) -> str:
-    """SHA-256, hex. Enough for a secret of 256 random bits: there is nothing to guess faster."""
+    """SHA-256, hex. A slow hash is not needed: 256 random bits cannot be guessed."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def token_digest(token: str, entropy: Entropy) -> str:
-    """A device token's digest in the form of Mosquitto's password file, so that it serves both of us.
+    """A device token's digest in the format of Mosquitto's password file; Ordain and Mosquitto both use it.
 
-    `$7$rounds$salt$hash`, PBKDF2 with SHA-512. One round: there are 256 random bits and nothing to guess.
+    `$7$rounds$salt$hash`, PBKDF2 with SHA-512. One round is enough: 256 random bits cannot be guessed.
     """
     salt = entropy.token(12)
     return f"$7$1${_base64(salt)}${_base64(_pbkdf2(token, salt))}"
 
 
 def is_token(token: str, digest: str) -> bool:
-    """Is this the token of that digest?"""
+    """True if the digest is that of this token. Compares in constant time."""
     _, _, _, salt, wanted = digest.split("$")
     return hmac.compare_digest(_base64(_pbkdf2(token, base64.b64decode(salt))), wanted)
 

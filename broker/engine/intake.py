@@ -1,8 +1,8 @@
-"""Takes in what devices say over MQTT: answers and status messages, in order of arrival.
+"""Takes in the MQTT messages of devices: answers and status messages, in order of arrival.
 
-A message is acknowledged to the MQTT server only when everything that follows from it is durable.
-The device is named by the topic, never by the payload. What fits nothing is counted and kept for
-the operator; nothing a device sends may ever stop this.
+A message gets its PUBACK only when every event that it causes is durable. The topic names the device,
+never the payload. A message that matches no command is counted and kept for the operator. No message
+of a device may stop the intake.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ logger = structlog.get_logger()
 
 BATCH = 1_000
 KEPT_BYTES = 1_024
-# QoS 0 has no window that bounds it: beyond this it is lost, as it may be.
+# QoS 0 messages have no receive window, so this many may wait. More are dropped, which QoS 0 allows.
 MOST_UNACKNOWLEDGEABLE = 10_000
-OWN = object()  # the token of what our own MQTT server says of a device
+OWN = object()  # `Message.token` of presence messages that come from the embedded MQTT server
 
 
 class Intake:
-    """`link` acknowledges; `embedded` says that presence is told by our own MQTT server alone."""
+    """`link` sends the PUBACKs. `embedded`: presence comes from the embedded MQTT server only."""
 
     def __init__(
         self, commands: Commands, registry: Registry, dispatch: Dispatch, link: Link, *, embedded: bool
@@ -66,7 +66,7 @@ class Intake:
         self._wake = asyncio.Event()
         self._backlog_until = 0
 
-    # --- what the link tells ---
+    # --- called by the link ---
 
     def link_up(self) -> None:
         self._backlog_until = self.writer.now() + 2_000
@@ -84,7 +84,7 @@ class Intake:
         self._queue.append(msgspec.structs.replace(message, arrived_at=self.writer.now()))
         self._wake.set()
 
-    # What our own server says comes the same way, so that it stands in order with the answers.
+    # Presence from the embedded server goes through the same queue, so that it stays in order with answers.
 
     def device_online(self, hardware_id: str) -> None:
         self._own(hardware_id, b"online")
@@ -95,10 +95,10 @@ class Intake:
     def _own(self, hardware_id: str, word: bytes) -> None:
         self.message(Message(topic=status_topic(self.commands.prefix, hardware_id), payload=word, token=OWN))
 
-    # --- taking in ---
+    # --- handling messages ---
 
     async def run(self) -> None:
-        """Takes in messages, for ever, a batch at a time."""
+        """Takes in messages for ever, batch by batch."""
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -113,7 +113,7 @@ class Intake:
         answers = [self._read(message, place) for message, place in zip(batch, places, strict=True)]
         named = {answer.id for answer in answers if isinstance(answer, Answer) and answer.id is not None}
         await self._ready(names, named)
-        # From here on nothing may come in between. What a failed commit gave back stands before this batch.
+        # From here on: no await. A failed commit may have put older messages in front; then start again.
         if self._queue[0] is not batch[0]:
             return
         for _ in batch:
@@ -122,12 +122,12 @@ class Intake:
             try:
                 self._take(message, place, answer)
             except Exception:
-                # One message must not stop the next; it is acknowledged, so that it cannot come for ever.
+                # One bad message must not stop the others. Without a PUBACK it would come again for ever.
                 logger.exception("intake.failed", topic=message.topic[:200])
         self.writer.then(lambda: self._puback(batch), lambda: self._again(batch))
 
     async def _ready(self, names: Iterable[str], command_ids: Iterable[str] = ()) -> None:
-        """Like `Commands.ready`, but waits until the log can be written: a device's answer is not refused."""
+        """Like `Commands.ready`, but waits while the log cannot be written: answers are never refused."""
         while True:
             await self.writer.opened()
             try:
@@ -142,12 +142,12 @@ class Intake:
                 self.link.puback(message)
 
     def _again(self, batch: list[Message]) -> None:
-        """The commit failed: what was decided is void, so the messages are taken in anew, in order."""
+        """The commit failed and its decisions are void: queues the messages again, in order."""
         self._queue.extendleft(reversed(batch))
         self._wake.set()
 
     def _read(self, message: Message, place: tuple[str, str] | None) -> Answer | Malformed | None:
-        """The answer in a message, or why there is none; None for status messages and foreign topics."""
+        """The decoded answer, or why it cannot be decoded; None for status messages and unknown topics."""
         device = self.live.device(place[0]) if place is not None else None
         if place is None or device is None or place[1] == "status":
             return None
@@ -157,7 +157,10 @@ class Intake:
             return error
 
     def _words(self, device: DeviceState, payload: bytes) -> dict[str, AnswerStatus]:
-        """The bare texts a device may answer with: its type's, or those its open commands were made with."""
+        """The bare answer texts of a device: those of its type, or those of its open commands' definitions.
+
+        The definitions matter if the type has changed since the command was created.
+        """
         kind = self.commands.types.get(device.device_type)
         words, word = kind.words if kind else {}, bare_word(payload)
         lane = self.live.lanes.get(device.id)
@@ -174,7 +177,7 @@ class Intake:
         device = self.live.device(place[0]) if place is not None else None
         if device is None or place is None or device.hardware_id != place[0] or device.deleted_at is not None:
             if message.token is OWN:
-                return  # our own server tells of a device that was deleted meanwhile
+                return  # the device was deleted since the embedded server queued this
             self.unmatched(message, None, "unknown_device")
         elif place[1] == "status":
             self._take_status(message, device)
@@ -182,19 +185,19 @@ class Intake:
             self.unmatched(message, device, "malformed")
         else:
             self._take_answer(message, device, answer)
-            # After the answer, which may close the command that coming online would send again.
+            # After the answer: it may close the command, which coming online would otherwise send again.
             self._heard(self.live.device(place[0]) or device, message)
 
     def _take_status(self, message: Message, device: DeviceState) -> None:
         if self.embedded and message.token is not OWN:
-            return  # our own server knows better than any message
+            return  # with the embedded server, presence is the connection, not a message
         try:
             online, session = decode_status(message.payload)
         except Malformed:
             self.unmatched(message, device, "malformed")
             return
         if message.retain:
-            # A retained `online` may be a year old: the device was heard once, nothing more.
+            # A retained `online` may be a year old. It shows only that the device existed at some time.
             self.registry.heard(device, Presence.UNKNOWN if online else Presence.OFFLINE, session)
         elif online:
             self.registry.heard(device, Presence.ONLINE, session)
@@ -202,7 +205,10 @@ class Intake:
             self.registry.heard(device, Presence.OFFLINE, session)
 
     def _heard(self, device: DeviceState, message: Message) -> None:
-        """Any live message shows that the device is there; one from the backlog only that it was."""
+        """Any live message shows that the device is online.
+
+        A retained message, or one in the first 2 s of a session (backlog), shows only that it once was.
+        """
         known = self.live.presence.get(device.id, Presence.NEVER)
         if message.retain or self.writer.now() < self._backlog_until:
             if known is Presence.NEVER and not self.embedded:
@@ -234,7 +240,7 @@ class Intake:
                 return
             state = known
         if (word := bare_word(message.payload)) is not None:
-            # What a text means is a matter of the command: "ON" does not answer an "off".
+            # The command's own definition says what a text means: "ON" is no answer to an `off` command.
             own = self.live.definitions[state.definition].answers
             if own.get(word) != answer.status:
                 self.unmatched(message, device, "nothing_in_flight", state.id)
@@ -242,10 +248,10 @@ class Intake:
         self.answered(state, answer, evidence, message, device)
 
     def _candidate(self, message: Message, device: DeviceState) -> Member | str:
-        """The one command an answer without id can mean, or the reason why there is none."""
+        """The one command that an answer without id can belong to, or the `unmatched` reason."""
         lane = self.live.lanes.get(device.id)
         found = candidates(lane, message.arrived_at) if lane is not None else []
-        # A retained text is what the device said once, not what it says to this command.
+        # A retained text is an old message of the device, so it is no answer to this command.
         if not found or message.dup or (message.retain and not self.embedded):
             return "nothing_in_flight"
         return found[0] if len(found) == 1 else "ambiguous"
@@ -253,7 +259,7 @@ class Intake:
     def answered(
         self, state: CommandState, answer: Answer, evidence: Evidence, message: Message, device: DeviceState
     ) -> None:
-        """Decides one answer on one command and does what was decided."""
+        """Decides one answer to one command and carries the decision out."""
         error = answer.error
         request = Request(
             input=ANSWERS[answer.status],
@@ -275,7 +281,10 @@ class Intake:
             self.dispatch.reported(member)
 
     def check_result(self, state: CommandState, answer: Answer) -> None:
-        """It was done, whatever the result looks like: a wrong one is recorded, and counted."""
+        """Logs and counts a result that does not fit the type's result schema.
+
+        The event is recorded all the same, because the device has executed the command.
+        """
         definition = self.live.definitions[state.definition]
         fault = definition.result_fault(answer.result) if answer.status == "executed" else None
         if fault is not None:
@@ -287,7 +296,10 @@ class Intake:
     def unmatched(
         self, message: Message, device: DeviceState | None, reason: str, command_id: str | None = None
     ) -> None:
-        """Keeps an answer that fits nothing for the operator, outside the log, and counts it."""
+        """Counts a message that matches no command, and keeps it outside the log for the operator.
+
+        The first `KEPT_BYTES` bytes of its payload are kept.
+        """
         entry = (
             self.writer.now(),
             None if device is None else device.project,

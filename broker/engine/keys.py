@@ -1,6 +1,7 @@
-"""API keys: who may ask what. Only digests are kept; a key is shown once, when it is made.
+"""API keys and their scopes. Only digests are stored; the secret is shown once, when the key is made.
 
-Kept beside the log, not in it. All live in memory, so that a revoked key stops working at once.
+Keys are stored beside the log, not in it. All keys are in memory, so that a revoked key stops working
+at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SCOPES = ("devices:read", "devices:write", "events:read", "admin")
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):
-    """A key as it may be shown: without its secret. Times in ms."""
+    """An API key without its secret. Times in ms."""
 
     id: str
     project: str
@@ -31,7 +32,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Keys:
-    """`revoked` is told the actor of a key that was taken away."""
+    """`revoked(actor)` is called when a key is revoked; the actor is `key:<id>`."""
 
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
@@ -61,7 +62,7 @@ class Keys:
         self._by_digest = {digest.hex(): key for digest, key in await self.writer.storage.read(work)}
 
     def caller(self, secret: str) -> Caller | None:
-        """Whom a key stands for; None if it is unknown or revoked."""
+        """The caller of a key's secret; None if the key is unknown or revoked."""
         key = self._by_digest.get(secret_digest(secret))
         if key is None or key.revoked_at is not None:
             return None
@@ -76,17 +77,18 @@ class Keys:
         )
 
     def project_of(self, actor: str) -> str | None:
-        """The project a key belongs to, an admin's too: where what it makes goes by default."""
+        """The project of a key, for admin keys too. It is the default project of what the key creates."""
         return next((key.project for key in self._by_digest.values() if f"key:{key.id}" == actor), None)
 
     def all(self) -> list[Key]:
         return sorted(self._by_digest.values(), key=lambda key: key.id)
 
     async def create(self, project: str, scopes: tuple[str, ...], name: str | None) -> tuple[Key, str]:
-        """Makes a key, and with it its project. The secret is `sk_live_…`.
+        """Makes a key; this also creates its project. Returns the key and its secret (`sk_live_…`).
 
         Raises:
             Refusal: invalid_request.
+            Unavailable: the log could not be written.
         """
         check_name("project", project)
         for scope in scopes:
@@ -113,10 +115,11 @@ class Keys:
         return key, secret
 
     async def revoke(self, key_id: str) -> Key:
-        """Takes a key away for ever; what it made goes on. Again: no change.
+        """Revokes a key for ever. Commands that it created go on. Revoking it again changes nothing.
 
         Raises:
             Refusal: not_found.
+            Unavailable: the log could not be written; the key stops working until the next start.
         """
         found = [(digest, key) for digest, key in self._by_digest.items() if key.id == key_id]
         if not found:
@@ -124,7 +127,7 @@ class Keys:
         digest, key = found[0]
         await self.writer.room()
         at = key.revoked_at or self.writer.now()
-        # It stops working now; and it is written each time, because an earlier try may have failed.
+        # The key stops working now. The row is written every time, because an earlier write may have failed.
         key = self._by_digest[digest] = msgspec.structs.replace(key, revoked_at=at)
         self.revoked(f"key:{key_id}")
         self.writer.also(

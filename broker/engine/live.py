@@ -1,7 +1,7 @@
-"""What the broker holds in memory: open commands in their lanes, and what was lately used.
+"""The state that the broker keeps in memory: open commands in their lanes, and caches.
 
-All of it can be read anew from the log; it is never the only place of a fact. Decisions are made
-against this state, synchronously, so that nothing can come between looking and recording.
+All of it can be read again from the log; no fact is only here. Decisions read this state and stage
+their events without an `await` in between, so that no other request can change it meanwhile.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KEPT_PURGES = 100
 
 
 class Recent(Generic[K, V]):
-    """A bounded map that forgets what was used longest ago."""
+    """A bounded map that drops the least recently used entry (LRU)."""
 
     def __init__(self, bound: int = KEPT) -> None:
         self._bound = bound
@@ -65,8 +65,9 @@ class Recent(Generic[K, V]):
 
 
 class _Read(NamedTuple):
-    """What a start needs of the log. `ended`: those that were answered lately, without their content.
-    `forgotten`: device and time of erased commands that timed out."""
+    """What a start reads from the log. `late`: commands that timed out recently. `ended`: commands that
+    were answered recently, without their content. `forgotten`: device id and time (ms) of commands that
+    timed out and were erased."""
 
     open: list[CommandState]
     late: list[CommandState]
@@ -77,7 +78,7 @@ class _Read(NamedTuple):
 
 
 class Live:
-    """`members` are the open commands and those timed out lately; `closed` are others lately used."""
+    """`members`: open commands, and commands that timed out recently. `closed`: a cache of other commands."""
 
     def __init__(self) -> None:
         self.lanes: dict[str, Lane] = {}
@@ -88,20 +89,20 @@ class Live:
         self.names: Recent[str, str] = Recent(2 * KEPT)
         self.keys: Recent[Key, tuple[bytes, str]] = Recent()
         self.presence: dict[str, Presence] = {}
-        # Reads that began before an erasure may still bring what it took away.
+        # A read that began before an erasure may still return the erased commands; these two filter them.
         self._erased: Recent[str, None] = Recent()
         self._purged: list[tuple[int, int]] = []
-        self.epoch = 0  # how often everything was read anew
+        self.epoch = 0  # how many times `load` has replaced everything
 
     # --- looking up ---
 
     def command(self, command_id: str) -> CommandState | None:
-        """The state of a command that is in memory; None says nothing about the log."""
+        """The state of a command, if it is in memory. None does not mean that the log has no such command."""
         member = self.members.get(command_id)
         return member.state if member is not None else self.closed.get(command_id)
 
     def device(self, name: str) -> DeviceState | None:
-        """A device by id or hardware id, if it is in memory; deleted ones too."""
+        """A device by id or hardware id, if it is in memory. Deleted devices are included."""
         device_id = self.names.get(name)
         return None if device_id is None else self.devices.get(device_id)
 
@@ -116,10 +117,10 @@ class Live:
         self.names.put(device.id, device.id)
         self.names.put(device.hardware_id, device.id)
 
-    # --- changing, always after the event was staged ---
+    # --- changes; call these only after the event was staged ---
 
     def put_command(self, state: CommandState, definition: Definition) -> Member:
-        """Takes in a command's new state, and opens or closes its place in the lane."""
+        """Stores a command's new state, and puts it into its lane or takes it out."""
         lane = self.lane(state.device_id)
         member = self.members.get(state.id)
         if member is None:
@@ -139,7 +140,7 @@ class Live:
         return member
 
     def forget_late(self, lane: Lane, now: int) -> None:
-        """Lets go of commands whose late answers no longer need a place in memory, and of an empty lane."""
+        """Drops timed-out commands from the lane once their `late_answer_sec` is over, and an empty lane."""
         for member in [m for m in lane.late.values() if now >= lanes.late_until(m)]:
             del lane.late[member.state.id]
             del self.members[member.state.id]
@@ -150,22 +151,23 @@ class Live:
     # --- erasing ---
 
     def forget(self, state: CommandState) -> None:
-        """A closed command was erased: nobody may find it here any more, nor bring it back."""
+        """A closed command was erased: removes it, and keeps a running read from bringing it back."""
         self._erased.put(state.id, None)
         self._drop(state)
 
     def forget_purged(self, cutoff: int, at: int) -> None:
-        """Erased are all commands created before `cutoff` and closed before `at` (ms)."""
+        """Removes all commands that a purge erases: created before `cutoff` and closed before `at` (ms)."""
         self._purged = [*self._purged[-KEPT_PURGES:], (cutoff, at)]
         held = [*(member.state for member in self.members.values()), *self.closed.values()]
         for state in filter(self._is_erased, held):
             self._drop(state)
 
     def remember(self, state: CommandState) -> None:
-        """It was not erased after all: the commit failed."""
+        """Undoes `forget`: the commit of the erasure failed."""
         self._erased.forget(state.id)
 
     def remember_purged(self, cutoff: int, at: int) -> None:
+        """Undoes `forget_purged`: the commit of the purge failed."""
         self._purged = [known for known in self._purged if known != (cutoff, at)]
 
     def _drop(self, state: CommandState) -> None:
@@ -182,7 +184,7 @@ class Live:
     # --- from the log ---
 
     async def load(self, storage: Storage, entropy: Entropy, now: int) -> None:
-        """Reads everything anew, as after a restart; what is known of devices being online stays."""
+        """Reads everything from the log again, as after a restart. Keeps the presence of devices."""
 
         def work(sql: Sql) -> _Read:
             definitions = {
@@ -212,7 +214,7 @@ class Live:
             member = self.put_command(state, definition)
             member.flight = lanes.recovered(state, definition, now, entropy.uniform)
             if not definition.carries_ids:
-                # An end in the last moment before the stop may still have its doubled answer under way.
+                # A command that closed just before the stop may be answered a second time now.
                 self.lane(state.device_id).shut_until = now + lanes.IDLESS_PAUSE_MS
         for state in read.late:
             self.put_command(state, self.definitions[state.definition])
@@ -222,12 +224,13 @@ class Live:
                 lanes.closed(self.lane(state.device_id), Member(state, definition), state.updated_at)
         without_ids = [each for each in read.definitions.values() if not each.carries_ids]
         for device_id, at in read.forgotten:
-            # What was erased may still be answered, and an answer without id is not to be taken for another.
+            # The device may still answer an erased command. Such an answer without id must not be matched
+            # to another command.
             lane = self.lane(device_id)
             lane.shut_until = max(lane.shut_until, at + _longest_late(without_ids))
 
     async def bring(self, storage: Storage, names: Iterable[str], command_ids: Iterable[str] = ()) -> None:
-        """Reads those devices (by either name) and commands into memory that are not there yet."""
+        """Reads devices (by id or hardware id) and commands into memory, unless they are there already."""
         missing_names = {name for name in names if self.device(name) is None}
         missing_ids = {command_id for command_id in command_ids if self.command(command_id) is None}
         if not missing_names and not missing_ids:
@@ -238,14 +241,14 @@ class Live:
 
         devices, commands = await storage.read(work)
         for device in devices.values():
-            # What was changed in memory while we read is newer; its names may have been forgotten.
+            # A state that is in memory is newer than the one read; only its names may have been dropped.
             self.put_device(self.devices.get(device.id) or device)
         for state in commands.values():
             if self.command(state.id) is None and not self._is_erased(state):
                 self.closed.put(state.id, state)
 
     async def bring_keys(self, storage: Storage, keys: Iterable[Key]) -> None:
-        """Reads what those idempotency keys made, as far as it is not in memory."""
+        """Reads the entries of these idempotency keys into memory, unless they are there already."""
         missing = [key for key in keys if self.keys.get(key) is None]
         if not missing:
             return
@@ -265,5 +268,5 @@ def _definition(body: bytes) -> Definition:
 
 
 def _longest_late(definitions: Iterable[Definition]) -> int:
-    """For how long a command that timed out may still be answered, ms."""
+    """The longest time in which a timed-out command may still be answered, ms."""
     return lanes.ms(max((definition.late_answer_sec for definition in definitions), default=0))

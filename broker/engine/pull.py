@@ -1,7 +1,7 @@
-"""Delivery without MQTT: a device asks by its heartbeat, or a relay (a phone) for a device next to it.
+"""Delivery over HTTP: a device fetches its commands by heartbeat, or a relay (a phone) fetches for it.
 
-What is due is judged by `lanes.fetched` and handed over through `decide` under a lease. Nothing leaves before
-its `published` is durable, and what was closed while that was awaited does not leave at all.
+`lanes.fetched` says which commands are due; `decide` hands them over under a lease. A command is
+returned only after its `published` is durable, and not at all if it was closed during that wait.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ PullTransport = Literal["heartbeat", "relay"]
 
 
 class Fetched(NamedTuple):
-    """A command as it is handed over, and the grant that goes with it."""
+    """A command that is handed over, with its grant."""
 
     state: CommandState
     grant: str | None
 
 
 class Pull:
-    """Fetching and reporting by HTTP, for the device itself or for whoever may write to it."""
+    """Fetching and reporting over HTTP, for the device itself and for API keys with write scope."""
 
     def __init__(self, registry: Registry, grants: Grants, dispatch: Dispatch, intake: Intake) -> None:
         self.registry = registry
@@ -50,7 +50,7 @@ class Pull:
         self.intake = intake
 
     def device(self, caller: Caller, name: str) -> DeviceState:
-        """The device that is meant, from memory: see `Commands.ready`. A device knows itself alone.
+        """The named device, from memory: call `Commands.ready` first. A device can name only itself.
 
         Raises:
             Refusal: not_found.
@@ -68,10 +68,12 @@ class Pull:
     async def fetch(
         self, caller: Caller, name: str, transport: PullTransport, attributes: dict[str, Any] | None = None
     ) -> list[Fetched]:
-        """What is due to a device that takes it this way, under a lease; `attributes`: said by the device.
+        """The commands that are due by this transport, under a lease.
+
+        `attributes`: values that the device sent with its heartbeat; they are merged into its attributes.
 
         Raises:
-            Refusal: not_found; too_large, if more attributes come together than are kept.
+            Refusal: not_found; too_large, if the merged attributes exceed `params_bytes`.
             Unavailable: the log could not be written.
         """
         await self.commands.ready([self.name(caller, name)])
@@ -84,18 +86,18 @@ class Pull:
         return [fetched for fetched in taken if self._may_leave(fetched.state, now)]
 
     def _keep(self, caller: Caller, device: DeviceState, attributes: dict[str, Any]) -> None:
-        """An event only when something differs: idle heartbeats do not grow the log."""
+        """Records changed attributes. Equal ones record no event, so that heartbeats do not grow the log."""
         merged = device.attributes | attributes
         encoded = msgspec.json.encode(merged, order="sorted")
         if encoded == msgspec.json.encode(device.attributes, order="sorted"):
             return
         most = self.commands.limits.params_bytes
         if len(encoded) > most:
-            raise Refusal("too_large", f"attributes: {len(encoded)} bytes in all; at most {most} are kept")
+            raise Refusal("too_large", f"attributes: {len(encoded)} bytes in all; at most {most} are allowed")
         self.registry.record(Changed(attributes=merged), device.id, device, device.project, caller.actor)
 
     def _take(self, caller: Caller, device: DeviceState, transport: PullTransport) -> list[Fetched]:
-        """Stages the hand-over of all that is due. From here to the return nothing may await."""
+        """Stages the hand-over of all due commands. Never awaits."""
         lane = self.live.lanes.get(device.id)
         if lane is None or self.dispatch.halted:
             return []
@@ -123,7 +125,11 @@ class Pull:
         return taken
 
     def _speakable(self, lane: Lane, transport: PullTransport, now: int) -> list[tuple[Member, str | None]]:
-        """What is due, with its grants. What cannot be granted ends, and what stood behind it is due then."""
+        """The due commands with their grants.
+
+        A command whose grant cannot be signed is closed as unsendable. Then the lane is checked again,
+        because the next command may be due.
+        """
         while True:
             found: list[tuple[Member, str | None]] = []
             ended = False
@@ -141,7 +147,7 @@ class Pull:
                 return found
 
     def _may_leave(self, handed: CommandState, now: int) -> bool:
-        """Once it is durable: is this attempt still the open one, with time left?"""
+        """Checked when `published` is durable: is this attempt still open, and has the command time left?"""
         member = self.live.members.get(handed.id)
         if (
             member is None
@@ -163,7 +169,7 @@ class Pull:
         """Takes in an answer to one command, from the device itself or from a relay.
 
         Raises:
-            Refusal: not_found; conflict, saying the state; invalid_request or too_large.
+            Refusal: not_found; conflict, which names the state; invalid_request; too_large.
             Unavailable: the log could not be written.
         """
         said = {"id": command_id, "status": status, "result": result, "error": error}
@@ -201,6 +207,6 @@ class Pull:
             self.intake.unmatched(message, device, decision.word, state.id)
         await self.writer.barrier()
         if decision.verdict is Verdict.CONFLICT:
-            by_mqtt = "" if itself or state.pulled else " (it did not go by a relay or a heartbeat)"
+            by_mqtt = "" if itself or state.pulled else " (no relay or heartbeat has fetched it)"
             raise conflict(state, request.input, by_mqtt)
         return state

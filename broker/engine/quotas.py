@@ -1,6 +1,6 @@
-"""What one project may have queued and send in a minute, so that its flood stays its own.
+"""Limits of each project: queued commands, and commands per minute. One project cannot flood the others.
 
-Memory only: after a restart every project has its whole minute again.
+In memory only: after a restart every project has its full rate again.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ MINUTE_MS = 60_000
 
 
 class Quotas:
-    """The limits of every project: its own where the settings name it, else those of all."""
+    """The limits of every project: its own where the settings have a table for it, else the common ones."""
 
     def __init__(self, limits: Limits, projects: Mapping[str, ProjectLimits]) -> None:
         self.limits = limits
         self._own = {project: limits_of(limits, own) for project, own in projects.items()}
-        self._taken: dict[str, int] = {}  # until when each project's minute is used up, in ms / its rate
+        # Per project: the time until which its rate is used up, in units of 1/rate ms (see `take`).
+        self._taken: dict[str, int] = {}
 
     def of(self, project: str) -> Limits:
         return self._own.get(project, self.limits)
 
     def check_queue(self, device: DeviceState, lane: Lane, name: str, leaving: Sequence[Member]) -> None:
-        """One more command of this name; those that are `leaving` make room for it.
+        """Checks that the lane has room for one more command of this name.
+
+        `leaving`: commands that the new one replaces; they are not counted.
 
         Raises:
             Refusal: queue_full.
@@ -40,25 +43,26 @@ class Quotas:
             raise Refusal(
                 "queue_full",
                 f"device {device.hardware_id} has {queued} open commands, {same} of them {name}; "
-                f"at most {most.queue_per_device} and {most.queue_per_name} are queued",
+                f"at most {most.queue_per_device} per device and {most.queue_per_name} per command name "
+                "may be open",
             )
 
     def take(self, project: str, now: int) -> None:
-        """Takes one command (at `now`, ms) out of the project's minute, which fills up evenly again.
+        """Counts one command (at `now`, ms) against the project's rate, a token bucket of one minute.
 
         Raises:
-            Refusal: rate_limit_exceeded, saying when the next is allowed.
+            Refusal: rate_limit_exceeded, with the seconds until the next command is allowed.
         """
         rate = self.of(project).commands_per_minute
         if rate == 0:
             return
-        # Whole numbers in units of 1/rate ms, in which one command takes a minute: nothing is rounded away.
+        # Integers in units of 1/rate ms: one command costs MINUTE_MS units, so there is no rounding error.
         taken = max(self._taken.get(project, 0), now * rate) + MINUTE_MS
         if (over := taken - now * rate - MINUTE_MS * rate) > 0:
             wait_sec = -(-over // (rate * 1_000))
             raise Refusal(
                 "rate_limit_exceeded",
-                f"project {project} may send {rate} commands a minute; the next one in {wait_sec} s",
+                f"project {project} may send {rate} commands a minute; the next is allowed in {wait_sec} s",
                 {"retry_after_sec": wait_sec},
                 retry_after_sec=wait_sec,
             )

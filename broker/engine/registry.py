@@ -1,4 +1,4 @@
-"""Devices: registering, changing, their tokens, and what is known of them being reachable.
+"""Devices: registration, changes, tokens and presence.
 
 A name belongs to one device only, as id or as hardware id, in the whole broker and for ever.
 """
@@ -41,7 +41,7 @@ NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be me or pending"
 
 
 def check_name(field: str, value: str | None) -> None:
-    """What is given must be an identifier.
+    """Checks that a value is an identifier; None is allowed.
 
     Raises:
         Refusal: invalid_request.
@@ -51,7 +51,7 @@ def check_name(field: str, value: str | None) -> None:
 
 
 class NewDevice(msgspec.Struct, frozen=True, kw_only=True):
-    """What registers a device; `id` is made up if it is not given."""
+    """A request to register a device. `id` None: the broker makes one."""
 
     hardware_id: str
     type: str
@@ -62,7 +62,7 @@ class NewDevice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Issued(NamedTuple):
-    """A device and what is shown of it this once; `secret` where its type signs grants with HMAC."""
+    """A device with its new token, which is shown only once. `secret`: base64url, for HS256 types only."""
 
     device: DeviceState
     token: str
@@ -70,9 +70,9 @@ class Issued(NamedTuple):
 
 
 class Registry:
-    """`presence(device_id, presence)` is called when what is known of a device being reachable changes.
+    """`presence(device_id, presence)` is called when the presence of a device changes.
 
-    `entitled(device)` is called when a device's token became valid, changed, or lost its worth.
+    `entitled(device)` is called when a device's token is created, replaced or becomes invalid.
     """
 
     def __init__(self, commands: Commands) -> None:
@@ -101,22 +101,23 @@ class Registry:
     # --- requests ---
 
     async def register(self, caller: Caller, new: NewDevice) -> Issued:
-        """Makes a device known; gives its token and secret, which are shown this once.
+        """Registers a device; returns its token and secret, which are shown only once.
 
         Raises:
             Refusal: invalid_request, or conflict if a name is taken.
+            Unavailable: the log could not be written.
         """
         device_id = new.id or new_id("dev", self.writer.now(), self.writer.entropy)
         for field, value in (("hardware_id", new.hardware_id), ("id", device_id), ("project", new.project)):
             check_name(field, value)
         if new.hardware_id in MQTT_USERS:
-            raise invalid("hardware_id", "ordain and service are users of the MQTT server", new.hardware_id)
+            raise invalid("hardware_id", "ordain and service are reserved MQTT user names", new.hardware_id)
         if new.type not in self.types:
             raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", new.type)
         await self.commands.ready([device_id, new.hardware_id])
         for name in (device_id, new.hardware_id):
             if self.live.device(name) is not None:
-                raise Refusal("conflict", f"the name {name} is taken; names are never given twice")
+                raise Refusal("conflict", f"the name {name} is taken; a name is never used again")
         token = self._new_token(device_id)
         event = Registered(
             hardware_id=new.hardware_id,
@@ -132,10 +133,11 @@ class Registry:
         return Issued(device, token, secret)
 
     async def change(self, caller: Caller, name: str, change: Changed) -> DeviceState:
-        """Sets what is given anew.
+        """Changes the fields that are set in `change`; unset fields keep their value.
 
         Raises:
             Refusal: not_found, or invalid_request.
+            Unavailable: the log could not be written.
         """
         if isinstance(change.device_type, str) and change.device_type not in self.types:
             raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", change.device_type)
@@ -146,12 +148,14 @@ class Registry:
         return device
 
     async def delete(self, caller: Caller, name: str, *, force: bool) -> DeviceState:
-        """Takes a device away for ever; with `force` also while commands to it are open.
+        """Deletes a device for ever; with `force` also while it has open commands.
 
-        Those never handed over are cancelled, the others end as timed out: they may have been done.
+        Commands that were never handed over are cancelled. The others become timed_out, because the
+        device may have executed them.
 
         Raises:
-            Refusal: not_found, or conflict while its lane is not empty.
+            Refusal: not_found; without `force`, conflict while the lane is not empty.
+            Unavailable: the log could not be written.
         """
         device = await self.find(caller, name)
         lane = self.live.lanes.get(device.id)
@@ -162,7 +166,7 @@ class Registry:
                 f"device {device.hardware_id} has {len(open_ones)} open commands; force=true ends them",
                 {"open_commands": len(open_ones)},
             )
-        # Deleted first: what is recorded of its commands from here on hands nothing over.
+        # `deleted` comes first: then the closing of one command does not hand over the next one.
         device = self.record(Deleted(), device.id, device, device.project, caller.actor)
         self.secrets.forget(device.id)
         self.writer.then(lambda: self._gone(device.id))
@@ -174,7 +178,12 @@ class Registry:
         return device
 
     async def rotate_token(self, caller: Caller, name: str) -> Issued:
-        """Gives the device a new token and secret; the old ones stop working at once."""
+        """Gives the device a new token and secret. The old ones stop working at once.
+
+        Raises:
+            Refusal: not_found.
+            Unavailable: the log could not be written.
+        """
         device = await self.find(caller, name)
         token = self._new_token(device.id)
         event = TokenRotated(token_digest=token_digest(token, self.writer.entropy))
@@ -185,11 +194,14 @@ class Registry:
         return Issued(device, token, secret)
 
     def _new_token(self, device_id: str) -> str:
-        """Says whose it is behind its secret, so that a device needs no name beside it."""
+        """`dtok_<secret>.<device id>`: the id lets a request with only a token name its device."""
         return f"{new_secret(OF_DEVICE, self.writer.entropy)}.{device_id}"
 
     def _new_secret(self, device: DeviceState) -> str | None:
-        """Staged with the token, so that both are new or neither; only for types that sign with it."""
+        """A new device secret for HS256 types; for other types the old one is deleted, and None returned.
+
+        It is staged together with the token, so that both become valid in one transaction.
+        """
         kind = self.types.get(device.device_type)
         if kind is not None and kind.grants == "HS256":
             return self.secrets.renew(device.id)
@@ -197,16 +209,16 @@ class Registry:
         return None
 
     async def find(self, caller: Caller, name: str) -> DeviceState:
-        """A device of the caller's project by either name, ready to be changed without further waiting.
+        """A device of the caller's project by id or hardware id. The caller may stage until its next `await`.
 
         Raises:
-            Refusal: not_found, also when it belongs to another project or was deleted.
+            Refusal: not_found; also for a device of another project and for a deleted one.
         """
         await self.commands.ready([name])
         return self.commands.device(caller, name)
 
     async def authenticate(self, name: str, token: str) -> DeviceState | None:
-        """The device this token belongs to, if it is its."""
+        """The device of this name, if the token is its current token; else None."""
         await self.live.bring(self.writer.storage, [name] if is_name(name) else [])
         device = self.live.device(name)
         if device is None or device.deleted_at is not None:
@@ -214,7 +226,10 @@ class Registry:
         return device if is_token(token, device.token_digest) else None
 
     async def caller(self, token: str, name: str) -> Caller | None:
-        """The device that asks with this token; `name` as the request gives it, for tokens that say none."""
+        """The device that sent this token, as a caller; None if the token is not valid.
+
+        `name`: the device named by the request, used for tokens that contain no device id.
+        """
         _, _, own = token.partition(".")
         device = await self.authenticate(own or name, token)
         if device is None:
@@ -227,7 +242,10 @@ class Registry:
         self._system_version = await self.writer.storage.read(_system_version)
 
     async def started(self, release: str, mqtt: Literal["embedded", "external"]) -> None:
-        """A new process serves this log: nobody is known online; with our own server all are offline."""
+        """Records that a new process serves this log, and resets presence.
+
+        With the embedded server all devices are offline now. With an external one it is unknown.
+        """
         self.record_system(Started(release=release, mqtt=mqtt))
         for device in await self.writer.storage.read(devices_view.believed_online):
             self.live.put_device(device)
@@ -242,20 +260,20 @@ class Registry:
         self.writer.stage(SYSTEM, self._system_version, event, project="", device_id=None, actor="broker")
 
     def nobody_known_online(self) -> None:
-        """A new MQTT session began: whoever was online may have gone while we were not listening."""
+        """A new MQTT session began: online devices become unknown, as they may have left in the gap."""
         for device_id, presence in list(self.live.presence.items()):
             if presence is Presence.ONLINE:
                 self.presence(device_id, Presence.UNKNOWN)
 
     def heard(self, device: DeviceState, presence: Presence, session: str | None) -> None:
-        """Takes in what was learnt of a device; an event is recorded when it came or went."""
+        """Takes in the presence of a device. Records an event if it came online or went offline."""
         known = self.live.presence.get(device.id)
         if presence is Presence.ONLINE and (not device.online or session != device.session):
             self.record(Online(session=session), device.id, device, device.project, f"device:{device.id}")
         elif presence is Presence.OFFLINE and device.online:
             self.record(Offline(session=session), device.id, device, device.project, f"device:{device.id}")
         if presence is Presence.ONLINE is known and session != device.session:
-            # It went and came without our hearing it: what was in the air is lost.
+            # A new session while online: the device was away unnoticed, so open attempts are lost.
             self.presence(device.id, Presence.OFFLINE)
             self.presence(device.id, Presence.ONLINE)
         elif presence is not known:

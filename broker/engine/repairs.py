@@ -1,6 +1,6 @@
-"""Requests of those who repair: retry what ended badly, cancel many at once.
+"""Repair requests: retry a command that did not succeed, cancel many commands at once.
 
-They stand on `commands.py` and follow its rules: nothing between looking and staging may await.
+They use `commands.py` and follow its rule: no `await` between reading the state and staging the event.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from broker.domain.errors import Refusal
 from broker.domain.lifecycle import CommandState, Input, Request, State
 from broker.engine.commands import Accepted, Caller, Commands, Order
 
-BATCH = 500  # cancelled in one go; between two of them others get their turn
+BATCH = 500  # commands cancelled without a pause; other tasks run between two batches
 
 
 class Which(msgspec.Struct, frozen=True, kw_only=True):
-    """Which commands a bulk request is about; None means any."""
+    """The filter of a bulk request; None means any."""
 
     device: str | None = None
     type: str | None = None
@@ -30,13 +30,13 @@ class Repairs:
         self._commands = commands
 
     async def retry(self, caller: Caller, command_id: str, key: str | None = None) -> Accepted:
-        """A new command like one that failed, timed out, expired or was cancelled, at the end of the lane.
+        """Creates a copy of a command that failed, timed out, expired or was cancelled.
 
-        It lives as long as the old one was to live, from now. Retrying one that timed out may make the
-        device do it twice.
+        It goes to the end of the lane and has the TTL of the old one, counted from now. If the old one
+        timed out, the device may execute the command twice.
 
         Raises:
-            Refusal: not_found, conflict, device_deleted; and whatever `create` raises.
+            Refusal: not_found, conflict, device_deleted, and all refusals of `create`.
             Unavailable: the log could not be written.
         """
         commands = self._commands
@@ -58,16 +58,16 @@ class Repairs:
         return await commands.create(caller, order, retry_of=old.id)
 
     async def cancel_many(self, caller: Caller, which: Which, reason: str | None = None) -> list[str]:
-        """Cancels every command that was never handed over and fits; gives their ids, in order of creation.
+        """Cancels all pending commands that match the filter; returns their ids in order of creation.
 
         Raises:
             Refusal: not_found (device).
-            Unavailable: the log could not be written; some may have been cancelled.
+            Unavailable: the log could not be written; some commands may have been cancelled.
         """
         commands = self._commands
         await commands.ready([] if which.device is None else [which.device])
         device_id = None if which.device is None else commands.device(caller, which.device).id
-        # From the end of each lane, so that nothing moves up and is handed over meanwhile.
+        # Newest first: then no command moves to the front of its lane and is handed over meanwhile.
         found = sorted(
             (
                 member.state
@@ -82,7 +82,7 @@ class Repairs:
             for state in found[start : start + BATCH]:
                 member = commands.live.members.get(state.id)
                 if member is None or member.state.state is not State.PENDING:
-                    continue  # since we looked, its time ran out or it was handed over
+                    continue  # it expired or was handed over since the search
                 request = Request(
                     input=Input.CANCEL, now=commands.writer.now(), by=caller.actor, reason=reason
                 )

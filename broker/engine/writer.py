@@ -1,8 +1,9 @@
-"""The one writer: group commit, the commit barrier, and the broker's clock.
+"""The single writer of the log: group commit, the commit barrier, and the broker's clock.
 
-Requests decide in memory and stage their events here; one task commits everything staged in one
-transaction and only then lets anything follow from it. A failed commit discards all that was
-staged, because every later decision stood on it; the state is then read anew from the log.
+Requests decide in memory and stage their events here. One task commits all staged events in one
+transaction; their effects (answers, messages) follow only after the commit. A failed commit discards
+everything that is staged, because later decisions depend on the lost events. The state is then read
+from the log again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CLOCK_STEP_MS = 5_000
 
 
 class _Batch:
-    """What will be committed together, and what may follow once it is."""
+    """Events and rows of one commit, and the callbacks that run after it."""
 
     def __init__(self) -> None:
         self.events: list[Recorded] = []
@@ -48,10 +49,10 @@ class _Batch:
 
 
 class Writer:
-    """Owns the end of the log.
+    """The only object that appends to the log.
 
-    `reload` is called after a failed commit, before anything is staged again, and `resumed` whenever
-    staging is possible again.
+    `reload` is called at the start and after a failed commit, before anything can be staged. `resumed`
+    is called each time staging becomes possible.
     """
 
     def __init__(self, storage: Storage, clock: Clock, entropy: Entropy) -> None:
@@ -70,9 +71,11 @@ class Writer:
         self._opened = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
-        self._head = Head()  # of what is committed
-        self._durable = 0  # after a failed commit behind it: what was read anew may not be synced
-        self._position = 0  # of what is staged
+        self._head = Head()  # end of the committed log
+        # The last durable position. Less than `_head` after a failed commit: rows read again from the
+        # file may not be synced yet.
+        self._durable = 0
+        self._position = 0  # position of the last staged event
         self._recorded_at = 0
         self._anchor_wall = clock.wall_ms()
         self._anchor_monotonic = clock.monotonic_ms()
@@ -85,26 +88,29 @@ class Writer:
     # --- the clock ---
 
     def now(self) -> int:
-        """Broker time, ms: never falls, and a step of the wall clock does not move it."""
+        """Broker time, Unix ms. It never goes back, and a step of the wall clock does not change it."""
         running = self._anchor_wall + self.clock.monotonic_ms() - self._anchor_monotonic
         return max(self._recorded_at, running)
 
     def wall_step_ms(self) -> int:
-        """How far the wall clock is from the broker's, ms; beyond 5 s something stepped it."""
+        """Wall clock minus broker clock, ms. More than 5 s means that the wall clock was stepped."""
         running = self._anchor_wall + self.clock.monotonic_ms() - self._anchor_monotonic
         return self.clock.wall_ms() - running
 
     def behind_log_ms(self) -> int:
-        """How far the clock, as it was at the start, lies before the last recorded event, ms."""
+        """How many ms the clock, counted on from the process start, is before the last recorded event."""
         running = self._anchor_wall + self.clock.monotonic_ms() - self._anchor_monotonic
         return self._recorded_at - running
 
     def tick(self) -> None:
-        """What is staged from here on is later, by a millisecond at least, than all that came before."""
+        """Events staged after this call get a `recorded_at` at least 1 ms later than all earlier ones."""
         self._recorded_at += 1
 
     def reanchor(self) -> bool:
-        """After a start before the last event: takes the wall clock as it is now, if it has been mended."""
+        """Reads the wall clock again, if the process started with a clock before the last event.
+
+        Returns False, and changes nothing, if the wall clock is still more than 5 s before that event.
+        """
         if self.clock.wall_ms() < self._recorded_at - CLOCK_STEP_MS:
             return False
         self._anchor_wall, self._anchor_monotonic = self.clock.wall_ms(), self.clock.monotonic_ms()
@@ -115,7 +121,7 @@ class Writer:
     def stage(
         self, stream: str, version: int, event: Event, *, project: str, device_id: str | None, actor: str
     ) -> Recorded:
-        """Queues one event for the next commit and gives it its place and time.
+        """Queues one event for the next commit and gives it its position and `recorded_at`.
 
         Raises:
             Unavailable: the log cannot be written now.
@@ -150,7 +156,11 @@ class Writer:
         self._batch.touched.definitions[digest] = body
 
     def also(self, work: Callable[[Sql], object]) -> None:
-        """Queues rows outside the log (idempotency keys, unmatched answers) for the same transaction."""
+        """Queues other rows (such as idempotency keys) for the next commit's transaction.
+
+        Raises:
+            Unavailable: the log cannot be written now.
+        """
         if not self.open:
             raise Unavailable("the log cannot be written now")
         self._batch.rows.append(work)
@@ -171,7 +181,7 @@ class Writer:
         self._rouse()
 
     def then(self, done: Callable[[], None], failed: Callable[[], None] | None = None) -> None:
-        """Calls `done` once everything staged so far is durable, or `failed` if it could not be made so."""
+        """Calls `done` when everything staged so far is durable, or `failed` if that commit fails."""
         target = self._last()
         if target is None:
             done()
@@ -189,15 +199,15 @@ class Writer:
             self._room.clear()
 
     async def opened(self) -> None:
-        """Waits while the log cannot be written."""
+        """Waits until the log can be written."""
         await self._opened.wait()
 
     async def space(self) -> None:
-        """Waits while a full batch is waiting."""
+        """Waits while a full batch (`BATCH_EVENTS` events) is waiting for its commit."""
         await self._room.wait()
 
     async def room(self) -> None:
-        """Waits while a full batch is waiting: the bound of the queue.
+        """Like `space`, and refuses while the log cannot be written. Bounds the queue of staged events.
 
         Raises:
             Unavailable: the log cannot be written now.
@@ -207,10 +217,10 @@ class Writer:
             raise Unavailable("the log cannot be written now")
 
     async def barrier(self) -> None:
-        """Waits until everything staged so far is durable. No answer leaves us before that.
+        """Waits until everything staged so far is durable. Every answer to the outside waits here first.
 
         Raises:
-            Unavailable: it could not be made durable; whether it was is unknown.
+            Unavailable: the commit failed; whether the events were written is unknown.
         """
         if (batch := self._last()) is None:
             return
@@ -221,7 +231,7 @@ class Writer:
     # --- committing ---
 
     async def start(self) -> None:
-        """Reads where the log ends and opens for staging."""
+        """Reads the end of the log and allows staging."""
         await self._reread()
         self._open()
 
@@ -238,7 +248,11 @@ class Writer:
         self.resumed()
 
     async def run(self) -> None:
-        """Commits what is staged, for ever. Ends by raising `Broken` when the storage has failed."""
+        """Commits staged events, for ever.
+
+        Raises:
+            Broken: the storage failed.
+        """
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -249,7 +263,7 @@ class Writer:
                 await self._commit(batch)
 
     async def drain(self) -> None:
-        """Waits until nothing is staged any more; for a clean end."""
+        """Waits until everything staged is committed; used at a clean shutdown."""
         while (batch := self._last()) is not None and self.open:
             await batch.settled.wait()
 
@@ -289,7 +303,10 @@ class Writer:
         batch.settled.set()
 
     async def _recover(self, batch: _Batch, error: Exception) -> None:
-        """Discards everything speculative, waits until the log can be written, and reads it anew."""
+        """Discards the failed batch and everything staged after it, and reads the log again.
+
+        Then waits until the log can be written.
+        """
         self.open = False
         self._opened.clear()
         discarded, self._batch = self._batch, _Batch()
@@ -298,7 +315,7 @@ class Writer:
         self._room.set()
         if isinstance(error, Broken):
             self.fatal = error
-        # The newest first: each puts what it takes back in front of what is there already.
+        # Newest batch first, last callback first: each callback puts its work back at the front of a queue.
         for lost in (discarded, batch):
             lost.settled.set()
             for failed in reversed(lost.failed):
@@ -307,7 +324,7 @@ class Writer:
             raise self.fatal
         if isinstance(error, log.UNWRITABLE):
             await asyncio.sleep(RETRY_SEC)  # a value that can never be written must not keep the loop busy
-        await self._reread()  # at once: what was discarded must not be shown as fact
+        await self._reread()  # before the wait for space: readers must not see discarded events
         while True:
             try:
                 await self.storage.write(_probe)
@@ -319,6 +336,6 @@ class Writer:
 
 
 def _probe(sql: Sql) -> None:
-    """Needs as much new space as a small batch, so that success means something."""
+    """Writes as many bytes as a small batch, so that success shows that there is space again."""
     sql.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", ("x" * 65_536,))
     sql.execute("DELETE FROM meta WHERE key = 'probe'")
