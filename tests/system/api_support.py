@@ -1,6 +1,7 @@
-"""The whole HTTP side on a real socket, in a thread of its own, with something of every kind in it.
+"""The whole HTTP side on a real socket, in a thread of its own, with one object of each kind in it.
 
-For tests that ask it much and must not share its loop: they speak HTTP and look at the log's end.
+For tests that send many requests and must not share the broker's event loop. They use only HTTP and the log's
+last position.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.integration.http.support import Broker, register, running
 WITHIN_SEC = 20
 ADMIN = ("admin", "devices:read", "devices:write", "events:read")
 TYPES = {"lamp-1": "generic", "lock-1": "iotee_device", "rec-1": "recorder"}
-# What is sent to them: with the lamp, which is online, one at a time.
+# The commands that are sent. The lamp is online, so its commands go out one at a time.
 COMMANDS = (("lamp-1", "blink"), ("lamp-1", "blink"), ("lock-1", "lock"), ("rec-1", "stop_recording"))
 
 
@@ -37,20 +38,21 @@ def description() -> dict[str, Any]:
 
 
 def is_stream(operation: dict[str, Any]) -> bool:
-    """Does it answer with nothing but what never ends? Then it can be asked only by who reads on."""
+    """Whether the operation answers only with an endless event stream. Tests skip it: only a streaming client
+    can read it."""
     contents = [answer.get("content", {}) for answer in operation["responses"].values()]
     return any(content.keys() == {"text/event-stream"} for content in contents)
 
 
 class Names(dict[str, str]):
-    """What stands in the paths of requests; a name that is not known here is `1`."""
+    """Values for the parameters in paths; an unknown parameter gets `1`."""
 
     def __missing__(self, name: str) -> str:
         return "1"
 
 
 class Served:
-    """A broker that serves at `url`, with the `key` of an admin, and names of what it knows."""
+    """A broker that serves at `url`, with an admin's `key` and the names of its devices and commands."""
 
     def __init__(self, broker: Broker, url: str, key: str, commands: list[str]) -> None:
         self.url, self.key = url, key
@@ -70,7 +72,7 @@ class Served:
         return secret
 
     def position(self) -> int:
-        """Where the log ends, with everything that was asked for."""
+        """The last position of the log, after all pending writes."""
 
         async def look() -> int:
             writer = self._broker.core.writer
@@ -82,7 +84,7 @@ class Served:
 
 @contextmanager
 def served(directory: Path, *, quiet: bool = False) -> Iterator[Served]:
-    """`quiet`: no device is online, and nothing happens by itself."""
+    """Runs a broker. With `quiet` no device is online, so that no event is written without a request."""
     ready: Future[Served] = Future()
     end: Future[None] = Future()
 
@@ -123,7 +125,8 @@ async def _serve(directory: Path, ready: Future[Served], end: Future[None], quie
 
 
 async def _populate(broker: Broker, key: str, quiet: bool) -> list[str]:
-    """A device of every type, and commands: executed, with the device, waiting, cancelled."""
+    """Creates a device of each type, and commands in these states: executed, published, pending,
+    cancelled."""
     made = []
     async with broker.client(key) as client:
         for hardware_id, type_name in TYPES.items():

@@ -1,4 +1,5 @@
-"""Brokers for the system tests: real processes, killed at the end, and their log lines looked through."""
+"""Brokers for the system tests: real processes, killed at the end of each test; their log lines are searched
+for secrets."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from playwright.sync_api import Page, sync_playwright
 from tests.system.support import SECRET, Broker
 
 NewBroker = Callable[..., Broker]
-# No sandbox: tests may run as root. Quiet: it is not to look for updates meanwhile.
+# No sandbox, because tests may run as root. The other options stop updates and background traffic.
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -30,7 +31,8 @@ WITHIN_MS = 30_000
 
 @pytest.fixture
 def new_broker(tmp_path: Path) -> Iterator[NewBroker]:
-    """Makes a broker that is not started yet. No key, token or grant may be in a log line of any test."""
+    """Creates a broker that is not started yet. Every test fails if a key, token or grant is in a log
+    line."""
     brokers: list[Broker] = []
 
     def make(*options: str, data: Path | None = None) -> Broker:
@@ -45,7 +47,7 @@ def new_broker(tmp_path: Path) -> Iterator[NewBroker]:
 
 
 def _end_child(broker: Broker) -> None:
-    """A Mosquitto that did not die with its killed broker: no test leaves a process behind."""
+    """Kills a Mosquitto that survived its killed broker, so that no test leaves a process behind."""
     with suppress(FileNotFoundError, ValueError, ProcessLookupError):
         pid = int((broker.data / "mosquitto" / "pid").read_text())
         if b"mosquitto" in Path(f"/proc/{pid}/cmdline").read_bytes():

@@ -1,7 +1,7 @@
-"""Ordain as a user has it: real processes, spoken to by what they print, by HTTP, MQTT and the command line.
+"""Ordain as a user runs it: real processes, observed by their output, HTTP, MQTT and the command line.
 
-Nothing here sleeps for a guessed time: each wait is for a fact, with a deadline. Whatever was started is
-killed by the fixtures in `conftest.py`.
+No function here sleeps for a guessed time: each wait is for a fact, with a deadline. The fixtures in
+`conftest.py` kill all started processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 WITHIN_SEC = 30
 END_WITHIN_SEC = 10
 LOOK_AGAIN_SEC = 0.02
-# A key, a device's token, or any JWT: nothing of the kind may ever be in a log line.
+# A key, a device token, a webhook secret or a JWT: none of these may be in a log line.
 SECRET = re.compile(r"sk_live_[\w-]{16,}|dtok_[\w-]{16,}|whsec_[\w+/-]{16,}|eyJ[\w-]+\.[\w-]+\.[\w-]+")
 
 
@@ -49,13 +49,13 @@ ORDAIN = _ordain()
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What every user has, and none of the settings of whoever runs the tests."""
+    """The environment without any ORDAIN_ setting of the person who runs the tests."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("ORDAIN_")}
     return kept | more
 
 
 def until(fact: Callable[[], T | None], about: object = "", within: float = WITHIN_SEC) -> T:
-    """The first true value of `fact`; fails at the deadline."""
+    """Returns the first true value of `fact`; fails at the deadline (`within`, in seconds)."""
     deadline = time.monotonic() + within
     pause = threading.Event()
     while not (found := fact()):
@@ -65,7 +65,7 @@ def until(fact: Callable[[], T | None], about: object = "", within: float = WITH
 
 
 class Lines:
-    """What a process prints, as it comes."""
+    """The lines that a process prints, read as they come."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._lines: list[str] = []
@@ -85,7 +85,7 @@ class Lines:
             self._news.notify_all()
 
     def wait(self, words: str, within: float = WITHIN_SEC) -> str:
-        """The first line that holds these words."""
+        """The first line that contains `words`."""
         with self._news:
             self._news.wait_for(lambda: self._ended or self._find(words) is not None, within)
             found = self._find(words)
@@ -96,7 +96,7 @@ class Lines:
         return next((line for line in self._lines if words in line), None)
 
     def all(self, within: float = WITHIN_SEC) -> str:
-        """Everything, once the process has ended."""
+        """The whole output, after the process has ended."""
         self._reader.join(within)
         return self.so_far()
 
@@ -129,13 +129,13 @@ class Process:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL; does nothing to what has ended."""
+        """Sends SIGKILL; does nothing if the process has ended."""
         self.process.kill()
         self.process.wait()
 
 
 class Broker:
-    """`ordain serve` on a data directory and free ports; it keeps its MQTT port when it is started again."""
+    """`ordain serve` on a data directory and free ports; a restart uses the same MQTT port."""
 
     def __init__(self, data: Path, *options: str, cwd: Path) -> None:
         self.data = data
@@ -147,7 +147,7 @@ class Broker:
         self.runs: list[Process] = []
 
     def launch(self, *more: str) -> Process:
-        """Starts the process and waits for nothing."""
+        """Starts the process without waiting."""
         options = [*self.options, *more]
         if "--http" not in options:
             options += ["--http", "127.0.0.1:0"]
@@ -157,7 +157,7 @@ class Broker:
         return self.runs[-1]
 
     def start(self, *more: str) -> Broker:
-        """Returns when it serves."""
+        """Starts the process and waits until it serves."""
         run = self.launch(*more)
         serving = run.err.wait("event=broker.serving")
         self.url = serving.split("http=")[1].split()[0]
@@ -170,7 +170,7 @@ class Broker:
         return self.runs[-1]
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Its exit code after a signal."""
+        """Sends a signal and returns the exit code."""
         self.run.signal(number)
         return self.run.wait(END_WITHIN_SEC)
 
@@ -179,7 +179,7 @@ class Broker:
             run.kill()
 
     def said(self) -> str:
-        """Every log line of every run so far."""
+        """All log lines of all runs so far."""
         return "".join(run.err.so_far() for run in self.runs)
 
     def ordain(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -196,7 +196,8 @@ class Broker:
         )
 
     def _make_key(self) -> str:
-        """What `ordain keys create` does, without the half second that a process takes to start."""
+        """Creates a key over the local socket, like `ordain keys create`, but without the half second of a
+        process start."""
         wanted = {"project": "default", "scopes": ["devices:read", "devices:write", "events:read"]}
         with socket_path(self.data) as path:
             door = httpx2.HTTPTransport(uds=path)
@@ -205,14 +206,14 @@ class Broker:
         return key
 
     def device(self, hardware_id: str, type: str = "generic") -> str:
-        """Registers a device; its token."""
+        """Registers a device and returns its token."""
         answer = self.http("POST", "/v1/devices", {"hardware_id": hardware_id, "type": type})
         assert answer.status_code == 201, answer.text
         token: str = answer.json()["device_token"]
         return token
 
     def create(self, hardware_id: str, type: str = "lock", **fields: object) -> str:
-        """Creates a command; its id."""
+        """Creates a command and returns its id."""
         answer = self.http("POST", f"/v1/devices/{hardware_id}/commands", {"type": type} | fields)
         assert answer.status_code == 201, answer.text
         command_id: str = answer.json()["id"]
@@ -229,7 +230,7 @@ class Broker:
         return [event["type"] for event in found]
 
     def reaches(self, command_id: str, state: str) -> dict[str, Any]:
-        """The command, once it is in this state."""
+        """Waits until the command is in this state and returns it."""
 
         def there() -> dict[str, Any] | None:
             command = self.command(command_id)
@@ -238,7 +239,7 @@ class Broker:
         return until(there, lambda: self.command(command_id))
 
     def not_ready(self) -> list[str]:
-        """What /readyz says against it; nothing if it is ready."""
+        """The reasons in the answer of /readyz; empty if the broker is ready."""
         answer = self.http("GET", "/readyz")
         return [] if answer.status_code == 200 else answer.json()["error"]["details"]["reasons"]
 
@@ -249,7 +250,7 @@ class Broker:
 
 
 def ordain(*arguments: str, data: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """One command line, to its end."""
+    """Runs one command line to its end."""
     where = {} if data is None else {"ORDAIN_DATA": str(data)}
     return subprocess.run(
         [ORDAIN, *arguments],
@@ -262,7 +263,7 @@ def ordain(*arguments: str, data: Path | None = None, **env: str) -> subprocess.
 
 
 def paste(script: str, broker: Broker, **variables: str) -> str:
-    """Runs a block in a shell as a reader would, with the broker's real address; what it prints."""
+    """Runs a block in a shell as a reader would, with the broker's real address, and returns its output."""
     script = script.replace("127.0.0.1:8080", broker.url.removeprefix("http://"))
     path = f"{Path(ORDAIN).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -277,14 +278,14 @@ def paste(script: str, broker: Broker, **variables: str) -> str:
 
 
 def made(done: subprocess.CompletedProcess[str]) -> str:
-    """The one thing a command printed alone."""
+    """The only word that a successful command printed."""
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert re.fullmatch(r"\S+\n", done.stdout)
     return done.stdout.strip()
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    """It ended with this code and one sentence on standard error that names these things."""
+    """Asserts the exit code, and one sentence on standard error that contains `words`."""
     one_sentence(done.stderr, *words)
     assert done.returncode == code, done.stderr
 
@@ -302,14 +303,14 @@ def one_sentence(said: str, *words: str) -> None:
 
 
 class Device:
-    """A device as somebody with a shell has it: mosquitto_sub listens, mosquitto_pub speaks."""
+    """A device made of shell tools: mosquitto_sub listens, mosquitto_pub sends."""
 
     def __init__(self, port: int, hardware_id: str, token: str = "", *, own_server: bool = True) -> None:
         self.port = port
         self.hardware_id = hardware_id
         self.token = token
         self._login = ["-u", hardware_id, "-P", token] if token else []
-        # Where the client id must be the hardware id, the second connection ends the first.
+        # If the client id must be the hardware id, a second connection would end the first.
         self.separate = not own_server
         self._speaker = f"{hardware_id}-speaks" if self.separate else hardware_id
 
@@ -324,13 +325,13 @@ class Device:
         )  # fmt: skip
 
     def next(self, listening: Process | None = None) -> str:
-        """The next message to this device."""
+        """Returns the next message to this device."""
         listening = listening or self.listen()
         assert listening.wait() == 0, listening.err.all()
         return listening.out.all().removesuffix("\n")
 
     def say(self, *messages: str, suffix: str = "ack", topic: str = "", retain: bool = False) -> int:
-        """One message after the other; mosquitto_pub's exit code."""
+        """Sends the messages in order and returns mosquitto_pub's exit code."""
         done = subprocess.run(
             [program("mosquitto_pub"), "-p", str(self.port), "-i", self._speaker, *self._login, "-q", "1",
              "-t", topic or self.topic(suffix), "-l", *(["-r"] if retain else [])],
@@ -343,7 +344,7 @@ class Device:
         assert self.say("online", suffix="status", retain=True) == 0
 
     def subscribe(self) -> None:
-        """Leaves a session with the server that collects what comes."""
+        """Leaves a session at the server that queues messages for this device."""
         done = Process(
             program("mosquitto_sub"), "-p", str(self.port), "-i", self.hardware_id, *self._login, "-c", "-E",
             "-q", "1", "-t", self.topic("rls"),
@@ -357,7 +358,7 @@ def executed(command_id: str, **result: object) -> str:
 
 @contextmanager
 def running(make: Callable[[], Agent]) -> Iterator[None]:
-    """The reference device, in a thread and a loop of its own."""
+    """Runs the reference device in its own thread and event loop."""
     ready: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
 
     async def run() -> None:

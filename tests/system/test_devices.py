@@ -1,4 +1,4 @@
-"""Devices that are nothing but mosquitto_sub and mosquitto_pub, at the embedded server and at Mosquitto."""
+"""Devices made only of mosquitto_sub and mosquitto_pub, at the embedded server and at Mosquitto."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests.conftest import Mosquitto
 from tests.system.conftest import NewBroker
 from tests.system.support import Broker, Device, executed, made, until
 
-# What the broker may take to find its server again.
+# The longest time in seconds that the broker may need to reconnect to its MQTT server.
 BACK_SEC = BACKOFF_SEC[1] + 20
 
 
 def added(broker: Broker, hardware_id: str, type: str) -> Device:
-    """A device made on the command line, at the embedded server."""
+    """A device at the embedded server, registered on the command line."""
     return Device(
         broker.mqtt_port, hardware_id, made(broker.ordain("devices", "add", hardware_id, "--type", type))
     )
@@ -29,7 +29,7 @@ def passed(moment: str) -> bool:
 # --- the embedded server ---------------------------------------------------------------------------
 
 
-def test_a_json_device_gets_what_waited_for_it_and_its_answer_counts(broker: Broker) -> None:
+def test_a_json_device_gets_its_waiting_command_and_its_answer_is_recorded(broker: Broker) -> None:
     door = added(broker, "door-7", "generic")
     command_id = broker.create("door-7", "unlock", params={"for_sec": 5})
     assert broker.command(command_id)["state"] == "pending"
@@ -45,7 +45,7 @@ def test_a_json_device_gets_what_waited_for_it_and_its_answer_counts(broker: Bro
     assert broker.events(command_id) == ["created", "published", "executed"]
 
 
-def test_a_device_that_knows_only_digits_gets_a_bare_1_and_says_ack_and_ok(broker: Broker) -> None:
+def test_a_bare_device_gets_1_and_answers_ack_and_ok(broker: Broker) -> None:
     lock = added(broker, "ABC123", "iotee_device")
     listening = lock.listen()
     until(lambda: broker.http("GET", "/v1/devices/ABC123").json()["presence"] == "online")
@@ -58,7 +58,7 @@ def test_a_device_that_knows_only_digits_gets_a_bare_1_and_says_ack_and_ok(broke
     assert broker.events(command_id) == ["created", "published", "acknowledged", "executed"]
 
 
-def test_a_wrong_token_does_not_get_in(broker: Broker) -> None:
+def test_a_wrong_token_is_refused(broker: Broker) -> None:
     added(broker, "door-7", "generic")
     other = added(broker, "door-8", "generic")
 
@@ -68,7 +68,7 @@ def test_a_wrong_token_does_not_get_in(broker: Broker) -> None:
         assert intruder.listen().wait() != 0
 
 
-def test_a_device_neither_hears_nor_answers_for_another(broker: Broker) -> None:
+def test_a_device_cannot_read_or_answer_for_another_device(broker: Broker) -> None:
     door, spy = added(broker, "door-7", "generic"), added(broker, "spy", "generic")
     for topic in (door.topic("rls"), "iotee/dev/+/rls", "#"):
         listening = spy.listen(topic=topic)
@@ -89,7 +89,7 @@ def test_a_device_neither_hears_nor_answers_for_another(broker: Broker) -> None:
 # --- Mosquitto -------------------------------------------------------------------------------------
 
 
-def test_with_mosquitto_a_device_gets_its_commands_when_it_has_said_online(
+def test_with_mosquitto_a_device_gets_its_commands_after_online(
     mosquitto: Mosquitto, new_broker: NewBroker
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()
@@ -108,7 +108,7 @@ def test_with_mosquitto_a_device_gets_its_commands_when_it_has_said_online(
     assert (got["id"], got["attempt"]) == (command_id, 1)
 
 
-def test_with_mosquitto_a_digits_only_device_need_not_say_anything_first(
+def test_with_mosquitto_a_bare_device_need_not_report_online(
     mosquitto: Mosquitto, new_broker: NewBroker
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()
@@ -123,7 +123,7 @@ def test_with_mosquitto_a_digits_only_device_need_not_say_anything_first(
     broker.reaches(command_id, "executed")
 
 
-def test_answers_given_while_the_broker_is_down_are_taken_in_before_time_runs_out_on_them(
+def test_answers_given_while_the_broker_is_down_are_recorded_before_timeouts(
     mosquitto: Mosquitto, new_broker: NewBroker
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()
@@ -144,7 +144,7 @@ def test_answers_given_while_the_broker_is_down_are_taken_in_before_time_runs_ou
     assert broker.events(command_id) == ["created", "published", "executed"]
 
 
-def test_commands_wait_while_mosquitto_is_away_and_go_out_when_it_is_back(
+def test_commands_wait_while_mosquitto_is_down_and_go_out_afterwards(
     mosquitto: Mosquitto, new_broker: NewBroker
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()

@@ -1,4 +1,5 @@
-"""Devices that know only texts, over MQTT 3.1.1, at both servers: every command and answer, one-way ones."""
+"""Devices that use bare texts over MQTT 3.1.1, at both servers: every command, every answer, and one-way
+commands."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ text = "on"
 [commands.hush]
 text = "off"
 """
-# Which answers end a command, and how it is shown then.
+# Command, topic suffix, payload, answers, and the final status that the API shows.
 LIVES = (
     ("lock", "rls", "1", ("ack", "ok"), "completed"),
     ("unlock", "rls", "0", ("ok",), "completed"),
@@ -30,7 +31,7 @@ LIVES = (
 
 
 def lives(broker: Broker, lock: Device) -> None:
-    """One command after the other; each answer can only mean the one that is in flight."""
+    """Runs one command after the other, because an answer without id counts for the command in flight."""
     for command, suffix, payload, answers, status in LIVES:
         listening = lock.listen(suffix, "-V", "311")
         if not lock.separate:
@@ -48,12 +49,12 @@ def lives(broker: Broker, lock: Device) -> None:
         assert (record["completed_at"] is None) == (status == "failed")
 
 
-def test_every_bare_command_is_carried_and_answered_at_the_embedded_server(broker: Broker) -> None:
+def test_every_bare_command_is_delivered_and_answered_at_the_embedded_server(broker: Broker) -> None:
     token = made(broker.ordain("devices", "add", "ABC123", "--type", "iotee_device"))
     lives(broker, Device(broker.mqtt_port, "ABC123", token))
 
 
-def test_every_bare_command_is_carried_and_answered_at_mosquitto(
+def test_every_bare_command_is_delivered_and_answered_at_mosquitto(
     mosquitto: Mosquitto, new_broker: NewBroker
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url + "?v=3.1.1").start()
@@ -70,7 +71,7 @@ def types(tmp_path: Path) -> Path:
     return place
 
 
-def test_a_device_that_cannot_answer_is_held_for_and_done_when_the_server_has_it(
+def test_a_one_way_command_waits_for_its_device_and_is_done_on_the_servers_puback(
     types: Path, mosquitto: Mosquitto, new_broker: NewBroker
 ) -> None:
     config = types.parent / "ordain.toml"

@@ -37,7 +37,7 @@ def gets_in(device: Device) -> bool:
 
 
 def lock(broker: Broker, device: Device) -> str:
-    """One command to a device with bare payloads, done."""
+    """Sends one command to a device with bare payloads and waits until it is executed."""
     device.subscribe()
     command_id = broker.create(device.hardware_id)
     assert device.next(device.listen("rls", "-c")) == "1"
@@ -46,7 +46,7 @@ def lock(broker: Broker, device: Device) -> str:
     return command_id
 
 
-def test_a_device_registered_while_it_runs_gets_in_and_executes(broker: Broker) -> None:
+def test_a_device_registered_while_it_runs_connects_and_executes(broker: Broker) -> None:
     device = Device(broker.mqtt_port, "ABC123", broker.device("ABC123", "iotee_device"))
     until(lambda: gets_in(device))
     assert broker.events(lock(broker, device)) == ["created", "published", "executed"]
@@ -71,7 +71,7 @@ def test_a_rotated_token_stops_working(broker: Broker) -> None:
     assert not gets_in(old)
 
 
-def test_a_killed_mosquitto_is_started_again_with_its_devices(broker: Broker) -> None:
+def test_a_killed_mosquitto_is_restarted_with_its_devices(broker: Broker) -> None:
     device = Device(broker.mqtt_port, "ABC123", broker.device("ABC123", "iotee_device"))
     until(lambda: gets_in(device))
     os.kill(child(broker), signal.SIGKILL)
@@ -80,7 +80,7 @@ def test_a_killed_mosquitto_is_started_again_with_its_devices(broker: Broker) ->
     lock(broker, device)
 
 
-def test_its_log_begins_anew_when_it_is_large(new_broker: NewBroker) -> None:
+def test_a_large_mosquitto_log_is_rotated_at_start(new_broker: NewBroker) -> None:
     broker = new_broker("--mqtt-server", "mosquitto")
     home = broker.data / "mosquitto"
     home.mkdir(parents=True)
@@ -93,13 +93,13 @@ def test_its_log_begins_anew_when_it_is_large(new_broker: NewBroker) -> None:
     assert (home / "mosquitto.log.1").stat().st_size == 5_000_000
 
 
-def test_it_ends_with_the_broker(broker: Broker) -> None:
+def test_mosquitto_ends_with_the_broker(broker: Broker) -> None:
     pid = child(broker)
     assert broker.end() == 0
     assert not alive(pid)
 
 
-def test_after_kill_9_nothing_is_left_over_and_the_devices_still_get_in(broker: Broker) -> None:
+def test_kill_9_leaves_no_mosquitto_behind_and_devices_reconnect_after_a_restart(broker: Broker) -> None:
     device = Device(broker.mqtt_port, "ABC123", broker.device("ABC123", "iotee_device"))
     left = child(broker)
     broker.run.kill()
@@ -118,7 +118,7 @@ def again(broker: Broker) -> None:
 def test_an_answer_given_while_the_broker_was_down_is_not_lost(
     new_broker: NewBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pdeathsig: bool
 ) -> None:
-    if not pdeathsig:  # then the child outlives a broker that is killed, and the next broker ends it
+    if not pdeathsig:  # without pdeathsig the child outlives a killed broker, and the next broker ends it
         monkeypatch.setenv("PATH", only("mosquitto", tmp_path / "bin"))
     broker = new_broker("--mqtt-server", "mosquitto").start()
     broker.mqtt_port = port_of(broker)
@@ -128,7 +128,7 @@ def test_an_answer_given_while_the_broker_was_down_is_not_lost(
     command_id = broker.create("ABC123")
     assert device.next(device.listen("rls", "-c")) == "1"
     left = child(broker)
-    # The broker stands still: the answer is PUBACKed by Mosquitto and by nobody else.
+    # The broker is stopped, so only Mosquitto can send the PUBACK for the answer.
     broker.run.signal(signal.SIGSTOP)
     assert device.say(executed(command_id)) == 0
     broker.run.kill()
@@ -141,13 +141,13 @@ def test_an_answer_given_while_the_broker_was_down_is_not_lost(
 
 
 def only(name: str, place: Path) -> str:
-    """A PATH on which there is this program alone."""
+    """A PATH that contains only this program."""
     place.mkdir()
     (place / name).symlink_to(program(name))
     return str(place)
 
 
-def test_what_cannot_be_written_does_not_end_the_broker_and_is_tried_again(broker: Broker) -> None:
+def test_a_failed_write_of_the_password_file_does_not_end_the_broker_and_is_retried(broker: Broker) -> None:
     home = broker.data / "mosquitto"
     device = Device(broker.mqtt_port, "ABC123", broker.device("ABC123", "iotee_device"))
     until(lambda: gets_in(device))
@@ -163,7 +163,7 @@ def test_what_cannot_be_written_does_not_end_the_broker_and_is_tried_again(broke
     until(lambda: gets_in(device))
 
 
-def test_a_mosquitto_that_says_nothing_does_not_keep_the_broker_from_ending(
+def test_a_silent_mosquitto_does_not_keep_the_broker_from_ending(
     new_broker: NewBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent = tmp_path / "bin"
@@ -182,7 +182,7 @@ def test_a_mosquitto_that_says_nothing_does_not_keep_the_broker_from_ending(
     one_sentence(run.err.all(), "mqtt_server", "does not answer")
 
 
-def test_an_unknown_server_and_a_taken_port_end_the_start_with_one_sentence(
+def test_an_unknown_server_and_a_port_in_use_end_the_start_with_one_sentence(
     new_broker: NewBroker, broker: Broker
 ) -> None:
     run = new_broker("--mqtt-server", "mosquito", data=broker.cwd / "one").launch()

@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules ask only for what `/metrics` of a broker that has lived says."""
+"""The dashboard and the alert rules use only metrics and labels that a broker really exposes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from broker.domain.events import TYPES
 from tests.system.api_support import served
 
 DOCS = Path(__file__).parents[2] / "docs"
-# Put there by whoever scrapes.
+# Labels that Prometheus adds when it scrapes.
 SCRAPED = {"instance", "job"}
 FUNCTIONS = {"absent", "delta", "histogram_quantile", "increase", "max", "min", "rate", "sum"}
 WORDS = FUNCTIONS | {"by", "and", "or", "unless", "on"}
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 MATCHER = re.compile(rf'({NAME})\s*(=~|!~|!=|=)\s*"([^"]*)"')
 RULE_FIELDS = {"alert", "expr", "for", "labels", "annotations"}
-# What no good day brings.
+# Label values that a healthy run does not produce.
 RARE = {("status", "500")}
 
 Samples = dict[str, list[dict[str, str]]]
@@ -31,7 +31,7 @@ Samples = dict[str, list[dict[str, str]]]
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
-    """Every sample's name, with the labels it was seen with."""
+    """Every sample's name, with the label sets it had."""
     found: Samples = {}
     with served(tmp_path_factory.mktemp("api") / "data") as here, here.client() as client:
         text = client.get("/metrics").text
@@ -61,7 +61,7 @@ def expressions() -> list[str]:
 
 
 def faults(expression: str, samples: Samples) -> Iterator[str]:
-    """What an expression asks for that no broker says."""
+    """Metrics, labels and values in an expression that the broker does not expose."""
     labels = {label for seen in samples.values() for each in seen for label in each} | SCRAPED
     text = re.sub(r"\$__rate_interval|\[\d+[mhs]\]", "", expression)
     for name, inside in re.findall(rf"({NAME})\s*(?:\{{([^}}]*)\}})?", MATCHER.sub("", text)):
@@ -86,7 +86,7 @@ def faults(expression: str, samples: Samples) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("expression", expressions())
-def test_what_is_asked_for_is_there(expression: str, samples: Samples) -> None:
+def test_every_expression_uses_existing_metrics(expression: str, samples: Samples) -> None:
     assert list(faults(expression, samples)) == []
     assert any(name in expression for name in samples)
 
@@ -100,11 +100,11 @@ def test_what_is_asked_for_is_there(expression: str, samples: Samples) -> None:
         "sum by (typ) (ordain_events_total)",
     ],
 )
-def test_a_planted_slip_is_found(expression: str, samples: Samples) -> None:
+def test_a_planted_mistake_is_found(expression: str, samples: Samples) -> None:
     assert list(faults(expression, samples)) != []
 
 
-def test_a_rule_has_what_prometheus_knows_and_says_what_is_wrong() -> None:
+def test_a_rule_has_only_known_fields_and_a_summary() -> None:
     names = [rule["alert"] for rule in rules()]
     assert len(set(names)) == len(names)
     for rule in rules():
@@ -114,7 +114,7 @@ def test_a_rule_has_what_prometheus_knows_and_says_what_is_wrong() -> None:
         assert re.fullmatch(r"\d+[smh]", rule.get("for", "1m"))
 
 
-def test_the_dashboard_can_be_imported() -> None:
+def test_the_dashboard_has_what_an_import_needs() -> None:
     board = dashboard()
     ids = [panel["id"] for panel in board["panels"]]
     assert len(set(ids)) == len(ids)
@@ -127,11 +127,11 @@ def test_the_dashboard_can_be_imported() -> None:
             assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
 
 
-def test_every_type_of_event_is_counted_from_nought(samples: Samples) -> None:
+def test_every_event_type_has_a_counter_that_starts_at_zero(samples: Samples) -> None:
     assert {each["type"] for each in samples["ordain_events_total"]} == set(TYPES)
 
 
-def test_every_metric_of_ours_is_on_the_dashboard(samples: Samples) -> None:
+def test_every_metric_is_on_the_dashboard(samples: Samples) -> None:
     asked = " ".join(expressions())
     ours = {re.sub("_(total|bucket|sum|count)$", "", name) for name in samples if name.startswith("ordain_")}
     assert {name for name in ours if name not in asked} == {"ordain_info", "ordain_commit_events"}

@@ -1,4 +1,5 @@
-"""The README, held against the program: its picture is the code's, its examples run as they stand."""
+"""The README, compared with the program: its pictures are drawn from the code, and its examples run
+unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def blocks(title: str, language: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("page", DRAWN, ids=lambda page: page.name)
-def test_pictures_and_tables_are_those_the_code_draws(page: Path) -> None:
+def test_pictures_and_tables_match_the_code(page: Path) -> None:
     assert drawn(page) == page.read_text()
 
 
@@ -86,7 +87,7 @@ def test_the_heartbeat_and_the_reports_for_device_makers_run(broker: Broker) -> 
 
 
 async def _run_agent(broker: Broker, token: str, command_id: str) -> None:
-    """The agent of the README, on the broker's port, until the command is done."""
+    """Runs the README's agent on the broker's port until the command is done."""
     (source,) = blocks("For device makers", "python")
     source = source.replace("127.0.0.1:1883", f"127.0.0.1:{broker.mqtt_port}")
     source = source.replace('Path("door-7.db")', f"Path({str(broker.cwd / 'door-7.db')!r})")
@@ -99,7 +100,7 @@ async def _run_agent(broker: Broker, token: str, command_id: str) -> None:
     await asyncio.wait({running})
 
 
-def test_the_messages_shown_to_device_makers_are_what_the_code_takes() -> None:
+def test_the_messages_shown_to_device_makers_are_accepted_by_the_code() -> None:
     command, answers = (block.replace("…", "1") for block in blocks("For device makers", "json"))
     assert decode_command(command.encode()).type == "unlock"
     statuses = [decode_answer(line.encode(), None, {}).status for line in answers.splitlines()]
@@ -128,6 +129,6 @@ def test_the_page_of_settings_names_every_setting_and_its_default() -> None:
         assert f"| `projects.<name>.{key}` | as `limits.{key}` |" in page
     for key, default in shown.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{key}` |"))
-        written = str(default).lower() if isinstance(default, bool) else str(default)  # as TOML has it
+        written = str(default).lower() if isinstance(default, bool) else str(default)  # written as in TOML
         assert written in row
         assert ENVIRONMENT.get(key, "") in row

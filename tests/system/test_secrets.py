@@ -1,4 +1,4 @@
-"""What a log line must never hold: a whole session's keys, tokens, passwords and grants are looked for."""
+"""Secrets must not be in log lines: searches a whole session's log for keys, tokens, passwords and grants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.system.conftest import NewBroker
 from tests.system.support import SECRET, Broker, Device, executed, made
 
 
-def test_no_key_token_or_grant_of_a_whole_session_is_in_a_log_line(broker: Broker) -> None:
+def test_no_key_token_or_grant_of_a_session_is_in_a_log_line(broker: Broker) -> None:
     token = made(broker.ordain("devices", "add", "door-7", "--type", "generic"))
     door = Device(broker.mqtt_port, "door-7", token)
     command_id = broker.create("door-7", params={"code": "s3cret-parameter"})
@@ -44,6 +44,6 @@ def test_the_password_in_the_servers_url_is_in_no_log_line(
     assert "pass-of-ordain" not in broker.run.err.all()
 
 
-def test_what_looks_for_secrets_finds_them() -> None:
+def test_the_search_for_secrets_finds_them() -> None:
     assert SECRET.search("key=sk_live_LRj2aXiGXEbwujZC3PrOzVkPcQlKeEhV8uE7V0No8zw")
     assert SECRET.search("grant=eyJhbGciOiJFZERTQSJ9.eyJpc3MiOiJvcmRhaW4ifQ.c2lnbmF0dXJl")

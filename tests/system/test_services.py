@@ -1,4 +1,4 @@
-"""The page for services, held against the program: its blocks are run as they stand."""
+"""The page for services, compared with the program: its code blocks run unchanged."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_blocks_of_a_language_are_one_program(broker: Broker, language: str,
     assert len(broker.http("GET", "/v1/devices/door-7/commands").json()["data"]) == 2
 
 
-def test_the_calls_by_hand_work_in_one_story(broker: Broker, tmp_path: Path) -> None:
+def test_the_curl_calls_work_in_order(broker: Broker, tmp_path: Path) -> None:
     make_key, get_module, send, look, follow, history, _ = blocks("shell")
     key = paste(make_key, broker).strip()
     paste(f"cd {tmp_path}\n{get_module}", broker)
@@ -70,7 +70,7 @@ def test_the_calls_by_hand_work_in_one_story(broker: Broker, tmp_path: Path) -> 
     assert [record["command_id"] for record in found["door-7"]] == [command_id]
 
 
-async def test_what_a_webhook_brings_passes_the_check(new_broker: NewBroker) -> None:
+async def test_a_real_webhook_passes_the_signature_check(new_broker: NewBroker) -> None:
     broker = new_broker()
     settings = broker.cwd / "ordain.toml"
     settings.write_text('webhook_allow = ["127.0.0.0/8"]\n')
@@ -98,7 +98,7 @@ def signed(body: str, at: float, secret: str = SECRET) -> Case:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_check_of_a_webhook_takes_what_is_genuine_and_nothing_else(tmp_path: Path, language: str) -> None:
+def test_the_signature_check_accepts_only_genuine_webhooks(tmp_path: Path, language: str) -> None:
     now = time.time()
     headers, body = signed('{"grün": "🔒"}', now)
     others, _ = signed(body, now, "whsec_" + "A" * 32)

@@ -1,4 +1,5 @@
-"""Backups beside a running broker: a prefix of its log, whole or not there, and the way back."""
+"""Backups beside a running broker: a backup is a complete prefix of the log or is not created; restoring
+works."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def test_a_backup_taken_while_commands_arrive_is_a_prefix_of_the_log(broker: Bro
     assert sorted(tmp_path.glob("*.part")) == []
 
 
-def test_a_restored_log_goes_on_with_what_was_open(new_broker: NewBroker, tmp_path: Path) -> None:
+def test_a_restored_log_continues_its_open_commands(new_broker: NewBroker, tmp_path: Path) -> None:
     broker = new_broker().start()
     broker.device("lamp-1")
     kept = broker.create("lamp-1", "on", params={"a": 1})
@@ -53,7 +54,7 @@ def test_a_restored_log_goes_on_with_what_was_open(new_broker: NewBroker, tmp_pa
     assert again.verified()
 
 
-def test_a_restored_log_has_an_id_of_its_own(broker: Broker, tmp_path: Path) -> None:
+def test_a_restored_log_gets_a_new_log_id(broker: Broker, tmp_path: Path) -> None:
     made = json.loads(broker.ordain("backup", str(tmp_path / "b"), "--json").stdout)
     found = json.loads(ordain("restore", str(tmp_path / "b"), "--json", data=tmp_path / "new").stdout)
     assert found["log_id"].startswith("log_")
@@ -61,7 +62,7 @@ def test_a_restored_log_has_an_id_of_its_own(broker: Broker, tmp_path: Path) -> 
     assert (found["position"], found["hash"]) == (made["position"], made["hash"])
 
 
-def test_a_file_that_a_broker_is_writing_is_restored_with_all_that_it_has_answered(
+def test_a_live_database_file_is_restored_with_all_answered_commands(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
     broker = new_broker().start()
@@ -76,7 +77,7 @@ def test_a_file_that_a_broker_is_writing_is_restored_with_all_that_it_has_answer
     assert again.verified()
 
 
-def test_nothing_that_is_there_is_overwritten(broker: Broker, tmp_path: Path) -> None:
+def test_no_existing_file_is_overwritten(broker: Broker, tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.write_text("mine")
     refused(broker.ordain("backup", str(there)), 1, str(there), "is there already")
@@ -86,7 +87,9 @@ def test_nothing_that_is_there_is_overwritten(broker: Broker, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("damage", ["a changed row", "cut off", "no database"])
-def test_a_damaged_backup_is_refused_and_nothing_is_made(broker: Broker, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_backup_is_refused_and_no_log_is_created(
+    broker: Broker, tmp_path: Path, damage: str
+) -> None:
     broker.device("lamp-1")
     broker.create("lamp-1", "on")
     file, new = tmp_path / "b", tmp_path / "new"

@@ -1,4 +1,4 @@
-"""The command line beside a running broker and without one: output, exit codes, errors of one sentence."""
+"""The command line with and without a running broker: output, exit codes, one-sentence errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def status(broker: Broker, key: str) -> int:
 
 
 def door(broker: Broker) -> Callable[[], Agent]:
-    """Makes the reference device door-7 of this broker: `lock` works, `jam` does not."""
+    """Registers door-7 and returns a reference device for it: `lock` succeeds, `jam` fails."""
     token = made(broker.ordain("devices", "add", "door-7", "--type", "generic"))
 
     def make() -> Agent:
@@ -61,7 +61,7 @@ def door(broker: Broker) -> Callable[[], Agent]:
 # --- keys ------------------------------------------------------------------------------------------
 
 
-def test_a_running_broker_honours_a_new_key_and_forgets_a_revoked_one_at_once(broker: Broker) -> None:
+def test_a_running_broker_accepts_a_new_key_and_refuses_a_revoked_one_at_once(broker: Broker) -> None:
     key = made(broker.ordain(*CREATE_KEY, "--name", "for a test"))
     assert status(broker, key) == 200
 
@@ -78,7 +78,7 @@ def test_a_running_broker_honours_a_new_key_and_forgets_a_revoked_one_at_once(br
     refused(broker.ordain("keys", "revoke", "key_unknown"), 1, "key_unknown")
 
 
-def test_keys_and_devices_made_without_a_broker_are_there_when_it_starts(new_broker: NewBroker) -> None:
+def test_keys_and_devices_made_without_a_broker_exist_when_it_starts(new_broker: NewBroker) -> None:
     broker = new_broker()
     key = made(broker.ordain(*CREATE_KEY))
     made(broker.ordain("devices", "add", "door-7", "--type", "generic", "--project", "acme"))
@@ -91,7 +91,7 @@ def test_keys_and_devices_made_without_a_broker_are_there_when_it_starts(new_bro
     assert answer.json()["status"] == "pending"
 
 
-def test_without_a_broker_its_settings_are_needed_and_another_prefix_is_refused(
+def test_without_a_broker_its_settings_are_required_and_another_prefix_is_refused(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
     config = tmp_path / "site.toml"
@@ -109,7 +109,7 @@ def test_without_a_broker_its_settings_are_needed_and_another_prefix_is_refused(
     assert [data["topic"] for data in created] == ["site1/dev/door-7/rls"] * 2
 
 
-def test_what_is_no_name_is_not_taken_for_a_path_and_a_count_cannot_be_negative(broker: Broker) -> None:
+def test_an_invalid_name_is_not_used_in_a_path_and_a_count_cannot_be_negative(broker: Broker) -> None:
     broker.device("lamp")
 
     refused(broker.ordain("keys", "revoke", "key_1?x"), 1, "key_1?x")
@@ -118,7 +118,7 @@ def test_what_is_no_name_is_not_taken_for_a_path_and_a_count_cannot_be_negative(
     refused(broker.ordain("log", "tail", "-f", "-n", "-5"), 2, "-5")
 
 
-def test_a_key_as_json_has_its_secret_and_what_it_may(tmp_path: Path) -> None:
+def test_a_key_as_json_has_its_secret_project_and_scopes(tmp_path: Path) -> None:
     done = ordain(*CREATE_KEY, "--json", "--data", str(tmp_path / "data"))
 
     key = json.loads(done.stdout)
@@ -163,7 +163,7 @@ def test_a_command_is_sent_with_its_parameters_and_waited_for(broker: Broker) ->
     assert "the bolt does not move" in failed.stdout
 
 
-def test_sending_says_what_is_wrong(broker: Broker) -> None:
+def test_send_errors_name_the_fault(broker: Broker) -> None:
     broker.device("door-7", "recorder")
 
     refused(broker.ordain("send", "door-7", "lock", "nonsense"), 2, "nonsense", "key=value")
@@ -174,7 +174,7 @@ def test_sending_says_what_is_wrong(broker: Broker) -> None:
     refused(waited, 1, "pending", "0.2 s")
 
 
-def test_waiting_without_a_broker_is_refused_and_names_what_was_recorded(tmp_path: Path) -> None:
+def test_waiting_without_a_broker_is_refused_and_names_the_recorded_command(tmp_path: Path) -> None:
     data = tmp_path / "data"
     made(ordain("devices", "add", "door-7", "--type", "generic", data=data))
 
@@ -183,7 +183,7 @@ def test_waiting_without_a_broker_is_refused_and_names_what_was_recorded(tmp_pat
     refused(done, 3, "cmd_", "no broker")
 
 
-def test_what_is_refused_without_a_broker_is_said_as_with_one(tmp_path: Path) -> None:
+def test_refusals_are_the_same_without_a_broker(tmp_path: Path) -> None:
     data = tmp_path / "data"
 
     refused(ordain("keys", "create", "--project", "a/b", "--scope", "admin", data=data), 1, "project", "a/b")
@@ -191,7 +191,7 @@ def test_what_is_refused_without_a_broker_is_said_as_with_one(tmp_path: Path) ->
     refused(ordain("devices", "add", "door-7", "--type", "toaster", data=data), 1, "toaster")
 
 
-def test_what_needs_a_log_makes_none_in_a_wrong_directory(tmp_path: Path) -> None:
+def test_no_command_creates_a_log_in_a_wrong_directory(tmp_path: Path) -> None:
     data = tmp_path / "elsewhere"
 
     for arguments in (("keys", "list"), ("send", "door-7", "lock"), ("devices", "list"), ("purge", "1")):
@@ -227,7 +227,7 @@ def test_the_tail_of_the_log_has_as_many_lines_as_asked_for(broker: Broker) -> N
     assert json.loads(lines[1])["stream"] == command_id
 
 
-def test_a_reader_that_goes_away_is_no_error(broker: Broker) -> None:
+def test_a_closed_pipe_is_no_error(broker: Broker) -> None:
     for number in range(20):
         broker.device(f"lamp-{number}")
 
@@ -270,7 +270,7 @@ def test_a_changed_or_missing_row_of_the_log_is_found_and_named(
         refused(ordain("log", "verify", data=copy), 1, place)
 
 
-def test_a_row_that_is_changed_under_a_running_broker_is_found_too(broker: Broker) -> None:
+def test_a_row_changed_under_a_running_broker_is_found(broker: Broker) -> None:
     broker.device("lamp")
     with closing(sqlite3.connect(broker.data / "ordain.db", isolation_level=None)) as sql:
         sql.execute("UPDATE events SET project = 'other' WHERE position = 2")
@@ -284,7 +284,7 @@ def test_a_row_that_is_changed_under_a_running_broker_is_found_too(broker: Broke
 # --- where the data is -----------------------------------------------------------------------------
 
 
-def test_a_data_directory_may_lie_deeper_than_a_sockets_path_may_be_long(
+def test_a_data_directory_may_be_deeper_than_the_maximum_socket_path(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
     broker = new_broker(data=tmp_path / ("deep" * 20) / ("deeper" * 20)).start()
@@ -305,7 +305,7 @@ def test_the_command_line_works_while_the_broker_is_starting(new_broker: NewBrok
     broker.run.err.wait("event=broker.serving")
 
 
-def test_several_command_lines_at_once_wait_for_each_other(tmp_path: Path) -> None:
+def test_concurrent_command_lines_wait_for_each_other(tmp_path: Path) -> None:
     data = str(tmp_path / "data")
     runs = [
         Process(ORDAIN, "devices", "add", f"lamp-{number}", "--type", "generic", "--data", data)
@@ -315,14 +315,14 @@ def test_several_command_lines_at_once_wait_for_each_other(tmp_path: Path) -> No
     assert [(run.wait(), run.err.all()) for run in runs] == [(0, "")] * 4
 
 
-def test_no_log_is_said_so_and_none_is_made(tmp_path: Path) -> None:
+def test_a_missing_log_is_reported_and_not_created(tmp_path: Path) -> None:
     for command in (("log", "tail"), ("log", "verify")):
         refused(ordain(*command, data=tmp_path / "nothing"), 3, str(tmp_path / "nothing"))
     assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a process as somebody else")
-def test_somebody_elses_data_cannot_be_read(broker: Broker) -> None:
+def test_another_users_data_cannot_be_read(broker: Broker) -> None:
     nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
     probe = subprocess.run([*nobody, ORDAIN, "--version"], capture_output=True, text=True)
     if probe.returncode != 0:
@@ -335,7 +335,7 @@ def test_somebody_elses_data_cannot_be_read(broker: Broker) -> None:
         refused(done, 3, "Permission denied")
 
 
-def test_help_and_version_are_there() -> None:
+def test_help_and_version_work() -> None:
     shown = ordain("--help")
 
     assert shown.returncode == 0

@@ -1,4 +1,4 @@
-"""`ordain doctor`: silent about what is well, and a line for each thing that is not."""
+"""`ordain doctor` reports each fault in one line and finds none in a healthy broker."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ def levels(found: list[dict[str, Any]], check: str) -> list[str]:
 
 
 @pytest.mark.parametrize("server", ["embedded", "mosquitto"])
-def test_a_broker_in_good_health_has_no_fault_and_its_canary_lives(
-    new_broker: NewBroker, server: str
-) -> None:
+def test_a_healthy_broker_has_no_fault_and_passes_the_canary(new_broker: NewBroker, server: str) -> None:
     broker = new_broker("--mqtt-server", server).start()
     broker.device("lamp-1")
-    for _ in range(2):  # the second time its devices are there already
+    for _ in range(2):  # in the second run the canary's devices exist already
         code, found = findings(broker, "--canary")
         assert code == 0, found
         assert {each["level"] for each in found} == {"ok"}, found
@@ -48,7 +46,7 @@ def test_a_broker_in_good_health_has_no_fault_and_its_canary_lives(
     }
 
 
-def test_an_mqtt_server_without_rules_is_a_fault_each_named(
+def test_each_missing_rule_of_an_mqtt_server_is_a_named_fault(
     new_broker: NewBroker, mosquitto: Mosquitto
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()
@@ -61,7 +59,7 @@ def test_an_mqtt_server_without_rules_is_a_fault_each_named(
         assert breach in says, says
 
 
-def test_without_a_broker_it_says_so_and_finds_no_fault(broker: Broker) -> None:
+def test_a_stopped_broker_is_a_warning_and_no_fault(broker: Broker) -> None:
     assert broker.end() == 0
     code, found = findings(broker)
     assert code == 0
@@ -69,7 +67,7 @@ def test_without_a_broker_it_says_so_and_finds_no_fault(broker: Broker) -> None:
     assert levels(found, "chain") == ["ok"]
 
 
-def test_a_changed_row_is_a_fault_that_is_named(broker: Broker) -> None:
+def test_a_changed_row_is_a_named_fault(broker: Broker) -> None:
     broker.device("lamp-1")
     assert broker.end() == 0
     with closing(sqlite3.connect(broker.data / "ordain.db")) as sql, sql:
@@ -80,7 +78,7 @@ def test_a_changed_row_is_a_fault_that_is_named(broker: Broker) -> None:
     assert next(each["says"] for each in found if each["check"] == "chain").startswith(f"position {changed} ")
 
 
-def test_a_projection_that_is_not_what_the_log_says_is_a_fault(broker: Broker) -> None:
+def test_a_projection_that_differs_from_the_log_is_a_fault(broker: Broker) -> None:
     broker.device("lamp-1")
     command_id = broker.create("lamp-1", "on")
     assert broker.end() == 0
@@ -92,7 +90,7 @@ def test_a_projection_that_is_not_what_the_log_says_is_a_fault(broker: Broker) -
     assert levels(found, "projections") == ["fault"]
 
 
-def test_a_log_from_the_future_is_a_fault_of_the_clock(broker: Broker) -> None:
+def test_an_event_with_a_future_time_is_a_clock_fault(broker: Broker) -> None:
     assert broker.end() == 0
     with closing(sqlite3.connect(broker.data / "ordain.db")) as sql, sql:
         head = log.head(sql)

@@ -20,11 +20,11 @@ WRITTEN = re.findall(r"^ordain .*$", (ROOT / "docs" / "log.md").read_text(), re.
 
 
 @pytest.mark.parametrize("line", WRITTEN)
-def test_every_command_of_the_page_about_the_log_can_be_given_so(line: str) -> None:
+def test_every_command_on_the_log_page_parses(line: str) -> None:
     app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
 
 
-def test_the_look_back_of_the_readme_runs(broker: Broker) -> None:
+def test_the_history_example_of_the_readme_runs(broker: Broker) -> None:
     broker.device("door-7")
     since = broker.http("GET", "/v1/devices/door-7").json()["created_at"]
     command_id = broker.create("door-7", "lock")
@@ -38,7 +38,7 @@ def test_the_look_back_of_the_readme_runs(broker: Broker) -> None:
     assert command_id in [change["id"] for change in changed]
 
 
-def test_diff_says_what_changed_field_by_field(broker: Broker) -> None:
+def test_diff_shows_changes_field_by_field(broker: Broker) -> None:
     broker.device("door-7")
     command_id = broker.create("door-7", "lock")
     created = broker.http("GET", f"/v1/commands/{command_id}/events").json()["data"][0]["position"]
@@ -56,7 +56,7 @@ def test_diff_says_what_changed_field_by_field(broker: Broker) -> None:
     refused(broker.ordain("diff", "2", "1"), 1, "from")
 
 
-def test_projections_are_verified_beside_the_broker_and_made_anew_without_it(broker: Broker) -> None:
+def test_projections_are_verified_beside_the_broker_and_rebuilt_without_it(broker: Broker) -> None:
     broker.device("door-7")
     broker.create("door-7", "lock")
     right = broker.ordain("projections", "verify")
@@ -76,14 +76,14 @@ def test_projections_are_verified_beside_the_broker_and_made_anew_without_it(bro
     assert json.loads(broker.ordain("projections", "verify", "--json").stdout)["fault"] is None
 
 
-def test_tools_for_a_log_that_is_not_there_say_so_and_make_none(broker: Broker) -> None:
+def test_tools_report_a_missing_log_and_create_none(broker: Broker) -> None:
     nothing = str(broker.data / "nothing")
     for command in (("projections", "verify"), ("projections", "rebuild")):
         refused(broker.ordain(*command, "--data", nothing), 3, nothing)
     assert not (broker.data / "nothing").exists()
 
 
-def test_an_export_beside_the_broker_comes_back_as_the_same_log(broker: Broker, tmp_path: Path) -> None:
+def test_an_export_beside_the_broker_imports_as_the_same_log(broker: Broker, tmp_path: Path) -> None:
     broker.device("door-7")
     broker.create("door-7", "lock")
     file, other = tmp_path / "log.jsonl", tmp_path / "other"
@@ -103,7 +103,7 @@ def test_an_export_beside_the_broker_comes_back_as_the_same_log(broker: Broker, 
     refused(broker.ordain("log", "export", "--since", "yesterday"), 2, "--since", "yesterday")
 
 
-def test_a_checkpoint_shows_that_the_log_was_cut_off(broker: Broker, tmp_path: Path) -> None:
+def test_a_checkpoint_detects_a_cut_off_log(broker: Broker, tmp_path: Path) -> None:
     broker.device("door-7")
     kept = tmp_path / "checkpoint.jwt"
     done = broker.ordain("log", "checkpoint", "--to", str(kept))
@@ -126,7 +126,7 @@ def test_a_checkpoint_shows_that_the_log_was_cut_off(broker: Broker, tmp_path: P
     refused(cut, 1, "cut off")
 
 
-def test_show_stats_and_compact_say_what_is_there(broker: Broker) -> None:
+def test_show_stats_and_compact_describe_the_log(broker: Broker) -> None:
     broker.device("door-7")
     command_id = broker.create("door-7", "lock")
     shown = broker.ordain("log", "show", command_id, "--json").stdout.splitlines()
@@ -145,7 +145,7 @@ def test_show_stats_and_compact_say_what_is_there(broker: Broker) -> None:
     assert broker.ordain("log", "stats").stdout.startswith("log id ")
 
 
-def test_what_was_decided_about_a_command_is_decided_again(broker: Broker, tmp_path: Path) -> None:
+def test_redecide_repeats_the_decisions_about_a_command(broker: Broker, tmp_path: Path) -> None:
     broker.device("door-7")
     command_id = broker.create("door-7", "lock")
     broker.http("DELETE", f"/v1/devices/door-7/commands/{command_id}")

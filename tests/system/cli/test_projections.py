@@ -1,4 +1,4 @@
-"""`ordain projections run`: a file of one's own, beside a running broker."""
+"""`ordain projections run`: the user's own projection file, beside a running broker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.system.support import ROOT, Broker, Device, executed, refused
 EXAMPLE = str(ROOT / "docs" / "projections" / "time_to_acknowledge.py")
 
 
-def test_the_how_tos_example_runs_beside_a_broker(broker: Broker, tmp_path: Path) -> None:
+def test_the_example_of_the_how_to_runs_beside_a_broker(broker: Broker, tmp_path: Path) -> None:
     device = Device(broker.mqtt_port, "lamp-1", broker.device("lamp-1"))
     listening = device.listen()
     command_id = broker.create("lamp-1", "on")
@@ -26,6 +26,6 @@ def test_the_how_tos_example_runs_beside_a_broker(broker: Broker, tmp_path: Path
     assert table.stdout.splitlines()[0].split() == ["device", "type", "commands", "p95", "ms"]
 
 
-def test_a_file_that_is_none_is_refused(broker: Broker, tmp_path: Path) -> None:
+def test_an_invalid_projection_file_is_refused(broker: Broker, tmp_path: Path) -> None:
     (tmp_path / "none.py").write_text("TABLES = ''\n")
     refused(broker.ordain("projections", "run", str(tmp_path / "none.py")), 2, "none.py", "must define apply")

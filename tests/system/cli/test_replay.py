@@ -1,4 +1,4 @@
-"""`ordain replay`: the same events under the same ids, wherever they go, and no command sent again."""
+"""`ordain replay`: the same events with the same ids at every target, and no command is sent again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECRET = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
 
 @pytest.fixture
 def lived(broker: Broker) -> tuple[Broker, str]:
-    """A broker whose one device has done one command; the command."""
+    """A broker whose only device executed one command, and the command's id."""
     device = Device(broker.mqtt_port, "lamp-1", broker.device("lamp-1"))
     listening = device.listen()
     command_id = broker.create("lamp-1", "on")
@@ -41,7 +41,7 @@ def shown(broker: Broker, *options: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def receiver(status: int = 204) -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
-    """An HTTP server that keeps what it is sent."""
+    """An HTTP server that keeps the requests it receives."""
     got: list[tuple[dict[str, str], bytes]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -65,7 +65,7 @@ def receiver(status: int = 204) -> Iterator[tuple[str, list[tuple[dict[str, str]
         server.server_close()
 
 
-def test_to_a_terminal_by_position_time_device_and_speed(lived: tuple[Broker, str]) -> None:
+def test_to_stdout_by_position_time_device_and_speed(lived: tuple[Broker, str]) -> None:
     broker, command_id = lived
     whole = shown(broker)
     mine = [event for event in whole if event["subject"] == command_id]
@@ -77,7 +77,7 @@ def test_to_a_terminal_by_position_time_device_and_speed(lived: tuple[Broker, st
     assert shown(broker, "--device", "lamp-2")[0]["data"]["hardware_id"] == "lamp-2"
 
 
-def test_a_dry_run_tells_what_it_would_send_and_sends_nothing(lived: tuple[Broker, str]) -> None:
+def test_a_dry_run_counts_the_events_and_sends_none(lived: tuple[Broker, str]) -> None:
     broker, _ = lived
     with receiver() as (url, got):
         done = broker.ordain("replay", "--into", url, "--dry-run", "--device", "lamp-1", "--json")
@@ -86,7 +86,7 @@ def test_a_dry_run_tells_what_it_would_send_and_sends_nothing(lived: tuple[Broke
         assert got == []
 
 
-def test_to_a_webhook_it_goes_signed_and_under_the_same_ids(
+def test_to_a_webhook_events_are_signed_and_keep_their_ids(
     new_broker: NewBroker, tmp_path: Path, lived: tuple[Broker, str]
 ) -> None:
     broker, _ = lived
@@ -101,7 +101,7 @@ def test_to_a_webhook_it_goes_signed_and_under_the_same_ids(
     assert [Webhook(SECRET).verify(body, head) for head, body in got[:half]] == shown(broker)
 
 
-def test_a_webhook_that_refuses_stops_it_at_a_position_to_go_on_from(
+def test_a_refusing_webhook_stops_the_replay_and_the_error_names_the_next_position(
     lived: tuple[Broker, str], tmp_path: Path
 ) -> None:
     broker, _ = lived
@@ -113,9 +113,7 @@ def test_a_webhook_that_refuses_stops_it_at_a_position_to_go_on_from(
         assert len(got) == 1
 
 
-def test_to_mqtt_each_event_goes_to_the_topic_of_its_command(
-    new_broker: NewBroker, mosquitto: Mosquitto
-) -> None:
+def test_to_mqtt_each_event_goes_to_its_commands_topic(new_broker: NewBroker, mosquitto: Mosquitto) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()
     broker.device("lamp-1")
     command_id = broker.create("lamp-1", "on")
@@ -134,7 +132,7 @@ def test_to_mqtt_each_event_goes_to_the_topic_of_its_command(
     refused(broker.ordain("replay", "--into", "mqtt"), 3, "no broker serves")
 
 
-def test_into_a_directory_it_is_a_log_up_to_a_position_that_no_broker_serves(
+def test_into_a_directory_writes_a_log_up_to_a_position_that_no_broker_serves(
     lived: tuple[Broker, str], tmp_path: Path
 ) -> None:
     broker, command_id = lived
@@ -163,5 +161,5 @@ def test_a_wrong_option_is_named(broker: Broker, options: tuple[str, ...], words
     refused(broker.ordain("replay", "--into", "stdout", *options), 2, *words)
 
 
-def test_a_mistyped_place_is_no_directory(broker: Broker) -> None:
+def test_a_mistyped_target_is_not_used_as_a_directory(broker: Broker) -> None:
     refused(broker.ordain("replay", "--into", "mqqt"), 2, "--into = mqqt", "./copy")

@@ -1,4 +1,4 @@
-"""`ordain simulate` as a user runs it, with a few dozen devices at both kinds of MQTT server."""
+"""`ordain simulate` as a user runs it, with a few dozen devices, on both kinds of MQTT server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.conftest import Mosquitto
 from tests.system.conftest import NewBroker
 from tests.system.support import ORDAIN, Broker, Device, Process, environment, ordain, refused, until
 
-# A lost answer is asked for again after 10 to 15 s, and one device may have several.
+# The broker resends after 10 to 15 s without an answer, and one device may lose several answers.
 ENDS_WITHIN_SEC = 100
 ALL_FAULTS = ("--offline", "10%", "--fail", "5%", "--duplicate", "10%", "--lose", "2%", "--slow", "0.05")
 
@@ -24,7 +24,7 @@ def simulating(url: str, broker: Broker, *options: str) -> Process:
 
 
 def ended(run: Process) -> dict[str, Any]:
-    """The summary of a simulation that ended well."""
+    """The summary of a simulation that ended with exit code 0."""
     assert run.wait(ENDS_WITHIN_SEC) == 0, run.err.all() + run.out.all()
     summary: dict[str, Any] = json.loads(run.out.all())
     return summary
@@ -35,7 +35,7 @@ def simulated(url: str, broker: Broker, *options: str) -> dict[str, Any]:
 
 
 def recorded(broker: Broker, event: str) -> int:
-    """How many of these events the log holds."""
+    """The number of events of this type in the log."""
     return broker.ordain("log", "tail", "--lines", "100000").stdout.count(f" {event} ")
 
 
@@ -43,7 +43,7 @@ def embedded(broker: Broker) -> str:
     return f"mqtt://127.0.0.1:{broker.mqtt_port}"
 
 
-def test_with_mosquitto_and_all_faults_nothing_is_doubled_or_lost_and_failures_are_those_drawn(
+def test_with_mosquitto_and_all_faults_nothing_is_doubled_or_lost_and_only_drawn_failures_occur(
     mosquitto: Mosquitto, new_broker: NewBroker
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()
@@ -59,7 +59,7 @@ def test_with_mosquitto_and_all_faults_nothing_is_doubled_or_lost_and_failures_a
     assert broker.verified()
 
 
-def test_with_the_embedded_server_a_second_run_uses_the_same_devices_and_draws_the_same_faults(
+def test_with_the_embedded_server_a_second_run_reuses_the_devices_and_draws_the_same_faults(
     broker: Broker,
 ) -> None:
     options = ("--devices", "30", "--send-rate", "50", "--duration", "2", "--fail", "20%", "--seed", "5")
@@ -74,7 +74,7 @@ def test_with_the_embedded_server_a_second_run_uses_the_same_devices_and_draws_t
     assert (broker.data / "simulation.tokens").stat().st_mode & 0o777 == 0o600
 
 
-def test_devices_whose_tokens_are_gone_or_old_get_new_ones(broker: Broker) -> None:
+def test_devices_with_missing_or_old_tokens_get_new_ones(broker: Broker) -> None:
     options = ("--devices", "3", "--send-rate", "10", "--duration", "1")
     tokens = broker.data / "simulation.tokens"
     simulated(embedded(broker), broker, *options)
@@ -86,7 +86,7 @@ def test_devices_whose_tokens_are_gone_or_old_get_new_ones(broker: Broker) -> No
     assert json.loads(tokens.read_bytes()).keys() == kept.keys()
 
 
-def test_the_broker_says_where_its_mqtt_server_is_and_what_its_topics_begin_with(
+def test_simulate_takes_the_mqtt_url_and_prefix_from_the_broker(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
     config = tmp_path / "site.toml"
@@ -99,7 +99,7 @@ def test_the_broker_says_where_its_mqtt_server_is_and_what_its_topics_begin_with
     assert json.loads(done.stdout)["executed"] == 5
 
 
-def test_a_device_that_is_not_of_the_simulation_is_left_alone(broker: Broker) -> None:
+def test_a_device_outside_the_simulation_is_not_touched(broker: Broker) -> None:
     token = broker.device("sim-0001")
 
     refused(broker.ordain("simulate", "--devices", "2"), 1, "sim-0001", "default")
@@ -107,7 +107,7 @@ def test_a_device_that_is_not_of_the_simulation_is_left_alone(broker: Broker) ->
     assert Device(broker.mqtt_port, "sim-0001", token).say("online", suffix="status") == 0
 
 
-def test_a_broker_killed_in_the_middle_loses_and_doubles_nothing(
+def test_a_broker_killed_during_a_run_loses_and_doubles_no_command(
     mosquitto: Mosquitto, new_broker: NewBroker
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()
@@ -123,7 +123,7 @@ def test_a_broker_killed_in_the_middle_loses_and_doubles_nothing(
     assert (summary["doubled"], summary["lost"], summary["misfits"]) == (0, 0, 0)
 
 
-def test_ctrl_c_ends_it_cleanly_with_what_it_came_to_so_far(broker: Broker) -> None:
+def test_ctrl_c_ends_cleanly_with_the_summary_so_far(broker: Broker) -> None:
     options = ("--devices", "10", "--send-rate", "50", "--duration", "600")
     run = simulating(embedded(broker), broker, *options)
     until(lambda: recorded(broker, "executed") >= 20)
@@ -142,11 +142,11 @@ def test_ctrl_c_ends_it_cleanly_with_what_it_came_to_so_far(broker: Broker) -> N
     [("--offline", "200%"), ("--fail", "often"), ("--devices", "0"), ("--send-rate", "nan"),
      ("--duration", "-1"), ("--mqtt-url", "http")],
 )  # fmt: skip
-def test_a_wrong_option_is_one_sentence(broker: Broker, option: str, value: str) -> None:
+def test_a_wrong_option_gives_a_one_sentence_error(broker: Broker, option: str, value: str) -> None:
     refused(broker.ordain("simulate", option, value), 2, option)
 
 
-def test_without_a_broker_or_its_mqtt_server_it_says_so(broker: Broker, free_port: int) -> None:
+def test_a_missing_broker_or_mqtt_server_is_reported(broker: Broker, free_port: int) -> None:
     nobody = f"mqtt://127.0.0.1:{free_port}"
 
     refused(broker.ordain("simulate", "--devices", "2", "--mqtt-url", nobody), 3, "0 of 2 devices")

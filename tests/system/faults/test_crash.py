@@ -1,4 +1,4 @@
-"""kill -9 at the worst moments: nothing answered for is lost, and nothing is executed twice."""
+"""kill -9 at the worst moments: no answered command is lost, and none is executed twice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLIENTS = 20
 ANSWERS = 200
 
 
-def test_after_a_crash_the_same_command_comes_again_as_its_second_attempt(new_broker: NewBroker) -> None:
+def test_after_a_crash_a_command_is_sent_again_as_its_second_attempt(new_broker: NewBroker) -> None:
     broker = new_broker("--mqtt-listen", f"127.0.0.1:{unused_port()}").start()
     door = Device(broker.mqtt_port, "door-7", broker.device("door-7"))
     command_id = broker.create("door-7")
@@ -38,7 +38,7 @@ def test_after_a_crash_the_same_command_comes_again_as_its_second_attempt(new_br
     assert broker.verified()
 
 
-def test_after_a_crash_the_reference_device_executes_once_what_came_twice(
+def test_after_a_crash_the_reference_device_executes_a_repeated_command_once(
     mosquitto: Mosquitto, new_broker: NewBroker, tmp_path: Path
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()
@@ -72,7 +72,7 @@ def test_after_a_crash_the_reference_device_executes_once_what_came_twice(
     assert broker.verified()
 
 
-def test_after_a_crash_no_device_is_taken_for_online_before_it_is_back(broker: Broker) -> None:
+def test_after_a_crash_a_device_is_offline_until_it_reconnects(broker: Broker) -> None:
     door = Device(broker.mqtt_port, "door-7", broker.device("door-7"))
     listening = door.listen()
     until(lambda: broker.http("GET", "/v1/devices/door-7").json()["presence"] == "online")
@@ -86,7 +86,7 @@ def test_after_a_crash_no_device_is_taken_for_online_before_it_is_back(broker: B
 
 
 async def keep_creating(url: str, key: str, device: str, accepted: list[str]) -> None:
-    """One client that creates commands until the broker is gone."""
+    """One client that creates commands until the broker is killed."""
     headers = {"Authorization": f"Bearer {key}"}
     async with httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False) as client:
         while True:
@@ -95,7 +95,7 @@ async def keep_creating(url: str, key: str, device: str, accepted: list[str]) ->
             except httpx2.TransportError:
                 return
             if answer.status_code != 201:
-                return  # its queue is full
+                return  # the device's queue is full
             accepted.append(answer.json()["id"])
 
 
@@ -137,7 +137,7 @@ MOMENTS = {
 }
 
 
-def test_kill_9_again_and_again_while_it_starts_does_no_harm(new_broker: NewBroker) -> None:
+def test_repeated_kill_9_during_startup_does_no_harm(new_broker: NewBroker) -> None:
     broker = new_broker()
     for moment, there in MOMENTS.items():
         run = broker.launch()
@@ -151,7 +151,7 @@ def test_kill_9_again_and_again_while_it_starts_does_no_harm(new_broker: NewBrok
 
 
 @pytest.mark.parametrize("last", [1, 3])
-def test_several_kill_9_between_commands_lose_none_of_them(new_broker: NewBroker, last: int) -> None:
+def test_repeated_kill_9_between_commands_loses_no_command(new_broker: NewBroker, last: int) -> None:
     broker = new_broker().start()
     broker.device("lamp")
     made = []
@@ -164,7 +164,7 @@ def test_several_kill_9_between_commands_lose_none_of_them(new_broker: NewBroker
     assert broker.verified()
 
 
-def test_a_lease_outlives_the_broker(new_broker: NewBroker) -> None:
+def test_a_lease_survives_a_broker_restart(new_broker: NewBroker) -> None:
     broker = new_broker().start()
     token = broker.device("rec-1", "recorder")
     command_id = broker.create("rec-1", "start_recording")

@@ -1,4 +1,4 @@
-"""A full disk, for real: a small file system of its own that is filled up and emptied again."""
+"""A really full disk: a small file system of its own that the tests fill and empty."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FULL = "log: it cannot be written"
 
 
 class Disk:
-    """A mounted file system, and the one file that takes up what is left of it."""
+    """A mounted file system, and the file that fills it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -56,7 +56,7 @@ def refused_for_want_of_space(broker: Broker) -> bool:
     return True
 
 
-def test_on_a_full_disk_creates_are_503_and_reads_go_on_and_with_space_it_works_again(
+def test_on_a_full_disk_creates_are_503_reads_work_and_with_space_creates_work_again(
     disk: Disk, new_broker: NewBroker
 ) -> None:
     broker = new_broker(data=disk.root / "data").start()
@@ -83,7 +83,7 @@ def test_on_a_full_disk_creates_are_503_and_reads_go_on_and_with_space_it_works_
     assert len(broker.runs) == 1
 
 
-def test_on_a_full_disk_the_command_line_says_so(disk: Disk, new_broker: NewBroker) -> None:
+def test_the_command_line_reports_a_full_disk(disk: Disk, new_broker: NewBroker) -> None:
     broker = new_broker(data=disk.root / "data").start()
     broker.device("lamp")
     disk.fill()
@@ -94,7 +94,7 @@ def test_on_a_full_disk_the_command_line_says_so(disk: Disk, new_broker: NewBrok
     assert broker.ordain("keys", "list").returncode == 0
 
 
-def test_it_ends_cleanly_on_a_full_disk_and_starts_again_with_space(
+def test_the_broker_stops_cleanly_on_a_full_disk_and_starts_again_with_space(
     disk: Disk, new_broker: NewBroker
 ) -> None:
     broker = new_broker(data=disk.root / "data").start()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a clean end within ten seconds, exit code 0, whatever is going on."""
+"""SIGTERM and SIGINT end the broker cleanly within ten seconds with exit code 0, during any activity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 
 def half_a_request(broker: Broker, device: str) -> tuple[socket.socket, bytes]:
-    """A connection on which a request is open, and what is missing of it."""
+    """A connection with an open request, and the part of the body that is not sent yet."""
     body = json.dumps({"type": "lock"}).encode()
     head = (
         f"POST /v1/devices/{device}/commands HTTP/1.1\r\nHost: ordain\r\n"
@@ -28,12 +28,12 @@ def half_a_request(broker: Broker, device: str) -> tuple[socket.socket, bytes]:
     where = urlsplit(broker.url)
     connection = socket.create_connection((where.hostname, where.port), timeout=WITHIN_SEC)
     connection.sendall(head.encode())
-    assert b"100 Continue" in connection.recv(1_000)  # so the broker is reading the body
+    assert b"100 Continue" in connection.recv(1_000)  # this proves that the broker is reading the body
     return connection, body
 
 
 @BOTH
-def test_an_open_request_is_finished_and_nothing_is_lost(broker: Broker, number: signal.Signals) -> None:
+def test_an_open_request_is_finished_and_its_command_is_kept(broker: Broker, number: signal.Signals) -> None:
     broker.device("lamp")
     connection, rest = half_a_request(broker, "lamp")
 
@@ -54,7 +54,7 @@ def test_an_open_request_is_finished_and_nothing_is_lost(broker: Broker, number:
     assert broker.verified()
 
 
-def test_a_request_that_never_ends_does_not_keep_it_from_ending(broker: Broker) -> None:
+def test_an_unfinished_request_does_not_delay_the_end(broker: Broker) -> None:
     broker.device("lamp")
     connection, _ = half_a_request(broker, "lamp")
 
@@ -62,7 +62,7 @@ def test_a_request_that_never_ends_does_not_keep_it_from_ending(broker: Broker) 
         assert broker.end() == 0
 
 
-def test_a_connected_device_and_an_unanswered_command_do_not_keep_it_from_ending(broker: Broker) -> None:
+def test_a_connected_device_and_an_unanswered_command_do_not_delay_the_end(broker: Broker) -> None:
     door = Device(broker.mqtt_port, "door-7", broker.device("door-7"))
     command_id = broker.create("door-7")
     listening = door.listen("rls", "-C", "5")
@@ -76,14 +76,14 @@ def test_a_connected_device_and_an_unanswered_command_do_not_keep_it_from_ending
 
 
 @BOTH
-def test_it_ends_while_its_mqtt_server_is_nowhere(new_broker: NewBroker, number: signal.Signals) -> None:
+def test_it_ends_without_a_reachable_mqtt_server(new_broker: NewBroker, number: signal.Signals) -> None:
     broker = new_broker("--mqtt-url", f"mqtt://127.0.0.1:{unused_port()}").start()
     assert broker.not_ready() == ["mqtt: not connected to the MQTT server"]
 
     assert broker.end(number) == 0
 
 
-def test_it_ends_while_its_mqtt_server_accepts_and_says_nothing(new_broker: NewBroker) -> None:
+def test_it_ends_while_its_mqtt_server_accepts_but_never_answers(new_broker: NewBroker) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         broker = new_broker("--mqtt-url", "mqtt://127.0.0.1:{1}".format(*silent.getsockname())).start()
         connection, _ = silent.accept()
@@ -93,7 +93,7 @@ def test_it_ends_while_its_mqtt_server_accepts_and_says_nothing(new_broker: NewB
 
 
 @BOTH
-def test_the_demo_ends_as_cleanly(new_broker: NewBroker, number: signal.Signals) -> None:
+def test_the_demo_ends_cleanly_too(new_broker: NewBroker, number: signal.Signals) -> None:
     broker = new_broker("--demo").start()
     broker.run.out.wait("Ordain is ready")
 
@@ -101,7 +101,7 @@ def test_the_demo_ends_as_cleanly(new_broker: NewBroker, number: signal.Signals)
     assert "Traceback" not in broker.run.err.all()
 
 
-def test_the_demo_ends_while_it_still_waits_for_its_devices(new_broker: NewBroker) -> None:
+def test_the_demo_ends_while_it_waits_for_its_devices(new_broker: NewBroker) -> None:
     broker = new_broker("--demo", "--mqtt-url", f"mqtt://127.0.0.1:{unused_port()}").start()
 
     assert broker.end() == 0
@@ -110,7 +110,7 @@ def test_the_demo_ends_while_it_still_waits_for_its_devices(new_broker: NewBroke
 
 
 @BOTH
-def test_a_signal_as_soon_as_it_serves_is_a_clean_end_too(
+def test_a_signal_during_startup_ends_it_cleanly(
     new_broker: NewBroker, tmp_path: Path, number: signal.Signals
 ) -> None:
     broker = new_broker()

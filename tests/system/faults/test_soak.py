@@ -1,4 +1,4 @@
-"""The soak at a small size: the full ones are for `make soak`."""
+"""The soak at a small size; `make soak` runs the full ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENDS_WITHIN_SEC = 100
 
 
 def soaked(home: Path, *arguments: str) -> dict[str, Any]:
-    """The figures of a run in which nothing was wrong."""
+    """The figures of a soak run without faults."""
     done = subprocess.run(
         [sys.executable, "-m", "scripts.soak", "--json", "--dir", str(home), *arguments],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=ENDS_WITHIN_SEC,
@@ -27,7 +27,7 @@ def soaked(home: Path, *arguments: str) -> dict[str, Any]:
     return figures
 
 
-def test_a_queue_for_devices_that_come_back_is_executed_once_and_in_order_through_two_kill_9(
+def test_a_queue_for_returning_devices_is_executed_once_and_in_order_through_two_kill_9(
     tmp_path: Path,
 ) -> None:
     size = ("--devices", "20", "--count", "400", "--ack-timeout", "1")
@@ -38,7 +38,7 @@ def test_a_queue_for_devices_that_come_back_is_executed_once_and_in_order_throug
     assert figures["log: started"] == 3
 
 
-def test_answers_that_wait_at_the_server_for_a_dead_broker_count_though_their_time_ran_out(
+def test_answers_that_wait_at_the_server_for_a_dead_broker_count_after_their_timeout(
     tmp_path: Path,
 ) -> None:
     size = ("--devices", "20", "--rate", "20", "--seconds", "4", "--time-out", "1")

@@ -1,4 +1,4 @@
-"""Starting: the demo that a newcomer sees, and every start that must be refused in one sentence."""
+"""Starting: the demo for newcomers, and starts that must be refused with a one-sentence error."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def bash(text: str, cwd: Path) -> str:
 
 
 def welcome(broker: Broker) -> dict[str, str]:
-    """What the demo prints, by its first word; a line that goes on is kept whole."""
+    """The lines the demo prints, keyed by their first word; continued lines are kept whole."""
     broker.run.out.wait("  log ")
     text = broker.run.out.so_far()
     return dict(re.findall(r"^  (\w+) +((?:.*\\\n)*.*)$", text, re.MULTILINE))
 
 
-def test_the_curl_that_the_demo_prints_works_when_it_is_pasted(new_broker: NewBroker, tmp_path: Path) -> None:
+def test_the_curl_printed_by_the_demo_works_when_pasted(new_broker: NewBroker, tmp_path: Path) -> None:
     broker = new_broker("--demo", data=tmp_path / "some where").start()
 
     printed = welcome(broker)
@@ -55,7 +55,7 @@ def test_the_curl_that_the_demo_prints_works_when_it_is_pasted(new_broker: NewBr
     assert "executed" in bash(printed["log"].replace(".venv/bin/ordain", ORDAIN), tmp_path)
 
 
-def test_the_demo_starts_again_with_the_same_key_and_devices(new_broker: NewBroker, tmp_path: Path) -> None:
+def test_a_restarted_demo_keeps_its_key_and_devices(new_broker: NewBroker, tmp_path: Path) -> None:
     broker = new_broker("--demo").start()
     key = welcome(broker)["key"]
     broker.run.kill()
@@ -67,7 +67,7 @@ def test_the_demo_starts_again_with_the_same_key_and_devices(new_broker: NewBrok
     until(lambda: '"state":"executed"' in bash(printed["look"], tmp_path))
 
 
-def test_the_demo_leaves_out_a_device_that_was_deleted_and_one_that_is_somebody_elses(
+def test_the_demo_leaves_out_deleted_devices_and_devices_of_others(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
     broker = new_broker("--demo")
@@ -88,7 +88,7 @@ def test_the_demo_leaves_out_a_device_that_was_deleted_and_one_that_is_somebody_
     until(lambda: '"state":"executed"' in bash(printed["look"], tmp_path))
 
 
-def test_a_second_broker_on_the_directory_is_refused_and_the_first_unharmed(broker: Broker) -> None:
+def test_a_second_broker_on_a_directory_is_refused_and_the_first_goes_on(broker: Broker) -> None:
     broker.device("lamp")
 
     second = broker.launch()
@@ -100,7 +100,7 @@ def test_a_second_broker_on_the_directory_is_refused_and_the_first_unharmed(brok
     assert broker.verified()
 
 
-def test_two_brokers_with_directories_of_their_own_do_not_meet(
+def test_two_brokers_with_separate_directories_are_independent(
     broker: Broker, new_broker: NewBroker, tmp_path: Path
 ) -> None:
     other = new_broker(data=tmp_path / "other").start()
@@ -113,7 +113,7 @@ def test_two_brokers_with_directories_of_their_own_do_not_meet(
 
 
 @pytest.mark.parametrize("option", ["--http", "--mqtt-listen"])
-def test_a_port_that_is_taken_is_named(new_broker: NewBroker, option: str) -> None:
+def test_a_port_in_use_is_named(new_broker: NewBroker, option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = "127.0.0.1:{1}".format(*taken.getsockname())
         started = new_broker(option, address).launch()
@@ -185,13 +185,13 @@ def test_a_wrong_setting_is_named_in_one_sentence(
     assert not (tmp_path / "data").exists()
 
 
-def test_a_directory_that_cannot_be_one_is_named(tmp_path: Path) -> None:
+def test_a_data_path_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
 
     refused(ordain("serve", data=tmp_path / "data"), 3, str(tmp_path / "data"))
 
 
-def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_named_and_not_changed(tmp_path: Path) -> None:
     database = tmp_path / "ordain.db"
     database.write_text("precious " * 1_000)
 

@@ -1,6 +1,6 @@
-"""Examples of other systems' pages, run as they stand: their curl, their expected JSON.
+"""Runs the examples on other systems' pages unchanged: their curl commands and the JSON they expect.
 
-Only what cannot be the same is put in place of theirs: the base address, the key, and made-up ids.
+Only values that must differ are replaced: the base address, the key, and the invented ids.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z")
 
 
 def curl(example: str, **substitutes: str) -> tuple[int, Any]:
-    """(status, JSON) of an example, each text of it that `substitutes` names put in place."""
+    """Runs an example and returns (status, JSON). `substitutes` maps texts of the example to their
+    replacements."""
     for theirs, ours in substitutes.items():
         assert theirs in example, f"{theirs} is not in the example"
         example = example.replace(theirs, ours)
@@ -29,9 +30,10 @@ def curl(example: str, **substitutes: str) -> tuple[int, Any]:
 
 
 def unlike(expected: Any, found: Any, path: str = "") -> list[str]:
-    """Where an answer has not the form of the example: names, order, types, null. More names may follow.
+    """The differences in form between an example and an answer: names, order, types, null. Extra names are
+    allowed.
 
-    Texts that are times must be times, and tokens tokens; what other texts say is for the test.
+    Times must look like times, tokens and ids like tokens and ids; tests compare the other texts.
     """
     if isinstance(expected, dict):
         if not isinstance(found, dict):

@@ -1,4 +1,5 @@
-"""What an app sends to a device that is away reaches it when it is back, whatever was restarted meanwhile."""
+"""A command for an offline device reaches it when it reconnects, after restarts of the broker, the MQTT
+server or the device."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from tests.system.support import Broker, running, until
 
 
 class Door:
-    """The reference device with a memory on disk; `done` is what it did, in order."""
+    """The reference device with its memory on disk; `done` lists the commands it executed, in order."""
 
     def __init__(self, broker: Broker, mosquitto: Mosquitto, home: Path) -> None:
         self.token = broker.device("door-7")
@@ -52,7 +53,7 @@ def presence(broker: Broker) -> str:
     return found
 
 
-def test_an_offline_device_gets_what_was_sent_when_it_reconnects_whatever_was_restarted(
+def test_an_offline_device_gets_its_commands_on_reconnect_after_any_restart(
     mosquitto: Mosquitto, new_broker: NewBroker, tmp_path: Path
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()

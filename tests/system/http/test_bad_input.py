@@ -1,6 +1,7 @@
-"""Every field that the description of the API names, wrong in every way it can be: 400, named, and no trace.
+"""Every field in the API description, with every kind of wrong value: the answer is 400, names the field, and
+nothing changes.
 
-Worked out of the description, so a route is tested here as soon as it is described.
+The cases are generated from the description, so a new route is tested as soon as it is described.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ KINDS: dict[str, Any] = {
 }
 NOT_NAMES = ("", "a b", "x" * 65, "../up", "é", "a\n", "-a")
 NOT_JSON = (b"", b"{", b"nonsense", b'"\xff"', b"\xef\xbb\xbf{}", b"NaN", b"\x00", b"[" * 100_000, b"'a'")
-# As they stand in an address: not UTF-8, no names, too long.
+# Wrong names in their URL-encoded form: not UTF-8, forbidden characters, too long.
 NOT_IN_A_PATH = ("%FF", "%C3%28", "a%20b", "%00", "x" * 65, "%C3%A9", "a%0A")
 
 
 class Fault(NamedTuple):
-    """One request and the field that is wrong with it."""
+    """One request, and the one field in it that is wrong."""
 
     field: str
     path: str
@@ -61,14 +62,14 @@ def resolved(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def branches(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """The schemas that a value may fit, without the unions."""
+    """All schemas that a value may match, with unions flattened."""
     schema = resolved(schema)
     union = schema.get("anyOf") or schema.get("oneOf")
     return [schema] if union is None else [each for part in union for each in branches(part)]
 
 
 def kinds(schema: dict[str, Any]) -> set[str]:
-    """The JSON types a value may have; all, if the schema does not say."""
+    """The JSON types that a value may have; all of them if the schema names none."""
     if "enum" in schema or "const" in schema:
         return {"string"}
     given = schema.get("type", list(KINDS))
@@ -77,7 +78,7 @@ def kinds(schema: dict[str, Any]) -> set[str]:
 
 
 def misfits(schema: dict[str, Any]) -> Iterator[Any]:
-    """Values that a field must not have."""
+    """Values that do not fit the schema."""
     fits = branches(schema)
     allowed = set().union(*map(kinds, fits))
     yield from (value for kind, value in KINDS.items() if kind not in allowed)
@@ -125,7 +126,7 @@ def wrong_bodies(operation: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
 
 
 def wrong_texts(schema: dict[str, Any]) -> Iterator[str]:
-    """Values of a query parameter, as they stand in an address."""
+    """Wrong values of a query parameter, URL-encoded."""
     yield "%FF"
     if schema["type"] == "integer":
         yield from ("x", "", "1.5", "9" * 400, "null", "true", "0x1", "+1")
@@ -149,7 +150,7 @@ def wrong_headers(schema: dict[str, Any]) -> Iterator[str]:
 
 
 def faults(label: str, here: Served) -> Iterator[Fault]:
-    """Everything that can be wrong with the requests of an operation, one at a time."""
+    """All wrong requests of an operation; each has one fault."""
     operation = OPERATIONS[label]
     template = label.partition(" ")[2]
     path = here.path(template)
@@ -168,7 +169,7 @@ def faults(label: str, here: Served) -> Iterator[Fault]:
                 yield Fault(name, path, body, f"{name}={text}")
             yield Fault(name, path, body, f"{name}=1&{name}=1")
         else:
-            # What may stand in both places must not contradict itself.
+            # A value given in both the body and the header must be equal, so only one of the two is set.
             alone = {
                 key: value
                 for key, value in json.loads(body or b"{}").items()
@@ -179,7 +180,8 @@ def faults(label: str, here: Served) -> Iterator[Fault]:
 
 
 def names_the_field(field: str, found: str) -> bool:
-    """Headers are written in their own way; what is inside a field stands after its name."""
+    """Whether the error names the field. HTTP headers ignore case; a nested path starts with the field's
+    name."""
     field, found = (name.lower().replace("-", "_") for name in (field, found))
     return found == field or found.startswith((f"{field}.", f"{field}["))
 
@@ -195,7 +197,7 @@ def ask(client: httpx2.Client, method: str, fault: Fault) -> httpx2.Response:
 
 
 @pytest.mark.parametrize("label", OPERATIONS)
-def test_what_is_wrong_is_named_and_changes_nothing(label: str, here: Served) -> None:
+def test_a_wrong_value_is_named_and_changes_nothing(label: str, here: Served) -> None:
     before, found = here.position(), []
     with here.client() as client:
         for fault in faults(label, here):
@@ -208,7 +210,7 @@ def test_what_is_wrong_is_named_and_changes_nothing(label: str, here: Served) ->
 
 
 @pytest.mark.parametrize("label", [label for label, found in OPERATIONS.items() if "requestBody" in found])
-def test_a_body_of_another_kind_or_size_is_refused(label: str, here: Served) -> None:
+def test_a_body_of_another_type_or_size_is_refused(label: str, here: Served) -> None:
     method, _, template = label.partition(" ")
     path = here.path(template)
     before = here.position()
@@ -227,7 +229,7 @@ def test_a_body_of_another_kind_or_size_is_refused(label: str, here: Served) -> 
 @pytest.mark.parametrize(
     "label", [label for label, found in OPERATIONS.items() if found.get("security") != [{}]]
 )
-def test_nobody_is_let_in_without_a_key_and_the_scope_that_is_named(label: str, here: Served) -> None:
+def test_requests_without_the_key_or_the_required_scope_are_refused(label: str, here: Served) -> None:
     method, _, template = label.partition(" ")
     path, operation = here.path(template), OPERATIONS[label]
     scopes = operation["security"][0]["bearer"]
@@ -252,8 +254,8 @@ def test_nobody_is_let_in_without_a_key_and_the_scope_that_is_named(label: str, 
     assert here.position() == before
 
 
-def test_every_body_has_an_example_of_what_it_must_hold() -> None:
-    """Without one the test above would change it into nothing."""
+def test_every_body_example_has_all_required_fields() -> None:
+    """test_a_wrong_value_is_named_and_changes_nothing builds its wrong bodies from these examples."""
     for label, operation in OPERATIONS.items():
         if "requestBody" in operation:
             content = operation["requestBody"]["content"]["application/json"]

@@ -1,4 +1,4 @@
-"""The page that describes the API, in a real browser: everything is there, nothing comes from elsewhere."""
+"""The API page in a real browser: all operations are there, and nothing is loaded from other hosts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield here
 
 
-def test_every_operation_is_shown_and_can_be_tried_without_the_rest_of_the_world(
-    page: Page, here: Served
-) -> None:
+def test_every_operation_is_shown_and_can_be_tried_offline(page: Page, here: Served) -> None:
     asked: list[str] = []
     said: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Event streams as a service has them: real connections to a real broker, over its end and its crash."""
+"""Event streams as a service uses them: real connections to a real broker, through shutdowns and crashes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def key_for_events(broker: Broker, project: str = "default") -> str:
 
 
 class Service:
-    """Reads the stream, and goes on from the last id whenever it breaks."""
+    """Reads the stream and resumes from the last id after each break."""
 
     def __init__(self, broker: Broker, key: str) -> None:
         self.broker = broker
@@ -80,7 +80,7 @@ def of_the_log(broker: Broker) -> list[int]:
     return [int(event["id"]) for event in page.json()["data"]]
 
 
-def test_a_service_misses_nothing_and_gets_nothing_twice_over_crashes(broker: Broker) -> None:
+def test_a_service_gets_every_event_once_through_crashes(broker: Broker) -> None:
     broker.device("lamp")
     with following(Service(broker, key_for_events(broker))) as service:
         for _ in range(2):
@@ -125,7 +125,7 @@ def test_open_streams_end_with_the_broker(broker: Broker) -> None:
         stream.close()
 
 
-def test_streams_are_not_limited_by_what_a_shell_allows_at_first(new_broker: NewBroker) -> None:
+def test_the_number_of_streams_is_not_limited_by_the_shells_soft_limit(new_broker: NewBroker) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
     try:
@@ -140,7 +140,7 @@ def test_streams_are_not_limited_by_what_a_shell_allows_at_first(new_broker: New
 
 
 def on_the_bus(port: int, *login: str, topic: str = "iotee/evt/#") -> Process:
-    """mosquitto_sub, which prints topic and payload of what comes, and says so once it listens."""
+    """mosquitto_sub that prints topic and payload of each message, and its SUBACK when it is subscribed."""
     return Process(
         "stdbuf", "-oL", program("mosquitto_sub"), "-p", str(port), *login, "-q", "1", "-t", topic,
         "-F", "%t %p", "-d",
@@ -172,7 +172,7 @@ def test_a_service_on_the_embedded_server_sees_its_own_project_until_its_key_is_
     assert on_the_bus(port, "-u", "service", "-P", "sk_live_wrong").wait() != 0
     broker.run.err.wait("event=mqtt.embedded_denied")
     ids = [line.split()[0] for line in broker.ordain("keys", "list").stdout.splitlines() if "key_" in line]
-    assert broker.ordain("keys", "revoke", ids[1]).returncode == 0  # the first is the test's own
+    assert broker.ordain("keys", "revoke", ids[1]).returncode == 0  # the first key is the test's own
     broker.create("lamp")
     until(lambda: len(told(witness)) == 2)
     assert len(told(sees)) == 1
@@ -181,7 +181,7 @@ def test_a_service_on_the_embedded_server_sees_its_own_project_until_its_key_is_
         listening.kill()
 
 
-def test_a_service_with_a_session_on_an_external_server_gets_all_over_a_crash(
+def test_a_service_with_a_session_on_an_external_server_gets_all_events_through_a_crash(
     mosquitto: Mosquitto, new_broker: NewBroker
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()

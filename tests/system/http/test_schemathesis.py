@@ -1,4 +1,4 @@
-"""Everything that the description of the API allows, and much that it does not, asked of the real thing."""
+"""Sends the API everything that its description allows, and much that it forbids."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from schemathesis.checks import positive_data_acceptance
 
 from tests.system.api_support import Served, description, is_stream, served
 
-# By hand: EXAMPLES=2000 finds what the few of every day cannot.
+# Set EXAMPLES=2000 by hand to find rare faults; the default of 15 keeps the daily run short.
 EXAMPLES = int(os.environ.get("EXAMPLES", "15"))
-# What only the broker's state can judge: the one thing that data fit for the schema may be refused for.
+# Fields that may be refused although they match the schema, because only the broker's state can judge them.
 BEYOND_A_SCHEMA = {
     "cursor", "type", "command", "device_type", "params", "all", "project", "start", "end", "as_of", "from",
     "to", "url", "device", "after", "Last-Event-ID",
@@ -45,7 +45,7 @@ def fit_data_is_refused_only_for_what_a_schema_cannot_say(
 ) -> None:
     if case.meta is not None and case.meta.generation.mode.is_positive and response.status_code == 400:
         details = response.json()["error"]["details"]
-        # To JSON Schema 5.0 is an integer; to us it is a number with a fraction.
+        # In JSON Schema 5.0 is an integer; the broker reads it as a float and refuses it.
         if "got `float`" not in details["reason"]:
             assert details["field"].partition(".")[0] in BEYOND_A_SCHEMA, response.text
 
@@ -58,7 +58,8 @@ def faults_are_named(context: CheckContext, response: Response, case: Case[Any])
 
 
 def name_what_is_there(case: Case[Any], here: Served) -> None:
-    """Fit names are nobody's: every other one becomes one that is known here. Two keys contradict."""
+    """Generated names fit no known object: replaces those of odd length with known ones. Removes the
+    Idempotency-Key header if the body has a key too, because two keys contradict."""
     if isinstance(case.body, dict) and "idempotency_key" in case.body:
         case.headers.pop("Idempotency-Key", None)
     for name, known in (("device", here.devices), ("command_id", here.commands)):
@@ -75,7 +76,7 @@ def name_what_is_there(case: Case[Any], here: Served) -> None:
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-def test_every_operation_does_what_its_description_says(case: Case[Any], here: Served) -> None:
+def test_every_operation_behaves_as_described(case: Case[Any], here: Served) -> None:
     if case.meta is not None and case.meta.generation.mode.is_positive:
         name_what_is_there(case, here)
     case.call_and_validate(

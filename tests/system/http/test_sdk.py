@@ -1,6 +1,5 @@
-"""Both SDKs against a real broker: connections cut in the middle, a broker killed under a stream, devices
-that answer, fail and never come, and a page in a real browser.
-"""
+"""Both SDKs against a real broker: cut connections, a broker killed under a stream, devices that answer, fail
+or never connect, and a page in a real browser."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ languages = pytest.mark.parametrize("language", LANGUAGES)
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """One for all tests that leave it alive; each has devices of its own."""
+    """One broker for all tests that do not kill it; each test has its own devices."""
     home = tmp_path_factory.mktemp("broker")
     broker = Broker(home / "data", cwd=home).start()
     yield broker
@@ -38,14 +37,14 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 @pytest.fixture
 def door(broker: Broker) -> str:
-    """A device that no other test has."""
+    """A device of this test only."""
     name = f"door_{next(DOORS)}"
     broker.device(name)
     return name
 
 
 def client(broker: Broker, language: str, url: str = "") -> Sdk:
-    broker.http("GET", "/v1/types")  # makes the key
+    broker.http("GET", "/v1/types")  # creates the broker's key
     return sdk(language, url or broker.url, broker.key, backoff_sec=0.05)
 
 
@@ -70,7 +69,7 @@ def commands_of(broker: Broker, hardware_id: str) -> list[str]:
 
 
 @languages
-def test_thousands_of_devices_in_one_call_each_have_their_answer(broker: Broker, language: str) -> None:
+def test_one_call_with_thousands_of_devices_answers_for_each(broker: Broker, language: str) -> None:
     known = [f"{language}-{number}" for number in (0, 4_999, 9_999, 10_000, 12_344)]
     for hardware_id in known:
         broker.device(hardware_id)
@@ -86,7 +85,8 @@ def test_thousands_of_devices_in_one_call_each_have_their_answer(broker: Broker,
 
 
 class Proxy:
-    """Between SDK and broker. The first connections are cut, each in its own way; the rest are left alone."""
+    """A proxy between SDK and broker. Cuts the first connections, each as listed in `cuts`; later ones pass
+    unchanged."""
 
     def __init__(self, broker: Broker, *cuts: str) -> None:
         host, _, port = broker.url.removeprefix("http://").partition(":")
@@ -121,7 +121,7 @@ async def message(reader: asyncio.StreamReader) -> bytes:
 
 
 @languages
-async def test_a_connection_cut_anywhere_in_a_send_gives_no_double(
+async def test_a_connection_cut_anywhere_in_a_send_makes_no_duplicate(
     broker: Broker, door: str, language: str
 ) -> None:
     proxy = Proxy(broker, "the request", "before the answer", "the answer")
@@ -133,7 +133,7 @@ async def test_a_connection_cut_anywhere_in_a_send_gives_no_double(
 
 
 @languages
-async def test_what_was_given_up_is_completed_with_the_key_of_its_error(
+async def test_an_unfinished_send_is_completed_with_the_key_of_its_error(
     broker: Broker, door: str, language: str
 ) -> None:
     order = {"name": "unlock", "device_ident": [door]}
@@ -147,7 +147,7 @@ async def test_what_was_given_up_is_completed_with_the_key_of_its_error(
 
 
 @languages
-async def test_refusals_of_the_real_broker_are_typed(broker: Broker, language: str) -> None:
+async def test_refusals_of_the_real_broker_are_typed_errors(broker: Broker, language: str) -> None:
     app = client(broker, language)
     order = {"name": "unlock", "device_ident": ["no-door"]}
     wrong = await app.send(order | {"colour": "red"})
@@ -166,7 +166,7 @@ async def test_refusals_of_the_real_broker_are_typed(broker: Broker, language: s
 
 
 @languages
-async def test_wait_gives_the_closed_command_whatever_its_end(
+async def test_wait_returns_the_closed_command_for_every_end(
     broker: Broker, door: str, language: str
 ) -> None:
     app = client(broker, language)
@@ -189,9 +189,7 @@ async def test_wait_gives_the_closed_command_whatever_its_end(
 
 
 @languages
-async def test_waiting_in_vain_ends_with_a_timeout_and_the_command_goes_on(
-    broker: Broker, door: str, language: str
-) -> None:
+async def test_wait_times_out_and_leaves_the_command_open(broker: Broker, door: str, language: str) -> None:
     command_id = broker.create(door, "unlock")
     outcome = await client(broker, language).wait(command_id, 0.5)
     assert outcome.error["name"] == "Timeout"
@@ -206,7 +204,7 @@ def has(seen: Outcome, command_id: str) -> bool:
 
 
 @languages
-async def test_a_broker_killed_under_a_stream_costs_no_event_and_doubles_none(
+async def test_a_stream_misses_and_repeats_no_event_when_the_broker_is_killed(
     new_broker: NewBroker, language: str
 ) -> None:
     address = f"127.0.0.1:{unused_port()}"
@@ -219,7 +217,7 @@ async def test_a_broker_killed_under_a_stream_costs_no_event_and_doubles_none(
     for life in range(3):
         made += [broker.create("door-1", "unlock", params={"life": life})]
         await asyncio.to_thread(until, partial(has, seen, made[-1]))
-        # Of these the stream has seen some, or none, when the broker dies.
+        # When the broker dies, the stream has seen some or none of these.
         made += [broker.create("door-1", "unlock", params={"life": life}) for _ in range(9)]
         if life < 2:
             broker.end(signal.SIGKILL)
@@ -231,10 +229,10 @@ async def test_a_broker_killed_under_a_stream_costs_no_event_and_doubles_none(
 
 
 @languages
-async def test_a_stream_without_a_position_begins_now_and_misses_nothing_after_it(
+async def test_a_stream_without_a_position_starts_now_and_misses_no_later_event(
     new_broker: NewBroker, language: str
 ) -> None:
-    """Killed before the first event: what comes while the stream is away is not lost."""
+    """The broker is killed before the first event; events during the break must not be lost."""
     address = f"127.0.0.1:{unused_port()}"
     broker = new_broker("--http", address).start()
     broker.device("door-1")
@@ -250,7 +248,7 @@ async def test_a_stream_without_a_position_begins_now_and_misses_nothing_after_i
 
 
 def streams(broker: Broker) -> float:
-    """How many streams of events are open."""
+    """The number of open event streams."""
     text = broker.http("GET", "/metrics").text
     found = [line for line in text.splitlines() if line.startswith("ordain_event_streams ")]
     return float(found[0].rpartition(" ")[2])
@@ -283,7 +281,7 @@ async ([url, key, door]) => {
 
 
 def in_a_page(broker: Broker, page: Page, page_from: str) -> dict[str, Any]:
-    """What the program gives in a page that came from an address."""
+    """The program's result in a page that was loaded from `page_from`."""
     token = broker.device("front-door")
     with running(lambda: agent(broker, "front-door", token)):
         page.goto(f"{page_from}/healthz")
@@ -299,7 +297,7 @@ def test_a_page_in_a_browser_sends_waits_and_follows(broker: Broker, page: Page)
     assert seen["refused"] is True
 
 
-def test_a_page_from_elsewhere_does_so_if_the_settings_name_it(new_broker: NewBroker, page: Page) -> None:
+def test_a_page_from_another_origin_works_if_the_settings_allow_it(new_broker: NewBroker, page: Page) -> None:
     port = unused_port()
     elsewhere = f"http://localhost:{port}"
     broker = new_broker("--http", f"127.0.0.1:{port}")

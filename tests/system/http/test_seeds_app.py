@@ -1,6 +1,5 @@
-"""`app.command` as its users know it from elsewhere: their examples as they stand, in both languages, and
-what comes back field by field. Only address and key are ours.
-"""
+"""`app.command` as its users know it from another system: their examples unchanged, in both languages, and
+the answers field by field. Only address and key are replaced."""
 
 from __future__ import annotations
 
@@ -60,8 +59,8 @@ languages = pytest.mark.parametrize("language", LANGUAGES)
 
 
 def run(language: str, example: str, name: str, broker: Broker) -> tuple[Any, list[str]]:
-    """The example's one variable, and what it printed before."""
-    broker.http("GET", "/v1/types")  # makes the key
+    """The value of the example's variable, and the lines it printed before."""
+    broker.http("GET", "/v1/types")  # creates the broker's key
     if language == "python":
         printed = asyncio.run(_python(example, name, broker))
     else:
@@ -78,7 +77,7 @@ async def _python(example: str, name: str, broker: Broker) -> str:
 
 
 @languages
-def test_the_examples_run_as_they_stand_and_give_what_is_promised(broker: Broker, language: str) -> None:
+def test_the_examples_run_unchanged_and_give_the_documented_answers(broker: Broker, language: str) -> None:
     for hardware_id in ("sensor_01", "sensor_02"):
         broker.device(hardware_id)
     began = int(time.time() * 1_000)
@@ -98,7 +97,7 @@ def test_the_examples_run_as_they_stand_and_give_what_is_promised(broker: Broker
         "sensor_99": {"sent": False, "error": "Device not found"},
     }
 
-    # As it stands it asks for a day before all that is kept.
+    # Unchanged, the example asks for a day before the first command.
     assert run(language, HISTORY[language], "history", broker) == ({"sensor_01": []}, [])
     today = HISTORY[language].replace("2026-03-01T", time.strftime("%Y-%m-%dT", time.gmtime(began / 1_000)))
     history, printed = run(language, today.replace("2026-03-02T", "2999-01-01T"), "history", broker)
@@ -117,7 +116,7 @@ def test_the_examples_run_as_they_stand_and_give_what_is_promised(broker: Broker
     assert [line.rpartition(" at ")[2] for line in printed] == [str(timestamp) for timestamp in times]
 
 
-def test_commands_are_queued_per_name_up_to_the_configured_number(
+def test_commands_are_queued_per_name_up_to_the_configured_limit(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
     settings = tmp_path / "ordain.toml"

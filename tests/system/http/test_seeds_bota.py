@@ -74,14 +74,14 @@ LISTED = json.loads("""{
   "has_more": false,
   "next_cursor": null
 }""")
-# The page of creating has no example of its own: a create answers with the command, status pending.
+# The page on creating shows no answer: a create answers with the command in status pending.
 CREATED = CANCELLED | {"status": "pending"}
 EXACT = ("device_id", "type", "status", "params", "result", "error")
 
 
 @pytest.fixture
 def token(broker: Broker) -> str:
-    """The token of a recorder that has the name it has on the pages."""
+    """The token of a recorder with the name used on the pages."""
     body = {"id": DEVICE, "hardware_id": "ABC123", "type": "recorder"}
     answer = broker.http("POST", "/v1/devices", body)
     assert answer.status_code == 201, answer.text
@@ -94,12 +94,13 @@ def asked(broker: Broker, example: str, **more: str) -> tuple[int, Any]:
 
 
 def exactly(expected: dict[str, Any], found: dict[str, Any]) -> None:
-    """Names, order, types and null as shown; and what does not depend on time or chance is equal."""
+    """Asserts names, order, types and null as shown, and equality of the values that do not depend on time or
+    chance."""
     assert unlike(expected, found) == []
     assert {name: found[name] for name in EXACT} == {name: expected[name] for name in EXACT}
 
 
-def test_a_command_is_created_as_the_page_says(broker: Broker, token: str) -> None:
+def test_a_command_is_created_as_the_page_describes(broker: Broker, token: str) -> None:
     answer = broker.http("POST", f"/v1/devices/{DEVICE}/commands", {"type": "start_recording"})
     command = answer.json()
 
@@ -122,7 +123,8 @@ def test_a_pending_command_is_cancelled_as_the_page_shows(broker: Broker, token:
         assert status == 200
         exactly(CANCELLED, command)
         assert command["id"] == command_id
-    # Delivered means a status of its own there; before that ours is still pending, and refused all the same.
+    # Bota has a status `delivered` before execution; here a delivered command is still pending, but its
+    # cancel is refused too.
     other = broker.create(DEVICE, "stop_recording")
     broker.http("POST", f"/v1/devices/{DEVICE}/commands/claim")
     status, refused = asked(broker, CANCEL, **{COMMAND: other})
@@ -153,7 +155,7 @@ def test_commands_are_listed_as_the_page_shows_but_newest_first(broker: Broker, 
         assert [each["status"] for each in some["data"]] == [wanted] * (wanted in ("pending", "executed"))
 
 
-def test_pages_stay_where_they_are_and_take_no_cursor_but_their_own(broker: Broker, token: str) -> None:
+def test_pages_are_stable_and_accept_only_their_own_cursors(broker: Broker, token: str) -> None:
     ids = [broker.create(DEVICE, "start_recording") for _ in range(5)]
     path, seen = f"/v1/devices/{DEVICE}/commands", []
     page = broker.http("GET", f"{path}?limit=2").json()
@@ -188,5 +190,5 @@ def test_pages_stay_where_they_are_and_take_no_cursor_but_their_own(broker: Brok
         ({**CANCELLED, "params": {}}, [".params: has [], not ['max_duration_sec', 'upload_immediately']"]),
     ],
 )
-def test_an_answer_unlike_the_example_is_found(found: Any, wrong: list[str]) -> None:
+def test_differences_from_the_example_are_found(found: Any, wrong: list[str]) -> None:
     assert unlike(CANCELLED, found) == wrong

@@ -67,7 +67,7 @@ PAGE = {"limit": 100, "offset": 0, "returned": 1}
 
 
 class Page:
-    """The examples, asked with a user's and an admin's key."""
+    """Sends the examples with a user's or an admin's key."""
 
     def __init__(self, broker: Broker, user: str, admin: str) -> None:
         self.broker = broker
@@ -92,7 +92,7 @@ class Page:
 
 @pytest.fixture
 def page(new_broker: NewBroker) -> Page:
-    """A lock that has the names it has on the page; its MQTT server is away, so that commands wait."""
+    """A lock with the names used on the page. Its MQTT server is unreachable, so that commands wait."""
     broker = new_broker("--mqtt-url", "mqtt://127.0.0.1:9").start()
     body = {"id": "a1b2c3d4", "hardware_id": "ABC123", "type": "iotee_device"}
     assert broker.http("POST", "/v1/devices", body).status_code == 201
@@ -112,7 +112,7 @@ def test_a_command_is_sent_as_the_page_shows(page: Page) -> None:
     assert sent | {"command_id": COMMAND, "created_at": SENT["created_at"]} == SENT
 
 
-def test_commands_are_listed_and_read_with_the_fields_of_a_sent_one_and_more(page: Page) -> None:
+def test_listed_and_read_commands_have_all_fields_of_a_sent_one(page: Page) -> None:
     command_id = page.cancelled()
 
     for example in (LIST, LIST_ALL):
@@ -172,7 +172,7 @@ def test_old_commands_are_purged_as_the_page_shows(page: Page) -> None:
     assert len(page(LIST)[1]["commands"]) == 1
 
 
-def test_what_is_for_admins_is_refused_to_a_user(page: Page) -> None:
+def test_a_user_is_refused_admin_operations(page: Page) -> None:
     command_id = page.cancelled()
 
     for example in (LIST_ALL, DELETE, RETRY, PURGE):

@@ -1,4 +1,4 @@
-"""Webhooks of a real broker: killed in the middle it skips nothing; and what the operator does to them."""
+"""Webhooks of a real broker: killed during delivery it skips no event; and the operator's commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def outward(broker: Broker) -> dict[int, str]:
     return {row["position"]: row["device_id"] for row in rows if row["device_id"] is not None}
 
 
-async def test_killed_again_and_again_it_skips_nothing_and_keeps_each_device_in_order(
+async def test_a_repeatedly_killed_broker_skips_no_event_and_keeps_the_order_per_device(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
     taken: list[Got] = []
@@ -74,7 +74,7 @@ async def test_killed_again_and_again_it_skips_nothing_and_keeps_each_device_in_
     assert webhook["secret"] not in broker.said()
 
 
-async def test_an_operator_pauses_resumes_and_sends_again_beside_the_broker_and_without_it(
+async def test_an_operator_pauses_resumes_and_redrives_with_and_without_the_broker(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
     async with receiving() as receiver:
