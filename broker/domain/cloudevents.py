@@ -1,7 +1,7 @@
-"""Recorded events as the outside sees them: CloudEvents 1.0 in JSON.
+"""Recorded events in the form that subscribers get: CloudEvents 1.0 in JSON.
 
-Pure. What an event says outwards is decided here alone: never a token's digest, and nothing of an
-event whose data was erased but that it happened.
+Pure. Only this module decides which data of an event is published. A token's digest never is. An event
+whose data was erased shows only that it happened.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from broker.domain.events import NAMES, CommandEvent, DeviceEvent, Recorded, sub
 from devices.clock import rfc3339
 
 SECRET = frozenset({"token_digest"})
-# Either name of an event of a command or a device, bare or in full -> the bare one.
+# Bare name and full name of each event of a command or device -> the bare name.
 BARE_TYPES = {
     known: name
     for kind, classes in (("command", CommandEvent), ("device", DeviceEvent))
@@ -32,8 +32,8 @@ class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
     """CloudEvents 1.0, section "Context Attributes"; `project`, `actor`, `schema`, `version` and
     `erased` are extensions.
 
-    `id`: position in the log. `subject`: the command, or the device where the event is the device's.
-    `version`: place among the events of its subject, from 1. `erased`: the data is gone for ever.
+    `id`: position in the log. `subject`: the command's id, or the device's id for a device event.
+    `version`: number of the event within its subject, from 1. `erased`: the data was erased for ever.
     """
 
     specversion: Literal["1.0"] = "1.0"
@@ -52,9 +52,9 @@ class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """One event on its way out, with what subscribers choose by. `command` is the command's name.
+    """One event to be published, with the fields that subscribers filter by. `command`: the command's name.
 
-    `event` None: its data was erased, and `command` may not be known any more.
+    `event` None: the data was erased; then `command` may be unknown too.
     """
 
     position: int
@@ -80,10 +80,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """Which events a subscriber wants; None means any.
+    """The filter of a subscriber; None means any.
 
-    `device`: its id or its hardware id, which no two devices share. `command_id`: one command, `command`:
-    the command's name. `event`: the bare type, such as `executed`.
+    `device`: id or hardware id; no two devices share a name. `command_id`: one command. `command`: the
+    command's name. `event`: the bare type, such as `executed`.
     """
 
     project: str | None = None
@@ -103,14 +103,14 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_outward(recorded: Recorded) -> bool:
-    """Is it of a command or a device? The rest is the broker's own business."""
+    """Is it an event of a command or a device? Events of the broker itself are not published."""
     return subject_kind(recorded.stream) != "broker"
 
 
 def entry(recorded: Recorded, hardware_id: str, command: str | None) -> Entry:
-    """A fresh event of a command or a device as an entry."""
+    """The entry of an event of a command or device. `command`: the command's name, None for a device."""
     event = recorded.event
-    assert isinstance(event, CommandEvent | DeviceEvent), "asked only of what is outward"
+    assert isinstance(event, CommandEvent | DeviceEvent), "callers pass only events with `is_outward`"
     return Entry(
         position=recorded.position,
         stream=recorded.stream,
@@ -127,7 +127,7 @@ def entry(recorded: Recorded, hardware_id: str, command: str | None) -> Entry:
 
 
 def cloud_event(log_id: str, entry: Entry) -> CloudEvent:
-    """The CloudEvent of one entry; its `data` names command and device whatever the event says."""
+    """The CloudEvent of one entry. Its `data` always names the command and the device."""
     data: dict[str, Any] = {"device_id": entry.device_id, "hardware_id": entry.hardware_id}
     if entry.command_id is not None:
         data = {"command_id": entry.command_id, **data}
@@ -151,7 +151,7 @@ def cloud_event(log_id: str, entry: Entry) -> CloudEvent:
 
 
 def encoded(log_id: str, entry: Entry) -> bytes:
-    """The CloudEvent in JSON; worked out once, to however many subscribers it goes."""
+    """The CloudEvent in JSON; encoded once and kept in the entry, because many subscribers may get it."""
     known: bytes | None = entry.__dict__.get("encoded")
     if known is None:
         known = entry.__dict__["encoded"] = _encode(cloud_event(log_id, entry))
@@ -159,12 +159,12 @@ def encoded(log_id: str, entry: Entry) -> bytes:
 
 
 def full_type(stream: str, name: str) -> str:
-    """`ordain.command.executed.v1` of the event `executed` in a command's stream."""
+    """The full event type, such as `ordain.command.executed.v1` for `executed` in a command's stream."""
     return f"ordain.{subject_kind(stream)}.{name}.v1"
 
 
 def event_data(event: events.Event) -> dict[str, Any]:
-    """What an event says, outwards: defaults spelled out, what is unset left out, times as text."""
+    """The published data of an event: with defaults, without unset and secret fields, times as text."""
     data = {
         field: value
         for field, value in msgspec.structs.asdict(event).items()

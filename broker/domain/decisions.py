@@ -1,7 +1,8 @@
-"""What follows when something happens to a command: the one table, and `decide`, which reads it.
+"""The decision table of commands, and `decide`, which reads it.
 
-Pure, and total: every input meets every state in exactly one cell. `lifecycle.py` says how to read
-a cell. Rules that need facts are functions right here; none of them looks anything up.
+Pure and total: there is exactly one cell for every input and state. The docstring of `lifecycle.py`
+explains the cells. Cells that depend on facts are functions in this module; they use only the state and
+the request.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ class Verdict(StrEnum):
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """A verdict and its word: the event's name and reason, the unmatched reason, what an attempt does."""
+    """A verdict with its details.
+
+    `word`: the event's name, the reason of `unmatched`, or the change of the attempt. `reason`: the reason
+    in the event.
+    """
 
     verdict: Verdict
     word: str = ""
@@ -61,6 +66,7 @@ class Decision(msgspec.Struct, frozen=True):
 
 Rule = Callable[[CommandState, Request], Cell]
 
+# Recorded in logs and compared with repeated answers, so this message must not change.
 UNEXPLAINED = Error(code="device_error", message="the device said only that it failed")
 
 NOTHING = Cell(Verdict.NOTHING)
@@ -80,11 +86,12 @@ def unmatched(reason: str) -> Cell:
 
 
 def attempt(what: str) -> Cell:
-    """`close` (counted), `void` (closed, not counted), `back_off`, `due`, `held`, `again` (same attempt)."""
+    """A change of the attempt: `close` (counts), `void` (closed, does not count), `back_off`, `due`, `held`
+    or `again` (the same attempt is returned once more)."""
     return Cell(Verdict.ATTEMPT, what)
 
 
-# --- rules: cells that depend on facts; the numbers are those of the table's comments ------------
+# --- rules: cells that depend on facts -----------------------------------------------------------
 
 
 def _hand_over_again(_: CommandState, request: Request) -> Cell:
@@ -95,9 +102,9 @@ def _hand_over_again(_: CommandState, request: Request) -> Cell:
 
 def _fetch_again(state: CommandState, request: Request) -> Cell:
     if request.attempt_open and state.transport != request.transport:
-        return NOTHING  # another transport has it in the air
+        return NOTHING  # another transport has the open attempt
     if not request.repeatable:
-        return NOTHING  # it left once, and nobody knows whether that answer was lost
+        return NOTHING  # it was handed over once, and the device may have received it
     return attempt("again") if request.lease_open else record("published")
 
 
@@ -118,7 +125,7 @@ def _attempt_timer(_: CommandState, request: Request) -> Cell:
 
 
 def _void(_: CommandState, request: Request) -> Cell:
-    # One that may be sent only once keeps its attempt: there is no other, and its timer must end it.
+    # A command that may be sent only once keeps its attempt, so that the attempt timer ends it.
     return attempt("void") if request.repeatable else NOTHING
 
 
@@ -131,7 +138,7 @@ def _came_online(_: CommandState, request: Request) -> Cell:
 
 
 def _acknowledged_late(state: CommandState, _: Request) -> Cell:
-    # Nothing is sent after the first acknowledgement, so another one is a copy of it that took its time.
+    # Nothing is sent after the first acknowledgement, so a second one is a delayed copy of it.
     return record("acknowledged") if state.acknowledged_at is None else NOTHING
 
 
@@ -155,7 +162,7 @@ def _same_error(state: CommandState, request: Request) -> Cell:
 
 
 def same_json(left: bytes, right: bytes) -> bool:
-    """Equal as decoded values: order of members and spelling of numbers aside."""
+    """Are the decoded values equal? Order of members and notation of numbers do not matter."""
     return left == right or msgspec.json.decode(left) == msgspec.json.decode(right)
 
 
@@ -189,8 +196,8 @@ def every(cell: Cell) -> dict[State, Cell | Rule]:
 
 _ = NOTHING
 UNKNOWN = unmatched("unknown")
-NEVER = unmatched("never_handed_over")  # forged, or a grant that reached the device another way
-BROKEN = unmatched("promise_broken")  # the device did what we promised it would never see
+NEVER = unmatched("never_handed_over")  # a forged answer, or the device got the grant another way
+BROKEN = unmatched("promise_broken")  # an answer to a command that was closed as never handed over
 AGAINST = unmatched("contradiction")
 GAVE_UP = record("timed_out", "operator")
 GONE = record("timed_out", "device_deleted")
@@ -221,12 +228,12 @@ TABLE: dict[Input, dict[State, Cell | Rule]] = {
     Input.WENT_OFFLINE:    row(_,       _,               _void,               _,                   _,                     _,            _,           _,        _),
     Input.CAME_ONLINE:     row(_,       _,               _came_online,        _,                   _,                     _,            _,           _,        _),
     Input.RESTARTED:       row(_,       _,               _restarted,          _,                   _,                     _,            _,           _,        _),
-    # answers of the right device on the right topic
+    # answers from the command's own device
     Input.ANSWER_ACKNOWLEDGED: row(UNKNOWN, NEVER,       record("acknowledged"), _,                _acknowledged_late,    _,           _,           BROKEN,   BROKEN),
     Input.ANSWER_PROGRESS: row(UNKNOWN, NEVER,           record("progressed"), _progress_again,    _progress_late,        _,            _,           BROKEN,   BROKEN),
     Input.ANSWER_EXECUTED: row(UNKNOWN, NEVER,           record("executed"),  record("executed"),  record("executed"),    _same_result, AGAINST,     BROKEN,   BROKEN),
     Input.ANSWER_FAILED:   row(UNKNOWN, NEVER,           record("failed"),    record("failed"),    record("failed"),      AGAINST,      _same_error, BROKEN,   BROKEN),
-    # answers that never reach a command's row by name
+    # answers that do not name a command of this device
     Input.WRONG_DEVICE:    every(unmatched("wrong_device")),
     Input.WITHOUT_ID:      row(unmatched("nothing_in_flight"), unmatched("nothing_in_flight"), _without_id, _without_id, _without_id,
                                unmatched("nothing_in_flight"), unmatched("nothing_in_flight"), unmatched("nothing_in_flight"), unmatched("nothing_in_flight")),
@@ -236,12 +243,15 @@ TABLE: dict[Input, dict[State, Cell | Rule]] = {
 
 
 def decide(state: CommandState | None, request: Request) -> Decision:
-    """What follows from one request in one state. Refuses by verdict, never by exception."""
+    """Decides one request in one state; `state` None: there is no such command yet.
+
+    A refusal is a verdict, never an exception.
+    """
     found = TABLE[request.input][State.NONE if state is None else state.state]
     if isinstance(found, Cell):
         cell = found
     else:
-        assert state is not None, "a rule never stands in the column `none`"
+        assert state is not None, "the column `none` contains no functions"
         cell = found(state, request)
     if request.over_http:
         cell = _as_report(state, request, cell)
@@ -254,7 +264,7 @@ HANDED_OVER = (State.PUBLISHED, State.ACKNOWLEDGED, State.TIMED_OUT)
 
 
 def _as_report(state: CommandState | None, request: Request, cell: Cell) -> Cell:
-    """An answer over HTTP: its sender waits for a verdict, so what would be unmatched is refused [22]."""
+    """Changes a cell for an HTTP report: its sender waits for an answer; `unmatched` becomes a conflict."""
     if state is None:
         return MISSING
     if state.state in HANDED_OVER and not (state.pulled or request.may_report):
@@ -262,7 +272,7 @@ def _as_report(state: CommandState | None, request: Request, cell: Cell) -> Cell
     if cell.verdict is Verdict.NOTHING:
         return ALREADY
     if cell == BROKEN:
-        return Cell(Verdict.CONFLICT, "promise_broken")  # refused, and kept for the operator as well
+        return Cell(Verdict.CONFLICT, "promise_broken")  # refused, and also kept for the operator
     return CONFLICT if cell.verdict is Verdict.UNMATCHED else cell
 
 
@@ -313,7 +323,7 @@ def _failed(request: Request, cell: Cell, late: bool) -> Failed:
         error = Error(code="refused", message=request.reason or "the MQTT server refused the publish")
         return Failed(error=error, by="mqtt_server", evidence="mqtt_refused")
     if cell.reason == "unsendable":
-        error = Error(code="unsendable", message=request.reason or "the device type cannot express it")
+        error = Error(code="unsendable", message=request.reason or "the device type cannot encode it")
         return Failed(error=error, by="broker", evidence="broker")
     return Failed(
         error=request.error or UNEXPLAINED, by="device", late=late, at=request.at, evidence=request.evidence

@@ -1,6 +1,6 @@
-"""What can go wrong, by who must act: `Refusal` is the caller's to mend, `Unavailable` is ours.
+"""Errors of requests: a `Refusal` must be fixed by the caller, `Unavailable` by the operator.
 
-No HTTP codes here; one table at the edge (`http/errors.py`) maps the kinds.
+No HTTP status codes here; one table in `http/edge/errors.py` maps the kinds to them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Kind = Literal[
 
 
 class Refusal(Exception):
-    """A request that cannot be granted; nothing was recorded. The message is a sentence, facts first.
+    """A request that is refused; nothing was recorded. The message is a sentence that begins with the facts.
 
-    `retry_after_sec`: when it may be granted, where that is known.
+    `retry_after_sec`: seconds until the request may succeed, if that is known.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Refusal(Exception):
 
 
 def invalid(field: str, reason: str, value: object = None) -> Refusal:
-    """A field that is not what it should be: names the field, what is wrong, and the value (shortened)."""
+    """The refusal of a wrong field. Names the field, what is wrong, and the value (first 80 characters)."""
     shown = "" if value is None else f" (got {str(value)[:80]!r})"
     return Refusal(
         "invalid_request", f"{field}: {reason}{shown}", {"field": field, "reason": f"{reason}{shown}"}
@@ -56,4 +56,4 @@ def not_found(what: str, name: str) -> Refusal:
 
 
 class Unavailable(Exception):
-    """The log cannot be written now. What was asked may or may not have been recorded: ask again."""
+    """The log cannot be written now. The request may or may not have been recorded: repeat it."""

@@ -1,7 +1,7 @@
-"""Every event Ordain has ever recorded, and the envelope it is kept in.
+"""All event types that Ordain has ever recorded, and the envelope that the log keeps around them.
 
-Pure. An event is a fact that was durable before anything followed from it. Fields may be added with
-a default, never changed or removed: logs of every past release are read by this module for ever.
+Pure. An event is a fact that is durable before any effect of it. Fields may be added with a default,
+but never changed or removed: this module must read the logs of every past release.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class Error(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
     details: Any = None
 
 
-# --- of a command: stream = the command's id ---------------------------------------------------
+# --- events of a command; stream: the command's id ----------------------------------------------
 
 
 class Created(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The request was accepted. `definition` is the digest of what the device type said then; times in ms."""
+    """The request was accepted. Times in ms. `definition`: digest of the device type's definition at that
+    time."""
 
     hardware_id: str
     type: str
@@ -58,7 +59,10 @@ class Created(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, for
 
 
 class Published(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """From here on the device may have it: recorded before the first byte leaves."""
+    """The command is handed over: recorded before the first byte is sent; the device may have it from now on.
+
+    `attempt`: number of this hand-over, from 1. `counts`: it counts towards max_attempts.
+    """
 
     attempt: int
     transport: Transport = "mqtt"
@@ -67,7 +71,7 @@ class Published(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
 
 
 class Acknowledged(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The device says it has it. `at` is the device's own clock, as it wrote it."""
+    """The device says that it has the command. `at`: time of the device's own clock, as it wrote it."""
 
     late: bool = False
     at: str | None = None
@@ -85,7 +89,7 @@ class Progressed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
 
 class Executed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The device did it."""
+    """The device executed the command. `result`: JSON."""
 
     result: msgspec.Raw = msgspec.Raw(b"null")
     late: bool = False
@@ -94,7 +98,7 @@ class Executed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The device refused or could not, or the command can never be sent."""
+    """The device reported a failure, or the command can never be sent."""
 
     error: Error
     by: Literal["device", "broker", "mqtt_server"] = "device"
@@ -104,7 +108,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
 
 class TimedOut(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Handed over, and we do not know what became of it. A late answer may still correct it."""
+    """The command was handed over, and its outcome is unknown. A late answer may still correct this."""
 
     reason: TimeoutReason
     by: str | None = None
@@ -113,13 +117,13 @@ class TimedOut(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
 
 
 class Expired(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Its time ran out and it was never handed over."""
+    """The command expired and was never handed over."""
 
     evidence: Evidence = "timer"
 
 
 class Cancelled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Called off, and it was never handed over."""
+    """The command was cancelled and was never handed over."""
 
     by: str
     reason: str | None = None
@@ -127,11 +131,11 @@ class Cancelled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
     evidence: Evidence = "operator"
 
 
-# --- of a device: stream = device/<id> -----------------------------------------------------------
+# --- events of a device; stream: device/<id> -----------------------------------------------------
 
 
 class Registered(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A device is known from here on. `token_digest`: in the form of Mosquitto's password file."""
+    """A device was registered. `token_digest`: in the format of Mosquitto's password file."""
 
     hardware_id: str
     device_type: str
@@ -141,7 +145,7 @@ class Registered(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What was set anew; a field left out kept its value."""
+    """Fields of a device were changed; unset fields keep their value."""
 
     device_type: str | msgspec.UnsetType = msgspec.UNSET
     name: str | msgspec.UnsetType | None = msgspec.UNSET
@@ -153,7 +157,7 @@ class TokenRotated(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class Online(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The device was heard; `session` as it named itself in its status message."""
+    """The device came online. `session`: the session id in its status message."""
 
     session: str | None = None
 
@@ -163,33 +167,34 @@ class Offline(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, for
 
 
 class Deleted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The device is gone; its names are never given again."""
+    """The device was deleted; its names are never used again."""
 
 
-# --- of the broker itself ------------------------------------------------------------------------
+# --- events of the broker itself -----------------------------------------------------------------
 
 
 class Defined(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Stream type/<digest>: what a device type said about one command when one was first accepted."""
+    """Stream type/<digest>: the definition of one command of a device type, when first used."""
 
     definition: dict[str, Any]
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A broker process began to serve this log. What it knew of devices being online is void."""
+    """A broker process began to serve this log. Earlier `online` events are not valid any more."""
 
     release: str
     mqtt: Literal["embedded", "external", "none"]
 
 
 class ClockStepped(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The wall clock moved by this many milliseconds against the clock that never steps."""
+    """The wall clock was stepped by `by_ms` milliseconds against the monotonic clock."""
 
     by_ms: int
 
 
 class Erased(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Stream erasures: data of these commands, or of all created before the cutoff (ms), was erased."""
+    """Stream erasures: the data of these commands, or of all closed commands created before `cutoff` (ms),
+    is erased. `count`: how many commands."""
 
     ids: list[str] = []
     cutoff: int | None = None
@@ -236,7 +241,8 @@ SCHEMA = 1
 
 
 class Recorded(msgspec.Struct, frozen=True, kw_only=True):
-    """An event with the envelope it has in the log. `recorded_at`: Unix time in ms, never falling."""
+    """An event with its envelope in the log. `recorded_at`: Unix time in ms, never less than in the event
+    before it."""
 
     position: int
     stream: str
@@ -259,15 +265,15 @@ _decoders: dict[str, msgspec.json.Decoder[Event]] = {
 
 
 def encode(event: Event) -> bytes:
-    """The bytes the log keeps and hashes; they are never re-serialised."""
+    """The bytes that the log stores and hashes; they are never encoded again."""
     return _encoder.encode(event)
 
 
 def decode(type_name: str, data: bytes, schema: int = SCHEMA) -> Event:
-    """Reads what `encode` wrote in this or any earlier release.
+    """Decodes the output of `encode` of this or any earlier release.
 
     Raises:
-        ValueError: the type or schema is of a later release, or the data is not what it should be.
+        ValueError: the type or schema is from a later release, or the data does not fit the type.
     """
     decoder = _decoders.get(type_name)
     if decoder is None or schema > SCHEMA:
@@ -276,7 +282,7 @@ def decode(type_name: str, data: bytes, schema: int = SCHEMA) -> Event:
 
 
 def device_stream(device_id: str) -> str:
-    """A slash is in no identifier, so no command or device can take another's stream."""
+    """The stream of a device. Identifiers contain no slash, so no command id can equal this name."""
     return f"device/{device_id}"
 
 
@@ -285,7 +291,7 @@ def definition_stream(digest: str) -> str:
 
 
 def subject_kind(stream: str) -> Literal["command", "device", "broker"]:
-    """What a stream is about; the middle word of the CloudEvent type."""
+    """The kind of thing that a stream is about; the middle word of the CloudEvent type."""
     if stream.startswith("device/"):
         return "device"
     if "/" in stream or stream in (SYSTEM, ERASURES):

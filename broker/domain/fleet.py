@@ -1,4 +1,4 @@
-"""A device as its events tell it. Pure: the fold of the device's stream, and nothing else."""
+"""The state of a device: the fold of the events in its stream. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from broker.domain.events import Changed, Deleted, Offline, Online, Recorded, Re
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Times in ms. `online`: by its last presence event; void once a later `started` is in the log.
+    """Times in ms. `online`: from the last presence event; not valid once a later `started` is in the log.
 
-    `position` is that of its `registered`, `last_position` that of the last event folded.
+    `seen_at`: time of that event. `position`: position of `registered`. `last_position`: position of the
+    last folded event.
     """
 
     id: str
@@ -35,10 +36,10 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 def evolve_device(state: DeviceState | None, recorded: Recorded) -> DeviceState:
-    """The device after one more event.
+    """The state of the device after one more event.
 
     Raises:
-        ValueError: the first event is not `registered`, or the event is not a device's.
+        ValueError: the first event is not `registered`, or the event is not a device event.
     """
     event, at = recorded.event, recorded.recorded_at
     if isinstance(event, Registered):
@@ -76,5 +77,5 @@ def evolve_device(state: DeviceState | None, recorded: Recorded) -> DeviceState:
         case Deleted():
             changes |= {"deleted_at": at, "online": False}
         case _:
-            raise ValueError(f"{recorded.type} is no event of a device")
+            raise ValueError(f"{recorded.type} is not an event of a device")
     return msgspec.structs.replace(state, **changes)

@@ -1,8 +1,8 @@
-"""Lanes: for each device, which command is due now, and when the next thing has to happen.
+"""Lanes: for each device, which commands are due now, and when the next timer fires.
 
-Pure. A lane holds the commands of one device that are not closed, in order of creation. What is in
-the log is in `CommandState`; what only this process knows about a hand-over is in `Flight` and may
-be lost at any instant: after a restart it is made anew by `recovered`.
+Pure. A lane holds the open commands of one device, in order of creation. `CommandState` has the facts
+of the log. `Flight` has what only this process knows about a hand-over; it may be lost at any time,
+and `recovered` makes it again after a restart.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from broker.domain.events import Transport
 from broker.domain.lifecycle import CommandState, Input, State
 from devices.types import Definition
 
-IDLESS_PAUSE_MS = 1_000  # after any end, so that a doubled answer cannot complete the next command
+# Pause after a command closes, for types whose answers carry no id: a repeated answer must not close the
+# next command.
+IDLESS_PAUSE_MS = 1_000
 
 
 class Presence(StrEnum):
-    """What we know of a device being reachable. `unknown`: heard once, not yet in this MQTT session."""
+    """What is known about a device's connection.
+
+    `never`: never heard. `unknown`: heard once, but not yet in this MQTT session.
+    """
 
     NEVER = "never"
     OFFLINE = "offline"
@@ -29,12 +34,14 @@ class Presence(StrEnum):
 
 @dataclass(slots=True)
 class Flight:
-    """One command's hand-over as this process knows it. Times in ms of the broker's clock.
+    """What this process knows about the hand-over of one command. Times in ms of broker time.
 
-    `counts`: the open attempt was recorded as one that counts. `heard_at`: the last report that was not
-    recorded, because there were enough. `voided`: attempts that turned out not to count. `refused`:
-    attempts the MQTT server refused. `lease_until`: a pull transport's attempt, held by `holder` till then.
-    `written_at`: when the bytes were given to the network, which is when the attempt timer starts.
+    `open`: an attempt is open. `written_at`: when its bytes were given to the network; the attempt timer
+    starts then. `lease_until`: end of the lease of a pull transport; `holder` is the actor that has it.
+    `counts`: the open attempt was recorded as counting towards max_attempts. `due_at`: when the next
+    attempt is due. `heard_at`: time of the last progress report that was not recorded (over the limit).
+    `voided`: number of attempts recorded as counting that do not count after all. `refused`: number of
+    attempts that the MQTT server refused.
     """
 
     open: bool = False
@@ -50,7 +57,7 @@ class Flight:
 
 @dataclass(slots=True)
 class Member:
-    """One command that is not closed, or was closed as `timed_out` so recently that it may be answered."""
+    """A command that is open, or that timed out so recently that a late answer may still come."""
 
     state: CommandState
     definition: Definition
@@ -67,7 +74,11 @@ class Member:
 
 @dataclass(slots=True)
 class Lane:
-    """The open commands of one device, in order of creation; `late` may still be answered without id."""
+    """The open commands of one device (`members`), in order of creation.
+
+    `late`: timed-out commands that an answer without id may still mean. `shut_until`: no new command
+    starts before this time (broker ms), because an answer without id could belong to an earlier one.
+    """
 
     device_id: str
     members: dict[str, Member] = field(default_factory=dict)
@@ -76,17 +87,20 @@ class Lane:
 
 
 def reachable(definition: Definition, presence: Presence) -> bool:
-    """May it be handed over by MQTT now? Types that cannot tell are always sent to."""
+    """May a command be handed over by MQTT now? Always true for types without presence."""
     return definition.presence == "none" or presence in (Presence.UNKNOWN, Presence.ONLINE)
 
 
 def counts(definition: Definition, presence: Presence) -> bool:
-    """Attempts at a device that may not be there do not use up its attempts."""
+    """Does an attempt count towards max_attempts? Not if the device may be offline."""
     return definition.presence == "none" or presence is Presence.ONLINE
 
 
 def has_time(state: CommandState, now: int) -> bool:
-    """Is enough of its life left for a hand-over? Its last second (or tenth) belongs to the timer."""
+    """Is there enough time before `expires_at` for a hand-over?
+
+    None in the last second (or the last tenth of the TTL, if that is shorter): the expiry timer acts then.
+    """
     if state.expires_at is None:
         return True
     margin = min(1_000, (state.ttl_ms or 10_000) // 10)
@@ -94,9 +108,9 @@ def has_time(state: CommandState, now: int) -> bool:
 
 
 def collapsing(lane: Lane, key: str | None) -> list[Member]:
-    """What a successor with this collapse key takes the place of: only what was never handed over.
+    """The pending commands that a new command with this collapse key replaces, newest first.
 
-    From the end of the lane, so that none of it moves up and is handed over while it is being cancelled.
+    Cancelled in this order, none of them moves to the front of the lane and is handed over meanwhile.
     """
     if key is None:
         return []
@@ -108,13 +122,13 @@ def collapsing(lane: Lane, key: str | None) -> list[Member]:
 
 
 def due(lane: Lane, presence: Presence, now: int, slots: int, drained: bool = True) -> list[Member]:
-    """The commands to hand over by MQTT now, first things first; at most `slots` of them.
+    """The commands to hand over by MQTT now, in lane order; at most `slots`.
 
-    `drained`: what the MQTT server kept for us has been taken in; before that an answer without id may
-    be an old one, and no command that it could be taken for may start.
+    `drained`: the answers queued at the MQTT server have been read. Before that, an answer without id may
+    belong to an earlier command, so no command of a type without ids may start.
 
-    The link being up is the caller's to check. A pending command that may not go holds back those
-    behind it; one without time left does not, because it will never go.
+    The caller checks that the link is up. A pending command that may not be handed over blocks the
+    commands behind it. One without time left does not block, because it will never be handed over.
     """
     found: list[Member] = []
     taken = 0
@@ -157,9 +171,9 @@ def resendable(member: Member, presence: Presence, now: int) -> bool:
 
 
 def fetched(lane: Lane, transport: Transport, now: int, drained: bool = True) -> list[Member]:
-    """The commands that a heartbeat or a relay gets now, first things first; no more than the window.
+    """The commands that a heartbeat or relay fetches now, in lane order; at most `max_in_flight`.
 
-    Among them what the same transport has under a lease already. `drained`: as for `due`.
+    Includes the commands that the same transport holds under a running lease. `drained`: as in `due`.
     """
     found: list[Member] = []
     taken = 0
@@ -185,7 +199,7 @@ def fetched(lane: Lane, transport: Transport, now: int, drained: bool = True) ->
 
 
 def fetched_again(member: Member, transport: Transport, now: int) -> bool:
-    """Does a pull transport get a published command: the same attempt, or the next one?"""
+    """Does this pull transport get a published command, as the same attempt or as the next one?"""
     state, definition = member.state, member.definition
     return (
         state.state is State.PUBLISHED
@@ -197,7 +211,7 @@ def fetched_again(member: Member, transport: Transport, now: int) -> bool:
 
 
 def in_the_air(member: Member, now: int) -> bool:
-    """Is an attempt open whose time is not over, whether or not its timer has fired?"""
+    """Is an attempt open at time `now`? False once its time is over, even if its timer has not fired yet."""
     ends = attempt_ends_at(member)
     return member.flight.open and (ends is None or now < ends)
 
@@ -207,9 +221,9 @@ def lease_ms(definition: Definition, transport: Transport) -> int:
 
 
 def wake_at(member: Member, now: int) -> int | None:
-    """When time alone will next do something to this command. None: no time does.
+    """When the next timer of this command fires, in ms; None if it has no timer.
 
-    A next attempt that is due already waits for something else (the link, a slot, the device).
+    A next attempt that is already due has no timer: it waits for the link, a slot or the device.
     """
     state, flight = member.state, member.flight
     times: list[int] = []
@@ -226,7 +240,7 @@ def wake_at(member: Member, now: int) -> int | None:
 
 
 def attempt_ends_at(member: Member) -> int | None:
-    """End of the answer time of the open attempt; None while its bytes are not written."""
+    """When the open attempt ends (its lease or its answer time), in ms. None before its bytes are written."""
     if member.flight.lease_until is not None:
         return member.flight.lease_until
     if member.flight.written_at is None:
@@ -235,7 +249,7 @@ def attempt_ends_at(member: Member) -> int | None:
 
 
 def result_due_at(member: Member) -> int:
-    """Each report grants a new result time, up to the longest run the type allows."""
+    """When the result is due, ms. Each report restarts `result_timeout_sec`, up to `max_run_sec` in all."""
     state, definition = member.state, member.definition
     last = max(state.reported_at or state.updated_at, member.flight.heard_at)
     first = state.acknowledged_at or state.updated_at
@@ -243,7 +257,7 @@ def result_due_at(member: Member) -> int:
 
 
 def overdue(member: Member, now: int) -> Input | None:
-    """The timer that has run out for this command, if one has."""
+    """The timer of this command that is over; None if none is."""
     state, flight = member.state, member.flight
     unanswered = state.state in (State.PENDING, State.PUBLISHED)
     if unanswered and state.expires_at is not None and now >= state.expires_at:
@@ -264,44 +278,45 @@ def is_last_attempt(member: Member) -> bool:
 def backoff_ms(
     definition: Definition, counted: int, counting: bool, uniform: Callable[[float, float], float]
 ) -> int:
-    """Pause before the next attempt: exponential with full jitter, at least a second.
+    """Pause before the next attempt, ms: exponential back-off with full jitter, at least 1 s.
 
-    After `counted` attempts the ceiling is base x factor^(counted-1), at most the cap; while attempts
-    do not count it stays at the cap. Source: "Exponential Backoff And Jitter", M. Brooker, 2015.
+    After `counted` attempts the upper limit is base x factor^(counted-1), at most the cap. Attempts that do
+    not count (`counting` False) use the cap. Source: "Exponential Backoff And Jitter", M. Brooker, 2015.
     """
     ceiling = definition.backoff_cap_sec
     if counting:
-        # The exponent is bounded so that no number of attempts overflows a float.
+        # The exponent is limited, so that many attempts cannot overflow a float.
         grown = definition.backoff_base_sec * definition.backoff_factor ** min(max(counted - 1, 0), 64)
         ceiling = min(ceiling, grown)
     return max(1_000, round(uniform(0, ceiling) * 1_000))
 
 
 def closed(lane: Lane, member: Member, now: int) -> None:
-    """Takes a closed command out of its lane, and shuts the lane where answers carry no id."""
+    """Takes a closed command out of its lane. Shuts the lane for a time if answers carry no id."""
     lane.members.pop(member.state.id, None)
     if member.state.state is State.TIMED_OUT:
         lane.late[member.state.id] = member
     else:
         lane.late.pop(member.state.id, None)
     if not member.definition.carries_ids and member.state.published_at is not None:
-        # A device that got it twice answers twice, the second time as late as that may come.
+        # After more than one attempt the device may answer twice, the second time within `late_answer_sec`.
         late = member.state.state is State.TIMED_OUT or member.state.attempts > 1
         pause = ms(member.definition.late_answer_sec) if late else IDLESS_PAUSE_MS
         lane.shut_until = max(lane.shut_until, now + pause)
 
 
 def reopened(lane: Lane, member: Member) -> None:
-    """A late answer brought it back: it is open again and takes no slot."""
+    """Puts a command that a late answer reopened back into its lane. It takes no window slot."""
     lane.late.pop(member.state.id, None)
     lane.members[member.state.id] = member
 
 
 def candidates(lane: Lane, arrived_at: int) -> list[Member]:
-    """The commands an answer without id could mean: handed over, not final, not timed out for long.
+    """The commands that an answer without id can belong to: handed over, and not final.
 
-    `arrived_at`: when it came, ms; it may have waited since. One that was handed over later cannot be
-    meant, nor one whose first bytes are not written yet, whatever the log says already.
+    A timed-out command is a candidate for `late_answer_sec`. `arrived_at`: when the answer reached the
+    intake, ms; it may have waited there. A command handed over after that is no candidate. Nor is one
+    whose first bytes are not written yet, although the log already has its `published`.
     """
     found = [
         member
@@ -319,7 +334,7 @@ def _unwritten(member: Member, at: int) -> bool:
 
 
 def late_until(member: Member) -> int:
-    """Until when an answer without id may still mean this timed out command."""
+    """Until when (ms) an answer without id can belong to this timed-out command."""
     closed_at = member.state.closed_at or member.state.updated_at
     return closed_at + ms(member.definition.late_answer_sec)
 
@@ -327,10 +342,11 @@ def late_until(member: Member) -> int:
 def recovered(
     state: CommandState, definition: Definition, now: int, uniform: Callable[[float, float], float]
 ) -> Flight:
-    """The flight of a command found in the log at start: the interrupted attempt may or may not have left.
+    """The flight of a command that is read from the log at a start.
 
-    Repeatable: due again, spread over the answer time; if that attempt was the last, one more.
-    Not repeatable, or held by a pull transport's lease: the attempt counts as open from now.
+    It is unknown whether the bytes of the interrupted attempt were sent. Repeatable: due again at a random
+    time within `ack_timeout_sec`; if that attempt was the last, one more is allowed. Not repeatable, or
+    held under a lease: the attempt counts as open, and its time starts now.
     """
     if state.state is not State.PUBLISHED:
         return Flight()
@@ -344,9 +360,10 @@ def recovered(
 
 
 def interrupted(member: Member, since: int, uniform: Callable[[float, float], float]) -> bool:
-    """A new MQTT session: what was in the air is due again as after a restart, spread over the answer time.
+    """A new MQTT session: makes an open attempt due again, at a random time within `ack_timeout_sec`.
 
-    `since`: from when (ms) the old session's answers have come in. False if nothing changed.
+    `since`: time (ms) at which the answers of the old session have been read. Returns False if nothing
+    changed.
     """
     definition, flight = member.definition, member.flight
     if (
@@ -356,7 +373,7 @@ def interrupted(member: Member, since: int, uniform: Callable[[float, float], fl
     ):
         return False
     if flight.open and is_last_attempt(member):
-        return False  # it counts, and its timer ends it
+        return False  # the last attempt is not repeated: its timer ends it
     soon = since + round(uniform(0, ms(definition.ack_timeout_sec)))
     flight.due_at = soon if flight.open else min(flight.due_at, soon)
     flight.open = False

@@ -1,31 +1,32 @@
 """The life of a command: its states, every transition, and the two functions that use them.
 
-`decide(state, request)` says what a request leads to; `evolve(state, recorded)` only records. Both
-are pure: time, ids and randomness are arguments. No other module of Ordain knows which event may
-follow which state, and the pictures in the README are drawn from the two tables below.
+`decide(state, request)`, in `decisions.py`, says what follows from a request. `evolve(state, recorded)`
+folds a recorded event into the state and never refuses it. Both are pure: time, ids and randomness are
+arguments. No other module knows which event may follow which state. README's diagram is drawn from
+`TRANSITIONS` below.
 
-A command is *closed* in five states. Four of them are final. The fifth, `timed_out`, admits that we
-do not know: it holds no place in the lane and nothing is sent for it any more, but an answer of the
-device, however late, still turns it into what really happened.
+A command is *closed* in five states. Four of them are final. The fifth, `timed_out`, means that the
+outcome is unknown: the command holds no place in the lane and is never sent again, but a late answer
+of the device still corrects it.
 
-Two promises shape the tables. `expired` and `cancelled` say that no byte of the command ever left
-us; therefore `published` is recorded before the bytes are written, and both can only follow
-`pending`. And a PUBACK says nothing about a device: only the device's own answer closes a command
-as `executed` or `failed`, save for one-way types, which declare that nothing better can be had.
+The tables keep two promises. First, `expired` and `cancelled` mean that no byte of the command left
+the broker. Therefore `published` is recorded before the bytes are written, and both can follow only
+`pending`. Second, a PUBACK is no evidence about a device: only the device's own answer closes a command
+as `executed` or `failed`. The exception are one-way types, whose devices send no answers.
 
-Reading the second table: a row is something that happens, a column the state it finds, a cell what
-follows. A cell is one of
+How to read the table in `decisions.py`: a row is an input, a column is the present state, and a cell
+says what follows. A cell is one of
 
-    record(event)      the event is recorded and gives the next state of the first table
-    NOTHING            it changes nothing, and nothing is recorded
-    ALREADY            it has been so before: answer as if it were done now
+    record(event)      the event is recorded; `TRANSITIONS` gives the next state
+    NOTHING            nothing changes, and nothing is recorded
+    ALREADY            the state is already as requested: answer as if it were done now
     CONFLICT           refused, because the state does not allow it
     MISSING            there is no such command
-    RENEW              a new command is made from this one
+    RENEW              a new command is created from this one
     ERASE              the command's data may be erased
-    unmatched(reason)  an answer that fits nothing: kept for the operator, never in the log
-    attempt(what)      nothing is recorded, the hand-over in the air changes (see lanes.py)
-    a function         the cell depends on the facts that come with the request
+    unmatched(reason)  the answer matches no command: kept for the operator, never in the log
+    attempt(what)      nothing is recorded; the open attempt changes (see `Flight` in lanes.py)
+    a function         the cell depends on facts in the request
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ TRANSITIONS: dict[State, dict[str, State]] = {
     State.NONE: {"created": State.PENDING},
     State.PENDING: {
         "published": State.PUBLISHED,
-        "failed": State.FAILED,  # by the broker only: it can never be sent
+        "failed": State.FAILED,  # recorded by the broker only: the command can never be sent
         "expired": State.EXPIRED,
         "cancelled": State.CANCELLED,
     },
@@ -108,11 +109,11 @@ PROGRESS_INTERVAL_MS = 1_000
 
 
 class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Everything a command's events say, folded. Times in ms; `position` is that of its `created`,
-    `last_position` that of the last event folded.
+    """The fold of a command's events. Times in ms. `position`: position of its `created`.
+    `last_position`: position of the last folded event.
 
-    `counted` are the attempts that count towards max_attempts. `reopened`: a late answer brought it
-    back from `timed_out`; it then takes no window slot. `pulled`: a pull transport has carried it.
+    `counted`: number of attempts that count towards max_attempts. `reopened`: a late answer reopened it
+    after `timed_out`; it then takes no window slot. `pulled`: a heartbeat or relay has fetched it.
     """
 
     id: str
@@ -163,16 +164,18 @@ class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 def evolve(state: CommandState | None, recorded: Recorded) -> CommandState:
-    """The state after one more event. Records, never judges: an event once accepted stays readable.
+    """The state after one more event.
+
+    Never refuses an event because of the state, so that old logs stay readable when rules change.
 
     Raises:
-        ValueError: the first event is not `created`, or the event is not a command's.
+        ValueError: the first event is not `created`, or the event is not a command event.
     """
     event, at = recorded.event, recorded.recorded_at
     if isinstance(event, Created):
         return _created(recorded, event)
     if state is None or not isinstance(event, CommandEvent):
-        raise ValueError(f"{recorded.type} cannot stand at version {recorded.version} of {recorded.stream}")
+        raise ValueError(f"{recorded.type} cannot be version {recorded.version} of stream {recorded.stream}")
     found = TRANSITIONS[state.state].get(recorded.type, state.state)
     changes = _changes(state, event, at) | {"last_position": recorded.position}
     if found in CLOSED:
@@ -253,7 +256,7 @@ def _changes(state: CommandState, event: CommandEvent, at: int) -> dict[str, obj
 
 
 class Input(StrEnum):
-    """Everything that can happen to a command: a row of the table."""
+    """Everything that can happen to a command: the rows of the table in `decisions.py`."""
 
     CREATE = "create"
     SUPERSEDE = "create of a successor with the same collapse_key"
@@ -294,11 +297,11 @@ ANSWERS = {
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that happens to one command, with the facts that the rules of its row need.
+    """One input for one command, with the facts that the rules of its row need.
 
-    `now` in ms. `candidates`: how many commands an answer without id could mean. `over_http`: the
-    answer came as a report by HTTP; `may_report`: from one who may report for a command that went
-    by MQTT only (the device itself).
+    `now` in ms. `candidates`: how many commands an answer without id can belong to. `over_http`: the answer
+    is an HTTP report. `may_report`: the reporter is the device itself, which may also report for a
+    command that went by MQTT only.
     """
 
     input: Input

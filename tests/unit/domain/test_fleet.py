@@ -78,5 +78,5 @@ def test_a_device_survives_being_kept_as_json() -> None:
 def test_only_a_registration_begins_a_device_and_only_its_events_go_on() -> None:
     with pytest.raises(ValueError, match="online cannot be the first event"):
         evolve_device(None, recorded(Online(), 1))
-    with pytest.raises(ValueError, match="acknowledged is no event of a device"):
+    with pytest.raises(ValueError, match="acknowledged is not an event of a device"):
         told(Acknowledged())

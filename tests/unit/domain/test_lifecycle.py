@@ -101,9 +101,9 @@ def test_a_state_survives_being_kept_as_json(event: CommandEvent) -> None:
 
 
 def test_a_history_starts_with_created_and_holds_events_of_a_command_only() -> None:
-    with pytest.raises(ValueError, match="published cannot stand at version 1"):
+    with pytest.raises(ValueError, match="published cannot be version 1"):
         evolve(None, recorded(PUBLISHED, 1))
-    with pytest.raises(ValueError, match="online cannot stand at version 2"):
+    with pytest.raises(ValueError, match="online cannot be version 2"):
         evolve(folded(), recorded(Online(), 2))
 
 
