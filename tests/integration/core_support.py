@@ -1,7 +1,7 @@
-"""Builders of the core's tests, and the real core on a real log without an MQTT server.
+"""Builders for the core's tests, and the real core on a real log without an MQTT server.
 
-The far end of the link is the test: it sees every publish and says what becomes of it. Nothing here
-stands in for a part of the broker, and nothing knows which event may follow which.
+The test acts as the far end of the link: it sees every publish and decides its receipt. Nothing here replaces
+a part of the broker, and nothing here knows the life-cycle table.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def recorded(event: Event, version: int, at: int = T, stream: str = COMMAND) -> 
 def folded(
     *events: Event | tuple[Event, int], first: Created | None = None, id: str = COMMAND
 ) -> CommandState:
-    """A command after `created` and these events; one that comes with a number is that many ms later."""
+    """A command after `created` and these events. A tuple (event, ms) sets the event's time to T + ms."""
     state = evolve(None, recorded(first or created(), 1, stream=id))
     for entry in events:
         event, after = entry if isinstance(entry, tuple) else (entry, 0)
@@ -111,7 +111,7 @@ def folded(
 
 
 def command_in(state: State, **first: Any) -> CommandState | None:
-    """A command that came to a state by the shortest way; None for `none`."""
+    """A command brought to a state by the shortest sequence of events; None for `none`."""
     return None if state is State.NONE else folded(*WAYS[state], first=created(**first))
 
 
@@ -119,7 +119,7 @@ def command_in(state: State, **first: Any) -> CommandState | None:
 
 
 class ManualClock:
-    """Both readings stand still until they are moved."""
+    """Wall and monotonic time change only when a test moves them."""
 
     def __init__(self, wall: int = T, monotonic: int = 50_000) -> None:
         self.wall, self.monotonic = wall, monotonic
@@ -147,7 +147,8 @@ class SeededEntropy:
 
 
 class Wire:
-    """A link whose far end is the test: what was handed over, whose receipt is due, what was PUBACKed."""
+    """A link whose far end is the test. It lists what was handed over, the receipts due, and the PUBACKs
+    sent."""
 
     def __init__(self) -> None:
         self.up = True
@@ -167,13 +168,13 @@ class Wire:
         self.pubacks.append(msgspec.structs.replace(message, arrived_at=0))
 
     def receipt(self, receipt: Receipt = TAKEN) -> None:
-        """Gives the oldest publish its receipt."""
+        """Delivers a receipt for the oldest publish that has none."""
         _, done = self.due.pop(0)
         done(receipt)
 
 
 class Bench:
-    """A running core and what a test asks of it."""
+    """A running core with the operations that tests need."""
 
     def __init__(self, core: Core, wire: Wire) -> None:
         self.core, self.wire = core, wire
@@ -198,7 +199,7 @@ class Bench:
         return await self.core.commands.create(ME, Order(device=device, type=type, **fields))
 
     def says(self, payload: bytes, hardware_id: str = "lamp-1", **fields: Any) -> Message:
-        """The device sends an answer."""
+        """Sends an answer of the device to the core."""
         message = Message(topic=f"iotee/dev/{hardware_id}/ack", payload=payload, **fields)
         self.core.intake.message(message)
         return message
@@ -233,7 +234,7 @@ class Bench:
 
 
 async def until(fact: Callable[[], bool], within_sec: float = 10) -> None:
-    """Waits for a fact; other tasks and the database's thread get their turn meanwhile."""
+    """Waits for a fact. Other tasks and the database's thread run meanwhile."""
     async with asyncio.timeout(within_sec):
         while not fact():  # noqa: ASYNC110 (facts are of many kinds)
             await asyncio.sleep(within_sec / 10_000)
@@ -265,7 +266,7 @@ async def running(
     *,
     mqtt_events: bool = False,
 ) -> AsyncIterator[Bench]:
-    """A core with its link up, on a directory or on a storage that the test keeps."""
+    """A core with its link up, on a directory or on a storage that the test owns."""
     storage = await SqliteStorage.open(place) if isinstance(place, Path) else place
     try:
         core = new_core(storage, clock, limits, seed, types, outbound, mqtt_events=mqtt_events)
@@ -281,7 +282,7 @@ async def running(
 
 
 class Held:
-    """A storage whose commits wait until the test lets them go. Reads pass."""
+    """A storage whose commits wait until the test opens `gate`. Reads are not delayed."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -308,7 +309,7 @@ class Held:
 
 
 def simulated(world: Callable[[SimLoop], Coroutine[Any, Any, R]], seed: int = 0) -> R:
-    """Runs a world on the virtual clock: waiting costs nothing there."""
+    """Runs a world on the virtual clock, where waiting takes no real time."""
     return simulation(world, seed)
 
 

@@ -1,4 +1,4 @@
-"""`ordain grants`, and how the command line meets a wrong file of device types; no broker is serving."""
+"""`ordain grants`, and the command line's error for a wrong device type file; no broker is serving."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from broker.cli.main import run
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
-    """A log with a key in it."""
+    """A data directory with a log that holds one grant key."""
     monkeypatch.setenv("ORDAIN_DATA", str(tmp_path / "data"))
     assert run(["keys", "create", "--project", "acme", "--scope", "devices:read"]) == 0
     capsys.readouterr()
@@ -25,7 +25,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
     return captured.out if code == 0 else captured.err
 
 
-def test_a_key_is_rotated_and_the_one_before_retired(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_is_rotated_and_the_old_one_retired(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = json.loads(said(capsys, "list", "--json"))[0]["kid"]
     second = said(capsys, "rotate").strip()
     refused = said(capsys, "retire", second, code=1)

@@ -1,4 +1,4 @@
-"""The reference device against a real Mosquitto: duplicates, restarts of either side, its status."""
+"""The reference device against a real Mosquitto: duplicates, restarts of either side, its status messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Seen = tuple[str, str]
 
 
 class Server(Protocol):
-    """What these tests use of the `mosquitto` fixture."""
+    """The part of the `mosquitto` fixture that these tests use."""
 
     host: str
     port: int
@@ -43,7 +43,7 @@ class Server(Protocol):
 
 
 class Broker:
-    """Stands where the broker would: sends commands to one device and reads what it says."""
+    """Takes the broker's place: sends commands to one device and reads its messages."""
 
     def __init__(self, client: aiomqtt.Client, hardware_id: str) -> None:
         self._client, self._topic = client, f"iotee/dev/{hardware_id}/"
@@ -74,7 +74,7 @@ class Broker:
         return seen
 
     async def status(self, status: str) -> str:
-        """The session that said it."""
+        """Waits for this status and returns the session id in it."""
         while True:
             said = json.loads(await self.next("status"))
             if said["status"] == status:
@@ -103,7 +103,8 @@ async def running(agent: Agent) -> AsyncIterator[None]:
 
 @pytest.fixture
 def new_agent(mosquitto: Server, tmp_path: Path) -> Callable[[list[Any]], Agent]:
-    """A device process: always the same memory file. It notes what it has executed in the list."""
+    """A device process that always uses the same memory file. It appends each executed command to the
+    list."""
 
     def new(executed: list[Any]) -> Agent:
         agent = Agent("ABC", "token", mosquitto.url, memory=SqliteMemory(tmp_path / "device.sqlite3"))
@@ -132,7 +133,7 @@ def new_agent(mosquitto: Server, tmp_path: Path) -> Callable[[list[Any]], Agent]
     return new
 
 
-async def test_duplicates_are_executed_once_and_answered_again_even_after_a_restart(
+async def test_duplicates_are_executed_once_and_answered_again_after_a_restart_too(
     mosquitto: Server, new_agent: Callable[[list[Any]], Agent]
 ) -> None:
     executed = list[Any]()
@@ -159,7 +160,7 @@ async def test_duplicates_are_executed_once_and_answered_again_even_after_a_rest
     assert (again["id"], again["status"], again["result"]) == ("cmd_1", "executed", {"count": 1})
 
 
-async def test_a_command_sent_while_the_device_was_away_is_executed_when_it_returns(
+async def test_a_command_sent_to_an_absent_device_is_executed_when_it_returns(
     mosquitto: Server, new_agent: Callable[[list[Any]], Agent]
 ) -> None:
     executed = list[Any]()
@@ -175,7 +176,7 @@ async def test_a_command_sent_while_the_device_was_away_is_executed_when_it_retu
     assert executed == [1]
 
 
-async def test_a_command_cut_off_in_the_middle_is_reported_and_not_repeated(
+async def test_an_interrupted_command_is_reported_and_not_repeated(
     mosquitto: Server, new_agent: Callable[[list[Any]], Agent]
 ) -> None:
     executed = list[Any]()
@@ -195,7 +196,7 @@ async def test_a_command_cut_off_in_the_middle_is_reported_and_not_repeated(
     assert executed == ["cmd_1"]
 
 
-async def test_a_command_the_memory_could_not_take_was_not_acknowledged_to_the_server(
+async def test_a_command_that_could_not_be_stored_is_not_acknowledged_to_the_server(
     mosquitto: Server, new_agent: Callable[[list[Any]], Agent]
 ) -> None:
     class FullDisk(RamMemory):
@@ -221,7 +222,7 @@ async def test_a_command_the_memory_could_not_take_was_not_acknowledged_to_the_s
     assert executed == [1]
 
 
-async def test_a_failing_handler_is_an_answer_and_not_the_end(
+async def test_a_failing_handler_is_answered_and_the_device_goes_on(
     mosquitto: Server, new_agent: Callable[[list[Any]], Agent]
 ) -> None:
     async with broker(mosquitto) as ours, running(new_agent([])):
@@ -238,7 +239,7 @@ async def test_a_failing_handler_is_an_answer_and_not_the_end(
     assert errors[2]["code"] == "unknown_command"
 
 
-async def test_an_answer_given_while_the_connection_was_away_is_sent_when_it_returns(
+async def test_an_answer_given_without_a_connection_is_sent_when_it_returns(
     mosquitto: Server,
 ) -> None:
     agent = Agent("ABC", "token", mosquitto.url)
@@ -253,7 +254,8 @@ async def test_an_answer_given_while_the_connection_was_away_is_sent_when_it_ret
         first = await ours.status("online")
         await ours.command("cmd_1", "slow")
         assert (await ours.answer())["status"] == "acknowledged"
-        # A second connection of its name closes the first without a farewell: the will speaks for it.
+        # A second connection with the same client id closes the first without DISCONNECT, so the server sends
+        # the will.
         async with aiomqtt.Client(mosquitto.host, mosquitto.port, identifier="ABC"):
             assert await ours.status("offline") == first
             connection_lost.set()
@@ -262,7 +264,7 @@ async def test_an_answer_given_while_the_connection_was_away_is_sent_when_it_ret
     assert (answer["status"], answer["result"]) == ("executed", {"value": "done"})
 
 
-async def test_the_device_finds_its_way_back_to_a_server_that_was_killed(
+async def test_the_device_reconnects_to_a_restarted_server(
     mosquitto: Server, new_agent: Callable[[list[Any]], Agent]
 ) -> None:
     executed = list[Any]()
@@ -283,7 +285,9 @@ async def test_the_device_finds_its_way_back_to_a_server_that_was_killed(
     assert executed == [1]
 
 
-async def test_a_msgpack_device_with_a_secret_obeys_only_commands_with_its_grant(mosquitto: Server) -> None:
+async def test_a_msgpack_device_with_a_secret_executes_only_commands_with_its_grant(
+    mosquitto: Server,
+) -> None:
     kind = load_type('name = "small"\npayload = "msgpack"\ngrants = "HS256"\nopen = true\n')
     secret, executed = bytes(range(32)), list[Any]()
     verifier = GrantVerifier({"dev_1": secret}, "ordain", "ABC", time.time)
@@ -329,7 +333,7 @@ async def test_a_msgpack_device_with_a_secret_obeys_only_commands_with_its_grant
     assert executed == [{"n": 1.5}]
 
 
-async def test_the_demo_devices_do_their_work(mosquitto: Server) -> None:
+async def test_the_demo_devices_execute_their_commands(mosquitto: Server) -> None:
     async def ask(hardware_id: str, payload: bytes, count: int) -> list[str]:
         async with broker(mosquitto, hardware_id) as ours:
             await ours.status("online")

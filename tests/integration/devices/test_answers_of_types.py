@@ -1,4 +1,4 @@
-"""Answers whose meaning is a matter of the device type, in a running core: texts, msgpack, results."""
+"""Answers whose meaning depends on the device type, in a running core: texts, msgpack, results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ required = ["celsius"]
 
 @asynccontextmanager
 async def running(place: Path, *, embedded: bool = True) -> AsyncIterator[Bench]:
-    """A core with its link up and the documented types, and `meter`."""
+    """A core with its link up, the documented types, and the type `meter`."""
     types: dict[str, DeviceType] = load_types(str(DOCS)) | {"meter": METER}
     storage = await SqliteStorage.open(place)
     try:
@@ -65,7 +65,7 @@ async def test_the_text_of_one_command_does_not_answer_another(tmp_path: Path) -
         assert await bench.unmatched() == ["nothing_in_flight"]
 
 
-async def test_a_text_that_the_server_had_kept_is_no_answer(tmp_path: Path) -> None:
+async def test_a_retained_text_is_no_answer(tmp_path: Path) -> None:
     async with running(tmp_path, embedded=False) as bench:
         await bench.device(type="tasmota_plug", online=False)
         command = await bench.order(type="turn_off")
@@ -81,7 +81,7 @@ async def test_a_text_that_the_server_had_kept_is_no_answer(tmp_path: Path) -> N
         await bench.becomes(command.id, "executed")
 
 
-async def test_a_command_is_answered_in_the_words_of_the_type_it_was_created_with(tmp_path: Path) -> None:
+async def test_an_answer_is_read_with_the_type_the_command_was_created_with(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         device = await bench.device(type="tasmota_plug", online=False)
         command = await bench.order(type="turn_on")
@@ -93,7 +93,7 @@ async def test_a_command_is_answered_in_the_words_of_the_type_it_was_created_wit
         await bench.becomes(command.id, "executed")
 
 
-async def test_a_msgpack_device_is_told_and_understood(tmp_path: Path) -> None:
+async def test_a_msgpack_device_gets_msgpack_and_its_answers_are_read(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         await bench.device(type="meter")
         command = await bench.order(type="read", params={"unit": "celsius"})
@@ -108,7 +108,7 @@ async def test_a_msgpack_device_is_told_and_understood(tmp_path: Path) -> None:
         assert msgspec.json.decode(msgspec.json.encode(state.result)) == {"celsius": 21.5}
 
 
-async def test_a_result_that_does_not_fit_is_recorded_and_counted(tmp_path: Path) -> None:
+async def test_a_result_that_does_not_fit_its_schema_is_recorded_and_counted(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         unfit = list[str]()
         bench.core.intake.on_unfit = unfit.append

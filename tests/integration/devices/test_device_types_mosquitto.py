@@ -1,4 +1,5 @@
-"""The documented device types against a real Mosquitto: simulated devices, told and understood."""
+"""The documented device types against a real Mosquitto, with simulated devices that follow their makers'
+documentation."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ TYPES = load_types(str(DOCS / "types"))
 
 
 class Server(Protocol):
-    """What these tests use of the `mosquitto` fixture."""
+    """The part of the `mosquitto` fixture that these tests use."""
 
     host: str
     port: int
@@ -43,7 +44,8 @@ class Heard(NamedTuple):
 
 
 class Broker:
-    """Speaks to one device as its type says: topics, payloads and answers all by way of `devices.wire`."""
+    """Sends to and reads from one device as its type defines: topics, payloads and answers through
+    `devices.wire`."""
 
     def __init__(self, client: aiomqtt.Client, kind: DeviceType) -> None:
         self._client, self._kind = client, kind
@@ -64,7 +66,7 @@ class Broker:
 
 
 async def tasmota_plug(client: aiomqtt.Client) -> None:
-    """What Tasmota documents of itself, with FullTopic iotee/dev/%topic%/%prefix%/ and one relay."""
+    """A plug as Tasmota documents it, with FullTopic iotee/dev/%topic%/%prefix%/ and one relay."""
     base, on = f"iotee/dev/{HARDWARE_ID}", False
     await client.publish(f"{base}/tele/LWT", b"Online", retain=True)
     async for message in client.messages:
@@ -90,7 +92,7 @@ async def home_assistant_switch(client: aiomqtt.Client) -> None:
 async def met(
     server: Server, kind: str, device: Callable[[aiomqtt.Client], Awaitable[None]], subscribes: str
 ) -> AsyncIterator[Broker]:
-    """The two sides of one device, connected; the device has subscribed."""
+    """The broker's side and the device, both connected; the device is subscribed."""
     topic = f"iotee/dev/{HARDWARE_ID}/{subscribes}"
     async with (
         asyncio.timeout(WITHIN_SEC),
@@ -108,13 +110,13 @@ async def met(
             await acting
 
 
-async def test_a_tasmota_plug_is_switched_and_its_answers_understood(mosquitto: Server) -> None:
+async def test_a_tasmota_plug_is_switched_and_its_answers_are_read(mosquitto: Server) -> None:
     async with met(mosquitto, "tasmota_plug", tasmota_plug, "cmnd/#") as broker:
         for command in ("turn_on", "turn_off", "toggle", "toggle"):
             assert await broker.tell(command) == Answer(status="executed")
 
 
-async def test_a_home_assistant_switch_is_switched_and_its_answers_understood(mosquitto: Server) -> None:
+async def test_a_home_assistant_switch_is_switched_and_its_answers_are_read(mosquitto: Server) -> None:
     async with met(mosquitto, "home_assistant_switch", home_assistant_switch, "set") as broker:
         assert decode_status(await broker.hear("status")) == (True, None)
         for command in ("turn_on", "turn_off", "turn_on"):

@@ -1,4 +1,4 @@
-"""The reference relay and a simulated BLE device against the real broker, phones dying on the way."""
+"""The reference relay and a simulated BLE device against the real broker, with phones that die on the way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HELD = 60
 
 
 class Recorder:
-    """A BLE device with its memory, and what it has done."""
+    """A BLE device with its memory and a list of the commands it executed."""
 
     def __init__(self, desk: Desk, hardware_id: str = RECORDER, *, expects: str | None = None) -> None:
         self.done: list[str] = []
@@ -65,7 +65,7 @@ async def nearby(desk: Desk, *hardware_ids: str, **fields: Any) -> AsyncIterator
             task.cancel()
 
 
-def test_a_relay_carries_commands_to_a_device_and_its_answers_back() -> None:
+def test_a_relay_carries_commands_to_a_device_and_answers_back() -> None:
     async def story(desk: Desk) -> None:
         async with nearby(desk) as (recorder,):
             first, second = await desk.sent(), await desk.sent(type="stop_recording")
@@ -100,7 +100,7 @@ def test_a_relay_serves_several_devices_until_they_are_gone() -> None:
     on_desk(story)
 
 
-def test_a_phone_that_dies_before_the_device_has_it_costs_a_lease() -> None:
+def test_a_phone_that_dies_before_delivery_delays_the_command_by_a_lease() -> None:
     async def story(desk: Desk) -> None:
         async with nearby(desk) as (recorder,):
             command_id = await desk.sent()
@@ -117,7 +117,7 @@ def test_a_phone_that_dies_before_the_device_has_it_costs_a_lease() -> None:
     on_desk(story)
 
 
-def test_a_phone_that_dies_after_the_device_has_it_makes_nothing_happen_twice() -> None:
+def test_a_phone_that_dies_after_delivery_causes_no_second_execution() -> None:
     async def story(desk: Desk) -> None:
         async with nearby(desk) as (recorder,):
             command_id = await desk.sent()
@@ -142,7 +142,7 @@ def test_a_phone_that_dies_after_the_device_has_it_makes_nothing_happen_twice() 
 
 
 class _Unreported(Relay):
-    """Claims well; its reports go where nobody listens."""
+    """Its claims work; its reports do not reach the broker."""
 
     def __init__(self, http: httpx2.AsyncClient, deaf: httpx2.AsyncClient) -> None:
         super().__init__(http)
@@ -154,7 +154,7 @@ class _Unreported(Relay):
         return claimed
 
 
-def test_an_answer_that_a_phone_did_not_confirm_is_told_to_the_next_one() -> None:
+def test_an_answer_not_confirmed_by_one_phone_is_given_to_the_next() -> None:
     async def story(desk: Desk) -> None:
         async with nearby(desk) as (recorder,):
             command_id = await desk.sent(ttl_sec=None)
@@ -175,7 +175,7 @@ def test_an_answer_that_a_phone_did_not_confirm_is_told_to_the_next_one() -> Non
     on_desk(story)
 
 
-def test_reports_wait_for_the_broker_to_come_back() -> None:
+def test_reports_are_repeated_until_the_broker_is_back() -> None:
     async def story(desk: Desk) -> None:
         async with nearby(desk) as (recorder,):
             command_id = await desk.sent()
@@ -194,7 +194,7 @@ def test_reports_wait_for_the_broker_to_come_back() -> None:
     on_desk(story)
 
 
-def test_a_device_that_takes_long_is_left_and_answers_a_later_round() -> None:
+def test_a_relay_leaves_a_slow_device_and_gets_its_answer_in_a_later_round() -> None:
     async def story(desk: Desk) -> None:
         async with nearby(desk) as (recorder,):
             command_id = await desk.sent(ttl_sec=None)
@@ -215,7 +215,7 @@ def test_a_device_that_takes_long_is_left_and_answers_a_later_round() -> None:
     on_desk(story)
 
 
-def test_a_device_refuses_a_grant_for_another_one() -> None:
+def test_a_device_refuses_a_grant_for_another_device() -> None:
     async def story(desk: Desk) -> None:
         async with nearby(desk, expects="rec-9") as (recorder,):
             command_id = await desk.sent()

@@ -19,7 +19,7 @@ OF_A_DEVICE = get_args(events.DeviceEvent)
 
 
 def sample(cls: Any) -> Any:
-    """One with every field that must be given."""
+    """An instance with every required field set."""
     given: dict[Any, Any] = {str: "lamp-1", int: 1, msgspec.Raw: msgspec.Raw(b'{"a": 1}')}
     values = {}
     for field in msgspec.structs.fields(cls):
@@ -73,7 +73,7 @@ def test_the_sdk_reads_every_event(cls: Any) -> None:
     assert not cloudevents.SECRET & data.keys()
 
 
-def test_the_sdk_reads_one_whose_data_was_erased() -> None:
+def test_the_sdk_reads_an_event_with_erased_data() -> None:
     entry = msgspec.structs.replace(entry_of(sample(events.Created)), event=None, command=None)
 
     read = JSONFormat().read(CloudEvent, encoded("log_1", entry))
@@ -82,7 +82,7 @@ def test_the_sdk_reads_one_whose_data_was_erased() -> None:
     assert read.get_data() == {"command_id": COMMAND, "device_id": DEVICE, "hardware_id": "lamp-1"}
 
 
-def test_extensions_have_names_as_the_specification_wants_them() -> None:
+def test_extension_names_follow_the_specification() -> None:
     read = JSONFormat().read(CloudEvent, encoded("log_1", entry_of(sample(events.Published))))
 
     own = {"project": PROJECT, "actor": "key:key_1", "schema": 1, "version": 2}

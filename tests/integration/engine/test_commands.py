@@ -1,4 +1,4 @@
-"""Commands through the running core: requests, hand-overs, answers and timers together."""
+"""Commands through the running core: requests, hand-overs, answers and timers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ Scene = Callable[[Bench], Awaitable[None]]
 
 
 def play(scene: Scene, limits: Limits | None = None) -> None:
-    """Plays a scene on the virtual clock, then checks that the log and what was made of it are whole."""
+    """Runs a scene on the virtual clock, then checks the log's chain and compares the projections with
+    rebuilt ones."""
 
     async def world(loop: SimLoop) -> None:
         async with on_virtual_time(loop, limits) as (bench, _):
@@ -56,7 +57,7 @@ def play(scene: Scene, limits: Limits | None = None) -> None:
 
 
 async def passes(seconds: float) -> None:
-    """Time goes by; only on the virtual clock."""
+    """Lets so many seconds pass; only on the virtual clock."""
     assert isinstance(asyncio.get_running_loop(), SimLoop)
     await asyncio.sleep(seconds)
 
@@ -69,7 +70,7 @@ async def sent(bench: Bench, count: int) -> None:
 # --- requests
 
 
-def test_a_command_is_answered_as_of_its_created_event_and_handed_over_at_once() -> None:
+def test_a_create_answers_with_the_created_state_and_hands_over_at_once() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device()
         state = await bench.order(params={"a": 1})
@@ -135,7 +136,7 @@ def test_another_project_sees_neither_devices_nor_commands() -> None:
     play(scene)
 
 
-def test_a_full_queue_is_refused_and_a_place_in_it_can_be_used_again() -> None:
+def test_a_full_queue_refuses_and_accepts_again_when_a_place_is_free() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device(online=False)
         first = await bench.order()
@@ -151,7 +152,7 @@ def test_a_full_queue_is_refused_and_a_place_in_it_can_be_used_again() -> None:
     play(scene, Limits(queue_per_name=2, queue_per_device=3))
 
 
-async def test_of_32_requests_with_one_key_one_makes_the_command(tmp_path: Path) -> None:
+async def test_32_requests_with_one_key_make_one_command(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         await bench.device()
         same = [bench.accepted(idempotency_key="k", fingerprint=b"body") for _ in range(32)]
@@ -168,7 +169,7 @@ async def test_of_32_requests_with_one_key_one_makes_the_command(tmp_path: Path)
     await storage.close()
 
 
-def test_cancel_is_for_what_never_left_and_may_be_repeated() -> None:
+def test_only_a_command_not_handed_over_is_cancelled_and_a_cancel_may_be_repeated() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device(online=False)
         waiting = await bench.order()
@@ -186,7 +187,7 @@ def test_cancel_is_for_what_never_left_and_may_be_repeated() -> None:
     play(scene)
 
 
-def test_abandon_ends_what_cancel_cannot_and_frees_the_lane() -> None:
+def test_abandon_ends_a_handed_over_command_and_frees_the_lane() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device()
         stuck, next_ = await bench.order(), await bench.order()
@@ -204,7 +205,7 @@ def test_abandon_ends_what_cancel_cannot_and_frees_the_lane() -> None:
 # --- answers
 
 
-def test_a_lane_goes_on_with_the_next_command_whatever_the_end() -> None:
+def test_a_lane_continues_after_every_kind_of_end() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device()
         states = [await bench.order() for _ in range(3)]
@@ -233,7 +234,7 @@ def test_progress_in_whole_percent_folds_to_the_same_bytes(percent: float) -> No
     play(scene)
 
 
-def test_what_fits_nothing_is_kept_with_its_reason_and_changes_nothing() -> None:
+def test_an_unmatched_answer_is_kept_with_its_reason_and_changes_nothing() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device()
         await bench.device("lamp-2")
@@ -260,7 +261,7 @@ def test_what_fits_nothing_is_kept_with_its_reason_and_changes_nothing() -> None
     play(scene)
 
 
-def test_copies_of_an_answer_leave_one_event_and_pubacks_go_out_in_order() -> None:
+def test_copies_of_an_answer_give_one_event_and_pubacks_go_out_in_order() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device()
         state = await bench.order()
@@ -275,7 +276,7 @@ def test_copies_of_an_answer_leave_one_event_and_pubacks_go_out_in_order() -> No
     play(scene)
 
 
-def test_an_answer_without_id_means_the_one_candidate_and_is_called_inferred() -> None:
+def test_an_answer_without_id_belongs_to_the_only_candidate_as_inferred() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device("lock-1", "iotee_device")
         state = await bench.order("lock-1", "lock")
@@ -294,7 +295,7 @@ def test_an_answer_without_id_means_the_one_candidate_and_is_called_inferred() -
     play(scene)
 
 
-def test_after_a_restart_a_second_answer_without_id_is_not_taken_for_the_next_commands() -> None:
+def test_after_a_restart_a_second_answer_without_id_does_not_end_the_next_command() -> None:
     async def world(loop: SimLoop) -> None:
         disk = SimDisk(loop)
         async with running(SimStorage(loop, disk), SimClock(loop)) as bench:
@@ -317,7 +318,7 @@ def test_after_a_restart_a_second_answer_without_id_is_not_taken_for_the_next_co
     simulated(world)
 
 
-def test_a_text_is_read_as_the_type_of_its_command_says() -> None:
+def test_a_bare_answer_is_read_with_the_type_of_its_command() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device("odd-1", "generic")
         state = await bench.order("odd-1", "lock", device_type="iotee_device")
@@ -329,7 +330,7 @@ def test_a_text_is_read_as_the_type_of_its_command_says() -> None:
     play(scene)
 
 
-def test_a_type_changed_later_does_not_touch_an_open_command() -> None:
+def test_a_changed_device_type_does_not_affect_an_open_command() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device("lock-1", "iotee_device")
         state = await bench.order("lock-1", "lock")
@@ -341,7 +342,7 @@ def test_a_type_changed_later_does_not_touch_an_open_command() -> None:
     play(scene)
 
 
-def test_a_late_answer_corrects_a_time_out_and_takes_no_place_in_the_lane() -> None:
+def test_a_late_answer_corrects_a_time_out_and_does_not_block_the_lane() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device()
         late = await bench.order(ttl_sec=5)
@@ -362,7 +363,7 @@ def test_a_late_answer_corrects_a_time_out_and_takes_no_place_in_the_lane() -> N
 # --- time
 
 
-def test_no_answer_means_again_with_pauses_until_the_attempts_are_used_up() -> None:
+def test_an_unanswered_command_is_sent_again_after_pauses_until_its_last_attempt() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device()
         state = await bench.order()
@@ -384,7 +385,7 @@ async def until_closed(bench: Bench, command_id: str) -> Any:
     return bench.live.command(command_id)
 
 
-def test_what_was_never_handed_over_expires_on_time_and_what_was_times_out() -> None:
+def test_a_pending_command_expires_on_time_and_a_handed_over_one_times_out() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device(online=False)
         waiting = await bench.order(ttl_sec=30)
@@ -401,7 +402,7 @@ def test_what_was_never_handed_over_expires_on_time_and_what_was_times_out() -> 
     play(scene)
 
 
-def test_reports_keep_a_command_alive_and_silence_ends_it() -> None:
+def test_reports_extend_a_command_and_silence_times_it_out() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device()
         state = await bench.order(ttl_sec=20)
@@ -416,7 +417,7 @@ def test_reports_keep_a_command_alive_and_silence_ends_it() -> None:
     play(scene)
 
 
-def test_what_may_be_sent_once_is_sent_once_and_ends_even_without_a_subscriber() -> None:
+def test_a_non_repeatable_command_is_sent_once_and_ends_without_a_subscriber_too() -> None:
     async def scene(bench: Bench) -> None:
         for number, receipt in enumerate((None, TAKEN, NO_SUBSCRIBER, BUSY), start=1):
             name = f"lock-{number}"
@@ -438,7 +439,7 @@ def test_what_may_be_sent_once_is_sent_once_and_ends_even_without_a_subscriber()
     play(scene)
 
 
-def test_a_publish_that_is_always_refused_fails_and_says_by_whom() -> None:
+def test_a_publish_that_is_always_refused_fails_and_names_the_mqtt_server() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device("lock-1", "iotee_device")
         state = await bench.order("lock-1", "lock")
@@ -460,7 +461,7 @@ def test_a_publish_that_is_always_refused_fails_and_says_by_whom() -> None:
 # --- presence
 
 
-def test_a_device_that_is_away_costs_no_attempt_and_gets_its_command_when_it_is_back() -> None:
+def test_attempts_to_an_absent_device_do_not_count_and_it_gets_its_command_on_return() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device()
         state = await bench.order()
@@ -478,7 +479,7 @@ def test_a_device_that_is_away_costs_no_attempt_and_gets_its_command_when_it_is_
     play(scene)
 
 
-def test_a_type_without_presence_is_always_sent_to() -> None:
+def test_a_type_without_presence_gets_commands_at_any_time() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device("lock-1", "iotee_device", online=False)
         await bench.order("lock-1", "lock")
@@ -505,7 +506,7 @@ def test_without_a_link_commands_wait_and_go_out_when_it_is_back() -> None:
     play(scene)
 
 
-def test_a_time_that_passed_without_a_link_waits_for_the_answers_kept_by_the_server() -> None:
+def test_a_deadline_that_passed_without_a_link_waits_for_answers_kept_by_the_server() -> None:
     async def scene(bench: Bench) -> None:
         await bench.device()
         state = await bench.order(ttl_sec=20)
@@ -524,7 +525,7 @@ def test_a_time_that_passed_without_a_link_waits_for_the_answers_kept_by_the_ser
     play(scene)
 
 
-def test_a_device_and_its_names_belong_to_one_project_for_ever() -> None:
+def test_a_device_id_and_hardware_id_belong_to_one_project_for_ever() -> None:
     async def scene(bench: Bench) -> None:
         device = await bench.device(online=False)
         assert device.project == PROJECT
@@ -535,7 +536,7 @@ def test_a_device_and_its_names_belong_to_one_project_for_ever() -> None:
     play(scene)
 
 
-def test_what_was_in_the_air_when_the_link_died_is_sent_again_soon_after_it_is_back() -> None:
+def test_an_attempt_interrupted_by_a_lost_link_is_sent_again_soon_after_its_return() -> None:
     async def scene(bench: Bench) -> None:
         device = await bench.device()
         await bench.order(ttl_sec=None)
@@ -554,7 +555,7 @@ def test_what_was_in_the_air_when_the_link_died_is_sent_again_soon_after_it_is_b
     play(scene)
 
 
-async def test_old_idempotency_keys_are_forgotten_a_few_at_a_time_but_not_of_open_commands(
+async def test_old_idempotency_keys_of_closed_commands_are_forgotten_a_few_at_a_time(
     tmp_path: Path,
 ) -> None:
     async with running(tmp_path) as bench:

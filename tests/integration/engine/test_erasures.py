@@ -1,4 +1,4 @@
-"""Erasing: forgotten at once, gone from every byte on the disk, and the chain verifies."""
+"""Erasing: invisible at once, removed from every byte on the disk, and the chain still verifies."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ADMIN = Caller(actor="key:admin", project=None)
 
 
 async def ended(bench: Bench, hardware_id: str = "lamp-1", **fields: Any) -> CommandState:
-    """A command that was executed, with a secret in its parameters, its progress and its result."""
+    """An executed command with a secret in its parameters and its result."""
     made = await bench.order(hardware_id, params={"code": SECRET}, **fields)
     await bench.becomes(made.id, "published")
     bench.answers(made.id, "executed", hardware_id, result={"seen": SECRET})
@@ -69,7 +69,8 @@ async def listed(bench: Bench, limit: int = 100, offset: int = 0, **wanted: obje
 
 
 async def data_of(bench: Bench, stream: str) -> list[bytes | None]:
-    """What is shown of a stream: what its rows hold, but for what is promised to be erased."""
+    """The data that readers see of a stream: NULL also for rows whose erasure is promised but not yet
+    done."""
 
     def work(sql: Sql) -> list[bytes | None]:
         return [row.data for row in commands_view.veiled(sql, log.stream(sql, stream))]
@@ -78,7 +79,7 @@ async def data_of(bench: Bench, stream: str) -> list[bytes | None]:
 
 
 async def sound(bench: Bench) -> None:
-    """The chain verifies, and the projections made anew are those that were kept up."""
+    """Asserts that the chain verifies and that the projections equal rebuilt ones."""
     storage = bench.writer.storage
     assert (await storage.read(log.verify)).fault is None
     kept = await storage.read(follower.dump)
@@ -97,11 +98,12 @@ def with_secret(directory: Path) -> list[str]:
 # --- one command
 
 
-async def test_a_deleted_command_is_in_no_byte_on_the_disk(tmp_path: Path) -> None:
+async def test_a_deleted_command_leaves_no_byte_on_the_disk(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         await bench.device()
         state = await ended(bench)
-        bench.answers(state.id, "executed", result={"another": SECRET})  # a contradiction, kept aside
+        # a contradicting answer, kept as unmatched
+        bench.answers(state.id, "executed", result={"another": SECRET})
         await until(lambda: len(bench.wire.pubacks) == 2)
         assert with_secret(tmp_path)
 
@@ -119,7 +121,7 @@ async def test_a_deleted_command_is_in_no_byte_on_the_disk(tmp_path: Path) -> No
         await sound(bench)
 
 
-async def test_a_deleted_command_is_unknown_from_the_answer_on(tmp_path: Path) -> None:
+async def test_a_deleted_command_is_unknown_once_the_delete_is_answered(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         await bench.device()
         state = await ended(bench, idempotency_key="k-1", fingerprint=b"one")
@@ -160,7 +162,7 @@ async def test_a_pending_command_is_cancelled_before_it_is_erased(tmp_path: Path
 
 
 @pytest.mark.parametrize("status", ["published", "acknowledged"])
-async def test_a_command_that_was_handed_over_is_not_deleted(tmp_path: Path, status: str) -> None:
+async def test_a_handed_over_command_is_not_deleted(tmp_path: Path, status: str) -> None:
     async with running(tmp_path) as bench:
         await bench.device()
         state = await bench.order()
@@ -194,7 +196,7 @@ async def test_a_late_answer_to_an_erased_command_is_unknown(tmp_path: Path) -> 
         assert bench.state(state.id) == "forgotten"
 
 
-async def test_an_id_less_answer_is_not_taken_for_an_erased_command(tmp_path: Path) -> None:
+async def test_an_answer_without_id_is_not_assigned_to_an_erased_command(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         await bench.device(type="iotee_device")
         state = await bench.order(type="reboot")
@@ -221,7 +223,7 @@ async def test_another_projects_command_is_not_deleted(tmp_path: Path) -> None:
         assert await read(bench, state.id) == state
 
 
-async def test_a_read_that_began_before_does_not_bring_a_deleted_command_back(tmp_path: Path) -> None:
+async def test_a_read_that_began_before_a_delete_does_not_restore_the_command(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         await bench.device()
         state = await ended(bench)
@@ -247,7 +249,7 @@ async def test_a_read_that_began_before_does_not_bring_a_deleted_command_back(tm
         assert bench.state(state.id) == "forgotten"
 
 
-async def test_a_delete_that_could_not_be_committed_erased_nothing(tmp_path: Path) -> None:
+async def test_a_delete_whose_commit_failed_erases_nothing(tmp_path: Path) -> None:
     class Failing(Held):
         full = False
 
@@ -280,7 +282,7 @@ async def test_a_delete_that_could_not_be_committed_erased_nothing(tmp_path: Pat
 
 
 async def old_and_new(bench: Bench, clock: ManualClock) -> tuple[list[str], dict[str, str]]:
-    """Ten closed commands of yesterday, two open ones, and a closed one of today; the time is today."""
+    """Ten closed commands of yesterday, two open ones, and a closed one of today. The clock shows today."""
     for number in (1, 2, 3):
         await bench.device(f"lamp-{number}", online=number != 2)
     closed = [(await ended(bench)).id for _ in range(9)]
@@ -301,7 +303,7 @@ def yesterday() -> ManualClock:
 
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The erasing stops after the first command, until `undo`."""
+    """Lets the erasing stop after the first command, until `undo`."""
     monkeypatch.setattr(erasures, "BATCH", 1)
     monkeypatch.setattr(erasures, "PAUSE_SEC", 1e9)
     return monkeypatch
@@ -311,7 +313,7 @@ async def begun(bench: Bench) -> None:
     await until(lambda: bench.core.erasures.erased > 0)
 
 
-async def test_a_purge_erases_what_was_closed_and_is_older_than_its_days(tmp_path: Path) -> None:
+async def test_a_purge_erases_closed_commands_older_than_its_days(tmp_path: Path) -> None:
     clock = yesterday()
     async with running(tmp_path, clock) as bench:
         old, kept = await old_and_new(bench, clock)
@@ -343,7 +345,7 @@ async def test_a_purge_erases_what_was_closed_and_is_older_than_its_days(tmp_pat
         await sound(bench)
 
 
-async def test_what_a_purge_promised_to_erase_is_unknown_before_it_is_erased(
+async def test_a_command_is_unknown_from_the_purge_on_before_it_is_erased(
     tmp_path: Path, interrupted: pytest.MonkeyPatch
 ) -> None:
     clock = yesterday()
@@ -375,7 +377,7 @@ async def test_what_a_purge_promised_to_erase_is_unknown_before_it_is_erased(
         await sound(bench)
 
 
-async def test_what_a_purge_promised_to_erase_is_in_no_replayed_log_and_told_to_no_projection(
+async def test_a_command_covered_by_a_purge_is_in_no_replayed_log_and_in_no_projection(
     tmp_path: Path, interrupted: pytest.MonkeyPatch
 ) -> None:
     clock, data, copy = yesterday(), tmp_path / "data", tmp_path / "copy"
@@ -402,7 +404,7 @@ async def test_what_a_purge_promised_to_erase_is_in_no_replayed_log_and_told_to_
     assert told.issuperset(kept.values())
 
 
-async def test_a_purge_that_was_interrupted_is_finished_after_the_next_start(
+async def test_an_interrupted_purge_is_finished_after_the_next_start(
     tmp_path: Path, interrupted: pytest.MonkeyPatch
 ) -> None:
     clock = yesterday()
@@ -427,10 +429,10 @@ async def test_a_purge_that_was_interrupted_is_finished_after_the_next_start(
         await sound(bench)
 
 
-async def test_what_is_closed_in_the_very_millisecond_of_a_purge_is_kept(
+async def test_a_command_closed_in_the_same_millisecond_as_a_purge_is_kept(
     tmp_path: Path, interrupted: pytest.MonkeyPatch
 ) -> None:
-    """The clock stands still here: only the order of the log tells before from after."""
+    """The clock does not move here: only positions in the log separate before and after."""
     clock = yesterday()
     async with running(tmp_path, clock) as bench:
         await bench.device()
@@ -450,7 +452,7 @@ async def test_what_is_closed_in_the_very_millisecond_of_a_purge_is_kept(
         await sound(bench)
 
 
-async def test_old_answers_that_fitted_nothing_go_with_a_purge(tmp_path: Path) -> None:
+async def test_a_purge_erases_old_unmatched_answers(tmp_path: Path) -> None:
     clock = yesterday()
     async with running(tmp_path, clock) as bench:
         await bench.device()
@@ -470,8 +472,9 @@ async def test_old_answers_that_fitted_nothing_go_with_a_purge(tmp_path: Path) -
         assert with_secret(tmp_path) == []
 
 
-def test_no_piece_of_what_was_erased_stays_on_any_page() -> None:
-    """Rows that grow and go move others between pages; among hundreds a copy left behind would show."""
+def test_no_copy_of_erased_data_stays_on_any_page() -> None:
+    """Rows that grow and shrink move other rows between pages. With hundreds of rows a leftover copy would be
+    found."""
 
     async def world(loop: SimLoop) -> None:
         async with on_virtual_time(loop) as (bench, disk):

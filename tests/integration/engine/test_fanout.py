@@ -1,4 +1,4 @@
-"""One command to many devices in the core: what a crash leaves, and who gets a turn meanwhile."""
+"""Fan-outs (one command to many devices) in the core: state after a crash, and fairness to other requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.simulation.loop import Node, SimClock, SimLoop
 
 
 class FullOnce(Held):
-    """The disk is full for one commit."""
+    """A storage that reports a full disk for one commit."""
 
     def __init__(self, storage: Storage) -> None:
         super().__init__(storage)
@@ -55,19 +55,20 @@ async def send(bench: Bench, names: list[str], key: str = "k", type: str = "open
 
 
 async def lamps(bench: Bench) -> dict[str, str]:
-    """Registers them; their names by id."""
+    """Registers all lamps and returns their hardware ids by device id."""
     return {(await bench.device(name, online=False)).id: name for name in LAMPS}
 
 
 async def made(bench: Bench) -> list[tuple[str, str]]:
-    """(device id, command id) of every command in the log, in order."""
+    """(device id, command id) of every command in the log, in log order."""
     return [(row.device_id or "", row.stream) for row in await bench.rows() if row.type == "created"]
 
 
 def crashing(
     power: bool, operations: int, then: Callable[[Bench, dict[str, str], list[Outcome]], Awaitable[None]]
 ) -> None:
-    """Sends to all, crashes after so many operations of the disk, starts again; `then` looks at it."""
+    """Sends to all lamps, crashes after so many disk operations and starts again; `then` checks the
+    result."""
 
     async def world(loop: SimLoop) -> None:
         disk, node, crashed = SimDisk(loop), Node("broker"), asyncio.Event()
@@ -85,7 +86,7 @@ def crashing(
                 names.update(await lamps(bench))
                 disk.stop_after(operations, crash)
                 answered.extend((await send(bench, LAMPS)).values())
-                while True:  # until it is killed, whenever that is
+                while True:  # runs until the crash
                     await bench.device(f"more-{bench.writer.now()}", online=False)
 
         loop.spawn(node, first())
@@ -98,7 +99,7 @@ def crashing(
 
 @pytest.mark.parametrize("power", [False, True])
 @pytest.mark.parametrize("operations", [0, 15, 29, 33, 45, 59, 63, 75, 87, 95])
-def test_a_crash_leaves_whole_parts_and_the_repeated_request_completes_them(
+def test_a_crash_keeps_whole_parts_and_a_repeated_request_completes_them(
     operations: int, power: bool
 ) -> None:
     async def then(bench: Bench, names: dict[str, str], answered: list[Outcome]) -> None:
@@ -119,7 +120,7 @@ def test_a_crash_leaves_whole_parts_and_the_repeated_request_completes_them(
     crashing(power, operations, then)
 
 
-async def test_a_commit_that_fails_is_no_answer_and_leaves_what_was_durable(tmp_path: Path) -> None:
+async def test_a_failed_commit_gives_no_answer_and_keeps_earlier_durable_parts(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         names = await lamps(bench)
         full = FullOnce(bench.writer.storage)
@@ -136,7 +137,7 @@ async def test_a_commit_that_fails_is_no_answer_and_leaves_what_was_durable(tmp_
         assert [(names[device], command) for device, command in await made(bench)] == list(again.items())
 
 
-async def test_others_get_their_turn_between_two_parts(tmp_path: Path) -> None:
+async def test_other_requests_run_between_two_parts(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         names = await lamps(bench)
         await bench.device("door-1", online=False)
@@ -151,7 +152,7 @@ async def test_others_get_their_turn_between_two_parts(tmp_path: Path) -> None:
         assert len(names) == len(order) - 1
 
 
-async def test_many_fan_outs_at_once_never_overfill_a_batch(
+async def test_concurrent_fan_outs_never_exceed_the_batch_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("broker.engine.writer.BATCH_EVENTS", PART)
@@ -162,11 +163,11 @@ async def test_many_fan_outs_at_once_never_overfill_a_batch(
 
         await asyncio.gather(*(send(bench, LAMPS, key=f"k{number}") for number in range(20)))
 
-        assert sum(sizes) == 20 * len(LAMPS) + 1  # and the definition
+        assert sum(sizes) == 20 * len(LAMPS) + 1  # one `defined` event more than commands
         assert max(sizes) <= 2 * PART
 
 
-async def test_nothing_is_answered_before_it_is_durable(tmp_path: Path) -> None:
+async def test_no_fan_out_is_answered_before_it_is_durable(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         await lamps(bench)
         await send(bench, LAMPS[:1])

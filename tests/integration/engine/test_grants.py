@@ -1,4 +1,5 @@
-"""Grants as the broker mints and a device checks them: rotating keys, secrets of small devices."""
+"""Grants as the broker mints them and a device checks them: key rotation, and shared secrets of small
+devices."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ async def device(core: Core, type: str = "small", hardware_id: str = "lock-1") -
 
 
 async def minted(core: Core, hardware_id: str = "lock-1", command: str = "open") -> tuple[str, str]:
-    """The id of a new command, and a grant for it."""
+    """The id of a new command and a grant for it."""
     state = (await core.commands.create(ME, Order(device=hardware_id, type=command))).state
     return state.id, core.grants.mint(state, core.writer.now())
 
@@ -78,7 +79,7 @@ def verdict(by: GrantVerifier, grant: tuple[str, str], command: str = "open", pa
     return "good"
 
 
-async def test_after_a_rotation_both_keys_are_good_until_the_old_one_is_retired(tmp_path: Path) -> None:
+async def test_after_a_rotation_both_keys_are_valid_until_the_old_one_is_retired(tmp_path: Path) -> None:
     async with running(tmp_path) as core:
         await device(core, "generic")
         reads_once, refreshes = verifier(core, jwks(core)), verifier(core, jwks(core))
@@ -105,7 +106,7 @@ async def test_after_a_rotation_both_keys_are_good_until_the_old_one_is_retired(
         assert verdict(verifier(core, jwks(core)), await minted(core)) == "good"
 
 
-async def test_the_key_that_signs_cannot_be_retired_and_an_unknown_one_is_not_found(tmp_path: Path) -> None:
+async def test_the_signing_key_cannot_be_retired_and_an_unknown_key_is_not_found(tmp_path: Path) -> None:
     async with running(tmp_path) as core:
         for kid, kind in ((core.grants.signing.kid, "conflict"), ("key_none", "not_found")):
             with pytest.raises(Refusal) as refused:
@@ -130,7 +131,7 @@ async def test_a_small_device_checks_grants_with_its_own_secret(tmp_path: Path) 
         assert len(core.grants.jwks()["keys"]) == 1
 
 
-async def test_a_public_key_taken_for_a_secret_signs_nothing(tmp_path: Path) -> None:
+async def test_a_public_key_used_as_a_secret_signs_no_grant(tmp_path: Path) -> None:
     async with running(tmp_path) as core:
         await device(core, "generic")
         key = core.grants.signing
@@ -139,7 +140,7 @@ async def test_a_public_key_taken_for_a_secret_signs_nothing(tmp_path: Path) -> 
         assert verdict(confused, await minted(core)) == "wrong_algorithm"
 
 
-async def test_the_secret_is_new_with_the_token_and_survives_a_restart(tmp_path: Path) -> None:
+async def test_a_new_token_brings_a_new_secret_that_survives_a_restart(tmp_path: Path) -> None:
     async with running(tmp_path) as core:
         first = await device(core)
         second = await core.registry.rotate_token(ME, "lock-1")
@@ -170,7 +171,7 @@ async def test_a_secret_is_never_in_the_log(tmp_path: Path) -> None:
     assert [row for row in rows if any(form in row for form in forms)] == []
 
 
-async def test_a_device_without_a_secret_cannot_be_given_grants_of_its_new_type(tmp_path: Path) -> None:
+async def test_a_device_without_a_secret_gets_no_grants_of_its_new_type(tmp_path: Path) -> None:
     async with running(tmp_path) as core:
         issued = await device(core, "generic")
         before = await minted(core)
@@ -199,7 +200,7 @@ async def test_a_deleted_device_leaves_no_secret(tmp_path: Path) -> None:
         assert sql.execute("SELECT * FROM device_secrets").fetchall() == []
 
 
-async def test_over_http_the_secret_is_shown_once_and_only_where_there_is_one(tmp_path: Path) -> None:
+async def test_over_http_a_secret_is_shown_once_and_only_for_types_that_have_one(tmp_path: Path) -> None:
     async with running(tmp_path) as core, operator(core) as client:
         made = (await client.post("/v1/devices", json={"hardware_id": "lock-1", "type": "small"})).json()
         plain = (await client.post("/v1/devices", json={"hardware_id": "lamp-1", "type": "generic"})).json()
@@ -212,7 +213,7 @@ async def test_over_http_the_secret_is_shown_once_and_only_where_there_is_one(tm
     assert "device_secret" not in plain
 
 
-async def test_the_operator_lists_rotates_and_retires(tmp_path: Path) -> None:
+async def test_the_operator_lists_rotates_and_retires_keys(tmp_path: Path) -> None:
     async with running(tmp_path) as core, operator(core) as client:
         first = (await client.get("/local/grants")).json()["data"][0]
         made = await client.post("/local/grants/rotate")
@@ -230,7 +231,7 @@ async def test_the_operator_lists_rotates_and_retires(tmp_path: Path) -> None:
     assert "private" not in json.dumps(listed)
 
 
-async def test_what_was_accepted_keeps_the_way_its_grants_are_signed(tmp_path: Path) -> None:
+async def test_an_accepted_command_keeps_its_grant_algorithm(tmp_path: Path) -> None:
     async with running(tmp_path) as core:
         issued = await device(core)
         assert issued.secret is not None

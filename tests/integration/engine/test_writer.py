@@ -1,4 +1,4 @@
-"""The one writer: groups, the commit barrier, failed commits, and the broker's clock."""
+"""The single writer: batches, the commit barrier, failed commits, and the broker's clock."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def held(directory: Path) -> AsyncIterator[Held]:
 # --- groups and the barrier
 
 
-async def test_what_arrives_during_a_commit_goes_into_the_next_one_in_order(tmp_path: Path) -> None:
+async def test_events_staged_during_a_commit_go_into_the_next_one_in_order(tmp_path: Path) -> None:
     async with held(tmp_path) as storage, running(storage) as bench:
         await bench.device()
         seen: list[Recorded] = []
@@ -66,7 +66,7 @@ async def test_what_arrives_during_a_commit_goes_into_the_next_one_in_order(tmp_
         assert made == [state.id for state in states]
 
 
-async def test_nothing_leaves_before_the_commit_it_follows_from(tmp_path: Path) -> None:
+async def test_nothing_leaves_before_its_event_is_committed(tmp_path: Path) -> None:
     async with held(tmp_path) as storage, running(storage) as bench:
         await bench.device()
         storage.gate.clear()
@@ -92,7 +92,7 @@ async def test_nothing_leaves_before_the_commit_it_follows_from(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("what", ["a no-op", "a replay"])
-async def test_every_answer_waits_for_what_it_was_decided_on(tmp_path: Path, what: str) -> None:
+async def test_every_answer_waits_until_its_decision_is_durable(tmp_path: Path, what: str) -> None:
     async with held(tmp_path) as storage, running(storage) as bench:
         await bench.device(online=False)
         first = await bench.order()
@@ -106,7 +106,7 @@ async def test_every_answer_waits_for_what_it_was_decided_on(tmp_path: Path, wha
             await until(lambda: len(bench.live.members) == 2)
             answer = asyncio.create_task(bench.order(idempotency_key="k", fingerprint=b"f"))
         for _ in range(20):
-            await bench.rows()  # the database has had its turns, and the loop too
+            await bench.rows()  # gives the database's thread and the loop time to run
 
         assert not answer.done()
         storage.gate.set()
@@ -118,7 +118,7 @@ async def test_every_answer_waits_for_what_it_was_decided_on(tmp_path: Path, wha
 
 
 async def interfere(storage: Storage, device_id: str, name: str) -> None:
-    """Somebody else writes to the same stream, as another node would: log and projections."""
+    """Writes to the same stream from outside, like a second node: log and projections."""
 
     def work(sql: Sql) -> None:
         head = log.head(sql)
@@ -139,7 +139,7 @@ async def interfere(storage: Storage, device_id: str, name: str) -> None:
     await storage.write(work)
 
 
-async def test_a_conflict_discards_what_stood_on_it_and_the_state_is_read_anew(tmp_path: Path) -> None:
+async def test_a_conflict_discards_dependent_events_and_reloads_the_state(tmp_path: Path) -> None:
     async with held(tmp_path) as storage, running(storage) as bench:
         device = await bench.device(online=False)
         await interfere(storage.storage, device.id, "theirs")
@@ -162,7 +162,7 @@ async def test_a_conflict_discards_what_stood_on_it_and_the_state_is_read_anew(t
 
 
 async def whole(bench: Bench) -> None:
-    """Positions without a gap, an unbroken chain, and projections equal to their rebuilding."""
+    """Asserts positions without a gap, a chain without fault, and projections equal to rebuilt ones."""
     storage = bench.writer.storage
     rows = await bench.rows()
     assert [row.position for row in rows] == list(range(1, len(rows) + 1))
@@ -189,7 +189,7 @@ async def test_positions_have_no_gap_over_restarts_and_failed_commits(tmp_path: 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of two megabytes; only root can make one."""
+    """A real file system of two megabytes; making it needs root."""
     place = tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(
@@ -208,12 +208,12 @@ def fill(ballast: Path) -> None:
 
 
 async def order_for_ever(bench: Bench, accepted: list[str]) -> None:
-    """The log's own files may still have some room."""
+    """Creates commands until a write fails: the log's own files may still have some free space."""
     while True:
         accepted.append((await bench.order(type=f"fill{len(accepted)}")).id)
 
 
-async def test_a_full_disk_refuses_writes_reads_go_on_and_space_is_enough_to_recover(
+async def test_a_full_disk_refuses_writes_allows_reads_and_recovers_with_space(
     small_disk: Path,
 ) -> None:
     async with running(small_disk) as bench:
@@ -235,7 +235,7 @@ async def test_a_full_disk_refuses_writes_reads_go_on_and_space_is_enough_to_rec
         await whole(bench)
 
 
-def test_after_a_full_disk_what_waits_is_handed_over_by_itself() -> None:
+def test_after_a_full_disk_waiting_commands_are_handed_over() -> None:
     async def world(loop: SimLoop) -> None:
         async with on_virtual_time(loop) as (bench, disk):
             await bench.device()
@@ -256,7 +256,7 @@ def test_after_a_full_disk_what_waits_is_handed_over_by_itself() -> None:
     simulated(world)
 
 
-def test_a_pending_command_alone_is_handed_over_after_a_full_disk() -> None:
+def test_a_single_pending_command_is_handed_over_after_a_full_disk() -> None:
     async def world(loop: SimLoop) -> None:
         async with on_virtual_time(loop) as (bench, disk):
             await bench.device("lamp-1", online=False)
@@ -293,7 +293,7 @@ def test_an_io_error_ends_the_writer_and_the_outcome_is_unknown(operation: str) 
 # --- the clock
 
 
-async def test_steps_of_the_wall_clock_do_not_move_the_time_of_the_broker(tmp_path: Path) -> None:
+async def test_wall_clock_steps_do_not_move_the_brokers_time(tmp_path: Path) -> None:
     clock = ManualClock()
     async with running(tmp_path, clock) as bench:
         for step in (86_400_000, -2 * 86_400_000):
@@ -304,7 +304,7 @@ async def test_steps_of_the_wall_clock_do_not_move_the_time_of_the_broker(tmp_pa
             assert bench.writer.now() == before + 250
 
 
-async def test_times_never_fall_over_a_restart_with_an_earlier_wall(tmp_path: Path) -> None:
+async def test_event_times_never_fall_after_a_restart_with_an_earlier_wall_clock(tmp_path: Path) -> None:
     for seed, wall in enumerate((T, T - 3_000, T - 86_400_000), start=1):
         clock = ManualClock(wall)
         async with running(tmp_path, clock, seed=seed) as bench:
@@ -318,7 +318,7 @@ async def test_times_never_fall_over_a_restart_with_an_earlier_wall(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("behind_ms", "sent"), [(5_000, 1), (5_001, 0)])
-async def test_a_clock_before_the_log_hands_nothing_over_until_it_is_mended(
+async def test_a_clock_behind_the_log_stops_hand_overs_until_it_is_corrected(
     tmp_path: Path, behind_ms: int, sent: int
 ) -> None:
     async with running(tmp_path, ManualClock()) as bench:
@@ -349,7 +349,7 @@ async def test_a_step_of_the_wall_clock_is_recorded_once(tmp_path: Path) -> None
 # --- starting
 
 
-async def test_a_core_that_was_only_opened_reads_its_log_and_writes_nothing(tmp_path: Path) -> None:
+async def test_a_core_that_is_only_opened_reads_its_log_and_writes_nothing(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         state = await bench.order((await bench.device(online=False)).id)
         before = await bench.rows()
@@ -365,7 +365,7 @@ async def test_a_core_that_was_only_opened_reads_its_log_and_writes_nothing(tmp_
 # --- values that cannot be written
 
 
-async def test_a_note_that_cannot_be_written_is_left_out_and_counted_and_its_batch_is_committed(
+async def test_an_unwritable_note_is_dropped_and_counted_and_its_batch_is_committed(
     tmp_path: Path,
 ) -> None:
     async with held(tmp_path) as storage, running(storage) as bench:
@@ -380,7 +380,7 @@ async def test_a_note_that_cannot_be_written_is_left_out_and_counted_and_its_bat
         assert await storage.read(lambda sql: log.head(sql).position) >= state.position
 
 
-async def test_a_row_that_cannot_be_written_fails_its_batch_and_not_the_broker(tmp_path: Path) -> None:
+async def test_an_unwritable_row_fails_its_batch_and_not_the_broker(tmp_path: Path) -> None:
     async with held(tmp_path) as storage, running(storage) as bench:
         await bench.device()
         before = bench.writer.durable

@@ -1,4 +1,5 @@
-"""A broker on virtual time behind its real HTTP app: waiting for a lease to end costs nothing."""
+"""A broker on virtual time behind its real HTTP app, so that waiting for the end of a lease takes no real
+time."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ TYPES = {
 
 
 class Desk(Bench):
-    """The bench, and its HTTP: `key` is a service's client, `own` a device's."""
+    """A Bench with its HTTP API. `key` is a service's client; `registered` returns a device's client."""
 
     app: ASGIApp
     key: httpx2.AsyncClient
@@ -58,7 +59,7 @@ class Desk(Bench):
         return self.client(secret)
 
     async def registered(self, hardware_id: str = RECORDER, type: str = "recorder") -> httpx2.AsyncClient:
-        """The device's own client, by its token."""
+        """Registers a device and returns a client with its token."""
         body = {"hardware_id": hardware_id, "type": type}
         answer = await self.key.post("/v1/devices", json=body)
         assert answer.status_code == 201, answer.text
@@ -80,7 +81,7 @@ class Desk(Bench):
 
 
 async def fetched(client: httpx2.AsyncClient, how: str = "claim", device: str = RECORDER) -> list[Any]:
-    """(id, attempts) of what an answer hands over."""
+    """(id, attempts) of the commands in an answer."""
     path = {"claim": "commands/claim", "pending": "commands/pending"}.get(how, how)
     method = "GET" if how == "pending" else "POST"
     answer = await client.request(method, f"/v1/devices/{device}/{path}")
@@ -91,7 +92,7 @@ async def fetched(client: httpx2.AsyncClient, how: str = "claim", device: str = 
 async def reported(
     client: httpx2.AsyncClient, command_id: str, device: str = RECORDER, **body: Any
 ) -> httpx2.Response:
-    """An acknowledgement, or with a `status` a result."""
+    """Sends an acknowledgement or, with `status`, a result."""
     path = f"/v1/devices/{device}/commands/{command_id}"
     return await (client.post(f"{path}/result", json=body) if body else client.post(f"{path}/ack"))
 
@@ -101,7 +102,7 @@ def on_desk(
     *more: Callable[[Desk], Coroutine[Any, Any, None]],
     limits: Limits | None = None,
 ) -> None:
-    """Runs a story; each further part of it after a restart on the same disk."""
+    """Runs a story on one disk; the broker restarts before each further part."""
 
     async def main(loop: SimLoop) -> None:
         disk = SimDisk(loop)

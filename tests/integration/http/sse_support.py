@@ -1,4 +1,4 @@
-"""A reader of an event stream, straight on the ASGI app: it can stop reading, and see how the answer ends."""
+"""A reader of an event stream, directly on the ASGI app. It can stop reading and sees how the answer ends."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from litestar.types import ASGIApp
 
 
 class Reader:
-    """What has come so far. While `reading` is not set, nothing is taken; `taken` hears of each piece, and
-    nothing more comes until it is done."""
+    """Collects what has arrived. While `reading` is not set it accepts nothing. `taken` is awaited with each
+    piece before the next one."""
 
     def __init__(self) -> None:
         self.taken: Callable[[str], Awaitable[None]] | None = None
@@ -52,9 +52,9 @@ class Reader:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The CloudEvents that came whole, after checking that each stands under its own id."""
+        """All complete CloudEvents. Asserts that each SSE id equals its event's id."""
         found = []
-        for block in self.text.split("\n\n")[1:-1]:  # the first says where the stream stands
+        for block in self.text.split("\n\n")[1:-1]:  # the first block holds only the start position
             fields = [line.partition(": ") for line in block.split("\n")]
             assert [name for name, _, _ in fields if name not in ("", "retry")] == ["id", "data"]
             values = {name: value for name, _, value in fields}
@@ -68,7 +68,7 @@ class Reader:
         return [int(event["id"]) for event in self.events]
 
     async def has(self, count: int) -> list[dict[str, Any]]:
-        """The first so many events, once they are there."""
+        """Waits for `count` events and returns the first `count`."""
         await self._when(lambda: len(self.events) >= count)
         return self.events[:count]
 
@@ -84,7 +84,7 @@ class Reader:
 async def reading(
     app: ASGIApp, key: str, query: str = "", *, method: str = "GET", **headers: str
 ) -> AsyncIterator[Reader]:
-    """A stream of `/v1/events`, read as it comes; at the end the reader leaves."""
+    """Opens `/v1/events` as a stream; the reader disconnects at the end."""
     reader = Reader()
     sent = {"accept": "text/event-stream", "authorization": f"Bearer {key}"} | headers
     scope: Any = {

@@ -1,4 +1,4 @@
-"""The real core behind the HTTP app, in this process: a temporary SQLite file, and no MQTT server."""
+"""The real core behind the HTTP app, in this process: a temporary SQLite file and no MQTT server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ READ = ("devices:read",)
 
 
 class NoServer:
-    """A link whose far end is the test: `up` as it says, and everything handed over is kept."""
+    """A link whose far end is the test: `up` is set by the test, and all publishes are kept."""
 
     def __init__(self) -> None:
         self.up = False
@@ -39,7 +39,7 @@ class NoServer:
 
 
 class Broker:
-    """A running core, its two apps, and keys for them."""
+    """A running core with its two apps and a way to create keys."""
 
     def __init__(self, core: Core, link: NoServer) -> None:
         self.core = core
@@ -60,13 +60,13 @@ class Broker:
         return self.client(secret)
 
     def online(self, hardware_id: str) -> None:
-        """From here on commands to the device are handed over."""
+        """Marks the device online, so that its commands are handed over."""
         self.link.up = True
         self.core.intake.link_up()
         self.core.intake.device_online(hardware_id)
 
     def says(self, hardware_id: str, payload: bytes) -> None:
-        """The device answers."""
+        """Sends an answer of the device."""
         self.core.intake.message(Message(topic=f"iotee/dev/{hardware_id}/ack", payload=payload))
 
 
@@ -99,7 +99,7 @@ async def register(client: httpx2.AsyncClient, hardware_id: str = "lamp-1", **fi
 
 
 def error_of(answer: httpx2.Response, status: int, code: str) -> dict[str, Any]:
-    """The error of an answer, after checking that it has the one form."""
+    """The error in an answer. Asserts the status, the code and the common form of errors."""
     assert answer.status_code == status, answer.text
     body = answer.json()
     assert list(body) == ["error"]

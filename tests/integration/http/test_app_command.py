@@ -1,4 +1,4 @@
-"""The wire under the SDK: sending by name and ident, and the history of what was sent."""
+"""The API under the SDK: sending by name and ident, and the history of sent commands."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def command(client: httpx2.AsyncClient, outcome: dict[str, Any]) -> dict[s
     return found
 
 
-async def test_every_ident_is_told_what_became_of_it(broker: Broker) -> None:
+async def test_every_ident_gets_its_own_outcome(broker: Broker) -> None:
     client = await broker.someone()
     await register(client, "sensor_01")
     await register(client, "rec-1", type="recorder")
@@ -68,7 +68,7 @@ async def test_every_ident_is_told_what_became_of_it(broker: Broker) -> None:
 
 
 @pytest.mark.parametrize("data", [None, 0, "on", [1, {"a": None}], {}])
-async def test_data_is_any_json_and_comes_back_as_the_value(broker: Broker, data: Any) -> None:
+async def test_data_is_any_json_and_is_returned_as_the_value(broker: Broker, data: Any) -> None:
     client = await broker.someone()
     await register(client)
 
@@ -86,7 +86,7 @@ async def test_a_command_without_data_has_an_empty_object(broker: Broker) -> Non
     assert made["params"] == {}
 
 
-async def test_a_command_lives_for_ever_unless_its_type_says_otherwise(broker: Broker) -> None:
+async def test_a_command_never_expires_unless_its_type_sets_a_ttl(broker: Broker) -> None:
     client = await broker.someone()
     await register(client, "lamp-1")
     await register(client, "lock-1", type="iotee_device")
@@ -98,7 +98,7 @@ async def test_a_command_lives_for_ever_unless_its_type_says_otherwise(broker: B
     assert parse_rfc3339(lock["expires_at"]) - parse_rfc3339(lock["created_at"]) == 60_000
 
 
-async def test_what_stands_against_a_device_is_a_short_sentence(tmp_path: Path) -> None:
+async def test_the_reason_against_a_device_is_a_short_sentence(tmp_path: Path) -> None:
     limits = Limits(queue_per_name=1, params_bytes=100, commands_per_minute=2)
     async with running(tmp_path / "data", limits) as broker:
         client = await broker.someone()
@@ -121,7 +121,7 @@ async def test_what_stands_against_a_device_is_a_short_sentence(tmp_path: Path) 
         assert late[names[1]]["error"].startswith("data: integers beyond")
 
 
-async def test_a_repeated_send_sends_nothing_twice_and_completes_what_is_missing(broker: Broker) -> None:
+async def test_a_repeated_send_sends_nothing_twice_and_completes_missing_commands(broker: Broker) -> None:
     client = await broker.someone()
     names = await lamps(client, 2)
     first = await sent(client, names[0], data=1, idempotency_key="k")
@@ -141,7 +141,7 @@ async def test_a_repeated_send_sends_nothing_twice_and_completes_what_is_missing
 # --- history -----------------------------------------------------------------------------------------
 
 
-async def test_history_is_in_order_by_name_and_ident_and_has_every_field(broker: Broker) -> None:
+async def test_history_is_grouped_by_ident_in_order_and_has_every_field(broker: Broker) -> None:
     client = await broker.someone()
     names = await lamps(client, 3)
     first, second = [(await sent(client, *names[:2], data={"n": n}))["lamp-0"] for n in (1, 2)]
@@ -162,7 +162,7 @@ async def test_history_is_in_order_by_name_and_ident_and_has_every_field(broker:
     ]
 
 
-async def test_history_is_never_behind_what_was_answered_before(broker: Broker) -> None:
+async def test_history_includes_everything_answered_before(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     seen = []
@@ -172,7 +172,7 @@ async def test_history_is_never_behind_what_was_answered_before(broker: Broker) 
         assert [record["command_id"] for record in records] == seen
 
 
-async def test_start_is_inclusive_end_is_not_and_both_may_be_written_in_any_iso_8601(broker: Broker) -> None:
+async def test_start_is_inclusive_end_is_exclusive_and_both_take_any_iso_8601(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     await sent(client, "lamp-1")
@@ -199,7 +199,7 @@ async def test_start_is_inclusive_end_is_not_and_both_may_be_written_in_any_iso_
     assert await found("2030-01-01", "2020-01-01") == 0
 
 
-async def test_an_instant_that_is_none_is_named(broker: Broker) -> None:
+async def test_an_invalid_instant_is_named(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     body = {"name": "reboot", "device_idents": ["lamp-1"], "start": LONG_AGO}
@@ -225,7 +225,7 @@ async def test_an_instant_that_is_none_is_named(broker: Broker) -> None:
     assert await ids(client, "/v1/commands") == []
 
 
-async def test_too_many_records_are_refused_and_none_are_cut_off(
+async def test_too_many_records_are_refused_and_not_truncated(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = await broker.someone()
@@ -243,7 +243,7 @@ async def test_too_many_records_are_refused_and_none_are_cut_off(
     assert [len(records) for records in (await history(client, *names)).values()] == [2, 2, 2]
 
 
-async def test_nobody_reads_or_sends_past_his_project_and_scopes(broker: Broker) -> None:
+async def test_project_and_scopes_limit_sending_and_history(broker: Broker) -> None:
     client, neighbour = await broker.someone(), await broker.someone("other")
     await register(client)
     await sent(client, "lamp-1")
@@ -259,7 +259,7 @@ async def test_nobody_reads_or_sends_past_his_project_and_scopes(broker: Broker)
     error_of(await writer.post("/v1/app/command/history", json=body), 403, "forbidden")
 
 
-async def test_a_device_that_was_deleted_keeps_its_history(broker: Broker) -> None:
+async def test_a_deleted_device_keeps_its_history(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     await sent(client, "lamp-1")

@@ -1,4 +1,4 @@
-"""The description of what goes over MQTT is valid AsyncAPI, and true of what the wire does."""
+"""The description of the MQTT messages is valid AsyncAPI and matches the messages on the wire."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def references(value: Any) -> Iterator[str]:
 
 
 def fitting(described: dict[str, Any], topic: str, kind: DeviceType | None, payload: Any) -> list[str]:
-    """The messages on a topic, of one device type, that a payload is one of."""
+    """The described messages of one topic and device type that a payload fits."""
     found = []
     for name, channel in described["channels"].items():
         own = kind is None or name.startswith(f"{kind.name}.")
@@ -93,7 +93,7 @@ def fitting(described: dict[str, Any], topic: str, kind: DeviceType | None, payl
     return found
 
 
-async def test_it_is_served_to_everybody_and_names_the_prefix(broker: Broker) -> None:
+async def test_it_is_public_and_names_the_prefix(broker: Broker) -> None:
     answer = await broker.client().get("/asyncapi.json")
 
     assert answer.status_code == 200
@@ -101,13 +101,13 @@ async def test_it_is_served_to_everybody_and_names_the_prefix(broker: Broker) ->
     assert answer.json() == json.loads(msgspec.json.encode(document(shipped_types(), "iotee")))
 
 
-def test_it_is_valid_by_the_official_schema(
+def test_it_is_valid_under_the_official_schema(
     described: dict[str, Any], official: jsonschema_rs.Validator
 ) -> None:
     official.validate(described)
 
 
-def test_the_official_schema_finds_what_is_wrong(
+def test_the_official_schema_finds_faults(
     described: dict[str, Any], official: jsonschema_rs.Validator
 ) -> None:
     operations = {**described["operations"], "planted": {"action": "publish"}}
@@ -115,7 +115,7 @@ def test_the_official_schema_finds_what_is_wrong(
         official.validate({**described, "operations": operations})
 
 
-def test_whatever_it_refers_to_is_there(described: dict[str, Any]) -> None:
+def test_all_references_resolve(described: dict[str, Any]) -> None:
     found = list(references(described))
     assert found
     for reference in found:
@@ -127,7 +127,7 @@ def test_whatever_it_refers_to_is_there(described: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), COMMANDS, ids=lambda value: getattr(value, "name", value))
-def test_a_command_on_the_wire_is_one_of_those_described(
+def test_a_command_on_the_wire_fits_the_description(
     described: dict[str, Any], kind: DeviceType, name: str
 ) -> None:
     definition = kind.definition(name)
@@ -152,7 +152,7 @@ def test_a_command_on_the_wire_is_one_of_those_described(
 
 
 @pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
-def test_answers_are_those_described(described: dict[str, Any], kind: DeviceType) -> None:
+def test_answers_fit_the_description(described: dict[str, Any], kind: DeviceType) -> None:
     definition = kind.definition(next(iter([*kind.commands, "x"])))
     topic = answer_topic("site", "d-1", definition)
     said = encode_answer(Answer(id="cmd_1", status="executed", result={"a": 1}))
@@ -164,7 +164,7 @@ def test_answers_are_those_described(described: dict[str, Any], kind: DeviceType
     assert fitting(described, topic, kind, "done") == []
 
 
-def test_a_status_is_one_of_those_described(described: dict[str, Any]) -> None:
+def test_a_status_fits_the_description(described: dict[str, Any]) -> None:
     topic = status_topic("site", "d-1")
     assert fitting(described, topic, None, "online") == ["status.word"]
     assert fitting(described, topic, None, msgspec.json.decode(encode_status(True, "s"))) == ["status"]

@@ -1,4 +1,4 @@
-"""Commands over HTTP: sending, reading, listing, cancelling, giving up, and what a repeated request gets."""
+"""Commands over HTTP: sending, reading, listing, cancelling, abandoning, and repeated requests."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def send(client: httpx2.AsyncClient, device: str = "lamp-1", **body: Any) 
 
 
 async def state_is(client: httpx2.AsyncClient, command_id: str, *states: str) -> dict[str, Any]:
-    """Waits for the fact."""
+    """Waits until the command is in this state."""
     async with asyncio.timeout(DEADLINE_SEC):
         while True:
             command: dict[str, Any] = (await client.get(f"/v1/commands/{command_id}")).json()
@@ -47,7 +47,7 @@ async def state_is(client: httpx2.AsyncClient, command_id: str, *states: str) ->
 
 
 async def ids(client: httpx2.AsyncClient, path: str, **query: Any) -> list[str]:
-    """Every id of a list, page by page."""
+    """Every id of a list, read page by page."""
     found: list[str] = []
     cursor = None
     while True:
@@ -78,7 +78,7 @@ async def test_a_command_is_shown_with_every_field_of_the_contract(broker: Broke
     assert (await client.get(f"/v1/commands/{command['id']}")).json()["params"] == command["params"]
 
 
-async def test_an_absent_ttl_is_five_minutes_and_null_is_never(broker: Broker) -> None:
+async def test_an_absent_ttl_is_five_minutes_and_null_means_no_expiry(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
 
@@ -90,7 +90,7 @@ async def test_an_absent_ttl_is_five_minutes_and_null_is_never(broker: Broker) -
     assert events[0]["data"]["expires_at"] == absent["expires_at"]
 
 
-async def test_the_grant_is_for_this_device_and_command_and_verifies_with_the_published_keys(
+async def test_the_grant_names_this_device_and_command_and_verifies_with_the_published_keys(
     broker: Broker,
 ) -> None:
     client = await broker.someone()
@@ -104,7 +104,7 @@ async def test_the_grant_is_for_this_device_and_command_and_verifies_with_the_pu
     assert claims["cmd"] == "blink"
 
 
-async def test_a_key_that_may_only_read_sees_no_grant(broker: Broker) -> None:
+async def test_a_read_only_key_sees_no_grant(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     command = await send(client)
@@ -115,7 +115,7 @@ async def test_a_key_that_may_only_read_sees_no_grant(broker: Broker) -> None:
     assert (await reader.get("/v1/commands")).json()["data"][0]["grant_token"] is None
 
 
-async def test_a_command_lives_through_its_states_and_its_events_tell_them(broker: Broker) -> None:
+async def test_a_command_passes_its_states_and_its_events_show_them(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     command = await send(client)
@@ -157,7 +157,7 @@ async def test_events_of_a_command_come_in_pages(broker: Broker) -> None:
     assert (first["has_more"], second["has_more"], second["next_cursor"]) == (True, False, None)
 
 
-async def test_giving_up_a_handed_over_command_admits_that_we_do_not_know(broker: Broker) -> None:
+async def test_abandoning_a_handed_over_command_says_that_the_outcome_is_unknown(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     command = await send(client)
@@ -190,7 +190,7 @@ async def test_cancelling_again_changes_nothing(broker: Broker) -> None:
 # --- lists -------------------------------------------------------------------------------------------
 
 
-async def test_a_list_stays_where_it_is_while_commands_arrive(broker: Broker) -> None:
+async def test_a_list_is_stable_while_commands_arrive(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     sent = [(await send(client))["id"] for _ in range(7)]
@@ -230,7 +230,7 @@ async def test_lists_are_filtered_by_status_state_type_and_device(broker: Broker
     assert await ids(client, f"/v1/devices/{lamp['id']}/commands", status="pending") == [kept["id"]]
 
 
-async def test_a_cursor_fits_only_the_list_that_gave_it(broker: Broker) -> None:
+async def test_a_cursor_works_only_for_the_list_that_gave_it(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     for _ in range(3):
@@ -261,7 +261,7 @@ async def test_a_cursor_fits_only_the_list_that_gave_it(broker: Broker) -> None:
 # --- the same request twice --------------------------------------------------------------------------
 
 
-async def test_of_many_requests_with_one_key_one_makes_the_command(broker: Broker) -> None:
+async def test_many_requests_with_one_key_make_one_command(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
 
@@ -280,7 +280,7 @@ async def test_of_many_requests_with_one_key_one_makes_the_command(broker: Broke
     assert len(await ids(client, "/v1/commands")) == 1
 
 
-async def test_a_key_means_one_body_on_one_device_in_one_project(broker: Broker) -> None:
+async def test_a_key_is_bound_to_one_body_one_device_and_one_project(broker: Broker) -> None:
     client = await broker.someone()
     device = await register(client)
     await register(client, "lamp-2")
@@ -311,7 +311,7 @@ async def test_a_key_means_one_body_on_one_device_in_one_project(broker: Broker)
     assert theirs.status_code == 201
 
 
-async def test_a_replay_shows_the_command_as_it_is_now(broker: Broker) -> None:
+async def test_a_replay_shows_the_commands_current_state(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     command = await send(client, idempotency_key="k")
@@ -322,7 +322,7 @@ async def test_a_replay_shows_the_command_as_it_is_now(broker: Broker) -> None:
     assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
 
 
-async def test_a_key_is_the_same_in_the_header_and_in_the_body_whatever_its_letters(broker: Broker) -> None:
+async def test_a_key_is_the_same_in_header_and_body_with_any_characters(broker: Broker) -> None:
     client, path = await broker.someone(), "/v1/devices/lamp-1/commands"
     await register(client)
 
@@ -351,7 +351,7 @@ async def test_two_different_keys_in_one_request_are_refused(broker: Broker) -> 
         error_of(await post("k", wrong), 400, "invalid_request")
 
 
-async def test_a_full_queue_says_when_to_ask_again(tmp_path: Path) -> None:
+async def test_a_full_queue_gives_a_retry_after(tmp_path: Path) -> None:
     async with running(tmp_path / "data", Limits(queue_per_name=2)) as broker:
         client = await broker.someone()
         await register(client)
@@ -365,7 +365,7 @@ async def test_a_full_queue_says_when_to_ask_again(tmp_path: Path) -> None:
         await send(client, type="glow")
 
 
-async def test_reads_after_a_restart_are_what_they_were(tmp_path: Path) -> None:
+async def test_reads_are_the_same_after_a_restart(tmp_path: Path) -> None:
     async with running(tmp_path / "data") as broker:
         client = await broker.someone()
         await register(client)

@@ -1,4 +1,4 @@
-"""Pages from elsewhere: those the settings name may ask, and no others."""
+"""CORS: web pages of the origins in the settings may use the API, others may not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def from_elsewhere(broker: Broker, origin: str) -> httpx2.AsyncClient:
     return client
 
 
-async def test_a_page_that_is_named_may_read_answers_and_refusals(tmp_path: Path) -> None:
+async def test_a_page_of_a_listed_origin_may_read_answers_and_refusals(tmp_path: Path) -> None:
     async with running(tmp_path) as broker, from_elsewhere(broker, OURS) as page:
         answers = [await page.get("/healthz"), await page.get("/v1/commands"), await page.get("/nothing")]
     assert [answer.status_code for answer in answers] == [200, 401, 404]
@@ -30,7 +30,7 @@ async def test_a_page_that_is_named_may_read_answers_and_refusals(tmp_path: Path
         assert "retry-after" in answer.headers["access-control-expose-headers"]
 
 
-async def test_what_the_sdk_sends_is_allowed_beforehand(tmp_path: Path) -> None:
+async def test_the_preflight_allows_what_the_sdk_sends(tmp_path: Path) -> None:
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     async with running(tmp_path) as broker, from_elsewhere(broker, OURS) as page:
         answer = await page.options("/v1/app/command/send", headers=asked)
@@ -41,7 +41,7 @@ async def test_what_the_sdk_sends_is_allowed_beforehand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("origin", ["https://elsewhere.example.org", "null", f"{OURS}.example.com"])
-async def test_other_pages_are_granted_nothing(tmp_path: Path, origin: str) -> None:
+async def test_pages_of_other_origins_get_no_cors_headers(tmp_path: Path, origin: str) -> None:
     asked = {"Access-Control-Request-Method": "POST"}
     async with running(tmp_path) as broker, from_elsewhere(broker, origin) as page:
         answers = [await page.get("/healthz"), await page.options("/v1/commands", headers=asked)]
@@ -52,7 +52,7 @@ async def test_other_pages_are_granted_nothing(tmp_path: Path, origin: str) -> N
 @pytest.mark.parametrize(
     "origin", ["*", f"{OURS}/", "console.example.org", "https://Console.example.org", ""]
 )
-def test_an_origin_that_no_browser_says_is_refused_at_the_start(tmp_path: Path, origin: str) -> None:
+def test_an_origin_that_no_browser_sends_is_refused_at_the_start(tmp_path: Path, origin: str) -> None:
     place = tmp_path / "ordain.toml"
     place.write_text(f'cors_origins = ["{origin}"]\n')
     with pytest.raises(BadSetting, match=r"cors_origins = .* must be as browsers say it"):

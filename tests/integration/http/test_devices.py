@@ -37,7 +37,7 @@ async def test_a_device_is_registered_and_its_token_shown_once(broker: Broker) -
     }  # fmt: skip
 
 
-async def test_a_name_is_given_once_as_either(broker: Broker) -> None:
+async def test_a_name_is_taken_as_device_id_and_as_hardware_id(broker: Broker) -> None:
     client, neighbour = await broker.someone(), await broker.someone("other")
     await register(client, "lamp-1", id="hall")
 
@@ -76,7 +76,7 @@ async def test_a_wrong_field_of_a_device_is_named(broker: Broker) -> None:
     assert (await client.get("/v1/devices")).json()["data"] == []
 
 
-async def test_a_change_sets_only_what_it_names(broker: Broker) -> None:
+async def test_a_change_sets_only_the_named_fields(broker: Broker) -> None:
     client = await broker.someone()
     await register(client, name="Hall", attributes={"floor": 2})
 
@@ -127,13 +127,13 @@ async def test_devices_are_listed_newest_first_in_pages(broker: Broker) -> None:
     assert seen == [f"lamp-{number}" for number in range(4, -1, -1)]
 
 
-async def test_a_huge_number_in_attributes_comes_back_as_it_was(broker: Broker) -> None:
+async def test_a_huge_number_in_attributes_is_returned_unchanged(broker: Broker) -> None:
     client = await broker.someone()
     await register(client, attributes={"serial": 10**30})
     assert (await client.get("/v1/devices/lamp-1")).json()["attributes"] == {"serial": 10**30}
 
 
-async def test_a_device_that_comes_online_is_shown_online(broker: Broker) -> None:
+async def test_a_device_that_connects_is_shown_online(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     command = await client.post("/v1/devices/lamp-1/commands", json={"type": "blink"})
@@ -175,7 +175,7 @@ async def test_the_commands_of_a_deleted_device_are_the_same_on_every_route(brok
 
 @dataclass
 class Counting:
-    """A connection that notes what it is asked."""
+    """A connection that records its SQL statements."""
 
     sql: Sql
     statements: list[str]
@@ -189,7 +189,7 @@ class Counting:
         return self.sql.executemany(sql, parameters)
 
 
-async def test_a_device_of_another_project_costs_what_one_that_is_not_there_costs(
+async def test_a_device_of_another_project_costs_the_same_statements_as_a_missing_one(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, neighbour = await broker.someone(), await broker.someone("other")

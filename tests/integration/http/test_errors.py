@@ -1,4 +1,4 @@
-"""Every error has one form, says what is wrong, and gives nothing away."""
+"""Every error has the common form, names the fault, and reveals nothing else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def test_unknown_paths_are_not_found(broker: Broker) -> None:
         error_of(await client.get(path), 404, "not_found")
 
 
-async def test_a_method_that_a_path_does_not_take_is_refused_with_those_it_takes(broker: Broker) -> None:
+async def test_a_wrong_method_is_refused_with_the_allowed_ones(broker: Broker) -> None:
     client = await broker.someone()
 
     answer = await client.put("/v1/devices")
@@ -40,7 +40,7 @@ async def test_a_method_that_a_path_does_not_take_is_refused_with_those_it_takes
     error_of(await client.request("BREW", "/v1/devices"), 405, "method_not_allowed")
 
 
-async def test_which_methods_a_path_takes_is_told_without_a_key(broker: Broker) -> None:
+async def test_the_allowed_methods_are_shown_without_a_key(broker: Broker) -> None:
     client = broker.client()
     for path, methods in (("/v1/devices", "GET, OPTIONS, POST"), ("/healthz", "GET, OPTIONS")):
         answer = await client.options(path)
@@ -105,7 +105,7 @@ async def test_parameters_are_checked_against_the_device_type(broker: Broker) ->
     assert error_of(answer, 400, "invalid_request")["details"]["field"] == "type"
 
 
-async def test_what_is_not_json_is_refused(broker: Broker) -> None:
+async def test_a_body_that_is_not_json_is_refused(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     for content in (
@@ -131,7 +131,7 @@ async def test_what_is_not_json_is_refused(broker: Broker) -> None:
         ]
 
 
-async def test_a_body_must_say_that_it_is_json(broker: Broker) -> None:
+async def test_a_body_without_the_json_content_type_is_refused(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     body = b'{"type":"blink"}'
@@ -150,7 +150,7 @@ async def test_a_body_must_say_that_it_is_json(broker: Broker) -> None:
         assert answer.status_code == 201
 
 
-async def test_a_body_that_is_too_large_is_refused_with_and_without_a_length(tmp_path: Path) -> None:
+async def test_a_too_large_body_is_refused_with_and_without_a_length(tmp_path: Path) -> None:
     async with running(tmp_path / "data", Limits(body_bytes=4_096, params_bytes=1_000)) as broker:
         client = await broker.someone()
         await register(client)
@@ -166,7 +166,7 @@ async def test_a_body_that_is_too_large_is_refused_with_and_without_a_length(tmp
         assert (await client.post(COMMANDS, json={"type": "blink", "params": "x" * 998})).status_code == 201
 
 
-async def test_a_wrong_parameter_of_a_list_is_named(broker: Broker) -> None:
+async def test_a_wrong_list_parameter_is_named(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     for query in (
@@ -181,12 +181,12 @@ async def test_a_wrong_parameter_of_a_list_is_named(broker: Broker) -> None:
             assert error["details"]["field"] == next(iter(query)), (query, error)
 
 
-async def test_a_wrong_host_is_the_callers_fault(broker: Broker) -> None:
+async def test_a_wrong_host_header_is_the_callers_fault(broker: Broker) -> None:
     client = await broker.someone()
     error_of(await client.get("/healthz", headers={"Host": "a b/c"}), 400, "invalid_request")
 
 
-async def test_an_unexpected_failure_is_logged_and_tells_nothing(
+async def test_an_unexpected_failure_is_logged_and_its_answer_has_no_details(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = await broker.someone()
@@ -204,7 +204,7 @@ async def test_an_unexpected_failure_is_logged_and_tells_nothing(
 
 
 @pytest.mark.parametrize("failure", [Full("disk full"), Broken("input/output error")])
-async def test_reads_that_the_disk_refuses_are_unavailable(
+async def test_failed_disk_reads_are_answered_unavailable(
     broker: Broker, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     client = await broker.someone()
@@ -220,7 +220,7 @@ async def test_reads_that_the_disk_refuses_are_unavailable(
     assert str(failure) not in answer.text
 
 
-async def test_while_the_disk_is_full_writes_are_unavailable_and_reads_go_on(
+async def test_with_a_full_disk_writes_are_unavailable_and_reads_work(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = await broker.someone()
@@ -260,7 +260,7 @@ REFUSED: list[tuple[str, str, Any, int]] = [
 
 @pytest.mark.parametrize(("method", "path", "body", "status"), REFUSED)
 @pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
-async def test_a_refusal_waits_until_what_it_stands_on_is_durable(
+async def test_a_refusal_waits_until_its_decision_is_durable(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
@@ -291,7 +291,7 @@ async def test_a_refusal_waits_until_what_it_stands_on_is_durable(
             request = client.request(method, path.format(command_id), json=body)
             answer = group.create_task(request)
             for _ in range(20):
-                await storage.read(lambda sql: None)  # the database has had its turns, and the loop too
+                await storage.read(lambda sql: None)  # gives the database's thread and the loop time to run
             assert not answer.done()
             gate.set()
         assert earlier.result().status_code == (503 if lost else 201)

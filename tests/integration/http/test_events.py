@@ -39,7 +39,7 @@ def kinds(page: list[dict[str, Any]]) -> list[str]:
 # --- pages -----------------------------------------------------------------------------------------
 
 
-async def test_pages_go_on_where_the_last_one_ended_and_end_with_the_log(tmp_path: Path) -> None:
+async def test_a_page_continues_where_the_last_one_ended_until_the_end_of_the_log(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         client = await broker.someone()
         await register(client)
@@ -62,7 +62,7 @@ async def test_pages_go_on_where_the_last_one_ended_and_end_with_the_log(tmp_pat
         assert [event["subject"] for event in news["data"]] == [later]
 
 
-async def test_a_filter_that_fits_little_is_answered_in_short_pages(
+async def test_a_filter_with_few_matches_gives_short_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, "LOOKS", 1)
@@ -81,7 +81,7 @@ async def test_a_filter_that_fits_little_is_answered_in_short_pages(
         assert pages >= 4
 
 
-async def test_filters_choose_by_device_name_event_and_command(tmp_path: Path) -> None:
+async def test_filters_select_by_device_name_event_and_command(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         client = await broker.someone()
         lamp, door = await register(client), await register(client, "door-1")
@@ -105,7 +105,7 @@ async def test_filters_choose_by_device_name_event_and_command(tmp_path: Path) -
             assert page["has_more"] is False
 
 
-async def test_a_key_sees_its_own_project_and_an_admin_all_or_the_one_asked_for(tmp_path: Path) -> None:
+async def test_a_key_sees_its_own_project_and_an_admin_sees_all_or_the_requested_one(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         ours, theirs = await broker.someone("acme"), await broker.someone("other")
         admin = await broker.someone("ops", ("admin",))
@@ -146,7 +146,7 @@ async def test_a_key_sees_its_own_project_and_an_admin_all_or_the_one_asked_for(
         ("device=..", "device"),
     ],
 )
-async def test_what_is_wrong_is_named(tmp_path: Path, accept: str, query: str, field: str) -> None:
+async def test_a_wrong_parameter_is_named(tmp_path: Path, accept: str, query: str, field: str) -> None:
     async with running(tmp_path) as broker:
         client = await broker.someone()
         await register(client)
@@ -155,7 +155,7 @@ async def test_what_is_wrong_is_named(tmp_path: Path, accept: str, query: str, f
 
 
 @pytest.mark.parametrize("last", ["x", "-1", "1.0", "99", "9" * 30, "²"])
-async def test_a_last_event_id_that_is_none_is_named(tmp_path: Path, last: str) -> None:
+async def test_an_invalid_last_event_id_is_named(tmp_path: Path, last: str) -> None:
     async with running(tmp_path) as broker:
         client = await broker.someone()
         headers = {"Accept": "text/event-stream", "Last-Event-ID": last.encode("latin-1")}
@@ -163,7 +163,7 @@ async def test_a_last_event_id_that_is_none_is_named(tmp_path: Path, last: str) 
         assert error_of(answer, 400, "invalid_request")["details"]["field"] == "Last-Event-ID"
 
 
-async def test_a_place_older_than_what_is_kept_is_gone(tmp_path: Path) -> None:
+async def test_a_position_before_the_retention_is_gone(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         client = await broker.someone()
         await register(client)
@@ -189,7 +189,7 @@ async def test_a_place_older_than_what_is_kept_is_gone(tmp_path: Path) -> None:
 # --- streams ---------------------------------------------------------------------------------------
 
 
-async def test_a_stream_goes_from_history_over_to_what_happens_now(tmp_path: Path) -> None:
+async def test_a_stream_continues_from_history_into_live_events(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         key = await key_of(broker)
         client = broker.client(key)
@@ -208,7 +208,7 @@ async def test_a_stream_goes_from_history_over_to_what_happens_now(tmp_path: Pat
         assert events == (await client.get("/v1/events")).json()["data"]
 
 
-async def test_a_stream_without_a_place_begins_with_what_happens_from_now_on(tmp_path: Path) -> None:
+async def test_a_stream_without_a_position_starts_with_the_next_event(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         key = await key_of(broker)
         client = broker.client(key)
@@ -219,7 +219,7 @@ async def test_a_stream_without_a_place_begins_with_what_happens_from_now_on(tmp
             assert [event["subject"] for event in await reader.has(1)] == [command]
 
 
-async def test_last_event_id_wins_over_after(tmp_path: Path) -> None:
+async def test_last_event_id_has_precedence_over_after(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         key = await key_of(broker)
         client = broker.client(key)
@@ -230,7 +230,7 @@ async def test_last_event_id_wins_over_after(tmp_path: Path) -> None:
             assert [event["subject"] for event in await reader.has(1)] == [ids[2]]
 
 
-async def test_a_stream_shows_only_what_fits_its_filters(tmp_path: Path) -> None:
+async def test_a_stream_shows_only_events_that_match_its_filters(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         key = await key_of(broker)
         client, other = broker.client(key), await broker.someone("other")
@@ -276,7 +276,7 @@ async def test_a_silent_stream_is_pinged(tmp_path: Path, monkeypatch: pytest.Mon
             assert len(await reader.has(1)) == 1
 
 
-async def test_a_revoked_key_ends_its_streams_and_no_others(tmp_path: Path) -> None:
+async def test_a_revoked_key_ends_its_own_streams_only(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         made, secret = await broker.core.keys.create("acme", ("events:read",), None)
         other = await key_of(broker)
@@ -291,7 +291,7 @@ async def test_a_revoked_key_ends_its_streams_and_no_others(tmp_path: Path) -> N
             assert refused.status == 401
 
 
-async def test_the_end_of_the_broker_ends_every_stream_and_refuses_new_ones(tmp_path: Path) -> None:
+async def test_the_brokers_end_closes_every_stream_and_refuses_new_ones(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         key = await key_of(broker)
         async with reading(broker.app, key) as one, reading(broker.app, key) as two:
@@ -304,7 +304,7 @@ async def test_the_end_of_the_broker_ends_every_stream_and_refuses_new_ones(tmp_
             assert late.status == 503
 
 
-async def test_a_project_has_only_so_many_streams(tmp_path: Path) -> None:
+async def test_the_number_of_streams_per_project_is_limited(tmp_path: Path) -> None:
     async with running(tmp_path, Limits(streams_per_project=1)) as broker:
         key, theirs = await key_of(broker), await key_of(broker, "other")
         async with reading(broker.app, key) as first:
@@ -320,7 +320,7 @@ async def test_a_project_has_only_so_many_streams(tmp_path: Path) -> None:
         assert broker.streams.open == 0
 
 
-async def test_one_that_does_not_read_goes_on_from_the_log_and_holds_up_nobody(tmp_path: Path) -> None:
+async def test_a_reader_that_stalls_resumes_from_the_log_and_delays_no_other(tmp_path: Path) -> None:
     async with running(tmp_path, Limits(queue_per_name=10_000, queue_per_device=10_000)) as broker:
         key = await key_of(broker)
         client = broker.client(key)
@@ -341,7 +341,7 @@ async def test_one_that_does_not_read_goes_on_from_the_log_and_holds_up_nobody(t
         assert broker.streams.lag == 0
 
 
-async def test_what_is_erased_while_a_reader_is_slow_reaches_it_without_its_data(tmp_path: Path) -> None:
+async def test_events_erased_while_a_reader_is_slow_arrive_without_data(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         key = await key_of(broker, "acme", "admin")
         client = broker.client(key)
@@ -362,7 +362,7 @@ async def test_what_is_erased_while_a_reader_is_slow_reaches_it_without_its_data
         assert "s3cret" not in str(events[2:])
 
 
-async def test_asked_for_its_head_a_stream_ends(tmp_path: Path) -> None:
+async def test_a_head_request_ends_the_stream(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         async with reading(broker.app, await key_of(broker), method="HEAD") as reader:
             await reader.end()
@@ -370,7 +370,7 @@ async def test_asked_for_its_head_a_stream_ends(tmp_path: Path) -> None:
         assert reader.headers["content-type"].startswith("text/event-stream")
 
 
-async def test_streams_are_counted_and_never_in_the_latency(tmp_path: Path) -> None:
+async def test_streams_are_counted_but_not_in_the_latency(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         key = await key_of(broker)
         client = broker.client(key)
@@ -385,7 +385,7 @@ async def test_streams_are_counted_and_never_in_the_latency(tmp_path: Path) -> N
         assert 'ordain_http_requests_total{method="GET",route="/v1/events",status="200"} 1.0' in text
 
 
-async def test_the_description_names_both_answers(tmp_path: Path) -> None:
+async def test_the_openapi_description_has_both_kinds_of_answer(tmp_path: Path) -> None:
     async with running(tmp_path) as broker:
         description = msgspec.json.decode((await broker.client().get("/openapi.json")).content)
         answers = description["paths"]["/v1/events"]["get"]["responses"]

@@ -37,7 +37,7 @@ async def lamps(client: httpx2.AsyncClient, count: int) -> list[str]:
     return names
 
 
-async def test_one_bad_device_never_fails_the_rest(broker: Broker) -> None:
+async def test_a_refused_device_does_not_affect_the_others(broker: Broker) -> None:
     client, neighbour = await broker.someone(), await broker.someone("other")
     await register(client, "lamp-1", id="dev_one")
     await register(client, "rec-1", type="recorder")
@@ -61,7 +61,7 @@ async def test_one_bad_device_never_fails_the_rest(broker: Broker) -> None:
     assert await ids(neighbour, "/v1/commands") == []
 
 
-async def test_a_command_of_many_is_like_one_sent_alone(broker: Broker) -> None:
+async def test_a_command_of_a_fan_out_equals_one_sent_alone(broker: Broker) -> None:
     client = await broker.someone()
     names = await lamps(client, 2)
     fields: dict[str, Any] = {"params": {"for": [1, None]}, "ttl_sec": 60}
@@ -80,7 +80,7 @@ async def test_a_command_of_many_is_like_one_sent_alone(broker: Broker) -> None:
     await state_is(client, found["lamp-0"]["command_id"], "executed")
 
 
-async def test_ten_thousand_devices_are_taken_and_not_one_more(broker: Broker) -> None:
+async def test_ten_thousand_devices_are_accepted_and_one_more_is_refused(broker: Broker) -> None:
     client = await broker.someone()
     names = await lamps(client, 3)
     strangers = [f"{'x' * 58}{number:06}" for number in range(9_998)]
@@ -97,7 +97,7 @@ async def test_ten_thousand_devices_are_taken_and_not_one_more(broker: Broker) -
     assert len(await ids(client, "/v1/commands")) == 2
 
 
-async def test_more_devices_than_a_transaction_takes_come_in_order_and_whole(broker: Broker) -> None:
+async def test_a_fan_out_larger_than_a_transaction_is_complete_and_in_order(broker: Broker) -> None:
     client = await broker.someone()
     names = await lamps(client, 501)
 
@@ -107,7 +107,7 @@ async def test_more_devices_than_a_transaction_takes_come_in_order_and_whole(bro
     assert (await ids(client, "/v1/commands", limit=100))[::-1] == sent
 
 
-async def test_a_body_of_four_mebibytes_is_taken_and_no_larger_one(broker: Broker) -> None:
+async def test_a_body_of_four_mebibytes_is_accepted_and_a_larger_one_refused(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     rest = b'{"type": "blink", "devices": ["lamp-1"], "params": {}}'
@@ -125,7 +125,7 @@ async def test_a_body_of_four_mebibytes_is_taken_and_no_larger_one(broker: Broke
     )  # fmt: skip
 
 
-async def test_what_is_wrong_with_the_whole_request_is_400_and_sends_nothing(broker: Broker) -> None:
+async def test_a_fault_of_the_whole_request_is_400_and_sends_nothing(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     for body, field in (
@@ -151,7 +151,7 @@ async def test_what_is_wrong_with_the_whole_request_is_400_and_sends_nothing(bro
     assert await ids(client, "/v1/commands") == []
 
 
-async def test_a_repeated_request_names_what_was_made_and_completes_what_is_missing(broker: Broker) -> None:
+async def test_a_repeated_request_returns_existing_commands_and_creates_missing_ones(broker: Broker) -> None:
     client = await broker.someone()
     names = await lamps(client, 3)
     key = {"Idempotency-Key": "k"}
@@ -167,7 +167,7 @@ async def test_a_repeated_request_names_what_was_made_and_completes_what_is_miss
     assert len(made) == 4
 
 
-async def test_a_key_means_one_body_for_each_device(broker: Broker) -> None:
+async def test_a_key_is_bound_to_one_body_per_device(broker: Broker) -> None:
     client = await broker.someone()
     names = await lamps(client, 2)
     first = await fan_out(client, names[:1], idempotency_key="k")
@@ -181,7 +181,7 @@ async def test_a_key_means_one_body_for_each_device(broker: Broker) -> None:
     assert alone.status_code == 201
 
 
-async def test_of_many_requests_with_one_key_each_device_gets_one_command(broker: Broker) -> None:
+async def test_many_requests_with_one_key_make_one_command_per_device(broker: Broker) -> None:
     client = await broker.someone()
     names = await lamps(client, 40)
 
@@ -191,7 +191,7 @@ async def test_of_many_requests_with_one_key_each_device_gets_one_command(broker
     assert len(await ids(client, "/v1/commands", limit=100)) == 40
 
 
-async def test_what_a_key_made_is_known_after_a_restart(tmp_path: Path) -> None:
+async def test_the_commands_of_a_key_are_known_after_a_restart(tmp_path: Path) -> None:
     async with running(tmp_path / "data") as broker:
         client = await broker.someone()
         names = await lamps(client, 3)
@@ -205,7 +205,7 @@ async def test_what_a_key_made_is_known_after_a_restart(tmp_path: Path) -> None:
         assert len(await ids(client, "/v1/commands")) == 3
 
 
-async def test_a_device_with_a_full_queue_is_its_own_error(tmp_path: Path) -> None:
+async def test_a_full_queue_is_an_error_of_its_device_only(tmp_path: Path) -> None:
     async with running(tmp_path / "data", Limits(queue_per_name=1)) as broker:
         client = await broker.someone()
         names = await lamps(client, 2)
@@ -220,7 +220,7 @@ async def test_a_device_with_a_full_queue_is_its_own_error(tmp_path: Path) -> No
 # --- what takes another's place ----------------------------------------------------------------------
 
 
-async def test_a_command_takes_the_place_of_pending_ones_with_its_collapse_key(broker: Broker) -> None:
+async def test_a_command_replaces_pending_ones_with_the_same_collapse_key(broker: Broker) -> None:
     client = await broker.someone()
     names = await lamps(client, 2)
     old = [await send(client, "lamp-0", collapse_key="brightness") for _ in range(1)]
@@ -244,7 +244,7 @@ async def test_a_command_takes_the_place_of_pending_ones_with_its_collapse_key(b
         assert found[name]["command_id"] in explained["summary"]
 
 
-async def test_a_command_that_was_handed_over_keeps_its_place(broker: Broker) -> None:
+async def test_a_handed_over_command_is_not_replaced(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     broker.online("lamp-1")
@@ -258,7 +258,7 @@ async def test_a_command_that_was_handed_over_keeps_its_place(broker: Broker) ->
     assert len(broker.link.sent) == 1
 
 
-async def test_a_full_queue_has_room_for_a_successor(tmp_path: Path) -> None:
+async def test_a_full_queue_accepts_a_successor(tmp_path: Path) -> None:
     async with running(tmp_path / "data", Limits(queue_per_name=2, queue_per_device=2)) as broker:
         client = await broker.someone()
         await register(client)

@@ -1,4 +1,4 @@
-"""The unversioned paths: exact fields and words, who may ask what, and erasing over HTTP."""
+"""The unversioned paths: exact fields and words, permissions, and erasing over HTTP."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def admin(broker: Broker) -> httpx2.AsyncClient:
 
 
 async def lock(broker: Broker, client: httpx2.AsyncClient) -> dict[str, Any]:
-    """Locks ABC123, which is online from here on, and waits until the device may have it."""
+    """Registers the lock ABC123, sets it online, and waits until it may get commands."""
     if not broker.link.up:
         broker.online("ABC123")
     answer = await client.post("/devices/ABC123/commands", json={"command": "lock"})
@@ -73,7 +73,7 @@ async def test_a_command_is_sent_with_the_fields_and_words_of_iotee(broker: Brok
         assert native["created_at"] == sent["created_at"]
 
 
-async def test_the_topic_in_the_answer_is_the_one_it_goes_to(broker: Broker) -> None:
+async def test_the_topic_in_the_answer_is_the_one_published_to(broker: Broker) -> None:
     topics = {"lock": "rls", "unlock": "rls", "reboot": "rbt"}
     async with await broker.someone() as client:
         for command in topics:
@@ -89,7 +89,7 @@ async def test_the_topic_in_the_answer_is_the_one_it_goes_to(broker: Broker) -> 
         assert {outgoing.topic for outgoing in broker.link.sent} == {each["topic"] for each in sent}
 
 
-async def test_a_command_expires_as_its_type_says_and_else_never(broker: Broker) -> None:
+async def test_a_command_expires_by_its_types_ttl_or_never(broker: Broker) -> None:
     async with await broker.someone() as client:
         await register(client, "ABC123", type="iotee_device")
         await register(client, "lamp-1")
@@ -103,7 +103,7 @@ async def test_a_command_expires_as_its_type_says_and_else_never(broker: Broker)
         assert found[1] is None
 
 
-async def test_another_device_type_counts_for_one_command_only(broker: Broker) -> None:
+async def test_a_device_type_in_the_request_applies_to_that_command_only(broker: Broker) -> None:
     async with await broker.someone() as client:
         await register(client, "ABC123", type="iotee_device")
         body = {"command": "blink", "device_type": "generic", "params": {"times": 2}}
@@ -125,7 +125,7 @@ async def test_another_device_type_counts_for_one_command_only(broker: Broker) -
         ({"command": "lock", "ttl_sec": 5}, "ttl_sec"),
     ],
 )
-async def test_a_wrong_field_is_named_as_it_is_called_here(
+async def test_a_wrong_field_is_named_by_its_name_in_this_api(
     broker: Broker, body: dict[str, Any], field: str
 ) -> None:
     async with await broker.someone() as client:
@@ -134,7 +134,7 @@ async def test_a_wrong_field_is_named_as_it_is_called_here(
         assert error_of(answer, 400, "invalid_request")["details"]["field"].partition(".")[0] == field
 
 
-async def test_a_repeated_request_names_the_first_command(broker: Broker) -> None:
+async def test_a_repeated_request_returns_the_first_command(broker: Broker) -> None:
     async with await broker.someone() as client, await admin(broker) as boss:
         await register(client, "ABC123", type="iotee_device")
         path, keyed = "/devices/ABC123/commands", {"Idempotency-Key": "k-1"}
@@ -153,7 +153,7 @@ async def test_a_repeated_request_names_the_first_command(broker: Broker) -> Non
         error_of(gone, 410, "gone")
 
 
-async def test_every_state_has_its_word(broker: Broker) -> None:
+async def test_every_state_has_its_status_word(broker: Broker) -> None:
     async with await broker.someone() as client:
         await register(client, "ABC123", type="iotee_device")
         waits = (await client.post("/devices/ABC123/commands", json={"command": "lock"})).json()
@@ -216,7 +216,7 @@ async def test_lists_are_newest_first_with_their_pagination(broker: Broker) -> N
                 assert field == wrong.partition("=")[0]
 
 
-async def test_what_only_an_admin_may_is_refused_to_others(broker: Broker) -> None:
+async def test_admin_operations_are_refused_to_others(broker: Broker) -> None:
     async with await broker.someone() as client, await broker.someone(scopes=READ) as reader:
         await register(client, "ABC123", type="iotee_device")
         sent = await lock(broker, client)
@@ -234,7 +234,7 @@ async def test_what_only_an_admin_may_is_refused_to_others(broker: Broker) -> No
         assert (await reader.get("/devices/ABC123/commands")).status_code == 200
 
 
-async def test_an_api_key_may_come_in_its_own_header_and_one_must(broker: Broker) -> None:
+async def test_a_key_is_required_and_accepted_in_x_api_key(broker: Broker) -> None:
     async with await broker.someone() as client:
         await register(client, "ABC123", type="iotee_device")
         secret = client.headers["Authorization"].removeprefix("Bearer ")
@@ -244,7 +244,7 @@ async def test_an_api_key_may_come_in_its_own_header_and_one_must(broker: Broker
         assert (await nobody.get(path, headers={"X-API-Key": secret})).status_code == 200
 
 
-async def test_another_projects_commands_are_not_there(broker: Broker) -> None:
+async def test_another_projects_commands_are_not_found(broker: Broker) -> None:
     async with await broker.someone() as client, await broker.someone("other") as stranger:
         await register(client, "ABC123", type="iotee_device")
         sent = await lock(broker, client)
@@ -257,7 +257,7 @@ async def test_another_projects_commands_are_not_there(broker: Broker) -> None:
             error_of(await asked, 404, "not_found")
 
 
-async def test_deleting_a_command_makes_every_read_forget_it(broker: Broker) -> None:
+async def test_a_deleted_command_is_gone_from_every_read(broker: Broker) -> None:
     async with await broker.someone() as client, await admin(broker) as boss:
         await register(client, "ABC123", type="iotee_device")
         sent = await lock(broker, client)
@@ -283,7 +283,7 @@ async def test_deleting_a_command_makes_every_read_forget_it(broker: Broker) -> 
         assert (await boss.get("/commands")).json()["commands"] == []
 
 
-async def test_a_retry_names_both_commands_and_says_what_it_risks(broker: Broker) -> None:
+async def test_a_retry_names_both_commands_and_its_risk(broker: Broker) -> None:
     async with await broker.someone() as client, await admin(broker) as boss:
         await register(client, "ABC123", type="iotee_device")
         failed = await lock(broker, client)
@@ -314,7 +314,7 @@ async def test_a_retry_names_both_commands_and_says_what_it_risks(broker: Broker
         assert answer.json()["new_command"]["may_repeat"] is True
 
 
-async def test_a_purge_says_its_cutoff_and_how_many_are_gone(broker: Broker) -> None:
+async def test_a_purge_returns_its_cutoff_and_the_number_of_deleted_commands(broker: Broker) -> None:
     async with await broker.someone() as client, await admin(broker) as boss:
         await register(client, "ABC123", type="iotee_device")
         sent = await lock(broker, client)

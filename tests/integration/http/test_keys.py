@@ -1,4 +1,4 @@
-"""Who may do what: keys, scopes, projects, and the operator on the private socket."""
+"""Authorization: keys, scopes, projects, and the operator on the private socket."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
         yield broker
 
 
-async def test_without_a_valid_key_everything_but_the_open_paths_is_refused(broker: Broker) -> None:
+async def test_without_a_valid_key_only_the_public_paths_answer(broker: Broker) -> None:
     for headers in (
         {},
         {"Authorization": "Bearer wrong"},
@@ -72,7 +72,7 @@ async def test_a_revoked_key_stops_working_at_once(broker: Broker) -> None:
     error_of(await client.get("/v1/devices"), 401, "unauthorized")
 
 
-async def test_a_key_may_do_what_its_scopes_say(broker: Broker) -> None:
+async def test_a_key_is_limited_to_its_scopes(broker: Broker) -> None:
     await register(await broker.someone())
     reader, writer = await broker.someone(scopes=READ), await broker.someone(scopes=("devices:write",))
 
@@ -85,7 +85,7 @@ async def test_a_key_may_do_what_its_scopes_say(broker: Broker) -> None:
         assert error["details"] == {"scope": "devices:write"}
 
 
-async def test_every_route_that_needs_a_key_says_which_scope() -> None:
+async def test_every_route_that_needs_a_key_names_its_scope() -> None:
     for router in DESCRIBED:
         for route in router.routes if router.path.startswith("/v1") else ():
             assert isinstance(route, HTTPRoute)
@@ -94,7 +94,7 @@ async def test_every_route_that_needs_a_key_says_which_scope() -> None:
                     assert handler.opt["scope"] in SCOPES, handler
 
 
-async def test_what_belongs_to_another_project_looks_like_what_does_not_exist(broker: Broker) -> None:
+async def test_objects_of_another_project_look_like_missing_ones(broker: Broker) -> None:
     owner, stranger = await broker.someone(), await broker.someone("other")
     device = await register(owner)
     await register(owner, "lamp-2")
@@ -105,7 +105,7 @@ async def test_what_belongs_to_another_project_looks_like_what_does_not_exist(br
         return text.replace(command["id"], "cmd_0").replace("lamp-1", "lamp-0").replace(device["id"], "dev_0")
 
     async def same(method: str, path: str, **body: object) -> None:
-        """The answer is that for a name nobody has, but for the name itself."""
+        """Asserts that the answer equals the answer for an unknown name, except for the name itself."""
         sent = body if method in ("POST", "PATCH") else None
         real = await stranger.request(method, path, json=sent)
         unreal = await stranger.request(method, made_up(path), json=sent)
@@ -135,7 +135,7 @@ async def test_what_belongs_to_another_project_looks_like_what_does_not_exist(br
     assert (await owner.get(f"/v1/commands/{command['id']}")).json()["state"] == "pending"
 
 
-async def test_an_admins_key_sees_and_serves_all_projects(broker: Broker) -> None:
+async def test_an_admin_key_reads_and_writes_all_projects(broker: Broker) -> None:
     await register(await broker.someone())
     admin = await broker.someone("ops", ("admin",))
 
@@ -156,7 +156,7 @@ def operator(broker: Broker) -> httpx2.AsyncClient:
     return broker.client(app=broker.private)
 
 
-async def test_on_the_private_socket_keys_are_made_listed_and_revoked(broker: Broker) -> None:
+async def test_the_private_socket_creates_lists_and_revokes_keys(broker: Broker) -> None:
     local = operator(broker)
 
     made = await local.post("/local/keys", json={"project": "acme", "scopes": ["devices:read"], "name": "ci"})
@@ -193,7 +193,7 @@ async def test_on_the_private_socket_the_operator_needs_no_key(broker: Broker) -
     assert (await register(local, "lamp-2", project="acme"))["project"] == "acme"
 
 
-async def test_in_public_the_routes_for_keys_do_not_exist(broker: Broker) -> None:
+async def test_the_key_routes_do_not_exist_on_the_public_port(broker: Broker) -> None:
     admin = await broker.someone("ops", ("admin",))
     for client in (admin, broker.client()):
         for path in ("/local/keys", "//local/keys", "/local/keys/", "/local/keys/key_x", "/local"):

@@ -1,4 +1,4 @@
-"""Lanes, deleted devices, answers that fitted nothing, and the broker itself, as HTTP shows them."""
+"""Lanes, deleted devices, unmatched answers, and the broker's own state, as HTTP shows them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def send(client: httpx2.AsyncClient, device: str = "lamp-1", **body: Any) 
 
 
 async def becomes(client: httpx2.AsyncClient, path: str, key: str, value: Any) -> dict[str, Any]:
-    """Waits for the fact."""
+    """Waits until the command is in this state."""
     async with asyncio.timeout(DEADLINE_SEC):
         while True:
             found: dict[str, Any] = await get(client, path)
@@ -60,7 +60,7 @@ async def in_flight(broker: Broker, client: httpx2.AsyncClient, hardware_id: str
 # --- lanes
 
 
-async def test_a_lane_shows_what_is_open_in_order_and_what_comes_next(broker: Broker) -> None:
+async def test_a_lane_shows_open_commands_in_order_and_what_comes_next(broker: Broker) -> None:
     client, reader = await broker.someone(), await broker.someone(scopes=READ)
     device = await register(client)
     assert await get(reader, "/v1/devices/lamp-1/lane") == {
@@ -96,7 +96,7 @@ async def test_a_lane_shows_what_is_open_in_order_and_what_comes_next(broker: Br
     }
 
 
-async def test_a_lane_says_since_when_its_device_is_offline(broker: Broker) -> None:
+async def test_a_lane_shows_since_when_its_device_is_offline(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     broker.online("lamp-1")
@@ -109,7 +109,7 @@ async def test_a_lane_says_since_when_its_device_is_offline(broker: Broker) -> N
     assert lane["offline_since"] == device["last_seen_at"]
 
 
-async def test_a_lane_that_waits_for_a_late_answer_without_id_says_until_when(broker: Broker) -> None:
+async def test_a_lane_shut_for_a_late_answer_without_id_shows_until_when(broker: Broker) -> None:
     client = await broker.someone()
     await register(client, type="iotee_device")
     broker.online("lamp-1")
@@ -135,12 +135,12 @@ async def test_a_lane_of_another_project_is_not_found(broker: Broker) -> None:
 
 
 async def on_the_wire(broker: Broker, number: int) -> bytes:
-    """The payload of a publish; its event can be read a moment before."""
+    """Waits for the next publish and returns its payload; its event is readable a moment earlier."""
     await until(lambda: len(broker.link.sent) > number)
     return broker.link.sent[number].payload
 
 
-async def test_another_type_leaves_the_open_commands_as_they_are(broker: Broker) -> None:
+async def test_a_change_of_type_leaves_open_commands_unchanged(broker: Broker) -> None:
     client = await broker.someone()
     await register(client, type="recorder")
     command = await send(client, type="start_recording")
@@ -183,7 +183,7 @@ async def test_a_device_with_an_empty_lane_is_deleted_for_ever(broker: Broker) -
     assert await broker.core.registry.authenticate("lamp-1", device["device_token"]) is None
 
 
-async def test_open_commands_hold_a_device_unless_forced(broker: Broker) -> None:
+async def test_a_device_with_open_commands_is_deleted_only_with_force(broker: Broker) -> None:
     client, neighbour = await broker.someone(), await broker.someone("other")
     reader = await broker.someone(scopes=READ)
     device = await register(client)
@@ -208,7 +208,7 @@ async def test_open_commands_hold_a_device_unless_forced(broker: Broker) -> None
     assert "late" not in explained["summary"]
 
 
-async def test_nobody_listens_to_a_deleted_device(broker: Broker) -> None:
+async def test_answers_of_a_deleted_device_are_ignored(broker: Broker) -> None:
     client, admin = await broker.someone(), await broker.someone(scopes=("admin",))
     await register(client)
     running = await in_flight(broker, client)
@@ -232,7 +232,7 @@ async def has_rows(client: httpx2.AsyncClient, path: str, count: int) -> dict[st
                 return page
 
 
-async def test_what_fitted_nothing_is_kept_newest_first_with_what_was_said(broker: Broker) -> None:
+async def test_unmatched_answers_are_kept_newest_first_with_their_content(broker: Broker) -> None:
     client = await broker.someone()
     device = await register(client)
     broker.says("lamp-1", b"[")
@@ -258,7 +258,7 @@ async def test_what_fitted_nothing_is_kept_newest_first_with_what_was_said(broke
     assert (page["has_more"], page["next_cursor"]) == (False, None)
 
 
-async def test_how_many_answers_that_fitted_nothing_are_kept_is_a_setting(tmp_path: Path) -> None:
+async def test_the_number_of_kept_unmatched_answers_is_a_setting(tmp_path: Path) -> None:
     limits = Limits(unmatched_per_device=2, unmatched_in_all=4)
     async with running(tmp_path / "data", limits) as broker:
         client = await broker.someone()
@@ -305,7 +305,7 @@ async def test_unmatched_answers_are_filtered_and_paged(broker: Broker) -> None:
         assert error["details"]["field"] == field
 
 
-async def test_what_no_project_owns_is_for_admins_alone(broker: Broker) -> None:
+async def test_unmatched_answers_without_a_project_are_visible_to_admins_only(broker: Broker) -> None:
     client, neighbour = await broker.someone(), await broker.someone("other")
     admin, writer = await broker.someone(scopes=("admin",)), await broker.someone(scopes=("devices:write",))
     await register(client)
@@ -325,7 +325,7 @@ async def test_what_no_project_owns_is_for_admins_alone(broker: Broker) -> None:
 # --- the broker itself
 
 
-async def test_the_broker_says_how_it_is_and_counts_only_what_the_key_sees(broker: Broker) -> None:
+async def test_the_system_state_counts_only_what_the_key_may_see(broker: Broker) -> None:
     client, neighbour = await broker.someone(), await broker.someone("other")
     admin = await broker.someone(scopes=("admin",))
     await register(client)
@@ -354,11 +354,11 @@ async def test_the_broker_says_how_it_is_and_counts_only_what_the_key_sees(broke
     assert seen["position"] == (await broker.core.storage.read(log.head)).position
 
 
-def test_the_address_of_the_mqtt_server_is_shown_without_its_user() -> None:
+def test_the_mqtt_servers_address_is_shown_without_its_user() -> None:
     assert shown_url(Settings(mqtt_url="mqtts://ordain:secret@example.org?v=5")) == "mqtts://example.org:8883"
 
 
-async def test_answers_are_what_the_description_says(broker: Broker) -> None:
+async def test_answers_match_the_openapi_description(broker: Broker) -> None:
     client = await broker.someone()
     description = await get(client, "/openapi.json")
     await register(client)

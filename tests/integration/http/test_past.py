@@ -1,4 +1,4 @@
-"""`as_of` and `/v1/diff` as HTTP shows them. What is shown is held against the log in `test_past.py`."""
+"""`as_of` and `/v1/diff` over HTTP. `projections/test_past.py` compares the content with the log."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ async def positions(client: httpx2.AsyncClient, command_id: str) -> dict[str, in
 
 
 async def executed(broker: Broker, client: httpx2.AsyncClient) -> tuple[str, dict[str, int]]:
-    """A command that was done, and where in the log its events are."""
+    """An executed command and the positions of its events."""
     command_id = await in_flight(broker, client)
     broker.says("lamp-1", b'{"id": "%s", "status": "executed", "result": {"on": 1}}' % command_id.encode())
     await becomes(client, f"/v1/commands/{command_id}", "state", "executed")
     return command_id, await positions(client, command_id)
 
 
-async def test_a_command_is_shown_as_it_was_and_without_a_grant(broker: Broker) -> None:
+async def test_a_past_command_is_shown_without_a_grant(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     command_id, at = await executed(broker, client)
@@ -51,7 +51,7 @@ async def test_a_command_is_shown_as_it_was_and_without_a_grant(broker: Broker) 
         assert now == await get(client, path) | {"grant_token": None}
 
 
-async def test_a_time_is_the_state_after_what_was_recorded_at_or_before_it(broker: Broker) -> None:
+async def test_a_time_means_the_state_after_the_last_event_at_or_before_it(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     command_id, _ = await executed(broker, client)
@@ -78,7 +78,7 @@ async def test_a_time_is_the_state_after_what_was_recorded_at_or_before_it(broke
         "/v1/devices/lamp-1",
     ],
 )
-async def test_a_point_that_is_none_or_lies_ahead_is_refused(broker: Broker, path: str) -> None:
+async def test_an_invalid_or_future_point_is_refused(broker: Broker, path: str) -> None:
     client = await broker.someone()
     await register(client)
     ahead = rfc3339(broker.core.writer.now() + 3_600_000)
@@ -90,7 +90,7 @@ async def test_a_point_that_is_none_or_lies_ahead_is_refused(broker: Broker, pat
     assert (await client.get(f"{path}?as_of={head}")).status_code in (200, 404)
 
 
-async def test_lists_are_those_of_the_point_and_their_cursors_belong_to_it(broker: Broker) -> None:
+async def test_lists_show_the_given_point_and_their_cursors_keep_it(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     sent = [(await send(client, ttl_sec=None))["id"] for _ in range(3)]
@@ -111,7 +111,7 @@ async def test_lists_are_those_of_the_point_and_their_cursors_belong_to_it(broke
         assert len((await get(client, f"{path}?as_of={point}&status=pending"))["data"]) == 3
 
 
-async def test_a_lane_and_a_device_are_shown_as_they_were(broker: Broker) -> None:
+async def test_a_past_lane_and_device_are_shown(broker: Broker) -> None:
     client = await broker.someone()
     device = await register(client, name="Lamp")
     registered = broker.core.writer.durable
@@ -135,7 +135,7 @@ async def test_a_lane_and_a_device_are_shown_as_they_were(broker: Broker) -> Non
             error_of(await client.get(f"/v1/devices/lamp-1{path}?as_of={gone}"), 404, "not_found")
 
 
-async def test_what_was_of_another_project_stays_unknown(broker: Broker) -> None:
+async def test_past_objects_of_another_project_are_unknown(broker: Broker) -> None:
     client, stranger = await broker.someone(), await broker.someone("other", READ)
     await register(client)
     command_id = (await send(client))["id"]
@@ -152,7 +152,7 @@ async def test_what_was_of_another_project_stays_unknown(broker: Broker) -> None
     assert (await get(stranger, f"/v1/diff?from=0&to={point}"))["data"] == []
 
 
-async def test_a_diff_says_what_was_before_and_what_is_after(broker: Broker) -> None:
+async def test_a_diff_shows_values_before_and_after(broker: Broker) -> None:
     client = await broker.someone(scopes=(*READ, "devices:write"))
     device = await register(client)
     start = broker.core.writer.durable
@@ -183,7 +183,7 @@ async def test_a_diff_says_what_was_before_and_what_is_after(broker: Broker) -> 
     assert (gone["before"], gone["after"]["name"]) == (None, "Lamp")
 
 
-async def test_a_diff_comes_in_pages_and_refuses_points_in_the_wrong_order(broker: Broker) -> None:
+async def test_a_diff_has_pages_and_refuses_points_in_the_wrong_order(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     sent = [(await send(client, ttl_sec=None))["id"] for _ in range(5)]
@@ -209,7 +209,7 @@ async def test_a_diff_comes_in_pages_and_refuses_points_in_the_wrong_order(broke
         assert error_of(answer, 400, "invalid_request")["details"]["field"] == field
 
 
-async def test_answers_about_the_past_are_what_the_description_says(broker: Broker) -> None:
+async def test_answers_about_the_past_match_the_openapi_description(broker: Broker) -> None:
     client = await broker.someone()
     description = await get(client, "/openapi.json")
     await register(client)
@@ -228,7 +228,7 @@ async def test_answers_about_the_past_are_what_the_description_says(broker: Brok
         jsonschema_rs.validator_for(schema).validate(answer.json())
 
 
-async def test_a_time_that_has_just_passed_waits_for_what_is_on_its_way(broker: Broker) -> None:
+async def test_a_time_just_passed_waits_for_events_being_committed(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     creating = asyncio.create_task(send(client))

@@ -1,4 +1,4 @@
-"""What comes before any request is one: bounded in size and time, and refused in the one form of errors."""
+"""Bytes before they are a request: bounded in size and time, and refused in the common form of errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
 
 @pytest.fixture
 async def served(broker: Broker) -> AsyncIterator[Server]:
-    """The app behind the protocol that it is served with."""
+    """The app behind the HTTP protocol class that the broker uses."""
     state = ServerState()
     config = Config(broker.app, ws="none", lifespan="off", log_config=None)
     loop = asyncio.get_running_loop()
@@ -68,7 +68,7 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], Any
 
 
 async def ended(reader: asyncio.StreamReader) -> bytes:
-    """What still comes until the broker has closed."""
+    """All data until the broker closes the connection."""
     async with asyncio.timeout(DEADLINE_SEC):
         return await reader.read()
 
@@ -90,7 +90,7 @@ async def refused(reader: asyncio.StreamReader, status: int, code: str) -> None:
         b"\x16\x03\x01\r\n",
     ],
 )
-async def test_what_is_not_http_is_refused_in_the_form_of_errors(sides: Sides, line: bytes) -> None:
+async def test_bytes_that_are_not_http_get_an_error_in_the_common_form(sides: Sides, line: bytes) -> None:
     reader, writer = sides
     writer.write(line)
     await refused(reader, 400, "invalid_request")
@@ -107,18 +107,18 @@ async def test_what_is_not_http_is_refused_in_the_form_of_errors(sides: Sides, l
     ],
     ids=["one header", "many headers", "a whole head", "an address", "after the body"],
 )
-async def test_a_head_that_is_too_large_is_refused(sides: Sides, head: bytes) -> None:
+async def test_a_too_large_head_is_refused(sides: Sides, head: bytes) -> None:
     reader, writer = sides
     writer.write(head)
     if head.startswith(b"POST"):
         assert (await answer(reader))[0] == 405
-        with suppress(ConnectionResetError):  # it had its answer; now it sends to nobody
+        with suppress(ConnectionResetError):  # the client got its answer and sends into a closed connection
             assert await ended(reader) == b""
     else:
         await refused(reader, 431, "too_large")
 
 
-async def test_large_heads_and_many_requests_in_one_go_are_answered_in_order(sides: Sides) -> None:
+async def test_large_heads_and_pipelined_requests_are_answered_in_order(sides: Sides) -> None:
     reader, writer = sides
     writer.write((GET + b"a: " + b"x" * 60_000 + b"\r\n\r\n") * 5 + (GET + b"\r\n") * 50)
     for _ in range(55):
@@ -127,7 +127,7 @@ async def test_large_heads_and_many_requests_in_one_go_are_answered_in_order(sid
 
 @pytest.mark.parametrize("start", [b"GET", GET, b"\r\n"], ids=["a line", "a head", "an empty line"])
 @pytest.mark.parametrize("before", [b"", GET + b"\r\n"], ids=["at once", "after another"])
-async def test_half_a_head_is_not_waited_for(
+async def test_an_incomplete_head_times_out(
     served: Server, monkeypatch: pytest.MonkeyPatch, start: bytes, before: bytes
 ) -> None:
     monkeypatch.setattr(protocol, "HEAD_SEC", 0.1)
@@ -139,7 +139,7 @@ async def test_half_a_head_is_not_waited_for(
         await refused(reader, 408, "invalid_request")
 
 
-async def test_a_connection_on_which_nothing_is_said_is_closed_without_a_word(
+async def test_an_idle_connection_is_closed_without_an_answer(
     served: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "HEAD_SEC", 0.1)
@@ -147,7 +147,7 @@ async def test_a_connection_on_which_nothing_is_said_is_closed_without_a_word(
         assert await ended(reader) == b""
 
 
-async def test_half_a_body_is_not_waited_for(
+async def test_an_incomplete_body_times_out(
     sides: Sides, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, writer = sides
@@ -160,14 +160,14 @@ async def test_half_a_body_is_not_waited_for(
     await refused(reader, 408, "invalid_request")
 
 
-async def test_nothing_is_said_out_of_turn(sides: Sides) -> None:
+async def test_no_error_is_sent_before_an_earlier_answer(sides: Sides) -> None:
     reader, writer = sides
     writer.write(GET + b"\r\n" + b"nonsense\r\n\r\n")
-    # The first request has not been answered yet: a 400 would be taken for its answer.
+    # The first request has no answer yet, and the client would read a 400 as its answer.
     assert await ended(reader) == b""
 
 
-async def test_one_that_takes_nothing_is_cut_and_others_do_not_notice(
+async def test_a_client_that_reads_nothing_is_cut_and_others_are_not_affected(
     broker: Broker, served: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "STALLED_SEC", 0.2)
@@ -184,7 +184,7 @@ async def test_one_that_takes_nothing_is_cut_and_others_do_not_notice(
             writer.write(stream.encode())
             await until(lambda: broker.streams.open == 2)
             body = {"type": "open", "params": {"text": "x" * 60_000}}
-            for _ in range(80):  # more than the 4 MB that the system takes for one connection
+            for _ in range(80):  # more than the 4 MB that the system buffers for one connection
                 assert (await client.post("/v1/devices/lamp-1/commands", json=body)).status_code == 201
                 await reader.readuntil(b"id: ")
             await until(lambda: broker.streams.open == 1)

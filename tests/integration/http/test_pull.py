@@ -1,4 +1,4 @@
-"""Delivery without MQTT, over HTTP: heartbeats, relays, leases, reports, and what a restart makes of them."""
+"""Delivery without MQTT, over HTTP: heartbeats, relays, leases, reports, and restarts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HELD = 60
 # --- handing over
 
 
-def test_a_heartbeat_hands_over_and_every_stage_has_its_time() -> None:
+def test_a_heartbeat_hands_over_and_each_stage_has_its_own_time() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         command_id = await desk.sent()
@@ -67,7 +67,7 @@ def test_a_heartbeat_hands_over_and_every_stage_has_its_time() -> None:
     on_desk(story)
 
 
-def test_a_relay_claims_by_post_or_get_and_its_report_says_who_it_was() -> None:
+def test_a_relay_claims_by_post_or_get_and_its_report_records_its_key() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered()
         command_id = await desk.sent()
@@ -110,7 +110,7 @@ async def _events(desk: Desk, command_id: str) -> list[dict[str, Any]]:
         ([], "params"),
     ],
 )
-def test_bounds_of_a_recording_are_kept_and_the_field_is_named(params: Any, field: str) -> None:
+def test_recorder_parameters_are_bounded_and_the_wrong_field_is_named(params: Any, field: str) -> None:
     async def story(desk: Desk) -> None:
         await desk.registered()
         body = {"type": "start_recording", "params": params}
@@ -141,7 +141,7 @@ def test_commands_go_one_at_a_time_and_in_order() -> None:
     on_desk(story)
 
 
-def test_a_wider_window_is_filled_at_once() -> None:
+def test_a_larger_window_is_filled_in_one_fetch() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered("t-1", "two")
         ids = [await desk.sent("t-1", "blink") for _ in range(3)]
@@ -151,7 +151,7 @@ def test_a_wider_window_is_filled_at_once() -> None:
     on_desk(story)
 
 
-def test_a_type_that_goes_by_mqtt_alone_is_given_nothing() -> None:
+def test_a_type_with_mqtt_only_is_given_nothing() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered("lamp-1", "generic")
         command_id = await desk.sent("lamp-1", "blink")
@@ -163,7 +163,7 @@ def test_a_type_that_goes_by_mqtt_alone_is_given_nothing() -> None:
     on_desk(story)
 
 
-def test_two_phones_at_once_get_the_same_attempt_and_one_event() -> None:
+def test_phones_that_claim_at_once_get_the_same_attempt_and_one_event() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered()
         command_id = await desk.sent()
@@ -177,7 +177,7 @@ def test_two_phones_at_once_get_the_same_attempt_and_one_event() -> None:
     on_desk(story)
 
 
-def test_nothing_leaves_before_it_is_durable_nor_what_was_given_up_meanwhile() -> None:
+def test_nothing_is_handed_out_before_its_event_is_durable_or_after_an_abandon() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered()
         command_id = await desk.sent()
@@ -196,7 +196,7 @@ def test_nothing_leaves_before_it_is_durable_nor_what_was_given_up_meanwhile() -
     on_desk(story)
 
 
-def test_what_ran_out_of_time_while_it_was_committed_does_not_leave() -> None:
+def test_a_command_that_runs_out_of_time_during_its_commit_is_not_handed_out() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered()
         command_id = await desk.sent(ttl_sec=10)
@@ -212,7 +212,7 @@ def test_what_ran_out_of_time_while_it_was_committed_does_not_leave() -> None:
     on_desk(story)
 
 
-def test_a_hand_over_that_could_not_be_recorded_was_none() -> None:
+def test_a_hand_over_whose_commit_failed_did_not_happen() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         command_id = await desk.sent()
@@ -230,7 +230,7 @@ def test_a_hand_over_that_could_not_be_recorded_was_none() -> None:
     on_desk(story)
 
 
-def test_without_a_secret_to_sign_with_a_command_fails_and_the_next_is_looked_at() -> None:
+def test_a_command_without_a_signing_secret_fails_and_the_next_is_tried() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered("s-1", "small")
         first, second = await desk.sent("s-1", "blink"), await desk.sent("s-1", "blink")
@@ -247,7 +247,7 @@ def test_without_a_secret_to_sign_with_a_command_fails_and_the_next_is_looked_at
     on_desk(story)
 
 
-def test_asking_for_the_head_alone_hands_nothing_over() -> None:
+def test_a_head_request_hands_nothing_over() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered()
         command_id = await desk.sent()
@@ -263,7 +263,7 @@ def test_asking_for_the_head_alone_hands_nothing_over() -> None:
 # --- leases
 
 
-def test_a_phone_that_dies_gives_way_when_its_lease_ends() -> None:
+def test_after_a_phone_dies_another_fetch_works_when_its_lease_ends() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         command_id = await desk.sent()
@@ -284,7 +284,7 @@ def test_a_phone_that_dies_gives_way_when_its_lease_ends() -> None:
     on_desk(story)
 
 
-def test_leases_may_end_for_ever_and_only_its_time_ends_the_command() -> None:
+def test_leases_may_end_without_limit_and_only_expiry_ends_the_command() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered("t-1", "tag")
         command_id = await desk.sent("t-1", "blink", ttl_sec=1_000)
@@ -301,7 +301,7 @@ def test_leases_may_end_for_ever_and_only_its_time_ends_the_command() -> None:
     on_desk(story)
 
 
-def test_time_runs_out_under_a_lease_and_a_late_report_still_corrects_it() -> None:
+def test_a_command_may_time_out_under_a_lease_and_a_late_report_corrects_it() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         command_id, behind = await desk.sent(ttl_sec=30), await desk.sent()
@@ -319,7 +319,7 @@ def test_time_runs_out_under_a_lease_and_a_late_report_still_corrects_it() -> No
     on_desk(story)
 
 
-def test_what_may_be_sent_once_is_handed_over_once_ever() -> None:
+def test_a_non_repeatable_command_is_handed_over_once() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered("f-1", "fuse")
         command_id = await desk.sent("f-1", "blow", ttl_sec=None)
@@ -333,7 +333,7 @@ def test_what_may_be_sent_once_is_handed_over_once_ever() -> None:
     on_desk(story)
 
 
-def test_a_claimed_command_cannot_be_cancelled_nor_expire() -> None:
+def test_a_claimed_command_cannot_be_cancelled() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered()
         command_id = await desk.sent()
@@ -346,7 +346,7 @@ def test_a_claimed_command_cannot_be_cancelled_nor_expire() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_device_that_comes_online_during_a_lease_is_not_sent_to_before_its_end(known: bool) -> None:
+def test_a_device_that_comes_online_during_a_lease_gets_its_command_after_the_lease(known: bool) -> None:
     async def story(desk: Desk) -> None:
         await desk.registered()
         if known:
@@ -382,7 +382,7 @@ def test_a_device_that_comes_online_during_a_lease_is_not_sent_to_before_its_end
     on_desk(story)
 
 
-def test_fetching_makes_nobody_present_for_mqtt() -> None:
+def test_fetching_does_not_make_a_device_present_for_mqtt() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         first = await desk.sent()
@@ -398,7 +398,7 @@ def test_fetching_makes_nobody_present_for_mqtt() -> None:
     on_desk(story)
 
 
-def test_a_lease_ends_by_itself_though_the_mqtt_server_is_away() -> None:
+def test_a_lease_ends_without_the_mqtt_server_too() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered("t-1", "tag")
         await desk.registered("r-1", "recorder")
@@ -444,7 +444,7 @@ def test_a_restart_keeps_leases_and_their_ends() -> None:
     on_desk(before, after)
 
 
-def test_answers_without_id_keep_a_lane_shut_for_relays_too() -> None:
+def test_a_lane_shut_for_answers_without_id_is_shut_for_relays_too() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered("bell-1", "bell")
         desk.core.intake.device_online("bell-1")
@@ -466,7 +466,7 @@ def test_answers_without_id_keep_a_lane_shut_for_relays_too() -> None:
 # --- reports
 
 
-def test_the_same_report_again_is_answered_alike_and_another_is_refused() -> None:
+def test_a_repeated_report_gets_the_same_answer_and_a_different_one_is_refused() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         command_id = await desk.sent()
@@ -487,7 +487,7 @@ def test_the_same_report_again_is_answered_alike_and_another_is_refused() -> Non
     on_desk(story)
 
 
-def test_what_was_never_handed_over_cannot_have_been_done() -> None:
+def test_a_report_on_a_command_never_handed_over_is_refused() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         command_id = await desk.sent()
@@ -507,7 +507,7 @@ def test_what_was_never_handed_over_cannot_have_been_done() -> None:
     on_desk(story)
 
 
-def test_a_key_reports_only_for_what_went_by_a_relay_or_a_heartbeat() -> None:
+def test_a_service_key_reports_only_on_commands_fetched_by_relay_or_heartbeat() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         desk.core.intake.device_online(RECORDER)
@@ -551,7 +551,7 @@ def test_a_wrong_report_is_refused_and_names_its_field(body: Any, status: int, f
     on_desk(story)
 
 
-def test_a_result_nested_too_deeply_is_refused_and_any_value_is_kept() -> None:
+def test_a_result_nested_too_deeply_is_refused_and_any_other_value_is_kept() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         command_id = await desk.sent()
@@ -573,7 +573,7 @@ def test_a_result_nested_too_deeply_is_refused_and_any_value_is_kept() -> None:
 # --- who may
 
 
-def test_a_device_token_is_good_for_the_device_itself_and_nothing_else() -> None:
+def test_a_device_token_works_for_its_own_device_only() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         await desk.registered("rec-2")
@@ -606,7 +606,7 @@ def test_a_device_token_is_good_for_the_device_itself_and_nothing_else() -> None
     on_desk(story)
 
 
-def test_a_token_stops_working_with_its_rotation_and_with_its_device() -> None:
+def test_a_token_stops_working_when_rotated_and_when_its_device_is_deleted() -> None:
     async def story(desk: Desk) -> None:
         old = await desk.registered()
         issued = await desk.key.post(f"/v1/devices/{RECORDER}/token")
@@ -621,7 +621,7 @@ def test_a_token_stops_working_with_its_rotation_and_with_its_device() -> None:
     on_desk(story)
 
 
-def test_a_token_is_not_taken_for_another_device_whatever_it_says() -> None:
+def test_a_forged_token_of_another_device_is_refused() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         await desk.registered("rec-2")
@@ -647,7 +647,7 @@ def test_a_token_is_not_taken_for_another_device_whatever_it_says() -> None:
     on_desk(story)
 
 
-def test_a_token_of_an_earlier_release_says_no_device_and_works_by_the_path() -> None:
+def test_a_token_of_an_earlier_release_names_no_device_and_works_by_the_path() -> None:
     async def story(desk: Desk) -> None:
         desk.core.registry._new_token = lambda device_id: "dtok_" + "x" * 43  # type: ignore[method-assign]
         own = await desk.registered()
@@ -659,7 +659,7 @@ def test_a_token_of_an_earlier_release_says_no_device_and_works_by_the_path() ->
     on_desk(story)
 
 
-def test_another_project_and_a_key_that_may_only_read_get_nothing() -> None:
+def test_another_project_and_a_read_only_key_get_nothing() -> None:
     async def story(desk: Desk) -> None:
         await desk.registered()
         command_id = await desk.sent()
@@ -677,7 +677,7 @@ def test_another_project_and_a_key_that_may_only_read_get_nothing() -> None:
 # --- attributes
 
 
-def test_what_a_heartbeat_says_is_kept_and_only_a_difference_is_recorded() -> None:
+def test_heartbeat_attributes_are_kept_and_only_changes_are_recorded() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         stream = (await desk.key.get(f"/v1/devices/{RECORDER}")).json()["id"]
@@ -696,7 +696,7 @@ def test_what_a_heartbeat_says_is_kept_and_only_a_difference_is_recorded() -> No
     on_desk(story)
 
 
-def test_a_heartbeat_that_says_too_much_is_refused_whole() -> None:
+def test_a_too_large_heartbeat_is_refused_as_a_whole() -> None:
     async def story(desk: Desk) -> None:
         own = await desk.registered()
         command_id = await desk.sent()

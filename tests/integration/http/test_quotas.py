@@ -1,4 +1,4 @@
-"""What a project may have and send, over HTTP: refusals a true `Retry-After`, and neighbours unharmed."""
+"""Quotas of a project over HTTP: refusals have a true `Retry-After`, and other projects are not affected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def refusals(broker: Broker) -> dict[str, float]:
     return {line.split('"')[1]: float(line.split()[1]) for line in lines}
 
 
-async def test_beyond_its_minute_a_project_is_told_when_the_next_is_allowed(tmp_path: Path) -> None:
+async def test_above_its_rate_a_project_gets_the_time_of_the_next_allowed_command(tmp_path: Path) -> None:
     own = ProjectLimits(commands_per_minute=2)
     async with running(tmp_path / "data", clock=ManualClock(), acme=own) as broker:
         client = await broker.someone()
@@ -47,7 +47,7 @@ async def test_beyond_its_minute_a_project_is_told_when_the_next_is_allowed(tmp_
         assert (await refusals(broker))["rate_limit_exceeded"] == 2
 
 
-async def test_each_device_of_a_fan_out_is_one_command_of_the_minute(tmp_path: Path) -> None:
+async def test_each_device_of_a_fan_out_counts_as_one_command_of_the_rate(tmp_path: Path) -> None:
     own = ProjectLimits(commands_per_minute=3)
     async with running(tmp_path / "data", clock=ManualClock(), acme=own) as broker:
         client = await broker.someone()
@@ -64,7 +64,7 @@ async def test_each_device_of_a_fan_out_is_one_command_of_the_minute(tmp_path: P
         assert len(await ids(client, "/v1/commands")) == 3
 
 
-async def test_a_flood_of_one_project_leaves_its_neighbours_alone(tmp_path: Path) -> None:
+async def test_a_flood_of_one_project_does_not_affect_others(tmp_path: Path) -> None:
     async with running(tmp_path / "data", Limits(commands_per_minute=2, queue_per_device=3)) as broker:
         client, neighbour = await broker.someone(), await broker.someone("other")
         await register(client)
@@ -77,7 +77,7 @@ async def test_a_flood_of_one_project_leaves_its_neighbours_alone(tmp_path: Path
         assert await send(neighbour, "lamp-2")
 
 
-async def test_a_project_has_its_own_bounds_of_queues_and_parameters(tmp_path: Path) -> None:
+async def test_a_project_has_its_own_limits_of_queues_and_parameters(tmp_path: Path) -> None:
     own = ProjectLimits(queue_per_name=1, params_bytes=20)
     async with running(tmp_path / "data", acme=own) as broker:
         client, neighbour = await broker.someone(), await broker.someone("other")
@@ -100,7 +100,7 @@ async def test_a_project_has_its_own_bounds_of_queues_and_parameters(tmp_path: P
         assert (counted["queue_full"], counted["too_large"]) == (1, 2)
 
 
-async def test_what_lies_before_a_projects_retention_is_not_shown(tmp_path: Path) -> None:
+async def test_events_before_a_projects_retention_are_not_shown(tmp_path: Path) -> None:
     clock = ManualClock()
     short = ProjectLimits(history_retention_sec=60)
     async with running(tmp_path / "data", clock=clock, acme=short) as broker:

@@ -1,4 +1,4 @@
-"""Retrying, cancelling many and explaining over HTTP, and the same explanation on the command line."""
+"""Retrying, cancelling many and explaining over HTTP, and explaining on the command line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def send(client: httpx2.AsyncClient, device: str = "lamp-1", **body: Any) 
 
 
 async def state_is(client: httpx2.AsyncClient, command_id: str, state: str) -> dict[str, Any]:
-    """Waits for the fact."""
+    """Waits until the command is in this state."""
     async with asyncio.timeout(DEADLINE_SEC):
         while True:
             command: dict[str, Any] = (await client.get(f"/v1/commands/{command_id}")).json()
@@ -43,7 +43,7 @@ async def state_is(client: httpx2.AsyncClient, command_id: str, state: str) -> d
 
 
 async def handed_over(broker: Broker, client: httpx2.AsyncClient, **body: Any) -> str:
-    """A command that the device has by now, and nothing more."""
+    """A command that was handed over and has no answer yet."""
     broker.online("lamp-1")
     command = await send(client, **body)
     await state_is(client, command["id"], "published")
@@ -81,7 +81,7 @@ async def expired(broker: Broker, client: httpx2.AsyncClient, **body: Any) -> st
 @pytest.mark.parametrize(
     ("ended", "may_repeat"), [(abandoned, True), (failed, False), (cancelled, False), (expired, False)]
 )
-async def test_what_ended_badly_is_sent_anew(
+async def test_a_command_that_ended_without_success_is_retried(
     broker: Broker, ended: Callable[..., Any], may_repeat: bool
 ) -> None:
     client = await broker.someone()
@@ -102,7 +102,7 @@ async def test_what_ended_badly_is_sent_anew(
     assert events[0]["data"]["retry_of"] == old
 
 
-async def test_a_retry_lives_as_long_as_the_old_one_was_to_live(broker: Broker) -> None:
+async def test_a_retry_has_the_ttl_of_the_old_command(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     forever = await cancelled(broker, client, ttl_sec=None)
@@ -116,7 +116,7 @@ async def test_a_retry_lives_as_long_as_the_old_one_was_to_live(broker: Broker) 
     assert events[0]["data"]["ttl_ms"] == 3_600_000
 
 
-async def test_a_repeated_retry_names_the_first(broker: Broker) -> None:
+async def test_a_repeated_retry_returns_the_first_new_command(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     old = await abandoned(broker, client)
@@ -124,7 +124,7 @@ async def test_a_repeated_retry_names_the_first(broker: Broker) -> None:
     broker.says("lamp-1", json.dumps({"id": old, "status": "executed"}).encode())
     await state_is(client, old, "executed")
 
-    # The old one was executed after all; still, the second answer is to the first request.
+    # The old command was executed after all; a repeated request still gets the first answer.
     for again in (
         await client.post(f"{BLINK}/{old}/retry", json={"idempotency_key": "k"}),
         await client.post(f"/v1/commands/{old}/retry", headers={"Idempotency-Key": "k"}),
@@ -141,7 +141,7 @@ async def test_a_repeated_retry_names_the_first(broker: Broker) -> None:
     assert error_of(two, 400, "invalid_request")["details"]["field"] == "idempotency_key"
 
 
-async def test_what_is_open_or_was_done_is_not_retried(broker: Broker) -> None:
+async def test_an_open_or_executed_command_is_not_retried(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     pending = (await send(client))["id"]
@@ -159,7 +159,7 @@ async def test_what_is_open_or_was_done_is_not_retried(broker: Broker) -> None:
         assert error["details"] == {"state": state}
 
 
-async def test_nothing_is_retried_for_a_deleted_device(broker: Broker) -> None:
+async def test_a_command_of_a_deleted_device_is_not_retried(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)
     old = await cancelled(broker, client)
@@ -202,7 +202,7 @@ async def cancel(client: httpx2.AsyncClient, **which: Any) -> list[str]:
     return found
 
 
-async def test_only_what_fits_and_was_never_handed_over_is_cancelled(broker: Broker) -> None:
+async def test_only_matching_pending_commands_are_cancelled(broker: Broker) -> None:
     client, neighbour = await broker.someone(), await broker.someone("other")
     thief, secret = await broker.core.keys.create("acme", WRITE, "stolen")
     await register(client)
@@ -226,7 +226,7 @@ async def test_only_what_fits_and_was_never_handed_over_is_cancelled(broker: Bro
     assert (last["type"], last["data"]["reason"]) == ("cancelled", "stolen key")
 
 
-async def test_cancelling_everything_must_be_said(broker: Broker) -> None:
+async def test_cancelling_everything_needs_all_true(broker: Broker) -> None:
     client, reader = await broker.someone(), await broker.someone(scopes=READ)
     await register(client)
     await send(client)
@@ -247,7 +247,7 @@ async def test_cancelling_everything_must_be_said(broker: Broker) -> None:
     assert len((await client.get("/v1/commands?state=pending")).json()["data"]) == 1
 
 
-async def test_many_more_than_one_go_are_cancelled_in_order_of_creation(
+async def test_more_commands_than_one_batch_are_cancelled_in_order_of_creation(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repairs, "BATCH", 3)
@@ -263,7 +263,7 @@ async def test_many_more_than_one_go_are_cancelled_in_order_of_creation(
 # --- explain
 
 
-async def test_an_explanation_has_the_shape_of_the_contract(broker: Broker) -> None:
+async def test_an_explanation_has_the_form_of_the_contract(broker: Broker) -> None:
     client, reader = await broker.someone(), await broker.someone(scopes=READ)
     await register(client)
     command = await send(client)
@@ -303,7 +303,7 @@ async def test_an_explanation_follows_a_command_to_its_end(broker: Broker) -> No
     assert "But the device has also reported another end of it" in found["summary"]
 
 
-async def test_a_device_that_was_heard_before_the_start_is_offline_not_unheard(tmp_path: Path) -> None:
+async def test_a_device_heard_before_the_start_is_offline_and_not_never_heard(tmp_path: Path) -> None:
     async with running(tmp_path / "data") as broker:
         client = await broker.someone()
         await register(client)
@@ -327,7 +327,7 @@ async def test_a_device_that_was_heard_before_the_start_is_offline_not_unheard(t
         assert (await client.get("/v1/devices/lamp-1")).json()["presence"] == "offline"
 
 
-def test_the_command_line_explains_in_a_sentence_or_whole(
+def test_the_command_line_explains_in_a_sentence_or_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ordain(*arguments: str) -> tuple[int, str, str]:
@@ -352,7 +352,7 @@ def test_the_command_line_explains_in_a_sentence_or_whole(
     assert note == "ordain: command_id: must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} (got 'cmd_none?')"
 
 
-async def test_answers_are_what_the_description_says(broker: Broker) -> None:
+async def test_answers_match_the_openapi_description(broker: Broker) -> None:
     client = await broker.someone()
     description = (await client.get("/openapi.json")).json()
     await register(client)

@@ -1,4 +1,5 @@
-"""The JavaScript SDK as the broker serves it, and its types held against what the module exports."""
+"""The JavaScript SDK as the broker serves it, and its type declarations compared with the module's
+exports."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from tests.integration.http.support import running
 from tests.sdk_driver import MODULE, node
 
 TYPES = MODULE.with_name("app.d.ts").read_text()
-# What a class has that is not private: exported name -> methods and fields.
+# Public methods and fields of each exported class: name -> members.
 NAMES = """
 import { pathToFileURL } from "node:url";
 const module = await import(pathToFileURL(process.argv[1]));
@@ -34,7 +35,7 @@ console.log(JSON.stringify(names));
 """
 
 
-async def test_module_and_types_are_served_as_they_are_without_a_key(tmp_path: Path) -> None:
+async def test_module_and_types_are_served_unchanged_without_a_key(tmp_path: Path) -> None:
     async with running(tmp_path) as broker, broker.client() as client:
         module = await client.get("/sdk/app.mjs")
         types = await client.get("/sdk/app.d.ts")
@@ -45,7 +46,7 @@ async def test_module_and_types_are_served_as_they_are_without_a_key(tmp_path: P
     assert types.headers["content-type"].startswith("text/plain")
 
 
-def test_the_types_name_everything_the_module_exports_and_nothing_else() -> None:
+def test_the_types_declare_exactly_the_modules_exports() -> None:
     done = subprocess.run(
         [node(), "--input-type=module", "-e", NAMES, MODULE], capture_output=True, text=True, check=True
     )
@@ -68,7 +69,7 @@ def test_the_types_name_everything_the_module_exports_and_nothing_else() -> None
         (client_types.Record, "HistoryRecord", app_command.HistoryRecord),
     ],
 )
-def test_both_languages_have_the_fields_that_the_broker_has(
+def test_both_languages_have_the_brokers_fields(
     ours: Any, in_javascript: str, theirs: type[msgspec.Struct]
 ) -> None:
     fields = {
@@ -81,7 +82,7 @@ def test_both_languages_have_the_fields_that_the_broker_has(
     assert {name: not optional for name, optional in declared} == fields
 
 
-def test_both_languages_have_the_words_that_the_broker_has() -> None:
+def test_both_languages_have_the_brokers_enum_values() -> None:
     for name in ("Status", "StateName"):
         words = get_args(getattr(views, name))
         assert get_args(getattr(client_types, name)) == words
@@ -92,7 +93,7 @@ def test_both_languages_have_the_words_that_the_broker_has() -> None:
     assert client_types.ERRORS.keys() <= STATUS.keys()
 
 
-def test_the_types_say_which_error_is_a_kind_of_which() -> None:
+def test_the_types_declare_the_error_hierarchy() -> None:
     pattern = r"^export class (\w+) extends (\w+)"
     module = MODULE.read_text()
     assert re.findall(pattern, TYPES, re.MULTILINE) == re.findall(pattern, module, re.MULTILINE)

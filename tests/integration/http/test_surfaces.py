@@ -1,4 +1,4 @@
-"""One command is one command: sent in one vocabulary, it is seen in all of them, each in its own words."""
+"""A command sent through one API is visible in all of them, in each API's own words."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def seen(client: httpx2.AsyncClient, command_id: str) -> tuple[dict[str, A
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_whichever_way_it_is_sent_it_is_the_same_on_all(broker: Broker, way: Send) -> None:
+async def test_a_command_sent_by_any_api_is_the_same_in_all(broker: Broker, way: Send) -> None:
     client = await broker.someone()
     device = await register(client)
 
@@ -86,7 +86,7 @@ async def test_whichever_way_it_is_sent_it_is_the_same_on_all(broker: Broker, wa
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_whichever_way_it_is_sent_it_is_explained_and_cancelled(broker: Broker, way: Send) -> None:
+async def test_a_command_sent_by_any_api_is_explained_and_cancelled(broker: Broker, way: Send) -> None:
     client = await broker.someone()
     await register(client)
     command_id = await way(client)
@@ -100,7 +100,7 @@ async def test_whichever_way_it_is_sent_it_is_explained_and_cancelled(broker: Br
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_life_is_told_in_the_words_of_each(broker: Broker, way: Send) -> None:
+async def test_each_api_shows_a_commands_life_in_its_own_words(broker: Broker, way: Send) -> None:
     client = await broker.someone()
     await register(client)
     command_id = await way(client)
@@ -124,7 +124,7 @@ async def test_a_life_is_told_in_the_words_of_each(broker: Broker, way: Send) ->
     assert one["delivered_at"] == old["acknowledged_at"]
 
 
-async def test_what_ended_badly_is_told_in_the_words_of_each(tmp_path: Path) -> None:
+async def test_each_api_shows_failures_in_its_own_words(tmp_path: Path) -> None:
     clock = ManualClock()
     async with running(tmp_path / "data", clock=clock) as broker:
         client = await broker.someone()
@@ -161,7 +161,7 @@ def named(column: int) -> list[str]:
     return [name for row in vocabulary.FIELDS for name in row[column].split(", ") if name]
 
 
-def test_the_page_names_every_field_and_no_other() -> None:
+def test_the_page_lists_exactly_the_existing_fields() -> None:
     def of(*kinds: type[msgspec.Struct]) -> set[str]:
         return {field for kind in kinds for field in kind.__struct_fields__}
 
@@ -171,7 +171,7 @@ def test_the_page_names_every_field_and_no_other() -> None:
     assert sorted(named(3)) == sorted(app - {"device_ident", "idempotency_key"})
 
 
-def test_the_page_names_calls_that_there_are_and_all_of_the_smaller_vocabularies() -> None:
+def test_the_page_names_only_existing_calls_and_all_words_of_the_smaller_apis() -> None:
     paths = json.loads(document())["paths"]
     there = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     columns = [{name for name in column if name} for column in list(zip(*vocabulary.CALLS, strict=True))[1:]]
@@ -184,7 +184,7 @@ def test_the_page_names_calls_that_there_are_and_all_of_the_smaller_vocabularies
     assert columns[2] == {call for call in there if "/v1/app/" in call}
 
 
-async def test_what_is_erased_is_gone_from_all_and_its_key_makes_nothing_new(broker: Broker) -> None:
+async def test_an_erased_command_is_gone_from_all_apis_and_its_key_creates_nothing(broker: Broker) -> None:
     client, admin = await broker.someone(), await broker.someone(scopes=("admin",))
     await register(client)
     many = await fan_out(client, ["lamp-1"], type="unlock", idempotency_key="k")

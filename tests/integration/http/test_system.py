@@ -1,4 +1,4 @@
-"""What needs no key: health, metrics, and a description of the API that is true."""
+"""Public paths: health, metrics, and a correct description of the API."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def description(broker: Broker) -> dict[str, Any]:
     return found
 
 
-async def test_health_is_a_fact_and_readiness_has_reasons(broker: Broker) -> None:
+async def test_healthz_is_ok_and_readyz_gives_reasons(broker: Broker) -> None:
     client = broker.client()
 
     assert (await client.get("/healthz")).json() == {"status": "ok"}
@@ -46,7 +46,7 @@ async def test_a_head_request_is_answered_like_a_get(broker: Broker) -> None:
     assert (await client.head("/v1/devices/nobody")).status_code == 404
 
 
-async def test_answers_are_kept_by_nobody(broker: Broker) -> None:
+async def test_answers_may_not_be_cached(broker: Broker) -> None:
     client = await broker.someone()
     for path in ("/v1/devices", "/v1/nothing", "/healthz"):
         answer = await client.get(path)
@@ -100,7 +100,7 @@ async def test_metrics_count_requests_by_route_and_events_by_type(broker: Broker
     assert "lamp-1" not in answer.text
 
 
-async def test_the_documentation_needs_nothing_from_elsewhere(broker: Broker) -> None:
+async def test_the_documentation_loads_nothing_from_other_hosts(broker: Broker) -> None:
     answer = await broker.client().get("/docs")
 
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -108,7 +108,7 @@ async def test_the_documentation_needs_nothing_from_elsewhere(broker: Broker) ->
     assert "://" not in answer.text
 
 
-async def test_every_operation_says_what_it_is_and_every_error_has_the_one_form(
+async def test_every_operation_is_described_and_every_error_has_the_common_form(
     description: dict[str, Any],
 ) -> None:
     assert description["openapi"].startswith("3.1")
@@ -135,7 +135,7 @@ async def test_every_operation_says_what_it_is_and_every_error_has_the_one_form(
     assert description["components"]["schemas"]["CommandBody"]["additionalProperties"] is False
 
 
-async def test_answers_are_what_the_description_says(broker: Broker, description: dict[str, Any]) -> None:
+async def test_answers_match_the_openapi_description(broker: Broker, description: dict[str, Any]) -> None:
     client = await broker.someone()
 
     async def check(method: str, path: str, where: str, **kwargs: Any) -> dict[str, Any]:
