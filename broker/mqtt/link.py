@@ -1,7 +1,8 @@
-"""The MQTT link: one connection to whatever MQTT server there is, kept up until it is closed.
+"""The MQTT link: the broker's connection to its MQTT server. It reconnects until it is closed.
 
-It passes messages on and withholds each PUBACK until it is told; it never decides, keeps anything for a
-dead connection or sends anything twice. Private parts of aiomqtt and paho are used here and nowhere else.
+The link passes received messages on. It sends the PUBACK of a message only when the caller asks for it. It
+makes no decisions, never sends a message twice, and drops its state when a connection ends. Only this module
+uses private parts of aiomqtt and paho.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ logger = structlog.get_logger()
 
 OPEN_WITHIN_SEC = 10
 BACKOFF_SEC = (0.1, 5.0)
-# The server keeps our session, and the answers in it, for as long as a long weekend's outage.
+# The MQTT server keeps the session, with queued answers, for 7 days: longer than a long weekend's outage.
 SESSION_EXPIRY_SEC = 7 * 86_400
-# Answers a second are at most this window divided by the time of a commit: the default of 20 would throttle.
+# Receive Maximum. The limit on answers a second is WINDOW / commit time, so the usual 20 is too low.
 WINDOW = 1_000
 REFUSED = 0x80
-# 1 is how a server that knows only MQTT 3.1.1 says 0x84.
+# CONNACK codes for "unsupported protocol version": 0x84 in MQTT 5, 1 from a server that knows only 3.1.1.
 WRONG_VERSION = frozenset({1, 0x84})
 
 _SILENT = logging.getLogger("broker.mqtt.aiomqtt")
@@ -60,10 +61,11 @@ def _code(answer: int | ReasonCode | None) -> int:
 
 
 class _Connection:
-    """One connection from its TCP socket to its end. A new one each time: aiomqtt's re-used client floods.
+    """One TCP connection with its own aiomqtt client. Every reconnect makes a new `_Connection`, because a
+    reused aiomqtt client floods the server with old messages.
 
-    Publishes, answers and their acknowledgements are read and written here; the rest is paho's, which takes
-    the wire for its socket and therefore never blocks.
+    This class reads and writes PUBLISH and PUBACK itself. paho handles all other packets. paho uses the
+    `Wire` as its socket, so paho never blocks.
     """
 
     def __init__(self, client: aiomqtt.Client, events: LinkEvents, *, version: Version) -> None:
@@ -77,7 +79,7 @@ class _Connection:
         self._paho = client._client
         self._paho.disable_logger()
         self._paho.on_disconnect = self._on_disconnect
-        # aiomqtt would watch a socket, and there is none. With no one to tell, paho writes at once.
+        # There is no real socket for aiomqtt to watch. Without these callbacks paho writes at once.
         self._paho.on_socket_open = self._paho.on_socket_close = None
         self._paho.on_socket_register_write = self._paho.on_socket_unregister_write = None
         self._splitter = Splitter()
@@ -88,9 +90,17 @@ class _Connection:
     async def open(
         self, host: str, port: int, tls: ssl.SSLContext | None, subscriptions: Sequence[str]
     ) -> None:
-        """Returns when the server has granted everything; messages wait in the inbox until `announce`."""
+        """Connects and subscribes; returns when the server has granted every subscription.
+
+        Messages wait in the inbox until `announce`.
+
+        Raises:
+            aiomqtt.MqttError: the server refused the connection or a subscription, or closed early.
+            OSError: the TCP or TLS connection failed.
+            TimeoutError: not done within OPEN_WITHIN_SEC.
+        """
         async with asyncio.timeout(OPEN_WITHIN_SEC):
-            # Both loops switch Nagle's algorithm off: it would make 88 ms of a 0.7 ms round trip.
+            # asyncio and uvloop both set TCP_NODELAY. Without it a round trip takes 88 ms instead of 0.7 ms.
             await self._loop.create_connection(lambda: self._wire, host, port, ssl=tls)
             self._paho._create_socket = lambda: self._wire  # type: ignore[method-assign]
             self._aio._client_connect()
@@ -107,7 +117,7 @@ class _Connection:
                 raise aiomqtt.MqttError(f"the server refused the subscription to {topic}: {value:#04x}")
 
     async def _answer(self, answer: asyncio.Future[T]) -> T:
-        """What the server says. aiomqtt alone would not notice here that the connection has ended."""
+        """Waits for the server's answer or for the end of the connection, which aiomqtt would not notice."""
         either: set[asyncio.Future[Any]] = {answer, self.lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
@@ -130,7 +140,7 @@ class _Connection:
         if not self.up:
             return False
         if len(self.receipts) >= WINDOW:
-            # Ours are far fewer (send slots), so this server has stopped acknowledging: start afresh.
+            # The send slots allow far fewer, so the server has stopped sending PUBACKs: reconnect.
             self._lose(aiomqtt.MqttError(f"{WINDOW} messages are not acknowledged"))
             return False
         mid = self.receipts.next_id()
@@ -143,10 +153,10 @@ class _Connection:
             self._write(acknowledgement(mid, qos))
 
     async def end(self) -> None:
-        """Says goodbye if there is anybody, and leaves nothing of itself in the loop."""
+        """Sends DISCONNECT if the connection is still open, and stops the tasks of this connection."""
         self.up = False
         self._lose(aiomqtt.MqttError("closed"))
-        self.lost.exception()  # looked at, so that the loop does not report it
+        self.lost.exception()  # retrieved, so that asyncio does not log it as never retrieved
         if self._aio._connected.done():
             self._aio._connected.exception()
         if self._alive is not None:
@@ -157,18 +167,18 @@ class _Connection:
 
     def _write(self, packet: bytes) -> None:
         self._wire.write(packet)
-        self._paho._last_msg_out = time.monotonic()  # paho sends a ping only into silence
+        self._paho._last_msg_out = time.monotonic()  # paho sends PINGREQ only after a time without writes
 
     def _received(self, data: bytes) -> None:
         if self.lost.done():
-            return  # what comes now is not acknowledged, and so comes again
+            return  # no PUBACK is sent for this data, so the server sends it again on the next connection
         self._paho._last_bytes_received = time.monotonic()
         try:
             for first, body in self._splitter.feed(data):
                 self._take(first, body)
                 if self.lost.done():
                     break
-        except Exception as error:  # a broken packet, in whatever way paho stumbles over one
+        except Exception as error:  # a malformed packet: paho raises many exception types for it
             self._lose(error)
         self._drain()
 
@@ -208,9 +218,10 @@ class _Connection:
 
 
 class MqttLink:
-    """`broker.seams.Link` over a real server. `run` once, in a task; `close` from anywhere.
+    """`broker.seams.Link` over a real MQTT server. Call `run` once, in a task; call `close` from anywhere.
 
-    `why` is why the link is down, None while it is up; `version` is the MQTT version in use or next tried.
+    `why` says why the link is down; it is None while the link is up. `version` is the MQTT version of the
+    current connection, or of the next attempt.
     """
 
     def __init__(
@@ -271,12 +282,12 @@ class MqttLink:
         while not self._closing:
             failures = 0 if await self._once() else failures + 1
             shortest, longest = BACKOFF_SEC
-            # The exponent is bounded: 2 ** 2000 would be more than a float holds.
+            # The exponent is bounded, because a float cannot hold 2 ** 2000.
             ceiling = min(longest, shortest * 2 ** min(failures + 1, 10))
             await asyncio.sleep(self._entropy.uniform(shortest, ceiling))
 
     async def _once(self) -> bool:
-        """One connection, as long as it lasts. Returns whether the link was up."""
+        """Opens one connection and waits until it ends. Returns whether the link was up."""
         connection = _Connection(self._client(), self._events, version=self.version)
         why = "closed"
         try:

@@ -1,8 +1,8 @@
-"""An installed Mosquitto as our child: started, given the registry's devices, and started again if it ends.
+"""Runs an installed Mosquitto as a child process, gives it the registered devices, restarts it if it ends.
 
-Its configuration is the repository's `mosquitto.conf`, with the places of this data directory. It must
-never outlive a clean end of the broker, and after an unclean one its leftover is ended first, so that
-it saves what it has taken in.
+Its configuration is the repository's `mosquitto.conf` with the paths of this data directory. Mosquitto must
+stop when the broker stops. If the broker was killed, the next start stops the old Mosquitto with SIGTERM
+first, so that it saves its queued messages.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ CONF = Path(__file__).parents[2] / "mosquitto.conf"
 LINK_USER = "ordain"
 RELOAD_PAUSE_SEC = 0.1
 READY_WITHIN_SEC = 10
-END_WITHIN_SEC = 2  # the whole broker ends in 10 s, and open requests have 5 of them
-LEFTOVER_WITHIN_SEC = 10  # a start may wait: killed earlier, it would lose answers that it has PUBACKed
+END_WITHIN_SEC = 2  # the broker must stop within 10 s, and open HTTP requests take up to 5 s of that
+LEFTOVER_WITHIN_SEC = 10  # an old Mosquitto that is killed too early loses answers that it has PUBACKed
 LOOK_AGAIN_SEC = 0.02
 RESTART_SEC = (0.2, 5.0)
 LOG_BYTES = 4_000_000
-# MQTT 3.1.1, nobody in particular: refused, and so answered.
+# An MQTT 3.1.1 CONNECT without a user. Mosquitto refuses it, and its CONNACK shows that it answers.
 CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x0a\x00\x00"
 
 
@@ -44,7 +44,7 @@ class NoMosquitto(BadSetting):
 
 
 class Mosquitto:
-    """One child on `host:port` for devices, and on a loopback port of its own for our link."""
+    """One Mosquitto process. It listens on `host:port` for devices and on a loopback port for the link."""
 
     def __init__(
         self, home: Path, host: str, port: int, *, link_digest: str, acl: str, entropy: Entropy
@@ -64,7 +64,7 @@ class Mosquitto:
         )
 
     def admit(self, device: DeviceState) -> None:
-        """Takes in a device's present digest; a deleted one loses its way in."""
+        """Puts the device's token digest into the password file; removes a deleted device from it."""
         if device.deleted_at is None:
             self._users[device.hardware_id] = device.token_digest
         else:
@@ -72,10 +72,10 @@ class Mosquitto:
         self._stale.set()
 
     async def run(self, devices: Iterable[DeviceState], ready: asyncio.Event) -> None:
-        """Keeps the child alive until cancelled. `ready` is set when it first answers.
+        """Keeps Mosquitto running until cancelled. Sets `ready` when Mosquitto first answers.
 
         Raises:
-            NoMosquitto: it is not installed, ends at once, or does not answer.
+            NoMosquitto: Mosquitto is not installed, ends at once, or does not answer.
             OSError: its directory cannot be made or written.
         """
         if self._program is None:
@@ -107,7 +107,7 @@ class Mosquitto:
                     raise NoMosquitto(f"mqtt_server = mosquitto: {self._why_not(process)}")
                 else:
                     logger.warning("mosquitto.not_up", why=self._why_not(process))
-            except OSError as error:  # a full disk: the broker goes on, and tries again
+            except OSError as error:  # such as a full disk: the broker goes on and retries
                 if not ready.is_set():
                     raise
                 logger.warning("mosquitto.cannot_start", error=str(error))
@@ -143,7 +143,8 @@ class Mosquitto:
         return open(path, "ab")
 
     async def _answers(self, process: asyncio.subprocess.Process) -> bool:
-        """Waits until the child answers, or has ended. One that only listens may still die of a SIGHUP."""
+        """Waits until Mosquitto answers a CONNECT, or has ended. An open port is not enough: Mosquitto
+        listens before it handles SIGHUP, and a SIGHUP in that time kills it."""
         with suppress(TimeoutError):
             async with asyncio.timeout(READY_WITHIN_SEC):
                 while process.returncode is None:
@@ -165,11 +166,14 @@ class Mosquitto:
         return f"it ended with code {process.returncode}: {self._last_line()}"
 
     async def _reload(self) -> None:
-        """After a change of users: a new password file, and SIGHUP, which also ends who lost its way in."""
+        """After a change of users: writes a new password file and sends SIGHUP to Mosquitto.
+
+        Mosquitto then also disconnects the clients that are no longer in the file.
+        """
         failures = 0
         while True:
             await self._stale.wait()
-            await asyncio.sleep(RELOAD_PAUSE_SEC)  # many registrations make one reload
+            await asyncio.sleep(RELOAD_PAUSE_SEC)  # collects many registrations into one reload
             await self._up.wait()
             self._stale.clear()
             try:
@@ -192,8 +196,11 @@ class Mosquitto:
         self._write("mosquitto.conf", self._configuration(CONF.read_text()))
 
     def _configuration(self, text: str) -> str:
-        """The repository's configuration with this directory's places. Run as root it would drop to a user
-        that cannot read them, so it stays who started it."""
+        """The repository's configuration with the paths of this directory.
+
+        `user` is set to the current user: if Mosquitto is started as root, it otherwise switches to a user
+        that cannot read these files.
+        """
         places = {
             "password_file": "passwd",
             "acl_file": "acl",
@@ -214,14 +221,14 @@ class Mosquitto:
         self._write("passwd", "".join(f"{name}:{digest}\n" for name, digest in self._users.items()))
 
     def _write(self, name: str, text: str) -> None:
-        """Replaced in one step: Mosquitto may read it at any time."""
+        """Replaces the file atomically, because Mosquitto may read it at any time."""
         new = self._home / f"{name}.new"
         with open(new, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(text)
         os.replace(new, self._home / name)
 
     async def _end_leftover(self) -> None:
-        """Ends the child of a broker that was killed; only if it is truly ours."""
+        """Stops the Mosquitto that a killed broker left running, if it belongs to this directory."""
         with suppress(FileNotFoundError, ValueError, ProcessLookupError):
             pid = int((self._home / "pid").read_text())
             if self._is_ours(pid):
@@ -236,11 +243,11 @@ class Mosquitto:
         (self._home / "pid").unlink(missing_ok=True)
 
     def _is_ours(self, pid: int) -> bool:
-        """Is it a Mosquitto of this directory that still runs?"""
+        """Whether this process is a running Mosquitto that was started in this directory."""
         try:
             here = Path(f"/proc/{pid}/cwd").resolve(strict=True) == self._home.resolve()
             return here and b"mosquitto" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:  # it has ended, or is somebody else's
+        except OSError:  # the process has ended, or belongs to another user
             return False
 
     async def _end(self) -> None:
@@ -253,7 +260,7 @@ class Mosquitto:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-        with suppress(OSError):  # one that stays names nobody
+        with suppress(OSError):  # a pid file that stays does no harm: `_is_ours` checks the process
             (self._home / "pid").unlink()
 
     def _last_line(self) -> str:
@@ -262,7 +269,10 @@ class Mosquitto:
 
 
 def _dies_with_us() -> list[str]:
-    """Where the system can do it (util-linux), a broker that is killed takes its Mosquitto along."""
+    """The command prefix that makes the kernel stop Mosquitto when the broker dies.
+
+    It needs `setpriv` (util-linux); the list is empty where that is not installed.
+    """
     found = shutil.which("setpriv")
     return [] if found is None else [found, "--pdeathsig", "TERM", "--"]
 

@@ -1,7 +1,7 @@
-"""What became of each publish on one connection: its PUBACK's reason, or, after a time, that nobody knows.
+"""The outcome of each publish on one connection: the reason code of its PUBACK, or unknown after a timeout.
 
-It gives out the message ids, none of them twice before its PUBACK. Each `done` is called exactly once,
-and a failing one costs only itself.
+This module also assigns message ids. It does not reuse an id before its PUBACK has arrived. Each `done`
+callback is called exactly once. An exception in one callback does not affect the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ Done = Callable[[Receipt], None]
 
 
 class Receipts:
-    """By message id. The oldest comes first, so one timer is enough for all; `len` is what has no PUBACK."""
+    """Open publishes by message id, oldest first, so one timer serves all of them.
+
+    `len` counts the publishes without a PUBACK, also those whose outcome was reported as unknown.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -35,7 +38,7 @@ class Receipts:
         return len(self._open) + len(self._given_up)
 
     def next_id(self) -> int:
-        """An id that the server does not hold. The caller keeps `len` far below `LAST_ID`."""
+        """A message id that is not in use. The caller keeps `len` far below `LAST_ID`, so one is free."""
         while True:
             self._last_id = self._last_id % LAST_ID + 1
             if self._last_id not in self._open and self._last_id not in self._given_up:
@@ -48,7 +51,10 @@ class Receipts:
             self._timer = self._loop.call_at(deadline, self._give_up)
 
     def settle(self, mid: int, reason: int | None) -> None:
-        """`reason` None: nobody knows. Does nothing for a message that was given up on before."""
+        """Reports the outcome of a publish; `reason` None means unknown.
+
+        Calls nothing if the outcome was already reported as unknown: `done` is called only once.
+        """
         self._given_up.discard(mid)
         done, _ = self._open.pop(mid, (None, 0))
         if done is not None:
@@ -58,7 +64,7 @@ class Receipts:
                 logger.exception("mqtt.receipt_failed", mid=mid)
 
     def forget(self) -> None:
-        """The connection has ended: nobody will ever know of any of them."""
+        """Reports every open publish as unknown, because the connection has ended."""
         if self._timer is not None:
             self._timer.cancel()
         for mid in list(self._open):

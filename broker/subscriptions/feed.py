@@ -1,7 +1,7 @@
-"""The log as subscribers follow it: history first, then what is committed, without a gap or a double.
+"""The feed of the log for subscribers: history first, then new events, without gaps and without duplicates.
 
-Entries come after their commit and never before. A subscriber that falls behind is not waited for:
-what is kept for it is bounded, and it goes on from the log.
+A subscriber gets an entry only after its commit. The feed does not wait for slow subscribers: the queue of
+each subscriber is bounded, and a subscriber that falls behind continues from the log.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from broker.engine.live import Live
 from broker.engine.writer import Writer
 from projections import outgoing
 
-LOOKS = 20  # reads of one page: a filter that fits little must not walk a whole log in one request
-QUEUED = 1_000  # positions that wait for one subscriber, and entries kept for all of them together
-BATCH = 100  # what one subscriber takes at a time: a slow one must not hold on to more
+LOOKS = 20  # reads per page: a filter that matches few events must not scan a whole log in one request
+QUEUED = 1_000  # bound of the queue of one subscriber (positions), and of the shared cache (entries)
+BATCH = 100  # entries that one subscriber gets at a time: bounds the memory that a slow one holds
 
-Key = tuple[str | None, str | None]  # project, device by either name; None: any
+Key = tuple[str | None, str | None]  # project, device (id or hardware id); None: any
 
 
 class Subscription:
-    """One subscriber's place in the log: everything wanted up to `reached` was given to it.
+    """One subscriber's position in the log: it was given every wanted event up to `reached`.
 
-    What is committed comes as positions in a queue; up to `_since` the log itself is asked.
+    Events up to `_since` are read from the log. Later events arrive as positions in a queue.
     """
 
     def __init__(self, feed: Feed, wanted: Wanted, after: int) -> None:
@@ -42,21 +42,22 @@ class Subscription:
 
     @property
     def stale(self) -> bool:
-        """Whether something was erased since the last entries were looked up: they may hold it."""
+        """Whether an event was erased after the last entries were read: they may contain its data."""
         return self._erasures != self._feed.erasures
 
     def give_back(self, reached: int) -> None:
-        """What was given after that position was not passed on, and is stale: it comes anew."""
+        """Moves back to a position, so that later entries are read again: the subscriber did not pass them
+        on, and they are stale."""
         self.reached = reached
 
     @property
     def lag(self) -> int:
-        """How many events of the log have not been looked at for it."""
+        """How many events of the log were not yet checked for this subscriber."""
         behind = self._queue or self.reached < self._since
         return self._feed.head - self.reached if behind else 0
 
     def put(self, position: int) -> None:
-        """A wanted event became durable."""
+        """Queues the position of a wanted event that became durable."""
         if position <= self._since:
             return
         self._queue.append(position)
@@ -65,20 +66,20 @@ class Subscription:
             self.fall_behind()
 
     def fall_behind(self) -> None:
-        """From here to the head the log is asked."""
+        """Drops the queue: everything up to the head is read from the log instead."""
         self._queue.clear()
         self._since = self._feed.head
         self._wake.set()
 
     def end(self) -> None:
-        """Nothing more is given, and whoever waits is told."""
+        """Ends the subscription: it gives no more entries, and a waiting `next` returns None."""
         self.ended = True
         self._wake.set()
 
     async def next(self, idle_sec: float | None = None) -> list[Entry] | None:
-        """What comes next, in order; None if nothing wanted came for so long, or it was ended.
+        """The next entries, in order; None after `idle_sec` without a wanted event, or after `end`.
 
-        Empty at times while history is read: none of what was looked at is wanted.
+        The list can be empty while history is read: no event of that part of the log was wanted.
         """
         while not self.ended:
             self._erasures = self._feed.erasures
@@ -113,15 +114,15 @@ class Subscription:
 
 
 class Feed:
-    """`head` is the last durable position; every event after `kept_after` is still there."""
+    """`head` is the last durable position. The data of all events after `kept_after` is still in the log."""
 
     def __init__(self, writer: Writer, live: Live) -> None:
         self.kept_after = 0
         self.recent: dict[int, Entry] = {}
-        self.erasures = 0  # how many became durable
+        self.erasures = 0  # durable commits that contained an erasure
         self._writer = writer
         self._live = live
-        # In order of their coming: one run of the simulation is one run, in every process.
+        # Dicts keep the order of insertion, so a simulation run is the same in every process.
         self._subscriptions: dict[Key, dict[Subscription, None]] = {}
         writer.listeners.append(self._committed)
 
@@ -134,11 +135,13 @@ class Feed:
 
     @property
     def settled(self) -> bool:
-        """Whether everybody was told of all up to the head. After a failed commit that takes a moment."""
+        """Whether every subscriber was told of all events up to the head; False for a short time after a
+        failed commit."""
         return self._writer.open
 
     def reread(self) -> None:
-        """Everybody goes on from the log, as after a failed commit: what became of that nobody was told."""
+        """Makes every subscriber continue from the log, for example after a failed commit, whose outcome
+        was not reported."""
         for subscription in self._all():
             subscription.fall_behind()
 
@@ -147,7 +150,7 @@ class Feed:
 
     def _committed(self, events: list[Recorded]) -> None:
         if any(isinstance(recorded.event, Erased) for recorded in events):
-            # What waits here may be what it takes away; in the log it is not shown any more.
+            # Queued entries may contain the erased data; a read of the log leaves it out.
             self.erasures += 1
             self.recent.clear()
             self.reread()
@@ -158,7 +161,7 @@ class Feed:
             state = self._live.command(recorded.stream)
             device = state or self._live.devices.get(recorded.device_id or "")
             if device is None or (state is None and subject_kind(recorded.stream) == "command"):
-                self.reread()  # memory has let go of the names: the log has them
+                self.reread()  # the device's names are no longer in memory; the log has them
                 return
             found = self._interested(recorded.project, recorded.device_id, device.hardware_id)
             if not found:
@@ -171,7 +174,7 @@ class Feed:
 
     def _interested(self, project: str, device_id: str | None, hardware_id: str) -> list[Subscription]:
         find = self._subscriptions.get
-        # A device may have one name for both.
+        # The device id and the hardware id can be equal: the dict removes the duplicate.
         devices = dict.fromkeys((None, device_id, hardware_id))
         return [s for owner in (None, project) for device in devices for s in find((owner, device), ())]
 
@@ -195,8 +198,8 @@ class Feed:
                 del self._subscriptions[key]
 
     async def page(self, wanted: Wanted, after: int, limit: int) -> tuple[list[Entry], int]:
-        """What is durable and wanted after a position, at most `limit`, ascending; and how far was looked:
-        to the head, or as far as one request may."""
+        """The durable and wanted entries after a position, ascending, at most `limit`; and the position up
+        to which the log was read: the head, or the limit of reads for one request."""
         until, entries = self.head, list[Entry]()
         for _ in range(LOOKS):
             if after >= until or len(entries) >= limit:
@@ -206,11 +209,11 @@ class Feed:
         return entries, after
 
     async def read(self, wanted: Wanted, after: int, until: int, limit: int) -> tuple[list[Entry], int]:
-        """One bounded look at the log: what it found, and up to where it looked."""
+        """One bounded read of the log: the entries found, and the position up to which it read."""
         return await self._writer.storage.read(lambda sql: outgoing.page(sql, wanted, after, until, limit))
 
     async def follow(self, wanted: Wanted, after: int) -> AsyncIterator[tuple[list[Entry], int]]:
-        """Entries after a position, for ever, in order: each time some, and the position reached."""
+        """Yields entries after a position, in order, without end: each time a list, and how far it read."""
         with self.subscribed(wanted, after) as subscription:
             while True:
                 entries = await subscription.next()

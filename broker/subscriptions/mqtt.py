@@ -1,7 +1,8 @@
-"""Events of commands, told to the MQTT server: `<prefix>/evt/<hardware_id>/<command_id>`, at least once.
+"""Publishes command events over MQTT to `<prefix>/evt/<hardware_id>/<command_id>`, at least once.
 
-QoS 1, never retained, in order, from a checkpoint that is kept beside the log: what the MQTT server has not
-taken is told again, after a restart too. It takes no send slot, and no command ever waits for it.
+Events are published with QoS 1, not retained, in order. A checkpoint beside the log records how far the MQTT
+server has acknowledged them; after a failure or a restart publishing resumes there. Event publishes use no
+send slot, so they never delay a command.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ SAVE_SEC = 1.0
 AGAIN_SEC = 1.0
 LONGEST_PAUSE_SEC = 60.0
 REFUSED = 0x80
-# Of this one message: its topic, its size, its format. Asking again would stop all others for ever.
+# Reason codes about this one message: its topic, its size, its format. A retry would block all later events.
 NEVER = frozenset({0x90, 0x95, 0x99})
 
 
 class _Flight:
-    """What the MQTT server was given since we last began, in order, until it has taken it."""
+    """The publishes of one run that wait for a PUBACK, in order of position."""
 
     def __init__(self) -> None:
         self.open: deque[int] = deque()
@@ -54,7 +55,7 @@ class _Flight:
         self._news.set()
 
     async def room(self) -> bool:
-        """Whether it had to be waited for."""
+        """Waits until another event may be published; returns whether it had to wait."""
         waited = False
         while len(self.open) >= IN_FLIGHT and self.failed is None:
             waited = True
@@ -64,9 +65,9 @@ class _Flight:
 
 
 class MqttEvents:
-    """`wanted` says whether anybody can be listening: what is committed while nobody is, is told to nobody.
+    """`wanted` returns whether a client may be subscribed; events committed while it is False are skipped.
 
-    `sent` is told how many events went out.
+    `sent` is called with the number of events that were published.
     """
 
     def __init__(self, writer: Writer, feed: Feed, prefix: str) -> None:
@@ -74,7 +75,7 @@ class MqttEvents:
         self.log_id = ""
         self.wanted: Callable[[], bool] = lambda: True
         self.sent: Callable[[int], None] = lambda _: None
-        self.projects: Recent[str, str] = Recent()  # of the devices told about, by hardware id
+        self.projects: Recent[str, str] = Recent()  # hardware id → project, of recently published devices
         self._writer = writer
         self._feed = feed
         self._prefix = prefix
@@ -82,14 +83,14 @@ class MqttEvents:
         self._saved = 0
         self._flight = _Flight()
         self._why: str | None = None
-        self._pause_sec = AGAIN_SEC  # grows while the MQTT server takes nothing
+        self._pause_sec = AGAIN_SEC  # doubles while the MQTT server acknowledges nothing
 
     @property
     def lag(self) -> int:
         return max(0, self._feed.head - self._checkpoint)
 
     async def load(self, log_id: str) -> None:
-        """Where the last process stood; the first begins with what happens from now on."""
+        """Reads the checkpoint of the last process; without one, begins with events from now on."""
 
         def work(sql: Sql) -> int | None:
             row = sql.execute("SELECT value FROM meta WHERE key = 'mqtt_events'").fetchone()
@@ -101,7 +102,7 @@ class MqttEvents:
         self._saved = self._checkpoint if saved is not None else -1
 
     async def run(self) -> None:
-        """Tells what is committed, for ever; after a failure again from the checkpoint."""
+        """Publishes committed events without end; after a failure, again from the checkpoint."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep())
             while True:
@@ -131,7 +132,7 @@ class MqttEvents:
         self._looked(subscription.reached, flight)
 
     def message(self, entry: Entry) -> Outgoing:
-        """What goes to the MQTT server of one event of a command."""
+        """The MQTT message of one command event."""
         self.projects.put(entry.hardware_id, entry.project)
         return Outgoing(
             topic=f"{self._prefix}/evt/{entry.hardware_id}/{entry.command_id}",
@@ -139,7 +140,7 @@ class MqttEvents:
         )
 
     async def again(self, position: int) -> str | None:
-        """Tells one event once more; its topic, or None if it is no command's.
+        """Publishes one event once more. Returns its topic, or None if it is not a command event.
 
         Raises:
             Refusal: not_found.
@@ -183,7 +184,8 @@ class MqttEvents:
             self.save()
 
     def save(self) -> None:
-        """Stages the checkpoint for the next commit; at most so much is told twice after a crash."""
+        """Stages the checkpoint for the next commit. After a crash, events since the last saved checkpoint
+        are published again."""
         checkpoint = self._checkpoint
         if checkpoint == self._saved:
             return
@@ -194,7 +196,7 @@ class MqttEvents:
                 )
             )
         except Unavailable:
-            return  # it is staged again when the log can be written
+            return  # the log cannot be written now; the next save stages it again
         self._saved = checkpoint
         self._writer.then(lambda: None, self._not_saved)
 

@@ -1,7 +1,8 @@
-"""HTTP to the outside, to addresses that customers chose: the real `Outbound`.
+"""HTTP requests to webhook URLs, which customers choose: the real `Outbound`.
 
-A name is looked up once per connection, every address found is judged, and the connection goes to exactly
-one of those; nothing private is reached unless `webhook_allow` names it. No redirect, no proxy, no cookie.
+It protects against server-side request forgery (SSRF). Each connection looks the host name up once, checks
+every address found, and connects to one of the checked addresses. Private addresses are refused unless
+`webhook_allow` names them. It follows no redirects and uses no proxy and no cookies.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ Network = IPv4Network | IPv6Network
 Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
 
 URL_CHARS = 2_048
-BODY_BYTES = 65_536  # of an answer: nothing in it is used, and nobody may fill our memory with it
+BODY_BYTES = 65_536  # read of a response body at most: it is not used, and must not fill the memory
 KEPT_CONNECTIONS = 64
-KEPT_SEC = 15.0  # then the name is looked up anew
+KEPT_SEC = 15.0  # idle connections are closed after this time, so the name is looked up again
 LOOKUPS = 64
 ADDRESSES = 4
-# Letters, digits, dots and dashes, or an IPv6 address: what else looks like a host is a trick or needs IDNA.
+# Letters, digits, dots and dashes, or an IPv6 address. Any other host is an attack or needs IDNA.
 HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 VISIBLE = re.compile(r"[!-~]+")
 GLOBAL_V6 = IPv6Network("2000::/3")
 NAT64 = IPv6Network("64:ff9b::/96")
 TEREDO = IPv6Network("2001::/32")
-# Taken for public by some releases of Python, and where clouds tell their machines secrets.
+# Some Python releases call these public. 168.63.129.16 is a cloud's metadata service, which gives secrets.
 NOT_PUBLIC = (IPv4Network("192.0.0.0/24"), IPv4Network("168.63.129.16/32"), IPv6Network("3fff::/20"))
 
 
 class Refused(Exception):
-    """Nothing may be sent there; the message is half a sentence that says why."""
+    """The URL must not be used. The message says why; it is the end of a sentence that begins "the URL"."""
 
 
 class Target(NamedTuple):
@@ -53,7 +54,7 @@ class Target(NamedTuple):
 
 
 def target_of(url: str) -> Target:
-    """A URL, taken apart once: what is judged is what is connected to.
+    """Parses a URL. It is parsed only once, so the checked host is the host of the connection.
 
     Raises:
         Refused: it is not a plain http or https URL.
@@ -61,7 +62,7 @@ def target_of(url: str) -> Target:
     if len(url) > URL_CHARS:
         raise Refused(f"is longer than {URL_CHARS} characters")
     if not VISIBLE.fullmatch(url) or "\\" in url:
-        raise Refused("must be printable ASCII; write a host of other letters in its xn-- form")
+        raise Refused("must be printable ASCII; write a host name with other letters in its xn-- form")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
@@ -81,12 +82,16 @@ def target_of(url: str) -> Target:
 
 
 def networks(texts: Iterable[str]) -> tuple[Network, ...]:
-    """ValueError: one is no network, such as 10.0.0.0/8."""
+    """Parses networks such as 10.0.0.0/8.
+
+    Raises:
+        ValueError: one of them is not a network.
+    """
     return tuple(ip_network(text) for text in texts)
 
 
 def is_public(address: Address) -> bool:
-    """Is it an address of the public internet, whatever it is wrapped in?"""
+    """Whether this is an address of the public internet; an embedded IPv4 address is checked instead."""
     if isinstance(address, IPv6Address):
         if (inner := _embedded(address)) is not None:
             return is_public(inner)
@@ -98,15 +103,15 @@ def is_public(address: Address) -> bool:
 
 
 def _embedded(address: IPv6Address) -> IPv4Address | None:
-    """The IPv4 address that this one leads to: mapped, 6to4 or NAT64."""
+    """The IPv4 address inside an IPv4-mapped, 6to4 or NAT64 address."""
     if address in NAT64:
         return IPv4Address(int(address) & 0xFFFFFFFF)
     return address.ipv4_mapped or address.sixtofour
 
 
 class HttpOutbound:
-    """`allow`: networks that may be reached though they are private, and with plain http. `lookup` gives the
-    addresses of a name (OSError: it has none); `verify` is what certificates are held against."""
+    """`allow`: private networks that may be reached, also with plain http. `lookup` returns the addresses of
+    a host name and raises OSError if there are none. `verify`: the SSL context that checks certificates."""
 
     def __init__(
         self,
@@ -116,7 +121,7 @@ class HttpOutbound:
     ) -> None:
         self._allow = networks(allow)
         self._lookup = lookup or _Lookups()
-        # One pool for each scheme: whether plain http is right is judged by the address.
+        # One pool per scheme, because plain http is allowed only to some addresses.
         self._pools = {
             tls: httpcore2.AsyncConnectionPool(
                 ssl_context=(verify or ssl.create_default_context()) if tls else None,
@@ -137,10 +142,10 @@ class HttpOutbound:
         return None
 
     async def addresses(self, host: str, port: int, *, tls: bool) -> list[str]:
-        """Where a host may be connected to. One address that may not be is enough to refuse them all.
+        """The addresses of a host. If one of them must not be reached, the host is refused.
 
         Raises:
-            Refused: there is none, or one that may not be reached.
+            Refused: the host has no address, or one that must not be reached.
         """
         try:
             found = [str(ip_address(host))]
@@ -158,7 +163,7 @@ class HttpOutbound:
             if not allowed and not is_public(address):
                 raise Refused(f"leads to {address}, which is not an address of the public internet")
             if not allowed and not tls:
-                raise Refused("must begin with https; plain http is for addresses that webhook_allow names")
+                raise Refused("must begin with https; plain http needs an address that webhook_allow names")
         return found[:ADDRESSES]
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout_sec: float) -> Answer:
@@ -202,7 +207,7 @@ class HttpOutbound:
 
 
 class _Guarded(httpcore2.AsyncNetworkBackend):
-    """Connects to nothing but an address that was judged, and hands the name on for TLS alone."""
+    """Connects only to checked addresses. The host name is used only for TLS."""
 
     def __init__(self, outbound: HttpOutbound, *, tls: bool) -> None:
         self._outbound = outbound
@@ -226,8 +231,11 @@ class _Guarded(httpcore2.AsyncNetworkBackend):
 
 
 class _Lookups:
-    """The system's resolver. Each name at most once at a time, in a thread that nobody waits for at the end:
-    a name server that never answers must delay neither other names nor our own end."""
+    """Looks host names up with the system's resolver, each name at most once at a time.
+
+    Each lookup runs in a daemon thread: a name server that never answers must delay neither other lookups nor
+    the end of the process.
+    """
 
     def __init__(self) -> None:
         self._under_way: dict[tuple[str, int], asyncio.Future[Sequence[str]]] = {}
@@ -249,7 +257,7 @@ class _Lookups:
             addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
         except (OSError, UnicodeError):
             addresses = []
-        with suppress(RuntimeError):  # the loop has ended meanwhile
+        with suppress(RuntimeError):  # the event loop is already closed
             future.get_loop().call_soon_threadsafe(_settle, future, addresses)
 
 

@@ -1,6 +1,6 @@
-"""What is due to one webhook: in order per device, in parallel across devices; and how it is signed.
+"""The delivery queue of one webhook: in order per device, in parallel across devices. Also its signatures.
 
-Pure. Memory holds positions only, at most a window of them; the cursor never passes one that is undelivered.
+Pure. Memory holds only positions, at most WINDOW of them. The cursor never moves past an undelivered event.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from email.utils import parsedate_to_datetime
 
 import msgspec
 
-# Undelivered events of one endpoint that are looked ahead at; with its devices' failing ones among them.
+# Undelivered events of one endpoint in memory, those of failing devices included.
 WINDOW = 1_000
 BASE_MS, CAP_MS = 5_000, 2 * 3_600_000
 GIVE_UP_MS = 3 * 86_400_000
-HOLD_MS = 3_600_000  # a receiver may ask for an hour; more would look like a delivery that was lost
+HOLD_MS = 3_600_000  # longest Retry-After that is honoured: a longer pause would look like a lost delivery
 
 
 class Pending(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One undelivered event. `failed_since`: its first failure, ms."""
+    """One undelivered event. `failed_since`: time of its first failure, ms."""
 
     position: int
     attempts: int = 0
@@ -32,8 +32,8 @@ class Pending(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far an endpoint is. Everything wanted before `cursor` is delivered; of what was looked at
-    from there, up to `reached`, only `open` is not."""
+    """The delivery progress of an endpoint. All wanted events before `cursor` are delivered. Between `cursor`
+    and `reached`, both included, all wanted events except `open` are delivered."""
 
     cursor: int
     reached: int
@@ -41,7 +41,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Window:
-    """Begins where `progress` ended; takes entries in order of position."""
+    """The undelivered events of one endpoint, in memory. It resumes at `progress` and takes entries in order
+    of position."""
 
     def __init__(self, progress: Progress) -> None:
         self.reached = progress.cursor - 1
@@ -50,7 +51,8 @@ class Window:
         self._before_until = progress.reached
         self._open: dict[int, Pending] = {}
         self._queues: dict[str, deque[Pending]] = {}
-        self._due: list[tuple[int, int, str]] = []  # the first of each device that is not under way
+        # Heap of (due at, position, device id): the first event of each device without a request under way.
+        self._due: list[tuple[int, int, str]] = []
 
     @property
     def full(self) -> bool:
@@ -65,7 +67,7 @@ class Window:
 
     def progress(self) -> Progress:
         reached = max(self.reached, self._before_until)
-        # What was open before a restart and has not been looked at again lies after all that is open now.
+        # `_before` was open before the restart and is not yet read again: its positions are higher.
         left = [*self._open.values(), *self._before.values()]
         return Progress(
             cursor=self.cursor,
@@ -74,17 +76,17 @@ class Window:
         )
 
     def failing(self) -> Pending | None:
-        """The one that has failed for longest."""
+        """The event that has failed for the longest time."""
         failed = [pending for pending in self._open.values() if pending.failed_since is not None]
         return min(failed, key=lambda pending: pending.failed_since or 0, default=None)
 
     def looked(self, entries: Iterable[tuple[int, str]], reached: int, now: int) -> None:
-        """Takes in what is wanted (position, device id) of everything up to `reached`."""
+        """Adds the wanted events up to `reached`, each as (position, device id)."""
         for position, device_id in entries:
             pending = self._before.pop(position, None)
             if pending is None:
                 if position <= self._before_until:
-                    continue  # it was delivered ahead of the cursor
+                    continue  # it was delivered before the restart, ahead of the cursor
                 pending = Pending(position=position)
             pending.device_id = device_id
             self._open[position] = pending
@@ -93,15 +95,18 @@ class Window:
             if len(queue) == 1:
                 heapq.heappush(self._due, (now, position, device_id))
         self.reached = max(self.reached, reached)
-        if self._before:  # what is wanted no longer
+        if self._before:  # drop the events that the filter no longer matches
             self._before = {at: pending for at, pending in self._before.items() if at > self.reached}
 
     def next_at(self) -> int | None:
-        """When something is due, ms; None: nothing waits that is not under way."""
+        """When the next event is due, ms; None if no event waits for a request."""
         return max(self._due[0][0], self.hold_until) if self._due else None
 
     def take(self, now: int) -> Pending | None:
-        """What is due for longest; its device gets nothing else until it is `delivered` or `failed`."""
+        """The event that has been due for the longest time; None if none is due.
+
+        Its device gets no other event until `delivered` or `failed` is called for this one.
+        """
         at = self.next_at()
         if at is None or at > now:
             return None
@@ -117,7 +122,7 @@ class Window:
             del self._queues[pending.device_id]
 
     def failed(self, pending: Pending, now: int, draw: Callable[[float, float], float]) -> bool:
-        """Sets when it is due again; False if it has failed for so long that the endpoint must pause."""
+        """Schedules the retry. Returns False after GIVE_UP_MS of failures: the endpoint must pause."""
         pending.attempts += 1
         if pending.failed_since is None:
             pending.failed_since = now
@@ -131,19 +136,20 @@ class Window:
 
 
 def fresh(progress: Progress) -> Progress:
-    """As if nothing had failed yet: all of it is due, and has its three days before it."""
+    """Forgets past failures: everything is due now, with a fresh three-day retry budget."""
     return msgspec.structs.replace(
         progress, open=tuple(Pending(position=pending.position) for pending in progress.open)
     )
 
 
 def backoff_ms(attempts: int, draw: Callable[[float, float], float]) -> int:
-    """Exponential with full jitter, at least a second."""
+    """Exponential back-off with full jitter, at least 1 s."""
     return max(1_000, int(draw(0, min(CAP_MS, BASE_MS * 2 ** min(attempts - 1, 20)))))
 
 
 def hold_ms(retry_after: str | None, wall_ms: int) -> int:
-    """How long a `Retry-After` asks to wait: seconds or a date. What cannot be read asks for nothing."""
+    """The wait that a `Retry-After` header (seconds or a date) asks for, ms, at most HOLD_MS; 0 if it cannot
+    be parsed."""
     text = (retry_after or "").strip()
     if text.isascii() and text.isdecimal():
         asked = int(text[:9]) * 1_000
@@ -161,7 +167,8 @@ def secret_key(secret: str) -> bytes:
 
 
 def signature(secrets: Iterable[str], id: str, timestamp_sec: int, body: bytes) -> str:
-    """`webhook-signature` of Standard Webhooks 1.0: one for each secret, so that either verifies."""
+    """The `webhook-signature` header of Standard Webhooks 1.0: one signature per secret, so a receiver can
+    verify with the old or the new one."""
     signed = b"%s.%d.%s" % (id.encode(), timestamp_sec, body)
     made = (hmac.digest(secret_key(secret), signed, hashlib.sha256) for secret in secrets)
     return " ".join("v1," + base64.b64encode(each).decode() for each in made)

@@ -1,7 +1,7 @@
-"""One webhook at work: reads what its endpoint wants, sends what is due, and says when it must stop.
+"""The worker of one webhook: reads the events its endpoint wants, sends them, and decides when to stop.
 
-Sends nothing that is not durable, and skips nothing: whatever is not answered with 2xx stays due. A failing
-endpoint has one request under way at a time, so that it delays itself alone.
+It sends only durable events and skips none: an event stays due until the receiver answers 2xx. A failing
+endpoint has one request under way at a time, so it does not slow other endpoints down.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from projections import outgoing
 
 State = Literal["active", "paused", "gone"]
 
-PARALLEL = 16  # requests of one endpoint at a time, each for another device
-SHARED = 128  # of all endpoints together, beyond the first of each
+PARALLEL = 16  # requests of one endpoint at a time, each for a different device
+SHARED = 128  # requests of all endpoints together, not counting the first of each endpoint
 GONE = 410
 ASKED_TO_WAIT = (429, 503)
 
 
 class Secret(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`until`: it was replaced, and signs beside the new one till then, ms."""
+    """`until`: this secret was replaced, and still signs beside the new one until this time, ms."""
 
     value: str
     until: int | None = None
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where to, what, and whether. `events`: bare types; none: all. Times in ms.
+    """The configuration and state of one webhook. `events`: event types without prefix; empty: all. Times in
+    ms.
 
-    `state`: `paused` until somebody resumes it, `gone` after a 410; `reason` says why.
+    `state`: `paused` until it is resumed, `gone` after a 410; `reason` says why.
     """
 
     id: str
@@ -61,7 +62,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
-    """One request that was made. `attempt` counts those for this event; None: it was asked for by hand."""
+    """One request that was sent. `attempt` is its number for this event; None for a manual resend."""
 
     position: int
     type: str
@@ -79,14 +80,14 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def outcome(self) -> str:
-        """What the receiver did, in a few words."""
+        """The receiver's answer or the error, in a few words."""
         return f"answered {self.status}" if self.status is not None else self.error or "no answer"
 
 
 def delivery(
     log_id: str, entry: Entry, secrets: Sequence[str], timestamp_sec: int
 ) -> tuple[dict[str, str], bytes]:
-    """Headers and body of a delivery, as Standard Webhooks has them; without a secret it is not signed."""
+    """Headers and body of a delivery, in the format of Standard Webhooks; not signed without a secret."""
     body = msgspec.json.encode(cloud_event(log_id, entry))
     id = f"{log_id}_{entry.position}"
     headers = {
@@ -101,7 +102,7 @@ def delivery(
 
 
 class Sender:
-    """Makes the requests of all endpoints. `tell` hears of each."""
+    """Sends the requests of all endpoints. `tell` is called after each."""
 
     def __init__(self, writer: Writer, outbound: Outbound, timeout_sec: float) -> None:
         self.writer = writer
@@ -112,7 +113,7 @@ class Sender:
         self._timeout_sec = timeout_sec
 
     async def entry(self, project: str, position: int) -> Entry | None:
-        """The event as it is now: what was erased since it was recorded must not leave us."""
+        """Reads the event from the log just before it is sent, because erased data must not be sent."""
         wanted = Wanted(project=project)
         found, _ = await self.writer.storage.read(
             lambda sql: outgoing.page(sql, wanted, position - 1, position, 1)
@@ -122,7 +123,7 @@ class Sender:
     async def send(self, endpoint: Endpoint, entry: Entry, attempt: int | None) -> tuple[Attempt, Answer]:
         writer = self.writer
         secrets = [secret.value for secret in endpoint.signing(writer.now())]
-        # The wall, not the broker's clock: receivers compare it with theirs, and refuse what is minutes off.
+        # Wall-clock time, because receivers compare it with their own clock and refuse a large difference.
         headers, body = delivery(self.log_id, entry, secrets, writer.clock.wall_ms() // 1_000)
         at = writer.now()
         answer = await self.outbound.post(endpoint.url, headers, body, self._timeout_sec)
@@ -142,7 +143,7 @@ class Sender:
 
 
 class Worker:
-    """`run` it once, and take `window.progress()` from it at any time. `note` hears of each attempt."""
+    """Call `run` once; read `window.progress()` at any time. `note` is called with each attempt."""
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class Worker:
         self._verdict: tuple[State, str] | None = None
 
     async def run(self) -> tuple[State, str]:
-        """Until it must stop: the state to be in then, and why."""
+        """Delivers until the endpoint must stop. Returns its new state and the reason."""
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(self._read())
             while self._verdict is None:
@@ -177,7 +178,8 @@ class Worker:
         return self._verdict
 
     def rest(self) -> None:
-        """Nothing wanted has come: what was committed meanwhile need not be looked at after a restart."""
+        """Moves the window to the head if no wanted event is pending, so that a restart need not read those
+        events again."""
         if self._live is not None and self._live.lag == 0:
             self.window.looked((), self._feed.head, self._writer.now())
 
@@ -193,10 +195,10 @@ class Worker:
             pass
         self._wake.clear()
 
-    # --- what is wanted ---
+    # --- reading ---
 
     async def _read(self) -> None:
-        """History first, then what is committed; never more than the window and one page in memory."""
+        """Reads history first, then new events. At most the window and one page are in memory."""
         endpoint = self._endpoint
         wanted = Wanted(
             project=endpoint.project,
@@ -209,8 +211,8 @@ class Worker:
                 await self._has_room()
                 self._live = subscription
                 entries = await subscription.next()
-                self._live = None  # `rest` must not step over what was read and is not taken in
-                # A failed commit may have left rows that are read and not synced: the next one syncs them.
+                self._live = None  # `rest` must not skip entries that were read but are not yet in the window
+                # After a failed commit, rows can be readable but not synced; the next commit syncs them.
                 await self._writer.opened()
                 self._take_in(entries or [], subscription.reached)
 
@@ -230,7 +232,7 @@ class Worker:
     async def _deliver(self, pending: Pending, *, extra: bool) -> None:
         try:
             entry = await self._sender.entry(self._endpoint.project, pending.position)
-            assert entry is not None, "a position of the log stays one"
+            assert entry is not None, "positions of the log are never removed"
             made, answer = await self._sender.send(self._endpoint, entry, pending.attempts + 1)
             self._judge(pending, made, answer)
         finally:
@@ -251,7 +253,7 @@ class Worker:
                 window.hold_until = now + hold_ms(answer.retry_after, self._writer.clock.wall_ms())
             what = f"the event at position {made.position}"
             if self._verdict is not None:
-                pass  # others that were under way have nothing to add
+                pass  # another request already decided; this one was still under way
             elif made.status == GONE:
                 self._verdict = "gone", f"the receiver answered {what} with 410 Gone at {rfc3339(now)}"
             elif not going_on:

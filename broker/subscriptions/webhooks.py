@@ -1,7 +1,8 @@
-"""Webhooks: where events are sent to, who may say so, and how far each endpoint is.
+"""Webhooks: registers endpoints, checks who may change them, runs their workers, and saves their progress.
 
-Kept beside the log, not in it: memory is what holds, a row of each endpoint follows once a second and before
-any answer. A secret is shown when it is made; it must never be in a log line or in a second answer.
+Endpoints are stored beside the log, not in it. The state in memory is current; changed rows are written once
+a second and before each HTTP answer. A secret is shown once, when it is made; it must never appear in a log
+line or in a later answer.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SECRET_BYTES = 32
 
 
 class NoWayOut:
-    """Where nobody gave us one."""
+    """The `Outbound` of a broker without outgoing HTTP: it refuses every URL."""
 
     async def fault(self, url: str) -> str | None:
         return "cannot be reached from here"
@@ -45,7 +46,7 @@ class NoWayOut:
 
 
 class Webhook:
-    """One endpoint, and what is known of its deliveries. `attempts`: the last since we started, numbered."""
+    """One endpoint and its delivery state. `attempts`: the latest since the process started, numbered."""
 
     def __init__(self, endpoint: Endpoint, progress: Progress) -> None:
         self.endpoint = endpoint
@@ -54,7 +55,7 @@ class Webhook:
         self.task: asyncio.Task[None] | None = None
         self.changing = asyncio.Lock()
         self.resending = False
-        self.at_rest = progress  # how far it was when no worker was at it
+        self.at_rest = progress  # progress while no worker runs
         self.saved: Progress | None = None
 
     @property
@@ -63,12 +64,12 @@ class Webhook:
 
     @property
     def cursor(self) -> int:
-        """Everything wanted before this position is delivered."""
+        """All wanted events before this position are delivered."""
         return self.at_rest.cursor if self.worker is None else self.worker.window.cursor
 
     @property
     def failing(self) -> Pending | None:
-        """The event that could not be delivered for longest."""
+        """The event that has failed for the longest time."""
         if self.worker is not None:
             return self.worker.window.failing()
         failed = [pending for pending in self.at_rest.open if pending.failed_since is not None]
@@ -112,7 +113,7 @@ class Webhooks:
             self._kept[id] = known
 
     async def run(self) -> None:
-        """Delivers, for ever."""
+        """Runs the workers of all active webhooks, and saves progress once a second, without end."""
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:
@@ -124,7 +125,7 @@ class Webhooks:
                 self._group = None
 
     def save(self) -> bool:
-        """Stages the rows of what has changed; False if the log cannot be written now."""
+        """Stages the rows of all changed webhooks; returns False if the log cannot be written now."""
         if not self.writer.open:
             return False
         for id, known in self._kept.items():
@@ -151,7 +152,7 @@ class Webhooks:
         return True
 
     def _start(self, ids: Iterable[str]) -> None:
-        """Lets those work that should and do not: what they are is durable."""
+        """Starts a worker for each active webhook without one. Call it only when their rows are durable."""
         for id in ids:
             known = self._kept.get(id)
             if known is None or self._group is None or known.task is not None or known.changing.locked():
@@ -183,12 +184,12 @@ class Webhooks:
     # --- requests ---
 
     def all(self, caller: Caller) -> list[Webhook]:
-        """Newest first."""
+        """The webhooks that the caller may see, newest first."""
         found = [known for known in self._kept.values() if caller.sees(known.endpoint.project)]
         return sorted(found, key=lambda known: known.endpoint.id, reverse=True)
 
     def seen(self, caller: Caller, id: str) -> Webhook:
-        """One that the caller may know of.
+        """The webhook with this id, if the caller may see it.
 
         Raises:
             Refusal: not_found.
@@ -199,17 +200,17 @@ class Webhooks:
         return known
 
     async def create(self, caller: Caller, project: str, url: str, **fields: Any) -> tuple[Webhook, str]:
-        """A new endpoint, which gets what is recorded from now on; and its secret, `whsec_…`.
+        """Makes an endpoint that gets events from now on. Returns it and its secret, `whsec_…`.
 
         Raises:
-            Refusal: invalid_request (url), conflict: the project has as many as it may have.
+            Refusal: invalid_request (url), conflict: the project already has the allowed number of webhooks.
             Unavailable: the log cannot be written.
         """
         await self._check(url)
         await self.writer.room()
         if sum(known.endpoint.project == project for known in self._kept.values()) >= self._per_project:
             raise Refusal(
-                "conflict", f"project {project} has {self._per_project} webhooks, as many as it may have"
+                "conflict", f"project {project} already has {self._per_project} webhooks, the most allowed"
             )
         now, secret = self.writer.now(), new_secret(self.writer.entropy)
         endpoint = Endpoint(
@@ -227,7 +228,7 @@ class Webhooks:
         return known, secret
 
     async def change(self, caller: Caller, id: str, **fields: Any) -> Webhook:
-        """Another url, name or choice of events, from its cursor on.
+        """Changes the url, the name or the event filter; the change applies from the cursor on.
 
         Raises:
             Refusal: not_found, invalid_request (url).
@@ -236,33 +237,33 @@ class Webhooks:
         if "url" in fields:
             self.seen(caller, id)
             await self._check(fields["url"])
-        async with self._standing_still(caller, id) as known:
+        async with self._worker_stopped(caller, id) as known:
             known.endpoint = msgspec.structs.replace(known.endpoint, **fields)
-            if "events" in fields:  # what was passed over may be wanted now
+            if "events" in fields:  # the new filter may match events that the old one skipped
                 known.at_rest = msgspec.structs.replace(known.at_rest, reached=known.at_rest.cursor - 1)
         return known
 
     async def pause(self, caller: Caller, id: str) -> Webhook:
-        """Sends nothing until it is resumed; nothing is lost meanwhile.
+        """Stops deliveries until `resume`. Events are kept and sent then.
 
         Raises:
             Refusal: not_found.
             Unavailable: the log cannot be written.
         """
-        async with self._standing_still(caller, id) as known:
+        async with self._worker_stopped(caller, id) as known:
             if known.endpoint.state == "active":
                 reason = f"{caller.actor} paused it"
                 known.endpoint = msgspec.structs.replace(known.endpoint, state="paused", reason=reason)
         return known
 
     async def resume(self, caller: Caller, id: str) -> Webhook:
-        """Goes on where it stopped; what failed is due at once, and has its three days again.
+        """Continues where it stopped. Failed events are due now, with a fresh three-day retry budget.
 
         Raises:
-            Refusal: not_found, conflict: the receiver said that it is gone.
+            Refusal: not_found, conflict: the receiver answered 410 Gone.
             Unavailable: the log cannot be written.
         """
-        async with self._standing_still(caller, id) as known:
+        async with self._worker_stopped(caller, id) as known:
             endpoint = known.endpoint
             if endpoint.state == "gone":
                 raise Refusal("conflict", f"webhook {id} has ended: {endpoint.reason}; make another one")
@@ -271,31 +272,31 @@ class Webhooks:
         return known
 
     async def redrive(self, caller: Caller, id: str, position: int) -> Webhook:
-        """Sends everything wanted from a position on again, under the same ids.
+        """Sends all wanted events from a position on again, with the same ids.
 
         Raises:
-            Refusal: not_found, invalid_request: it would skip what is not delivered.
+            Refusal: not_found, invalid_request: the position would skip undelivered events.
             Unavailable: the log cannot be written.
         """
-        async with self._standing_still(caller, id) as known:
+        async with self._worker_stopped(caller, id) as known:
             if not 1 <= position <= known.cursor:
                 raise invalid(
                     "from",
-                    f"must be a position from 1 to the cursor, {known.cursor}: nothing is skipped",
+                    f"must be a position from 1 to the cursor, {known.cursor}: a redrive skips no event",
                     position,
                 )
             known.at_rest = Progress(cursor=position, reached=position - 1)
         return known
 
     async def rotate(self, caller: Caller, id: str, overlap_sec: int) -> tuple[Webhook, str]:
-        """A new secret; those before sign beside it for `overlap_sec` more.
+        """Makes a new secret. The old secrets also sign for `overlap_sec` more.
 
         Raises:
             Refusal: not_found.
             Unavailable: the log cannot be written.
         """
         secret = new_secret(self.writer.entropy)
-        async with self._standing_still(caller, id) as known:
+        async with self._worker_stopped(caller, id) as known:
             now = self.writer.now()
             until = now + overlap_sec * 1_000
             old = tuple(
@@ -308,27 +309,27 @@ class Webhooks:
         return known, secret
 
     async def delete(self, caller: Caller, id: str) -> Webhook:
-        """Nothing is sent any more, and nothing is kept of it.
+        """Stops deliveries and removes the webhook with all its state.
 
         Raises:
             Refusal: not_found.
             Unavailable: the log cannot be written.
         """
-        async with self._standing_still(caller, id) as known:
+        async with self._worker_stopped(caller, id) as known:
             del self._kept[id]
         return known
 
     async def resend(self, caller: Caller, id: str, position: int) -> Attempt:
-        """Sends one event of the project once more, now, whatever became of it before; once.
+        """Sends one event of the project again, now, without retries. An earlier delivery does not matter.
 
         Raises:
-            Refusal: not_found, conflict: it is still to be sent in its order; rate_limit_exceeded.
+            Refusal: not_found, conflict: its regular delivery is still pending; rate_limit_exceeded.
         """
         known = self.seen(caller, id)
         if known.is_open(position) and position <= self._feed.head:
-            raise Refusal("conflict", f"the event at position {position} is still to be sent, in its order")
+            raise Refusal("conflict", f"the event at position {position} is still waiting for its delivery")
         if known.resending:
-            raise Refusal("rate_limit_exceeded", f"webhook {id} is sending another event again")
+            raise Refusal("rate_limit_exceeded", f"webhook {id} is still resending another event")
         known.resending = True
         try:
             entry = await self.sender.entry(known.endpoint.project, position) if position > 0 else None
@@ -341,21 +342,21 @@ class Webhooks:
         return attempt
 
     @asynccontextmanager
-    async def _standing_still(self, caller: Caller, id: str) -> AsyncIterator[Webhook]:
-        """Nothing is sent while it is being changed; afterwards the change is durable."""
+    async def _worker_stopped(self, caller: Caller, id: str) -> AsyncIterator[Webhook]:
+        """Stops the webhook's worker during a change; the change is durable before it starts again."""
         known = self.seen(caller, id)
         async with known.changing:
             await self.writer.room()
             if known.task is not None:
                 known.task.cancel()
                 await asyncio.wait({known.task})
-                known.task = None  # it may have ended before it began
-            self.seen(caller, id)  # it may have been deleted meanwhile
+                known.task = None  # a task cancelled before its first step does not clear this itself
+            self.seen(caller, id)  # another request may have deleted it
             try:
                 yield known
                 await self._durable(id)
             finally:
-                self._dirty[id] = None  # so that it starts again, whatever came of it
+                self._dirty[id] = None  # the next save starts the worker again, also after an error
         self._start([id])
 
     async def _durable(self, id: str) -> None:
@@ -369,7 +370,7 @@ class Webhooks:
         if fault is not None:
             raise invalid("url", fault, url)
 
-    # --- figures ---
+    # --- metrics ---
 
     def lag(self) -> float:
         """Positions between the end of the log and the cursor that is furthest behind."""
