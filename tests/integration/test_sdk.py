@@ -1,6 +1,5 @@
-"""Both SDKs against a server that says exactly what a test wrote down: what they send, and what they make
-of answers that come late, twice, cut in pieces or not at all.
-"""
+"""Both SDKs against a scripted server: the requests they send, and how they handle answers that come late,
+twice, in pieces or not at all."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ class Asked:
 
 
 class Script:
-    """Answers each request with the next piece of the script; the last of it stays for all that follow."""
+    """Answers each request with the next answer of the script; the last one is repeated."""
 
     def __init__(self, answers: Sequence[bytes | list[bytes]]) -> None:
         self.asked: list[Asked] = []
@@ -93,7 +92,7 @@ async def server(*answers: bytes | list[bytes]) -> AsyncIterator[Script]:
 pytestmark = pytest.mark.parametrize("language", LANGUAGES)
 
 
-async def test_send_asks_with_the_key_and_an_idempotency_key_of_its_own(language: str) -> None:
+async def test_send_uses_the_key_and_a_new_idempotency_key(language: str) -> None:
     async with server(answer(200, SENT)) as script:
         first = await sdk(language, script.url, "sk_live_mine").send(SEND)
         await sdk(language, script.url, "sk_live_mine").send(SEND)
@@ -106,7 +105,7 @@ async def test_send_asks_with_the_key_and_an_idempotency_key_of_its_own(language
     assert asked.body == SEND
 
 
-async def test_a_base_path_in_the_address_is_kept(language: str) -> None:
+async def test_a_base_path_in_the_url_is_kept(language: str) -> None:
     async with server(answer(200, SENT)) as script:
         await sdk(language, f"{script.url}/ordain/").send(SEND)
     assert script.asked[0].path == "/ordain/v1/app/command/send"
@@ -123,7 +122,7 @@ TROUBLE = {
 
 
 @pytest.mark.parametrize("trouble", TROUBLE.values(), ids=TROUBLE)
-async def test_what_fails_for_the_moment_is_repeated_under_the_same_key(
+async def test_temporary_failures_are_retried_with_the_same_idempotency_key(
     language: str, trouble: bytes
 ) -> None:
     async with server(trouble, trouble, answer(200, SENT)) as script:
@@ -133,7 +132,7 @@ async def test_what_fails_for_the_moment_is_repeated_under_the_same_key(
     assert len({asked.body["idempotency_key"] for asked in script.asked}) == 1
 
 
-async def test_tries_are_bounded_and_the_error_holds_the_key_that_completes_the_call(language: str) -> None:
+async def test_retries_are_limited_and_the_error_has_the_key_that_completes_the_call(language: str) -> None:
     async with server(CUT) as script:
         outcome = await sdk(language, script.url, retries=2).send(SEND)
     assert len(script.asked) == 3
@@ -141,7 +140,7 @@ async def test_tries_are_bounded_and_the_error_holds_the_key_that_completes_the_
     assert outcome.error["idempotency_key"] == script.asked[0].body["idempotency_key"]
 
 
-async def test_nothing_is_sent_before_the_broker_said_it_may_and_not_at_all_if_that_is_far_off(
+async def test_retry_after_is_respected_and_a_long_one_ends_the_call(
     language: str,
 ) -> None:
     busy = answer(429, refusal(429, "rate_limit_exceeded"), retry_after="60")
@@ -152,9 +151,7 @@ async def test_nothing_is_sent_before_the_broker_said_it_may_and_not_at_all_if_t
 
 
 @pytest.mark.parametrize(("code", "status"), [(c, s) for c, s in STATUS.items() if s < 500 and s != 429])
-async def test_a_refusal_is_an_error_of_its_own_kind_and_never_repeated(
-    language: str, code: str, status: int
-) -> None:
+async def test_a_refusal_is_a_typed_error_and_is_not_retried(language: str, code: str, status: int) -> None:
     details = {"field": "name", "reason": "is required"}
     async with server(answer(status, refusal(status, code, details=details))) as script:
         outcome = await sdk(language, script.url).send(SEND)
@@ -164,7 +161,7 @@ async def test_a_refusal_is_an_error_of_its_own_kind_and_never_repeated(
     assert told == {"name": kind, "code": code, "message": "so it is", "status": status, "details": details}
 
 
-async def test_an_answer_of_something_else_is_an_error_too(language: str) -> None:
+async def test_an_answer_not_from_ordain_is_an_error_too(language: str) -> None:
     async with server(answer(200, b"<h1>Log in to the network</h1>")) as script:
         portal = await sdk(language, script.url).send(SEND)
     async with server(answer(404, b"nothing here")) as script:
@@ -173,7 +170,7 @@ async def test_an_answer_of_something_else_is_an_error_too(language: str) -> Non
     assert (elsewhere.error["name"], elsewhere.error["code"]) == ("AppError", "http_404")
 
 
-async def test_more_than_ten_thousand_devices_are_several_requests_under_one_key(language: str) -> None:
+async def test_more_than_ten_thousand_devices_are_several_requests_with_one_key(language: str) -> None:
     idents = [f"d{number}" for number in range(20_001)]
     async with server(
         answer(200, {"d0": {"sent": False, "error": "Device not found"}}), CUT, answer(200, SENT)
@@ -186,14 +183,14 @@ async def test_more_than_ten_thousand_devices_are_several_requests_under_one_key
     assert len({asked.body["idempotency_key"] for asked in script.asked}) == 1
 
 
-async def test_a_key_of_the_callers_own_is_used(language: str) -> None:
+async def test_a_key_given_by_the_caller_is_used(language: str) -> None:
     async with server(answer(200, SENT)) as script:
         await sdk(language, script.url).send(SEND | {"idempotency_key": "mine"})
     assert script.asked[0].body["idempotency_key"] == "mine"
 
 
 @pytest.mark.parametrize("wrong", ["sensor_01", None, {"a": 1}, [1]])
-async def test_devices_that_are_no_list_are_left_to_the_broker_to_refuse(
+async def test_a_device_list_of_a_wrong_type_is_sent_and_refused_by_the_broker(
     language: str, wrong: object
 ) -> None:
     async with server(answer(400, refusal(400, "invalid_request"))) as script:
@@ -202,7 +199,7 @@ async def test_devices_that_are_no_list_are_left_to_the_broker_to_refuse(
     assert script.asked[0].body["device_ident"] == wrong
 
 
-async def test_history_asks_as_it_is_told(language: str) -> None:
+async def test_history_sends_its_parameters_unchanged(language: str) -> None:
     asked = {"name": "reboot", "device_idents": ["a"], "start": "2026-03-01T00:00:00.000Z"}
     async with server(answer(200, {"a": []})) as script:
         outcome = await sdk(language, script.url).history(asked)
@@ -213,7 +210,7 @@ async def test_history_asks_as_it_is_told(language: str) -> None:
 # --- events ----------------------------------------------------------------------------------------
 
 
-async def test_events_come_whole_however_the_bytes_are_cut(language: str) -> None:
+async def test_events_are_complete_however_the_bytes_are_split(language: str) -> None:
     said = (
         b": hello\n\n"
         + event(1, note="grün 🔒")
@@ -227,7 +224,7 @@ async def test_events_come_whole_however_the_bytes_are_cut(language: str) -> Non
     assert len(outcome.events) == 4
 
 
-async def test_a_lost_stream_goes_on_where_it_was_and_nothing_comes_twice(language: str) -> None:
+async def test_a_lost_stream_resumes_and_repeats_no_event(language: str) -> None:
     async with server(
         [STREAM, event(5), event(7), event(9)[:-1]],
         answer(503, refusal(503, "unavailable")),
@@ -243,8 +240,8 @@ async def test_a_lost_stream_goes_on_where_it_was_and_nothing_comes_twice(langua
     assert [asked.query["after"] for asked in later] == ["7", "7", "7"]
 
 
-async def test_a_stream_from_now_on_remembers_where_it_began(language: str) -> None:
-    """An id without data says where the stream stands: nothing that came while it was away is missed."""
+async def test_a_live_stream_remembers_its_start_position(language: str) -> None:
+    """An SSE id without data gives the stream's start position, so events during a break are not missed."""
     async with server([STREAM, b"id: 41\n\n"], [STREAM, event(42)]) as script:
         outcome = await sdk(language, script.url).events(1)
     assert outcome.positions == [42]
@@ -253,7 +250,7 @@ async def test_a_stream_from_now_on_remembers_where_it_began(language: str) -> N
     assert (second.query, second.headers["last-event-id"]) == ({"after": "41"}, "41")
 
 
-async def test_an_open_stream_is_come_back_to_for_as_long_as_it_takes(language: str) -> None:
+async def test_a_stream_that_was_open_is_retried_without_limit(language: str) -> None:
     busy = answer(429, refusal(429, "rate_limit_exceeded"), retry_after="0")
     async with server([STREAM, event(1)], *[CUT, busy] * 4, [STREAM, event(2)]) as script:
         outcome = await sdk(language, script.url, retries=1, backoff_cap_sec=0.002).events(2, after=0)
@@ -261,14 +258,14 @@ async def test_an_open_stream_is_come_back_to_for_as_long_as_it_takes(language: 
     assert len(script.asked) == 10
 
 
-async def test_a_stream_that_never_opened_is_given_up(language: str) -> None:
+async def test_a_stream_that_never_opened_is_given_up_after_its_retries(language: str) -> None:
     async with server(CUT) as script:
         outcome = await sdk(language, script.url, retries=2).events(1)
     assert outcome.error["name"] == "Unavailable"
     assert len(script.asked) == 3
 
 
-async def test_what_answers_with_no_stream_of_events_is_given_up_too(language: str) -> None:
+async def test_an_answer_that_is_no_event_stream_is_given_up_too(language: str) -> None:
     async with server(*[answer(200, {})] * 3) as script:
         outcome = await sdk(language, script.url, retries=2).events(1)
     assert outcome.error["name"] == "Unavailable"
@@ -279,7 +276,7 @@ async def test_what_answers_with_no_stream_of_events_is_given_up_too(language: s
     ("status", "code", "name"),
     [(410, "gone", "Gone"), (401, "unauthorized", "Unauthorized"), (403, "forbidden", "Forbidden")],
 )
-async def test_a_refused_stream_ends_with_the_reason_also_when_it_comes_back(
+async def test_a_refused_stream_ends_with_the_reason_also_on_reconnect(
     language: str, status: int, code: str, name: str
 ) -> None:
     async with server([STREAM, event(1)], answer(status, refusal(status, code))) as script:
@@ -294,7 +291,7 @@ async def test_a_refused_stream_ends_with_the_reason_also_when_it_comes_back(
 CREATED = answer(200, {"data": [{"position": 7, "type": "created"}], "has_more": True, "next_cursor": "c"})
 
 
-async def test_wait_follows_the_commands_own_events_and_reads_it_once(language: str) -> None:
+async def test_wait_follows_the_commands_events_and_reads_the_command_once(language: str) -> None:
     done = {"id": "cmd_1", "state": "executed", "status": "executed"}
     async with server(
         CREATED,
@@ -312,7 +309,7 @@ async def test_wait_follows_the_commands_own_events_and_reads_it_once(language: 
     ]  # fmt: skip
 
 
-async def test_a_command_that_a_late_answer_opened_again_is_waited_for_further(language: str) -> None:
+async def test_wait_continues_when_a_late_answer_reopens_the_command(language: str) -> None:
     async with server(
         CREATED,
         [STREAM, event(8, "timed_out")],
@@ -325,14 +322,14 @@ async def test_a_command_that_a_late_answer_opened_again_is_waited_for_further(l
     assert len(script.asked) == 5
 
 
-async def test_wait_gives_up_in_time_and_names_the_command(language: str) -> None:
+async def test_wait_times_out_and_names_the_command(language: str) -> None:
     async with server(CREATED, answer(503, refusal(503, "unavailable"))) as script:
         outcome = await sdk(language, script.url, retries=1_000).wait("cmd_1", 0.3)
     assert (outcome.error["name"], outcome.error["code"]) == ("Timeout", "timeout")
     assert outcome.error["message"] == "cmd_1 was not closed within 0.3 s"
 
 
-async def test_waiting_for_an_unknown_command_is_refused(language: str) -> None:
+async def test_wait_for_an_unknown_command_is_refused(language: str) -> None:
     async with server(answer(404, refusal(404, "not_found"))) as script:
         outcome = await sdk(language, script.url).wait("cmd_/../x", 1)
     assert outcome.error["name"] == "NotFound"

@@ -1,7 +1,7 @@
-"""Style as tests: which way imports run, what may reach the world, how long things get.
+"""Style as tests: import directions, access to the outside world, and sizes.
 
-The rules are the data at the top. Each checker takes a path and a source text and returns its complaints,
-and the last tests here plant a fault for each of them, so that none can go blind unnoticed.
+The rules are the data at the top. Each checker takes a path and a source text and returns its complaints. The
+last tests plant a fault for each checker, so that a checker that finds nothing fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LONGEST_FUNCTION = 70
 LONGEST_MODULE = 400
 MOST_MODULES = 18
 
-# Pure rooms and modules: no clock, no disk, no network, no task.
+# Pure rooms and modules: no clock, disk, network or task.
 PURE = (
     "broker/domain",
     "broker/operations/redecide",
@@ -64,7 +64,7 @@ WORLD_NAMES = {
     "asyncio.to_thread", "asyncio.open_connection", "asyncio.start_server",
 }  # fmt: skip
 
-# The rooms from the ground up: each may import the rooms named before it, and nothing else of ours.
+# The rooms from the lowest floor up: each may import the rooms of earlier lines and no other of this project.
 # A module directly in `broker/` is a room of its own. Rooms on one line do not import each other.
 FLOORS = (
     ("devices", "broker/__init__", "broker/seams", "broker/mqtt_url", "broker/client_types"),
@@ -84,7 +84,7 @@ FLOORS = (
     ("broker/serve",),
     ("broker/cli",),
 )
-# A room or module -> all it may import of ours, where that is less than all floors below it.
+# A room or module -> all it may import of this project, where that is less than all floors below it.
 MAY_IMPORT = {
     "devices": {"devices"},
     "broker/client": {"broker.client_types"},

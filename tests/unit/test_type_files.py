@@ -1,4 +1,4 @@
-"""Which device types a broker knows: those it ships with, and its owner's files, checked at start."""
+"""The device types a broker knows: the shipped ones and the files of its operator, checked at start."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DOCUMENTED = Path(__file__).parents[2] / "docs" / "types"
 LAMP = 'name = "lamp"\n[commands.dim]\n'
 
 
-def test_without_a_directory_there_are_the_shipped_types() -> None:
+def test_without_a_directory_the_shipped_types_are_known() -> None:
     assert load_types("") == shipped_types()
 
 
-def test_files_of_a_directory_come_on_top(tmp_path: Path) -> None:
+def test_files_of_a_directory_are_added(tmp_path: Path) -> None:
     (tmp_path / "any-name.toml").write_text(LAMP)
     (tmp_path / "notes.txt").write_text("not a type")
 
@@ -32,7 +32,7 @@ def test_a_wrong_file_stops_the_start_and_is_named(tmp_path: Path) -> None:
         load_types(str(tmp_path))
 
 
-def test_a_name_is_taken_once(tmp_path: Path) -> None:
+def test_a_duplicate_type_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(LAMP)
     (tmp_path / "b.toml").write_text(LAMP)
 
@@ -54,7 +54,7 @@ def test_a_file_cannot_change_a_shipped_type(tmp_path: Path) -> None:
         ('command_suffix = "ack"', "command_suffix", ""),
     ],
 )
-def test_the_broker_can_never_be_made_to_hear_its_own_commands(
+def test_a_type_whose_topics_make_the_broker_hear_its_own_commands_is_refused(
     tmp_path: Path, line: str, key: str, other: str
 ) -> None:
     answers = "" if key == "answer_suffix" else 'answer_suffix = "said"\n'
@@ -64,7 +64,7 @@ def test_the_broker_can_never_be_made_to_hear_its_own_commands(
         load_types(str(tmp_path))
 
 
-def test_a_directory_that_is_none_is_a_wrong_setting(tmp_path: Path) -> None:
+def test_a_types_setting_that_is_not_a_directory_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path / "none", tmp_path / "file"):
         (tmp_path / "file").write_text(LAMP)
         with pytest.raises(BadSetting, match=f"types = '{place}'"):
@@ -75,5 +75,5 @@ def test_the_directory_is_a_setting() -> None:
     assert load({}, {"ORDAIN_TYPES": "types"}, None).types == "types"
 
 
-def test_the_documented_examples_are_good_types() -> None:
+def test_the_documented_examples_are_valid_types() -> None:
     assert {"tasmota_plug", "home_assistant_switch"} <= load_types(str(DOCUMENTED)).keys()

@@ -1,7 +1,8 @@
-"""The logs of every release so far: today's code reads them, verifies them, and folds them the same.
+"""The logs of every release so far: today's code reads them, verifies them, and folds them to the same
+states.
 
-The files in `tests/golden/` are what a release left on disks. None may ever change; `write.py` there
-makes the one of a new release.
+The files in `tests/golden/` are logs that each release wrote. They must never change; `write.py` there
+creates the log of a new release.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ def golden(request: pytest.FixtureRequest) -> Iterator[tuple[str, sqlite3.Connec
 
 
 def without_defaults(kept: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Of today's states, what the release already knew: later fields may have been added."""
+    """Only the fields that the release knew: later releases may have added fields to the states."""
     return {key: {name: now[key].get(name) for name in fields} for key, fields in kept.items()}
 
 
-def test_the_log_of_a_release_verifies_and_reads_back_to_the_same_bytes(
+def test_the_log_of_a_release_verifies_and_encodes_back_to_the_same_bytes(
     golden: tuple[str, sqlite3.Connection],
 ) -> None:
     release, sql = golden
@@ -66,7 +67,7 @@ def test_the_log_of_a_release_verifies_and_reads_back_to_the_same_bytes(
     assert [as_line(row) for row in log.all_rows(sql)] == lines(release)
 
 
-def test_every_event_of_a_release_is_still_understood_and_folds_to_the_same_states(
+def test_every_event_of_a_release_decodes_and_folds_to_the_same_states(
     golden: tuple[str, sqlite3.Connection],
 ) -> None:
     release, sql = golden
@@ -97,7 +98,7 @@ def test_a_broker_starts_on_the_log_of_a_release(golden: tuple[str, sqlite3.Conn
     run(world)
 
 
-def test_the_first_release_left_every_event_and_every_state() -> None:
+def test_the_golden_log_of_the_first_release_has_every_event_and_every_state() -> None:
     rows = [as_row(line) for line in lines("0.1.0")]
     found = {state["state"] for state in states("0.1.0")["commands"].values()}
 
@@ -107,7 +108,7 @@ def test_the_first_release_left_every_event_and_every_state() -> None:
     assert found == {state.value for state in State} - {"none"}
 
 
-def test_a_golden_log_is_never_written_twice() -> None:
+def test_a_golden_log_is_never_overwritten() -> None:
     before = {path: path.read_bytes() for path in HERE.glob("*.json*")}
 
     with pytest.raises(FileExistsError):

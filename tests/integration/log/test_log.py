@@ -1,4 +1,4 @@
-"""The log on a real disk: one owner, whole transactions, kills, and projections that can be made anew."""
+"""The log on a real disk: one owner, atomic transactions, kills, and rebuilt projections."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ async def test_a_second_broker_on_a_directory_is_refused_in_one_sentence(tmp_pat
     await (await SqliteStorage.open(tmp_path)).close()
 
 
-async def test_the_log_is_its_owners_alone(tmp_path: Path) -> None:
+async def test_only_the_owner_can_read_the_log_files(tmp_path: Path) -> None:
     async with running(tmp_path / "data"):
         for path in (tmp_path / "data", *(tmp_path / "data").iterdir()):
             assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path.name
 
 
-async def test_a_file_that_is_no_database_is_said_to_be_broken_and_left_alone(tmp_path: Path) -> None:
+async def test_a_file_that_is_not_a_database_is_reported_broken_and_not_changed(tmp_path: Path) -> None:
     (tmp_path / DATABASE).write_bytes(b"precious" * 1_000)
     with pytest.raises(Broken, match=DATABASE):
         await SqliteStorage.open(tmp_path)
     assert (tmp_path / DATABASE).read_bytes() == b"precious" * 1_000
 
 
-async def test_a_transaction_is_whole_or_not_at_all(tmp_path: Path) -> None:
+async def test_a_transaction_is_atomic(tmp_path: Path) -> None:
     def half(sql: Sql) -> None:
         sql.execute("INSERT INTO facts VALUES (1)")
         raise LookupError("in the middle")
@@ -73,7 +73,7 @@ async def test_a_transaction_is_whole_or_not_at_all(tmp_path: Path) -> None:
     await storage.close()
 
 
-async def test_a_waiter_that_is_cancelled_leaves_no_half_transaction(tmp_path: Path) -> None:
+async def test_a_cancelled_waiter_leaves_no_half_transaction(tmp_path: Path) -> None:
     storage = await SqliteStorage.open(tmp_path)
     await storage.write(lambda sql: sql.execute("CREATE TABLE facts (n INTEGER PRIMARY KEY)"))
 
@@ -96,7 +96,7 @@ async def test_a_waiter_that_is_cancelled_leaves_no_half_transaction(tmp_path: P
 
 
 async def busy(bench: Bench, seed: int, steps: int) -> None:
-    """A random workload: three kinds of devices, every answer a device can give, cancelling, giving up."""
+    """A random workload: three kinds of devices, every kind of answer, cancels and abandons."""
     choose = random.Random(seed)
     kinds = {"lamp-1": "generic", "lock-1": "iotee_device", "tape-1": "recorder"}
     names = {"generic": "open", "iotee_device": "lock", "recorder": "start_recording"}
@@ -144,7 +144,7 @@ EVERY_COMMAND_EVENT = {
 
 
 @pytest.mark.parametrize("page", [1, 7, 5_000])
-def test_projections_made_anew_equal_those_kept_up(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rebuilt_projections_equal_the_incremental_ones(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follower, "PAGE", page)
 
     async def world(loop: SimLoop) -> None:
@@ -163,7 +163,7 @@ def test_projections_made_anew_equal_those_kept_up(page: int, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_was_in_memory_is_what_a_restart_reads_from_the_log(seed: int) -> None:
+def test_the_state_in_memory_equals_the_state_read_after_a_restart(seed: int) -> None:
     async def world(loop: SimLoop) -> None:
         async with on_virtual_time(loop) as (bench, _):
             await busy(bench, seed, steps=200)
@@ -246,7 +246,7 @@ async def acknowledged_until_killed(directory: Path, seed: int, enough: int) -> 
     return said + whole.split()
 
 
-async def test_after_kill_9_in_the_middle_of_writing_all_that_was_acknowledged_is_there(
+async def test_after_kill_9_during_writes_all_acknowledged_writes_are_there(
     tmp_path: Path,
 ) -> None:
     promised: set[str] = set()

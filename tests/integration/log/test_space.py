@@ -1,4 +1,4 @@
-"""Compacting gives space back, changes nothing that can be read, and refuses where it could do harm."""
+"""Compacting frees space, changes no readable data, and is refused where it could do harm."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KIB = 1_024
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A log of a release with half a megabyte of free pages in its file."""
+    """A data directory with the log of a release and half a megabyte of free pages."""
     with closing(sqlite3.connect(tmp_path / DATABASE, isolation_level=None)) as sql:
         sql.execute("PRAGMA journal_mode = WAL")
         put(sql, "0.1.0")
@@ -60,7 +60,7 @@ async def test_compacting_is_refused_while_a_broker_serves(data: Path) -> None:
     assert (data / DATABASE).stat().st_size == size
 
 
-def test_compacting_is_refused_while_somebody_reads(data: Path) -> None:
+def test_compacting_is_refused_while_another_process_reads(data: Path) -> None:
     before = everything(data)
     with closing(transfer.opened(data)) as reader:
         log.head(reader)
@@ -84,13 +84,13 @@ def test_compacting_is_refused_without_room_for_the_copy(data: Path, monkeypatch
     assert (data / DATABASE).stat().st_size == before
 
 
-def test_compacting_makes_no_log(tmp_path: Path) -> None:
+def test_compacting_creates_no_log(tmp_path: Path) -> None:
     with pytest.raises(Broken, match="there is no log"):
         compact(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
 
-def test_stats_count_what_is_there(data: Path) -> None:
+def test_stats_count_rows_and_bytes(data: Path) -> None:
     with closing(transfer.opened(data)) as sql:
         found = transfer.stats(sql)
         rows = list(log.all_rows(sql))

@@ -1,4 +1,5 @@
-"""The MQTT link against a real Mosquitto: what the broker builds on, and every private part it relies on."""
+"""The MQTT link against a real Mosquitto: the server behaviour the broker depends on, and every private
+attribute of paho it uses."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ NODELAY = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 class Jitter:
-    """As production's, and so that no test waits long."""
+    """Random tokens, but always the shortest pause, so that no test waits long."""
 
     def token(self, size: int) -> bytes:
         return random.randbytes(size)
@@ -46,7 +47,7 @@ class Jitter:
 
 
 class Owner:
-    """A `LinkEvents` that remembers, and lets a test wait for a fact."""
+    """A `LinkEvents` that records its calls and lets a test wait for a fact."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -100,7 +101,7 @@ async def until_logged(logs: list[Any], event: str, times: int = 1) -> list[Any]
 
 
 async def eventually(fact: Callable[[], bool]) -> None:
-    """For facts that have no hook to wait on: looks again and again."""
+    """Polls a fact that has no hook to wait on."""
     async with asyncio.timeout(DEADLINE_SEC):
         while not fact():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -116,7 +117,7 @@ def rls(payload: bytes = b"1", **more: Any) -> Outgoing:
 
 @contextlib.contextmanager
 def stopped(server: Mosquitto) -> Iterator[None]:
-    """It does nothing, and its connections stay open."""
+    """Stops the server process with SIGSTOP: it does nothing, and its connections stay open."""
     assert server._process is not None
     server._process.send_signal(signal.SIGSTOP)
     try:
@@ -153,7 +154,7 @@ async def test_a_command_goes_out_and_its_answer_comes_back(mosquitto: Mosquitto
     assert owner.told == ["up", "down"]
 
 
-async def test_mqtt_5_carries_what_only_mqtt_5_can(mosquitto: Mosquitto) -> None:
+async def test_mqtt_5_carries_correlation_data_user_properties_and_expiry(mosquitto: Mosquitto) -> None:
     owner = Owner()
     door = aiomqtt.Client(
         mosquitto.host, mosquitto.port, identifier="door", protocol=aiomqtt.ProtocolVersion.V5
@@ -178,7 +179,7 @@ async def test_mqtt_5_carries_what_only_mqtt_5_can(mosquitto: Mosquitto) -> None
         assert owner.messages[0].correlation == b"cmd_1"
 
 
-async def test_nobody_subscribed_is_reason_0x10_with_mqtt_5(mosquitto: Mosquitto) -> None:
+async def test_a_publish_without_subscriber_is_reason_0x10_with_mqtt_5(mosquitto: Mosquitto) -> None:
     owner = Owner()
     async with linked(mosquitto.url, owner) as link:
         await owner.until(lambda: link.up)
@@ -186,7 +187,7 @@ async def test_nobody_subscribed_is_reason_0x10_with_mqtt_5(mosquitto: Mosquitto
         await owner.until(lambda: owner.receipts == [Receipt(written=True, reason=0x10)])
 
 
-async def test_a_publish_that_the_server_forbids_is_reason_0x87(tmp_path: Path) -> None:
+async def test_a_publish_forbidden_by_the_server_is_reason_0x87(tmp_path: Path) -> None:
     (acl := tmp_path / "acl").write_text("topic read iotee/#\n")
     with another_mosquitto(tmp_path, f"acl_file {acl}\n") as server:
         owner = Owner()
@@ -196,7 +197,7 @@ async def test_a_publish_that_the_server_forbids_is_reason_0x87(tmp_path: Path) 
             await owner.until(lambda: owner.receipts == [Receipt(written=True, reason=0x87)])
 
 
-async def test_what_is_not_pubacked_comes_again_on_the_next_connection(mosquitto: Mosquitto) -> None:
+async def test_a_message_without_puback_comes_again_on_the_next_connection(mosquitto: Mosquitto) -> None:
     first, second = Owner(), Owner()
     async with linked(mosquitto.url, first) as link, device(mosquitto) as door:
         await first.until(lambda: link.up)
@@ -209,11 +210,11 @@ async def test_what_is_not_pubacked_comes_again_on_the_next_connection(mosquitto
         await second.until(lambda: second.payloads == [b"b"])
         assert second.messages[0].dup
         assert second.told == ["up"]
-        link.puback(first.messages[1])  # of an older connection: does nothing
+        link.puback(first.messages[1])  # a PUBACK for an older connection does nothing
         link.puback(second.messages[0])
 
 
-async def test_pubacks_go_out_in_the_order_asked_for(tmp_path: Path) -> None:
+async def test_pubacks_go_out_in_the_requested_order(tmp_path: Path) -> None:
     with another_mosquitto(tmp_path, "log_type all\n") as server:
         owner = Owner()
         async with linked(server.url, owner) as link, device(server) as door:
@@ -230,7 +231,7 @@ async def test_pubacks_go_out_in_the_order_asked_for(tmp_path: Path) -> None:
         assert all(mid in line for mid, line in zip(mids, seen, strict=True))
 
 
-async def test_the_socket_does_not_wait_to_fill_a_packet(mosquitto: Mosquitto) -> None:
+async def test_packets_are_sent_at_once_without_nagle(mosquitto: Mosquitto) -> None:
     owner = Owner()
     async with linked(mosquitto.url, owner) as link:
         await owner.until(lambda: link.up)
@@ -242,7 +243,9 @@ async def test_the_socket_does_not_wait_to_fill_a_packet(mosquitto: Mosquitto) -
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
-async def test_answers_that_come_while_we_are_away_wait_for_us(mosquitto: Mosquitto, version: str) -> None:
+async def test_answers_sent_while_the_link_is_away_are_delivered_later(
+    mosquitto: Mosquitto, version: str
+) -> None:
     owner = Owner()
     url = f"{mosquitto.url}?v={version}"
     async with linked(url, owner) as link:
@@ -256,7 +259,7 @@ async def test_answers_that_come_while_we_are_away_wait_for_us(mosquitto: Mosqui
         assert owner.told == ["up", "down", "up"]
 
 
-async def test_a_clean_session_leaves_nothing_behind(mosquitto: Mosquitto) -> None:
+async def test_a_clean_session_leaves_nothing_at_the_server(mosquitto: Mosquitto) -> None:
     owner = Owner()
     async with linked(mosquitto.url, owner, clean_session=True) as link:
         await owner.until(lambda: link.up)
@@ -268,7 +271,7 @@ async def test_a_clean_session_leaves_nothing_behind(mosquitto: Mosquitto) -> No
             await owner.until(lambda: owner.payloads == [b"seen"])
 
 
-async def test_a_retained_message_says_so(mosquitto: Mosquitto) -> None:
+async def test_a_retained_message_is_marked_retained(mosquitto: Mosquitto) -> None:
     owner = Owner()
     async with device(mosquitto) as door:
         await door.publish("iotee/dev/door/status", b"online", qos=1, retain=True)
@@ -277,14 +280,14 @@ async def test_a_retained_message_says_so(mosquitto: Mosquitto) -> None:
         assert owner.messages[0].retain
 
 
-async def test_a_server_that_dies_leaves_its_receipts_unknown_and_is_found_again(
+async def test_receipts_are_unknown_when_the_server_dies_and_the_link_reconnects(
     mosquitto: Mosquitto,
 ) -> None:
     owner = Owner()
     async with linked(mosquitto.url, owner) as link:
         await owner.until(lambda: link.up)
         mosquitto.kill()
-        # Into a connection whose other end is gone, before the loop could notice.
+        # Written to a connection whose other end is gone, before the loop can notice.
         assert link.publish(rls(), owner.done)
         assert owner.receipts == []
         await owner.until(lambda: owner.told == ["up", "down"] and owner.receipts != [])
@@ -298,7 +301,7 @@ async def test_a_server_that_dies_leaves_its_receipts_unknown_and_is_found_again
         await owner.until(lambda: len(owner.receipts) == 2)
 
 
-async def test_a_receipt_that_never_comes_is_unknown_after_its_time(
+async def test_a_receipt_that_never_comes_becomes_unknown_after_a_time_limit(
     mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("broker.mqtt.receipts.RECEIPT_WITHIN_SEC", 0.05)
@@ -311,16 +314,16 @@ async def test_a_receipt_that_never_comes_is_unknown_after_its_time(
             assert link.publish(rls(), owner.done)
         await owner.until(lambda: len(owner.receipts) == 3)
         assert owner.receipts == [Receipt(written=True, reason=None)] * 3
-        mosquitto._process.send_signal(signal.SIGCONT)  # the late PUBACKs are not told twice
+        mosquitto._process.send_signal(signal.SIGCONT)  # the late PUBACKs give no second receipt
         assert link.publish(rls(), owner.done)
         await owner.until(lambda: len(owner.receipts) == 4)
 
 
-async def test_a_thousand_commands_at_once_are_each_answered_once(mosquitto: Mosquitto) -> None:
+async def test_a_thousand_concurrent_commands_are_each_answered_once(mosquitto: Mosquitto) -> None:
     owner = Owner()
     async with linked(mosquitto.url, owner) as link:
         await owner.until(lambda: link.up)
-        big = b"x" * 20_000  # more than the socket takes at once
+        big = b"x" * 20_000  # more than the socket buffer takes at once
         assert all(link.publish(rls(big), owner.done) for _ in range(900))
         await owner.until(lambda: len(owner.receipts) == 900)
         assert {receipt.reason for receipt in owner.receipts} == {0x10}
@@ -328,7 +331,7 @@ async def test_a_thousand_commands_at_once_are_each_answered_once(mosquitto: Mos
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
-async def test_a_server_that_does_not_read_for_a_while_gets_everything_in_order(
+async def test_a_server_that_pauses_reading_gets_everything_in_order(
     mosquitto: Mosquitto, version: str
 ) -> None:
     owner = Owner()
@@ -360,7 +363,7 @@ async def test_closing_does_not_wait_for_a_server_that_stopped_reading(mosquitto
             assert owner.receipts == [Receipt(written=True, reason=None)] * 600
 
 
-async def test_what_is_published_is_with_the_network_before_what_is_scheduled_after_it(
+async def test_a_publish_is_written_to_the_socket_before_later_callbacks_run(
     mosquitto: Mosquitto,
 ) -> None:
     owner = Owner()
@@ -377,7 +380,7 @@ async def test_what_is_published_is_with_the_network_before_what_is_scheduled_af
         await owner.until(lambda: len(owner.receipts) == 3)
 
 
-async def test_a_server_that_says_nothing_any_more_is_noticed(mosquitto: Mosquitto) -> None:
+async def test_a_silent_server_is_noticed(mosquitto: Mosquitto) -> None:
     owner = Owner()
     async with linked(mosquitto.url, owner, keepalive=1) as link:
         await owner.until(lambda: link.up)
@@ -385,7 +388,7 @@ async def test_a_server_that_says_nothing_any_more_is_noticed(mosquitto: Mosquit
             await owner.until(lambda: owner.told == ["up", "down"])
 
 
-async def test_an_idle_connection_is_kept_and_our_own_packets_count_as_life(tmp_path: Path) -> None:
+async def test_an_idle_connection_is_kept_and_sent_packets_count_for_the_keepalive(tmp_path: Path) -> None:
     with another_mosquitto(tmp_path, "log_type all\n") as server:
         owner = Owner()
         async with linked(server.url, owner, keepalive=1) as link:
@@ -404,7 +407,7 @@ async def test_an_idle_connection_is_kept_and_our_own_packets_count_as_life(tmp_
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
-async def test_a_message_of_any_qos_is_acknowledged_as_its_qos_wants(tmp_path: Path, version: str) -> None:
+async def test_a_message_is_acknowledged_according_to_its_qos(tmp_path: Path, version: str) -> None:
     number, clean = (aiomqtt.ProtocolVersion.V5, None) if version == "5" else (None, False)
     forever = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
     forever.SessionExpiryInterval = 1_000
@@ -449,7 +452,7 @@ async def test_a_message_of_any_qos_is_acknowledged_as_its_qos_wants(tmp_path: P
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
-async def test_a_message_too_large_to_be_read_costs_nothing_but_itself(
+async def test_a_too_large_message_is_skipped_and_the_link_goes_on(
     mosquitto: Mosquitto, version: str
 ) -> None:
     owner = Owner()
@@ -471,8 +474,8 @@ async def test_a_message_too_large_to_be_read_costs_nothing_but_itself(
 
 
 @pytest.mark.parametrize("nonsense", [b"\x36\x03\0\1t", b"\x40\x01\0", b"\x90\xff\xff\xff\xff\x01", b"\0\0"])
-async def test_a_server_that_breaks_the_protocol_is_left_and_tried_again(nonsense: bytes) -> None:
-    """No real server does; after this its bytes cannot be read any more, not even good ones."""
+async def test_a_server_that_breaks_the_protocol_is_disconnected_and_tried_again(nonsense: bytes) -> None:
+    """No real server sends this. After a protocol error no later byte of the connection can be trusted."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1_000)
@@ -496,7 +499,7 @@ async def test_a_server_that_breaks_the_protocol_is_left_and_tried_again(nonsens
 
 
 @pytest.mark.parametrize("scheme", ["mqtt", "mqtts"])
-def test_the_loop_of_production_carries_it_too(
+def test_the_production_event_loop_works_too(
     tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate(tmp_path)
@@ -523,7 +526,7 @@ def test_the_loop_of_production_carries_it_too(
             runner.run(round_trips(server.url.replace("mqtt:", f"{scheme}:")))
 
 
-async def test_a_callback_that_fails_costs_nothing_but_itself(
+async def test_a_failing_callback_affects_nothing_else(
     mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner = Owner()
@@ -548,7 +551,7 @@ async def test_a_callback_that_fails_costs_nothing_but_itself(
     assert [line["event"] for line in logs].count("mqtt.receipt_failed") == 1
 
 
-async def test_a_bad_password_is_one_line_a_time_and_tried_again(tmp_path: Path) -> None:
+async def test_a_bad_password_logs_one_line_per_try_and_is_tried_again(tmp_path: Path) -> None:
     passwords = tmp_path / "passwords"
     subprocess.run([program("mosquitto_passwd"), "-b", "-c", passwords, "ordain", "right"], check=True)
     strict = MINIMAL.replace("anonymous true", "anonymous false")
@@ -570,7 +573,7 @@ async def test_a_bad_password_is_one_line_a_time_and_tried_again(tmp_path: Path)
 
 
 def certificate(home: Path) -> None:
-    """A certificate for 127.0.0.1 that signs itself, and its key, as `cert.pem` and `key.pem`."""
+    """Creates a self-signed certificate for 127.0.0.1 and its key as `cert.pem` and `key.pem`."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
@@ -583,7 +586,7 @@ def certificate(home: Path) -> None:
     (home / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *plain))
 
 
-async def test_tls_checks_the_certificate_and_loses_nothing(
+async def test_tls_checks_the_certificate_and_loses_no_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate(tmp_path)
@@ -603,7 +606,7 @@ async def test_tls_checks_the_certificate_and_loses_nothing(
             assert [payload[:5] for payload in owner.payloads] == [b"%05d" % number for number in range(300)]
 
 
-async def test_a_server_that_nobody_started_is_waited_for(tmp_path: Path) -> None:
+async def test_the_link_waits_for_a_server_that_is_not_started_yet(tmp_path: Path) -> None:
     port = unused_port()
     server = Mosquitto(MINIMAL.format(port=port), port, tmp_path)
     owner = Owner()
@@ -645,13 +648,13 @@ async def test_closing_leaves_no_task_behind(mosquitto: Mosquitto) -> None:
         "mqtt://u:secret@host/x",
     ],
 )
-def test_a_url_that_cannot_be_meant_is_refused_without_its_password(url: str) -> None:
+def test_an_invalid_url_is_refused_without_showing_its_password(url: str) -> None:
     with pytest.raises(ValueError, match="URL") as refused:
         parse_url(url)
     assert not {"se", "secret"} & set(str(refused.value).replace("'", " ").split())
 
 
-def test_a_url_keeps_its_password_to_itself() -> None:
+def test_the_text_of_a_url_hides_its_password() -> None:
     address = parse_url("mqtts://ordain:p%40ss@host?v=3.1.1")
     assert (address.port, address.tls, address.password, address.version) == (8883, True, "p@ss", "3.1.1")
     assert address.shown == "mqtts://host:8883"

@@ -1,6 +1,6 @@
-"""The shipped mosquitto.conf and its ACL, in a real Mosquitto: all reach their own topics, none another's.
+"""The shipped mosquitto.conf and its ACL in a real Mosquitto: each user reaches its own topics and no others.
 
-Only ports and the place of the saved state are changed; a rule is never restated in a test configuration.
+Only the ports and the persistence path are changed; no rule is repeated in a test configuration.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAY_WRITE = {
 
 
 class Production(Mosquitto):
-    """`port` is the one for the broker and services, `device_port` the one for devices."""
+    """`port` serves the broker and services, `device_port` serves devices."""
 
     device_port: int
 
@@ -56,7 +56,8 @@ class Production(Mosquitto):
         )
 
     def another(self, broker: aiomqtt.Client, user: str) -> AbstractAsyncContextManager[aiomqtt.Client]:
-        """A user is one connection: for the broker's own it is the one that it has."""
+        """A connection for `user`. A second connection of the broker's user would end the first, so `broker`
+        is reused."""
         return nullcontext(broker) if user == "ordain" else self.client(user)
 
 
@@ -84,7 +85,7 @@ def production(tmp_path: Path) -> Iterator[Production]:
 
 
 async def topics_until_the_end(client: aiomqtt.Client) -> set[str]:
-    """Every topic that reaches this client before the message that says it is over."""
+    """All topics that this client receives before the message `end`."""
     seen: set[str] = set()
     async with asyncio.timeout(DEADLINE_SEC):
         async for message in client.messages:
@@ -95,7 +96,7 @@ async def topics_until_the_end(client: aiomqtt.Client) -> set[str]:
 
 
 @pytest.mark.parametrize("user", PASSWORDS)
-async def test_everyone_receives_exactly_what_is_theirs_to_read(production: Production, user: str) -> None:
+async def test_every_user_receives_exactly_the_topics_it_may_read(production: Production, user: str) -> None:
     async with production.client("ordain") as broker, production.another(broker, user) as reader:
         await reader.subscribe("#", qos=1)
         await reader.subscribe("$SYS/#", qos=1)
@@ -106,7 +107,7 @@ async def test_everyone_receives_exactly_what_is_theirs_to_read(production: Prod
 
 
 @pytest.mark.parametrize("user", PASSWORDS)
-async def test_what_anyone_writes_arrives_only_on_their_own_topics(production: Production, user: str) -> None:
+async def test_a_users_messages_arrive_only_on_topics_it_may_write(production: Production, user: str) -> None:
     async with production.client("ordain") as broker, production.another(broker, user) as writer:
         await broker.subscribe("#", qos=1)
         for topic in sorted(TOPICS):
@@ -116,18 +117,20 @@ async def test_what_anyone_writes_arrives_only_on_their_own_topics(production: P
 
 
 @pytest.mark.parametrize("topic", sorted(DEVICE_TOPICS))
-async def test_a_last_will_reaches_only_the_devices_own_topics(production: Production, topic: str) -> None:
+async def test_a_last_will_is_published_only_on_the_devices_own_topics(
+    production: Production, topic: str
+) -> None:
     async with production.client("ordain") as broker:
         await broker.subscribe("#", qos=1)
         vanish(production, "door-a", will=topic)
-        # The server let door-b in after it saw door-a go.
+        # The server accepts door-b after it has noticed the loss of door-a.
         async with production.client("door-b"):
             await broker.publish("iotee/dev/door-b/status", b"end", qos=1)
         assert await topics_until_the_end(broker) == MAY_WRITE["door-a"] & {topic}
 
 
 def vanish(server: Production, user: str, will: str) -> None:
-    """A client that leaves a will and is gone without a farewell."""
+    """A client that sets a will and disappears without DISCONNECT."""
     client = paho.Client(CallbackAPIVersion.VERSION2, client_id=user)
     client.username_pw_set(user, PASSWORDS[user])
     client.will_set(will, b"1", qos=1)
@@ -139,7 +142,7 @@ def vanish(server: Production, user: str, will: str) -> None:
     connection.close()
 
 
-async def test_a_stranger_and_a_wrong_password_are_refused(production: Production) -> None:
+async def test_an_unknown_user_and_a_wrong_password_are_refused(production: Production) -> None:
     for user, password in (("door-a", "wrong"), ("nobody", "secret-of-nobody")):
         with pytest.raises(aiomqtt.MqttError):
             async with production.client(user, password=password):
@@ -165,7 +168,7 @@ async def test_a_service_cannot_take_over_the_session_of_the_broker(production: 
             assert await topics_until_the_end(victim) == set()
 
 
-async def test_a_persistent_session_of_the_broker_outlives_its_connection(production: Production) -> None:
+async def test_the_brokers_persistent_session_survives_its_connection(production: Production) -> None:
     def bridge() -> aiomqtt.Client:
         return aiomqtt.Client(
             production.host,

@@ -1,4 +1,5 @@
-"""Checkpoints against what the holder of the file and of the keys can do to a log: cut it off, rewrite it."""
+"""Checkpoints against attacks by the owner of the file and of the keys: cutting the log off and rewriting
+it."""
 
 from __future__ import annotations
 
@@ -42,13 +43,13 @@ def kept(tmp_path: Path) -> Checkpoint:
 
 
 def copy(sql: sqlite3.Connection) -> sqlite3.Connection:
-    """The file in the hands of who may do anything with it."""
+    """A copy of the database that a test may manipulate."""
     mine = sqlite3.connect(":memory:", isolation_level=None)
     sql.backup(mine)
     return mine
 
 
-async def test_a_log_that_has_gone_on_is_the_one_of_the_checkpoint(bench: Bench, tmp_path: Path) -> None:
+async def test_a_log_that_grew_matches_its_checkpoint(bench: Bench, tmp_path: Path) -> None:
     said = kept(tmp_path)
     with opened(tmp_path) as sql:
         head = log.head(sql)
@@ -60,7 +61,7 @@ async def test_a_log_that_has_gone_on_is_the_one_of_the_checkpoint(bench: Bench,
         assert checkpoint.contradiction(sql, said.claims) is None
 
 
-async def test_a_log_that_was_cut_off_verifies_and_contradicts(bench: Bench, tmp_path: Path) -> None:
+async def test_a_cut_off_log_verifies_but_contradicts_its_checkpoint(bench: Bench, tmp_path: Path) -> None:
     said = kept(tmp_path)
     with opened(tmp_path) as sql, closing(copy(sql)) as mine:
         mine.execute("DELETE FROM events WHERE position = ?", (said.claims.position,))
@@ -69,7 +70,7 @@ async def test_a_log_that_was_cut_off_verifies_and_contradicts(bench: Bench, tmp
         assert "cut off: it ends at" in (checkpoint.contradiction(mine, said.claims) or "")
 
 
-async def test_a_log_that_was_made_anew_verifies_and_contradicts(bench: Bench, tmp_path: Path) -> None:
+async def test_a_rewritten_log_verifies_but_contradicts_its_checkpoint(bench: Bench, tmp_path: Path) -> None:
     await bench.order()
     said = kept(tmp_path)
     with opened(tmp_path) as sql, closing(copy(sql)) as mine:
@@ -86,7 +87,9 @@ async def test_a_log_that_was_made_anew_verifies_and_contradicts(bench: Bench, t
         assert "rewritten" in (checkpoint.contradiction(mine, said.claims) or "")
 
 
-async def test_another_log_contradicts_and_a_restored_one_does_not(bench: Bench, tmp_path: Path) -> None:
+async def test_another_log_contradicts_a_checkpoint_and_a_restored_one_does_not(
+    bench: Bench, tmp_path: Path
+) -> None:
     said = kept(tmp_path)
     with opened(tmp_path) as sql, closing(copy(sql)) as mine:
         mine.execute("UPDATE meta SET value = 'log_other' WHERE key = 'log_id'")
@@ -95,7 +98,7 @@ async def test_another_log_contradicts_and_a_restored_one_does_not(bench: Bench,
         assert checkpoint.contradiction(mine, said.claims) is None
 
 
-async def test_anybody_can_check_the_signature_with_the_published_key(bench: Bench, tmp_path: Path) -> None:
+async def test_the_published_key_verifies_the_signature(bench: Bench, tmp_path: Path) -> None:
     with opened(tmp_path) as sql:
         token = checkpoint.sign(sql)
     (published,) = bench.core.grants.jwks()["keys"]
@@ -107,7 +110,7 @@ async def test_anybody_can_check_the_signature_with_the_published_key(bench: Ben
     assert claims == msgspec.to_builtins(kept(tmp_path).claims)
 
 
-async def test_a_checkpoint_that_was_changed_is_none(bench: Bench, tmp_path: Path) -> None:
+async def test_a_changed_checkpoint_is_refused(bench: Bench, tmp_path: Path) -> None:
     with opened(tmp_path) as sql:
         token = checkpoint.sign(sql)
     head, body, signature = token.split(".")
@@ -126,7 +129,9 @@ async def test_a_checkpoint_that_was_changed_is_none(bench: Bench, tmp_path: Pat
             checkpoint.read(wrong.encode())
 
 
-async def test_who_signs_with_a_key_of_their_own_has_another_thumbprint(bench: Bench, tmp_path: Path) -> None:
+async def test_a_checkpoint_signed_with_another_key_has_another_thumbprint(
+    bench: Bench, tmp_path: Path
+) -> None:
     said = kept(tmp_path)
     mine = GrantKey(kid=said.kid, private=Ed25519PrivateKey.generate(), created_at=0)
     headers = {"typ": checkpoint.TYPE, "kid": said.kid, "jwk": jwk(mine)}
@@ -138,8 +143,8 @@ async def test_who_signs_with_a_key_of_their_own_has_another_thumbprint(bench: B
     assert read.thumbprint != said.thumbprint
 
 
-def test_the_thumbprint_is_that_of_the_standard() -> None:
-    # RFC 8037, appendix A.3.
+def test_the_thumbprint_follows_the_standard() -> None:
+    # The test vector of RFC 8037, appendix A.3.
     public = {"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}
     assert checkpoint._thumbprint(public) == "kPrK_qmxVWaYVA9wwBF6Iuo3vVzz7TxHCTwXBygrS4k"
 

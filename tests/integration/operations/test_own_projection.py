@@ -1,4 +1,5 @@
-"""A projection in one file: it gets all of history at once, goes on from there, and harms nobody."""
+"""A projection in one file: it reads the whole history, continues with new events, and cannot disturb
+others."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def reading(directory: Path) -> Iterator[sqlite3.Connection]:
 
 
 async def lives(bench: Bench, count: int) -> list[int]:
-    """Commands acknowledged one after the other; how long each took, ms."""
+    """Creates commands that are acknowledged one after the other; returns how long each took, in ms."""
     took = []
     for _ in range(count):
         command = await bench.order()
@@ -42,7 +43,7 @@ async def lives(bench: Bench, count: int) -> list[int]:
     return took
 
 
-async def test_the_example_tells_the_95th_percentile_of_all_history_and_goes_on(tmp_path: Path) -> None:
+async def test_the_example_shows_the_95th_percentile_of_all_history_and_continues(tmp_path: Path) -> None:
     async with running(tmp_path / "data") as bench:
         await bench.device()
         took = await lives(bench, 20)
@@ -53,7 +54,7 @@ async def test_the_example_tells_the_95th_percentile_of_all_history_and_goes_on(
             assert caught_up(example, source, tmp_path / "own.db") == [("generic", 21, sorted(took)[19])]
 
 
-async def test_one_that_fails_stops_at_its_checkpoint_and_says_where(tmp_path: Path) -> None:
+async def test_a_failing_projection_stops_at_its_checkpoint_and_names_the_position(tmp_path: Path) -> None:
     file = tmp_path / "bad.py"
     file.write_text(
         GOOD.replace("def apply(sql, event): ", "def apply(sql, event):\n 1 // (event.position - 2)\n ")
@@ -68,7 +69,7 @@ async def test_one_that_fails_stops_at_its_checkpoint_and_says_where(tmp_path: P
             assert caught_up(OwnProjection(file), source, tmp_path / "own.db") == [(head,)]
 
 
-async def test_its_database_belongs_to_one_log(tmp_path: Path) -> None:
+async def test_a_projections_database_belongs_to_one_log(tmp_path: Path) -> None:
     file = tmp_path / "good.py"
     file.write_text(GOOD)
     for name in ("one", "two"):
@@ -88,7 +89,7 @@ async def test_its_database_belongs_to_one_log(tmp_path: Path) -> None:
         ("import nothing_there", "Module"),
     ],
 )
-def test_a_file_that_is_none_is_named(tmp_path: Path, text: str, says: str) -> None:
+def test_an_invalid_projection_file_is_named(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "none.py"
     file.write_text(text)
     with pytest.raises(Wrong, match=f"none.py: .*{says}"):

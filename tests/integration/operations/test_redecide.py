@@ -1,6 +1,6 @@
-"""What a real broker decided on the virtual clock is decided again, from what was exported of each command.
+"""Repeats the decisions of a real broker on the virtual clock, from the export of each command.
 
-And a log in which something else stands is found out: each of its decisions would be another one.
+A manipulated log is detected, because one of its decisions would be different.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Events = list[Recorded]
 
 @cache
 def exported() -> dict[str, bytes]:
-    """What is exported of each command after one of every kind of life."""
+    """The export of each command, after at least one command of every kind of life."""
 
     async def world(loop: SimLoop) -> dict[str, bytes]:
         async with on_virtual_time(loop) as (bench, _):
@@ -69,7 +69,7 @@ def decided(command: str, events: Events) -> list[Step]:
     return list(redecide(events, min(each.position for each in events if each.stream == command)))
 
 
-def test_everything_that_was_decided_is_decided_again(tmp_path: Path) -> None:
+def test_all_decisions_are_repeated_with_the_same_result(tmp_path: Path) -> None:
     seen: set[tuple[str, str]] = set()
     for content in exported().values():
         command, events = read(content, tmp_path)
@@ -96,7 +96,7 @@ def test_everything_that_was_decided_is_decided_again(tmp_path: Path) -> None:
 
 
 def one(tmp_path: Path, *types: str) -> tuple[str, Events]:
-    """A command with these events and no other."""
+    """The first exported command with exactly these event types."""
     for content in exported().values():
         command, events = read(content, tmp_path)
         if tuple(each.type for each in events if each.stream == command) == types:
@@ -126,7 +126,7 @@ def test_a_command_that_expired_too_early_is_found(tmp_path: Path) -> None:
     assert "not at" in first_fault(command, altered(events, command, "expired", recorded_at=early))
 
 
-def test_a_result_time_that_ended_too_early_is_found(tmp_path: Path) -> None:
+def test_a_result_timeout_that_fired_too_early_is_found(tmp_path: Path) -> None:
     command, events = one(tmp_path, "created", "published", "acknowledged", "timed_out")
     early = at(events, command, "acknowledged") + 1_000
 
@@ -153,7 +153,7 @@ def test_an_end_before_the_last_attempt_is_found(tmp_path: Path) -> None:
         ("executed", Cancelled(by="key:key_1"), "conflict"),
     ],
 )
-def test_another_event_in_its_place_is_found(tmp_path: Path, type: str, event: Any, found: str) -> None:
+def test_a_replaced_event_is_found(tmp_path: Path, type: str, event: Any, found: str) -> None:
     command, events = one(tmp_path, "created", "published", "acknowledged", "progressed", "executed")
 
     said = first_fault(command, altered(events, command, type, event=event))
@@ -161,7 +161,7 @@ def test_another_event_in_its_place_is_found(tmp_path: Path, type: str, event: A
     assert found in said
 
 
-def test_a_hand_over_to_a_device_that_was_offline_is_found(tmp_path: Path) -> None:
+def test_a_hand_over_to_an_offline_device_is_found(tmp_path: Path) -> None:
     command, events = one(tmp_path, "created", "published", "failed")
     device = next(each for each in events if each.type == "online")
     offline = msgspec.structs.replace(device, event=Offline())
@@ -172,7 +172,7 @@ def test_a_hand_over_to_a_device_that_was_offline_is_found(tmp_path: Path) -> No
     assert "offline" in said
 
 
-def test_a_hand_over_past_the_window_is_found(tmp_path: Path) -> None:
+def test_a_hand_over_beyond_the_window_is_found(tmp_path: Path) -> None:
     command, events = one(tmp_path, "created", "published", "failed")
     created = next(each for each in events if each.stream == command)
     published = next(each for each in events if (each.stream, each.type) == (command, "published"))
@@ -185,7 +185,7 @@ def test_a_hand_over_past_the_window_is_found(tmp_path: Path) -> None:
     assert "not due" in first_fault(command, [*events[:where], *other, *events[where:]])
 
 
-def test_a_final_command_that_was_answered_again_is_found(tmp_path: Path) -> None:
+def test_an_answer_after_a_final_event_is_found(tmp_path: Path) -> None:
     command, events = one(tmp_path, "created", "published", "failed")
     last = next(each for each in events if (each.stream, each.type) == (command, "failed"))
     again = msgspec.structs.replace(last, version=4, event=Acknowledged())
@@ -204,7 +204,7 @@ CHANGES: list[tuple[Callable[[list[bytes]], list[bytes]], str]] = [
 
 
 @pytest.mark.parametrize(("change", "said"), CHANGES)
-def test_a_file_that_was_changed_is_refused(
+def test_a_changed_file_is_refused(
     tmp_path: Path, change: Callable[[list[bytes]], list[bytes]], said: str
 ) -> None:
     content = next(iter(exported().values())).splitlines()
@@ -213,7 +213,7 @@ def test_a_file_that_was_changed_is_refused(
         read(b"\n".join(change(content)), tmp_path)
 
 
-def test_data_that_is_not_what_its_digest_says_is_refused(tmp_path: Path) -> None:
+def test_data_that_does_not_match_its_digest_is_refused(tmp_path: Path) -> None:
     content = next(iter(exported().values())).splitlines()
     row = lines.as_row(content[-1])
     content[-1] = lines.as_line(row._replace(data=b'{"late":true}'))

@@ -1,4 +1,4 @@
-"""A log taken elsewhere as JSON Lines and brought in again is the same; anything less is refused."""
+"""A log exported as JSON Lines and imported again is the same; an incomplete file is refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_bytes().splitlines()[1:]]
 
 
-def test_a_log_comes_back_the_same_to_the_byte_with_the_same_projections(data: Path, tmp_path: Path) -> None:
+def test_a_log_is_imported_with_the_same_bytes_and_projections(data: Path, tmp_path: Path) -> None:
     out = exported(data, tmp_path / "log.jsonl")
     back = brought_in(tmp_path / "log.jsonl", tmp_path / "other")
 
@@ -86,7 +86,7 @@ def test_a_log_comes_back_the_same_to_the_byte_with_the_same_projections(data: P
     assert (tmp_path / "other" / DATABASE).stat().st_mode & 0o777 == 0o600
 
 
-def test_an_empty_log_comes_back_empty(tmp_path: Path) -> None:
+def test_an_empty_log_is_imported_empty(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with closing(sqlite3.connect(tmp_path / "data" / DATABASE, isolation_level=None)) as sql:
         sqlite.create(sql, "log_empty", "00")
@@ -96,7 +96,9 @@ def test_an_empty_log_comes_back_empty(tmp_path: Path) -> None:
     assert brought_in(tmp_path / "log.jsonl", tmp_path / "other").position == 0
 
 
-def test_pages_do_not_show(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_size_does_not_change_the_export(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exported(data, tmp_path / "whole.jsonl")
     monkeypatch.setattr(transfer, "PAGE", 3)
     exported(data, tmp_path / "paged.jsonl")
@@ -106,7 +108,7 @@ def test_pages_do_not_show(data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert everything(tmp_path / "other") == everything(data)
 
 
-def test_filters_choose_rows_and_what_they_leave_cannot_be_imported(data: Path, tmp_path: Path) -> None:
+def test_filters_select_rows_and_a_filtered_export_cannot_be_imported(data: Path, tmp_path: Path) -> None:
     all_rows = everything(data)[0]
     device_id = next(row.device_id for row in all_rows if row.type == "registered")
     chosen: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
@@ -157,7 +159,7 @@ DAMAGE: list[tuple[Callable[[list[bytes]], list[bytes]], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGE)
-def test_a_file_that_is_not_the_whole_log_is_refused_and_nothing_is_left(
+def test_an_incomplete_or_changed_file_is_refused_and_nothing_is_left(
     data: Path, tmp_path: Path, damage: Callable[[list[bytes]], list[bytes]], said: str
 ) -> None:
     exported(data, tmp_path / "log.jsonl")
@@ -172,7 +174,7 @@ def test_a_file_that_is_not_the_whole_log_is_refused_and_nothing_is_left(
     assert not list((tmp_path / "other").glob("*"))
 
 
-def test_nothing_is_overwritten(data: Path, tmp_path: Path) -> None:
+def test_no_existing_file_is_overwritten(data: Path, tmp_path: Path) -> None:
     exported(data, tmp_path / "log.jsonl")
     before, kept = (tmp_path / "log.jsonl").read_bytes(), everything(data)
 
@@ -185,7 +187,7 @@ def test_nothing_is_overwritten(data: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "log.jsonl"]
 
 
-def test_what_a_purge_has_promised_to_erase_is_not_exported(data: Path, tmp_path: Path) -> None:
+def test_data_covered_by_a_purge_is_not_exported(data: Path, tmp_path: Path) -> None:
     with closing(sqlite3.connect(data / DATABASE, isolation_level=None)) as sql:
         head = sqlite.head(sql)
         purged = Recorded(
@@ -211,6 +213,6 @@ def test_what_a_purge_has_promised_to_erase_is_not_exported(data: Path, tmp_path
     brought_in(tmp_path / "log.jsonl", tmp_path / "other")
 
 
-def test_a_line_is_the_row_it_was_made_of(data: Path) -> None:
+def test_a_row_survives_conversion_to_a_line_and_back(data: Path) -> None:
     for row in everything(data)[0]:
         assert lines.as_row(lines.as_line(row)) == row

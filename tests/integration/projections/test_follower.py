@@ -1,4 +1,4 @@
-"""Projections held against the log: a rebuilt one is the same, and whatever was changed is named."""
+"""Projections compared with the log: a rebuilt one is the same, and each changed row is named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def verified(kept: sqlite3.Connection) -> str | None:
 
 
 @pytest.mark.parametrize("page", [1, 7, 5_000])
-def test_what_is_made_anew_elsewhere_is_the_same(
+def test_projections_rebuilt_in_another_database_are_the_same(
     kept: sqlite3.Connection, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follower, "PAGE", page)
@@ -61,7 +61,7 @@ def test_what_is_made_anew_elsewhere_is_the_same(
         ("DELETE FROM definitions", "definitions, the row of digest"),
     ],
 )
-def test_the_first_row_that_does_not_follow_is_named(
+def test_the_first_row_that_does_not_follow_from_the_log_is_named(
     kept: sqlite3.Connection, change: str, found: str
 ) -> None:
     assert verified(kept) is None
@@ -70,7 +70,7 @@ def test_the_first_row_that_does_not_follow_is_named(
     assert found in (verified(kept) or "")
 
 
-def test_a_row_that_was_added_is_named_and_not_the_one_behind_it(kept: sqlite3.Connection) -> None:
+def test_an_added_row_is_named_and_not_the_row_after_it(kept: sqlite3.Connection) -> None:
     kept.execute(
         "INSERT INTO commands SELECT 9, 'cmd_x', project, device_id, type, state, closed_at, "
         "closed_position, summary FROM commands WHERE position = 8"
@@ -79,7 +79,7 @@ def test_a_row_that_was_added_is_named_and_not_the_one_behind_it(kept: sqlite3.C
     assert verified(kept) == "commands, the row of position 9 does not follow from the log"
 
 
-def test_projections_of_another_shape_are_made_anew(kept: sqlite3.Connection) -> None:
+def test_projections_of_another_schema_are_rebuilt(kept: sqlite3.Connection) -> None:
     before = follower.dump(kept)
     kept.execute("UPDATE meta SET value = 'older' WHERE key = 'projections'")
     kept.execute("DROP TABLE lanes")
@@ -91,4 +91,4 @@ def test_projections_of_another_shape_are_made_anew(kept: sqlite3.Connection) ->
     assert follower.is_current(kept)
     kept.execute("DELETE FROM commands")
     follower.prepare(kept)
-    assert follower.dump(kept) != before  # it is of this shape: nothing was made
+    assert follower.dump(kept) != before  # the schema is current, so nothing was rebuilt

@@ -1,4 +1,4 @@
-"""What was, held against the log cut off there: the projections made of a prefix say what was true."""
+"""Past states compared with the projections of a log that ends at that position."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def whole(request: pytest.FixtureRequest) -> Iterator[sqlite3.Connection]:
 
 
 def come_and_go(sql: sqlite3.Connection) -> None:
-    """More of a device's life than a release left: a start of the broker in between, changes, its end."""
+    """Adds events that the release's log lacks: a broker start, changes of a device, and its deletion."""
     device_id = sql.execute(
         "SELECT max(device_id) FROM events WHERE type = 'registered' AND device_id NOT IN "
         "(SELECT device_id FROM events WHERE type = 'deleted')"
@@ -73,7 +73,7 @@ def come_and_go(sql: sqlite3.Connection) -> None:
 
 @pytest.fixture(scope="module")
 def prefixes(whole: sqlite3.Connection) -> Iterator[list[tuple[int, sqlite3.Connection]]]:
-    """For every position, the broker that had seen no more."""
+    """For every position, a database whose log ends there."""
     found = []
     rows = list(log.all_rows(whole))
     for position in range(len(rows) + 1):
@@ -102,7 +102,7 @@ def named(sql: sqlite3.Connection) -> list[str]:
 
 @pytest.mark.parametrize("wanted", FILTERS)
 @pytest.mark.parametrize("limit", [ALL, 2])
-def test_a_list_of_commands_is_what_it_was(
+def test_a_past_list_of_commands_is_correct(
     whole: sqlite3.Connection,
     prefixes: list[tuple[int, sqlite3.Connection]],
     wanted: Filter,
@@ -121,7 +121,7 @@ def test_a_list_of_commands_is_what_it_was(
     assert seen > 0
 
 
-def test_one_command_and_every_lane_are_what_they_were(
+def test_past_commands_and_lanes_are_correct(
     whole: sqlite3.Connection, prefixes: list[tuple[int, sqlite3.Connection]]
 ) -> None:
     ids = [row[0] for row in whole.execute("SELECT id FROM commands")]
@@ -136,7 +136,7 @@ def test_one_command_and_every_lane_are_what_they_were(
     assert opened > 0
 
 
-def test_devices_are_what_they_were(
+def test_past_devices_are_correct(
     whole: sqlite3.Connection, prefixes: list[tuple[int, sqlite3.Connection]]
 ) -> None:
     for position, sql in prefixes:
@@ -149,7 +149,7 @@ def test_devices_are_what_they_were(
             assert (None if one is None else one.state) == known.get(device_id), position
 
 
-def test_changes_between_two_points_are_what_differs(
+def test_a_diff_equals_the_difference_between_two_points(
     whole: sqlite3.Connection,
     prefixes: list[tuple[int, sqlite3.Connection]],
     monkeypatch: pytest.MonkeyPatch,
@@ -188,13 +188,13 @@ def test_changes_between_two_points_are_what_differs(
                 assert change.after.state == devices.by_name(newer, [name])[name]
 
 
-def test_a_time_stands_for_the_last_event_recorded_at_or_before_it(whole: sqlite3.Connection) -> None:
+def test_a_time_means_the_last_event_recorded_at_or_before_it(whole: sqlite3.Connection) -> None:
     times = [row.recorded_at for row in log.all_rows(whole)]
     for at in {moment + step for moment in times for step in (-1, 0, 1)}:
         assert log.place(whole, at) == sum(recorded <= at for recorded in times)
 
 
-def test_what_was_known_of_a_device_being_online_is_void_after_a_start(whole: sqlite3.Connection) -> None:
+def test_presence_from_before_a_start_of_the_broker_is_void(whole: sqlite3.Connection) -> None:
     voided = 0
     for row in log.all_rows(whole):
         if row.type == "started":
@@ -208,7 +208,7 @@ def test_what_was_known_of_a_device_being_online_is_void_after_a_start(whole: sq
     assert voided > 0
 
 
-def test_erased_commands_are_as_if_they_never_were(whole: sqlite3.Connection) -> None:
+def test_erased_commands_are_absent_from_the_past_too(whole: sqlite3.Connection) -> None:
     with closing(sqlite3.connect(":memory:")) as sql:
         whole.backup(sql)
         gone = commands.newest(sql, Filter(states=(State.EXECUTED,)), 1)[0]

@@ -1,4 +1,4 @@
-"""A webhook's far end: a real HTTP server that keeps what it got and answers as it is told."""
+"""The receiver of a webhook: a real HTTP server that keeps its requests and answers as a test says."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Reply = tuple[int, dict[str, str]]
 
 
 class Receiver:
-    """`reply` decides on each request; while `gate` is shut nothing is answered."""
+    """`reply` returns the answer to each request. While `gate` is not set, no answer is sent."""
 
     def __init__(self) -> None:
         self.got: list[Got] = []
@@ -53,7 +53,7 @@ class Receiver:
             await self._news.wait_for(fact)
 
     async def count(self, number: int) -> list[Got]:
-        """Once this many requests have come."""
+        """Waits for this many requests and returns them."""
         await self.until(lambda: len(self.got) >= number)
         return self.got
 

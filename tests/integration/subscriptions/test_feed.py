@@ -1,4 +1,4 @@
-"""Subscribers get every event once, in order, after its commit, whether it comes from the log or live."""
+"""Subscribers get every event once, in order, after its commit, from the log or live."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ async def take(stream: Follow, count: int) -> list[Entry]:
     return found
 
 
-async def test_history_goes_over_into_what_is_committed_now_without_a_gap_or_a_double(tmp_path: Path) -> None:
+async def test_a_stream_continues_from_history_into_live_events_without_gap_or_duplicate(
+    tmp_path: Path,
+) -> None:
     async with running(tmp_path) as bench:
         await bench.device()
         first = await bench.order()
@@ -50,7 +52,7 @@ async def test_history_goes_over_into_what_is_committed_now_without_a_gap_or_a_d
         assert (live[0].stream, live[0].type, live[0].command) == (second.id, "created", "open")
 
 
-async def test_one_that_fell_behind_goes_on_from_the_log(tmp_path: Path) -> None:
+async def test_a_subscriber_that_fell_behind_continues_from_the_log(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         await bench.device()
         start = bench.core.feed.head
@@ -62,7 +64,7 @@ async def test_one_that_fell_behind_goes_on_from_the_log(tmp_path: Path) -> None
         assert [entry.stream for entry in got] == made
 
 
-def test_filters_choose_by_project_device_command_name_and_event(tmp_path: Path) -> None:
+def test_filters_select_by_project_device_command_name_and_event(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         lamp = await bench.device()
         other = Caller(actor="key:key_2", project="other")
@@ -103,7 +105,7 @@ async def test_a_cloud_event_names_its_command_and_never_shows_a_digest(tmp_path
 
 
 class Doubtful:
-    """A storage whose next write succeeds and says that it failed; what is written after that waits."""
+    """A storage whose next write succeeds but reports a failure; later writes wait for `gate`."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -130,7 +132,9 @@ class Doubtful:
         return await self.storage.forget_old_pages()
 
 
-async def test_what_a_failed_commit_left_is_shown_once_something_after_it_is_durable(tmp_path: Path) -> None:
+async def test_events_of_a_commit_with_unknown_outcome_are_shown_after_the_next_commit(
+    tmp_path: Path,
+) -> None:
     storage = Doubtful(await SqliteStorage.open(tmp_path))
     async with running(storage) as bench:
         await bench.device(online=False)
@@ -142,14 +146,14 @@ async def test_what_a_failed_commit_left_is_shown_once_something_after_it_is_dur
                 await bench.order()
             await until(lambda: bench.live.epoch == 2)
             shown = bench.core.feed.head, coming.done()
-            storage.gate.set()  # also where the test fails: the broker could not end
+            storage.gate.set()  # set before any assertion: otherwise the broker could not end after a failure
             entries, _ = await coming
             assert shown == (head, False)
             assert [entry.type for entry in entries] == ["created"]
     await storage.close()
 
 
-async def test_what_waits_for_a_slow_reader_is_not_told_once_it_was_erased(tmp_path: Path) -> None:
+async def test_events_queued_for_a_slow_reader_lose_their_data_when_erased(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         await bench.device(online=False)
         start = bench.core.feed.head

@@ -1,4 +1,5 @@
-"""Events told to the MQTT server: each, in order, again until it was taken. The far end is the test."""
+"""Events published to the MQTT server: each one, in order, repeated until accepted. The test is the far
+end."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from tests.simulation.loop import SimClock, SimLoop
 
 
 class Listener:
-    """What was told, and its receipts; commands get theirs at once."""
+    """Collects published events; the test gives their receipts. Publishes of commands are accepted at
+    once."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -52,7 +54,7 @@ def new_storage(loop: SimLoop) -> SimStorage:
     return SimStorage(loop, SimDisk(loop))
 
 
-def test_every_event_of_a_command_is_told_on_its_topic_after_it_is_durable() -> None:
+def test_every_event_of_a_command_is_published_on_its_topic_after_it_is_durable() -> None:
     async def world(loop: SimLoop) -> None:
         async with listening(new_storage(loop), loop) as listener:
             bench = listener.bench
@@ -81,7 +83,7 @@ def test_every_event_of_a_command_is_told_on_its_topic_after_it_is_durable() -> 
     simulated(world)
 
 
-def test_what_was_not_taken_is_told_again_under_the_same_ids() -> None:
+def test_an_event_that_was_not_accepted_is_published_again_with_the_same_id() -> None:
     async def world(loop: SimLoop) -> None:
         async with listening(new_storage(loop), loop) as listener:
             await listener.bench.device(online=False)
@@ -99,7 +101,7 @@ def test_what_was_not_taken_is_told_again_under_the_same_ids() -> None:
     simulated(world)
 
 
-def test_while_the_link_is_down_it_waits_and_then_goes_on() -> None:
+def test_events_wait_while_the_link_is_down() -> None:
     async def world(loop: SimLoop) -> None:
         async with listening(new_storage(loop), loop) as listener:
             await listener.bench.device(online=False)
@@ -117,7 +119,7 @@ def test_while_the_link_is_down_it_waits_and_then_goes_on() -> None:
     simulated(world)
 
 
-def test_a_restart_goes_on_from_the_lowest_that_was_not_taken() -> None:
+def test_a_restart_continues_from_the_first_event_not_accepted() -> None:
     async def world(loop: SimLoop) -> None:
         storage = new_storage(loop)
         async with listening(storage, loop) as listener:
@@ -139,7 +141,7 @@ def test_a_restart_goes_on_from_the_lowest_that_was_not_taken() -> None:
     simulated(world)
 
 
-def test_only_so_many_are_told_before_the_first_is_taken() -> None:
+def test_the_number_of_unaccepted_events_in_flight_is_limited() -> None:
     async def world(loop: SimLoop) -> None:
         async with listening(new_storage(loop), loop) as listener:
             await listener.bench.device(online=False)
@@ -155,7 +157,7 @@ def test_only_so_many_are_told_before_the_first_is_taken() -> None:
     simulated(world)
 
 
-def test_what_is_erased_while_the_server_takes_nothing_is_told_without_its_data() -> None:
+def test_an_event_erased_while_it_waits_is_published_without_its_data() -> None:
     async def world(loop: SimLoop) -> None:
         async with listening(new_storage(loop), loop) as listener:
             bench = listener.bench
@@ -176,7 +178,7 @@ def test_what_is_erased_while_the_server_takes_nothing_is_told_without_its_data(
     simulated(world)
 
 
-def test_a_server_that_refuses_holds_up_no_command_and_is_asked_again() -> None:
+def test_a_refusing_server_blocks_no_command_and_is_tried_again() -> None:
     async def world(loop: SimLoop) -> None:
         async with listening(new_storage(loop), loop) as listener:
             bench = listener.bench
@@ -192,7 +194,7 @@ def test_a_server_that_refuses_holds_up_no_command_and_is_asked_again() -> None:
     simulated(world)
 
 
-def test_one_event_that_the_server_will_never_take_holds_up_no_other() -> None:
+def test_an_event_the_server_never_accepts_is_skipped() -> None:
     async def world(loop: SimLoop) -> None:
         async with listening(new_storage(loop), loop) as listener:
             bench = listener.bench
@@ -209,7 +211,7 @@ def test_one_event_that_the_server_will_never_take_holds_up_no_other() -> None:
     simulated(world)
 
 
-def test_what_happens_while_nobody_can_listen_is_told_to_nobody() -> None:
+def test_events_are_skipped_while_no_client_can_subscribe() -> None:
     async def world(loop: SimLoop) -> None:
         async with listening(new_storage(loop), loop) as listener:
             events = listener.bench.core.mqtt_events

@@ -1,4 +1,4 @@
-"""Requests to addresses that customers chose: real servers get them, and nothing private is reached."""
+"""Requests to addresses chosen by customers: real servers get them, and no private address is reached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME = "hooks.example"
 
 
 class Names:
-    """A resolver that gives one answer after the other, the last one again and again."""
+    """A resolver that returns its answers in turn and repeats the last one."""
 
     def __init__(self, *answers: Sequence[str]) -> None:
         self.answers = list(answers)
@@ -51,7 +51,7 @@ async def receiver() -> AsyncIterator[Receiver]:
         yield made
 
 
-async def test_body_and_headers_arrive_and_the_answer_comes_back(receiver: Receiver) -> None:
+async def test_body_and_headers_arrive_and_the_answer_is_returned(receiver: Receiver) -> None:
     receiver.reply = lambda _: (429, {"Retry-After": "7"})
     async with outbound(HERE) as out:
         answer = await out.post(receiver.url + "?a=b", {"webhook-id": "x"}, b"{}", 5)
@@ -62,7 +62,7 @@ async def test_body_and_headers_arrive_and_the_answer_comes_back(receiver: Recei
     assert got.headers["host"] == f"127.0.0.1:{receiver.port}"
 
 
-async def test_a_connection_is_used_again(receiver: Receiver) -> None:
+async def test_a_connection_is_reused(receiver: Receiver) -> None:
     async with outbound(HERE) as out:
         for _ in range(3):
             assert (await out.post(receiver.url, {}, b"", 5)).status == 204
@@ -91,7 +91,7 @@ async def test_no_proxy_of_the_environment_is_used(
     assert (len(receiver.got), proxy.connections) == (1, 0)
 
 
-async def test_who_never_answers_is_left_after_the_time_that_was_given(receiver: Receiver) -> None:
+async def test_a_server_that_does_not_answer_times_out(receiver: Receiver) -> None:
     receiver.gate.clear()
     async with outbound(HERE) as out:
         answer = await out.post(receiver.url, {}, b"", 0.2)
@@ -99,7 +99,7 @@ async def test_who_never_answers_is_left_after_the_time_that_was_given(receiver:
     assert (answer.status, answer.error) == (None, "no answer within 0.2 s")
 
 
-async def test_an_answer_without_end_is_cut_off() -> None:
+async def test_an_endless_answer_is_cut_off() -> None:
     async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -118,7 +118,9 @@ async def test_an_answer_without_end_is_cut_off() -> None:
     assert answer.status == 200
 
 
-async def test_nobody_there_and_no_http_are_errors_and_no_exceptions(free_port: int) -> None:
+async def test_a_refused_connection_and_a_non_http_answer_are_errors_and_no_exceptions(
+    free_port: int,
+) -> None:
     async def rude(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 smtp.example ready\r\n")
         writer.close()
@@ -139,7 +141,7 @@ async def test_nobody_there_and_no_http_are_errors_and_no_exceptions(free_port: 
 
 
 def certificate(directory: Path, *names: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """What a server of these names has, and what trusts it."""
+    """A certificate for these names, and a TLS context that trusts it."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     now = datetime.now(UTC)
@@ -165,7 +167,7 @@ def certificate(directory: Path, *names: str) -> tuple[ssl.SSLContext, ssl.SSLCo
     return server, ssl.create_default_context(cafile=str(path))
 
 
-async def test_tls_asks_for_the_name_while_the_connection_goes_to_the_address(tmp_path: Path) -> None:
+async def test_tls_checks_the_name_while_the_connection_goes_to_the_address(tmp_path: Path) -> None:
     server, client = certificate(tmp_path, NAME)
     asked: list[str | None] = []
     server.sni_callback = lambda _socket, name, _context: asked.append(name)
@@ -179,7 +181,7 @@ async def test_tls_asks_for_the_name_while_the_connection_goes_to_the_address(tm
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-async def test_a_certificate_of_another_name_or_of_nobody_known_gets_nothing(
+async def test_a_certificate_of_another_name_or_an_unknown_issuer_gets_no_request(
     tmp_path: Path, trusted: bool
 ) -> None:
     server, client = certificate(tmp_path, "other.example" if trusted else NAME)
@@ -195,7 +197,7 @@ async def test_a_certificate_of_another_name_or_of_nobody_known_gets_nothing(
 # --- where it may go -------------------------------------------------------------------------------
 
 
-async def test_nothing_reaches_this_machine_unless_it_is_allowed(receiver: Receiver) -> None:
+async def test_no_local_address_is_reached_unless_allowed(receiver: Receiver) -> None:
     async with outbound() as out:
         for host in (
             "127.0.0.1",
@@ -225,8 +227,8 @@ async def test_nothing_reaches_this_machine_unless_it_is_allowed(receiver: Recei
     assert receiver.connections == 0
 
 
-async def test_a_name_that_changes_its_address_after_it_was_looked_at_is_judged_where_it_leads() -> None:
-    """DNS rebinding: what is judged is what is connected to."""
+async def test_the_address_is_checked_at_connection_time() -> None:
+    """DNS rebinding: the checked address is the one that is connected to."""
     async with receiving("127.0.0.2") as open_one, receiving("127.0.0.1", port=open_one.port) as inner:
         url = f"http://{NAME}:{open_one.port}/"
         names = Names(["127.0.0.2"], ["127.0.0.2"], ["127.0.0.1"])
@@ -240,19 +242,19 @@ async def test_a_name_that_changes_its_address_after_it_was_looked_at_is_judged_
         assert (len(open_one.got), inner.connections) == (1, 0)
 
 
-async def test_one_private_address_among_several_is_enough_to_refuse() -> None:
+async def test_one_private_address_among_several_refuses_the_request() -> None:
     async with outbound(lookup=Names(["93.184.215.14", "10.0.0.1"])) as out:
         assert "10.0.0.1" in (await out.fault(f"https://{NAME}/") or "")
 
 
-async def test_plain_http_is_for_networks_that_are_allowed(receiver: Receiver) -> None:
+async def test_plain_http_is_allowed_only_for_allowed_networks(receiver: Receiver) -> None:
     async with outbound(HERE, lookup=Names(["93.184.215.14"])) as out:
         assert "https" in (await out.fault(f"http://{NAME}/") or "")
         assert await out.fault(f"https://{NAME}/") is None
         assert await out.fault(receiver.url) is None
 
 
-async def test_a_name_that_nobody_knows_is_an_error() -> None:
+async def test_an_unknown_host_name_is_an_error() -> None:
     async with outbound() as out:
         assert await out.fault("https://nobody.invalid/") == "the host nobody.invalid cannot be looked up"
         answer = await out.post("https://nobody.invalid/", {}, b"", 20)
@@ -274,12 +276,12 @@ PUBLIC = (
 
 
 @pytest.mark.parametrize("text", PRIVATE.split())
-def test_what_is_not_of_the_public_internet_is_known_as_such(text: str) -> None:
+def test_non_public_addresses_are_recognised(text: str) -> None:
     assert not is_public(ip_address(text))
 
 
 @pytest.mark.parametrize("text", PUBLIC.split())
-def test_what_is_of_the_public_internet_is_let_through(text: str) -> None:
+def test_public_addresses_are_allowed(text: str) -> None:
     assert is_public(ip_address(text))
 
 
@@ -310,11 +312,11 @@ def test_what_is_of_the_public_internet_is_let_through(text: str) -> None:
         ("https://" + "a" * 2_050, "longer"),
     ],
 )
-def test_what_is_no_plain_url_is_refused_with_a_reason(url: str, why: str) -> None:
+def test_an_unsupported_url_is_refused_with_a_reason(url: str, why: str) -> None:
     with pytest.raises(Refused, match=why):
         target_of(url)
 
 
-def test_a_plain_url_is_taken_apart() -> None:
+def test_a_plain_url_is_parsed() -> None:
     assert target_of("https://xn--bcher-kva.example") == (True, "xn--bcher-kva.example", 443, "/")
     assert target_of("http://[2606:4700::1]:81/a%20b?c=d&e") == (False, "2606:4700::1", 81, "/a%20b?c=d&e")

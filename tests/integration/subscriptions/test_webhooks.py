@@ -1,4 +1,4 @@
-"""Webhooks over real HTTP: signed, in order per device, at least once, and each endpoint for itself."""
+"""Webhooks over real HTTP: signed, in order per device, at least once, and independent of each other."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def read(client: httpx2.AsyncClient, made: dict[str, Any]) -> dict[str, An
 async def becomes(
     client: httpx2.AsyncClient, made: dict[str, Any], fact: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
-    """The endpoint, once this is true of it."""
+    """Waits until the endpoint fulfils the condition and returns it."""
     async with asyncio.timeout(WITHIN_SEC):
         while not fact(found := await read(client, made)):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
@@ -76,7 +76,7 @@ async def becomes(
 
 
 async def settled(client: httpx2.AsyncClient, made: dict[str, Any]) -> dict[str, Any]:
-    """Once it has nothing left to deliver and the broker knows."""
+    """Waits until the endpoint has nothing left to deliver."""
     return await becomes(client, made, lambda found: found["lag"] == 0)
 
 
@@ -118,9 +118,7 @@ async def test_every_event_arrives_signed_as_a_cloud_event_in_order(
     assert positions(got) == sorted(positions(got))
 
 
-async def test_a_secret_is_shown_once_and_each_webhook_has_its_own(
-    broker: Broker, receiver: Receiver
-) -> None:
+async def test_a_secret_is_shown_once_and_differs_per_webhook(broker: Broker, receiver: Receiver) -> None:
     client = await broker.someone()
     first, second = await hook(client, receiver), await hook(client, receiver)
 
@@ -132,7 +130,7 @@ async def test_a_secret_is_shown_once_and_each_webhook_has_its_own(
     assert "whsec_" not in (await client.delete(f"/v1/webhooks/{first['id']}")).text
 
 
-async def test_an_endpoint_gets_what_it_chose_of_its_own_project(broker: Broker) -> None:
+async def test_an_endpoint_gets_the_selected_events_of_its_own_project(broker: Broker) -> None:
     owner, stranger = await broker.someone(), await broker.someone("other")
     async with receiving() as by_type, receiving() as by_device, receiving() as theirs:
         lamp = await register(owner)
@@ -156,7 +154,7 @@ async def test_an_endpoint_gets_what_it_chose_of_its_own_project(broker: Broker)
     assert lamp["id"] not in str(by_device.got)
 
 
-async def test_what_was_erased_before_it_was_sent_is_sent_without_its_data(
+async def test_events_erased_before_delivery_are_sent_without_their_data(
     broker: Broker, receiver: Receiver
 ) -> None:
     client = await broker.someone()
@@ -249,7 +247,7 @@ async def test_a_dead_endpoint_does_not_delay_another(broker: Broker, receiver: 
         dead.gate.set()
 
 
-async def test_a_broker_that_starts_again_goes_on_where_it_was(tmp_path: Path, receiver: Receiver) -> None:
+async def test_a_restarted_broker_continues_its_deliveries(tmp_path: Path, receiver: Receiver) -> None:
     async with at_work(tmp_path / "data") as broker:
         client = await broker.someone()
         made = await hook(client, receiver)
@@ -283,7 +281,9 @@ async def test_a_broker_that_starts_again_goes_on_where_it_was(tmp_path: Path, r
         Webhook(made["secret"]).verify(each.body, each.headers)
 
 
-async def test_a_paused_webhook_gets_nothing_and_misses_nothing(broker: Broker, receiver: Receiver) -> None:
+async def test_a_paused_webhook_gets_nothing_and_later_misses_nothing(
+    broker: Broker, receiver: Receiver
+) -> None:
     client = await broker.someone()
     await register(client)
     made = await hook(client, receiver)
@@ -304,7 +304,7 @@ async def test_a_paused_webhook_gets_nothing_and_misses_nothing(broker: Broker, 
 # --- what an owner can do --------------------------------------------------------------------------
 
 
-async def test_after_a_rotation_both_secrets_verify_and_without_overlap_only_the_new(
+async def test_after_a_rotation_both_secrets_verify_and_without_overlap_only_the_new_one(
     broker: Broker, receiver: Receiver
 ) -> None:
     client = await broker.someone()
@@ -327,7 +327,7 @@ async def test_after_a_rotation_both_secrets_verify_and_without_overlap_only_the
     assert third["old_secrets_until"] is None
 
 
-async def test_410_ends_an_endpoint_for_good_and_it_says_so(broker: Broker, receiver: Receiver) -> None:
+async def test_410_disables_an_endpoint_and_its_reason_says_so(broker: Broker, receiver: Receiver) -> None:
     client = await broker.someone()
     made = await hook(client, receiver)
     receiver.reply = lambda _: (410, {})
@@ -341,7 +341,7 @@ async def test_410_ends_an_endpoint_for_good_and_it_says_so(broker: Broker, rece
     assert "ordain_webhooks_stopped 1.0" in (await client.get("/metrics")).text
 
 
-async def test_attempts_are_listed_newest_first_with_what_became_of_them(
+async def test_attempts_are_listed_newest_first_with_their_outcome(
     broker: Broker, receiver: Receiver
 ) -> None:
     client = await broker.someone()
@@ -370,7 +370,7 @@ async def test_attempts_are_listed_newest_first_with_what_became_of_them(
     assert 'ordain_subscriber_lag_events{kind="webhook"} 1.0' in metrics
 
 
-async def test_one_event_can_be_sent_again_and_everything_from_a_position_on(
+async def test_one_event_is_resent_and_a_range_is_redriven_from_a_position(
     broker: Broker, receiver: Receiver
 ) -> None:
     client = await broker.someone()
@@ -403,7 +403,7 @@ async def test_one_event_can_be_sent_again_and_everything_from_a_position_on(
     assert len(receiver.got) == 5
 
 
-async def test_what_is_still_to_be_sent_in_its_order_is_not_sent_again_out_of_it(
+async def test_an_event_still_waiting_for_delivery_cannot_be_resent(
     broker: Broker, receiver: Receiver
 ) -> None:
     client = await broker.someone()
@@ -419,7 +419,7 @@ async def test_what_is_still_to_be_sent_in_its_order_is_not_sent_again_out_of_it
     receiver.gate.set()
 
 
-async def test_a_change_of_url_takes_what_is_left_along(broker: Broker, receiver: Receiver) -> None:
+async def test_a_changed_url_gets_the_events_not_delivered_yet(broker: Broker, receiver: Receiver) -> None:
     client = await broker.someone()
     await register(client)
     made = await hook(client, receiver, name="old")
@@ -437,7 +437,7 @@ async def test_a_change_of_url_takes_what_is_left_along(broker: Broker, receiver
         assert [each.event["subject"] for each in got] == ids
 
 
-async def test_a_wider_choice_holds_from_the_cursor_on(broker: Broker, receiver: Receiver) -> None:
+async def test_more_event_types_apply_from_the_cursor_on(broker: Broker, receiver: Receiver) -> None:
     client = await broker.someone()
     await register(client)
     made = await hook(client, receiver, events=["created"])
@@ -456,7 +456,7 @@ async def test_a_wider_choice_holds_from_the_cursor_on(broker: Broker, receiver:
     assert [each.event["type"].split(".")[2] for each in got] == ["created", "cancelled"]
 
 
-async def test_a_deleted_webhook_is_gone_and_gets_nothing(broker: Broker, receiver: Receiver) -> None:
+async def test_a_deleted_webhook_is_not_found_and_gets_nothing(broker: Broker, receiver: Receiver) -> None:
     client = await broker.someone()
     made = await hook(client, receiver)
     assert (await client.delete(f"/v1/webhooks/{made['id']}")).status_code == 200
@@ -494,7 +494,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-async def test_a_wrong_field_is_named_at_creation_and_at_a_change(broker: Broker, receiver: Receiver) -> None:
+async def test_a_wrong_field_is_named_on_creation_and_on_change(broker: Broker, receiver: Receiver) -> None:
     client = await broker.someone()
     made = await hook(client, receiver)
     for wrong, field in WRONG:
@@ -510,7 +510,9 @@ async def test_a_wrong_field_is_named_at_creation_and_at_a_change(broker: Broker
     assert [each["id"] for each in (await client.get("/v1/webhooks")).json()["data"]] == [made["id"]]
 
 
-async def test_webhooks_need_both_scopes_and_are_of_one_project(broker: Broker, receiver: Receiver) -> None:
+async def test_webhooks_need_both_scopes_and_belong_to_one_project(
+    broker: Broker, receiver: Receiver
+) -> None:
     owner, stranger = await broker.someone(), await broker.someone("other")
     made = await hook(owner, receiver)
     for scopes in (("devices:read", "devices:write"), ("devices:read", "events:read")):
@@ -544,7 +546,7 @@ async def test_webhooks_need_both_scopes_and_are_of_one_project(broker: Broker, 
     assert made["project"] == "acme"
 
 
-async def test_a_project_has_so_many_webhooks_and_no_more(tmp_path: Path, receiver: Receiver) -> None:
+async def test_the_number_of_webhooks_per_project_is_limited(tmp_path: Path, receiver: Receiver) -> None:
     async with at_work(tmp_path / "data", Limits(webhooks_per_project=2)) as broker:
         client, other = await broker.someone(), await broker.someone("other")
         made = [(await hook(client, receiver))["id"] for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What a webhook does over seconds, hours and three days, on a clock that costs nothing."""
+"""Webhooks over seconds, hours and three days, on a virtual clock."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOREVER_SEC = 10 * 86_400
 
 
 class Far:
-    """The far end: `answer` decides on each request, `at` is when each came (s)."""
+    """The receiver: `answer` returns the answer to each request, `at` holds the time of each request in s."""
 
     def __init__(self, loop: SimLoop) -> None:
         self.answer: Callable[[int], Answer] = lambda _: Answer(status=200)
@@ -43,7 +43,7 @@ async def made(bench: Bench, **fields: Any) -> Webhook:
     return webhook
 
 
-def test_after_three_days_of_failures_it_pauses_says_so_and_skips_nothing() -> None:
+def test_after_three_days_of_failures_it_pauses_with_a_reason_and_skips_nothing() -> None:
     async def world(loop: SimLoop) -> None:
         far = Far(loop)
         far.answer = lambda _: Answer(status=500)
@@ -78,7 +78,7 @@ def test_after_three_days_of_failures_it_pauses_says_so_and_skips_nothing() -> N
 
 
 def asked_to_wait(status: int, header: Callable[[Bench], str]) -> float:
-    """How long it then leaves the receiver alone, though another device's event is due."""
+    """Seconds until the next request to the receiver, although an event of another device is due."""
     waited: list[float] = []
 
     async def world(loop: SimLoop) -> None:
@@ -97,14 +97,14 @@ def asked_to_wait(status: int, header: Callable[[Bench], str]) -> float:
     return waited[0]
 
 
-def test_retry_after_is_honoured_for_the_whole_endpoint_and_capped() -> None:
+def test_retry_after_applies_to_the_whole_endpoint_and_is_capped() -> None:
     assert 40 <= asked_to_wait(429, lambda _: "40") < 41
     assert 40 <= asked_to_wait(503, lambda _: "40") < 41
     assert HOLD_MS / 1_000 <= asked_to_wait(503, lambda _: "999999999") < HOLD_MS / 1_000 + 1
     assert asked_to_wait(500, lambda _: "40") < 30, "only where it is a word of the receiver's load"
 
 
-def test_what_fails_at_one_device_waits_while_the_others_go_on() -> None:
+def test_a_failing_device_waits_while_other_devices_are_served() -> None:
     async def world(loop: SimLoop) -> None:
         far = Far(loop)
         async with on_virtual_time(loop, outbound=far) as (bench, _):
@@ -125,7 +125,7 @@ def test_what_fails_at_one_device_waits_while_the_others_go_on() -> None:
     simulated(world)
 
 
-def test_a_full_disk_stops_no_delivery_and_progress_is_kept_when_there_is_space_again() -> None:
+def test_a_full_disk_stops_no_delivery_and_progress_is_stored_afterwards() -> None:
     async def world(loop: SimLoop) -> None:
         far = Far(loop)
         async with on_virtual_time(loop, outbound=far) as (bench, disk):

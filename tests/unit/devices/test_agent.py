@@ -1,4 +1,4 @@
-"""The device's decisions, driven without a network: once only, in order, and never forgetting."""
+"""The device core without a network: executes once, in order, and never forgets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def message(command_id: str = "cmd_1", command: str = "reboot", **more: Any) -> 
 
 
 def said(effects: list[Effect]) -> list[tuple[str, str]]:
-    """(id, status or error code) of what was sent."""
+    """(id, status or error code) of each sent answer."""
     sent = [json.loads(effect.payload) for effect in effects if isinstance(effect, Send)]
     return [(answer["id"], answer.get("error", {}).get("code", answer["status"])) for answer in sent]
 
@@ -54,7 +54,7 @@ def begin(device: Core, *args: Any, **more: Any) -> CommandMessage:
 
 @pytest.fixture(params=["ram", "sqlite"])
 def memories(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Memory]]:
-    """Gives the same memory at each call, as a restarted process would find it."""
+    """Returns the same memory at each call, as a restarted process would find it."""
     ram, opened = RamMemory(keep=3), list[SqliteMemory]()
 
     def again() -> Memory:
@@ -68,7 +68,7 @@ def memories(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callabl
         memory.close()
 
 
-def test_a_command_is_acknowledged_run_and_answered() -> None:
+def test_a_command_is_acknowledged_executed_and_answered() -> None:
     device = core()
 
     first = device.receive(NOW, TOPIC, message(params={"a": 1}))
@@ -88,7 +88,7 @@ def test_a_command_is_acknowledged_run_and_answered() -> None:
     }
 
 
-def test_a_repeated_id_is_answered_and_not_run_again() -> None:
+def test_a_repeated_id_is_answered_and_not_executed_again() -> None:
     device = core()
 
     command = begin(device)
@@ -114,7 +114,7 @@ def test_commands_run_one_at_a_time_in_order_of_arrival() -> None:
     assert to_run(device.finish(NOW, third)) == []
 
 
-def test_a_flood_is_neither_remembered_nor_answered() -> None:
+def test_commands_beyond_the_queue_are_neither_remembered_nor_answered() -> None:
     memory = RamMemory()
     device = core(memory)
     for number in range(MAX_WAITING + 1):
@@ -124,7 +124,7 @@ def test_a_flood_is_neither_remembered_nor_answered() -> None:
     assert memory.get("one-more") is None
 
 
-def test_what_cannot_be_done_is_refused_and_stays_refused() -> None:
+def test_an_impossible_command_is_refused_and_stays_refused() -> None:
     device = core()
 
     unknown = device.receive(NOW, TOPIC, message("a", "explode"))
@@ -135,7 +135,7 @@ def test_what_cannot_be_done_is_refused_and_stays_refused() -> None:
     assert device.receive(NOW - 1, TOPIC, message("b", expires_at=rfc3339(NOW))) == expired
 
 
-def test_a_command_that_ran_out_while_it_waited_is_not_run() -> None:
+def test_a_command_that_expired_while_it_waited_is_not_executed() -> None:
     device = core()
     first = begin(device, "cmd_1")
     device.receive(NOW, TOPIC, message("cmd_2", expires_at=rfc3339(NOW + 10)))
@@ -147,7 +147,7 @@ def test_a_command_that_ran_out_while_it_waited_is_not_run() -> None:
     assert [command.id for command in to_run(effects)] == ["cmd_3"]
 
 
-def test_a_failure_is_said_as_the_handler_put_it() -> None:
+def test_a_failure_is_reported_with_the_handlers_error() -> None:
     device = core()
     command = begin(device)
 
@@ -158,7 +158,7 @@ def test_a_failure_is_said_as_the_handler_put_it() -> None:
 
 
 @pytest.mark.parametrize("result", [object(), "x" * 70_000, "\ud800"])
-def test_a_result_that_cannot_be_sent_does_not_undo_the_execution(result: Any) -> None:
+def test_a_result_that_cannot_be_sent_does_not_repeat_the_execution(result: Any) -> None:
     device = core()
     command = begin(device)
 
@@ -191,11 +191,11 @@ def test_progress_is_reported_while_the_command_runs() -> None:
         (TOPIC, b""),
     ],
 )
-def test_what_is_not_for_this_device_or_no_command_is_ignored(topic: str, payload: bytes) -> None:
+def test_messages_that_are_no_command_or_for_another_device_are_ignored(topic: str, payload: bytes) -> None:
     assert core().receive(NOW, topic, payload) == []
 
 
-def test_after_a_crash_a_command_that_had_begun_is_not_run_again(memories: Callable[[], Memory]) -> None:
+def test_after_a_crash_a_started_command_is_not_executed_again(memories: Callable[[], Memory]) -> None:
     begin(core(memories()), "cmd_1", "reboot")
     reborn = core(memories())
 
@@ -207,7 +207,7 @@ def test_after_a_crash_a_command_that_had_begun_is_not_run_again(memories: Calla
     assert core(memories()).recover(NOW + 3) == []
 
 
-def test_after_a_crash_what_does_no_harm_is_run_again(memories: Callable[[], Memory]) -> None:
+def test_after_a_crash_a_harmless_command_is_executed_again(memories: Callable[[], Memory]) -> None:
     begin(core(memories()), "cmd_1", "lock", params={"a": 1})
 
     (command,) = to_run(core(memories()).recover(NOW))
@@ -215,7 +215,7 @@ def test_after_a_crash_what_does_no_harm_is_run_again(memories: Callable[[], Mem
     assert (command.id, command.params) == ("cmd_1", {"a": 1})
 
 
-def test_after_a_crash_what_had_not_begun_is_run_in_order(memories: Callable[[], Memory]) -> None:
+def test_after_a_crash_commands_not_started_run_in_order(memories: Callable[[], Memory]) -> None:
     device = core(memories())
     begin(device, "cmd_1")
     for command_id in ("cmd_2", "cmd_3"):
@@ -253,7 +253,7 @@ def test_the_memory_forgets_the_oldest_finished_commands_only(memories: Callable
     assert memories().unfinished() == [open_]
 
 
-def test_a_device_with_a_verifier_runs_nothing_without_a_grant() -> None:
+def test_a_device_with_a_verifier_executes_nothing_without_a_grant() -> None:
     private, clock = Ed25519PrivateKey.generate(), [NOW / 1000]
     device = core(verifier=GrantVerifier({"k": private.public_key()}, "ordain", "ABC", lambda: clock[0]))
 
@@ -274,7 +274,7 @@ def test_a_device_with_a_verifier_runs_nothing_without_a_grant() -> None:
     assert said(device.finish(NOW + 5_000, running)) == [("cmd_2", "executed"), ("cmd_3", "grant_refused")]
 
 
-def test_a_bare_device_answers_in_its_own_words() -> None:
+def test_a_bare_device_answers_with_its_types_texts() -> None:
     device = bare_core()
 
     first = device.receive(NOW, TOPIC, b"1")
@@ -293,7 +293,7 @@ def test_a_bare_device_answers_in_its_own_words() -> None:
 
 @settings(max_examples=200)
 @given(st.lists(st.sampled_from(["publish", "end", "crash"]) | st.integers(0, 4), max_size=60))
-def test_whatever_happens_nothing_runs_twice_and_all_in_order(steps: list[str | int]) -> None:
+def test_in_any_sequence_no_command_runs_twice_and_all_run_in_order(steps: list[str | int]) -> None:
     memory, ran, order = RamMemory(), list[str](), list[str]()
     device = Core("ABC", shipped_types()["generic"], memory, {"reboot": False})
     running: CommandMessage | None = None

@@ -1,4 +1,4 @@
-"""Grants: one good one, and everything that must not pass for one."""
+"""Grants: one valid grant, and everything that must be refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def base64url(raw: bytes) -> str:
 
 
 def claims(**changed: Any) -> dict[str, Any]:
-    """The claims of the good grant; a change to None leaves the claim out."""
+    """The claims of the valid grant; a change to None removes the claim."""
     good = {
         "iss": "ordain",
         "aud": "ABC",
@@ -68,7 +68,7 @@ def minted(payload: dict[str, Any] | None = None, **header: Any) -> str:
 
 
 def signed(header: str, payload: str, secret: bytes | None = None) -> str:
-    """A token of exactly these texts: what no library would mint."""
+    """A token with exactly these texts; no JWT library would mint it."""
     body = f"{base64url(header.encode())}.{base64url(payload.encode())}"
     if secret is None:
         return f"{body}.{base64url(PRIVATE.sign(body.encode()))}"
@@ -88,7 +88,7 @@ def refused(token: str | None, by: GrantVerifier | None = None, **asked: Any) ->
     return refusal.value.code
 
 
-def test_a_good_grant_is_accepted() -> None:
+def test_a_valid_grant_is_accepted() -> None:
     found = verifier().verify(
         minted(), command_id="cmd_1", command="lock", params={"a": [True, None], "b": 1}
     )
@@ -96,7 +96,7 @@ def test_a_good_grant_is_accepted() -> None:
     assert (found.aud, found.jti, found.exp) == ("ABC", "cmd_1", int(NOW) + 60)
 
 
-def test_a_small_device_may_share_a_secret() -> None:
+def test_a_small_device_may_use_a_shared_secret() -> None:
     token = jwt.encode(claims(), SECRET, algorithm="HS256", headers={"typ": TYPE, "kid": "small"})
 
     assert verifier().verify(token, command_id="cmd_1", command="lock", params=PARAMS).sub == "cmd_1"
@@ -118,7 +118,7 @@ def test_changed_parameters_are_refused(params: Any) -> None:
     assert refused(minted(), params=params) == "changed_parameters"
 
 
-def test_a_grant_ends_without_mercy_and_begins_with_a_little() -> None:
+def test_a_grant_expires_without_tolerance_and_starts_with_a_small_one() -> None:
     assert refused(minted(), verifier(NOW + 60)) == "expired"
     assert refused(minted(), verifier(NOW - 31)) == "not_yet_valid"
     assert refused(minted(claims(iat=int(NOW) + 31))) == "not_yet_valid"
@@ -169,7 +169,7 @@ def test_a_foreign_signature_is_refused() -> None:
     assert refused(f"{head}.{payload}.{base64url(bytes(64))}") == "bad_signature"
 
 
-def test_a_member_that_is_there_twice_is_refused() -> None:
+def test_a_duplicate_member_is_refused() -> None:
     header, payload = json.dumps({"alg": "EdDSA", "typ": TYPE, "kid": "k1"}), json.dumps(claims())
 
     assert refused(signed(header.replace("{", '{"kid": "small", '), payload)) == "malformed"
@@ -180,16 +180,16 @@ def test_a_member_that_is_there_twice_is_refused() -> None:
 
 
 @given(st.text(max_size=60) | st.binary(max_size=60).map(lambda raw: f"{base64url(raw)}.e30.e30"))
-def test_any_text_is_refused_as_no_grant(token: str) -> None:
+def test_any_text_that_is_no_grant_is_refused(token: str) -> None:
     assert refused(token)
 
 
-def test_a_short_secret_is_not_taken() -> None:
+def test_a_short_secret_is_refused() -> None:
     with pytest.raises(ValueError, match="shorter"):
         GrantVerifier({"k": b"short"}, "ordain", "ABC", lambda: NOW)
 
 
-def test_the_hash_is_of_the_canonical_form() -> None:
+def test_the_hash_uses_the_canonical_form() -> None:
     numbers = [333333333.33333329, 1e30, 4.50, 2e-3, 1e-27]
     canonical = '{"numbers":[333333333.3333333,1e+30,4.5,0.002,1e-27],"€":"\\n","😀":1,"\ufb33":2}'
 
@@ -219,7 +219,7 @@ def _as_ecmascript(text: str) -> float | int:
     return int(number) if number.is_integer() else number
 
 
-def test_what_has_no_canonical_form_has_no_hash() -> None:
+def test_values_without_a_canonical_form_have_no_hash() -> None:
     deep: Any = []
     for _ in range(100_000):
         deep = [deep]
@@ -259,7 +259,7 @@ def test_a_broken_key_is_refused(change: dict[str, Any]) -> None:
         keys_from_jwks({})
 
 
-def test_a_device_refuses_a_new_key_until_it_reads_the_keys_again() -> None:
+def test_a_device_refuses_an_unknown_key_until_it_reads_the_keys_again() -> None:
     old, new = PRIVATE, Ed25519PrivateKey.from_private_bytes(b"n" * 32)
     by_old, by_new = minted(kid="old"), jwt.encode(claims(), new, "EdDSA", {"typ": TYPE, "kid": "new"})
     device = GrantVerifier({"old": old.public_key()}, "ordain", "ABC", lambda: NOW)
@@ -276,7 +276,7 @@ def test_a_device_refuses_a_new_key_until_it_reads_the_keys_again() -> None:
     assert accepted(by_new, device)
 
 
-def test_a_device_secret_is_the_key_that_its_text_stands_for() -> None:
+def test_a_device_secret_is_the_key_decoded_from_its_text() -> None:
     shown = base64url(SECRET)
 
     assert secret_key(shown) == SECRET

@@ -1,4 +1,5 @@
-"""The simulator's parts: the faults it draws, its MQTT, one device, and books that see what goes wrong."""
+"""The parts of the simulator: the faults it draws, its MQTT, one device, and the ledger that finds wrong
+outcomes."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ CALM = Faults()
 # --- faults ----------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_draws_the_same_fate() -> None:
+def test_the_same_seed_draws_the_same_faults() -> None:
     faults = Faults(offline=0.5, fail=0.5, duplicate=0.5, lose=0.5, slow=0.5, seed=7)
 
     once = [fate(faults, NAME, str(number)) for number in range(100)]
@@ -49,7 +50,7 @@ def test_the_same_seed_draws_the_same_fate() -> None:
     assert [fate(other, NAME, str(number)) for number in range(100)] != once
 
 
-def test_each_fault_is_met_about_as_often_as_its_share_says() -> None:
+def test_each_fault_occurs_about_as_often_as_its_share() -> None:
     faults = Faults(offline=0.1, fail=0.02, duplicate=0.3, lose=0.01, slow=0.05)
 
     fates = [fate(faults, f"sim-{number % 100:04}", str(number)) for number in range(20_000)]
@@ -66,7 +67,7 @@ def test_each_fault_is_met_about_as_often_as_its_share_says() -> None:
     assert all(1 <= each.away_sec <= 8 for each in fates if each.away_sec)
 
 
-def test_no_faults_are_never_met_and_whole_ones_always() -> None:
+def test_a_share_of_zero_never_occurs_and_a_share_of_one_always() -> None:
     whole = Faults(offline=1, fail=1, duplicate=1, lose=1, slow=1)
 
     for number in range(1_000):
@@ -81,7 +82,7 @@ def test_a_share_is_written_as_percent_or_as_a_fraction(written: str, value: flo
 
 
 @pytest.mark.parametrize("written", ["", "%", "ten", "-1%", "101%", "1.5", "nan", "nan%", "inf"])
-def test_anything_else_is_no_share_and_the_error_names_the_option(written: str) -> None:
+def test_an_invalid_share_is_refused_and_the_error_names_the_option(written: str) -> None:
     with pytest.raises(Failed, match="--fail"):
         share("--fail", written)
 
@@ -90,9 +91,7 @@ def test_anything_else_is_no_share_and_the_error_names_the_option(written: str) 
 
 
 @given(st.lists(st.binary(max_size=300), max_size=8), st.integers(1, 7))
-def test_packets_come_out_of_the_buffer_as_they_went_in_however_they_were_cut(
-    bodies: list[bytes], size: int
-) -> None:
+def test_packets_are_read_from_the_buffer_however_they_were_split(bodies: list[bytes], size: int) -> None:
     stream = b"".join(packet(MESSAGE, body) for body in bodies)
     buffer, found = bytearray(), []
 
@@ -106,7 +105,7 @@ def test_packets_come_out_of_the_buffer_as_they_went_in_however_they_were_cut(
 
 
 @pytest.mark.parametrize("wrong", [b"\x30\xff\xff\xff\xff\x01", b"\x30\xff\xff\xff\x7f"])
-def test_a_length_beyond_all_reason_is_refused(wrong: bytes) -> None:
+def test_an_excessive_length_is_refused(wrong: bytes) -> None:
     with pytest.raises(ValueError, match="packet"):
         take(bytearray(wrong))
 
@@ -115,7 +114,7 @@ def test_a_length_beyond_all_reason_is_refused(wrong: bytes) -> None:
 
 
 class Wire(asyncio.Transport):
-    """The other end of a device's connection, where the MQTT server would be."""
+    """The other end of a device's connection, in the place of the MQTT server."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
@@ -132,14 +131,14 @@ class Wire(asyncio.Transport):
     close = abort
 
     def packets(self) -> list[tuple[int, bytes]]:
-        """What the device has sent since the last look."""
+        """The packets sent by the device since the last call."""
         found = []
         while (one := take(self._sent)) is not None:
             found.append(one)
         return found
 
     def answers(self) -> list[tuple[str, str]]:
-        """Of these the answers, as (id, status)."""
+        """The answers among these packets, as (id, status)."""
         bodies = [body for kind, body in self.packets() if kind & 0xF0 == PUBLISH]
         said = [(topic(body), msgspec.json.decode(body[2 + len(topic(body)) + 2 :])) for body in bodies]
         return [(answer["id"], answer["status"]) for where, answer in said if where.endswith("/ack")]
@@ -164,7 +163,7 @@ def online(one: Device) -> Wire:
     return wire
 
 
-async def test_a_device_connects_with_its_name_and_token_subscribes_and_says_online() -> None:
+async def test_a_device_connects_with_name_and_token_subscribes_and_reports_online() -> None:
     one, _ = device()
     wire = Wire(one.connect())
     [(connect, body)] = wire.packets()
@@ -183,7 +182,7 @@ async def test_a_device_connects_with_its_name_and_token_subscribes_and_says_onl
     assert b'"online"' in status
 
 
-async def test_who_is_not_let_in_learns_the_code() -> None:
+async def test_a_refused_connection_reports_the_code() -> None:
     one, _ = device()
     wire = Wire(one.connect())
     wire.connection.data_received(packet(CONNACK, b"\0\5"))
@@ -193,7 +192,7 @@ async def test_who_is_not_let_in_learns_the_code() -> None:
     assert wire.gone
 
 
-async def test_a_command_is_acknowledged_done_and_only_answered_again_when_it_comes_again() -> None:
+async def test_a_repeated_command_is_answered_again_and_not_executed() -> None:
     one, ledger = device()
     wire = online(one)
     wire.packets()
@@ -207,7 +206,7 @@ async def test_a_command_is_acknowledged_done_and_only_answered_again_when_it_co
     assert ledger.runs_by_command() == {"cmd_a": 1}
 
 
-async def test_a_drawn_failure_is_answered_as_one() -> None:
+async def test_a_drawn_failure_is_reported_as_failed() -> None:
     wire = online(device(Faults(fail=1))[0])
 
     wire.command("cmd_a")
@@ -215,7 +214,7 @@ async def test_a_drawn_failure_is_answered_as_one() -> None:
     assert wire.answers() == [("cmd_a", "acknowledged"), ("cmd_a", "failed")]
 
 
-async def test_doubled_answers_are_sent_twice_for_one_run() -> None:
+async def test_doubled_answers_are_sent_twice_for_one_execution() -> None:
     one, ledger = device(Faults(duplicate=1))
     wire = online(one)
 
@@ -225,7 +224,7 @@ async def test_doubled_answers_are_sent_twice_for_one_run() -> None:
     assert ledger.runs == 1
 
 
-async def test_a_lost_answer_comes_when_the_device_is_asked_again() -> None:
+async def test_a_lost_answer_is_sent_when_the_command_is_repeated() -> None:
     one, ledger = device(Faults(lose=1))
     wire = online(one)
 
@@ -255,7 +254,7 @@ async def test_a_slow_command_is_acknowledged_first_and_blocks_the_device() -> N
 
 
 @pytest.mark.parametrize("unread", [True, False])
-async def test_a_device_that_goes_away_does_the_command_once_and_answers_when_it_is_back(
+async def test_a_device_that_goes_away_executes_once_and_answers_when_it_is_back(
     unread: bool,
 ) -> None:
     faults = Faults(offline=1)
@@ -277,18 +276,18 @@ async def test_a_device_that_goes_away_does_the_command_once_and_answers_when_it
     assert ledger.runs == 1
 
 
-async def test_what_the_server_did_not_acknowledge_is_sent_again_on_the_next_connection() -> None:
+async def test_unacknowledged_answers_are_sent_again_on_the_next_connection() -> None:
     one, _ = device()
     wire = online(one)
     wire.command("cmd_a")
-    # Status, acknowledged, executed are numbers 2, 3, 4.
+    # Status, acknowledged and executed have packet ids 2, 3 and 4.
     wire.connection.data_received(packet(PUBACK, b"\0\3"))
     wire.connection.connection_lost(None)
 
     assert online(one).answers() == [("cmd_a", "executed")]
 
 
-async def test_a_ping_without_an_answer_ends_the_connection() -> None:
+async def test_an_unanswered_ping_ends_the_connection() -> None:
     wire = online(device()[0])
 
     wire.connection.ping()
@@ -301,7 +300,7 @@ async def test_a_ping_without_an_answer_ends_the_connection() -> None:
 @pytest.mark.parametrize(
     "wrong", [b"\x30\x00", b"\x30\x01\xff", b"\x20\x00", b"\x90\x02\0\0", b"\x30\xff\xff\xff\xff"]
 )
-async def test_bytes_that_are_no_mqtt_end_the_connection_and_nothing_else(wrong: bytes) -> None:
+async def test_bytes_that_are_not_mqtt_only_end_the_connection(wrong: bytes) -> None:
     wire = online(device()[0])
     wire.packets()
 
@@ -316,7 +315,8 @@ async def test_bytes_that_are_no_mqtt_end_the_connection_and_nothing_else(wrong:
 def books(
     state: str | None, *, runs: int = 1, faults: Faults = CALM, there: bool = True, interrupted: bool = False
 ) -> Summary:
-    """Of one sent command: the broker says `state` (None: nothing), and the device did it `runs` times."""
+    """A summary of one sent command: the broker shows `state` (None: unknown), and the device executed it
+    `runs` times."""
     ledger = Ledger(faults)
     ledger.delivered(NAME, "cmd_a", 1)
     for _ in range(runs):
@@ -340,21 +340,21 @@ def books(
     )
 
 
-def test_a_command_done_once_and_executed_is_good() -> None:
+def test_a_command_executed_once_is_good() -> None:
     summary = books("executed")
 
     assert summary.good
     assert (summary.sent, summary.executed, summary.latency_p50_ms, summary.latency_p99_ms) == (1, 1, 25, 25)
 
 
-def test_a_command_done_twice_is_doubled() -> None:
+def test_a_command_executed_twice_is_doubled() -> None:
     summary = books("executed", runs=2)
 
     assert (summary.doubled, summary.good) == (1, False)
     assert summary.examples == ("cmd_a ran 2 times",)
 
 
-def test_a_command_done_by_two_devices_is_doubled() -> None:
+def test_a_command_executed_by_two_devices_is_doubled() -> None:
     ledger = Ledger(CALM)
     for name in ("sim-0001", "sim-0002"):
         ledger.delivered(name, "cmd_a", 1)
@@ -363,12 +363,12 @@ def test_a_command_done_by_two_devices_is_doubled() -> None:
     assert ledger.runs_by_command() == {"cmd_a": 2}
 
 
-def test_an_accepted_command_that_the_broker_does_not_know_is_lost() -> None:
+def test_an_accepted_command_unknown_to_the_broker_is_lost() -> None:
     assert books(None).lost == 1
     assert books(None, interrupted=True).lost == 1
 
 
-def test_a_command_that_never_ends_is_lost_only_if_its_device_was_there() -> None:
+def test_an_open_command_is_lost_only_if_its_device_was_there() -> None:
     assert books("published", runs=0).lost == 1
     away = books("published", runs=0, there=False)
     assert (away.lost, away.open) == (0, 1)
@@ -389,12 +389,12 @@ CANNOT_BE = [
 
 
 @pytest.mark.parametrize(("state", "drawn", "runs"), FITS)
-def test_what_can_be_fits(state: str, drawn: Fate, runs: int) -> None:
+def test_a_possible_outcome_is_no_misfit(state: str, drawn: Fate, runs: int) -> None:
     assert misfit(state, drawn, runs) is None
 
 
 @pytest.mark.parametrize(("state", "drawn", "runs"), CANNOT_BE)
-def test_what_cannot_be_is_a_misfit(state: str, drawn: Fate, runs: int) -> None:
+def test_an_impossible_outcome_is_a_misfit(state: str, drawn: Fate, runs: int) -> None:
     assert misfit(state, drawn, runs) is not None
 
 
@@ -405,7 +405,7 @@ def test_a_misfit_names_command_and_device_and_is_not_good() -> None:
     assert summary.examples == ("cmd_a on sim-0001: failed, and the device did not say so",)
 
 
-def test_the_percentile_is_a_value_that_was_seen() -> None:
+def test_the_percentile_is_an_observed_value() -> None:
     assert percentile([], 50) is None
     assert percentile([4], 99) == 4
     assert percentile(list(range(1, 101)), 50) == 50

@@ -1,4 +1,4 @@
-"""Device types: what ships, what a wrong file is told, and what becomes of parameters."""
+"""Device types: the shipped ones, the errors of wrong files, and the checks of parameters."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_three_types_are_shipped() -> None:
     ("command", "text", "suffix", "repeatable"),
     [("lock", "1", "rls", True), ("unlock", "0", "rls", True), ("reboot", "1", "rbt", False)],
 )
-def test_iotee_device_is_told_by_fixed_texts(command: str, text: str, suffix: str, repeatable: bool) -> None:
+def test_iotee_device_uses_fixed_texts(command: str, text: str, suffix: str, repeatable: bool) -> None:
     iotee = shipped("iotee_device")
 
     definition = iotee.definition(command)
@@ -68,13 +68,13 @@ def test_iotee_device_is_told_by_fixed_texts(command: str, text: str, suffix: st
     assert iotee.default_ttl(command) == 60
 
 
-def test_an_unknown_command_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_command_is_refused_and_the_known_ones_are_listed() -> None:
     with pytest.raises(UnknownCommand, match="lock, unlock, reboot"):
         shipped("iotee_device").definition("explode")
 
 
 @pytest.mark.parametrize("params", [{}, None, 5, "x", [1, {"a": None}], {"a": 1.5}, False])
-def test_generic_takes_any_command_name_and_any_json(params: Any) -> None:
+def test_generic_accepts_any_command_name_and_any_json(params: Any) -> None:
     generic = shipped("generic")
 
     assert generic.definition("anything_at-all").presence == "required"
@@ -84,13 +84,13 @@ def test_generic_takes_any_command_name_and_any_json(params: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-a", "a/b", "a" * 65, "me", "lock\n", "schloß"])
-def test_generic_takes_no_command_that_is_not_a_name(name: str) -> None:
+def test_generic_refuses_an_invalid_command_name(name: str) -> None:
     assert not is_name(name)
     with pytest.raises(UnknownCommand):
         shipped("generic").definition(name)
 
 
-def test_recorder_fills_in_what_was_left_out() -> None:
+def test_recorder_fills_in_missing_parameters() -> None:
     recorder = shipped("recorder")
     given = {"metadata": {"room": "A"}}
 
@@ -117,7 +117,7 @@ def test_recorder_fills_in_what_was_left_out() -> None:
         ("stop_recording", None, "params"),
     ],
 )
-def test_recorder_names_the_parameter_that_is_wrong(command: str, params: Any, field: str) -> None:
+def test_recorder_names_the_wrong_parameter(command: str, params: Any, field: str) -> None:
     with pytest.raises(BadParams) as refused:
         shipped("recorder").check_params(command, params)
 
@@ -138,7 +138,7 @@ def test_a_default_is_not_shared_between_commands() -> None:
     assert lamp.check_params("dim", {"level": 1})["fade"] == {"ms": 10}
 
 
-def test_parameters_that_no_grant_could_name_exactly_are_refused() -> None:
+def test_parameters_without_an_exact_canonical_form_are_refused() -> None:
     deep: Any = 1
     for _ in range(65):
         deep = [deep]
@@ -149,7 +149,7 @@ def test_parameters_that_no_grant_could_name_exactly_are_refused() -> None:
     assert shipped("generic").check_params("x", deep[0]) == deep[0]
 
 
-def test_a_value_is_not_repeated_in_the_reason() -> None:
+def test_the_reason_does_not_repeat_the_value() -> None:
     with pytest.raises(BadParams) as refused:
         load_type(JSON).check_params("dim", {"level": "my secret"})
 
@@ -157,7 +157,7 @@ def test_a_value_is_not_repeated_in_the_reason() -> None:
     assert refused.value.value == "my secret"
 
 
-def test_what_a_command_leaves_open_comes_from_its_type() -> None:
+def test_a_command_inherits_missing_options_from_its_type() -> None:
     lamp = load_type("ack_timeout_sec = 3\n" + JSON)
 
     assert lamp.definition("dim").ack_timeout_sec == 3
@@ -223,7 +223,7 @@ def test_what_a_command_leaves_open_comes_from_its_type() -> None:
         ("open = yes", "(file)"),
     ],
 )
-def test_a_wrong_file_is_told_which_key_is_wrong(text: str, key: str) -> None:
+def test_the_error_of_a_wrong_file_names_the_key(text: str, key: str) -> None:
     with pytest.raises(BadType) as refused:
         load_type(text)
 
@@ -231,7 +231,7 @@ def test_a_wrong_file_is_told_which_key_is_wrong(text: str, key: str) -> None:
     assert refused.value.right
 
 
-def test_the_error_names_file_key_value_and_what_is_right(tmp_path: Path) -> None:
+def test_the_error_names_file_key_value_and_what_is_allowed(tmp_path: Path) -> None:
     path = tmp_path / "lamp.toml"
     path.write_text("max_in_flight = 101\n" + JSON)
 
@@ -239,7 +239,7 @@ def test_the_error_names_file_key_value_and_what_is_right(tmp_path: Path) -> Non
         load_type(path)
 
 
-def test_a_missing_file_is_a_bad_type(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_invalid_type(tmp_path: Path) -> None:
     with pytest.raises(BadType, match="cannot be read"):
         load_type(tmp_path / "none.toml")
 
@@ -248,13 +248,13 @@ def test_a_missing_file_is_a_bad_type(tmp_path: Path) -> None:
     ("grants", "carried", "algorithm"),
     [("", True, "EdDSA"), ('"EdDSA"', True, "EdDSA"), ('"HS256"', True, "HS256"), ('"none"', False, "EdDSA")],
 )
-def test_a_type_says_how_its_grants_are_signed(grants: str, carried: bool, algorithm: str) -> None:
+def test_a_type_defines_its_grant_algorithm(grants: str, carried: bool, algorithm: str) -> None:
     definition = load_type((f"grants = {grants}\n" if grants else "") + JSON).definition("dim")
 
     assert (definition.carries_grant, definition.grant_algorithm) == (carried, algorithm)
 
 
-def test_a_command_may_have_answers_of_its_own() -> None:
+def test_a_command_may_have_its_own_answers() -> None:
     gate = load_type(BARE + '[commands.shut]\ntext = "S"\nanswers = { closed = "executed" }\n')
 
     assert gate.definition("open").answers == {"done": "executed"}
@@ -262,13 +262,13 @@ def test_a_command_may_have_answers_of_its_own() -> None:
     assert gate.words == {"done": "executed", "closed": "executed"}
 
 
-def test_a_suffix_may_have_several_levels() -> None:
+def test_a_topic_suffix_may_have_several_levels() -> None:
     lamp = load_type('command_suffix = "cmnd/POWER"\nanswer_suffix = "stat/POWER"\n' + JSON)
 
     assert lamp.definition("dim").command_suffix == "cmnd/POWER"
 
 
-def test_a_result_is_held_against_the_schema_its_command_was_created_with() -> None:
+def test_a_result_is_checked_against_the_schema_of_its_commands_creation() -> None:
     rule = '[commands.read]\nresult = {type = "object", required = ["celsius"]}\n'
     definition = load_type(JSON + rule).definition("read")
 
@@ -278,7 +278,7 @@ def test_a_result_is_held_against_the_schema_its_command_was_created_with() -> N
     assert load_type(JSON).definition("dim").result_fault({"anything": 1}) is None
 
 
-def test_a_value_of_a_result_is_not_repeated_in_the_reason() -> None:
+def test_the_reason_does_not_repeat_the_value_of_a_result() -> None:
     rule = '[commands.read]\nresult = {type = "object", properties = {pin = {type = "integer"}}}\n'
 
     fault = load_type(JSON + rule).definition("read").result_fault({"pin": "my secret"})
@@ -288,7 +288,7 @@ def test_a_value_of_a_result_is_not_repeated_in_the_reason() -> None:
     assert "my secret" not in fault
 
 
-def test_a_definition_from_an_older_log_is_still_read() -> None:
+def test_a_definition_from_an_older_log_is_read() -> None:
     old = msgspec.to_builtins(load_type(JSON).definition("dim"))
     del old["grant_algorithm"], old["result_schema"]
 

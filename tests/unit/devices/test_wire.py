@@ -1,4 +1,4 @@
-"""The wire: what leaves for a device, and what any bytes from one become."""
+"""The wire format: encoding for devices, and decoding of any bytes from devices."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def numbers(value: Any) -> list[int]:
     return [value] if isinstance(value, int) else inside
 
 
-def test_a_json_device_is_told_everything() -> None:
+def test_a_json_device_gets_all_fields() -> None:
     payload = encode_command(
         definition(),
         command_id="cmd_1",
@@ -80,7 +80,7 @@ def test_a_json_device_is_told_everything() -> None:
     }
 
 
-def test_what_is_null_is_said_to_be_null() -> None:
+def test_null_fields_are_sent_as_null() -> None:
     assert json.loads(encoded(definition())) == {
         "id": "cmd_1",
         "type": "lock",
@@ -91,11 +91,11 @@ def test_what_is_null_is_said_to_be_null() -> None:
     }
 
 
-def test_a_bare_device_is_told_its_text_alone() -> None:
+def test_a_bare_device_gets_only_its_text() -> None:
     assert encoded(definition("iotee_device"), {"ignored": True}) == b"1"
 
 
-def test_a_msgpack_device_is_told_the_same_as_a_json_device() -> None:
+def test_a_msgpack_device_gets_the_same_fields_as_a_json_device() -> None:
     packed = replace(definition(), payload="msgpack")
     params = {"a": [1, 1.5, None, True, "x"], "b": {"c": 2**53 - 1}}
 
@@ -105,13 +105,13 @@ def test_a_msgpack_device_is_told_the_same_as_a_json_device() -> None:
     assert decode_command(payload) == decode_command(encoded(definition(), params))
 
 
-def test_what_does_not_fit_cannot_be_sent() -> None:
+def test_a_too_large_message_cannot_be_sent() -> None:
     with pytest.raises(Unsendable, match="65536"):
         encoded(definition(), "x" * 65_536)
 
 
 @pytest.mark.parametrize("params", [{1, object()}, "\ud800", object()])
-def test_what_is_not_json_cannot_be_sent(params: Any) -> None:
+def test_a_value_that_is_not_json_cannot_be_sent(params: Any) -> None:
     with pytest.raises(Unsendable):
         encoded(definition(), params)
 
@@ -122,7 +122,7 @@ def test_a_device_reads_what_was_encoded() -> None:
     assert (command.id, command.type, command.params, command.attempt) == ("cmd_1", "lock", {"a": 1}, 2)
 
 
-def test_a_device_ignores_fields_it_does_not_know() -> None:
+def test_a_device_ignores_unknown_fields() -> None:
     assert decode_command(b'{"id":"c","type":"t","colour":"red"}').params == {}
 
 
@@ -140,7 +140,7 @@ def test_a_device_ignores_fields_it_does_not_know() -> None:
         b'{"id":"c","type":"t","params":' + b"[" * 100_000,
     ],
 )
-def test_a_device_refuses_what_is_no_command(payload: bytes) -> None:
+def test_a_device_refuses_an_invalid_command(payload: bytes) -> None:
     with pytest.raises(Malformed):
         decode_command(payload)
 
@@ -187,7 +187,7 @@ def test_a_device_refuses_what_is_no_command(payload: bytes) -> None:
         ),
     ],
 )
-def test_an_answer_is_understood(said: Any, understood: Answer) -> None:
+def test_an_answer_is_decoded(said: Any, understood: Answer) -> None:
     assert answer(said) == understood
 
 
@@ -222,14 +222,14 @@ def test_an_answer_is_understood(said: Any, understood: Answer) -> None:
         b'{"status":"executed","result":"' + b"x" * MAX_ANSWER_BYTES + b'"}',
     ],
 )
-def test_what_is_no_answer_is_malformed(said: Any) -> None:
+def test_an_invalid_answer_is_malformed(said: Any) -> None:
     with pytest.raises(Malformed) as refused:
         answer(said)
 
     assert refused.value.reason
 
 
-def test_an_answer_is_named_by_its_id_else_by_correlation_data() -> None:
+def test_an_answer_is_assigned_by_its_id_or_else_by_correlation_data() -> None:
     assert answer({"id": "a", "status": "executed"}, b"b").id == "a"
     assert answer({"status": "executed"}, b"b").id == "b"
     assert answer(b"ok", b"b").id == "b"
@@ -259,7 +259,7 @@ def test_any_bytes_are_an_answer_or_malformed(payload: bytes, correlation: bytes
         {},
     ],
 )
-def test_msgpack_that_json_could_not_say_is_malformed(said: Any) -> None:
+def test_msgpack_without_a_json_equivalent_is_malformed(said: Any) -> None:
     with pytest.raises(Malformed) as refused:
         answer(msgspec.msgpack.encode(said))
 
@@ -273,7 +273,7 @@ def test_msgpack_nested_too_deeply_is_malformed() -> None:
             answer(deep)
 
 
-def test_an_answer_may_come_as_msgpack_whatever_the_type_says() -> None:
+def test_an_answer_may_be_msgpack_for_every_type() -> None:
     said = {"id": "cmd_1", "status": "executed", "result": {"n": 10}, "colour": "red"}
 
     assert answer(msgspec.msgpack.encode(said)) == answer(said)
@@ -281,7 +281,7 @@ def test_an_answer_may_come_as_msgpack_whatever_the_type_says() -> None:
 
 
 @given(st.sampled_from(sorted(MAP_BYTES)), st.binary(max_size=100))
-def test_any_bytes_that_begin_as_a_msgpack_map_are_an_answer_or_malformed(first: int, rest: bytes) -> None:
+def test_any_bytes_that_start_as_a_msgpack_map_are_an_answer_or_malformed(first: int, rest: bytes) -> None:
     named = b"\x82\xa6status\xa6failed\xa5error" + rest
     for payload in (bytes([first]) + rest, named):
         with contextlib.suppress(Malformed):
@@ -314,7 +314,7 @@ def test_any_bytes_are_a_status_or_malformed(payload: bytes) -> None:
         (encode_status(False, "s-1"), (False, "s-1")),
     ],
 )
-def test_a_status_is_read(payload: bytes, status: tuple[bool, str | None]) -> None:
+def test_a_status_is_decoded(payload: bytes, status: tuple[bool, str | None]) -> None:
     assert decode_status(payload) == status
 
 
@@ -342,12 +342,12 @@ def test_topics_name_the_device() -> None:
         "iotee/evt/A/b",
     ],
 )
-def test_a_topic_of_another_shape_names_nobody(topic: str) -> None:
+def test_a_topic_of_another_form_names_no_device(topic: str) -> None:
     assert parse_topic("iotee", topic) is None
 
 
 @given(st.integers(FIRST_MS, LAST_MS))
-def test_an_instant_survives_being_written(ms: int) -> None:
+def test_an_instant_survives_formatting_and_parsing(ms: int) -> None:
     assert parse_rfc3339(rfc3339(ms)) == ms
 
 
@@ -371,7 +371,7 @@ def test_an_instant_with_an_offset_is_read_as_python_does(instant: datetime) -> 
         ("1969-12-31T23:59:59.999Z", -1),
     ],
 )
-def test_an_instant_is_read(text: str, ms: int) -> None:
+def test_an_instant_is_parsed(text: str, ms: int) -> None:
     assert parse_rfc3339(text) == ms
 
 
@@ -396,6 +396,6 @@ def test_an_instant_is_read(text: str, ms: int) -> None:
         "1970-01-01T00:00:00Z\n",
     ],
 )
-def test_what_is_no_instant_is_refused(text: str) -> None:
+def test_an_invalid_instant_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         parse_rfc3339(text)

@@ -1,7 +1,7 @@
-"""The table of a command's life, typed in again from its page: every input meets every state.
+"""The table of a command's life, written down a second time from its page: every input meets every state.
 
-The page is data here, in words of its own; what the code decides is put into the same words and
-compared. A cell that depends on facts has one entry for each combination of them.
+The page is data here, with its own words. The code's decision is translated into these words and compared. A
+cell that depends on facts has one entry for each combination of them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ COLUMNS += ["executed", "failed", "expired", "cancelled"]
 SAME, OTHER = msgspec.Raw(b'{ "open": 1.0 }'), msgspec.Raw(b'{"open":2}')
 SAME_ERROR, OTHER_ERROR = Error(code="jammed", message="it is jammed"), Error(code="hot", message="too hot")
 
-# `–` nothing · 200, 404, 409 what a caller is told, nothing recorded · U: kept as unmatched · > an event
-# `!name` see FACTS
+# `–`: nothing. 200, 404, 409: the answer to a caller, nothing recorded. `U:`: kept as unmatched. `>`: an
+# event.
+# `!name`: see FACTS.
 PAGE = """
 create                                      | >created | 200 | 200 | 200 | 200 | 200 | 200 | 200 | 200
 create of a successor with the same collapse_key | – | >cancelled broker superseded | – | – | – | – | – | – | –
@@ -77,7 +78,7 @@ FACTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"transport": "heartbeat"}, ">published 1 heartbeat"),
         ({"transport": "relay"}, ">published 1 relay"),
     ],
-    # the state's own attempt went by MQTT; the same transport's lease has its own test below
+    # the state's own attempt went by MQTT; a test below covers a lease of the same transport
     "fetch_again": [
         ({"transport": "relay", "attempt_open": True}, "–"),
         ({"transport": "heartbeat", "attempt_open": True}, "–"),
@@ -88,7 +89,7 @@ FACTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"every_attempt_refused": True}, ">failed mqtt_server refused"),
         ({"every_attempt_refused": False}, "attempt closed, counted"),
     ],
-    # sent once, ever: its only attempt stays open, so that its timer ends it
+    # the only attempt stays open until its timer ends the command
     "no_subscriber": [({}, "attempt closed, not counted"), ({"repeatable": False}, "–")],
     "accepted": [({"one_way": True}, ">executed"), ({"one_way": False}, "–")],
     "attempt_timer": [
@@ -188,9 +189,7 @@ def test_the_page_has_a_row_for_every_input_and_a_column_for_every_state() -> No
 
 
 @pytest.mark.parametrize(("what", "state", "facts", "expected"), cells())
-def test_every_cell_is_what_the_page_says(
-    what: Input, state: State, facts: dict[str, Any], expected: str
-) -> None:
+def test_every_cell_matches_the_page(what: Input, state: State, facts: dict[str, Any], expected: str) -> None:
     decision = decide(command_in(state), request(what, **facts))
 
     assert in_words(what, decision) == expected
@@ -208,7 +207,7 @@ REPORTS = {
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("what", REPORTS)
 @pytest.mark.parametrize("reporter", ["the device itself", "a relay that fetched it", "a stranger to it"])
-def test_a_report_over_http_is_always_given_a_verdict(what: Input, column: str, reporter: str) -> None:
+def test_every_report_over_http_gets_an_answer(what: Input, column: str, reporter: str) -> None:
     state, expected = command_in(State(column)), REPORTS[what].split("|")[COLUMNS.index(column)]
     if reporter == "a relay that fetched it" and state is not None:
         state = msgspec.structs.replace(state, pulled=True)
@@ -221,7 +220,7 @@ def test_a_report_over_http_is_always_given_a_verdict(what: Input, column: str, 
     assert said + ("+U" if decision.word == "promise_broken" else "") == expected
 
 
-def test_another_result_over_http_is_refused() -> None:
+def test_a_different_result_over_http_is_refused() -> None:
     decision = decide(
         command_in(State.EXECUTED),
         request(Input.ANSWER_EXECUTED, over_http=True, may_report=True, result=OTHER),
@@ -230,7 +229,7 @@ def test_another_result_over_http_is_refused() -> None:
 
 
 @pytest.mark.parametrize("transport", ["heartbeat", "relay"])
-def test_while_a_lease_runs_the_same_transport_gets_the_same_attempt_and_no_other(transport: Any) -> None:
+def test_during_a_lease_only_its_own_transport_gets_the_same_attempt(transport: Any) -> None:
     other = "relay" if transport == "heartbeat" else "heartbeat"
     pulled = folded(Published(attempt=1, transport=transport))
 
@@ -244,7 +243,7 @@ def test_while_a_lease_runs_the_same_transport_gets_the_same_attempt_and_no_othe
     assert in_words(Input.HAND_OVER, decide(pulled, request(Input.HAND_OVER, attempt_open=True))) == "–"
 
 
-def test_only_attempts_over_mqtt_at_a_device_that_is_there_count() -> None:
+def test_only_mqtt_attempts_to_a_present_device_count() -> None:
     def counted(**facts: Any) -> bool:
         event = decide(command_in(State.PENDING), request(Input.HAND_OVER, **facts)).event
         assert isinstance(event, Published)
@@ -255,7 +254,7 @@ def test_only_attempts_over_mqtt_at_a_device_that_is_there_count() -> None:
     assert not counted(transport="relay")
 
 
-def test_a_late_copy_of_an_acknowledgement_does_not_open_a_command_again() -> None:
+def test_a_late_copy_of_an_acknowledgement_does_not_reopen_a_command() -> None:
     def decided(*events: Event) -> str:
         what = Input.ANSWER_ACKNOWLEDGED
         return in_words(what, decide(folded(PUBLISHED, *events), request(what, now=T + 60_000)))
@@ -269,7 +268,7 @@ class TestProgress:
     def decided(self, state: CommandState, **facts: Any) -> str:
         return in_words(Input.ANSWER_PROGRESS, decide(state, request(Input.ANSWER_PROGRESS, **facts)))
 
-    def test_it_is_recorded_again_a_second_after_the_last_and_only_if_it_changed(self) -> None:
+    def test_progress_is_recorded_at_most_once_per_second_and_only_if_it_changed(self) -> None:
         state = folded(PUBLISHED, (Progressed(percent=10, note="warm"), 1_000))
 
         assert self.decided(state, percent=20, now=T + 1_999) == "–"
@@ -277,17 +276,19 @@ class TestProgress:
         assert self.decided(state, percent=10, note="warm", now=T + 9_000) == "–"
         assert self.decided(state, percent=10, note="hot", now=T + 9_000) == ">progressed"
 
-    def test_the_first_one_need_not_wait_after_an_acknowledgement(self) -> None:
+    def test_the_first_progress_need_not_wait_after_an_acknowledgement(self) -> None:
         assert self.decided(folded(PUBLISHED, Acknowledged()), percent=1, now=T) == ">progressed"
 
-    def test_a_late_copy_of_one_that_was_recorded_says_nothing_new(self) -> None:
+    def test_a_late_copy_of_recorded_progress_is_not_recorded(self) -> None:
         state = folded(PUBLISHED, Progressed(percent=10, note="warm"), TimedOut(reason="no_result"))
 
         assert self.decided(state, percent=10, note="warm", now=T + 60_000) == "–"
         assert self.decided(state, percent=20, note="warm", now=T + 60_000) == ">progressed late"
 
     @pytest.mark.parametrize("end", [(), (TimedOut(reason="no_result"),)], ids=["acknowledged", "timed out"])
-    def test_at_most_a_thousand_are_recorded_for_a_command(self, end: tuple[TimedOut, ...]) -> None:
+    def test_at_most_a_thousand_progress_events_are_recorded_per_command(
+        self, end: tuple[TimedOut, ...]
+    ) -> None:
         state = folded(PUBLISHED, *(Progressed(percent=n / 10) for n in range(999)), *end)
         full = folded(PUBLISHED, *(Progressed(percent=n / 10) for n in range(1_000)), *end)
 
@@ -332,7 +333,7 @@ def test_every_transition_carries_its_evidence(
     assert getattr(decided, "evidence", None) == evidence
 
 
-def test_an_answer_keeps_the_clock_of_the_device_and_what_it_said() -> None:
+def test_an_answer_keeps_the_devices_time_and_its_content() -> None:
     said = {"at": "2026-11-20T09:30:00Z", "percent": 40.0, "note": "half way"}
     progressed = decide(command_in(State.PUBLISHED), request(Input.ANSWER_PROGRESS, **said)).event
     failed = decide(
@@ -345,7 +346,7 @@ def test_an_answer_keeps_the_clock_of_the_device_and_what_it_said() -> None:
     assert (failed.at, failed.error) == (said["at"], OTHER_ERROR)
 
 
-def test_a_failure_without_a_reason_said_twice_is_the_same_failure() -> None:
+def test_a_repeated_failure_without_a_reason_is_the_same_failure() -> None:
     first = decide(command_in(State.PUBLISHED), request(Input.ANSWER_FAILED, error=None)).event
     assert isinstance(first, Failed)
     failed = folded(PUBLISHED, first)
@@ -353,7 +354,7 @@ def test_a_failure_without_a_reason_said_twice_is_the_same_failure() -> None:
     assert decide(failed, request(Input.ANSWER_FAILED, error=None)).verdict is Verdict.ALREADY
 
 
-def test_who_gave_up_and_why_is_kept() -> None:
+def test_an_abandon_keeps_who_and_why() -> None:
     event = decide(
         command_in(State.PUBLISHED), request(Input.ABANDON, by="key:key_7", reason="broken lamp")
     ).event

@@ -1,4 +1,4 @@
-"""Events as the log keeps them: what was written can be read, and nothing else can."""
+"""Events as the log stores them: every written event can be read, and nothing else can."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ st.register_type_strategy(msgspec.Raw, JSON.map(lambda value: msgspec.Raw(msgspe
 
 
 def value(kind: Any) -> st.SearchStrategy[Any]:
-    """Any value that a field of this type may hold; `Any` is JSON."""
+    """Any value that a field of this type may have; `Any` means JSON."""
     if kind is Any:
         return JSON
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -85,25 +85,25 @@ def test_every_event_class_has_a_name_and_is_strict_and_frozen() -> None:
         ("acknowledged", b"not json", SCHEMA),
     ],
 )
-def test_what_this_release_does_not_know_is_refused(name: str, data: bytes, schema: int) -> None:
+def test_unknown_events_and_fields_are_refused(name: str, data: bytes, schema: int) -> None:
     with pytest.raises(ValueError):
         decode(name, data, schema)
 
 
-def test_parameters_are_kept_byte_for_byte() -> None:
+def test_parameters_are_stored_byte_for_byte() -> None:
     spelled = b'{ "b" : 1.50,"a":1e2 }'
 
     assert spelled in encode(created(params=msgspec.Raw(spelled)))
 
 
-def test_the_name_of_a_stream_says_what_it_is_about() -> None:
+def test_a_stream_name_gives_its_subject_kind() -> None:
     assert subject_kind("cmd_1") == "command"
     assert subject_kind(events.device_stream("dev_1")) == "device"
     for stream in (events.SYSTEM, events.ERASURES, events.definition_stream("d1")):
         assert subject_kind(stream) == "broker"
 
 
-def test_an_event_in_its_envelope_knows_its_name() -> None:
+def test_a_recorded_event_knows_its_type_name() -> None:
     envelope = Recorded(
         position=1, stream="s", version=1, recorded_at=1, project="p", device_id=None, actor="a",
         event=events.TimedOut(reason="no_answer"),

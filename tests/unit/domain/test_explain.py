@@ -1,4 +1,4 @@
-"""The answer to "why is it not done?", for every state and everything a command can wait for."""
+"""Explanations of why a command is not done, for every state and every possible reason."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def why(
     forgotten: bool = False,
     **around: Any,
 ) -> Explanation:
-    """The explanation of one command among others of its lane, at T + now."""
+    """The explanation of one command among others of its lane, at T + `now` ms."""
     members = {m.state.id: m for m in (*before, subject, *after)}
     lane = Lane(DEVICE, members, shut_until=T + shut_until)
     fields: dict[str, Any] = {
@@ -120,7 +120,7 @@ WAITS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("around", "reason", "text"), WAITS)
-def test_what_waits_for_somebody_else_expires_if_nothing_changes(
+def test_a_command_that_waits_for_a_device_or_server_expires_if_nothing_changes(
     around: dict[str, Any], reason: dict[str, Any], text: str
 ) -> None:
     limited = why(member(first=created(ttl_ms=300_000), **REQUIRED), **around)
@@ -134,7 +134,7 @@ def test_what_waits_for_somebody_else_expires_if_nothing_changes(
     assert (limited.command_id, limited.state) == (COMMAND, "pending")
 
 
-def test_a_type_without_presence_never_waits_for_its_device() -> None:
+def test_a_type_without_presence_does_not_wait_for_its_device() -> None:
     assert codes(why(member(presence="none"), presence=Presence.NEVER)) == []
 
 
@@ -147,7 +147,7 @@ def test_the_command_that_fills_the_window_is_named() -> None:
     assert found.next == {"action": "hand_over"}
 
 
-def test_a_larger_window_is_counted() -> None:
+def test_the_commands_in_a_larger_window_are_counted() -> None:
     flying = [member(PUBLISHED, id=f"{EARLIER}{n}") for n in range(2)]
 
     found = why(member(max_in_flight=2), *flying)
@@ -156,7 +156,7 @@ def test_a_larger_window_is_counted() -> None:
     assert codes(why(member(max_in_flight=3), *flying)) == []
 
 
-def test_older_commands_that_wait_are_counted_and_the_first_is_named() -> None:
+def test_older_waiting_commands_are_counted_and_the_first_is_named() -> None:
     one = why(member(), member(id=EARLIER))
     two = why(member(), member(id=EARLIER), member(id=EARLIER + "b"))
 
@@ -166,7 +166,7 @@ def test_older_commands_that_wait_are_counted_and_the_first_is_named() -> None:
     assert two.reasons[0]["count"] == 2
 
 
-def test_younger_commands_and_those_that_hold_nobody_back_are_no_reason() -> None:
+def test_younger_and_non_blocking_commands_are_no_reason() -> None:
     dying = member(id=EARLIER, first=created(ttl_ms=10_000))
     reopened = member(PUBLISHED, TimedOut(reason="no_answer"), Acknowledged(late=True), id=EARLIER + "b")
 
@@ -176,7 +176,7 @@ def test_younger_commands_and_those_that_hold_nobody_back_are_no_reason() -> Non
     assert (found.reasons, found.next) == ([], {"action": "hand_over", "at": at(9_500)})
 
 
-def test_a_lane_that_is_shut_opens_at_a_time_that_is_said() -> None:
+def test_a_shut_lane_gives_the_time_when_it_opens() -> None:
     found = why(member(carries_ids=False), shut_until=20_000)
 
     text = f"until {at(20_000)} an answer without id could still mean the command before it"
@@ -186,13 +186,13 @@ def test_a_lane_that_is_shut_opens_at_a_time_that_is_said() -> None:
     assert codes(why(member(), shut_until=20_000, now=20_000)) == []
 
 
-def test_what_expires_before_its_lane_opens_is_said_to_expire() -> None:
+def test_a_command_that_expires_before_its_lane_opens_shows_the_expiry() -> None:
     found = why(member(first=created(ttl_ms=20_500)), shut_until=20_000)
 
     assert found.next == {"action": "expire", "at": at(20_500)}
 
 
-def test_no_free_slot_is_a_reason_only_while_the_server_can_be_reached() -> None:
+def test_no_free_slot_is_a_reason_only_while_the_server_is_reachable() -> None:
     busy = why(member(first=created(ttl_ms=300_000)), slots_free=False)
 
     assert codes(busy) == ["no_slot"]
@@ -201,7 +201,7 @@ def test_no_free_slot_is_a_reason_only_while_the_server_can_be_reached() -> None
     assert codes(why(member(), slots_free=False, link_up=False)) == ["link_down"]
 
 
-def test_in_its_last_second_nothing_but_expiry_follows() -> None:
+def test_in_its_last_second_a_command_can_only_expire() -> None:
     found = why(member(first=created(ttl_ms=300_000)), now=299_000)
 
     assert codes(found) == ["no_time"]
@@ -209,7 +209,7 @@ def test_in_its_last_second_nothing_but_expiry_follows() -> None:
     assert found.next == {"action": "expire", "at": at(300_000)}
 
 
-def test_what_is_fetched_waits_for_neither_link_nor_presence() -> None:
+def test_a_pull_only_command_waits_for_neither_link_nor_presence() -> None:
     subject = member(first=created(ttl_ms=300_000), transports=("relay",), **REQUIRED)
 
     found = why(subject, link_up=False, presence=Presence.OFFLINE, slots_free=False)
@@ -219,7 +219,7 @@ def test_what_is_fetched_waits_for_neither_link_nor_presence() -> None:
     assert found.next == {"action": "expire", "at": at(300_000)}
 
 
-def test_while_handing_over_is_halted_nothing_expires_either() -> None:
+def test_while_hand_overs_are_halted_no_expiry_is_shown() -> None:
     reason = "clock: it is 9000 ms before the last event of the log"
 
     found = why(member(first=created(ttl_ms=300_000)), halted=reason)
@@ -229,7 +229,7 @@ def test_while_handing_over_is_halted_nothing_expires_either() -> None:
     assert found.next == {"action": "hand_over"}
 
 
-def test_several_reasons_are_all_given() -> None:
+def test_all_reasons_are_given() -> None:
     found = why(
         member(**REQUIRED), member(PUBLISHED, id=EARLIER), presence=Presence.OFFLINE, link_up=False
     )  # fmt: skip
@@ -250,7 +250,7 @@ def sent(times: int = 1, *, counts: int | None = None) -> list[Event]:
     return [Published(attempt=n, counts=n <= counting) for n in range(1, times + 1)]
 
 
-def test_an_open_attempt_says_until_when_an_answer_may_come() -> None:
+def test_an_open_attempt_gives_the_deadline_of_its_answer() -> None:
     found = why(member(*sent(), flight=in_the_air()))
 
     assert found.summary == (
@@ -264,7 +264,7 @@ def test_an_open_attempt_says_until_when_an_answer_may_come() -> None:
     assert found.next == {"action": "back_off", "at": at(10_000)}
 
 
-def test_attempts_that_do_not_count_are_told_apart() -> None:
+def test_attempts_that_do_not_count_are_shown_separately() -> None:
     found = why(member(*sent(3, counts=2), flight=in_the_air(voided=1)))
 
     assert "Handed over 3 times (1 of these count, of at most 5)" in found.summary
@@ -278,7 +278,7 @@ def test_attempts_that_do_not_count_are_told_apart() -> None:
         ({"repeatable": False}, sent(), "not_repeatable", "it may be sent only once, and is given up at"),
     ],
 )
-def test_an_attempt_without_a_next_ends_in_giving_up(
+def test_the_last_attempt_ends_in_giving_up(
     fields: dict[str, Any], events: list[Event], code: str, text: str
 ) -> None:
     found = why(member(*events, flight=in_the_air(), **fields))
@@ -288,11 +288,11 @@ def test_an_attempt_without_a_next_ends_in_giving_up(
     assert found.next == {"action": "give_up", "at": at(10_000)}
 
 
-def test_what_may_be_sent_once_has_one_attempt_of_one() -> None:
+def test_a_non_repeatable_command_has_attempt_1_of_1() -> None:
     assert "(attempt 1 of 1)" in why(member(*sent(), flight=in_the_air(), repeatable=False)).summary
 
 
-def test_an_attempt_that_outlives_its_command_ends_with_it() -> None:
+def test_an_attempt_ends_with_the_expiry_of_its_command() -> None:
     found = why(member(*sent(), first=created(ttl_ms=6_000), flight=in_the_air()))
 
     assert codes(found) == ["no_answer"]
@@ -300,7 +300,7 @@ def test_an_attempt_that_outlives_its_command_ends_with_it() -> None:
     assert found.next == {"action": "give_up", "at": at(6_000)}
 
 
-def test_a_lease_is_the_answer_time_of_what_was_fetched() -> None:
+def test_a_lease_is_the_answer_deadline_of_a_fetched_command() -> None:
     leased = in_the_air(lease_until=T + 60_000, holder="key:key_2")
     fetched = [Published(attempt=1, transport="relay", counts=False)]
 
@@ -320,7 +320,7 @@ def test_a_lease_is_the_answer_time_of_what_was_fetched() -> None:
     assert (dying.reasons[1:], dying.next) == ([held], {"action": "give_up", "at": at(6_000)})
 
 
-def test_what_is_only_fetched_does_not_wait_for_the_mqtt_server() -> None:
+def test_a_pull_only_command_does_not_wait_for_the_mqtt_server() -> None:
     leased = in_the_air(lease_until=T + 60_000)
     fetched = Published(attempt=1, transport="heartbeat", counts=False)
 
@@ -331,21 +331,21 @@ def test_what_is_only_fetched_does_not_wait_for_the_mqtt_server() -> None:
     assert "the device, by its heartbeat, has it under a lease" in only.summary
 
 
-def test_a_held_command_may_be_fetched_meanwhile_if_its_type_allows_it() -> None:
+def test_a_held_command_may_be_fetched_if_its_type_allows_it() -> None:
     held = why(member(transports=("mqtt", "relay")), presence=Presence.NEVER)
 
     assert codes(held) == ["never_heard", "fetchable"]
     assert "its device or a relay may fetch it meanwhile" in held.summary
 
 
-def test_bytes_that_are_being_written_are_said_to_be() -> None:
+def test_an_attempt_being_written_is_shown_as_such() -> None:
     found = why(member(*sent(), flight=in_the_air(written_at=None)))
 
     assert "its bytes are being written." in found.summary
     assert found.next == {"action": "hand_over", "at": at(0)}
 
 
-def test_a_pause_ends_at_a_time_that_is_said() -> None:
+def test_a_pause_gives_the_time_of_the_next_attempt() -> None:
     found = why(member(*sent(), flight=Flight(due_at=T + 4_000)))
 
     assert codes(found) == ["no_answer", "backing_off"]
@@ -370,7 +370,7 @@ def test_the_next_attempt_follows_when_the_device_is_back() -> None:
     assert limited.next == {"action": "give_up", "at": at(300_000)}
 
 
-def test_an_open_attempt_of_a_device_that_has_gone_ends_in_being_held() -> None:
+def test_an_open_attempt_of_an_absent_device_ends_in_hold() -> None:
     found = why(member(*sent(5), flight=in_the_air(), **REQUIRED), presence=Presence.OFFLINE)
 
     assert codes(found) == ["no_answer", "offline"]
@@ -378,7 +378,7 @@ def test_an_open_attempt_of_a_device_that_has_gone_ends_in_being_held() -> None:
     assert found.next == {"action": "hold", "at": at(10_000)}
 
 
-def test_a_pause_that_outlives_the_command_ends_in_giving_up() -> None:
+def test_a_pause_longer_than_the_commands_life_ends_in_giving_up() -> None:
     found = why(member(*sent(), first=created(ttl_ms=15_000), flight=Flight(due_at=T + 14_500)))
 
     assert codes(found) == ["no_answer", "no_time"]
@@ -386,7 +386,7 @@ def test_a_pause_that_outlives_the_command_ends_in_giving_up() -> None:
     assert found.next == {"action": "give_up", "at": at(15_000)}
 
 
-def test_a_next_attempt_may_wait_for_a_slot_or_for_being_fetched() -> None:
+def test_a_next_attempt_may_wait_for_a_slot_or_for_a_fetch() -> None:
     busy = why(member(*sent()), slots_free=False)
     fetched = why(member(*sent(), transports=("relay",)))
 
@@ -405,7 +405,7 @@ def test_a_next_attempt_may_wait_for_a_slot_or_for_being_fetched() -> None:
         member(*sent(), Acknowledged()),
     ],
 )
-def test_without_a_server_nothing_handed_over_is_judged_by_time(subject: Member) -> None:
+def test_without_the_mqtt_server_no_handed_over_command_times_out(subject: Member) -> None:
     with_link, without = why(subject), why(subject, link_up=False)
     halted = why(subject, halted="clock: mend it")
 
@@ -419,14 +419,14 @@ def test_without_a_server_nothing_handed_over_is_judged_by_time(subject: Member)
     assert halted.summary.endswith("Nothing is sent or given up now (clock: mend it).")
 
 
-def test_of_a_one_way_type_only_the_server_is_waited_for() -> None:
+def test_a_one_way_command_waits_only_for_the_mqtt_server() -> None:
     assert "no answer of the MQTT server yet" in why(member(*sent(), flight=in_the_air(), **ONE_WAY)).summary
 
 
 # --- acknowledged
 
 
-def test_a_running_command_says_how_far_it_is_and_when_it_is_given_up() -> None:
+def test_a_running_command_shows_its_progress_and_its_deadline() -> None:
     heard = (Acknowledged(), 2_000)
     plain = why(member(PUBLISHED, heard))
     far = why(member(PUBLISHED, heard, (Progressed(percent=40, note="heating"), 5_000)))
@@ -441,7 +441,7 @@ def test_a_running_command_says_how_far_it_is_and_when_it_is_given_up() -> None:
     assert far.next == {"action": "give_up", "at": at(65_000)}
 
 
-def test_one_that_a_late_answer_brought_back_is_said_to_be() -> None:
+def test_a_command_reopened_by_a_late_answer_says_so() -> None:
     found = why(member(PUBLISHED, TimedOut(reason="no_answer"), (Acknowledged(late=True), 30_000)))
 
     assert found.state == "acknowledged"
@@ -453,7 +453,7 @@ def test_one_that_a_late_answer_brought_back_is_said_to_be() -> None:
 
 
 def ended(*events: Event, **kwargs: Any) -> Explanation:
-    """Of a command that memory has let go of, at T + 1 s."""
+    """The explanation of a closed command that is no longer in memory, at T + 1 s."""
     *before, last = events
     return why(member(*before, (last, 1_000), **kwargs), forgotten=True)
 
@@ -520,7 +520,7 @@ ENDS: list[tuple[tuple[Event, ...], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("events", "summary", "reason"), ENDS)
-def test_a_closed_command_says_how_it_ended_and_that_nothing_follows(
+def test_a_closed_command_shows_its_end_and_no_next_step(
     events: tuple[Event, ...], summary: str, reason: dict[str, Any]
 ) -> None:
     found = ended(*events)
@@ -531,14 +531,14 @@ def test_a_closed_command_says_how_it_ended_and_that_nothing_follows(
 
 
 @pytest.mark.parametrize("reason", list(TIMED_OUT))
-def test_a_timeout_admits_that_the_outcome_is_not_known(reason: Any) -> None:
+def test_a_timeout_says_that_the_outcome_is_unknown(reason: Any) -> None:
     found = ended(PUBLISHED, Published(attempt=2), TimedOut(reason=reason))
 
     assert found.summary.startswith(
         f"Given up at {AT} ({TIMED_OUT[reason]}) after it was handed over 2 times;"
     )
     assert "whether the device did it is not known" in found.summary
-    # Nobody listens to a device that was deleted.
+    # Answers of a deleted device are ignored, so no late answer is announced.
     assert ("late answer" in found.summary) == (reason != "device_deleted")
     expected = {"code": "timed_out", "at": AT, "reason": reason, "attempts": 2, "by": None}
     assert found.reasons == [expected]
@@ -546,7 +546,7 @@ def test_a_timeout_admits_that_the_outcome_is_not_known(reason: Any) -> None:
 
 
 @pytest.mark.parametrize("reason", list(SAID))
-def test_what_the_device_said_against_it_is_added(reason: str) -> None:
+def test_contradicting_answers_of_the_device_are_added(reason: str) -> None:
     said = [Said(at=T + n, reason=reason) for n in (1_000, 2_000)] + [Said(at=T, reason="malformed")]
     plain = ended(PUBLISHED, DONE)
 
@@ -557,7 +557,7 @@ def test_what_the_device_said_against_it_is_added(reason: str) -> None:
     assert with_answers(plain, []) == plain
 
 
-def test_one_that_was_closed_while_its_state_was_read_is_not_guessed_at() -> None:
+def test_a_command_closed_while_its_state_was_read_gives_just_closed() -> None:
     found = why(member(), forgotten=True)
 
     assert (codes(found), found.next) == (["just_closed"], None)
@@ -573,7 +573,7 @@ def test_every_state_is_explained(state: State) -> None:
 
 # --- what it says comes true: the real core, on virtual time
 
-LONG_SEC = 100  # of virtual time, which costs nothing
+LONG_SEC = 100  # of virtual time
 
 Way = Callable[[Bench], Awaitable[str]]
 
@@ -640,7 +640,7 @@ FORETOLD: list[tuple[Way, str, str]] = [
 
 
 @pytest.mark.parametrize(("way", "action", "state"), FORETOLD)
-def test_what_is_said_to_come_next_comes_at_its_time(way: Way, action: str, state: str) -> None:
+def test_the_announced_next_step_happens_at_its_time(way: Way, action: str, state: str) -> None:
     async def world(loop: SimLoop) -> None:
         async with on_virtual_time(loop) as (bench, _):
             command_id = await way(bench)

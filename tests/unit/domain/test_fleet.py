@@ -1,4 +1,4 @@
-"""A device as its events tell it."""
+"""The fold of a device's events."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def told(*events: Event) -> DeviceState:
     return state
 
 
-def test_a_device_begins_as_it_was_registered() -> None:
+def test_a_device_starts_as_registered() -> None:
     state = told()
 
     assert (state.id, state.project, state.hardware_id, state.device_type) == (
@@ -44,7 +44,7 @@ def test_a_device_begins_as_it_was_registered() -> None:
     assert (state.online, state.heard, state.seen_at, state.created_at) == (False, False, None, T)
 
 
-def test_what_a_change_leaves_out_stays_and_what_it_names_is_replaced() -> None:
+def test_a_change_replaces_only_the_named_fields() -> None:
     assert told(Changed(name="Desk")).attributes == {"room": "hall"}
     assert told(Changed(attributes={})).attributes == {}
     assert told(Changed(attributes={})).name == "Lamp"
@@ -52,7 +52,7 @@ def test_what_a_change_leaves_out_stays_and_what_it_names_is_replaced() -> None:
     assert told(Changed(device_type="recorder")).device_type == "recorder"
 
 
-def test_presence_is_what_the_last_event_says() -> None:
+def test_presence_follows_the_last_event() -> None:
     state = told(Online(session="s1"), Offline(session="s1"), Online(session="s2"))
 
     assert (state.online, state.heard, state.session, state.seen_at) == (True, True, "s2", T + 3_000)
@@ -69,13 +69,13 @@ def test_a_deleted_device_is_not_online_and_keeps_its_names() -> None:
     assert (state.online, state.deleted_at, state.hardware_id) == (False, T + 2_000, "lamp-1")
 
 
-def test_a_device_survives_being_kept_as_json() -> None:
+def test_a_device_survives_encoding_as_json() -> None:
     state = told(Online(session="s"), Changed(attributes={"a": [1, {"b": None}]}))
 
     assert msgspec.json.decode(msgspec.json.encode(state), type=DeviceState) == state
 
 
-def test_only_a_registration_begins_a_device_and_only_its_events_go_on() -> None:
+def test_a_device_stream_starts_with_registered_and_contains_only_device_events() -> None:
     with pytest.raises(ValueError, match="online cannot be the first event"):
         evolve_device(None, recorded(Online(), 1))
     with pytest.raises(ValueError, match="acknowledged is not an event of a device"):

@@ -1,4 +1,4 @@
-"""What is due in a lane, when time will next do something, and what a restart makes of a hand-over."""
+"""Due commands in a lane, their timers, and hand-overs after a restart."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def jitter(low: float, high: float) -> float:
 # --- order, window, slots
 
 
-def test_the_first_created_goes_first_and_the_next_waits_for_its_end() -> None:
+def test_the_oldest_command_goes_first_and_the_next_waits_for_its_end() -> None:
     assert due(lane(member("a"), member("b"))) == ["a"]
     assert due(lane(member("a", PUBLISHED, flight=Flight(open=True)), member("b"))) == []
     assert due(lane(member("a", PUBLISHED, Acknowledged()), member("b"))) == []
@@ -60,7 +60,7 @@ def test_the_window_is_filled_in_order_and_never_exceeded() -> None:
     assert due(lane(*pending), slots=0) == []
 
 
-def test_a_closed_or_reopened_command_takes_no_place_in_the_window() -> None:
+def test_a_closed_or_reopened_command_does_not_fill_the_window() -> None:
     reopened = member("a", PUBLISHED, TimedOut(reason="no_answer"), Acknowledged(late=True))
 
     assert due(lane(reopened, member("b"))) == ["b"]
@@ -82,7 +82,7 @@ KINDS: dict[str, tuple[tuple[Event, ...], Flight, int | None]] = {
     st.integers(1, 4),
     st.integers(0, 5),
 )
-def test_whatever_is_in_the_lane_order_window_and_slots_hold(
+def test_order_window_and_slots_hold_for_any_lane(
     handed_over: list[str], waiting: list[str], window: int, slots: int
 ) -> None:
     made = []
@@ -111,7 +111,7 @@ def test_whatever_is_in_the_lane_order_window_and_slots_hold(
         (Presence.ONLINE, True, True),
     ],
 )
-def test_presence_decides_whether_it_is_sent_and_whether_that_counts(
+def test_presence_decides_whether_a_command_is_sent_and_whether_the_attempt_counts(
     presence: Presence, required: bool, counted: bool
 ) -> None:
     waiting = Flight(due_at=T)
@@ -123,7 +123,7 @@ def test_presence_decides_whether_it_is_sent_and_whether_that_counts(
     assert lanes.counts(definition(**NONE), presence)
 
 
-def test_one_that_may_not_go_holds_back_those_behind_it() -> None:
+def test_a_command_that_may_not_go_blocks_later_ones() -> None:
     assert due(lane(member("a", **REQUIRED), member("b", **NONE)), Presence.OFFLINE) == []
     assert due(lane(member("a", transports=("relay",)), member("b"))) == []
 
@@ -134,7 +134,7 @@ def test_one_that_may_not_go_holds_back_those_behind_it() -> None:
 @pytest.mark.parametrize(
     ("ttl_ms", "margin"), [(1_000, 100), (5_000, 500), (10_000, 1_000), (300_000, 1_000)]
 )
-def test_the_last_second_or_tenth_of_a_life_belongs_to_the_timer(ttl_ms: int, margin: int) -> None:
+def test_no_command_is_sent_in_the_last_second_or_tenth_of_its_life(ttl_ms: int, margin: int) -> None:
     last = T + ttl_ms - margin
     waiting = member("a", ttl_ms=ttl_ms)
 
@@ -150,7 +150,7 @@ def test_a_command_without_expiry_always_has_time() -> None:
 # --- types whose answers carry no id
 
 
-def test_an_idless_lane_stays_shut_after_an_end_and_longer_after_a_time_out() -> None:
+def test_a_lane_without_ids_stays_shut_after_an_end_and_longer_after_a_time_out() -> None:
     for ending, pause in ((Executed(), 1_000), (TimedOut(reason="no_answer"), 20_000)):
         found = lane(gone := member("a", PUBLISHED, ending, **BARE), member("b", **BARE))
         lanes.closed(found, gone, T)
@@ -158,14 +158,14 @@ def test_an_idless_lane_stays_shut_after_an_end_and_longer_after_a_time_out() ->
         assert due(found, now=T + pause) == ["b"]
 
 
-def test_a_lane_with_ids_opens_at_once_and_so_does_one_that_sent_nothing() -> None:
+def test_a_lane_with_ids_or_without_a_hand_over_opens_at_once() -> None:
     for gone in (member("a", PUBLISHED, Executed()), member("a", **BARE)):
         found = lane(gone, member("b", **BARE))
         lanes.closed(found, gone, T)
         assert due(found) == ["b"]
 
 
-def test_an_answer_without_id_can_mean_what_was_handed_over_and_is_not_final_or_long_timed_out() -> None:
+def test_candidates_of_an_answer_without_id_are_handed_over_and_not_final_or_long_timed_out() -> None:
     late = member("late", PUBLISHED, TimedOut(reason="no_answer"), **BARE)
     found = lane(
         late, member("flying", PUBLISHED), member("heard", PUBLISHED, Acknowledged()), member("waiting")
@@ -179,7 +179,7 @@ def test_an_answer_without_id_can_mean_what_was_handed_over_and_is_not_final_or_
     assert named(T + 20_000) == {"flying", "heard"}
 
 
-def test_an_answer_that_came_before_a_command_was_handed_over_cannot_mean_it() -> None:
+def test_a_command_handed_over_after_an_answer_without_id_is_no_candidate() -> None:
     found = lane(member("flying", PUBLISHED))
     assert [candidate.state.id for candidate in lanes.candidates(found, T)] == ["flying"]
     assert lanes.candidates(found, T - 1) == []
@@ -196,7 +196,7 @@ def test_an_answer_that_came_before_a_command_was_handed_over_cannot_mean_it() -
     st.floats(60, 600),
     st.integers(0, 2**32),
 )
-def test_back_off_is_at_least_a_second_and_never_beyond_its_ceiling(
+def test_back_off_is_at_least_a_second_and_at_most_its_ceiling(
     counted: int, counting: bool, base: float, factor: float, cap: float, seed: int
 ) -> None:
     kind = definition(backoff_base_sec=base, backoff_factor=factor, backoff_cap_sec=cap)
@@ -231,7 +231,7 @@ def test_the_attempt_timer_starts_when_the_bytes_were_written() -> None:
     assert lanes.overdue(written, T + 13_000) is Input.ATTEMPT_TIMER
 
 
-def test_expiry_comes_before_any_other_timer_and_not_after_an_acknowledgement() -> None:
+def test_expiry_precedes_other_timers_until_an_acknowledgement() -> None:
     flight = Flight(open=True, written_at=T)
     acknowledged = member("a", PUBLISHED, Acknowledged(), ttl_ms=5_000)
 
@@ -242,7 +242,7 @@ def test_expiry_comes_before_any_other_timer_and_not_after_an_acknowledgement() 
     assert lanes.overdue(acknowledged, T + 5_000) is None
 
 
-def test_each_report_grants_a_new_result_time_up_to_the_longest_run() -> None:
+def test_each_report_restarts_the_result_timer_up_to_the_longest_run() -> None:
     def end(*events: Event | tuple[Event, int]) -> int:
         return lanes.result_due_at(member("a", PUBLISHED, *events, max_run_sec=100)) - T
 
@@ -252,14 +252,14 @@ def test_each_report_grants_a_new_result_time_up_to_the_longest_run() -> None:
     assert end((Progressed(percent=1), 2_000)) == 62_000
 
 
-def test_a_reopened_command_gets_a_result_time_again() -> None:
+def test_a_reopened_command_gets_a_new_result_timer() -> None:
     again = member("a", PUBLISHED, TimedOut(reason="no_answer"), (Acknowledged(late=True), 500_000))
 
     assert lanes.overdue(again, T + 559_999) is None
     assert lanes.overdue(again, T + 560_000) is Input.RESULT_TIMER
 
 
-def test_a_next_attempt_wakes_once_and_then_waits_for_something_else_than_time() -> None:
+def test_a_due_attempt_wakes_the_lane_once_and_then_waits_for_other_events() -> None:
     backing_off = member("a", PUBLISHED, flight=Flight(due_at=T + 4_000))
 
     assert lanes.wake_at(backing_off, T) == T + 4_000
@@ -268,11 +268,11 @@ def test_a_next_attempt_wakes_once_and_then_waits_for_something_else_than_time()
     assert due(lane(backing_off), now=T + 4_000) == ["a"]
 
 
-def test_what_may_be_sent_once_is_never_due_again() -> None:
+def test_a_non_repeatable_command_is_never_due_again() -> None:
     assert due(lane(member("a", PUBLISHED, repeatable=False))) == []
 
 
-def test_the_last_attempt_is_the_one_that_uses_up_the_count() -> None:
+def test_the_last_attempt_is_the_one_that_reaches_the_maximum() -> None:
     tries = [Published(attempt=n) for n in (1, 2, 3)]
 
     assert lanes.is_last_attempt(member("a", *tries, max_attempts=3))
@@ -299,7 +299,7 @@ def test_an_interrupted_attempt_is_due_again_within_the_answer_time(tries: int, 
     assert left == max(1, most - tries), "if it was the last one, one more"
 
 
-def test_what_may_be_sent_once_or_is_on_lease_waits_for_its_end() -> None:
+def test_a_non_repeatable_or_leased_attempt_waits_for_its_end_after_a_restart() -> None:
     once = lanes.recovered(folded(PUBLISHED), definition(repeatable=False), T + 500, jitter)
     leased = lanes.recovered(
         folded((Published(attempt=1, transport="relay"), 100)),
@@ -312,7 +312,7 @@ def test_what_may_be_sent_once_or_is_on_lease_waits_for_its_end() -> None:
     assert (leased.open, leased.lease_until) == (True, T + 30_100)
 
 
-def test_a_command_that_was_not_in_the_air_has_no_flight() -> None:
+def test_a_command_without_an_open_attempt_has_no_flight_after_a_restart() -> None:
     for state in (folded(), folded(PUBLISHED, Acknowledged())):
         assert lanes.recovered(state, definition(), T, jitter) == Flight()
 
@@ -331,7 +331,7 @@ def leased(**facts: Any) -> Member:
     return member("a", CLAIMED, flight=Flight(open=True, lease_until=T + 60_000), **PULLED | facts)
 
 
-def test_a_fetch_gets_the_oldest_first_and_no_more_than_the_window() -> None:
+def test_a_fetch_gets_the_oldest_commands_up_to_the_window() -> None:
     pending = [member(name, **PULLED) for name in "abc"]
     wide = [member(name, **PULLED, max_in_flight=2) for name in "abc"]
 
@@ -350,14 +350,14 @@ def test_only_a_transport_that_the_type_allows_fetches() -> None:
     assert fetched(lane(only, member("b", **PULLED))) == [], "what may not go holds back what is behind it"
 
 
-def test_while_a_lease_runs_only_its_own_transport_gets_it() -> None:
+def test_during_a_lease_only_its_own_transport_gets_the_command() -> None:
     assert fetched(lane(leased())) == ["a"]
     assert fetched(lane(leased()), "heartbeat") == []
     assert fetched(lane(leased()), "heartbeat", T + 60_000) == ["a"]
     assert due(lane(leased())) == []
 
 
-def test_an_attempt_by_mqtt_is_waited_for_whether_or_not_its_timer_could_fire() -> None:
+def test_an_mqtt_attempt_blocks_fetches_until_its_deadline_even_without_a_timer() -> None:
     flying = member("a", PUBLISHED, flight=Flight(open=True, written_at=T), **PULLED)
     unwritten = member("a", PUBLISHED, flight=Flight(open=True), **PULLED)
     between = member("a", PUBLISHED, flight=Flight(due_at=T + 99_000), **PULLED)
@@ -368,13 +368,13 @@ def test_an_attempt_by_mqtt_is_waited_for_whether_or_not_its_timer_could_fire() 
     assert fetched(lane(between)) == ["a"], "a device that asks need not wait for a pause"
 
 
-def test_what_may_be_sent_once_is_fetched_once() -> None:
+def test_a_non_repeatable_command_is_fetched_once() -> None:
     assert fetched(lane(member("a", repeatable=False, **PULLED))) == ["a"]
     assert fetched(lane(leased(repeatable=False))) == []
     assert fetched(lane(leased(repeatable=False)), now=T + 60_000) == []
 
 
-def test_what_has_no_time_left_is_not_fetched() -> None:
+def test_a_command_without_time_left_is_not_fetched() -> None:
     dying, fresh = member("a", ttl_ms=5_000, **PULLED), member("b", **PULLED)
 
     assert fetched(lane(dying, fresh), now=T + 4_499) == ["a"]

@@ -1,4 +1,5 @@
-"""The transitions of the contract, typed in again, and the fold that records without judging."""
+"""The transitions of the contract, written down a second time, and the fold, which records and never
+refuses."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from broker.domain.events import (
 from broker.domain.lifecycle import CLOSED, FINAL, TRANSITIONS, CommandState, State, evolve
 from tests.integration.core_support import PUBLISHED, WAYS, T, command_in, created, folded, recorded
 
-# Section 2 of the contract: event, may follow, gives.
+# Section 2 of the contract: event
+# may follow
+# leads to.
 CONTRACT = """
 created      | none                               | pending
 published    | pending, published                 | published
@@ -68,14 +71,14 @@ def test_the_transitions_are_those_of_the_contract() -> None:
     assert {state.value: row for state, row in TRANSITIONS.items()} == wanted
 
 
-def test_the_four_final_states_have_empty_rows_and_timed_out_has_not() -> None:
+def test_the_four_final_states_allow_no_event_and_timed_out_does() -> None:
     assert {state for state, row in TRANSITIONS.items() if not row} == FINAL
     assert {State.EXECUTED, State.FAILED, State.EXPIRED, State.CANCELLED} == FINAL
     assert {State.TIMED_OUT} == CLOSED - FINAL
 
 
 @given(st.lists(st.tuples(EVENTS, st.integers(0, 10_000)), max_size=8), st.sampled_from(sorted(WAYS)))
-def test_the_fold_never_refuses_an_event_and_makes_only_moves_of_the_table(
+def test_the_fold_refuses_no_event_and_makes_only_moves_of_the_table(
     events: list[tuple[CommandEvent, int]], start: State
 ) -> None:
     state = folded(*WAYS[start])
@@ -92,7 +95,7 @@ def test_the_fold_never_refuses_an_event_and_makes_only_moves_of_the_table(
 
 
 @given(EVENTS)
-def test_a_state_survives_being_kept_as_json(event: CommandEvent) -> None:
+def test_a_state_survives_encoding_as_json(event: CommandEvent) -> None:
     state = folded(PUBLISHED, event)
 
     kept = msgspec.json.encode(state)
@@ -100,21 +103,21 @@ def test_a_state_survives_being_kept_as_json(event: CommandEvent) -> None:
     assert msgspec.json.encode(msgspec.json.decode(kept, type=CommandState)) == kept
 
 
-def test_a_history_starts_with_created_and_holds_events_of_a_command_only() -> None:
+def test_a_history_starts_with_created_and_contains_only_command_events() -> None:
     with pytest.raises(ValueError, match="published cannot be version 1"):
         evolve(None, recorded(PUBLISHED, 1))
     with pytest.raises(ValueError, match="online cannot be version 2"):
         evolve(folded(), recorded(Online(), 2))
 
 
-def test_the_first_word_of_the_device_is_its_delivery_and_reports_move_on() -> None:
+def test_the_devices_first_answer_sets_delivered_and_later_reports_update_it() -> None:
     state = folded((PUBLISHED, 10), (Acknowledged(), 20), (Progressed(percent=5), 30), (Executed(), 40))
 
     assert (state.published_at, state.delivered_at, state.acknowledged_at) == (T + 10, T + 20, T + 20)
     assert (state.reported_at, state.executed_at, state.closed_at) == (T + 30, T + 40, T + 40)
 
 
-def test_a_puback_and_an_mqtt_server_are_no_word_of_the_device() -> None:
+def test_a_puback_and_mqtt_server_errors_are_not_answers_of_the_device() -> None:
     refused = Failed(error=Error(code="refused", message="no"), by="mqtt_server")
 
     assert folded(PUBLISHED, Executed(evidence="mqtt_puback")).delivered_at is None
@@ -122,7 +125,7 @@ def test_a_puback_and_an_mqtt_server_are_no_word_of_the_device() -> None:
     assert folded(PUBLISHED, Executed()).delivered_at == T
 
 
-def test_attempts_are_numbered_and_only_some_count() -> None:
+def test_attempts_are_numbered_and_some_do_not_count() -> None:
     state = folded(
         PUBLISHED,
         Published(attempt=2, counts=False),
@@ -151,7 +154,7 @@ def test_a_late_answer_corrects_a_time_out_and_is_marked(answer: CommandEvent, a
     assert state.closed_at == (None if state.reopened else T + 70)
 
 
-def test_every_way_of_the_builders_ends_where_it_says() -> None:
+def test_every_builder_sequence_ends_in_its_named_state() -> None:
     for state in WAYS:
         found = command_in(state)
         assert found is not None

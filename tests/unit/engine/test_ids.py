@@ -1,4 +1,4 @@
-"""Identifiers and secrets: their form, their order, and what another implementation reads in them."""
+"""Identifiers and secrets: their form, their order, and a check with another implementation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_an_id_is_a_type_id_of_a_uuid_version_7(prefix: str, at: int, seed: int)
 
 
 @given(TIMES, TIMES, st.integers(0, 2**32))
-def test_ids_sort_by_their_time(one: int, other: int, seed: int) -> None:
+def test_ids_sort_by_time(one: int, other: int, seed: int) -> None:
     entropy = SeededEntropy(seed)
     first, second = new_id("cmd", one, entropy), new_id("cmd", other, entropy)
 
@@ -41,7 +41,7 @@ def test_two_ids_of_the_same_millisecond_differ() -> None:
     assert len({new_id("cmd", T, entropy) for _ in range(1_000)}) == 1_000
 
 
-def test_a_secret_says_what_it_is_for_and_only_its_digest_need_be_kept() -> None:
+def test_a_secret_names_its_purpose_and_only_its_digest_is_stored() -> None:
     entropy = SeededEntropy()
     secret, other = new_secret("sk_live_", entropy), new_secret("sk_live_", entropy)
 

@@ -1,8 +1,8 @@
-"""The core against a small model of the contract: whatever happens in whatever order, its promises hold.
+"""The core against a small model of the contract: in any order of events its promises hold.
 
-Everything is real but the far end of the link, which is the test; time is virtual, the disk is in memory
-under real SQLite. The model knows the contract's transitions and nothing of the code's table. More of
-it: `ORDAIN_MODEL_EXAMPLES=2000`.
+Everything is real except the far end of the link, which is the test. Time is virtual; the disk is in memory
+under real SQLite. The model uses the contract's transitions and not the code's table. For a longer run set
+`ORDAIN_MODEL_EXAMPLES=2000`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.unit.domain.test_lifecycle import CONTRACT
 T = TypeVar("T")
 
 EXAMPLES = int(os.environ.get("ORDAIN_MODEL_EXAMPLES", "0"))
-# To find the shortest way to a fault takes minutes, so only the bigger run does it.
+# Shrinking a failure takes minutes, so only the longer run does it.
 PHASES = (Phase.generate, Phase.shrink) if EXAMPLES else (Phase.generate,)
 pytestmark = pytest.mark.timeout(0 if EXAMPLES else 120)
 settings.register_profile(
@@ -55,7 +55,7 @@ MAX_ATTEMPTS = 5
 ENDS = {"executed", "failed", "expired", "cancelled"}
 SAID = {"acknowledged": "acknowledged", "progress": "progressed", "executed": "executed", "failed": "failed"}
 TEXTS = {b"ack": "acknowledged", b"ok": "executed", b"error": "failed"}
-# hardware id -> its type, the commands it is sent, and whether they may be sent again
+# hardware id -> (its type, {its commands: whether they may be sent again})
 DEVICES: dict[str, tuple[str, dict[str, bool]]] = {
     "lamp": ("generic", {"open": True}),
     "lock": ("iotee_device", {"lock": True, "reboot": False}),
@@ -83,7 +83,7 @@ class Seen:
         self.events: list[str] = []
         self.sent: list[int] = []
         self.counted = 0
-        self.more_attempts = 0  # each restart and each attempt that turned out not to count gives one
+        self.more_attempts = 0  # each restart and each attempt that does not count adds one
 
     def add(self, row: Row) -> None:
         assert row.type in FOLLOWS[self.state if self.events else "none"], f"{row.type} after {self.events}"
@@ -152,7 +152,7 @@ class Model(RuleBasedStateMachine):
             self.serving.result()
 
     def ask(self, request: Coroutine[Any, Any, T]) -> T | None:
-        """The answer to a request; None where the log could not be written or it was refused."""
+        """The answer to a request; None if it was refused or the log could not be written."""
 
         async def asked() -> T | None:
             try:
@@ -178,7 +178,8 @@ class Model(RuleBasedStateMachine):
                 seen.counted += row.type == "published" and b'"counts":false' not in (row.data or b"")
 
     def published(self, outgoing: Outgoing) -> None:
-        """Every publish at the moment its bytes leave: D1, D4, D6, D8, R6, once, attempts."""
+        """Checks every publish at the moment its bytes leave: D1, D4, D6, D8, R6, sent once, and numbers of
+        attempts."""
         seen = self.commands[(outgoing.correlation or b"").decode()]
         attempt = int(dict(outgoing.user_properties)["attempt"])
         assert seen.events.count("published") >= attempt, "D1: published is durable before the bytes leave"
@@ -233,7 +234,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.commands)
     @rule(pick=picks, status=st.sampled_from(sorted(SAID)), value=st.integers(0, 2))
     def answer(self, pick: int, status: str, value: int) -> None:
-        """By its id, in any state: early, in time, twice, late, after the end."""
+        """Answers with an id, in any state: early, in time, twice, late, after the end."""
         flying = self.known("published", "acknowledged", "timed_out")
         known = flying if flying and pick % 3 else self.known()
         seen = known[-1 - pick % min(4, len(known))]
@@ -243,7 +244,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(statuses=st.lists(st.sampled_from(["acknowledged", "executed", "failed"]), min_size=1, max_size=4))
     def devices_work(self, statuses: list[str]) -> None:
-        """What was handed over is answered, and the lanes move on."""
+        """Answers all handed-over commands, so that the lanes continue."""
         for status in statuses:
             for seen in self.known("published", "acknowledged"):
                 may = SAID[status] in FOLLOWS[seen.state]
@@ -253,7 +254,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(pick=picks, text=st.sampled_from(sorted(TEXTS)))
     def text(self, pick: int, text: bytes) -> None:
-        """A bare answer of the lock: the one command it can mean, or none."""
+        """A bare answer of the lock: belongs to the only candidate, or to none."""
         now = self.core().writer.now()
         means = [c for c in self.known("published", "acknowledged") if c.device == "lock"]
         means += [c for c in self.known("timed_out") if c.device == "lock" and now < c.changed_at + LATE_MS]
@@ -272,12 +273,12 @@ class Model(RuleBasedStateMachine):
             assert before is None or seen.events == before
 
     def say(self, hardware_id: str, payload: bytes, seen: Seen | None, expected: str | None) -> None:
-        """What an answer leads to: the expected event, or no event of an answer anywhere."""
+        """Delivers an answer and checks that exactly the expected event follows, or none."""
         self.last = hardware_id, payload
         head, state = len(self.rows), seen.state if seen is not None else ""
         told = set(seen.events) if seen is not None else set()
         if expected == "acknowledged" and told & {"acknowledged", "progressed"}:
-            expected = None  # a copy of what was recorded
+            expected = None  # a copy of a recorded answer
         unsure = expected == "progressed" and (state == "acknowledged" or "progressed" in told)
         was_open = self.core().writer.open and self.disk.capacity is None
         self.core().intake.message(Message(topic=f"iotee/dev/{hardware_id}/ack", payload=payload))
@@ -320,7 +321,7 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.commands)
     @rule(pick=picks)
     def retry(self, pick: int) -> None:
-        """A new command from one that ended badly, from no other."""
+        """Only a command that ended without success can be retried."""
         known = self.known("failed", "timed_out", "expired", "cancelled") or self.known()
         seen = known[pick % len(known)]
         made = self.ask(self.core().repairs.retry(ME, seen.id))
@@ -366,7 +367,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(hardware_id=names, after_ms=st.integers(0, 15), power=st.booleans(), now=rarely)
     def crash(self, hardware_id: str, after_ms: int, power: bool, now: bool) -> None:
-        """In the middle of a create, at any moment of it."""
+        """Crashes the broker during a create, `after_ms` after its start."""
         if not now:
             return
         self.disk.capacity = None
@@ -401,7 +402,7 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def memory_projections_and_log_agree(self) -> None:
-        """L6, and S3, S4."""
+        """Checks L6, S3 and S4."""
         if not self.core().writer.open or self.disk.capacity is not None:
             return
         kept, verified = self.look()
@@ -421,7 +422,7 @@ class Model(RuleBasedStateMachine):
         assert lane == [seen.position for seen in self.known() if not seen.closed]
 
     def look(self) -> tuple[dict[str, Any], log.Verified]:
-        """Projections and chain at a moment when nothing is on its way to the disk."""
+        """Projections and chain at a moment without writes on the way to the disk."""
         writer = self.core().writer
         while True:
             self.ask(writer.barrier())
@@ -432,7 +433,7 @@ class Model(RuleBasedStateMachine):
                 return kept, verified
 
     def teardown(self) -> None:
-        """Once faults stop, every command that has an expiry or was acknowledged comes to its end: L4."""
+        """L4: once faults stop, every command that has an expiry or was acknowledged ends."""
         try:
             if self.started:
                 self.disk.capacity = None
@@ -461,5 +462,5 @@ TestModel = Model.TestCase
 TestModel.settings = settings.get_profile("model")
 
 
-def test_the_models_receipts_are_those_of_the_seam() -> None:
+def test_the_models_receipts_equal_those_of_the_seam() -> None:
     assert (TAKEN.reason, UNKNOWN.reason) == (0, None)

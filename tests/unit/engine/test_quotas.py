@@ -1,4 +1,5 @@
-"""A project's minute: how much goes at once, when the next is allowed, and that projects do not meet."""
+"""A project's rate limit: the burst, the time of the next allowed command, and the independence of
+projects."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ def quotas(per_minute: int, **projects: ProjectLimits) -> Quotas:
 
 
 def taken(quotas: Quotas, at: int, count: int, project: str = "acme") -> int:
-    """How many of so many commands at one time are allowed."""
+    """How many of `count` commands at one moment are allowed."""
     allowed = 0
     for _ in range(count):
         try:
@@ -30,7 +31,7 @@ def taken(quotas: Quotas, at: int, count: int, project: str = "acme") -> int:
 
 
 def wait_sec(quotas: Quotas, at: int, project: str = "acme") -> int:
-    """When the next is allowed, as a refusal says it."""
+    """Seconds until the next allowed command, as the refusal says."""
     with pytest.raises(Refusal) as refusal:
         quotas.take(project, at)
     assert refusal.value.kind == "rate_limit_exceeded"
@@ -44,7 +45,7 @@ def test_without_a_rate_everything_is_allowed() -> None:
 
 
 @pytest.mark.parametrize("rate", [1, 7, 60, 999])
-def test_a_whole_minute_may_be_sent_at_once_and_again_after_a_minute(rate: int) -> None:
+def test_a_minutes_commands_may_come_at_once_and_again_after_a_minute(rate: int) -> None:
     bucket = quotas(rate)
 
     assert taken(bucket, T, rate + 5) == rate
@@ -52,7 +53,7 @@ def test_a_whole_minute_may_be_sent_at_once_and_again_after_a_minute(rate: int) 
     assert taken(bucket, T + 10**9, rate + 5) == rate
 
 
-def test_the_bucket_fills_up_evenly() -> None:
+def test_the_bucket_fills_evenly() -> None:
     bucket = quotas(6)
     taken(bucket, T, 6)
 
@@ -62,7 +63,7 @@ def test_the_bucket_fills_up_evenly() -> None:
 
 
 @given(rate=st.integers(1, 5_000), gaps=st.lists(st.integers(0, 5_000), min_size=1, max_size=60))
-def test_what_a_refusal_says_is_true_and_the_rate_is_kept(rate: int, gaps: list[int]) -> None:
+def test_the_retry_time_of_a_refusal_is_true_and_the_rate_is_kept(rate: int, gaps: list[int]) -> None:
     bucket, at, allowed = quotas(rate), T, 0
     for gap in gaps:
         at += gap
@@ -84,7 +85,7 @@ def test_a_refused_command_costs_nothing() -> None:
     assert taken(bucket, T + 60_000, 1) == 1
 
 
-def test_projects_do_not_meet_and_may_have_limits_of_their_own() -> None:
+def test_projects_are_independent_and_may_have_their_own_limits() -> None:
     bucket = quotas(2, busy=ProjectLimits(commands_per_minute=5), free=ProjectLimits(commands_per_minute=0))
 
     assert taken(bucket, T, 10) == 2
@@ -93,7 +94,7 @@ def test_projects_do_not_meet_and_may_have_limits_of_their_own() -> None:
     assert taken(bucket, T, 10, "free") == 10
 
 
-def test_what_a_project_does_not_set_is_as_for_all() -> None:
+def test_a_limit_that_a_project_does_not_set_is_the_default() -> None:
     limits = Limits(queue_per_name=7, params_bytes=9)
     found = Quotas(limits, {"acme": ProjectLimits(params_bytes=2)})
 

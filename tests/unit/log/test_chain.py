@@ -1,4 +1,4 @@
-"""The hash chain: every change, loss, swap and copy of a row is found, and the bad row is named."""
+"""The hash chain: every changed, lost, swapped or copied row is found, and the bad row is named."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ OTHER: dict[str, Any] = {
 
 @pytest.mark.parametrize("position", range(1, LAST + 1))
 @pytest.mark.parametrize("column", [name for name in Row._fields if name != "position"])
-def test_a_change_of_any_column_of_any_row_is_found_and_named(
+def test_a_change_of_any_column_of_any_row_is_named(
     sql: sqlite3.Connection, column: str, position: int
 ) -> None:
     sql.execute(f"UPDATE events SET {column} = ? WHERE position = ?", (OTHER[column], position))
@@ -79,7 +79,7 @@ def test_a_change_of_any_column_of_any_row_is_found_and_named(
 
 
 @pytest.mark.parametrize("column", ["device_id", "data", "salt"])
-def test_an_absent_value_is_not_an_empty_one(sql: sqlite3.Connection, column: str) -> None:
+def test_null_and_empty_values_have_different_hashes(sql: sqlite3.Connection, column: str) -> None:
     for nothing in (None, "" if column == "device_id" else b""):
         sql.execute("SAVEPOINT before")
         sql.execute(f"UPDATE events SET {column} = ? WHERE position = 3", (nothing,))
@@ -88,20 +88,20 @@ def test_an_absent_value_is_not_an_empty_one(sql: sqlite3.Connection, column: st
 
 
 @pytest.mark.parametrize("position", range(1, LAST))
-def test_a_lost_row_is_found_and_named(sql: sqlite3.Connection, position: int) -> None:
+def test_a_lost_row_is_named(sql: sqlite3.Connection, position: int) -> None:
     sql.execute("DELETE FROM events WHERE position = ?", (position,))
     assert fault(sql) == f"position {position} is missing: the next row is {position + 1}"
 
 
 @pytest.mark.parametrize("position", range(1, LAST))
-def test_a_lost_row_is_found_when_the_rest_moves_up(sql: sqlite3.Connection, position: int) -> None:
+def test_a_lost_row_is_found_when_later_rows_move_up(sql: sqlite3.Connection, position: int) -> None:
     sql.execute("DELETE FROM events WHERE position = ?", (position,))
     for number in range(position + 1, LAST + 1):
         sql.execute("UPDATE events SET position = ? WHERE position = ?", (number - 1, number))
     assert f"position {position} " in fault(sql)
 
 
-def test_a_lost_end_shows_in_the_count_and_the_hash(sql: sqlite3.Connection) -> None:
+def test_a_lost_end_is_visible_in_the_count_and_the_hash(sql: sqlite3.Connection) -> None:
     before = log.verify(sql)
     sql.execute("DELETE FROM events WHERE position = ?", (LAST,))
     after = log.verify(sql)
@@ -122,15 +122,15 @@ def test_swapped_rows_are_found_at_the_first_of_them(sql: sqlite3.Connection, on
 
 
 @pytest.mark.parametrize("position", range(1, LAST + 1))
-def test_a_copy_of_a_row_is_found(sql: sqlite3.Connection, position: int) -> None:
+def test_a_copied_row_is_found(sql: sqlite3.Connection, position: int) -> None:
     row = Row(*sql.execute(f"SELECT {log.COLUMNS} FROM events WHERE position = ?", (position,)).fetchone())
     sql.execute(log.INSERT, row._replace(position=LAST + 1, version=9))
 
     assert f"position {LAST + 1} " in fault(sql)
 
 
-def test_a_row_forged_with_a_right_hash_is_found_by_its_time_or_its_version(sql: sqlite3.Connection) -> None:
-    """Whoever computes the hashes too can still not break these two rules unseen."""
+def test_a_forged_row_with_a_correct_hash_is_found_by_its_time_or_version(sql: sqlite3.Connection) -> None:
+    """A forger who recomputes the hashes still cannot break these two rules unnoticed."""
     for version, at, expected in (
         (4, T, f"position {LAST + 1} is older than the row before it"),
         (9, T + 60, "stream cmd_2 has 4 events up to version 9"),
@@ -165,7 +165,7 @@ def test_erased_data_without_an_erased_event_is_named(sql: sqlite3.Connection) -
     assert fault(sql) == "position 3 has no data, and no erased event names it"
 
 
-def test_erased_data_that_an_event_names_verifies(sql: sqlite3.Connection) -> None:
+def test_erased_data_covered_by_an_erased_event_verifies(sql: sqlite3.Connection) -> None:
     erase(sql, "cmd_2")
     write(sql, [(ERASURES, Erased(ids=["cmd_2"], count=1), 100)])
     assert fault(sql) == "none"
@@ -174,7 +174,7 @@ def test_erased_data_that_an_event_names_verifies(sql: sqlite3.Connection) -> No
     assert fault(sql) == "position 2 has no data, and no erased event names it"
 
 
-def test_a_cutoff_covers_whole_commands_created_before_it_and_no_other(sql: sqlite3.Connection) -> None:
+def test_a_cutoff_covers_only_commands_created_before_it_and_all_their_rows(sql: sqlite3.Connection) -> None:
     write(sql, [("cmd_1", Executed(), 90), (ERASURES, Erased(cutoff=T + 15, count=1), 100)])
     erase(sql, "cmd_1")
     assert fault(sql) == "none", "its later events are covered with it"
@@ -183,7 +183,7 @@ def test_a_cutoff_covers_whole_commands_created_before_it_and_no_other(sql: sqli
     assert fault(sql) == "position 3 has no data, and no erased event names it"
 
 
-def test_no_erased_event_covers_a_command_that_was_open_then(sql: sqlite3.Connection) -> None:
+def test_no_erased_event_covers_a_command_that_was_still_open(sql: sqlite3.Connection) -> None:
     write(sql, [(ERASURES, Erased(ids=["cmd_1"], cutoff=T + 1_000, count=2), 100)])
     erase(sql, "cmd_2")
     assert fault(sql) == "none"
@@ -195,20 +195,20 @@ def test_no_erased_event_covers_a_command_that_was_open_then(sql: sqlite3.Connec
     assert fault(sql) == "position 2 has no data, and no erased event names it"
 
 
-def test_a_cutoff_covers_no_device_and_not_itself(sql: sqlite3.Connection) -> None:
+def test_a_cutoff_covers_neither_devices_nor_itself(sql: sqlite3.Connection) -> None:
     write(sql, [(ERASURES, Erased(cutoff=T + 1_000, count=2), 100)])
     erase(sql, device_stream(DEVICE))
     assert fault(sql) == "position 1 has no data, and no erased event names it"
 
 
-def test_an_erased_event_cannot_be_erased_itself(sql: sqlite3.Connection) -> None:
+def test_an_erased_event_itself_cannot_be_erased(sql: sqlite3.Connection) -> None:
     write(sql, [(ERASURES, Erased(ids=["cmd_2", ERASURES], count=1), 100)])
     erase(sql, "cmd_2")
     erase(sql, ERASURES)
     assert fault(sql) == "position 3 has no data, and no erased event names it"
 
 
-def test_data_that_is_left_is_checked_though_an_erased_event_names_it(sql: sqlite3.Connection) -> None:
+def test_remaining_data_is_checked_although_an_erased_event_names_it(sql: sqlite3.Connection) -> None:
     write(sql, [(ERASURES, Erased(ids=["cmd_2"], cutoff=T + 1_000, count=1), 100)])
     sql.execute("UPDATE events SET data = ? WHERE position = 3", (b"{}",))
     assert fault(sql) == "position 3 was changed: its data does not match its digest"

@@ -1,4 +1,5 @@
-"""Our packets against paho's own: the same bytes out, the same meaning in, however the stream is cut."""
+"""The link's packets compared with paho's: the same bytes out, the same meaning in, however the stream is
+split."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 topics = texts.map(lambda text: text.replace("+", "").replace("#", "") or "t")
 ids = st.integers(1, 65_535)
 pairs = st.lists(st.tuples(texts, texts), max_size=3)
-# Around the places where a length takes one more byte, too.
+# Payload sizes near the limits where the length needs one more byte, too.
 payloads = st.one_of(st.binary(max_size=200), st.integers(0, 17_000).map(bytes))
 all_properties = st.fixed_dictionaries(
     {},
@@ -62,7 +63,7 @@ def properties(values: dict[str, Any]) -> Properties:
 
 
 class Paho:
-    """A real paho client on one end of a real socket pair; `sent` is what came out of the other."""
+    """A real paho client at one end of a real socket pair; `sent` holds what arrives at the other end."""
 
     def __init__(self) -> None:
         self._ours, self._theirs = socket.socketpair()
@@ -125,7 +126,7 @@ def split(pieces: list[bytes]) -> list[Packet]:
         user_properties=pairs.map(tuple),
     ),
 )
-def test_what_we_send_is_byte_for_byte_what_paho_would_send(
+def test_sent_packets_equal_pahos_byte_for_byte(
     paho: Paho, five: bool, mid: int, payload: bytes, outgoing: Outgoing
 ) -> None:
     named = {
@@ -148,7 +149,7 @@ def test_what_we_send_is_byte_for_byte_what_paho_would_send(
 
 
 @given(mid=ids)
-def test_our_acknowledgements_are_pahos(paho: Paho, mid: int) -> None:
+def test_acknowledgements_equal_pahos(paho: Paho, mid: int) -> None:
     assert acknowledgement(mid, 1) == paho.puback(mid)
     assert acknowledgement(mid, 2) == paho.pubrec(mid)
 
@@ -168,7 +169,7 @@ def test_our_acknowledgements_are_pahos(paho: Paho, mid: int) -> None:
     ),
     at=st.lists(st.integers(0, 10**6), max_size=12),
 )
-def test_messages_mean_what_paho_reads_in_them_wherever_the_stream_is_cut(
+def test_messages_mean_the_same_as_in_paho_wherever_the_stream_is_split(
     paho: Paho, five: bool, messages: list[Any], at: list[int]
 ) -> None:
     stream = b"".join(
@@ -192,7 +193,7 @@ def test_messages_mean_what_paho_reads_in_them_wherever_the_stream_is_cut(
 
 
 @given(mid=ids, code=st.sampled_from([0, 0x10, 0x80, 0x83, 0x87, 0x90, 0x91, 0x97, 0x99]), why=texts)
-def test_a_puback_means_what_paho_reads_in_it(mid: int, code: int, why: str) -> None:
+def test_a_puback_means_the_same_as_in_paho(mid: int, code: int, why: str) -> None:
     reason = ReasonCode(PacketTypes.PUBACK, identifier=code)
     more = Properties(PacketTypes.PUBACK)  # type: ignore[no-untyped-call]
     more.ReasonString = why
@@ -212,7 +213,7 @@ def test_a_puback_means_what_paho_reads_in_it(mid: int, code: int, why: str) -> 
     first=st.sampled_from([PUBLISH, PUBLISH | 2, PUBLISH | 4, PUBLISH | 6, PUBACK]),
     body=st.binary(max_size=60),
 )
-def test_whatever_a_body_is_it_is_read_or_it_is_a_bad_packet(five: bool, first: int, body: bytes) -> None:
+def test_any_body_is_read_or_is_a_bad_packet(five: bool, first: int, body: bytes) -> None:
     try:
         if first == PUBACK:
             read_puback(body, five=five)
@@ -223,7 +224,7 @@ def test_whatever_a_body_is_it_is_read_or_it_is_a_bad_packet(five: bool, first: 
 
 
 @given(pieces=st.lists(st.binary(max_size=40), max_size=8))
-def test_whatever_the_bytes_are_no_cut_changes_what_they_mean(pieces: list[bytes]) -> None:
+def test_splitting_the_stream_never_changes_its_meaning(pieces: list[bytes]) -> None:
     def said(given: list[bytes]) -> list[Packet | str]:
         splitter, found = Splitter(), list[Packet | str]()
         try:
@@ -240,9 +241,7 @@ def test_whatever_the_bytes_are_no_cut_changes_what_they_mean(pieces: list[bytes
 @pytest.mark.parametrize("five", [True, False])
 @pytest.mark.parametrize("length", [LONGEST, LONGEST + 1, LONGEST + 2, 1_000_000])
 @pytest.mark.parametrize("piece", [1_460, 65_536, 262_144, 2_000_000])
-def test_a_message_too_long_for_us_is_cut_and_the_next_one_is_whole(
-    five: bool, length: int, piece: int
-) -> None:
+def test_a_too_long_message_is_cut_and_the_next_one_is_complete(five: bool, length: int, piece: int) -> None:
     head = b"\0\1t" + b"\0\7" + (b"\x05\x09\0\x02ab" if five else b"")
     long = whole(PUBLISH | 2, head + bytes(length - len(head)))
     after = publish_packet(8, Outgoing(topic="t", payload=b"ok"), five=five)
@@ -254,7 +253,7 @@ def test_a_message_too_long_for_us_is_cut_and_the_next_one_is_whole(
     assert all(65_536 < len(message.payload) <= LONGEST for message in read[::2])
 
 
-def test_any_other_packet_that_long_is_refused() -> None:
+def test_any_other_too_long_packet_is_refused() -> None:
     with pytest.raises(BadPacket, match="300000 bytes"):
         split([whole(0x90, bytes(300_000))[:10]])
 
@@ -264,12 +263,12 @@ def test_any_other_packet_that_long_is_refused() -> None:
     [
         (PUBLISH | 6, b"\0\1t\0\1\0"),  # QoS 3
         (PUBLISH | 2, b"\0\1t\0\0\0"),  # packet id 0
-        (PUBLISH | 2, b"\0\0\0\1\3\x23\0\1"),  # a topic alias in the place of a topic
-        (PUBLISH | 2, b"\0\1t\0\1"),  # no properties
+        (PUBLISH | 2, b"\0\0\0\1\3\x23\0\1"),  # a topic alias instead of a topic
+        (PUBLISH | 2, b"\0\1t\0\1"),  # the properties are missing
         (PUBLISH | 2, b"\0\1t\0\1\x09\x09\0\1"),  # properties that go on after the end
         (PUBLISH | 2, b"\0\1t\0\1\4\x09\0\5a"),  # correlation data that goes on after the properties
         (PUBLISH | 2, b"\0\1t\0\1\2\x11\0"),  # a property of another packet
-        (PUBLISH | 2, b"\0\1t\0\1\2\x0b\x80"),  # a subscription identifier without an end
+        (PUBLISH | 2, b"\0\1t\0\1\2\x0b\x80"),  # an unterminated subscription identifier
     ],
 )
 def test_a_publish_that_breaks_the_protocol_is_a_bad_packet(first: int, body: bytes) -> None:

@@ -1,4 +1,5 @@
-"""What is due to a webhook: order per device, the cursor, waiting; signatures the official library takes."""
+"""Due webhook deliveries: order per device, the cursor, waiting, and signatures that the official library
+accepts."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def taken(window: Window, now: int = 0) -> list[int]:
     return found
 
 
-def test_of_each_device_the_first_is_due_and_the_next_only_after_it() -> None:
+def test_per_device_the_first_event_is_due_and_the_next_after_its_delivery() -> None:
     made = window((1, "a"), (2, "b"), (3, "a"))
     first = made.take(0)
     assert first is not None
@@ -59,7 +60,7 @@ def test_of_each_device_the_first_is_due_and_the_next_only_after_it() -> None:
     assert taken(made, 5) == [3]
 
 
-def test_the_cursor_stays_at_the_lowest_undelivered_and_memory_at_what_is_open() -> None:
+def test_the_cursor_is_the_lowest_undelivered_position_and_memory_holds_only_open_ones() -> None:
     made = window((1, "a"), (2, "b"), (4, "b"))
     made.take(0)
     for _ in range(2):
@@ -72,7 +73,7 @@ def test_the_cursor_stays_at_the_lowest_undelivered_and_memory_at_what_is_open()
     assert made.progress().reached == 4
 
 
-def test_what_was_delivered_ahead_of_the_cursor_is_not_sent_again_after_a_restart() -> None:
+def test_events_delivered_ahead_of_the_cursor_are_not_sent_again_after_a_restart() -> None:
     before = window((1, "a"), (2, "b"), (3, "a"))
     before.take(0)
     other = before.take(0)
@@ -89,13 +90,13 @@ def test_what_was_delivered_ahead_of_the_cursor_is_not_sent_again_after_a_restar
     assert sorted(taken(after)) == [1, 4]
 
 
-def test_what_is_not_wanted_any_more_holds_the_cursor_no_longer() -> None:
+def test_an_event_that_is_no_longer_wanted_does_not_hold_the_cursor() -> None:
     stored = window((1, "a"), (2, "b")).progress()
     after = window((2, "b"), progress=stored)
     assert [pending.position for pending in after.progress().open] == [2]
 
 
-def test_a_failure_waits_longer_each_time_and_after_three_days_no_more() -> None:
+def test_a_failure_waits_longer_each_time_and_stops_after_three_days() -> None:
     made, now, waits = window((7, "a")), 1_000, []
     while True:
         pending = made.take(now)
@@ -118,7 +119,7 @@ def test_a_failure_waits_longer_each_time_and_after_three_days_no_more() -> None
     assert (failing.position, failing.failed_since) == (7, 1_000)
 
 
-def test_three_days_go_on_over_a_restart_and_begin_anew_when_it_is_resumed() -> None:
+def test_the_three_days_continue_over_a_restart_and_start_again_on_resume() -> None:
     made = window((7, "a"))
     pending = made.take(10)
     assert pending is not None
@@ -131,14 +132,14 @@ def test_three_days_go_on_over_a_restart_and_begin_anew_when_it_is_resumed() -> 
         assert after.failed(again, 10 + GIVE_UP_MS, most) is goes_on
 
 
-def test_while_it_is_held_nothing_is_due() -> None:
+def test_while_an_endpoint_is_held_nothing_is_due() -> None:
     made = window((1, "a"))
     made.hold_until = 50
     assert (made.take(49), made.next_at()) == (None, 50)
     assert taken(made, 50) == [1]
 
 
-def test_the_window_is_full_at_its_bound() -> None:
+def test_the_window_has_a_limit() -> None:
     assert not window(*((position, "a") for position in range(1, WINDOW))).full
     assert window(*((position, "a") for position in range(1, WINDOW + 1))).full
 
@@ -172,7 +173,7 @@ def test_retry_after_is_read_as_seconds_or_a_date_and_capped(header: str | None,
 
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=60, deadline=None)
-def test_over_failures_and_restarts_everything_is_delivered_in_order_per_device(seed: int) -> None:
+def test_with_failures_and_restarts_everything_is_delivered_in_order_per_device(seed: int) -> None:
     draw = random.Random(seed)
     log = [(position, draw.choice("abc")) for position in range(1, 40)]
     made, saved, now = Window(START), START, 0
@@ -186,7 +187,7 @@ def test_over_failures_and_restarts_everything_is_delivered_in_order_per_device(
             made.looked([entry for entry in log if made.reached < entry[0] <= until], until, now)
         elif act < 0.25:
             saved = made.progress()
-        elif act < 0.28:  # a crash: what was delivered since `saved` is sent again
+        elif act < 0.28:  # a crash: deliveries since `saved` are sent again
             made, under_way = Window(saved), []
         elif act < 0.7 and (pending := made.take(now)):
             under_way.append(pending)
@@ -236,6 +237,6 @@ def test_the_official_library_refuses_another_secret_body_or_id() -> None:
 
 
 def test_the_example_of_the_specification_gives_its_signature() -> None:
-    """From the reference implementations' own test vector."""
+    """The test vector of the reference implementations."""
     made = signature([OLD], "msg_p5jXN8AQM9LWM0D4loKWxJek", 1_614_265_330, b'{"test": 2432232314}')
     assert made == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
