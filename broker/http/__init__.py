@@ -1,1 +1,1 @@
-"""Ordain over HTTP: reads projections and sends requests to the core; decides nothing itself."""
+"""The HTTP API: handlers read projections and pass requests to the core. They decide nothing themselves."""

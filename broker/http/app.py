@@ -1,4 +1,4 @@
-"""The ASGI app: the routes, the one form of errors, and what every request has in common."""
+"""The ASGI app: routes, error handlers, response headers and request metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from broker.http.edge.services import Services
 from broker.http.schema import openapi
 
 ROUTES = (*openapi.DESCRIBED, openapi.routes, sdk.routes)
-# Answers hold grants and tokens: nobody on the way may keep them, whichever header carried the key.
+# Answers contain grants and tokens, so no proxy or browser may cache them.
 HEADERS = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
 OF_A_BODY = (b"content-type", b"content-length")
 
@@ -26,8 +26,8 @@ OF_A_BODY = (b"content-type", b"content-length")
 def create_app(services: Services, *, local: bool = False) -> ASGIApp:
     """The app on the public address, or, `local`, the one on the private socket.
 
-    Whoever reaches the private socket is the operator: no key, all scopes, and the routes under
-    /local that the public app does not have.
+    A request on the private socket comes from the operator: it needs no key, has all scopes, and can use
+    the routes under /local. The public app does not have those routes.
     """
     inner = Litestar(
         route_handlers=[*ROUTES, *([local_routes.routes] if local else [])],
@@ -46,17 +46,18 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
             await inner(scope, receive, send)
             return
         if request["method"] == "HEAD" and not request["path"].endswith("/commands/pending"):
-            # A GET whose body the server leaves out; its own scope still says HEAD. One of commands to be
-            # handed over would lose them.
+            # HEAD runs as GET, and uvicorn drops the body because its own scope still says HEAD.
+            # `commands/pending` is excluded: its answer hands commands over, and they would be lost.
             request["method"], request["head"] = "GET", True
         methods_asked = request["method"] == "OPTIONS"
         if methods_asked:
-            # Litestar's own answer forgets methods; its refusal of one that no path takes names them all.
+            # Litestar's own answer to OPTIONS omits methods. An unknown method gets 405 with the full list.
             request["method"] = "-"
         since, status = metrics.now_ms(), 0
 
         def note(status: int) -> None:
-            # Whatever was asked of no route of ours is one line: its words are the caller's.
+            # Requests that match no route share one label: the path is user input and must not become a
+            # metric label.
             route = request.get("path_template")
             metrics.request(request["method"] if route else "-", route or "-", status, since)
 
@@ -68,7 +69,7 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
                 if methods_asked and status == 405:
                     message["status"] = status = 204
                     message["headers"] = [each for each in message["headers"] if each[0] not in OF_A_BODY]
-                note(status)  # not at its end: a stream may go on for days
+                note(status)  # at the start of the answer, because a stream can last for days
             elif status == 204:
                 message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)

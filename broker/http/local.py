@@ -1,6 +1,6 @@
-"""Routes for the operator of this machine alone: API keys, and the keys that grants are signed with.
+"""Routes for the operator of this machine: API keys, grant signing keys, and publishing an event again.
 
-Only the app on the private socket has them.
+Only the app on the private socket has these routes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class KeyBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class KeyView(msgspec.Struct, frozen=True, kw_only=True):
-    """`key` is the secret: in the answer that made it, and nowhere else."""
+    """`key` is the secret. Only the answer that created the key contains it."""
 
     id: str
     project: str
@@ -90,7 +90,7 @@ class EventBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class EventView(msgspec.Struct, frozen=True, kw_only=True):
-    """`topic` null: the event is no command's, and has none."""
+    """`topic`: where the event was published; null if it is not an event of a command, which has no topic."""
 
     topic: str | None
 

@@ -1,4 +1,4 @@
-"""The JavaScript SDK as it is: one module and its types, for pages and for Node. No key is needed."""
+"""Serves the JavaScript SDK for browsers and Node: one module and its TypeScript types. No key is needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ async def module() -> Response[bytes]:
     return Response(_file("app.mjs"), media_type="text/javascript")
 
 
-# TypeScript looks for the types of an `.mjs` in a `.d.mts`.
+# TypeScript looks for the types of an `.mjs` file in a `.d.mts` file.
 @get(["/sdk/app.d.ts", "/sdk/app.d.mts"], include_in_schema=False)
 async def types() -> Response[bytes]:
     return Response(_file("app.d.ts"), media_type="text/plain")

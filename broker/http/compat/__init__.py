@@ -1,1 +1,1 @@
-"""The surfaces of other systems that Ordain also serves: iotee and the app commands."""
+"""The APIs of other systems that Ordain also serves: iotee and app commands."""

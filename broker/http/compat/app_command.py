@@ -1,6 +1,6 @@
-"""`/v1/app/command`: what stands under the SDK, in its own words: names, idents, data and values.
+"""`/v1/app/command`: the routes that the SDKs call. Their fields are `name`, `device_ident`, `data`, `value`.
 
-The same commands by the same way as everywhere else; only what they are called differs.
+They create and read the same commands as all other routes, by the same code. Only the field names differ.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from projections.commands import Sent
 
 SEND = "POST /v1/app/command/send"
 MOST_RECORDS = 10_000
-# As the SDK's users know them. What is wrong with name or data is said in full.
+# The texts that users of the SDK know. An invalid name or invalid data gets its full message instead.
 ERRORS = {
     "not_found": "Device not found",
     "queue_full": "Queue full",
@@ -46,18 +46,20 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 class SendBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: CommandName
-    device_ident: Annotated[Devices, Meta(description="Ids or hardware ids; each device once.")]
-    data: Annotated[Any, Meta(description="What the command takes: any JSON; absent is `{}`.")] = UNSET
+    device_ident: Annotated[Devices, Meta(description="Ids or hardware ids; each device only once.")]
+    data: Annotated[Any, Meta(description="The parameters of the command: any JSON; `{}` if absent.")] = UNSET
     idempotency_key: Annotated[
         IdempotencyKey | UnsetType,
-        Meta(description="Repeated with the same key: nothing is sent twice, what is missing is sent."),
+        Meta(description="A repeated request with the same key sends only the commands that are missing."),
     ] = UNSET
 
 
 class AppSent(msgspec.Struct, frozen=True, kw_only=True):
-    sent: Annotated[bool, Meta(description="It is durable, and is delivered when the device is there.")]
+    sent: Annotated[
+        bool, Meta(description="True: the command is durable and is delivered when the device is online.")
+    ]
     command_id: str | UnsetType = UNSET
-    error: Annotated[str | UnsetType, Meta(description="Why it was not sent, for people.")] = UNSET
+    error: Annotated[str | UnsetType, Meta(description="The reason why it was not sent, for people.")] = UNSET
 
 
 class HistoryBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,14 +67,14 @@ class HistoryBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     device_idents: Annotated[Devices, Meta(description="Ids or hardware ids, at most 10,000.")]
     start: Annotated[
         str,
-        Meta(description="ISO 8601, inclusive; without an offset UTC.", examples=["2026-03-01T00:00:00Z"]),
+        Meta(description="ISO 8601, inclusive; UTC if it has no offset.", examples=["2026-03-01T00:00:00Z"]),
     ]
-    end: Annotated[str | None, Meta(description="ISO 8601, exclusive; absent is now.")] = None
+    end: Annotated[str | None, Meta(description="ISO 8601, exclusive; now if absent.")] = None
 
 
 class HistoryRecord(msgspec.Struct, frozen=True, kw_only=True):
     value: Annotated[Any, Meta(description="The data that was sent.")]
-    timestamp: Annotated[int, Meta(description="When it was accepted, Unix time in milliseconds.")]
+    timestamp: Annotated[int, Meta(description="When it was accepted; Unix time in milliseconds.")]
     command_id: str
     status: Status
 
@@ -88,8 +90,8 @@ async def send_app_command(
 ) -> Response[dict[str, AppSent]]:
     """Send a command from an app
 
-    To each of the devices; the answer has one member for each ident. It never expires unless the device's
-    type says so: a device that is offline gets it when it comes back.
+    Sends one command to each device; the answer has one member for each ident. The command never expires,
+    unless the device's type sets an expiry: an offline device receives it when it comes back.
     """
     check_name("name", data.name)
     order = Order(
@@ -113,10 +115,10 @@ async def send_app_command(
 async def app_command_history(
     request: Call, data: JSONBody[HistoryBody]
 ) -> Response[dict[str, list[HistoryRecord]]]:
-    """Read what was sent from an app
+    """Read the commands that an app sent
 
-    The commands of one name that were accepted from `start` on and before `end`, in order, for each ident:
-    at most 10,000 in all, and as far back as the project's history is kept.
+    For each ident: the commands with this name that were accepted from `start` on and before `end`, in order.
+    At most 10,000 in all. Commands older than the project's history retention are not included.
     """
     check_name("name", data.name)
     start = _instant("start", data.start)
@@ -127,7 +129,7 @@ async def app_command_history(
     def work(sql: Sql) -> dict[str, list[Sent]]:
         found: dict[str, list[Sent]] = {}
         before = None if end is None else erasing.bound(sql, end)
-        firsts: dict[int, int] = {}  # by how long a project's history is kept
+        firsts: dict[int, int] = {}  # history retention of a project in seconds: first position to read
         room = MOST_RECORDS
         for ident, device in devices_view.by_name(sql, data.device_idents).items():
             if not caller.sees(device.project):
@@ -139,7 +141,7 @@ async def app_command_history(
             found[ident] = commands_view.sent(sql, device.id, data.name, first, before, room + 1)
             room -= len(found[ident])
             if room < 0:
-                raise invalid("start", f"more than {MOST_RECORDS} records from then on: ask for less")
+                raise invalid("start", f"matches more than {MOST_RECORDS} records: use a shorter time range")
         return found
 
     found = await commands.writer.storage.read(work)
@@ -166,7 +168,8 @@ def _record(found: Sent) -> HistoryRecord:
 
 
 def _instant(field: str, text: str) -> int:
-    """The first whole millisecond at or after an ISO 8601 instant; a bare date is its midnight in UTC.
+    """The first whole millisecond at or after an ISO 8601 time, as Unix time. A bare date means its midnight
+    in UTC.
 
     Raises:
         Refusal: invalid_request.

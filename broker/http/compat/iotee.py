@@ -1,6 +1,7 @@
-"""The unversioned paths: the commands of other people's systems, in their words, with their fields.
+"""The unversioned paths: the API of iotee systems, with its field names and status words.
 
-The same commands as under `/v1`, by the same ids; nothing is decided here. Erasing is found here alone.
+They show the same commands as `/v1`, with the same ids, and decide nothing themselves. Only these paths can
+erase commands.
 """
 
 from __future__ import annotations
@@ -46,20 +47,23 @@ STATUS: dict[State, Status] = {
     State.EXPIRED: "expired",
     State.CANCELLED: "cancelled",
 }
-Limit = Annotated[int, QueryParameter(ge=1, le=1_000, description="How many at most.")]
-Offset = Annotated[int, QueryParameter(ge=0, le=MOST, description="How many of the newest to leave out.")]
+Limit = Annotated[
+    int, QueryParameter(ge=1, le=1_000, description="The largest number of commands in a page.")
+]
+Offset = Annotated[int, QueryParameter(ge=0, le=MOST, description="The number of newest commands to skip.")]
 
 
 class NewCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A command to be sent."""
+    """A command to send."""
 
     command: CommandName
     device_type: Annotated[
         views.TypeName | UnsetType,
-        Meta(description="Speak it as this type does; absent is the device's own."),
+        Meta(description="Encode the command as this device type does; absent: the device's own type."),
     ] = UNSET
     params: Annotated[
-        dict[str, Any] | UnsetType, Meta(description="What the command takes.", examples=[{"for_sec": 5}])
+        dict[str, Any] | UnsetType,
+        Meta(description="The parameters of the command.", examples=[{"for_sec": 5}]),
     ] = UNSET
 
 
@@ -70,26 +74,26 @@ class SentCommand(msgspec.Struct, frozen=True, kw_only=True):
     hardware_id: str
     device_id: str
     device_type: str
-    topic: Annotated[str, Meta(description="Where it is published, if it goes by MQTT.")]
+    topic: Annotated[str, Meta(description="The MQTT topic for this command, if it is sent by MQTT.")]
     command: str
-    status: Annotated[Status, Meta(description="`timeout`: handed over, and no answer came in time.")]
+    status: Annotated[Status, Meta(description="`timeout`: it was handed over, and no answer came in time.")]
     created_at: Time
 
 
 class CommandRecord(SentCommand, frozen=True, kw_only=True):
     """A command as it is now."""
 
-    params: Annotated[Any, Meta(description="With every default filled in.")]
-    published_at: Annotated[Time | None, Meta(description="The first hand-over.")]
-    acknowledged_at: Annotated[Time | None, Meta(description="When the device said that it has it.")]
-    completed_at: Annotated[Time | None, Meta(description="When the device said that it did it.")]
+    params: Annotated[Any, Meta(description="The parameters, with all defaults filled in.")]
+    published_at: Annotated[Time | None, Meta(description="When it was first handed over.")]
+    acknowledged_at: Annotated[Time | None, Meta(description="When the device acknowledged it.")]
+    completed_at: Annotated[Time | None, Meta(description="When the device reported that it executed it.")]
     error: CommandError | None
 
 
 class Pagination(msgspec.Struct, frozen=True, kw_only=True):
     limit: int
     offset: int
-    returned: Annotated[int, Meta(description="How many are in this answer.")]
+    returned: Annotated[int, Meta(description="The number of commands in this answer.")]
 
 
 class CommandRecords(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,25 +104,25 @@ class CommandRecords(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeletedCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """It is erased."""
+    """The command was erased."""
 
     success: bool
     deleted: Annotated[str, Meta(description="The command's id.")]
 
 
 class Renewed(msgspec.Struct, frozen=True, kw_only=True):
-    """The command that was made from another."""
+    """The new command of a retry."""
 
     command_id: str
     status: Status
     may_repeat: Annotated[
         bool | UnsetType,
-        Meta(description="Present and true: the old one timed out, so the device may do it twice."),
+        Meta(description="Present and true if the old command timed out: the device may execute it twice."),
     ] = UNSET
 
 
 class RetriedCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """It was sent again, as a new command."""
+    """The command was sent again as a new command."""
 
     success: bool
     original_command_id: str
@@ -126,25 +130,27 @@ class RetriedCommand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PurgeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is old enough to be erased."""
+    """The age of the commands to erase."""
 
     older_than_days: Annotated[
         int,
         Meta(
             ge=0,
             le=MAX_DAYS,
-            description="Whole days before today (UTC); 0 is all before today.",
+            description="Whole days before today (UTC); 0 means everything before today.",
             examples=[90],
         ),
     ]
 
 
 class PurgedCommands(msgspec.Struct, frozen=True, kw_only=True):
-    """They are erased."""
+    """The commands were erased."""
 
     success: bool
-    cutoff_date: Annotated[Time, Meta(description="Those created before it are gone, if they were closed.")]
-    deleted: Annotated[int, Meta(description="How many.")]
+    cutoff_date: Annotated[
+        Time, Meta(description="Closed commands that were created before this time are erased.")
+    ]
+    deleted: Annotated[int, Meta(description="The number of erased commands.")]
 
 
 @post(
@@ -158,8 +164,8 @@ async def send_device_command(
 ) -> Response[SentCommand]:
     """Send a command to a device
 
-    It expires if the device's type says so, else never. The same idempotency key with the same body answers
-    200 with the first command and the header `Idempotent-Replayed: true`.
+    It expires only if the device's type sets an expiry. A repeated request with the same idempotency key and
+    the same body gets 200 with the first command and the header `Idempotent-Replayed: true`.
     """
     commands, caller = request.services.commands, request.user
     key, fingerprint = one_key(UNSET, idempotency_key), b""
@@ -180,7 +186,7 @@ async def send_device_command(
         accepted = await commands.create(caller, order)
     except Refusal as error:
         details = error.details or {}
-        if details.get("field") == "type":  # it has another name here
+        if details.get("field") == "type":  # this API calls the field `command`
             raise invalid("command", details["reason"]) from error
         raise
     sent = _sent(accepted.state)
@@ -222,8 +228,8 @@ async def get_command_record(request: Call, command_id: FromPath[str]) -> Comman
 async def delete_command(request: Call, command_id: FromPath[str]) -> DeletedCommand:
     """Erase a command
 
-    A pending one is cancelled first; 409 while it is with the device. From the answer on nobody can read it;
-    its parameters and results are erased from the log, which says that it was done.
+    A pending command is cancelled first; 409 while the command is with the device. After the answer nobody
+    can read it. Its parameters and results are erased from the log, and an `erased` event records this.
     """
     await request.services.erasures.delete(request.user, command_id)
     return DeletedCommand(success=True, deleted=command_id)
@@ -240,7 +246,8 @@ async def send_again(
 ) -> Response[RetriedCommand]:
     """Send a command again
 
-    A new command like one that failed, timed out, expired or was cancelled; 409 in every other state.
+    Creates a new command from one that failed, timed out, expired or was cancelled. 409 if the command is in
+    any other state.
     """
     key = one_key(UNSET, idempotency_key)
     accepted = await request.services.repairs.retry(request.user, command_id, key)
@@ -262,8 +269,9 @@ async def send_again(
 async def purge_commands(request: Call, data: JSONBody[PurgeBody]) -> PurgedCommands:
     """Erase all old commands
 
-    Those of all projects that were created before midnight (UTC) so many days ago, and are closed. From the
-    answer on nobody can read them; the erasing itself may take minutes, and goes on after a restart.
+    Erases the closed commands of all projects that were created before midnight (UTC), `older_than_days` days
+    ago. After the answer nobody can read them. The erasing itself can take minutes and continues after a
+    restart.
     """
     purged = await request.services.erasures.purge(request.user, data.older_than_days)
     return PurgedCommands(success=True, cutoff_date=rfc3339(purged.cutoff), deleted=purged.commands)

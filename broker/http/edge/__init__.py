@@ -1,1 +1,1 @@
-"""What every request passes: protocol checks, keys, errors, pages."""
+"""The parts that all routes share: HTTP protocol limits, key checks, errors, pages of lists, streams."""

@@ -1,7 +1,7 @@
-"""How an answer leaves: JSON straight to the wire.
+"""The JSON response class: encodes a Struct and sends it directly.
 
-Litestar's own way from a Struct to bytes copies its headers four times, which costs a fifth of a
-request; nothing here needs cookies, background tasks or other media types.
+Litestar's own response copies the headers four times, which costs a fifth of the request time. This API
+needs no cookies, background tasks or other media types.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Json(Response[T]):
-    """A Struct as JSON. The handler's own status holds where none is given."""
+    """A Struct as JSON. Without `status_code` the handler's own status applies."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Json(Response[T]):
         headers: Mapping[str, str] | None = None,
         **_: Any,
     ) -> None:
-        # Not the parent's: everything it would set up is left out here.
+        # The parent's __init__ is not called: this class uses nothing that it sets up.
         self.content = content
         self.status_code = status_code
         self.more = headers or {}

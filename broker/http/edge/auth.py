@@ -1,7 +1,7 @@
-"""Who asks: the key of a request becomes a `Caller`, and the request itself is read strictly.
+"""Authentication: turns the key of a request into a `Caller`, and checks path, query and body strictly.
 
-Whoever reaches the private socket is the operator of this machine and needs no key. `authorize` runs
-before any body is read; nothing here may wait, but for the first look at a device.
+A request on the private socket comes from the operator of this machine and needs no key. `authorize` runs
+before any body is read. It must not wait for I/O, except when it looks up a device for the first time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPERATOR = Caller(actor="operator:local", project=None, scopes=frozenset(SCOPES)
 
 
 class Call(Request[Caller, Any, State]):
-    """One request. `user` is who asks; `services` what answers."""
+    """One request. `user` is the caller; `services` are the parts of the broker that handlers use."""
 
     __slots__ = ()
 
@@ -35,10 +35,10 @@ class Call(Request[Caller, Any, State]):
         return cast(Services, self.scope["litestar_app"].state["services"])
 
     async def body(self) -> bytes:
-        """The whole body, kept.
+        """The whole body; a second call returns the same bytes.
 
         Raises:
-            HTTPException: 413, as soon as more has come than is taken, whatever length was announced.
+            HTTPException: 413, as soon as the received bytes exceed the limit; Content-Length is not trusted.
         """
         if not isinstance(self._body, bytes):
             most = max(self.services.limits.body_bytes, self.route_handler.opt.get("body_bytes", 0))
@@ -55,9 +55,13 @@ class Call(Request[Caller, Any, State]):
         return self._body
 
     async def json(self) -> Any:
-        """The body as the Struct that the handler's `data` says, strictly.
+        """The body, decoded strictly into the type of the handler's `data` parameter.
 
-        Litestar's own conversion would take `"5"` for 5; a Struct that is one already it leaves alone.
+        Litestar's own conversion would accept `"5"` for 5. It leaves a value alone that already is a Struct.
+
+        Raises:
+            HTTPException: 415, if the content type is not JSON.
+            Refusal: invalid_request, if the body is not valid; it names the field.
         """
         if header(self, b"content-type").partition(b";")[0].strip().lower() != b"application/json":
             raise HTTPException(status_code=415)
@@ -70,17 +74,22 @@ class Call(Request[Caller, Any, State]):
 
 
 def needs(scope: str, *, device: bool = False, body_bytes: int = 0) -> dict[str, str | bool | int]:
-    """The options of a route: which scope it asks of a key, whether a device's token will do as well, and
-    how large a body it takes, where that is more than the usual one."""
+    """The options of a route.
+
+    `scope`: the scope that a key needs. `device`: a device's token is accepted too. `body_bytes`: the
+    largest body, if it is larger than the usual limit.
+    """
     return {"scope": scope, "device": device, "body_bytes": body_bytes}
 
 
 async def authorize(request: Request[Any, Any, Any]) -> None:
-    """Runs before every route that needs a key. No Litestar guard: for those the handler is copied each time.
+    """Runs before every route that needs a key.
+
+    It is not a Litestar guard, because Litestar copies the handler for guards on each request.
 
     Raises:
-        Refusal: unauthorized, forbidden (the key lacks the scope), or what the address says is wrong.
-        Unavailable: it would write, and the log cannot be written now.
+        Refusal: unauthorized, forbidden (the key lacks the scope), invalid_request (path or query is wrong).
+        Unavailable: the request would write, and the log cannot be written now.
     """
     state = request.scope["litestar_app"].state
     services: Services = state["services"]
@@ -108,7 +117,9 @@ async def authorize(request: Request[Any, Any, Any]) -> None:
 
 
 def check_address(request: Request[Any, Any, Any]) -> None:
-    """What stands in a path is an identifier (reserved ones have their own routes), in a query one value.
+    """Checks that path parameters are names and that each query parameter has one value, not null.
+
+    Reserved names such as `me` are allowed in a path: they have routes of their own.
 
     Raises:
         Refusal: invalid_request.
@@ -125,13 +136,13 @@ def check_address(request: Request[Any, Any, Any]) -> None:
             if "\ufffd" in value:
                 raise invalid(field, "is not UTF-8", value)
             if field not in FILTERS_BY_NAME and value.lower() == "null":
-                # Litestar would read it as left out, and a list without its filter says too much.
+                # Litestar would read "null" as absent, and a list without its filter would show too much.
                 raise invalid(field, "cannot be null; leave it out", value)
             given.add(field)
 
 
 def header(request: Request[Any, Any, Any], name: bytes) -> bytes:
-    """Straight from the scope: building Litestar's headers costs more than the rest of `authorize`."""
+    """A header, read from the scope: building Litestar's headers costs more than the rest of `authorize`."""
     return next((value for key, value in request.scope["headers"] if key == name), b"")
 
 

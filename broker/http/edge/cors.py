@@ -1,6 +1,6 @@
-"""Pages from other origins: those that the settings name may ask everything a key allows, the rest nothing.
+"""CORS: pages from the origins in the settings may use the API with a key; all other origins may not.
 
-There are no cookies here, so that a page can never use a key that it was not given.
+The API uses no cookies, so a page can never use a key that nobody gave it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHOWN = [(b"access-control-expose-headers", b"retry-after, idempotent-replayed, 
 
 
 def allowing(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
-    """The app, open to pages of these origins, such as `https://console.example.org`."""
+    """Wraps the app so that pages from these origins may call it, such as `https://console.example.org`."""
     if not origins:
         return app
     allowed = {origin.encode() for origin in origins}

@@ -1,7 +1,7 @@
-"""Errors as HTTP says them: the one table from kinds to statuses, and the one form every error has.
+"""Errors over HTTP: the table from error codes to statuses, and the one JSON form of all errors.
 
-Nothing here tells a caller what went wrong inside: an unexpected failure is logged, and answered as
-`internal`. There is no 422: what is wrong with a request is 400 and names the field.
+An unexpected failure is logged and answered as `internal`; the answer shows no internal details. The API
+does not use 422: a wrong request gets 400, and the error names the field.
 """
 
 from __future__ import annotations
@@ -48,28 +48,28 @@ HEADERS = {
     "queue_full": {"Retry-After": "1"},
     "unavailable": {"Retry-After": "1"},
 }
-# What Litestar and this package raise by status alone.
+# For exceptions of Litestar and this package that carry only a status.
 BY_STATUS = {
-    400: ("invalid_request", "the request is not what it should be"),
+    400: ("invalid_request", "the request is not valid"),
     404: ("not_found", "there is nothing at this path"),
-    405: ("method_not_allowed", "this path does not take this method"),
-    413: ("too_large", "the body is larger than is taken"),
+    405: ("method_not_allowed", "this path does not support this method"),
+    413: ("too_large", "the body is too large"),
     415: ("unsupported_media_type", "a body must be JSON: Content-Type: application/json"),
 }
 DOCUMENTED = {
     400: "`invalid_request`: `details.field` names what is wrong, `details.reason` says why.",
     401: "`unauthorized`: no key, or one that is unknown or revoked.",
     403: "`forbidden`: the key lacks the scope.",
-    404: "`not_found`: not known, or of another project.",
-    409: "`conflict` or `idempotency_conflict`: the message says what stands against it.",
-    410: "`gone`: what this idempotency key made was erased.",
-    413: "`too_large`: the body or the parameters.",
+    404: "`not_found`: it does not exist, or it belongs to another project.",
+    409: "`conflict` or `idempotency_conflict`: the message gives the reason.",
+    410: "`gone`: the command created with this idempotency key was erased.",
+    413: "`too_large`: the body or the parameters are too large.",
     415: "`unsupported_media_type`: a body must be `application/json`.",
-    429: "`queue_full`: too many open commands, or `rate_limit_exceeded`: too many in a minute; "
-    "`Retry-After` says when to ask again.",
-    503: "`unavailable`: the log cannot be written now; the outcome is unknown, ask again.",
+    429: "`queue_full`: too many open commands, or `rate_limit_exceeded`: too many requests in a minute; "
+    "`Retry-After` gives the seconds to wait.",
+    503: "`unavailable`: the log cannot be written now. The outcome is unknown; send the request again.",
 }
-# Parameters of handlers that could not have the name they have outside.
+# Handler parameters whose name in Python differs from their name in the API.
 RENAMED = {"in_state": "state"}
 _NAMED = re.compile(r"Object (?:(contains unknown)|missing required) field `(.*)`", re.DOTALL)
 
@@ -80,19 +80,19 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
     code: Annotated[
         str,
         Meta(
-            description="For programs; one of the codes of the status.",
+            description="The error code, for programs.",
             examples=["invalid_request"],
             extra_json_schema={"enum": list(STATUS)},
         ),
     ]
     message: Annotated[
         str,
-        Meta(description="For people: a sentence, facts first.", examples=["ttl_sec: Expected `int` >= 1"]),
+        Meta(description="The reason as a sentence, for people.", examples=["ttl_sec: Expected `int` >= 1"]),
     ]
     details: Annotated[
         dict[str, Any] | UnsetType,
         Meta(
-            description="Of an `invalid_request` always `field` and `reason`.",
+            description="More facts. An `invalid_request` always has `field` and `reason`.",
             examples=[{"field": "ttl_sec", "reason": "Expected `int` >= 1"}],
         ),
     ] = UNSET
@@ -105,7 +105,10 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Held(Json[ErrorBody]):
-    """A refusal, held at the commit barrier: it may stand on what is not durable yet. 503 if that fails."""
+    """A refusal that waits at the commit barrier before it is sent.
+
+    The refusal may depend on events that are not durable yet. If their commit fails, the answer is 503.
+    """
 
     def to_asgi_response(  # type: ignore[override]
         self, app: None, request: Request[Any, Any, Any], **more: Any
@@ -126,7 +129,7 @@ class Held(Json[ErrorBody]):
 
 
 def documented(*statuses: int) -> dict[int, ResponseSpec]:
-    """The error answers of a route that asks for a key, for its description."""
+    """The error answers of a route that needs a key, for OpenAPI: 400, 401, 403, 503 and `statuses`."""
     every = sorted({400, 401, 403, 503, *statuses})
     return {
         status: ResponseSpec(ErrorBody, generate_examples=False, description=DOCUMENTED[status])
@@ -157,11 +160,11 @@ def refused(request: Request[Any, Any, Any], error: Refusal) -> Response[ErrorBo
 def unavailable(_: Request[Any, Any, Any], error: Exception) -> Response[ErrorBody]:
     if not isinstance(error, Unavailable):
         logger.error("http.storage_failed", error=str(error))
-    return answer("unavailable", "the log cannot be read or written now; ask again")
+    return answer("unavailable", "the log cannot be read or written now; try again later")
 
 
 def by_status(request: Request[Any, Any, Any], error: HTTPException) -> Response[ErrorBody]:
-    """What Litestar refuses by itself."""
+    """Answers an exception that Litestar raised itself."""
     if isinstance(error, ValidationException):
         return refused(request, _parameter_fault(error))
     code, message = BY_STATUS.get(error.status_code, BY_STATUS[400])
@@ -171,7 +174,7 @@ def by_status(request: Request[Any, Any, Any], error: HTTPException) -> Response
     else:
         _services(request).metrics.refused(code)
     details = {"field": "request", "reason": error.detail} if code == "invalid_request" else None
-    # Litestar lists the methods of a path in no order.
+    # Litestar lists the methods of a path in random order.
     allow = (error.headers or {}).get("allow")
     headers = {"Allow": ", ".join(sorted(allow.split(", ")))} if allow else {}
     return answer(code, message, details, headers)
@@ -181,7 +184,7 @@ def failed(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorB
     logger.error(
         "http.failed", method=request.scope["method"], path=request.scope["path"][:200], exc_info=error
     )
-    return answer("internal", "something went wrong here; it was logged")
+    return answer("internal", "the broker failed unexpectedly; the error was logged")
 
 
 HANDLERS: Any = {
@@ -199,7 +202,7 @@ def _services(request: Request[Any, Any, Any]) -> Services:
 
 
 def _parameter_fault(error: ValidationException) -> Refusal:
-    """The first fault that Litestar found in the parameters of a request."""
+    """A refusal for the first fault that Litestar found in the parameters of a request."""
     faults = error.extra if isinstance(error.extra, list) else []
     first = faults[0] if faults and isinstance(faults[0], dict) else {}
     if first.get("key") == "data":
@@ -210,7 +213,7 @@ def _parameter_fault(error: ValidationException) -> Refusal:
 
 
 def body_fault(error: Exception) -> Refusal:
-    """The field that is wrong in a body, out of what the decoder says."""
+    """A refusal that names the wrong field of a body, taken from the decoder's message."""
     if isinstance(error, RecursionError):
         return invalid("body", "is nested too deeply")
     if not isinstance(error, msgspec.ValidationError):

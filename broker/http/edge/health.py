@@ -1,4 +1,4 @@
-"""What needs no key: health, metrics, and the keys that grants are checked with."""
+"""Routes that need no key: health, metrics, and the public keys of grants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOT_READY = {503: ResponseSpec(ErrorBody, generate_examples=False, description="
 
 
 class Health(msgspec.Struct, frozen=True):
-    """How it is, in a word."""
+    """The state of the broker as one word."""
 
     status: Literal["ok", "ready"]
 
@@ -34,25 +34,25 @@ class Jwk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Jwks(msgspec.Struct, frozen=True):
-    """The public keys that grants are checked with, by `kid`."""
+    """The public keys that verify grants, by `kid`."""
 
     keys: list[Jwk]
 
 
 @get("/healthz", security=[{}])
 async def healthz() -> Health:
-    """Alive
+    """Check that the process is alive
 
-    The process answers; nothing more is promised.
+    200 means only that the process answers.
     """
     return Health("ok")
 
 
 @get("/readyz", security=[{}], responses=NOT_READY)
 async def readyz(request: Call) -> Response[Health | ErrorBody]:
-    """Ready
+    """Check that the broker is ready
 
-    503 while commands would not be taken or delivered; `details.reasons` says why.
+    503 while the broker cannot accept or deliver commands; `details.reasons` gives the reasons.
     """
     reasons: list[str] = request.services.ready()
     if reasons:
@@ -65,15 +65,15 @@ async def readyz(request: Call) -> Response[Health | ErrorBody]:
 
 @get("/metrics", security=[{}], media_type="text/plain")
 async def read_metrics(request: Call) -> Response[bytes]:
-    """Figures for Prometheus"""
+    """Read the metrics, in the Prometheus text format"""
     return Response(request.services.metrics.text(), media_type=metrics.CONTENT_TYPE)
 
 
 @get("/.well-known/jwks.json", security=[{}])
 async def jwks(request: Call) -> Jwks:
-    """The public keys of grants
+    """Read the public keys of grants
 
-    What a device checks a `grant_token` with: RFC 7517.
+    A JSON Web Key Set (RFC 7517). Devices verify a `grant_token` with these keys.
     """
     return msgspec.convert(request.services.grants.jwks(), Jwks)
 

@@ -1,7 +1,7 @@
-"""Pages of lists: opaque cursors that only the list that gave them takes back.
+"""Pages of lists: opaque, signed cursors. A cursor is valid only for the list and filters that gave it.
 
-A cursor holds a position of the log, so a page stays where it is while others arrive, and a
-signature over the list and its filters; it gives nobody a right they do not have anyway.
+A cursor contains a position of the log, so pages do not shift while new items arrive. It also contains a
+signature over the list and its filters. A cursor gives its holder no extra rights.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from broker.domain.errors import invalid
 
 T = TypeVar("T")
 
-Limit = Annotated[int, QueryParameter(ge=1, le=100, description="How many at most.")]
+Limit = Annotated[int, QueryParameter(ge=1, le=100, description="The largest number of items in a page.")]
 Cursor = Annotated[
-    str | None, QueryParameter(description="`next_cursor` of the page before, as it was given.")
+    str | None, QueryParameter(description="The `next_cursor` of the previous page, unchanged.")
 ]
 
 
 class Pager:
-    """Cursors of one list; `scope` is everything that says which list it is: route, filters, project."""
+    """Makes and checks the cursors of one list. `scope` identifies the list: route, filters, project."""
 
     def __init__(self, key: bytes, *scope: Any) -> None:
         self._key = key
@@ -37,10 +37,10 @@ class Pager:
         return base64.urlsafe_b64encode(body + seal).decode()
 
     def after(self, cursor: str | None) -> int | None:
-        """The place a cursor stands for.
+        """The place that a cursor contains; None without a cursor.
 
         Raises:
-            Refusal: invalid_request, if this list never gave it.
+            Refusal: invalid_request, if this list did not give this cursor.
         """
         if cursor is None:
             return None
@@ -49,10 +49,10 @@ class Pager:
         except ValueError:
             place = 0
         if not hmac.compare_digest(self.seal(place).encode(), cursor.encode("utf-8", "replace")):
-            raise invalid("cursor", "is not one that this list, with these filters, gave")
+            raise invalid("cursor", "was not given by this list with these filters")
         return place
 
 
 def cut(found: Sequence[T], limit: int) -> tuple[Sequence[T], bool]:
-    """The page, and whether there is more; one more than the limit was asked for."""
+    """The first `limit` items, and whether there are more. The caller reads one item more than the limit."""
     return found[:limit], len(found) > limit

@@ -1,8 +1,8 @@
-"""HTTP on the wire: uvicorn's protocol with bounds on what comes before any key is looked at.
+"""HTTP on the wire: uvicorn's protocol with limits that apply before any key is checked.
 
-A head has a size and a time, a body has a time, and whoever does not take an answer is cut. What is
-refused here is said in the one form of errors. It must never answer out of turn: where an earlier answer
-is still due, it only closes.
+A request head has a size limit and a time limit, a body has a time limit, and a client that does not read
+its answer is disconnected. Refusals have the same JSON form as all errors. A refusal must never overtake
+an earlier answer on the connection: while one is still due, the connection is only closed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from broker.http.edge.errors import error_body
 HEAD_BYTES = 65_536
 HEAD_SEC = 10.0
 BODY_SEC = 30.0
-STALLED_SEC = 10.0  # what was sent fills every buffer on the way, and nobody takes it
-LINGER_SEC = 1.0  # closing at once would take the answer from a client that is still sending
+STALLED_SEC = 10.0  # how long a client may leave full buffers unread before it is disconnected
+LINGER_SEC = 1.0  # a client that still sends would lose the answer if the connection closed at once
 
 Fault = tuple[Literal[400, 408, 431], str, str]
 MALFORMED: Fault = (400, "invalid_request", "this is not HTTP/1.1")
-LATE: Fault = (408, "invalid_request", "the rest of the request did not come in time")
-TOO_LARGE: Fault = (431, "too_large", f"address and headers are larger than {HEAD_BYTES} bytes")
+LATE: Fault = (408, "invalid_request", "the rest of the request did not arrive in time")
+TOO_LARGE: Fault = (431, "too_large", f"path, query and headers are larger than {HEAD_BYTES} bytes")
 
 
 class Bounded(HttpToolsProtocol):
-    """One connection. `_part` is what it is in the middle of; each part of each message has its own time."""
+    """One connection. `_part`: the part of a request that is being received. Each part has its own timer."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class Bounded(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._part: Literal["head", "body"] | None = "head"
-        self._parts = 0  # how many began or ended
-        self._timed = -1  # for which of them the timer runs
+        self._parts = 0  # number of changes of `_part`
+        self._timed = -1  # the value of `_parts` that the timer belongs to
         self._timer: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
-        self._kept = 0  # bytes that came since the parser last passed any on
+        self._kept = 0  # bytes received since the parser last passed on a part
         self._fault: Fault | None = None
         self._refused = False
 
@@ -72,7 +72,7 @@ class Bounded(HttpToolsProtocol):
         if self._refused:
             return
         if self._part is None:
-            self._enter("head")  # also for empty lines, which the parser passes over
+            self._enter("head")  # here, because the parser reports nothing for empty lines
         self._kept += len(data)
         super().data_received(data)
         if self._kept > HEAD_BYTES and self._part is not None:
@@ -93,7 +93,7 @@ class Bounded(HttpToolsProtocol):
         self._enter("body")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._part == "head":  # not after the body: what comes there is nobody's header
+        if self._part == "head":  # trailers after a chunked body are ignored
             super().on_header(name, value)
 
     def on_chunk_header(self) -> None:
@@ -116,7 +116,7 @@ class Bounded(HttpToolsProtocol):
         self._kept = 0
 
     def _time(self) -> None:
-        """Sets the timer of the part that is under way; one that came whole never has any."""
+        """Starts the timer of the part that is being received. A part that arrived whole gets no timer."""
         if self._timed == self._parts:
             return
         if self._timer is not None:
@@ -126,7 +126,7 @@ class Bounded(HttpToolsProtocol):
             self._timer = self.loop.call_later(HEAD_SEC if self._part == "head" else BODY_SEC, self._late)
 
     def _late(self) -> None:
-        if self.flow.read_paused:  # it waits for us, not we for it
+        if self.flow.read_paused:  # the broker paused reading, so the client is not late
             self._timed = -1
             self._time()
         elif self._parts == 0 and self._kept == 0:
@@ -135,14 +135,15 @@ class Bounded(HttpToolsProtocol):
             self._refuse(LATE)
 
     def _refuse(self, fault: Fault) -> None:
-        """The last that is said on this connection."""
+        """Sends an error as the last answer on this connection, then closes it."""
         part, self._refused = self._part, True
         self._part, self._timed = None, self._parts
         if self._timer is not None:
             self._timer.cancel()
         cycle, turn = self.cycle, not self.pipeline
         if cycle is not None:
-            # Of a body: unless its answer has begun. Of a head: once the request before has its answer.
+            # A fault in a body may be answered if its request's own answer has not begun. A fault in a
+            # head may be answered if the request before it has its complete answer.
             turn = turn and (not cycle.response_started if part == "body" else cycle.response_complete)
             cycle.disconnected = True
             cycle.message_event.set()

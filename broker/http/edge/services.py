@@ -1,4 +1,4 @@
-"""What the HTTP surface stands on, put together by whoever starts the broker."""
+"""The parts of the broker that HTTP handlers use. The module that starts the broker puts them together."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from broker.subscriptions.webhooks import Webhooks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """`cursor_key` signs the cursors of lists; `ready` gives the reasons why not, none when it is.
+    """`cursor_key` signs the cursors of lists. `ready` returns the reasons why the broker is not ready; an
+    empty list means it is.
 
-    `settings` are what is shown, and whose pages may ask.
+    `settings`: shown by `/v1/system`; also the origins for CORS.
     """
 
     commands: Commands

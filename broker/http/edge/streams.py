@@ -1,6 +1,7 @@
-"""Open streams of server-sent events: bounded for each project, ended with their key or with us.
+"""Open streams of server-sent events. Their number per project is limited.
 
-A stream waits for its reader and nobody waits for a stream; it holds a batch of events and no more.
+A stream ends when its key is revoked or when the broker stops. A slow reader delays only its own stream.
+A stream keeps at most one batch of events in memory.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from broker.subscriptions.feed import Feed, Subscription
 
 PING_SEC = 15.0
 PIECE_BYTES = 65_536
-# An id without data is no event, and says where the stream stands: one that began "now" and broke before its
-# first event goes on from there, and not from a later "now".
+# The first message has an id but no data: it tells the client the current position. If a stream that began
+# "now" breaks before its first event, the client continues from this position, not from a later "now".
 BEGIN = b"retry: 3000\nid: %d\n\n"
 PING = b": ping\n"
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
-# In JSON a line's end is only space between tokens; in a stream it would end the field.
+# In JSON a line break is only white space between tokens. In an event stream it would end the field.
 ONE_LINE = bytes.maketrans(b"\r\n", b"  ")
 
 
 class Streams:
-    """`most` is how many streams a project may have open; `sent` is told how many events go out."""
+    """`most`: limit of open streams per project. `sent`: called with the number of events of each write."""
 
     def __init__(self, feed: Feed, log_id: str, most: int, sent: Callable[[int], None]) -> None:
         self._sent = sent
@@ -46,33 +47,33 @@ class Streams:
 
     @property
     def lag(self) -> int:
-        """Of the one that is furthest behind, in events."""
+        """The lag of the slowest stream, in events."""
         return max((subscription.lag for subscription in self._open), default=0)
 
     def close(self) -> None:
-        """We end: every stream does, and no new one begins."""
+        """Ends every stream and refuses new ones, because the broker stops."""
         self._closing = True
         for subscription in self._open:
             subscription.end()
 
     def revoked(self, actor: str) -> None:
-        """A key was taken away, and its streams with it."""
+        """Ends the streams of a key that was revoked. `actor`: `key:` and the key's id."""
         for subscription, caller in self._open.items():
             if caller.actor == actor:
                 subscription.end()
 
     @contextmanager
     def opened(self, caller: Caller, wanted: Wanted, after: int) -> Iterator[Subscription]:
-        """A place for one stream.
+        """Opens a subscription for one stream and counts it for its project.
 
         Raises:
-            Refusal: rate_limit_exceeded, if the project has too many open.
-            Unavailable: we are about to end.
+            Refusal: rate_limit_exceeded, if the project has too many open streams.
+            Unavailable: the broker is stopping.
         """
         if self._closing:
-            raise Unavailable("the broker is ending")
+            raise Unavailable("the broker is stopping")
         if sum(other.project == caller.project for other in self._open.values()) >= self._most:
-            raise Refusal("rate_limit_exceeded", f"this project has {self._most} streams open already")
+            raise Refusal("rate_limit_exceeded", f"this project already has {self._most} open streams")
         with self._feed.subscribed(wanted, after) as subscription:
             self._open[subscription] = caller
             try:
@@ -81,7 +82,7 @@ class Streams:
                 del self._open[subscription]
 
     async def run(self, subscription: Subscription, after: int, receive: Receive, send: Send) -> None:
-        """Writes until the reader has gone or the subscription was ended."""
+        """Writes events until the client disconnects or the subscription ends."""
         gone = asyncio.create_task(_gone(receive, subscription))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
@@ -112,7 +113,7 @@ class Streams:
             due = time() + PING_SEC
 
     def _pieces(self, entries: list[Entry]) -> Iterator[tuple[bytes, int]]:
-        """What is sent at once, and the position that is reached with it."""
+        """The bytes of each write, and the position of the last event in it."""
         piece = bytearray()
         for entry in entries:
             data = encoded(self._log_id, entry).translate(ONE_LINE)
@@ -125,7 +126,7 @@ class Streams:
 
 
 class Stream(Response[Any]):
-    """The answer that does not end. `check` comes last before it opens: the key may have gone by now."""
+    """The streaming answer. `check` runs just before the stream opens: the key may be revoked by then."""
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class Stream(Response[Any]):
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             await self.check()
             with self.streams.opened(self.caller, self.wanted, self.after) as subscription:
-                if cast(dict[str, Any], scope).get("head"):  # only what it would begin with is asked for
+                if cast(dict[str, Any], scope).get("head"):  # HEAD: send only the headers
                     subscription.end()
                 await self.streams.run(subscription, self.after, receive, send)
 

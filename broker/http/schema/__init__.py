@@ -1,1 +1,1 @@
-"""Descriptions of the API for machines and people: OpenAPI, AsyncAPI, the page `/docs`."""
+"""Descriptions of the API: OpenAPI, AsyncAPI, and the page `/docs`."""

@@ -1,6 +1,6 @@
-"""The description of what goes over MQTT: AsyncAPI 3, worked out of the device types and the wire's Structs.
+"""The AsyncAPI 3 document of the MQTT side, generated from the device types and the wire Structs.
 
-Seen from the broker: it sends commands and events, and receives answers and statuses.
+It takes the broker's view: the broker sends commands and events, and receives answers and statuses.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ CONTENT: dict[PayloadFormat, str] = {
     "msgpack": "application/msgpack",
     "bare": "text/plain",
 }
-DESCRIPTION = """Commands go out, answers come in, QoS 1 both ways. MQTT 3.1.1 is enough; MQTT 5 adds
-Correlation Data, Response Topic, expiry and user properties.
+DESCRIPTION = """The broker sends commands and devices send answers, both with QoS 1. MQTT 3.1.1 is enough;
+MQTT 5 adds Correlation Data, Response Topic, expiry and user properties.
 
-**A device's one duty**: an id it has seen is not executed again; its last answer is sent again instead."""
+**The one duty of a device**: it never executes the same command id twice. If an id comes again, it sends its
+last answer for that id again."""
 DEVICE = "{hardware_id}"
-HARDWARE_ID = {"description": "The device: client id, user name and level of the topic alike."}
+HARDWARE_ID = {"description": "The device's `hardware_id`, which is also its client id and user name."}
 QOS_1 = {"qos": 1, "retain": False, "bindingVersion": "0.2.0"}
 SECURITY = {
     "device": "User name and client id: the `hardware_id`. Password: the device's token.",
@@ -45,7 +46,7 @@ async def description(request: Call) -> Response[bytes]:
 
 
 def document(types: Mapping[str, DeviceType], prefix: str) -> dict[str, Any]:
-    """AsyncAPI 3.0.0, as JSON has it."""
+    """The AsyncAPI 3.0.0 document as JSON values."""
     structs = (CommandMessage, AnswerMessage, StatusMessage, CloudEvent)
     _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     channels = {"status": _status(prefix), "events": _events(prefix)}
@@ -92,11 +93,11 @@ def _server(prefix: str) -> dict[str, Any]:
     return {
         "host": "{address}",
         "protocol": "mqtt",
-        "description": "The MQTT server that devices connect to: one in the broker's process, or another.",
+        "description": "The MQTT server that devices connect to: Ordain's own server or an external one.",
         "variables": {
             "address": {
                 "default": "127.0.0.1:1883",
-                "description": "Host and port; `mqtt.url` of `GET /v1/system` says it.",
+                "description": "Host and port; see `mqtt.url` of `GET /v1/system`.",
             }
         },
         "security": [{"$ref": f"#/components/securitySchemes/{name}"} for name in SECURITY],
@@ -123,16 +124,18 @@ def _commands(prefix: str, kind: DeviceType, suffix: str) -> dict[str, Any]:
 
 def _command(prefix: str, kind: DeviceType, name: str, command: CommandType) -> dict[str, Any]:
     answers = device_topic(prefix, DEVICE, kind.answer_suffix)
-    properties: dict[str, Any] = {"attempt": {"type": "string", "description": "From 1."}}
+    properties: dict[str, Any] = {
+        "attempt": {"type": "string", "description": "The number of the attempt, from 1."}
+    }
     if kind.grants != "none" and kind.payload != "bare":
-        properties["grant"] = {"type": "string", "description": "As in the payload."}
+        properties["grant"] = {"type": "string", "description": "The same as `grant` in the payload."}
     message: dict[str, Any] = {
         "name": f"{kind.name}.{name}",
         "title": command.title or name,
         "contentType": CONTENT[kind.payload],
         "headers": {
             "type": "object",
-            "description": "With MQTT 5: user properties.",
+            "description": "MQTT 5 user properties.",
             "properties": properties,
         },
         "payload": _payload(kind, name, command),
@@ -145,7 +148,7 @@ def _command(prefix: str, kind: DeviceType, name: str, command: CommandType) -> 
         },
     }
     if name != ANY and not kind.definition(name).repeatable:
-        message["description"] = "Sent once, ever."
+        message["description"] = "Sent at most once."
     if kind.payload != "bare":
         message["correlationId"] = {"location": "$message.payload#/id"}
     if command.result is not None:
@@ -184,7 +187,7 @@ def _answers(prefix: str, kind: DeviceType) -> dict[str, Any]:
         messages["text"] = {
             "name": f"{kind.name}.text",
             "title": "An answer in one word",
-            "description": f"{meaning}. It belongs to the one command that can be meant.",
+            "description": f"{meaning}. It counts for the device's only command that can get this answer.",
             "contentType": CONTENT["bare"],
             "payload": {"type": "string", "enum": list(kind.words)},
         }
@@ -192,13 +195,14 @@ def _answers(prefix: str, kind: DeviceType) -> dict[str, Any]:
 
 
 def _status(prefix: str) -> dict[str, Any]:
-    """Needed where the MQTT server is not the embedded one, which sees for itself."""
+    """The channel of device statuses. Needed with an external MQTT server; the embedded server sees
+    connections itself."""
     word = {"type": "string", "enum": ["online", "offline"]}
     messages = {
         "word": {"name": "status.word", "contentType": CONTENT["bare"], "payload": word},
         "status": {"name": "status", "payload": {"$ref": "#/components/schemas/StatusMessage"}},
     }
-    return _topic(prefix, "status", "Whether a device is there; `offline` is its last will", messages)
+    return _topic(prefix, "status", "Device online or offline; `offline` is its last will", messages)
 
 
 def _events(prefix: str) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def _events(prefix: str) -> dict[str, Any]:
     }
     return {
         "address": f"{prefix}/evt/{DEVICE}/{{command_id}}",
-        "title": "Events of commands, for services; at least once, in order for each command",
+        "title": "Events of commands for services; delivered at least once, in order for each command",
         "parameters": {"hardware_id": HARDWARE_ID, "command_id": {"description": "The command."}},
         "messages": {"event": event},
     }
@@ -243,12 +247,16 @@ def _references(name: str, messages: Iterable[str]) -> list[dict[str, str]]:
 
 
 def _behaviour(kind: DeviceType) -> str:
-    """What a device of the type will notice."""
-    held = "Held until the device is online." if kind.presence == "required" else "Sent in any case."
-    window = f"At most {kind.max_in_flight} under way at once."
+    """How the broker sends commands to a device of this type."""
+    held = (
+        "Held until the device is online."
+        if kind.presence == "required"
+        else "Sent whether the device is online or not."
+    )
+    window = f"At most {kind.max_in_flight} in flight at once."
     if kind.completes_on == "published":
-        return f"{held} {window} No answer is waited for."
-    again = f"Without an answer it is sent again, under the same id, up to {kind.max_attempts} times in all."
+        return f"{held} {window} The broker does not wait for an answer."
+    again = f"Without an answer it is sent again with the same id, at most {kind.max_attempts} times in all."
     return f"{held} {window} {again}"
 
 

@@ -1,6 +1,7 @@
-"""The description of the API, worked out of the handlers themselves, and a page that shows it offline.
+"""The OpenAPI document, generated from the handlers and Structs, and the page that shows it offline.
 
-Nothing is written by hand that a handler or a Struct says already, and nothing is loaded from elsewhere.
+Descriptions come from docstrings and fields, so they are not written twice. The page loads nothing from
+other servers.
 """
 
 from __future__ import annotations
@@ -47,30 +48,30 @@ DESCRIBED = (
     v1_system.routes,
     health.routes,
 )
-# The page runs its own script and speaks to this broker alone.
+# The page runs only its own script and connects only to this broker.
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-DESCRIPTION = """Commands for MQTT devices: accepted durably, delivered at least once, explained afterwards.
+DESCRIPTION = """Commands for MQTT devices: stored durably, delivered at least once, with their full history.
 
 Every call under `/v1` needs a key. Times are RFC 3339 in UTC with milliseconds. `{device}` is a device's
-`id` or its `hardware_id`. What belongs to another project is 404. Lists are
+`id` or its `hardware_id`. Objects of another project answer 404. Lists have the form
 `{data, has_more, next_cursor}`."""
 TAGS = {
-    "Commands": "Sending commands, following them, and mending what went wrong.",
-    "App": "The same commands in the words of an app: names, idents and data. What stands under the SDK.",
-    "Devices": "What can be commanded: devices, their lanes, their types, and what they said.",
-    "Unversioned": "The same commands under paths, fields and words that other systems use; and erasing.",
-    "Events": "What happened, as CloudEvents: in pages, or as a stream that goes on.",
-    "Webhooks": "Where events are sent to, and what became of it.",
-    "System": "How the broker is. Most of it needs no key.",
+    "Commands": "Send, follow, cancel and retry commands.",
+    "App": "The routes that the SDKs use: the same commands, with the fields of the SDK.",
+    "Devices": "Devices, their lanes, their types, and answers that matched no command.",
+    "Unversioned": "The same commands with other paths, field names and status words; and erasing.",
+    "Events": "Events as CloudEvents, in pages or as an endless stream.",
+    "Webhooks": "Endpoints that receive events, and the deliveries to them.",
+    "System": "The state of the broker. Most of these routes need no key.",
 }
-# What stands in many paths and means the same in each.
+# Path parameters that have the same meaning in every path.
 PATH_PARAMETERS = {
     "device": "The device's `id` or `hardware_id`.",
     "command_id": "The command's `id`.",
     "webhook": "The webhook's `id`.",
     "position": "The event's position in the log.",
 }
-# Litestar's words for an answer that has none of its own.
+# Litestar uses these texts for an answer without a description.
 STANDARD_PHRASES = {status.description for status in HTTPStatus}
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string"}}}
 ANSWER_HEADERS = {
@@ -79,7 +80,7 @@ ANSWER_HEADERS = {
     "503": RETRY_AFTER,
 }
 REPLAYED = {
-    "description": "The same idempotency key and body came before: the first command, as it is now.",
+    "description": "A repeated request, same idempotency key and body: the first command, as it is now.",
     "headers": {"Idempotent-Replayed": {"description": "`true`", "schema": {"const": "true"}}},
 }
 
@@ -134,7 +135,7 @@ def document() -> bytes:
         if isinstance(route, HTTPRoute)
         for handler in route.route_handlers
     }
-    # Litestar's own words for a Struct lose bounds and docstrings; msgspec knows what it will accept.
+    # Litestar's own schema of a Struct loses bounds and docstrings; the schema from msgspec keeps them.
     schema["components"]["schemas"] = _schemas(
         handlers[each["operationId"]] for _, each in _operations(schema)
     )
@@ -152,7 +153,7 @@ def _operations(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _schemas(handlers: Iterable[HTTPRouteHandler]) -> dict[str, Any]:
-    """Every Struct that a handler takes or gives, by name."""
+    """The JSON Schemas of all Structs that the handlers accept or return, by name."""
     found: dict[Any, None] = {ErrorBody: None}
     for handler in handlers:
         fields = [handler.parsed_return_field, handler.parsed_data_field]
@@ -169,7 +170,7 @@ def _schemas(handlers: Iterable[HTTPRouteHandler]) -> dict[str, Any]:
 
 
 def _finish(path: str, operation: dict[str, Any], handler: HTTPRouteHandler, schemas: dict[str, Any]) -> None:
-    """What Litestar has no words for: titles, what is true of every route, headers of answers."""
+    """Adds to an operation what Litestar leaves out: summary, scopes, examples, headers of answers."""
     title, _, text = operation["description"].partition("\n")
     operation["summary"], operation["description"] = title.strip(), text.strip()
     if not operation["description"]:
@@ -199,7 +200,8 @@ def _finish(path: str, operation: dict[str, Any], handler: HTTPRouteHandler, sch
 
 
 def _finish_parameter(parameter: dict[str, Any]) -> None:
-    """In a path, query or header null cannot be said: what may be absent is only not required."""
+    """Removes null from a parameter's schema: a path, query or header cannot carry null. An optional
+    parameter is only not required."""
     schema = parameter["schema"]
     kinds = [kind for kind in schema.pop("oneOf", []) if kind != {"type": "null"}]
     for kind in kinds:
@@ -217,7 +219,7 @@ def _finish_parameter(parameter: dict[str, Any]) -> None:
 
 
 def _example(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
-    """A body out of the examples of its fields."""
+    """An example body, built from the first example or enum value of each field."""
     for kind in (schema, *schema.get("oneOf", [])):
         if "$ref" in kind:
             fields = schemas[kind["$ref"].rpartition("/")[2]]["properties"]
@@ -227,7 +229,7 @@ def _example(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
 
 
 def _about(answer: dict[str, Any], schemas: dict[str, Any]) -> str | None:
-    """What the Struct of an answer says of itself."""
+    """The docstring of the Struct that an answer contains."""
     contents = [content["schema"].get("$ref", "") for content in answer.get("content", {}).values()]
     said = [schemas.get(name.rpartition("/")[2], {}).get("description") for name in contents]
     return said[0] if said else None

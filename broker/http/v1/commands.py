@@ -35,45 +35,51 @@ CREATE = "POST /v1/devices/{device}/commands"
 
 CommandName = Annotated[
     str,
-    Meta(
-        description="A command that the device's type has.", examples=["unlock"], extra_json_schema=views.NAME
-    ),
+    Meta(description="A command of the device's type.", examples=["unlock"], extra_json_schema=views.NAME),
 ]
 IdempotencyKey = Annotated[str, Meta(min_length=1, max_length=255, examples=["order-4711"])]
 CollapseKey = Annotated[str, Meta(extra_json_schema=views.NAME)]
-COLLAPSES = "Takes the place of the device's pending commands with the same key: they are cancelled with it."
+COLLAPSES = "Replaces the device's pending commands that have the same key: those are cancelled."
 KeyHeader = Annotated[
     str | None,
-    HeaderParameter(name="Idempotency-Key", min_length=1, max_length=255, description="As in the body."),
+    HeaderParameter(
+        name="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        description="The same as `idempotency_key` in a body.",
+    ),
 ]
-ByStatus = Annotated[Status | None, QueryParameter(description="Only commands of this status.")]
+ByStatus = Annotated[Status | None, QueryParameter(description="Only commands with this status.")]
 ByState = Annotated[
     StateName | None, QueryParameter(name="state", description="Only commands in this state.")
 ]
 ByType = Annotated[
-    str | None, QueryParameter(description="Only commands of this name.", schema_extra=views.NAME)
+    str | None, QueryParameter(description="Only commands with this name.", schema_extra=views.NAME)
 ]
 ByDevice = Annotated[
     str | None,
     QueryParameter(description="Only commands of this device: id or hardware id.", schema_extra=views.NAME),
 ]
-EventLimit = Annotated[int, QueryParameter(ge=1, le=1_000, description="How many at most.")]
+EventLimit = Annotated[
+    int, QueryParameter(ge=1, le=1_000, description="The largest number of events in a page.")
+]
 
 
 class CommandBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A command to be sent."""
+    """A command to send."""
 
     type: CommandName
     params: Annotated[
-        Any, Meta(description="What the command takes; absent is `{}`.", examples=[{"for_sec": 5}])
+        Any,
+        Meta(description="The parameters of the command; `{}` if absent.", examples=[{"for_sec": 5}]),
     ] = UNSET
     idempotency_key: Annotated[
         IdempotencyKey | UnsetType,
-        Meta(description="A repeated request with the same key names the first command."),
+        Meta(description="A repeated request with the same key returns the first command."),
     ] = UNSET
     ttl_sec: Annotated[
         Annotated[int, Meta(ge=1, le=MAX_TTL_SEC, examples=[60])] | UnsetType | None,
-        Meta(description="Seconds until it expires; absent is 300 if not set otherwise, null is never."),
+        Meta(description="Seconds until it expires. Absent: the broker's default (300 s); null: never."),
     ] = UNSET
     collapse_key: Annotated[CollapseKey | UnsetType, Meta(description=COLLAPSES)] = UNSET
 
@@ -90,9 +96,9 @@ async def create_command(
 ) -> Response[Command]:
     """Send a command
 
-    Accepted as soon as it is durable, whether the device is online or not; the answer shows it as it was
-    created. The same idempotency key with the same body answers 200 with the first command and the header
-    `Idempotent-Replayed: true`.
+    The answer comes when the command is durable, whether the device is online or not. It shows the command
+    as it was created. A repeated request with the same idempotency key and the same body gets 200 with the
+    first command and the header `Idempotent-Replayed: true`.
     """
     commands, caller = request.services.commands, request.user
     key = one_key(data.idempotency_key, idempotency_key)
@@ -135,7 +141,7 @@ async def list_device_commands(
 ) -> CommandList:
     """List the commands of a device
 
-    Newest first. A page stays where it is while new commands arrive.
+    Newest first. Pages do not shift while new commands arrive.
     """
     return await _list(request, "device", device, status, in_state, type, limit, cursor, as_of)
 
@@ -164,8 +170,8 @@ async def get_device_command(
 async def cancel_command(request: Call, device: FromPath[str], command_id: FromPath[str]) -> Command:
     """Cancel a command
 
-    Only while it was never handed over: `state` is `pending`. After that 409 says the state, even where
-    `status` is still `pending`. Cancelling again answers 200.
+    Possible only while `state` is `pending`: the command was never handed over. Later the answer is 409 and
+    names the state, even if `status` is still `pending`. Cancelling a cancelled command gets 200.
     """
     await find(request, command_id, device)
     return shown(request, await request.services.commands.cancel(request.user, command_id))
@@ -184,8 +190,8 @@ async def list_commands(
 ) -> CommandList:
     """List commands
 
-    Of the key's project, an admin's of all; newest first. With `as_of` and a filter a page may be shorter
-    than `limit` and not be the last: `has_more` says.
+    Commands of the key's project, newest first. An admin key gets the commands of all projects. With `as_of`
+    and a filter a page can be shorter than `limit` without being the last; check `has_more`.
     """
     return await _list(request, "all", device, status, in_state, type, limit, cursor, as_of)
 
@@ -208,7 +214,7 @@ async def list_command_events(
 ) -> EventList:
     """List the events of a command
 
-    Everything that was ever recorded about it, in order.
+    All events that were recorded for it, in order.
     """
     caller = request.user
     pager = Pager(request.services.cursor_key, "events", caller.project, command_id)
@@ -230,7 +236,7 @@ async def list_command_events(
 async def list_types(request: Call) -> TypeList:
     """List the device types
 
-    What kinds of devices there are, their commands, and the parameters these take.
+    All device types with their commands, and the parameters of each command.
     """
     return views.types(request.services.commands.types)
 
@@ -238,7 +244,7 @@ async def list_types(request: Call) -> TypeList:
 async def find(
     request: Call, command_id: str, device: str | None = None, as_of: str | None = None
 ) -> CommandState:
-    """A durable command; with a device, only if it is its. That one may have been deleted since.
+    """Reads a durable command. With `device`, the command must belong to it; a deleted device is found too.
 
     Raises:
         Refusal: not_found.
@@ -286,7 +292,7 @@ async def _list(
             else:
                 device_id = past.find_device(sql, caller, device, position).state.id
         elif device is not None:
-            # A filter that fits nothing finds nothing; those of a deleted device can still be found.
+            # An unknown device in a filter gives an empty list. A deleted device's commands are found.
             known = devices_view.by_name(sql, [device]).get(device)
             if known is None or not caller.sees(known.project):
                 return [], None
@@ -312,7 +318,7 @@ async def _list(
 
 
 def _states(status: Status | None, state: StateName | None) -> tuple[State, ...] | None:
-    """The states that fit both filters; None if there is no filter."""
+    """The states that match both filters; None without a filter."""
     if status is None and state is None:
         return None
     return tuple(
@@ -321,7 +327,7 @@ def _states(status: Status | None, state: StateName | None) -> tuple[State, ...]
 
 
 def shown(request: Call, state: CommandState) -> Command:
-    """A command with a fresh grant for those who may write."""
+    """A command, with a fresh grant if the caller has the scope `devices:write`."""
     token = None
     if "devices:write" in request.user.scopes:
         services = request.services
@@ -330,35 +336,42 @@ def shown(request: Call, state: CommandState) -> Command:
 
 
 def one_key(body: str | UnsetType, header: str | None) -> str | None:
-    """The idempotency key of a request, wherever it was given.
+    """The idempotency key of a request, from its body or its header.
 
     Raises:
-        Refusal: invalid_request, if two were, or the header's is not UTF-8.
+        Refusal: invalid_request, if body and header differ, or the header is not UTF-8.
     """
     if header is not None:
         try:
-            # Litestar reads headers as Latin-1; the same key in a body is UTF-8.
+            # Litestar reads headers as Latin-1, but a key in a body is UTF-8; both must compare equal.
             header = header.encode("latin-1").decode()
         except UnicodeDecodeError:
             raise invalid("Idempotency-Key", "is not UTF-8") from None
     if body is UNSET:
         return header
     if header is not None and header != body:
-        raise invalid("idempotency_key", "the body and the header Idempotency-Key name two different keys")
+        raise invalid("idempotency_key", "differs from the key in the header Idempotency-Key")
     return body
 
 
 def collapse_key(data: CommandBody) -> str | None:
-    """Refuses what is no identifier."""
+    """The collapse key of a request, or None.
+
+    Raises:
+        Refusal: invalid_request, if it is not a name.
+    """
     key = None if data.collapse_key is UNSET else data.collapse_key
     check_name("collapse_key", key)
     return key
 
 
 def fingerprints(route: str, body: msgspec.Struct) -> Callable[[str], bytes]:
-    """What makes two requests the same, by device id: route, device, and the body as it came.
+    """Returns a function from device id to SHA-256 digest (32 bytes). Two requests are the same if the
+    digests are equal.
 
-    Whatever its spelling; without the key, and without the names of devices.
+    The digest covers the route, the device id, and the body as sent, before defaults. The body is encoded
+    again with sorted fields, so white space and the order of fields do not matter. The caller leaves the
+    idempotency key and the device names out of `body`.
     """
     encoded = msgspec.json.encode(body, order="sorted")
     return lambda device_id: hashlib.sha256(

@@ -27,36 +27,37 @@ from projections import past as past_view
 from projections.past import Then
 
 Title = Annotated[str, Meta(max_length=200)]
-Force = Annotated[bool, QueryParameter(description="Also while commands to it are open.")]
+Force = Annotated[bool, QueryParameter(description="Delete it even if it has open commands.")]
 Attributes = Annotated[
-    dict[str, Any], Meta(description="Anything worth keeping about it.", examples=[{"floor": 2}])
+    dict[str, Any], Meta(description="Any JSON object that you want to keep.", examples=[{"floor": 2}])
 ]
-# What is kept must stay readable wherever it is decoded later, however deep the stack is there.
+# Attributes are decoded again later, perhaps deep in a call stack; deep nesting could then exceed the
+# recursion limit.
 ATTRIBUTE_LEVELS = 16
 LOCAL_PROJECT = "default"
 
 
 class DeviceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A device to be made known."""
+    """A device to register."""
 
     hardware_id: Annotated[
         Name,
         Meta(
-            description="Letters, digits, `_` and `-`; at most 64; not `me` or `pending`.",
+            description="At most 64 letters, digits, `_` and `-`; not `me` or `pending`.",
             examples=["door-7"],
         ),
     ]
     type: TypeName
-    id: Annotated[Name | UnsetType, Meta(description="Made up (`dev_…`) if absent.")] = UNSET
+    id: Annotated[Name | UnsetType, Meta(description="Generated (`dev_…`) if absent.")] = UNSET
     name: Annotated[Title | None, Meta(examples=["Front door"])] = None
     attributes: Attributes = {}
-    project: Annotated[Name | UnsetType, Meta(description="For admins: another project than the key's.")] = (
-        UNSET
-    )
+    project: Annotated[
+        Name | UnsetType, Meta(description="For admin keys only: another project than the key's.")
+    ] = UNSET
 
 
 class DeviceChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is absent keeps its value."""
+    """The changes to a device. An absent field keeps its value."""
 
     type: TypeName | UnsetType = UNSET
     name: Annotated[Title | UnsetType | None, Meta(examples=["Back door"])] = UNSET
@@ -67,11 +68,11 @@ class DeviceChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 async def register(request: Call, data: JSONBody[DeviceBody]) -> Device:
     """Register a device
 
-    Makes a device known and gives its token, which is shown this once. A name, as `id` or as `hardware_id`,
-    is given once in the whole broker, for ever: 409 if it is taken.
+    Registers a device and returns its token. The token is shown only in this answer. An `id` or `hardware_id`
+    can be used only once in the whole broker, also after the device was deleted: 409 if it is taken.
     """
     if data.id == "":
-        raise invalid("id", "must not be empty; leave it out to have one made up")
+        raise invalid("id", "must not be empty; leave it out and the broker generates one")
     check_levels(data.attributes)
     new = NewDevice(
         hardware_id=data.hardware_id,
@@ -90,7 +91,7 @@ async def list_devices(
 ) -> DeviceList:
     """List devices
 
-    Newest first; an admin's key sees those of all projects.
+    Devices of the key's project, newest first. An admin key gets the devices of all projects.
     """
     project = request.user.project
     pager = Pager(request.services.cursor_key, "devices", project, *([] if as_of is None else [as_of]))
@@ -132,8 +133,8 @@ async def get_device(request: Call, device: FromPath[str], as_of: AsOf = None) -
 async def change_device(request: Call, device: FromPath[str], data: JSONBody[DeviceChange]) -> Device:
     """Change a device
 
-    Its type, name or attributes; commands accepted before keep what the type said then. Attributes are
-    replaced as a whole.
+    Changes its type, name or attributes. Commands that were accepted before keep the definition of the old
+    type. Attributes are replaced as a whole.
     """
     if data.attributes is not UNSET:
         check_levels(data.attributes)
@@ -145,8 +146,8 @@ async def change_device(request: Call, device: FromPath[str], data: JSONBody[Dev
 async def rotate_token(request: Call, device: FromPath[str]) -> Device:
     """Give a device a new token
 
-    Shown this once; the old one stops working at once. Where its type signs grants with HMAC, the
-    `device_secret` is new too.
+    The token is shown only in this answer. The old token stops working immediately. If the device's type
+    signs grants with HMAC, the device also gets a new `device_secret`.
     """
     return _issued(request, await request.services.registry.rotate_token(request.user, device))
 
@@ -155,17 +156,18 @@ async def rotate_token(request: Call, device: FromPath[str]) -> Device:
 async def delete_device(request: Call, device: FromPath[str], force: Force = False) -> Device:
     """Delete a device
 
-    For ever: its names are never given again. With open commands only with `force`: those never handed over
-    are cancelled, the others become `timed_out`, because they may have been done.
+    This cannot be undone, and its names cannot be used again. A device with open commands can only be deleted
+    with `force`: commands that were never handed over are cancelled; the others become `timed_out`, because
+    the device may have executed them.
     """
     return _shown(request, await request.services.registry.delete(request.user, device, force=force))
 
 
 def find_device(sql: Sql, caller: Caller, name: str) -> DeviceState:
-    """A device by either name, as far as the caller may know of it.
+    """A device by its id or hardware id.
 
     Raises:
-        Refusal: not_found.
+        Refusal: not_found, also if the device was deleted or belongs to a project the caller cannot see.
     """
     device = devices_view.by_name(sql, [name]).get(name)
     if device is None or not caller.sees(device.project) or device.deleted_at is not None:
@@ -190,13 +192,17 @@ def _issued(request: Call, issued: Issued) -> Device:
 
 
 def project_for(request: Call, wanted: str | UnsetType) -> str:
-    """Where what is made goes: an admin may choose, all others have one project."""
+    """The project of a new device or webhook: an admin key may choose, all other keys use their own.
+
+    Raises:
+        Refusal: invalid_request.
+    """
     caller = request.user
     own = caller.project or request.services.keys.project_of(caller.actor) or LOCAL_PROJECT
     if wanted is UNSET or wanted == own:
         return own
     if caller.project is not None:
-        raise invalid("project", "this key works in its own project only")
+        raise invalid("project", "this key can only use its own project")
     return wanted
 
 
@@ -211,7 +217,7 @@ def check_levels(attributes: dict[str, Any]) -> None:
         ]
         if not level:
             return
-    raise invalid("attributes", f"nested deeper than {ATTRIBUTE_LEVELS} levels")
+    raise invalid("attributes", f"must not be nested deeper than {ATTRIBUTE_LEVELS} levels")
 
 
 routes = Router(

@@ -1,7 +1,7 @@
-"""`/v1/events`: what happened, to those who follow it: in pages, or as a stream that goes on.
+"""`/v1/events`: the events of a project, in pages or as an endless stream.
 
-Both read the same log by the same positions, so that one can go on where the other ended. Nothing is
-shown that is not durable.
+Pages and streams use the same log positions, so a client can read pages first and then continue with a
+stream. Only durable events are shown.
 """
 
 from __future__ import annotations
@@ -28,61 +28,70 @@ from broker.subscriptions.feed import Feed
 STREAM = "text/event-stream"
 
 After = Annotated[
-    int | None, QueryParameter(ge=0, description="Only events after this position, which is their `id`.")
+    int | None,
+    QueryParameter(
+        ge=0, description="Only events after this position. The position of an event is its `id`."
+    ),
 ]
 Cursor = Annotated[
-    int | None, QueryParameter(ge=0, description="The same as `after`: `next_cursor` of the page before.")
+    int | None,
+    QueryParameter(ge=0, description="The same as `after`: the `next_cursor` of the previous page."),
 ]
-Limit = Annotated[int, QueryParameter(ge=1, le=1_000, description="How many at most, in a page.")]
+Limit = Annotated[int, QueryParameter(ge=1, le=1_000, description="The largest number of events in a page.")]
 ByDevice = Annotated[
-    str | None, QueryParameter(description="Only of this device: id or hardware id.", schema_extra=NAME)
+    str | None,
+    QueryParameter(description="Only events of this device: id or hardware id.", schema_extra=NAME),
 ]
 ByType = Annotated[
-    str | None, QueryParameter(description="Only of commands of this name.", schema_extra=NAME)
+    str | None,
+    QueryParameter(description="Only events of commands with this name.", schema_extra=NAME),
 ]
 ByEvent = Annotated[
     str | None,
     QueryParameter(
-        description="Only these: `executed`, or in full `ordain.command.executed.v1`.",
+        description="Only events of this type: `executed`, or in full `ordain.command.executed.v1`.",
         schema_extra={"enum": list(BARE_TYPES)},
     ),
 ]
 ByCommand = Annotated[
-    str | None, QueryParameter(description="Only of this command: its id.", schema_extra=NAME)
+    str | None, QueryParameter(description="Only events of the command with this id.", schema_extra=NAME)
 ]
 ByProject = Annotated[
     str | None,
     QueryParameter(
-        description="Only of this project; an admin's key sees all others too.", schema_extra=NAME
+        description="Only events of this project. Only an admin key may name another project than its own.",
+        schema_extra=NAME,
     ),
 ]
 LastEventId = Annotated[
     str | None,
     HeaderParameter(
         name="Last-Event-ID",
-        description="Of a stream: only events after this one. It wins over `after`.",
+        description="For a stream: only events after this position. It takes precedence over `after`.",
         schema_extra={"pattern": "^[0-9]{1,19}$"},
     ),
 ]
 ANSWERS = documented(410, 429) | {
     410: ResponseSpec(
-        ErrorBody, generate_examples=False, description="`gone`: events after this position are not kept."
+        ErrorBody,
+        generate_examples=False,
+        description="`gone`: the events after this position are no longer stored.",
     ),
     429: ResponseSpec(
         ErrorBody,
         generate_examples=False,
-        description="`rate_limit_exceeded`: the project has as many streams open as it may.",
+        description="`rate_limit_exceeded`: the project has too many open streams.",
     ),
 }
 
 
 class CloudEventList(msgspec.Struct, frozen=True, kw_only=True):
-    """Ascending by position."""
+    """A page of events, ascending by position."""
 
     data: list[CloudEvent]
     has_more: bool
     next_cursor: Annotated[
-        str | None, Meta(description="Where the next page begins: a position, for `after`.")
+        str | None, Meta(description="The position after which the next page begins; pass it as `after`.")
     ]
 
 
@@ -101,13 +110,16 @@ async def list_events(
 ) -> Response[CloudEventList]:
     """Follow events
 
-    Of the key's project, an admin's of all; each is a CloudEvent, in the order of the log and never before it
-    is durable. A page begins after `after`, or with the first event; where a filter fits little it may be
-    short, or empty, with more to come. With `Accept: text/event-stream` the answer is a stream that goes on
-    for ever: `id` is the position, `data` the CloudEvent, a comment comes every 15 seconds. It begins after
-    `Last-Event-ID`, else after `after`, else with what happens from now; an `id` without data says at once
-    where that is. After a break go on from the last `id`: nothing is missed, and nothing comes twice. One
-    that does not take what is sent to it is ended.
+    Events of the key's project, or of all projects for an admin key. Each event is a CloudEvent. Events come
+    in log order and only after they are durable. A page begins after `after`, or with the first event. With a
+    filter a page can be short or even empty although `has_more` is true.
+
+    With `Accept: text/event-stream` the answer is an endless stream: `id` is the position, `data` is the
+    CloudEvent, and a comment comes every 15 seconds. The stream begins after `Last-Event-ID`, else after
+    `after`, else with the next event that is recorded. It first sends an `id` without data: the position
+    where it begins. After a lost connection, continue from the last `id`: no event is missed, and none comes
+    twice.
+    A client that does not read its stream is disconnected.
     """
     wanted = _wanted(request, device, type, event, command, project)
     services = request.services
@@ -169,7 +181,7 @@ def _wants_stream(request: Request[Any, Any, Any]) -> bool:
 
 def _place(feed: Feed, after: int | None, cursor: int | None) -> int | None:
     if after is not None and cursor not in (None, after):
-        raise invalid("cursor", "names another position than `after`; give one of them", cursor)
+        raise invalid("cursor", "differs from `after`; give only one of them", cursor)
     field = "after" if cursor is None else "cursor"
     start = cursor if after is None else after
     return None if start is None else _seen(feed, field, start)
@@ -182,10 +194,11 @@ def _position(text: str) -> int:
 
 
 def _seen(feed: Feed, field: str, position: int) -> int:
-    """A position that a client says it has seen.
+    """Checks a position that the client gave as its last seen event, and returns it.
 
     Raises:
-        Refusal: invalid_request, if there is no such event yet; gone, if what follows it is not kept.
+        Refusal: invalid_request, if the log does not reach this position yet; gone, if the events after it
+            are no longer stored.
     """
     if position > feed.head:
         raise invalid(field, f"is beyond the end of the log, which is {feed.head}", position)

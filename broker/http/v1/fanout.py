@@ -1,4 +1,4 @@
-"""`/v1`: one command to many devices, each with an outcome of its own."""
+"""`/v1`: sends one command to many devices. Each device has its own outcome."""
 
 from __future__ import annotations
 
@@ -22,22 +22,27 @@ from broker.http.v1.commands import CommandBody, KeyHeader, collapse_key, finger
 
 ROUTE = "POST /v1/commands"
 MOST_DEVICES = 10_000
-BODY_BYTES = 4_194_304  # ten thousand names of 64 characters, and the parameters
+BODY_BYTES = 4_194_304  # enough for 10,000 names of 64 characters and the parameters
 
 Devices = Annotated[list[str], Meta(min_length=1, max_length=MOST_DEVICES, examples=[["door-7", "door-8"]])]
 
 
 class FanoutBody(CommandBody, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    devices: Annotated[Devices, Meta(description="Ids or hardware ids, at most 10,000; each device once.")]
+    devices: Annotated[
+        Devices, Meta(description="At most 10,000 ids or hardware ids; each device only once.")
+    ]
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of it for one device: one of the two."""
+    """The outcome for one device: either `command_id` or `error`."""
 
     command_id: Annotated[
-        str | UnsetType, Meta(description="`cmd_…`: accepted, now or by the first request.")
+        str | UnsetType,
+        Meta(description="`cmd_…`: the command, accepted now or by an earlier request with the same key."),
     ] = UNSET
-    error: Annotated[ErrorDetail | UnsetType, Meta(description="Why there is no command.")] = UNSET
+    error: Annotated[ErrorDetail | UnsetType, Meta(description="The reason why no command was created.")] = (
+        UNSET
+    )
 
 
 @post(
@@ -52,9 +57,9 @@ async def send_commands(
 ) -> Response[dict[str, Outcome]]:
     """Send a command to many devices
 
-    The answer has one member for each device, by the name it was asked for; one that cannot be sent to
-    never fails the rest. Repeated with the same idempotency key it names the commands that were made and
-    makes those that were not: also for devices that are new in the list.
+    The answer has one member for each device, under the name from the request. An error for one device does
+    not affect the others. A repeated request with the same idempotency key returns the commands that exist
+    and creates the missing ones, also for devices that were added to the list.
     """
     services = request.services
     check_name("type", data.type)
@@ -84,5 +89,5 @@ def _sent(outcome: fanout.Outcome) -> Outcome:
     return Outcome(command_id=outcome)
 
 
-# Both methods of one path must be in one router.
+# Litestar needs both methods of a path in one router.
 routes = Router("/v1", route_handlers=[send_commands, list_commands], before_request=authorize)

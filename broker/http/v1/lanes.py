@@ -1,6 +1,6 @@
-"""`/v1/devices/{device}/lane`: what waits for a device, what is with it, and what each waits for.
+"""`/v1/devices/{device}/lane`: the open commands of a device, and what happens next to each of them.
 
-Shows the live state; it must never hold it still or change it.
+Reads the live state. It must never block or change that state.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ class LaneCommand(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     type: str
     state: StateName
-    position: Annotated[int, Meta(description="That of its creation in the log: the order of the lane.")]
+    position: Annotated[
+        int, Meta(description="The log position of its `created` event. The lane has this order.")
+    ]
     attempts: int
     created_at: Time
     expires_at: Time | None
-    next: Annotated[dict[str, Any] | None, Meta(description="As its `explain` says it; null in what was.")]
+    next: Annotated[
+        dict[str, Any] | None, Meta(description="The same as `next` of its `explain`; null with `as_of`.")
+    ]
 
 
 class LaneView(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,12 +49,20 @@ class LaneView(msgspec.Struct, frozen=True, kw_only=True):
     device_id: str
     hardware_id: str
     presence: PresenceName
-    offline_since: Annotated[Time | None, Meta(description="Null also where the moment is not known.")]
+    offline_since: Annotated[
+        Time | None, Meta(description="Null if the device is not offline, or the time is not known.")
+    ]
     open: list[LaneCommand]
-    window: Annotated[int, Meta(description="How many may be with the device at a time.")]
-    in_flight: Annotated[int, Meta(description="How many are.")]
+    window: Annotated[
+        int, Meta(description="The largest number of commands that can be with the device at once.")
+    ]
+    in_flight: Annotated[int, Meta(description="The number of commands that are with the device now.")]
     shut_until: Annotated[
-        Time | None, Meta(description="Until then an answer without id may belong to a command before.")
+        Time | None,
+        Meta(
+            description="No command is sent before this time: an answer without an id could belong to an "
+            "earlier command."
+        ),
     ]
 
 
@@ -58,8 +70,8 @@ class LaneView(msgspec.Struct, frozen=True, kw_only=True):
 async def read_lane(request: Call, device: FromPath[str], as_of: AsOf = None) -> LaneView:
     """Read the lane of a device
 
-    Its open commands, oldest first, and what happens next to each. With `as_of`, what was open then;
-    what this process alone knew (`next`, `shut_until`) is null.
+    Its open commands, oldest first, and what happens next to each. With `as_of` it shows the commands that
+    were open then; `next` and `shut_until` are null, because the log does not contain them.
     """
     if as_of is not None:
         return await _lane_then(request, device, as_of)

@@ -1,7 +1,7 @@
-"""`as_of`: reads of what was; and `/v1/diff`: what changed between two points of the log.
+"""`as_of`: reads of a past state; and `/v1/diff`: the changes between two points of the log.
 
-A point is a position, or a time: the state after everything recorded at or before it. What is shown
-is worked out from the log alone, so it is the same whenever it is asked for.
+A point is a position or a time. It stands for the state after all events recorded at or before it. The
+answer is computed only from the log, so the same question always gets the same answer.
 """
 
 from __future__ import annotations
@@ -38,36 +38,38 @@ PATTERN = {
 AsOf = Annotated[
     str | None,
     QueryParameter(
-        description="The state as it was: after this position of the log, or after everything recorded at or "
-        "before this RFC 3339 time. Grants are not shown.",
+        description="Read a past state: after this log position, or after all events recorded at or before "
+        "this RFC 3339 time. Grants are not shown.",
         schema_extra=PATTERN,
     ),
 ]
-POINT = "A position of the log, or an RFC 3339 time"
+POINT = "A log position or an RFC 3339 time"
 Start = Annotated[
     str | None,
-    QueryParameter(name="from", description=f"{POINT}; else its beginning.", schema_extra=PATTERN),
+    QueryParameter(
+        name="from", description=f"{POINT}; the beginning of the log if absent.", schema_extra=PATTERN
+    ),
 ]
-End = Annotated[str | None, QueryParameter(description=f"{POINT}; else now.", schema_extra=PATTERN)]
+End = Annotated[str | None, QueryParameter(description=f"{POINT}; now if absent.", schema_extra=PATTERN)]
 Place = Callable[[Sql], int]
 LONGEST_POSITION = 18  # digits
 
 
 class ChangedCommand(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="command"):
-    """A command that is not the same at both points."""
+    """A command that differs between the two points."""
 
     id: str
     device_id: str
-    before: Annotated[Command | None, Meta(description="Null: it was not created yet.")]
+    before: Annotated[Command | None, Meta(description="Null if it was not created yet.")]
     after: Command
 
 
 class ChangedDevice(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="device"):
-    """A device that is not the same at both points; one that was deleted has `deleted_at`."""
+    """A device that differs between the two points. A deleted device has `deleted_at`."""
 
     id: str
     device_id: str
-    before: Annotated[Device | None, Meta(description="Null: it was not registered yet.")]
+    before: Annotated[Device | None, Meta(description="Null if it was not registered yet.")]
     after: Device
 
 
@@ -78,21 +80,22 @@ class ChangeList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def place_of(request: Call, text: str, field: str = "as_of") -> Place:
-    """Finds the position of a point, inside the transaction that reads.
+    """Returns a function that finds the position of a point inside the reading transaction.
 
     Raises:
-        Refusal: invalid_request: it is none, or lies ahead; the latter also from what is returned.
+        Refusal: invalid_request, if the text is neither a position nor a time, or the time lies in the
+            future. The returned function raises it if the position lies beyond the end of the log.
     """
     if text.isascii() and text.isdigit() and len(text) <= LONGEST_POSITION:
         return lambda sql: _reached(sql, int(text), field)
     try:
         at = parse_rfc3339(text)
     except ValueError:
-        raise invalid(field, "must be a position of the log or an RFC 3339 time", text) from None
+        raise invalid(field, "must be a log position or an RFC 3339 time", text) from None
     writer = request.services.commands.writer
     if at > writer.now():
         raise invalid(field, "lies in the future", text)
-    await writer.barrier()  # what was recorded before that time may still be on its way to the disk
+    await writer.barrier()  # events recorded before that time may not be on disk yet
     return lambda sql: log.place(sql, at)
 
 
@@ -110,11 +113,10 @@ def _reached(sql: Sql, position: int, field: str) -> int:
 def find_command(
     sql: Sql, caller: Caller, command_id: str, device_id: str | None = None, position: int | None = None
 ) -> CommandState:
-    """A command as far as the caller may know of it; with a device, only if it is its; with a position, as
-    it was.
+    """A command. With `device_id`, it must belong to that device; with `position`, its state at that point.
 
     Raises:
-        Refusal: not_found, also before it was created.
+        Refusal: not_found, also if the caller cannot see its project, or it was created after `position`.
     """
     if position is None:
         state = commands_view.get(sql, command_id)
@@ -126,10 +128,11 @@ def find_command(
 
 
 def find_device(sql: Sql, caller: Caller, name: str, position: int) -> Then:
-    """A device as it was, as far as the caller may know of it.
+    """A device in its state at a position, by its id or hardware id.
 
     Raises:
-        Refusal: not_found, also before it was registered and after it was deleted.
+        Refusal: not_found, also if the caller cannot see its project, or at that position it was not yet
+            registered or already deleted.
     """
     now = devices_view.by_name(sql, [name]).get(name)
     then = None if now is None or not caller.sees(now.project) else past.device(sql, now.id, position)
@@ -139,7 +142,7 @@ def find_device(sql: Sql, caller: Caller, name: str, position: int) -> Then:
 
 
 def known(then: Then) -> Presence | None:
-    """What the log knew of a device being reachable."""
+    """The presence of a device according to the log at that point."""
     return None if not then.state.online else Presence.UNKNOWN if then.void else Presence.ONLINE
 
 
@@ -157,8 +160,8 @@ async def read_diff(
 ) -> ChangeList:
     """Read what changed
 
-    Commands and devices that are not the same at two points of the log, in order of their first change. A
-    page may be shorter than `limit` and not be the last: `has_more` says.
+    Commands and devices that differ between two points of the log, in order of their first change. A page can
+    be shorter than `limit` without being the last; check `has_more`.
     """
     project = request.user.project
     start_of = await place_of(request, "0" if since is None else since, "from")

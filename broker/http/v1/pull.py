@@ -1,7 +1,7 @@
-"""`/v1/devices/{device}`: heartbeat, claim, and reports: how commands reach devices without MQTT.
+"""`/v1/devices/{device}`: heartbeat, claim and reports. Commands reach devices without MQTT this way.
 
-Whoever may write to a device may relay to it; a device's own token is good for that device alone, which may
-call itself `me`.
+A key with `devices:write` may relay commands to a device. A device's own token is valid only for that device;
+the device may use `me` as its name.
 """
 
 from __future__ import annotations
@@ -25,30 +25,33 @@ OPTIONS = needs("devices:write", device=True)
 
 
 class Fetch(msgspec.Struct, frozen=True, kw_only=True):
-    """What was due, in order of creation. Each is held for whoever asked until its lease ends."""
+    """The commands that were due, in order of creation. Each is leased to the caller until its lease ends."""
 
-    commands: Annotated[list[Command], Meta(description="Each with a fresh `grant_token`.")]
+    commands: Annotated[list[Command], Meta(description="Each command has a fresh `grant_token`.")]
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """What was due, in order of creation."""
+    """The commands that were due, in order of creation."""
 
     status: Literal["ok"] = "ok"
-    commands: Annotated[list[Command], Meta(description="As for a relay; only of types that use it.")]
+    commands: Annotated[
+        list[Command],
+        Meta(description="As for `claim`; empty if the device's type does not use heartbeats."),
+    ]
 
 
 class AckBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Nothing is asked for."""
+    """An empty object."""
 
 
 class ResultBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of a command."""
+    """The outcome of a command."""
 
     status: Literal["executed", "failed"]
-    result: Annotated[Any, Meta(description="Of an executed one: kept as an object.")] = UNSET
+    result: Annotated[Any, Meta(description="For `executed`: the result; stored as an object.")] = UNSET
     error: Annotated[
         dict[str, Any] | str | UnsetType | None,
-        Meta(description="Of a failed one: `{code, message, details?}`, or a text."),
+        Meta(description="For `failed`: `{code, message, details?}`, or a text."),
     ] = UNSET
 
 
@@ -62,10 +65,10 @@ class ResultBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 async def heartbeat(
     request: Call, device: FromPath[str], data: JSONBody[dict[str, Any] | None] = None
 ) -> Heartbeat:
-    """Say that a device lives
+    """Send a heartbeat of a device
 
-    Answers with the commands that are due to it, if its type takes them this way. Whatever fields the body
-    has (`battery_percent`, …) are kept among the attributes of the device.
+    The answer contains the commands that are due, if the device's type receives commands by heartbeat. The
+    fields of the body (`battery_percent`, …) are stored in the device's attributes.
     """
     if data:
         check_levels(data)
@@ -79,9 +82,10 @@ async def heartbeat(
 async def claim_commands(request: Call, device: FromPath[str]) -> Fetch:
     """Claim commands for a device nearby
 
-    For a relay, such as a phone next to a BLE device: hands over what is due, under a lease. While it runs
-    the same commands are given again, and nobody else gets them. When it ends without an answer they are due
-    again. Commands that may be sent only once are given once.
+    For a relay, such as a phone next to a BLE device. The commands that are due are handed over under a
+    lease. While the lease runs, a repeated call by the same caller gets the same commands, and no other
+    caller gets them. If the lease ends without an answer, the commands are due again. A command that may be
+    sent only once is returned only once.
     """
     return await _claim(request, device)
 
@@ -90,7 +94,7 @@ async def claim_commands(request: Call, device: FromPath[str]) -> Fetch:
 async def pending_commands(request: Call, device: FromPath[str]) -> Fetch:
     """Claim commands, by GET
 
-    The same as `claim`: what it answers counts as handed over.
+    The same as `claim`: the returned commands count as handed over.
     """
     return await _claim(request, device)
 
@@ -105,9 +109,10 @@ async def pending_commands(request: Call, device: FromPath[str]) -> Fetch:
 async def acknowledge_command(
     request: Call, device: FromPath[str], command_id: FromPath[str], data: JSONBody[AckBody | None] = None
 ) -> Command:
-    """Report that the device has a command
+    """Report that the device has received a command
 
-    It is not handed over again. For the device itself, or for a relay of what went by heartbeat or relay.
+    The command is then not handed over again. The device may report for all its commands; other keys only
+    for commands that were handed over by heartbeat or relay.
     """
     return _shown(
         request, await request.services.pull.report(request.user, device, command_id, "acknowledged")
@@ -124,10 +129,10 @@ async def acknowledge_command(
 async def report_result(
     request: Call, device: FromPath[str], command_id: FromPath[str], data: JSONBody[ResultBody]
 ) -> Command:
-    """Report what became of a command
+    """Report the outcome of a command
 
-    The same report again answers 200. Another one than the first is 409, and so is one for a command that
-    was never handed over.
+    Repeating the same report gets 200. A report that differs from the first one gets 409, and so does a
+    report for a command that was never handed over.
     """
     result, error = (None if value is UNSET else value for value in (data.result, data.error))
     pull = request.services.pull
@@ -144,7 +149,7 @@ def _handed(fetched: Fetched) -> Command:
 
 
 def _shown(request: Call, state: CommandState) -> Command:
-    """With a grant: whoever may report may have it."""
+    """A command with its grant: a caller that may report on the command may also have its grant."""
     services = request.services
     return views.command(state, services.grants.shown(state, services.commands.writer.now()))
 

@@ -1,6 +1,7 @@
-"""`/v1`: retrying what ended badly, cancelling many at once, and why a command is where it is.
+"""`/v1`: retry a command, cancel many commands, abandon a command, explain a command.
 
-What may be retried or cancelled is decided by the core; nothing here looks at a state to refuse.
+The engine decides which commands may be retried or cancelled. Nothing in this module refuses a request
+because of a command's state.
 """
 
 from __future__ import annotations
@@ -26,53 +27,61 @@ from broker.http.v1.past import find_command
 from broker.http.v1.views import Command, Name
 from broker.seams import Sql
 
-# Whatever was retried and is in one of these now had timed out: the device may have it still.
+# A retried command in one of these states had timed out before: a late answer can move it to the other two.
+# Its device may have received it, so the retry can repeat it.
 MAY_REPEAT = (State.TIMED_OUT, State.ACKNOWLEDGED, State.EXECUTED)
 
 
 class RetryBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to retry."""
+    """Options of a retry."""
 
     idempotency_key: Annotated[
         IdempotencyKey | UnsetType,
-        Meta(description="A repeated request with the same key names the first retry."),
+        Meta(description="A repeated request with the same key returns the first retry."),
     ] = UNSET
 
 
 class Retried(Command, frozen=True, kw_only=True):
-    """A new command, made from one that ended badly."""
+    """The new command of a retry."""
 
     may_repeat: Annotated[
-        bool, Meta(description="The old one timed out, so the device may have done it, or still be at it.")
+        bool,
+        Meta(
+            description="True if the old command timed out: the device may have executed it, or may still be "
+            "executing it."
+        ),
     ]
 
 
 class AbandonBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Why to give up."""
+    """The reason to abandon a command."""
 
     reason: Annotated[
         Annotated[str, Meta(max_length=200)] | None,
-        Meta(description="Kept with the event.", examples=["the door was replaced"]),
+        Meta(description="Stored in the event.", examples=["the door was replaced"]),
     ] = None
 
 
 class CancelBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which commands; what is absent is any. `all`, if nothing else is given."""
+    """Filters that select the commands to cancel; a command must match all of them. Without any filter, `all`
+    must be true."""
 
-    device: Annotated[Name | None, Meta(description="Its id or hardware id.", examples=["door-7"])] = None
-    type: Annotated[Name | None, Meta(description="The commands' name.")] = None
-    created_by: Annotated[str | None, Meta(description="The id of the key that made them.")] = None
+    device: Annotated[
+        Name | None, Meta(description="The device's id or hardware id.", examples=["door-7"])
+    ] = None
+    type: Annotated[Name | None, Meta(description="The name of the commands.")] = None
+    created_by: Annotated[str | None, Meta(description="The id of the key that created the commands.")] = None
     all: Annotated[bool, Meta(description="Must be true to cancel without any filter.")] = False
     reason: Annotated[
         Annotated[str, Meta(max_length=200)] | None,
-        Meta(description="Kept with the event.", examples=["the key was stolen"]),
+        Meta(description="Stored in the events.", examples=["the key was stolen"]),
     ] = None
 
 
 class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
-    """What was cancelled."""
+    """The cancelled commands."""
 
-    cancelled: Annotated[list[str], Meta(description="Ids, in order of creation.")]
+    cancelled: Annotated[list[str], Meta(description="Their ids, in order of creation.")]
     count: int
 
 
@@ -91,8 +100,9 @@ async def retry_device_command(
 ) -> Response[Retried]:
     """Retry a command of a device
 
-    A new command like one that failed, timed out, expired or was cancelled, at the end of the lane, with
-    as long to live as the old one had. 409 in every other state, and if the device was deleted.
+    Creates a new command from one that failed, timed out, expired or was cancelled. It goes to the end of
+    the lane and has the same time to live as the old one, counted from now. 409 if the command is in any
+    other state, or if the device was deleted.
     """
     await find(request, command_id, device)
     return await _retry(request, command_id, data, idempotency_key)
@@ -112,7 +122,7 @@ async def retry_command(
 ) -> Response[Retried]:
     """Retry a command
 
-    As under its device.
+    The same as `POST /v1/devices/{device}/commands/{command_id}/retry`, without naming the device.
     """
     return await _retry(request, command_id, data, idempotency_key)
 
@@ -126,14 +136,14 @@ async def retry_command(
 async def cancel_commands(request: Call, data: JSONBody[CancelBody]) -> Cancelled:
     """Cancel many commands
 
-    Every command that fits and was never handed over; the others stay as they are. Without a filter only
-    with `all`.
+    Cancels every command that matches the filters and was never handed over. Other commands do not change.
+    Without a filter, `all` must be true.
     """
     filters = (data.device, data.type, data.created_by)
     if filters == (None, None, None) and not data.all:
-        raise invalid("all", "must be true where neither device, type nor created_by is given")
+        raise invalid("all", "must be true if neither device, type nor created_by is given")
     if filters != (None, None, None) and data.all:
-        raise invalid("all", "goes with no filter: leave one or the other out")
+        raise invalid("all", "cannot be combined with device, type or created_by")
     check_name("device", data.device)
     check_name("type", data.type)
     created_by = data.created_by
@@ -155,8 +165,8 @@ async def abandon_command(
 ) -> Command:
     """Give up waiting for a command
 
-    Ends what cancelling cannot: a command that was handed over becomes `timed_out`. The device may still do
-    it, and a late answer still corrects it.
+    Ends a command that was handed over and can no longer be cancelled: it becomes `timed_out`. The device may
+    still execute it, and a late answer still corrects the state.
     """
     reason = None if data is None else data.reason
     return shown(request, await request.services.commands.abandon(request.user, command_id, reason))
@@ -166,7 +176,7 @@ async def abandon_command(
 async def explain_command(request: Call, command_id: FromPath[str]) -> Explanation:
     """Explain a command
 
-    Why it is where it is, and what happens next.
+    The reason for its current state, and what happens next.
     """
     services, caller = request.services, request.user
     writer = services.commands.writer

@@ -1,6 +1,6 @@
-"""`/v1/system`: which broker this is and how it is, for people and consoles.
+"""`/v1/system`: identity and state of the broker, for people and consoles.
 
-Shows nothing of other projects to those who may not see them: counts are of what the caller sees.
+Counts cover only the projects that the caller can see.
 """
 
 from __future__ import annotations
@@ -28,40 +28,45 @@ class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
     """The MQTT server behind this broker."""
 
     kind: Annotated[
-        Literal["embedded", "external", "none"], Meta(description="`none`: no broker has served this log.")
+        Literal["embedded", "external", "none"],
+        Meta(description="`none`: no broker has served this log yet."),
     ]
     up: bool
     url: Annotated[str, Meta(description="Without user and password.")]
 
 
 class DeviceCount(msgspec.Struct, frozen=True, kw_only=True):
-    """How many devices there are."""
+    """The number of devices."""
 
     known: int
     online: int
 
 
 class ClockView(msgspec.Struct, frozen=True, kw_only=True):
-    """What time it is for the broker."""
+    """The broker's clock."""
 
-    now: Annotated[Time, Meta(description="The broker's time, which never falls.")]
-    step_ms: Annotated[int, Meta(description="How far the wall clock was stepped away from it.")]
+    now: Annotated[Time, Meta(description="The broker's time. It never goes back.")]
+    step_ms: Annotated[
+        int, Meta(description="Milliseconds that the wall clock was stepped away from the broker's time.")
+    ]
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True):
-    """One broker on one log."""
+    """The state of the broker and its log."""
 
     release: str
     log_id: str
-    position: Annotated[int, Meta(description="Of the last event in the log.")]
+    position: Annotated[int, Meta(description="The position of the last event in the log.")]
     started_at: Time | None
     uptime_sec: Annotated[int | None, Meta(description="Since `started_at`.")]
-    not_ready: Annotated[list[str], Meta(description="Why it is not fully at work; empty if it is.")]
+    not_ready: Annotated[
+        list[str], Meta(description="The reasons why the broker is not ready; empty if it is ready.")
+    ]
     mqtt: Mqtt
     devices: DeviceCount
     open_commands: int
     clock: ClockView
-    settings: Annotated[dict[str, Any], Meta(description="Those that clients and devices notice.")]
+    settings: Annotated[dict[str, Any], Meta(description="The settings that matter to clients and devices.")]
 
 
 class _Found(NamedTuple):
@@ -77,7 +82,7 @@ class _Found(NamedTuple):
 async def read_system(request: Call) -> System:
     """Read the state of the broker
 
-    Devices and commands are counted in the key's project, for an admin's key in all.
+    Counts the devices and commands of the key's project; for an admin key, those of all projects.
     """
     services, project = request.services, request.user.project
     writer, live, settings = services.commands.writer, services.commands.live, services.settings

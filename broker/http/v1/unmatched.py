@@ -1,6 +1,6 @@
-"""`/v1/unmatched`: what devices said and nothing could be made of, as it was kept for the operator.
+"""`/v1/unmatched`: answers of devices that matched no command, stored for the operator.
 
-Read only. It stands outside the log, so nothing may be decided on it.
+Read only. These answers are not part of the log, so no decision may depend on them.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ ByReason = Annotated[Reason | None, QueryParameter(description="Only answers kep
 
 
 class Unmatched(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer that fitted nothing."""
+    """One answer that matched no command."""
 
     id: int
     at: Time
-    device_id: Annotated[str | None, Meta(description="Null: of no device that is known.")]
+    device_id: Annotated[str | None, Meta(description="Null if the device is unknown.")]
     reason: Reason
     topic: str
-    command_id: Annotated[str | None, Meta(description="The command it named, if it named one.")]
-    payload: Annotated[str, Meta(description="Its first 1,024 bytes.")]
+    command_id: Annotated[str | None, Meta(description="The command that the answer named, if any.")]
+    payload: Annotated[str, Meta(description="The first 1,024 bytes of the answer.")]
     encoding: Literal["utf-8", "base64"]
 
 
 class UnmatchedList(msgspec.Struct, frozen=True, kw_only=True):
-    """A page of answers that fitted nothing."""
+    """A page of unmatched answers."""
 
     data: list[Unmatched]
     has_more: bool
@@ -67,10 +67,10 @@ class UnmatchedList(msgspec.Struct, frozen=True, kw_only=True):
 async def list_unmatched(
     request: Call, device: ByDevice = None, reason: ByReason = None, limit: Limit = 20, cursor: Cursor = None
 ) -> UnmatchedList:
-    """List answers that fitted nothing
+    """List unmatched answers
 
-    Of the key's project, newest first; the last of each device are kept (100). An admin's key sees those of
-    all projects, and of devices that are not known.
+    Answers of devices that matched no command, in the key's project, newest first. The last 100 of each
+    device are kept. An admin key gets those of all projects and of unknown devices.
     """
     caller = request.user
     project = caller.project
@@ -101,7 +101,7 @@ async def list_unmatched(
 
 
 def of_command(sql: Sql, state: CommandState) -> list[Said]:
-    """What its own device said of a command and did not fit."""
+    """The unmatched answers that the command's own device sent for it, oldest first."""
     rows = sql.execute(
         "SELECT at, reason FROM unmatched WHERE device_id = ? AND command_id = ? ORDER BY id",
         (state.device_id, state.id),

@@ -1,6 +1,6 @@
-"""Commands, their events and devices as `/v1` shows them. Field names are the contract's, to the letter.
+"""Commands, events, devices and types as `/v1` shows them. Field names are exactly those of the contract.
 
-Pure: what is shown is worked out from the folded state and the caller's scopes alone.
+Pure: computed only from the state and the grant that the caller passes in.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PresenceName = Literal["never", "offline", "unknown", "online"]
 Time = Annotated[
     str,
     Meta(
-        description="RFC 3339, UTC, milliseconds.",
+        description="RFC 3339 in UTC, with milliseconds.",
         examples=["2026-11-20T09:30:00.000Z"],
         extra_json_schema={"format": "date-time"},
     ),
@@ -38,7 +38,7 @@ NAME = {"pattern": PATTERN}
 Name = Annotated[str, Meta(extra_json_schema=NAME)]
 TypeName = Annotated[
     str,
-    Meta(description="A device type of `GET /v1/types`.", examples=["generic"], extra_json_schema=NAME),
+    Meta(description="A device type from `GET /v1/types`.", examples=["generic"], extra_json_schema=NAME),
 ]
 
 STATUS: dict[State, Status] = {
@@ -52,50 +52,58 @@ STATUS: dict[State, Status] = {
     State.CANCELLED: "cancelled",
 }
 TIMEOUTS = {
-    "no_answer": "the device did not answer in time; it may have done it",
-    "no_result": "the device had it, and no result came in time",
-    "ttl": "its time ran out after it was handed over, and no answer came",
-    "unsendable": "it was handed over and could not be sent again; no answer came",
-    "device_deleted": "the device was deleted while it may have had it",
+    "no_answer": "the device did not answer in time; it may have executed the command",
+    "no_result": "the device acknowledged the command but sent no result in time",
+    "ttl": "the command expired after it was handed over, and the device did not answer",
+    "unsendable": "the command was handed over without an answer and could not be sent again",
+    "device_deleted": "the device was deleted while it may have had the command",
     "operator": "an operator gave up waiting for an answer",
 }
 
 
 class CommandError(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a command failed, or what is not known of it."""
+    """Why a command failed, or why its outcome is not known."""
 
     code: Annotated[
-        str, Meta(description="`timeout`, `unsendable`, `refused`, `device_error`, or the device's own.")
+        str,
+        Meta(description="`timeout`, `unsendable`, `refused`, `device_error`, or a code from the device."),
     ]
     message: str
-    details: Annotated[Any, Meta(description="As the device gave them; of a `timeout` its `reason`.")] = UNSET
+    details: Annotated[
+        Any, Meta(description="The details from the device; for `timeout` an object with `reason`.")
+    ] = UNSET
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
-    """What one device is asked to do, and what became of it."""
+    """A command to one device, and its outcome."""
 
-    id: Annotated[str, Meta(description="`cmd_…`, sortable by time.")]
+    id: Annotated[str, Meta(description="`cmd_…`, sortable by creation time.")]
     device_id: str
     hardware_id: str
     type: str
     status: Annotated[
-        Status, Meta(description="In short: `failed` with the error code `timeout` where no answer came.")
+        Status,
+        Meta(
+            description="A summary of `state`. Without an answer in time it is `failed`, with the error code "
+            "`timeout`."
+        ),
     ]
-    params: Annotated[Any, Meta(description="With every default filled in.")]
+    params: Annotated[Any, Meta(description="The parameters, with all defaults filled in.")]
     grant_token: Annotated[
-        str | None, Meta(description="Signed for this device; null for keys that may not write.")
+        str | None,
+        Meta(description="A signed grant for this device; null for keys without the scope `devices:write`."),
     ]
-    result: Annotated[Any, Meta(description="What the device gave back: an object, or null.")]
+    result: Annotated[Any, Meta(description="The device's result: an object, or null.")]
     error: CommandError | None
     expires_at: Time | None
-    delivered_at: Annotated[Time | None, Meta(description="The device's first answer of any kind.")]
+    delivered_at: Annotated[Time | None, Meta(description="When the device first answered in any way.")]
     executed_at: Time | None
     created_at: Time
     state: Annotated[
-        StateName, Meta(description="In full. A `published` command cannot be cancelled any more.")
+        StateName, Meta(description="The full state. A `published` command can no longer be cancelled.")
     ]
-    published_at: Annotated[Time | None, Meta(description="The first hand-over.")]
-    attempts: Annotated[int, Meta(description="How often it was handed over.")]
+    published_at: Annotated[Time | None, Meta(description="When it was first handed over.")]
+    attempts: Annotated[int, Meta(description="The number of hand-overs.")]
     retry_of: str | None
 
 
@@ -108,15 +116,17 @@ class CommandList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """One recorded fact about a command."""
+    """One event of a command."""
 
-    position: Annotated[int, Meta(description="Its place in the whole log.")]
-    version: Annotated[int, Meta(description="Its place among the events of this command, from 1.")]
+    position: Annotated[int, Meta(description="Its position in the whole log.")]
+    version: Annotated[int, Meta(description="Its number among the events of this command, from 1.")]
     type: str
     recorded_at: Time
-    evidence: Annotated[str | None, Meta(description="How we know.")]
+    evidence: Annotated[
+        str | None, Meta(description="The source of the event, such as `device_result` or `mqtt_puback`.")
+    ]
     data: dict[str, Any]
-    erased: Annotated[bool | UnsetType, Meta(description="Present and true: the data was erased.")] = UNSET
+    erased: Annotated[bool | UnsetType, Meta(description="Present and true if the data was erased.")] = UNSET
 
 
 class EventList(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,27 +138,33 @@ class EventList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """One piece of hardware. Token and secret are in the answer that made them, and nowhere else."""
+    """One device. Only the answer that created a token or a secret contains it."""
 
     id: str
-    hardware_id: Annotated[str, Meta(description="Its name in topics, and its MQTT user name.")]
+    hardware_id: Annotated[str, Meta(description="Its name in MQTT topics, and its MQTT user name.")]
     type: str
     name: str | None
     attributes: dict[str, Any]
     project: str
     presence: Annotated[
-        PresenceName, Meta(description="`unknown`: heard once, not since our last connection.")
+        PresenceName,
+        Meta(
+            description="`unknown`: the device was heard before, but not since the broker connected to the "
+            "MQTT server."
+        ),
     ]
-    last_seen_at: Annotated[Time | None, Meta(description="When it last came or went.")]
+    last_seen_at: Annotated[Time | None, Meta(description="When it last went online or offline.")]
     created_at: Time
     updated_at: Time
     device_token: Annotated[str | UnsetType, Meta(description="`dtok_…`, its MQTT password. Shown once.")] = (
         UNSET
     )
     device_secret: Annotated[
-        str | UnsetType, Meta(description="What HS256 grants are signed with, base64url. Shown once.")
+        str | UnsetType, Meta(description="The key of HS256 grants, base64url. Shown once.")
     ] = UNSET
-    deleted_at: Annotated[Time | UnsetType, Meta(description="In the answer that deleted it.")] = UNSET
+    deleted_at: Annotated[Time | UnsetType, Meta(description="Present only if the device was deleted.")] = (
+        UNSET
+    )
 
 
 class DeviceList(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,18 +176,20 @@ class DeviceList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TypeCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """One command that a device type has."""
+    """One command of a device type."""
 
     name: str
     title: str | None
-    params: Annotated[dict[str, Any] | None, Meta(description="JSON Schema; null: any.")]
+    params: Annotated[
+        dict[str, Any] | None, Meta(description="JSON Schema of the parameters; null: any parameters.")
+    ]
     repeatable: bool
     completes_on: str
     default_ttl_sec: int | None
 
 
 class Type(msgspec.Struct, frozen=True, kw_only=True):
-    """One kind of device. `open`: it takes any command name."""
+    """One device type. `open`: it accepts any command name."""
 
     name: str
     title: str | None
@@ -228,7 +246,7 @@ def error(state: CommandState) -> CommandError | None:
 
 
 def event(row: Row) -> Event:
-    """A row of the log; one whose data was erased keeps its place."""
+    """An event from a row of the log. An erased row is shown with empty `data` and `erased: true`."""
     data, evidence = {}, None
     if row.data is not None:
         data = event_data(events.decode(row.type, row.data, row.schema))
@@ -262,7 +280,8 @@ def device(state: DeviceState, presence: Presence | None, token: str | UnsetType
 
 
 def presence_of(state: DeviceState, known: Presence | None) -> Presence:
-    """What this process knows of a device, or else what the log does: heard once, it is offline now."""
+    """The presence that this process knows (`known`). Without one, the log decides: a device that was ever
+    heard is offline, all others are `never`."""
     if known is None or known is Presence.NEVER:
         return Presence.OFFLINE if state.heard else Presence.NEVER
     return known

@@ -1,6 +1,6 @@
-"""Webhooks as `/v1` takes and shows them: bodies, endpoints, attempts.
+"""Webhooks as `/v1` accepts and shows them: request bodies, endpoints, deliveries.
 
-Pure. A secret is in the answer that made it, and nowhere else.
+Pure. Only the answer that created a secret contains it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DAY_SEC = 86_400
 Url = Annotated[
     str,
     Meta(
-        description="https, of the public internet. Plain ASCII, without user and password.",
+        description="An https URL on the public internet. ASCII only, without user and password.",
         max_length=2_048,
         examples=["https://hooks.example/ordain"],
     ),
@@ -43,24 +43,26 @@ EventName = Literal[
     "offline",
     "deleted",
 ]
-Events = Annotated[tuple[EventName, ...], Meta(description="None: all.", max_length=50)]
+Events = Annotated[
+    tuple[EventName, ...], Meta(description="The events to send; an empty list means all.", max_length=50)
+]
 
 
 class WebhookBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A webhook to be made."""
+    """A webhook to create."""
 
     url: Url
     name: Title | None = None
     events: Events = ()
     device: Annotated[Name | None, Meta(description="Only events of this device: id or hardware id.")] = None
-    type: Annotated[Name | None, Meta(description="Only events of commands of this name.")] = None
-    project: Annotated[Name | UnsetType, Meta(description="For admins: another project than the key's.")] = (
-        UNSET
-    )
+    type: Annotated[Name | None, Meta(description="Only events of commands with this name.")] = None
+    project: Annotated[
+        Name | UnsetType, Meta(description="For admin keys only: another project than the key's.")
+    ] = UNSET
 
 
 class WebhookChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is absent keeps its value."""
+    """The changes to a webhook. An absent field keeps its value."""
 
     url: Url | UnsetType = UNSET
     name: Title | UnsetType | None = UNSET
@@ -68,14 +70,20 @@ class WebhookChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     device: Name | UnsetType | None = UNSET
     type: Name | UnsetType | None = UNSET
     enabled: Annotated[
-        bool | UnsetType, Meta(description="false: paused, and nothing is lost; true: resumed.")
+        bool | UnsetType,
+        Meta(description="`false` pauses the webhook, and no event is lost; `true` resumes it."),
     ] = UNSET
 
 
 class RotateBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     overlap_sec: Annotated[
         int,
-        Meta(ge=0, le=30 * DAY_SEC, description="How long those before it sign as well.", examples=[3_600]),
+        Meta(
+            ge=0,
+            le=30 * DAY_SEC,
+            description="Seconds during which the old secrets also sign.",
+            examples=[3_600],
+        ),
     ] = DAY_SEC
 
 
@@ -83,12 +91,17 @@ class RedriveBody(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"position": "from"}
 ):
     position: Annotated[
-        int, Meta(ge=1, description="Everything wanted from this position on is sent again.", examples=[1])
+        int,
+        Meta(
+            ge=1,
+            description="All events that match the webhook are sent again from this position on.",
+            examples=[1],
+        ),
     ]
 
 
 class Failing(msgspec.Struct, frozen=True, kw_only=True):
-    """The event that could not be delivered for longest."""
+    """The event whose delivery has been failing for the longest time."""
 
     position: int
     attempts: int
@@ -96,24 +109,29 @@ class Failing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WebhookView(msgspec.Struct, frozen=True, kw_only=True):
-    """One endpoint. `secret` is in the answer that made it, and nowhere else."""
+    """One webhook. Only the answer that created a secret contains `secret`."""
 
     id: str
     project: str
     url: str
     name: str | None
-    events: Annotated[list[str], Meta(description="None: all.")]
+    events: Annotated[list[str], Meta(description="The events that are sent; an empty list means all.")]
     device_id: str | None
     type: str | None
     state: Annotated[
         Literal["active", "paused", "gone"],
-        Meta(description="`paused`: until it is resumed, nothing is skipped; `gone`: it answered 410."),
+        Meta(
+            description="`paused`: nothing is sent until it is resumed, and no event is skipped; `gone`: the "
+            "endpoint answered 410."
+        ),
     ]
     reason: Annotated[str | None, Meta(description="Why it is not active.")]
-    cursor: Annotated[int, Meta(description="Everything wanted before this position is delivered.")]
-    lag: Annotated[int, Meta(description="Positions from the cursor to the end of the log.")]
+    cursor: Annotated[
+        int, Meta(description="All events before this position that match the webhook are delivered.")
+    ]
+    lag: Annotated[int, Meta(description="The number of positions from the cursor to the end of the log.")]
     failing: Failing | None
-    old_secrets_until: Annotated[Time | None, Meta(description="Until then a secret before this one signs.")]
+    old_secrets_until: Annotated[Time | None, Meta(description="Old secrets also sign until this time.")]
     created_at: Time
     created_by: str
     secret: Annotated[str | UnsetType, Meta(description="`whsec_…`, to verify signatures. Shown once.")] = (
@@ -128,17 +146,21 @@ class WebhookList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """One request that was made."""
+    """One request to a webhook."""
 
     position: int
     type: str
     device_id: str
     command_id: str | None
     outcome: Literal["delivered", "failed"]
-    attempt: Annotated[int | None, Meta(description="Of this event, from 1; null: asked for by hand.")]
+    attempt: Annotated[
+        int | None, Meta(description="The number of the attempt for this event, from 1; null for a resend.")
+    ]
     at: Time
     duration_ms: int
-    status: Annotated[int | None, Meta(description="Null: no answer was seen; `error` says why.")]
+    status: Annotated[
+        int | None, Meta(description="The HTTP status; null if no answer came, and `error` says why.")
+    ]
     error: str | None
 
 
@@ -149,7 +171,7 @@ class DeliveryList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def webhook(known: Webhook, head: int, now: int, secret: str | UnsetType = UNSET) -> WebhookView:
-    """`head`: the end of the log; `now` in ms."""
+    """`head`: the position of the last event in the log. `now`: Unix time in ms."""
     endpoint, failing, cursor = known.endpoint, known.failing, known.cursor
     old = [each.until for each in endpoint.signing(now) if each.until is not None]
     return WebhookView(

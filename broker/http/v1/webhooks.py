@@ -1,7 +1,7 @@
-"""`/v1/webhooks`: where events are sent to, and what became of it.
+"""`/v1/webhooks`: endpoints that receive events, and the deliveries to them.
 
-Asks for two scopes, because whoever may send events elsewhere may read them. A secret is in the answer that
-made it, and nowhere else.
+All routes need two scopes, `devices:write` and `events:read`: a webhook sends events out, so its owner must
+be allowed to read them. Only the answer that created a secret contains it.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ from broker.subscriptions.webhooks import Webhook
 from devices.names import is_name
 
 ByOutcome = Annotated[
-    Literal["delivered", "failed"] | None, QueryParameter(description="Only attempts that ended so.")
+    Literal["delivered", "failed"] | None,
+    QueryParameter(description="Only attempts with this outcome."),
 ]
 
 
 @post("/", status_code=201, opt=needs("devices:write"), responses=documented(409, 413, 415))
 async def create_webhook(request: Call, data: JSONBody[WebhookBody]) -> WebhookView:
-    """Make a webhook
+    """Create a webhook
 
-    It gets what is recorded from now on: each event as a CloudEvent, signed as Standard Webhooks say, in
-    order per device, at least once.
+    It receives the events that are recorded from now on: each one as a CloudEvent, signed as the Standard
+    Webhooks specification says, at least once, in order for each device.
     """
     _check_names(project=data.project, device=data.device, type=data.type)
     project = project_for(request, data.project)
@@ -58,7 +59,7 @@ async def create_webhook(request: Call, data: JSONBody[WebhookBody]) -> WebhookV
 async def list_webhooks(request: Call, limit: Limit = 20, cursor: Cursor = None) -> WebhookList:
     """List webhooks
 
-    Newest first; an admin's key sees those of all projects.
+    Webhooks of the key's project, newest first. An admin key gets the webhooks of all projects.
     """
     pager = Pager(request.services.cursor_key, "webhooks", request.user.project)
     start = pager.after(cursor) or 0
@@ -76,7 +77,7 @@ async def list_webhooks(request: Call, limit: Limit = 20, cursor: Cursor = None)
 async def get_webhook(request: Call, webhook: FromPath[str]) -> WebhookView:
     """Read a webhook
 
-    Where it goes, whether it is at work, and how far it is.
+    Its URL, its filters, its state and its progress.
     """
     answer = _shown(request, request.services.webhooks.seen(request.user, webhook))
     await request.services.commands.writer.barrier()
@@ -87,7 +88,7 @@ async def get_webhook(request: Call, webhook: FromPath[str]) -> WebhookView:
 async def change_webhook(request: Call, webhook: FromPath[str], data: JSONBody[WebhookChange]) -> WebhookView:
     """Change a webhook
 
-    Where it goes and what it gets, from its cursor on; and whether it is at work.
+    Changes its URL and its filters, which apply from its cursor on; pauses or resumes it.
     """
     _check_names(device=data.device, type=data.type)
     webhooks, caller = request.services.webhooks, request.user
@@ -116,7 +117,7 @@ async def change_webhook(request: Call, webhook: FromPath[str], data: JSONBody[W
 async def delete_webhook(request: Call, webhook: FromPath[str]) -> WebhookView:
     """Delete a webhook
 
-    Nothing is sent to it any more.
+    Nothing more is sent to it.
     """
     return _shown(request, await request.services.webhooks.delete(request.user, webhook))
 
@@ -129,7 +130,8 @@ async def rotate_webhook_secret(
 ) -> WebhookView:
     """Give a webhook a new secret
 
-    Shown this once. For a day, or as long as `overlap_sec` says, both sign.
+    The secret is shown only in this answer. The old secret also signs for `overlap_sec` seconds, one day by
+    default.
     """
     overlap_sec = DAY_SEC if data is None else data.overlap_sec
     changed, secret = await request.services.webhooks.rotate(request.user, webhook, overlap_sec)
@@ -140,7 +142,7 @@ async def rotate_webhook_secret(
 async def resume_webhook(request: Call, webhook: FromPath[str]) -> WebhookView:
     """Resume a webhook
 
-    It goes on where it stopped. One that is at work tries now what failed before.
+    It continues where it stopped. If it is active, it retries failed deliveries immediately.
     """
     return _shown(request, await request.services.webhooks.resume(request.user, webhook))
 
@@ -151,7 +153,8 @@ async def resume_webhook(request: Call, webhook: FromPath[str]) -> WebhookView:
 async def redrive_webhook(request: Call, webhook: FromPath[str], data: JSONBody[RedriveBody]) -> WebhookView:
     """Send again from a position
 
-    Everything wanted from there on, in order and with the same ids: receivers know what they have.
+    Sends all events that match the webhook again from this position on, in order. The ids do not change, so
+    receivers can recognise events they already have.
     """
     return _shown(request, await request.services.webhooks.redrive(request.user, webhook, data.position))
 
@@ -166,7 +169,7 @@ async def list_deliveries(
 ) -> DeliveryList:
     """List the attempts of a webhook
 
-    Newest first, the last 1,000 since the broker started.
+    Newest first. Only the last 1,000 attempts since the broker started are kept.
     """
     known = request.services.webhooks.seen(request.user, webhook)
     pager = Pager(request.services.cursor_key, "deliveries", webhook, outcome)
@@ -193,8 +196,8 @@ async def list_deliveries(
 async def resend_delivery(request: Call, webhook: FromPath[str], position: FromPath[str]) -> Delivery:
     """Send one event again
 
-    Any event of the project, once, now; the answer says what became of it. 409 while it is still to be sent
-    in its order.
+    Sends any event of the project once, now. The answer contains the outcome. 409 while the normal delivery
+    of this event is still to come.
     """
     number = int(position[:18]) if position.isdecimal() else 0
     return views.delivery(await request.services.webhooks.resend(request.user, webhook, number))
@@ -203,7 +206,11 @@ async def resend_delivery(request: Call, webhook: FromPath[str], position: FromP
 async def _chosen(
     request: Call, project: str, events: tuple[str, ...], device: str | None, type: str | None
 ) -> dict[str, Any]:
-    """What an endpoint gets, checked."""
+    """The filters of an endpoint, checked.
+
+    Raises:
+        Refusal: invalid_request, if the device is unknown or belongs to another project.
+    """
     device_id = None
     if device is not None:
         caller, reading = request.user, request.services.commands.writer.storage.read
@@ -212,7 +219,7 @@ async def _chosen(
         except Refusal as refusal:
             raise invalid("device", "is not known here", device) from refusal
         if found.project != project:
-            raise invalid("device", f"is not of project {project}", device)
+            raise invalid("device", f"does not belong to project {project}", device)
         device_id = found.id
     return {"events": tuple(dict.fromkeys(events)), "device_id": device_id, "command": type}
 
