@@ -1,7 +1,7 @@
-"""The way in for the command line: the private socket of a running broker, or the log itself.
+"""How the command line reaches a broker: through its private socket, or by opening the log itself.
 
-While a broker serves a data directory, the command line asks it through a Unix socket in that
-directory; when none does, the same HTTP app answers in this process, with the log opened for it.
+While a broker serves a data directory, the command line sends HTTP requests to a Unix socket in that
+directory. Otherwise it opens the log and runs the same HTTP app in its own process.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ LOOK_AGAIN_SEC = 0.05
 
 
 def services(core: Core, shown: Settings | None = None) -> Services:
-    """What the HTTP app needs of a core that is open and has its link; `shown`: its settings, as they
-    came out."""
+    """Builds what the HTTP app needs from a core that is open and has its MQTT link.
+
+    `shown`: the settings that `/v1/system` shows, with the real port instead of port 0.
+    """
     metrics = Metrics(core.writer.clock)
     metrics.watch(core)
     sent = metrics.subscribers("sse", lambda: streams.lag)
@@ -70,7 +72,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
 
 @contextmanager
 def socket_path(directory: Path) -> Iterator[str]:
-    """The socket's path in a form short enough for the system (108 bytes), wherever the directory lies."""
+    """A path of the socket within the system's limit of 108 bytes, also if the directory's path is long."""
     full = str(directory / SOCKET)
     if len(os.fsencode(full)) < 100:
         yield full
@@ -83,7 +85,7 @@ def socket_path(directory: Path) -> Iterator[str]:
 
 
 def listen(directory: Path) -> socket.socket:
-    """A listening socket that only the owner of the data directory can reach."""
+    """Opens a listening socket that only the owner of the data directory can use."""
     with socket_path(directory) as path:
         Path(path).unlink(missing_ok=True)
         listening = socket.socket(socket.AF_UNIX)
@@ -97,7 +99,7 @@ def listen(directory: Path) -> socket.socket:
 
 
 def answers(directory: Path) -> bool:
-    """Does a broker serve this directory?"""
+    """True if a broker serves this directory."""
     if not (directory / SOCKET).exists():
         return False
     with socket_path(directory) as path, socket.socket(socket.AF_UNIX) as probe:
@@ -110,11 +112,11 @@ def answers(directory: Path) -> bool:
 
 @asynccontextmanager
 async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient, bool]]:
-    """An HTTP client that is the operator of this data directory, and whether a broker is serving it.
+    """Gives an HTTP client with the operator's rights on this data directory, and whether a broker serves it.
 
     Raises:
-        BadSetting: the prefix is not the one that the log was last served with.
-        InUse: somebody has the log, and neither answers nor lets go of it.
+        BadSetting: the prefix differs from the one that the log was last served with.
+        InUse: another process has the log open, does not answer, and does not close it within 10 s.
         BadType: a file of device types is wrong.
         OSError, Broken: the directory or the log cannot be opened.
     """
@@ -140,21 +142,23 @@ async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient
 
 
 async def refuse_replay(core: Core) -> None:
-    """A log that `ordain replay` made is for looking at: its commands are another's to hand over.
+    """Refuses to serve a log that `ordain replay` made: only the broker of the original log may hand over its
+    commands.
 
     Raises:
-        BadSetting: it is one.
+        BadSetting: `ordain replay` made this log.
     """
 
     def work(sql: Sql) -> object:
         return sql.execute("SELECT 1 FROM meta WHERE key = 'replayed'").fetchone()
 
     if await core.storage.read(work) is not None:
-        raise BadSetting(f"data = {core.settings.data!r}: was made by `ordain replay`, and is not served")
+        raise BadSetting(f"data = {core.settings.data!r}: was made by `ordain replay` and cannot be served")
 
 
 async def remember_prefix(core: Core) -> None:
-    """Whoever serves says so in the log's file, so that nobody makes commands for other topics in between."""
+    """Stores the topic prefix in the log's file. The command line compares it with its own settings, so that
+    it does not create commands for other topics."""
 
     def work(sql: Sql) -> None:
         sql.execute("INSERT OR REPLACE INTO meta VALUES ('prefix', ?)", (core.settings.prefix,))
@@ -176,7 +180,11 @@ async def _check_prefix(core: Core) -> None:
 
 
 async def _opened(directory: Path) -> SqliteStorage | None:
-    """The log, opened for us; None if a broker answers. A broker that starts or ends is waited for."""
+    """Opens the log; None if a broker answers. Waits up to 10 s for a broker that is starting or stopping.
+
+    Raises:
+        InUse: the log is still in use after that time.
+    """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + FREE_WITHIN_SEC
     while not answers(directory):

@@ -1,6 +1,7 @@
-"""`--demo`: a few simulated devices and a key, so that the first command works a minute after the clone.
+"""`--demo`: a few simulated devices and a key, so that a new user can send a command within a minute.
 
-Made once per data directory; their secrets lie in it, readable by its owner alone.
+Devices and key are created once per data directory. Their secrets are stored in it; only its owner can
+read them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ OPERATOR = Caller(actor="operator:demo", project=None)
 
 
 class Demo:
-    """The devices of one broker's demo."""
+    """The demo devices of one broker."""
 
     def __init__(self, core: Core, data: Path) -> None:
         self._core = core
@@ -43,7 +44,8 @@ class Demo:
         os.makedirs(self._home, mode=0o700, exist_ok=True)
 
     async def run(self, url: str, base: str, say: Callable[[str], None]) -> None:
-        """Runs the devices until cancelled; says what to try once they are online, or late."""
+        """Runs the devices until cancelled. Prints what to try as soon as they are online, at the latest
+        after 10 s."""
         devices = []
         for name, kind, _ in DEVICES:
             token = await self._token(name, kind)
@@ -64,7 +66,7 @@ class Demo:
 
         listeners.append(heard)
         try:
-            with suppress(TimeoutError):  # they may still come: an external server may not know them yet
+            with suppress(TimeoutError):  # an external MQTT server may learn their passwords later
                 async with asyncio.timeout(ONLINE_WITHIN_SEC):
                     while not all(map(self._online, names)):
                         await recorded.wait()
@@ -77,7 +79,7 @@ class Demo:
         return device is not None and self._core.live.presence.get(device.id) is Presence.ONLINE
 
     async def _token(self, name: str, kind: str) -> str | None:
-        """None if there can be no such demo device: somebody else's has the name, or it was deleted."""
+        """The device's token. None if the name belongs to another project or to a deleted device."""
         kept = _read(self._home / f"{name}.token")
         core = self._core
         if kept and await core.registry.authenticate(name, kept) is not None:
@@ -91,7 +93,7 @@ class Demo:
             if known is None or known.deleted_at is not None or known.project != PROJECT:
                 logger.warning("demo.device_left_out", hardware_id=name, why=taken.message)
                 return None
-            issued = await core.registry.rotate_token(OPERATOR, name)  # made before, its file is gone
+            issued = await core.registry.rotate_token(OPERATOR, name)  # registered before, token file lost
         _write(self._home / f"{name}.token", issued.token)
         return issued.token
 

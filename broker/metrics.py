@@ -1,7 +1,7 @@
-"""What is counted, for Prometheus: requests, events, stage latencies, and what should never happen.
+"""Metrics for Prometheus: requests, events, stage latencies, refusals, and faults that must not happen.
 
-Counts what others tell it and looks at the rest when asked; nothing is ever decided on a figure.
-Times come from the broker's own clock, in whole milliseconds.
+Counters are updated by the other parts; gauges read their value when Prometheus asks. No decision of the
+broker depends on a metric. Times come from the broker's own clock, in whole milliseconds.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from broker.seams import Clock
 from broker.subscriptions.webhook_worker import Attempt
 from broker.subscriptions.webhooks import Webhooks
 
-# Without the charset, which whoever answers adds to any text.
+# Without the charset: Litestar adds it to every text response.
 CONTENT_TYPE = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")
-# Up to the longest back-off; a command that waits for its device to come online is beyond any bucket.
+# Up to the longest back-off. A command that waits for an offline device can exceed every bucket.
 STAGES_SEC = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 FAST_SEC = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 ATTEMPTS = (1, 2, 3, 4, 5, 10, 100)
@@ -43,7 +43,7 @@ BATCHES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
 
 
 class Metrics:
-    """`watch` connects it to the parts of one broker. Labels are bounded: never a device or a command."""
+    """`watch` connects the metrics to one broker. Label values are few: never a device or a command id."""
 
     def __init__(self, clock: Clock) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -72,26 +72,26 @@ class Metrics:
         )
         self._commit = Histogram(
             "ordain_commit_seconds",
-            "From the first event of a batch being decided to the batch being durable",
+            "From the decision of a batch's first event until the batch is durable",
             buckets=FAST_SEC,
             registry=self.registry,
         )
         self._hand_overs = Counter(
             "ordain_hand_overs_total",
-            "Attempts recorded, by transport",
+            "Hand-over attempts recorded, by transport",
             ("transport",),
             registry=self.registry,
         )
         self._stages = Histogram(
             "ordain_command_stage_seconds",
-            "From one stage of a command to the next, at its first time",
+            "Time from one stage of a command to the next; the first time only",
             ("stage",),
             buckets=STAGES_SEC,
             registry=self.registry,
         )
         self._attempts = Histogram(
             "ordain_command_attempts",
-            "Attempts that a handed-over command took, when it was first closed",
+            "Attempts of a handed-over command until it was first closed",
             ("end",),
             buckets=ATTEMPTS,
             registry=self.registry,
@@ -102,18 +102,18 @@ class Metrics:
         self._writer: Writer | None = None
 
     def _wrongs(self) -> None:
-        """What is refused, and what should not happen."""
+        """Counters of refusals, unmatched answers and faults."""
         self._refused_notes = Counter(
             "ordain_refused_notes_total",
             "Side rows left out of a commit because their values cannot be written",
             registry=self.registry,
         )
         self._unmatched = Counter(
-            "ordain_unmatched_total", "Answers that fitted nothing", ("reason",), registry=self.registry
+            "ordain_unmatched_total", "Answers that matched no command", ("reason",), registry=self.registry
         )
         self._unfit = Counter(
             "ordain_unfit_results_total",
-            "Results that are not what the device type's schema says; recorded all the same",
+            "Results that do not match the device type's schema; they are recorded anyway",
             ("type",),
             registry=self.registry,
         )
@@ -125,7 +125,7 @@ class Metrics:
         )
         self._broken = Counter(
             "ordain_promise_broken_total",
-            "A device did what was expired or cancelled: should be 0 for ever",
+            "Answers to commands that expired or were cancelled before any hand-over; must stay 0",
             registry=self.registry,
         )
         self._subscriber_events, self._subscriber_lag = _of_subscribers(self.registry)
@@ -137,7 +137,7 @@ class Metrics:
         core.intake.on_unmatched = self._unmatched_answer
         writer.on_refused_note = self._refused_notes.inc
         core.intake.on_unfit = lambda device_type: self._unfit.labels(device_type).inc()
-        # From 0: a rate cannot see the first of what was not there before.
+        # Each series starts at 0: Prometheus' rate() misses the first increase of a new series.
         for event_type in TYPES:
             self._events.labels(event_type)
         for kind in get_args(Kind):
@@ -145,12 +145,12 @@ class Metrics:
         for device_type in core.commands.types:
             self._unfit.labels(device_type)
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
-            ("ordain_ready", "1 while the broker does its whole work", lambda: not core.not_ready()),
+            ("ordain_ready", "1 while the broker is ready (/readyz)", lambda: not core.not_ready()),
             ("ordain_open_commands", "Commands that are not closed", lambda: _open(live)),
             ("ordain_open_lanes", "Devices with commands that are not closed", lambda: _lanes(live)),
             (
                 "ordain_oldest_open_command_seconds",
-                "Age of the command that is open for longest; 0 without one",
+                "Age of the oldest open command; 0 if none is open",
                 lambda: _oldest(live, writer.now()),
             ),
             ("ordain_devices_online", "Devices known to be online", lambda: _online(live)),
@@ -159,7 +159,7 @@ class Metrics:
                 "Hand-overs that are being recorded or wait for the MQTT server's receipt",
                 lambda: dispatch.staged + dispatch.outstanding,
             ),
-            ("ordain_send_slots", "How many there may be", lambda: core.settings.limits.send_slots),
+            ("ordain_send_slots", "Limit of send slots in use", lambda: core.settings.limits.send_slots),
             ("ordain_erased_commands", "Commands erased since the start", lambda: core.erasures.erased),
             ("ordain_mqtt_link_up", "1 while connected to the MQTT server", lambda: core.link.up),
             ("ordain_log_writable", "1 while the log can be written", lambda: writer.open),
@@ -170,7 +170,7 @@ class Metrics:
 
     def _watch_webhooks(self, webhooks: Webhooks) -> None:
         registry = self.registry
-        what = "Requests made to webhooks, by what became of them"
+        what = "Requests made to webhooks, by outcome"
         made = Counter("ordain_webhook_deliveries_total", what, ("outcome",), registry=registry)
         for outcome in ("delivered", "refused", "unreached"):
             made.labels(outcome)
@@ -186,7 +186,7 @@ class Metrics:
         webhooks.sender.tell = tell
 
     def subscribers(self, kind: Literal["sse", "webhook", "mqtt"], lag: Callable[[], float]) -> Counter:
-        """The counter of what goes out one way; `lag` is looked at when asked."""
+        """The counter of events sent to one kind of subscriber. `lag` is called for each scrape."""
         self._subscriber_lag.labels(kind).set_function(lag)
         return self._subscriber_events.labels(kind)
 
@@ -197,7 +197,7 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
-    # --- what others tell ---
+    # --- calls of other parts ---
 
     def now_ms(self) -> int:
         return self._clock.monotonic_ms()
@@ -216,7 +216,7 @@ class Metrics:
         seconds.observe((self.now_ms() - since_ms) / 1_000)
 
     def refused(self, code: str) -> None:
-        """`code`: one of the contract's, so that there are few."""
+        """Counts a refusal. `code`: an error code of the contract, so the label has few values."""
         self._refusals.labels(code).inc()
 
     def _unmatched_answer(self, reason: str) -> None:
@@ -280,11 +280,11 @@ def _online(live: Live) -> float:
 
 def _of_subscribers(registry: CollectorRegistry) -> tuple[Counter, Gauge]:
     sent = Counter(
-        "ordain_subscriber_events_total", "Events given to subscribers", ("kind",), registry=registry
+        "ordain_subscriber_events_total", "Events sent to subscribers", ("kind",), registry=registry
     )
     lag = Gauge(
         "ordain_subscriber_lag_events",
-        "How far the subscriber that is furthest behind is from the end of the log",
+        "Distance of the slowest subscriber from the end of the log, in events",
         ("kind",),
         registry=registry,
     )

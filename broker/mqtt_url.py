@@ -1,4 +1,4 @@
-"""The URL of an MQTT server, taken apart. Pure, so that settings can be checked before anything runs."""
+"""Parses the URL of an MQTT server. Pure, so that settings can be checked before anything starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FORM = "an MQTT server's URL is mqtt or mqtts, then ://host"
 
 
 class Address(NamedTuple):
-    """A server's URL, taken apart. `shown` is the URL without user and password: for logs."""
+    """The parts of a server's URL. `shown`: the URL without user and password, for logs."""
 
     host: str
     port: int
@@ -22,15 +22,17 @@ class Address(NamedTuple):
 
 
 def parse_url(url: str) -> Address:
-    """`mqtt` or `mqtts`, user and password, host, port and `?v=5` or `?v=3.1.1`, all but the host optional.
+    """Parses `mqtt://` or `mqtts://`, user and password, host, port, and `?v=5` or `?v=3.1.1`.
+
+    User, password, port and version are optional.
 
     Raises:
-        ValueError: says what is wrong, without repeating a password.
+        ValueError: names the fault and never contains a password.
     """
     try:
         parts = urlsplit(url)
         host = parts.hostname
-    except ValueError:  # it may quote what it could not read
+    except ValueError:  # its text could contain part of the password
         raise ValueError(FORM) from None
     tls = parts.scheme == "mqtts"
     if parts.scheme not in ("mqtt", "mqtts") or not host or not is_host(host):
@@ -38,13 +40,13 @@ def parse_url(url: str) -> Address:
     try:
         port = parts.port or (8883 if tls else 1883)
     except ValueError:
-        # urlsplit would quote what it took for the port: part of a password with a slash in it.
+        # urlsplit's error quotes the port. If the password contains a slash, that is part of the password.
         raise ValueError("the port of an MQTT server's URL is not a number up to 65535") from None
     options = parse_qs(parts.query)
     versions: dict[tuple[str, ...], Version | None] = {(): None, ("5",): "5", ("3.1.1",): "3.1.1"}
     asked = tuple(options.pop("v", ()))
     if options or asked not in versions or parts.path not in ("", "/"):
-        raise ValueError("after the host an MQTT server's URL may say ?v=5 or ?v=3.1.1 and nothing else")
+        raise ValueError("after host and port an MQTT server's URL can only have ?v=5 or ?v=3.1.1")
     name = f"[{host}]" if ":" in host else host
     return Address(
         host=host,
@@ -58,7 +60,7 @@ def parse_url(url: str) -> Address:
 
 
 def is_host(host: str) -> bool:
-    """Can it be looked up at all? A part of a name is at most 63 bytes, and not empty."""
+    """True if the name is valid for DNS: each label has 1 to 63 bytes."""
     try:
         return host.encode("idna") != b""
     except UnicodeError:

@@ -1,4 +1,4 @@
-"""`ordain serve`: puts all parts together and runs them until a signal, cleanly.
+"""`ordain serve`: puts all parts together, runs them until a signal arrives, and stops them cleanly.
 
 The only module that knows every part. It must never decide anything about a command.
 """
@@ -35,13 +35,13 @@ from devices.types import DeviceType
 
 logger = structlog.get_logger()
 
-GRACE_SEC = 5  # for open requests after a signal; with everything else the end stays under 10 s
+GRACE_SEC = 5  # time for open requests after a signal; the whole shutdown stays under 10 s
 BACKLOG = 2_048
 LINK_CLIENT_ID = "ordain"
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers, which would re-raise SIGTERM and skip our own end."""
+    """uvicorn without its signal handlers: they would re-raise SIGTERM and skip the broker's own shutdown."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -49,16 +49,16 @@ class _Server(uvicorn.Server):
 
 
 async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -> None:
-    """Serves a data directory until SIGTERM or SIGINT. `say` gets the lines for the person who started it.
+    """Serves a data directory until SIGTERM or SIGINT. `say` prints lines for the person who started it.
 
     Raises:
-        BadSetting: an address cannot be listened on.
+        BadSetting: an address cannot be listened on, or `ordain replay` made the log.
         BadType: a file of device types is wrong.
         InUse: another broker serves the directory.
         OSError: the directory cannot be made or written.
         ExceptionGroup (of Broken): the storage failed while serving.
     """
-    # Every stream and every device is an open file, and 1,024, the usual limit, are soon reached.
+    # Each stream and each device uses an open file. The usual limit of 1,024 files is too small.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     stop = asyncio.Event()
@@ -126,7 +126,10 @@ async def _serve(
 
 @asynccontextmanager
 async def _http(parts: Services, listening: socket.socket, directory: Path) -> AsyncIterator[None]:
-    """The public app on its address, the operator's on the private socket; at the end requests finish."""
+    """Runs the public app on its address and the operator's app on the private socket.
+
+    At the end, open requests may finish for up to GRACE_SEC.
+    """
     private = listen(directory)
     servers = [
         _uvicorn(create_app(parts)),
@@ -138,7 +141,7 @@ async def _http(parts: Services, listening: socket.socket, directory: Path) -> A
         try:
             yield
         finally:
-            parts.streams.close()  # an open stream would be waited for
+            parts.streams.close()  # uvicorn would wait for open streams
             for server in servers:
                 server.should_exit = True
     (directory / SOCKET).unlink(missing_ok=True)
@@ -173,7 +176,7 @@ def _bound(key: str, text: str) -> Iterator[socket.socket]:
         listening = socket.socket(family)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(where)
-        listening.listen(BACKLOG)  # from here on nobody is turned away, and nobody else can have the port
+        listening.listen(BACKLOG)  # clients can connect from now on, and no other process can take the port
     except OSError as error:
         raise BadSetting(f"{key} = {text!r}: cannot be listened on: {error.strerror or error}") from error
     with listening:

@@ -1,6 +1,6 @@
-"""The device types a broker knows: the shipped ones, and the files of a directory of its owner's.
+"""Loads the device types of a broker: the shipped types, and the user's own type files.
 
-Read once, at start. A file may never change what a shipped type means: devices of it may be anywhere.
+Files are read once, at start. A file must not change a shipped type, because devices may already use it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from devices.types import BadType, DeviceType, load_type, shipped_types
 
 
 def load_types(directory: str) -> dict[str, DeviceType]:
-    """The shipped types and those of `*.toml` in a directory; "" is no directory.
+    """The shipped types and those in the `*.toml` files of a directory; "" means no directory.
 
     Raises:
         BadSetting: the directory cannot be read.
-        BadType: a file is wrong; names file, key, value and what would be right.
+        BadType: a file is wrong; the error names the file, the key, the value and a valid value.
     """
     types = dict(shipped_types())
     if not directory:
@@ -37,11 +37,16 @@ def load_types(directory: str) -> dict[str, DeviceType]:
 
 
 def _check_suffixes(file: str, kind: DeviceType, others: dict[str, DeviceType]) -> None:
-    """A suffix is for commands or for answers, in all types, else the broker would hear itself."""
+    """Checks that no topic suffix is used for commands and answers at once: the broker would receive its own
+    commands as answers.
+
+    Raises:
+        BadType: a suffix is used for both.
+    """
     for other in others.values():
         if kind.answer_suffix in other.command_suffixes:
-            right = f"another suffix: {other.name} has commands on this one"
+            right = f"another suffix: {other.name} uses this one for commands"
             raise BadType(file, "answer_suffix", kind.answer_suffix, right)
         if other.answer_suffix in kind.command_suffixes:
-            right = f"another suffix: {other.name} answers on this one"
+            right = f"another suffix: {other.name} uses this one for answers"
             raise BadType(file, "command_suffix", other.answer_suffix, right)

@@ -1,1 +1,1 @@
-"""The append-only log: its rows, its hash chain, and the one writer."""
+"""The append-only log: its tables, its hash chain, erasing, and the export format."""

@@ -1,8 +1,8 @@
-"""The hash chain over the log: every row's hash depends on all rows before it and on its own data.
+"""The hash chain of the log: every row's hash depends on all rows before it and on its own data.
 
-Pure. `digest` covers salt and data, `hash` covers the previous hash, every header column and the
-digest; each part is length-prefixed, so no two different rows have the same bytes. Erasing data and
-salt leaves the digest and with it the chain.
+Pure. `digest` covers salt and data. `hash` covers the previous hash, every header column and the digest.
+Each part has a length prefix, so two different rows never hash the same bytes. Erasing removes data and
+salt but keeps the digest, so the chain stays valid.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import NamedTuple
 
 GENESIS = bytes(32)
-NULL = b"\xff\xff\xff\xff"  # the length no part can have: an absent value is not an empty one
+NULL = b"\xff\xff\xff\xff"  # an impossible length, so a null value differs from an empty one
 
 
 class Row(NamedTuple):
@@ -46,7 +46,7 @@ def _number(value: int) -> bytes:
 
 
 def digest(salt: bytes, data: bytes) -> bytes:
-    """SHA-256 over salt and stored data. The salt keeps a short erased text from being guessed."""
+    """SHA-256 over salt and stored data. Without the salt, short erased data could be guessed."""
     return sha256(_part(salt) + _part(data)).digest()
 
 
@@ -63,7 +63,7 @@ def link(
     actor: str,
     row_digest: bytes,
 ) -> bytes:
-    """The hash of one row."""
+    """The hash of one row: SHA-256, 32 bytes."""
     parts = (
         _part(previous),
         _number(position),
@@ -81,16 +81,16 @@ def link(
 
 
 def fault(row: Row, previous: bytes, expected_position: int, erased: bool) -> str | None:
-    """What is wrong with a row that should follow `previous`, as a sentence; None if nothing is.
+    """Checks the row after the one with the hash `previous`; a sentence about its fault, or None.
 
-    `erased`: an `erased` event names this row or covers it, so its data may be gone.
+    `erased`: an `erased` event names or covers this row, so its data may be missing.
     """
     if row.position != expected_position:
         return f"position {expected_position} is missing: the next row is {row.position}"
     try:
         return _mismatch(row, previous, erased)
-    except (TypeError, AttributeError):  # SQLite takes a text where bytes belong
-        return f"position {row.position} was changed: a column is of another type"
+    except (TypeError, AttributeError):  # SQLite stores text in a BLOB column without an error
+        return f"position {row.position} was changed: a column has the wrong type"
 
 
 def _mismatch(row: Row, previous: bytes, erased: bool) -> str | None:

@@ -1,7 +1,7 @@
-"""Erasing on SQLite: rows of commands lose data and salt, and stay in the chain by their digest.
+"""Erasing on SQLite: removes data and salt from the rows of commands. The digests keep the chain valid.
 
-Runs inside a transaction that somebody else holds. Nothing is erased that no `erased` event names or
-covers, and no row of a command that was open when that event was recorded; `Excused` holds `verify` to it.
+Runs inside the caller's transaction. A row may be erased only if an `erased` event names or covers its
+command, and the command was closed when that event was recorded. `verify` checks this rule with `Excused`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ CLOSING = frozenset(state.value for state in CLOSED)
 
 
 class Purge(NamedTuple):
-    """A purge whose erasing is not finished: commands created before `cutoff` (ms), that is before
-    position `bound`, and closed before `at` (ms), which is later than all before its `erased` event."""
+    """A purge whose erasing is not finished.
+
+    It covers commands that were created before `cutoff` (Unix time in ms), which means before position
+    `bound`, and closed before `at` (ms). `position`: its `erased` event; all earlier events are older
+    than `at`.
+    """
 
     position: int
     cutoff: int
@@ -27,13 +31,14 @@ class Purge(NamedTuple):
 
 
 def purges(sql: Sql) -> list[Purge]:
-    """Those under way, the oldest first."""
+    """The unfinished purges, oldest first."""
     found = sql.execute("SELECT position, cutoff, bound, at FROM purges ORDER BY position")
     return [Purge(*row) for row in found.fetchall()]
 
 
 def bound(sql: Sql, cutoff: int) -> int:
-    """The first position recorded at or after a time (ms); times never fall, so all before it are older."""
+    """The first position recorded at or after a time (ms). Times never go back, so all earlier positions
+    are older. A binary search, because `recorded_at` has no index."""
     low, high = 1, 1 + sql.execute("SELECT coalesce(max(position), 0) FROM events").fetchone()[0]
     while low < high:
         middle = (low + high) // 2
@@ -43,7 +48,7 @@ def bound(sql: Sql, cutoff: int) -> int:
 
 
 def begin_purge(sql: Sql, position: int, cutoff: int, at: int) -> None:
-    """From this transaction on what the purge covers is hidden, until `finish_purge`."""
+    """Records a purge. From this transaction until `finish_purge`, reads hide the commands it covers."""
     sql.execute("INSERT INTO purges VALUES (?,?,?,?)", (position, cutoff, bound(sql, cutoff), at))
 
 
@@ -52,16 +57,17 @@ def finish_purge(sql: Sql, position: int) -> None:
 
 
 def erase(sql: Sql, command_id: str) -> int:
-    """Takes data and salt from every row of a command; gives the number of rows."""
+    """Removes data and salt from every row of a command; returns the number of rows."""
     sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE stream = ?", (command_id,))
     return int(sql.execute("SELECT changes()").fetchone()[0])
 
 
 def forget_answers(sql: Sql, which: str, value: object) -> None:
-    """Lets go of the answers that fitted nothing for which an expression with one parameter is true."""
+    """Erases the unmatched answers for which `which`, an SQL expression with one parameter, is true."""
     if sql.execute(f"SELECT 1 FROM unmatched WHERE {which} LIMIT 1", (value,)).fetchone() is None:
         return
-    # Made anew: when single rows go others are moved, and SQLite leaves pieces of what it moved behind.
+    # The whole table is rewritten: when SQLite deletes single rows it moves others, and can leave parts of
+    # erased rows in the file.
     kept = sql.execute(
         f"SELECT * FROM unmatched WHERE ({which}) IS NOT TRUE ORDER BY id", (value,)
     ).fetchall()
@@ -70,8 +76,11 @@ def forget_answers(sql: Sql, which: str, value: object) -> None:
 
 
 class Excused:
-    """Which rows may be without their data: those of commands that an `erased` event names, or that are
-    older than its cutoff, if the command was closed before that event."""
+    """Tells which rows may have no data.
+
+    A command's rows may have none if an `erased` event names the command, or the command was created before
+    the event's cutoff; and the command was closed before that event.
+    """
 
     def __init__(self, sql: Sql) -> None:
         self._sql = sql
@@ -85,7 +94,7 @@ class Excused:
             try:
                 event = decode(name, data or b"{}", schema)
             except (ValueError, TypeError):
-                continue  # tampered with: the walk along the chain names it
+                continue  # someone changed this row; the check of the chain reports it
             if isinstance(event, Erased):
                 self._named |= dict.fromkeys(event.ids, position)
                 if event.cutoff is not None:
@@ -96,11 +105,11 @@ class Excused:
             self._known[row.stream] = self._judge(row.stream)
         excused, last = self._known[row.stream]
         if row.version >= last:
-            del self._known[row.stream]  # so that only commands that overlap are kept
+            del self._known[row.stream]  # after its last row a command is dropped, to keep memory small
         return excused
 
     def _judge(self, stream: str) -> tuple[bool, int]:
-        """Whether the rows of a stream may be empty, and the version of its last one."""
+        """Whether the rows of a stream may have no data, and the version of its last row."""
         versions = "SELECT position, version, type, recorded_at FROM events WHERE stream = ? ORDER BY version"
         first = self._sql.execute(f"{versions} LIMIT 1", (stream,)).fetchone()
         last = self._sql.execute(f"{versions} DESC LIMIT 1", (stream,)).fetchone()

@@ -1,6 +1,6 @@
-"""Rows of the log as lines of JSON, every column as stored: what is exported, and imported again.
+"""The export format of the log: one JSON line per row, with every column as stored.
 
-Bytes are base64, so a row that is read back is the same to the byte, and its hash still holds.
+Bytes are base64. An imported row is byte for byte the same, so its hash stays valid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Whole = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The columns, in their order."""
+    """One row: the columns of `events` in their order."""
 
     position: Whole
     stream: str
@@ -34,8 +34,12 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The first line. `position` and `hash`: of the last row there was. `only`: what was asked for, if not
-    everything; such a file cannot be imported. `command`: the file is all that one command was decided on."""
+    """The first line of an export.
+
+    `position` and `hash`: those of the last row in the log at the time of the export. `only`: the filters of
+    a partial export; it cannot be imported. `command`: set if the file holds exactly the rows that the
+    decisions about this one command depend on.
+    """
 
     format: str = "ordain-log"
     version: int = 1
@@ -56,10 +60,10 @@ def as_line(row: Row) -> bytes:
 
 
 def as_row(line: bytes) -> Row:
-    """A row, not verified.
+    """Parses a row. Does not check its hash.
 
     Raises:
-        ValueError: it is no row of a log.
+        ValueError: the line is not a row of a log.
     """
     return Row(*msgspec.structs.astuple(_line(line)))
 
@@ -69,15 +73,15 @@ def header_line(header: Header) -> bytes:
 
 
 def header(line: bytes) -> Header:
-    """The first line.
+    """Parses the first line.
 
     Raises:
-        ValueError: the file is not one of ours, or of a later release.
+        ValueError: the file is not an export of a log, or a later release wrote it.
     """
     try:
         found = _header(line)
     except ValueError as error:
-        raise ValueError("it is no export of a log") from error
+        raise ValueError("it is not an export of a log") from error
     if found.format != "ordain-log" or found.version != 1:
-        raise ValueError(f"its format is {found.format!r} {found.version}, and only 'ordain-log' 1 is known")
+        raise ValueError(f"its format is {found.format!r} {found.version}; this release reads 'ordain-log' 1")
     return found

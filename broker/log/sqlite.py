@@ -1,7 +1,7 @@
-"""The log on SQLite: its tables, appending a batch, reading it back and verifying it.
+"""The log on SQLite: its tables, appending a batch, reading and verifying.
 
-Everything here runs inside a transaction that somebody else holds (`seams.Storage`). Rows of
-`events` are only ever added; the unique index on (stream, version) is the whole concurrency rule.
+All functions run inside the caller's transaction (`seams.Storage`). Rows of `events` are only added, never
+deleted. The unique index on (stream, version) is the only concurrency rule.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"
 
 
 class Head(NamedTuple):
-    """The end of the log: what the next row follows."""
+    """The last row of the log, which the next row follows. `recorded_at`: Unix time in ms."""
 
     position: int = 0
     recorded_at: int = 0
@@ -68,7 +68,7 @@ class Head(NamedTuple):
 
 
 def create(sql: Sql, log_id: str, cursor_key: str) -> None:
-    """Makes the tables that are missing; a log keeps the id and the key it was first given."""
+    """Creates the missing tables. An existing log keeps its id and its cursor key."""
     for statement in TABLES.split(";"):
         if statement.strip():
             sql.execute(statement)
@@ -91,10 +91,10 @@ def head(sql: Sql) -> Head:
 
 
 def append(sql: Sql, after: Head, events: Sequence[Recorded], salts: bytes) -> Head:
-    """Adds events that already carry their positions; `salts` holds 16 bytes for each of them.
+    """Appends events that already have their positions. `salts`: 16 bytes for each event.
 
     Raises:
-        ValueError: a position or time does not follow from the head: the caller's bookkeeping is wrong.
+        ValueError: a position or time does not follow the head, which is a bug of the caller.
     """
     rows: list[Row] = []
     position, recorded_at, previous = after
@@ -145,8 +145,11 @@ def stream(sql: Sql, name: str, until: int = LAST) -> list[Row]:
 
 
 def device_stream(sql: Sql, name: str, until: int) -> list[Row]:
-    """Of a device's stream up to a position, ascending by version: what says what the device is, and the
-    last time it came or went. It may have come and gone a hundred thousand times."""
+    """The rows of a device's stream that define its state at a position, ascending by version.
+
+    These are all rows about the device itself, but only the last `online` or `offline`: a device can have a
+    hundred thousand of those.
+    """
     found = sql.execute(
         f"SELECT {COLUMNS} FROM events INDEXED BY events_devices WHERE stream = ? AND position <= ? "
         "AND type IN ('registered', 'changed', 'token_rotated', 'deleted')",
@@ -166,10 +169,10 @@ def place(sql: Sql, at: int) -> int:
 
 
 def recorded(row: Row) -> Recorded:
-    """A row as the event it holds.
+    """Decodes a row into its event.
 
     Raises:
-        ValueError: the data was erased, or is of a later release.
+        ValueError: the data was erased, or a later release wrote it.
     """
     if row.data is None:
         raise ValueError(f"the data of position {row.position} was erased")
@@ -186,7 +189,8 @@ def recorded(row: Row) -> Recorded:
 
 
 class Verified(NamedTuple):
-    """`fault` names the first bad row, or is None; `hash` is that of the last good one."""
+    """The result of `verify`. `rows`: the number of good rows. `hash`: the hash of the last good row.
+    `fault`: a sentence about the first bad row, or None."""
 
     rows: int
     hash: bytes
@@ -194,9 +198,9 @@ class Verified(NamedTuple):
 
 
 def verify(sql: Sql, progress: Callable[[int], None] = lambda _: None) -> Verified:
-    """Walks the whole chain: positions, digests, hashes, versions, times, erasures.
+    """Checks the whole chain: positions, digests, hashes, versions, times, erasures.
 
-    `progress` is told how many rows were good, every few thousand.
+    `progress` is called every 8,192 rows with the number of good rows.
     """
     excused = Excused(sql)
     previous, position, recorded_at = chain.GENESIS, 0, 0
@@ -219,9 +223,9 @@ def verify(sql: Sql, progress: Callable[[int], None] = lambda _: None) -> Verifi
 
 
 def add_unmatched(sql: Sql, entries: Iterable[tuple[object, ...]], per_device: int, in_all: int) -> None:
-    """Keeps answers that fit nothing, only so many of the newest.
+    """Stores unmatched answers. Keeps the newest: `per_device` for each device, and `in_all` in total.
 
-    An entry: (at, project, device_id, reason, topic, command_id, payload).
+    An entry is (at, project, device_id, reason, topic, command_id, payload); `at` is Unix time in ms.
     """
     devices = set()
     for entry in entries:

@@ -197,7 +197,7 @@ def test_an_answer_after_a_final_event_is_found(tmp_path: Path) -> None:
 
 
 CHANGES: list[tuple[Callable[[list[bytes]], list[bytes]], str]] = [
-    (lambda found: found[1:], "no export of a log"),
+    (lambda found: found[1:], "not an export of a log"),
     (lambda found: [found[0]], "has no event of"),
     (lambda found: [*found[:2], b"{}"], "missing required field"),
 ]
