@@ -1,7 +1,7 @@
-"""The SDK for services: send commands, follow events, wait for what became of them.
+"""The Python SDK for services: send commands, follow events, wait for the outcome of a command.
 
-It speaks HTTP to a broker and uses nothing else of it. A request whose outcome is unknown is only ever
-repeated under the same idempotency key, so that no command is made twice.
+It uses only the HTTP API of a broker. A request whose outcome is unknown is repeated only with the same
+idempotency key, so no command is created twice.
 """
 
 from __future__ import annotations
@@ -72,21 +72,22 @@ __all__ = [
 ]
 
 DEVICES_PER_CALL: Final = 10_000
-# The broker says something on every stream at least each 15 s; after three times that it is gone.
+# The broker writes to each stream at least every 15 s. After three times that the connection counts as lost.
 QUIET_SEC: Final = 45.0
 CLOSED: Final = frozenset({"executed", "failed", "timed_out", "expired", "cancelled"})
 
 
 class App:
-    """A broker, for one project: `async with App(url, api_key) as app`, or `await app.aclose()` at the end.
+    """A client of one broker and one project. Use `async with App(url, api_key) as app`, or call
+    `await app.aclose()` at the end.
 
-    What fails for the moment (no connection, 408, 429, 5xx) is repeated up to `retries` times, after a
-    random pause of at most `backoff_sec`, doubled each time up to `backoff_cap_sec`, and never before the
-    broker's own Retry-After; where that is longer than the cap, the error is raised instead.
-    `timeout_sec` bounds each try.
+    Temporary failures (no connection, 408, 429, 5xx) are retried up to `retries` times. Before each retry the
+    client pauses for a random time of at most `backoff_sec`, doubled each time up to `backoff_cap_sec`, and
+    at least for the broker's Retry-After. If Retry-After is longer than `backoff_cap_sec`, the error is raised
+    instead. `timeout_sec` limits each try.
 
     Raises:
-        ValueError: the address is not one of HTTP, or the key has characters that no key has.
+        ValueError: `url` is not an http or https URL, or `api_key` has characters that no key has.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class App:
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-            raise ValueError(f"url = {url!r}: must be such as http://127.0.0.1:8080")
+            raise ValueError(f"url = {url!r}: must be an http or https URL such as http://127.0.0.1:8080")
         if not api_key or not api_key.isascii() or not api_key.isprintable():
             raise ValueError("api_key: must be a key such as sk_live_…")
         self._retries, self._timeout_sec = retries, timeout_sec
@@ -129,10 +130,10 @@ class App:
     async def _request(
         self, method: str, path: str, body: object = None, query: dict[str, str] | None = None
     ) -> Any:
-        """The answer's JSON, after as many tries as it takes.
+        """Sends a request, with retries, and returns the answer's JSON.
 
         Raises:
-            AppError: the broker refused it, or could not answer in any try.
+            AppError: the broker refused the request, or no try got an answer.
         """
         content = None if body is None else json.dumps(body, allow_nan=False).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
@@ -148,7 +149,7 @@ class App:
             except httpx2.TransportError as broken:
                 error = unreachable(broken)
             except ValueError as broken:
-                raise AppError("unexpected_answer", f"this is no broker's answer: {broken}") from broken
+                raise AppError("unexpected_answer", f"the answer is not from a broker: {broken}") from broken
             failures += 1
             floor = error.retry_after or 0.0
             if not is_temporary(error) or failures > self._retries or floor > self._backoff_cap_sec:
@@ -156,7 +157,7 @@ class App:
             await self._pause(failures, floor)
 
     async def _stream(self, position: int | None, query: dict[str, str]) -> AsyncGenerator[Event, None]:
-        """The events after a position, or from now on, over as many connections as it takes."""
+        """The events after `position`, or from now on if it is None. Reconnects after a lost connection."""
         failures, opened, reconnect_sec = 0, False, 0.0
         timeout = httpx2.Timeout(self._timeout_sec, read=max(QUIET_SEC, self._timeout_sec))
         while True:
@@ -173,12 +174,12 @@ class App:
                         told = answer.headers.get("Retry-After")
                         raise failure(answer.status_code, told, await answer.aread())
                     if not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
-                        raise httpx2.TransportError("this is no stream of events")
+                        raise httpx2.TransportError("the answer is not an event stream")
                     failures, opened = 0, True
                     async for message in httpx2.EventSource(answer, max_event_size=None):
                         if message.retry is not None:
                             reconnect_sec = floor = message.retry / 1_000
-                        # An id without data only says where the stream stands.
+                        # An id without data is no event; it only gives the stream's position.
                         if message.id.isdecimal() and int(message.id) > (
                             -1 if position is None else position
                         ):
@@ -189,7 +190,7 @@ class App:
             except (httpx2.TransportError, AppError) as broken:
                 error = broken if isinstance(broken, AppError) else unreachable(broken)
                 failures += 1
-                # A stream that was open once is worth coming back to for as long as it takes.
+                # A stream that was open once is retried without limit; `retries` only limits the first connect.
                 if not is_temporary(error) or (failures > self._retries and not opened):
                     raise error from None
                 floor = max(floor, error.retry_after or 0.0)
@@ -207,13 +208,14 @@ class Commands:
         self._app = app
 
     async def send(self, params: SendParams) -> dict[str, Sent | NotSent]:
-        """Sends one command to one or more devices; what became of it for each.
+        """Sends one command to one or more devices; returns the outcome for each device.
 
-        A sent command is durable: it is delivered when the device is there. More than 10,000 devices go in
-        several requests under the one idempotency key, which is made here if you give none.
+        A sent command is durable and is delivered when the device is online. More than 10,000 devices are
+        split into several requests with the same idempotency key. Without `idempotency_key` one is generated.
 
         Raises:
-            AppError: not everything was sent; its `idempotency_key` completes it without doubles.
+            AppError: not all commands were sent. Call `send` again with the error's `idempotency_key`: it
+                sends the missing ones and nothing twice.
         """
         body: dict[str, Any] = {"idempotency_key": secrets.token_urlsafe(16), **params}
         sent: dict[str, Sent | NotSent] = {}
@@ -227,10 +229,10 @@ class Commands:
         return sent
 
     async def history(self, params: HistoryParams) -> dict[str, list[Record]]:
-        """The commands of one name that were sent to devices, oldest first; `[]` where there were none.
+        """The commands with one name that were sent to the devices, oldest first; `[]` if there are none.
 
         Raises:
-            AppError: the broker refused it, or could not answer.
+            AppError: the broker refused the request, or no try got an answer.
         """
         history: dict[str, list[Record]] = await self._app._request("POST", "/v1/app/command/history", params)
         return history
@@ -244,29 +246,32 @@ class Commands:
         event: str | None = None,
         command: str | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """Every event of the project in order, once each, as it is recorded; it ends when you leave it.
+        """Yields every event of the project as it is recorded, in order, each one once. It does not end by
+        itself: leave the loop to stop it.
 
-        `after` is a position: 0 for everything there is, an event's `id` for what follows it; without it,
-        from now on. `device`, `type` (a command's name), `event` (as `executed`) and `command` (an id)
-        narrow it down. A lost connection is made again, and the stream goes on where it was; only a first
-        one that fails is given up, after `retries`.
+        `after` is a position: 0 for all events in the log, an event's `id` for the events after it, None for
+        events from now on. Filters: `device`, `type` (a command's name), `event` (such as `executed`) and
+        `command` (an id). After a lost connection it reconnects and continues where it was. Only if the first
+        connection fails, it gives up after `retries`.
 
         Raises:
-            AppError: the broker refuses the stream; `Gone` if the events after that position are.
+            AppError: the broker refuses the stream. `Gone`: the events after that position are no longer
+                stored.
         """
         query = {"device": device, "type": type, "event": event, "command": command}
         return self._app._stream(after, {key: value for key, value in query.items() if value is not None})
 
     async def wait(self, command_id: str, timeout: float | None = None) -> Command:
-        """The command, once it is closed: executed, failed, timed_out, expired or cancelled (`state`).
+        """Waits until a command is closed and returns it. Its `state` is then executed, failed, timed_out,
+        expired or cancelled.
 
-        `timeout` in seconds; None waits for ever. The key needs `devices:read` and `events:read`. A late
-        answer of the device can still correct `timed_out`.
+        `timeout`: in seconds; None waits without limit. The key needs the scopes `devices:read` and
+        `events:read`. A late answer of the device can still change `timed_out`.
 
         Raises:
-            Timeout: it was not closed in time, and goes on.
+            Timeout: the command was not closed in time. It is still open; you can wait again.
             NotFound: there is no such command.
-            AppError: the broker refused it, or could not answer.
+            AppError: the broker refused the request, or no try got an answer.
         """
         path = f"/v1/commands/{quote(command_id, safe='')}"
         try:
@@ -283,28 +288,28 @@ class Commands:
             if not limit.expired():
                 raise
             raise Timeout("timeout", f"{command_id} was not closed within {timeout} s") from None
-        raise AssertionError("a stream of events has no end")
+        raise AssertionError("the event stream ended")
 
 
 def batches(devices: Sequence[str]) -> list[Sequence[str]]:
-    """As many lists as requests are needed; what is no list goes as it is, for the broker to refuse."""
+    """Splits the devices into one list per request. A wrong type is passed on; the broker refuses it."""
     if not isinstance(devices, list | tuple) or len(devices) <= DEVICES_PER_CALL:
         return [devices]
     return [devices[first : first + DEVICES_PER_CALL] for first in range(0, len(devices), DEVICES_PER_CALL)]
 
 
 def ceiling(failures: int, base_sec: float, cap_sec: float) -> float:
-    """The longest pause after so many failures in a row: exponential, bounded."""
+    """The longest pause after `failures` failures in a row, in seconds: exponential, up to `cap_sec`."""
     return min(cap_sec, base_sec * 2.0 ** min(failures - 1, 32))
 
 
 def failure(status: int, retry_after: str | None, body: bytes) -> AppError:
-    """The error that an answer stands for, also when something on the way gave it."""
+    """The error for an HTTP answer. The answer can also come from a proxy, in another form."""
     try:
         said = json.loads(body)["error"]
         code, message, details = str(said["code"]), str(said["message"]), said.get("details")
     except (ValueError, KeyError, TypeError, AttributeError):
-        code, message, details = f"http_{status}", f"answered {status} in no form of the broker's", None
+        code, message, details = f"http_{status}", f"status {status}, without an error of the broker", None
     kind = Unavailable if status >= 500 else ERRORS.get(code, AppError)
     seconds = float(retry_after) if retry_after and retry_after.isdecimal() else None
     return kind(code, message, status=status, details=details, retry_after=seconds)
@@ -315,5 +320,5 @@ def unreachable(broken: httpx2.TransportError) -> Unavailable:
 
 
 def is_temporary(error: AppError) -> bool:
-    """May the same request do better in a while?"""
+    """True if the same request can succeed later."""
     return isinstance(error, Unavailable) or error.status in (408, 429)

@@ -1,4 +1,4 @@
-"""What goes in and out of the SDK: its dictionaries, as a type checker sees them, and its errors."""
+"""The types of the Python SDK: the dictionaries that it takes and returns, and its errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ StateName = Literal[
 
 
 class SendParams(TypedDict):
-    """What `send` takes: `data` is any JSON; a call repeated with the same key makes nothing twice."""
+    """The parameters of `send`. `data`: any JSON. A repeated call with the same key creates nothing twice."""
 
     name: str
     device_ident: Sequence[str]
@@ -21,21 +21,21 @@ class SendParams(TypedDict):
 
 
 class Sent(TypedDict):
-    """The command is on disk and will be delivered when the device is there."""
+    """The command is durable and is delivered when the device is online."""
 
     sent: Literal[True]
     command_id: str
 
 
 class NotSent(TypedDict):
-    """Nothing was recorded for this device. `error`: such as `Device not found` or `Queue full`."""
+    """No command was created for this device. `error`: the reason, such as `Device not found`."""
 
     sent: Literal[False]
     error: str
 
 
 class HistoryParams(TypedDict):
-    """What `history` takes: `start` <= time < `end`, ISO 8601; `end` is now if left out."""
+    """The parameters of `history`: `start` <= time < `end`, both ISO 8601; `end` is now if absent."""
 
     name: str
     device_idents: Sequence[str]
@@ -44,7 +44,7 @@ class HistoryParams(TypedDict):
 
 
 class Record(TypedDict):
-    """One command that was sent: its payload, when it was created (ms since 1970), and what became of it."""
+    """One command that was sent. `value`: its data. `timestamp`: when it was created, in ms since 1970."""
 
     value: Any
     timestamp: int
@@ -53,7 +53,7 @@ class Record(TypedDict):
 
 
 class CommandError(TypedDict):
-    """Why a command failed; `timeout` where no answer came."""
+    """Why a command failed. `code` is `timeout` if no answer came in time."""
 
     code: str
     message: str
@@ -83,10 +83,10 @@ class Command(TypedDict):
 
 
 class Event(TypedDict):
-    """A CloudEvent. `id` is its position in the log, `subject` the command, or the device, it is about.
+    """A CloudEvent. `id`: its position in the log. `subject`: the id of its command or device.
 
-    `type` is `ordain.command.<event>.v1` or `ordain.device.<event>.v1`; `version` the place among the events
-    of its subject, from 1; `erased`: the data is gone for ever. `data` always names device and command.
+    `type`: `ordain.command.<event>.v1` or `ordain.device.<event>.v1`. `version`: its number among the events
+    of its subject, from 1. `erased`: true if the data was erased. `data` always names device and command.
     """
 
     specversion: str
@@ -105,11 +105,11 @@ class Event(TypedDict):
 
 
 class AppError(Exception):
-    """Whatever the broker refuses or cannot do. `code` is for programs, `message` a sentence.
+    """The base class of all errors of the SDK. `code` is for programs, `message` is a sentence for people.
 
-    `status` is that of HTTP, None if no answer came; `details` what the broker adds; `retry_after` the
-    seconds after which it may be asked again, if it said so; `idempotency_key` that of a failed `send`:
-    called with it again, `send` makes nothing twice.
+    `status`: the HTTP status, None if no answer came. `details`: more facts from the broker. `retry_after`:
+    seconds to wait before the next try, if the broker gave them. `idempotency_key`: the key of a failed
+    `send`; a repeated `send` with this key creates nothing twice.
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class AppError(Exception):
 
 
 class InvalidRequest(AppError):
-    """Something asked for is wrong: `details["field"]` and `details["reason"]` name it."""
+    """The request is wrong: `details["field"]` names the field, `details["reason"]` the reason."""
 
 
 class Unauthorized(AppError):
-    """No key, or one that is unknown or revoked."""
+    """The key is missing, unknown or revoked."""
 
 
 class Forbidden(AppError):
@@ -143,31 +143,31 @@ class Forbidden(AppError):
 
 
 class NotFound(AppError):
-    """Not known, or of another project."""
+    """The object does not exist, or it belongs to another project."""
 
 
 class Conflict(AppError):
-    """The state of things stands against it; the message says which."""
+    """The current state does not allow the request; the message gives the reason."""
 
 
 class IdempotencyConflict(Conflict):
-    """The idempotency key was used for something else."""
+    """The idempotency key was used for a different request."""
 
 
 class DeviceDeleted(Conflict):
-    """The device is gone."""
+    """The device was deleted."""
 
 
 class Gone(AppError):
-    """What was asked for existed and was erased, or cannot be read any more."""
+    """The requested data existed, but was erased or is no longer stored."""
 
 
 class TooLarge(AppError):
-    """The request or the payload of the command is larger than is taken."""
+    """The request or the payload of the command is too large."""
 
 
 class RateLimited(AppError):
-    """Too many requests; `retry_after` says when to come back."""
+    """Too many requests; `retry_after` gives the seconds to wait."""
 
 
 class QueueFull(AppError):
@@ -175,11 +175,11 @@ class QueueFull(AppError):
 
 
 class Unavailable(AppError):
-    """No answer, or one that says the broker cannot answer now: whether it did what was asked is unknown."""
+    """No answer came, or the broker could not answer now. It is unknown if the request took effect."""
 
 
 class Timeout(AppError, TimeoutError):
-    """`wait`: the command was not closed in time. It goes on; wait again."""
+    """`wait`: the command was not closed in time. It is still open; you can wait again."""
 
 
 ERRORS: Final[dict[str, type[AppError]]] = {

@@ -1,4 +1,4 @@
-// What `app.mjs` exports, for type checkers and editors.
+// The types of `app.mjs`, for type checkers and editors.
 
 export type Status = "pending" | "delivered" | "executed" | "failed" | "expired" | "cancelled";
 export type StateName =
@@ -11,7 +11,7 @@ export type StateName =
   | "expired"
   | "cancelled";
 
-/** `data` is any JSON; a call repeated with the same key makes nothing twice. */
+/** The parameters of `send`. `data`: any JSON. A repeated call with the same key creates nothing twice. */
 export interface SendParams {
   name: string;
   device_ident: readonly string[];
@@ -19,10 +19,10 @@ export interface SendParams {
   idempotency_key?: string;
 }
 
-/** `sent`: the command is on disk and will be delivered when the device is there. Else nothing was recorded. */
+/** `sent` true: the command is durable and is delivered when the device is online. False: no command was created. */
 export type SendResult = { sent: true; command_id: string } | { sent: false; error: string };
 
-/** `start` <= time < `end`, ISO 8601; `end` is now if left out. */
+/** The parameters of `history`: `start` <= time < `end`, both ISO 8601; `end` is now if absent. */
 export interface HistoryParams {
   name: string;
   device_idents: readonly string[];
@@ -30,7 +30,7 @@ export interface HistoryParams {
   end?: string | Date;
 }
 
-/** One command that was sent: its payload, when it was created (ms since 1970), and what became of it. */
+/** One command that was sent. `value`: its data. `timestamp`: when it was created, in ms since 1970. */
 export interface HistoryRecord {
   value: any;
   timestamp: number;
@@ -60,9 +60,9 @@ export interface Command {
 }
 
 /**
- * A CloudEvent. `id` is its position in the log, `subject` the command, or the device, it is about. `type` is
- * `ordain.command.<event>.v1` or `ordain.device.<event>.v1`; `version` the place among the events of its subject,
- * from 1; `erased`: the data is gone for ever. `data` always names device and command.
+ * A CloudEvent. `id`: its position in the log. `subject`: the id of its command or device. `type`:
+ * `ordain.command.<event>.v1` or `ordain.device.<event>.v1`. `version`: its number among the events of its subject,
+ * from 1. `erased`: true if the data was erased. `data` always names device and command.
  */
 export interface Event {
   specversion: string;
@@ -80,7 +80,7 @@ export interface Event {
   data: any;
 }
 
-/** `type` is a command's name, `event` such as `executed`, `command` an id; `signal` ends it while it waits. */
+/** `type`: a command's name. `event`: such as `executed`. `command`: an id. `signal`: stops the stream. */
 export interface EventFilters {
   after?: number | null;
   device?: string;
@@ -90,7 +90,7 @@ export interface EventFilters {
   signal?: AbortSignal;
 }
 
-/** How often, and after how long at most, what fails for the moment is tried again; how long a try may take. */
+/** The limits for retries of temporary failures, and the time limit of each try; see `App`. */
 export interface Options {
   retries?: number;
   backoffSec?: number;
@@ -99,11 +99,12 @@ export interface Options {
 }
 
 /**
- * A broker, for one project.
+ * A client of one broker and one project.
  *
- * What fails for the moment (no connection, 408, 429, 5xx) is repeated up to `retries` times (5), after a random
- * pause of at most `backoffSec` (0.5), doubled each time up to `backoffCapSec` (30), and never before the broker's
- * own Retry-After; where that is longer than the cap, the error is thrown instead. `timeoutSec` (30) bounds each try.
+ * Temporary failures (no connection, 408, 429, 5xx) are retried up to `retries` (5) times. Before each retry the
+ * client pauses for a random time of at most `backoffSec` (0.5), doubled each time up to `backoffCapSec` (30), and at
+ * least for the broker's Retry-After. If Retry-After is longer than `backoffCapSec`, the error is thrown instead.
+ * `timeoutSec` (30) limits each try.
  */
 export class App {
   constructor(url: string | URL, apiKey: string, options?: Options);
@@ -115,38 +116,42 @@ export class Commands {
   private constructor();
 
   /**
-   * Sends one command to one or more devices; what became of it for each.
+   * Sends one command to one or more devices; resolves to the outcome for each device.
    *
-   * A sent command is durable: it is delivered when the device is there. More than 10,000 devices go in several
-   * requests under the one idempotency key, which is made here if you give none. The `idempotencyKey` of an error
-   * completes what was not sent, without doubles.
+   * A sent command is durable and is delivered when the device is online. More than 10,000 devices are split into
+   * several requests with the same idempotency key. Without `idempotency_key` one is generated. After an error, call
+   * `send` again with the error's `idempotencyKey`: it sends the missing commands and nothing twice.
    */
   send(params: SendParams): Promise<Record<string, SendResult>>;
 
-  /** The commands of one name that were sent to devices, oldest first; `[]` where there were none. */
+  /** The commands with one name that were sent to the devices, oldest first; `[]` for a device without any. */
   history(params: HistoryParams): Promise<Record<string, HistoryRecord[]>>;
 
   /**
-   * Every event of the project in order, once each, as it is recorded; it ends when you leave it.
+   * Yields every event of the project as it is recorded, in order, each one once. It does not end by itself: leave
+   * the loop to stop it.
    *
-   * `after` is a position: 0 for everything there is, an event's `id` for what follows it; without it, from now on.
-   * A lost connection is made again, and the stream goes on where it was; only a first one that fails is given up,
-   * after `retries`.
+   * `after` is a position: 0 for all events in the log, an event's `id` for the events after it; without it, events
+   * from now on. After a lost connection it reconnects and continues where it was. Only if the first connection
+   * fails, it gives up after `retries`.
    */
   events(filters?: EventFilters): AsyncGenerator<Event, void, void>;
 
   /**
-   * The command, once its `state` is executed, failed, timed_out, expired or cancelled.
+   * Waits until a command is closed and resolves to it. Its `state` is then executed, failed, timed_out, expired or
+   * cancelled.
    *
-   * `timeout` in **seconds**; none waits for ever. The key needs `devices:read` and `events:read`. Each wait holds one
-   * connection: a browser has six for each HTTP/1.1 host. Throws `Timeout` if it was not closed in time.
+   * `timeout`: in **seconds**; without it there is no limit. The key needs the scopes `devices:read` and
+   * `events:read`. Each wait uses one connection; a browser allows six per HTTP/1.1 host. Throws `Timeout` if the
+   * command was not closed in time.
    */
   wait(commandId: string, timeout?: number | null): Promise<Command>;
 }
 
 /**
- * Whatever the broker refuses or cannot do. `code` is for programs, `message` a sentence; `status` is that of HTTP,
- * null if no answer came; `retryAfter` in seconds, if the broker said so; `idempotencyKey` that of a failed `send`.
+ * The base class of all errors of the SDK. `code` is for programs, `message` is a sentence for people. `status`: the
+ * HTTP status, null if no answer came. `retryAfter`: seconds to wait, if the broker gave them. `idempotencyKey`: the
+ * key of a failed `send`.
  */
 export class AppError extends Error {
   constructor(
@@ -166,29 +171,29 @@ export class AppError extends Error {
   idempotencyKey: string | null;
 }
 
-/** Something asked for is wrong: `details.field` and `details.reason` name it. */
+/** The request is wrong: `details.field` names the field, `details.reason` the reason. */
 export class InvalidRequest extends AppError {}
-/** No key, or one that is unknown or revoked. */
+/** The key is missing, unknown or revoked. */
 export class Unauthorized extends AppError {}
 /** The key lacks a scope. */
 export class Forbidden extends AppError {}
-/** Not known, or of another project. */
+/** The object does not exist, or it belongs to another project. */
 export class NotFound extends AppError {}
-/** The state of things stands against it; the message says which. */
+/** The current state does not allow the request; the message gives the reason. */
 export class Conflict extends AppError {}
-/** The idempotency key was used for something else. */
+/** The idempotency key was used for a different request. */
 export class IdempotencyConflict extends Conflict {}
-/** The device is gone. */
+/** The device was deleted. */
 export class DeviceDeleted extends Conflict {}
-/** What was asked for existed and was erased, or cannot be read any more. */
+/** The requested data existed, but was erased or is no longer stored. */
 export class Gone extends AppError {}
-/** The request or the payload of the command is larger than is taken. */
+/** The request or the payload of the command is too large. */
 export class TooLarge extends AppError {}
-/** Too many requests; `retryAfter` says when to come back. */
+/** Too many requests; `retryAfter` gives the seconds to wait. */
 export class RateLimited extends AppError {}
 /** Too many open commands. */
 export class QueueFull extends AppError {}
-/** No answer, or one that says the broker cannot answer now: whether it did what was asked is unknown. */
+/** No answer came, or the broker could not answer now. It is unknown if the request took effect. */
 export class Unavailable extends AppError {}
-/** `wait`: the command was not closed in time. It goes on; wait again. */
+/** `wait`: the command was not closed in time. It is still open; you can wait again. */
 export class Timeout extends AppError {}

@@ -1,14 +1,14 @@
-// The SDK for services: send commands, follow events, wait for what became of them. For browsers and
-// Node 20 or later, without dependencies. The same as the Python module `broker.client`: a request whose
-// outcome is unknown is only ever repeated under the same idempotency key.
+// The JavaScript SDK for services: send commands, follow events, wait for the outcome of a command. For
+// browsers and Node 20 or later, without dependencies. It works like the Python module `broker.client`: a
+// request whose outcome is unknown is repeated only with the same idempotency key.
 
 const DEVICES_PER_CALL = 10_000;
-// The broker says something on every stream at least each 15 s; after three times that it is gone.
+// The broker writes to each stream at least every 15 s. After three times that the connection counts as lost.
 const QUIET_SEC = 45;
 const CLOSED = new Set(["executed", "failed", "timed_out", "expired", "cancelled"]);
 const LONGEST_TIMER_MS = 2 ** 31 - 1;
 
-/** Whatever the broker refuses or cannot do. */
+/** The base class of all errors of the SDK. */
 export class AppError extends Error {
   constructor(code, message, { status = null, details = null, retryAfter = null, cause } = {}) {
     super(message, { cause });
@@ -48,7 +48,7 @@ const ERRORS = {
   queue_full: QueueFull,
 };
 
-/** A broker, for one project. */
+/** A client of one broker and one project. */
 export class App {
   #url;
   #key;
@@ -56,7 +56,7 @@ export class App {
 
   constructor(url, apiKey, { retries = 5, backoffSec = 0.5, backoffCapSec = 30, timeoutSec = 30 } = {}) {
     if (!/^https?:$/.test(new URL(url).protocol)) {
-      throw new TypeError(`url = ${url}: must be such as http://127.0.0.1:8080`);
+      throw new TypeError(`url = ${url}: must be an http or https URL such as http://127.0.0.1:8080`);
     }
     if (!/^[ -~]+$/.test(apiKey)) throw new TypeError("apiKey: must be a key such as sk_live_…");
     this.#url = String(url).replace(/\/+$/, "");
@@ -80,7 +80,7 @@ export class App {
     });
   }
 
-  /** The answer's JSON, after as many tries as it takes. */
+  /** Sends a request, with retries, and resolves to the answer's JSON. */
   async #request(method, path, { body, query, signal } = {}) {
     const { retries, backoffCapSec, timeoutSec } = this.#options;
     const content = body === undefined ? {} : { body: JSON.stringify(body) };
@@ -108,7 +108,7 @@ export class App {
     }
   }
 
-  /** The events after a position, or from now on, over as many connections as it takes. */
+  /** The events after `position`, or from now on if it is null. Reconnects after a lost connection. */
   async *#stream(position, query, signal) {
     let failures = 0;
     let opened = false;
@@ -130,17 +130,17 @@ export class App {
         const answer = await this.#fetch("GET", "/v1/events", asked);
         if (!answer.ok) throw failure(answer, await answer.text());
         if (!/^text\/event-stream\b/.test(answer.headers.get("content-type") ?? "")) {
-          throw new Error("this is no stream of events");
+          throw new Error("the answer is not an event stream");
         }
         failures = 0;
         opened = true;
         for await (const message of messages(answer.body, heard)) {
           if (message.retry !== undefined) reconnectSec = floor = message.retry / 1_000;
-          // An id without data only says where the stream stands.
+          // An id without data is no event; it only gives the stream's position.
           if (message.id !== undefined && message.id > (position ?? -1)) {
             position = message.id;
             if (message.data) {
-              clearTimeout(quiet); // however long the caller takes for it
+              clearTimeout(quiet); // the caller may take any time to handle the event
               yield parsed(message.data);
               heard();
             }
@@ -151,7 +151,7 @@ export class App {
         if (signal?.aborted) throw signal.reason;
         const error = broken instanceof AppError ? broken : unreachable(broken);
         failures += 1;
-        // A stream that was open once is worth coming back to for as long as it takes.
+        // A stream that was open once is retried without limit; `retries` only limits the first connection.
         if (!isTemporary(error) || (failures > this.#options.retries && !opened)) throw error;
         floor = Math.max(floor, error.retryAfter ?? 0);
       } finally {
@@ -226,7 +226,7 @@ export class Commands {
   }
 }
 
-/** Server-sent events, out of bytes cut anywhere. A message that the end of the stream cut off is none. */
+/** Parses server-sent events from a stream of bytes. An incomplete message at the end is dropped. */
 async function* messages(body, heard) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -235,7 +235,7 @@ async function* messages(body, heard) {
     const { value, done } = await reader.read();
     if (done) return;
     heard();
-    // A CR at the very end may be half of a line's end.
+    // A CR at the end of a chunk can be the first half of a CRLF.
     const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
     rest = lines.pop();
     for (const line of lines) {
@@ -252,7 +252,7 @@ async function* messages(body, heard) {
   }
 }
 
-/** As many lists as requests are needed; what is no list goes as it is, for the broker to refuse. */
+/** Splits the devices into one list per request. A wrong type is passed on; the broker refuses it. */
 function batches(devices) {
   if (!Array.isArray(devices) || devices.length <= DEVICES_PER_CALL) return [devices];
   const parts = [];
@@ -262,7 +262,7 @@ function batches(devices) {
   return parts;
 }
 
-/** crypto.randomUUID is there only on pages that came by HTTPS. */
+/** A random idempotency key. crypto.randomUUID is not used: browsers offer it only on HTTPS pages. */
 function newKey() {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
@@ -272,11 +272,11 @@ function parsed(text) {
   try {
     return JSON.parse(text);
   } catch (broken) {
-    throw new AppError("unexpected_answer", `this is no broker's answer: ${broken.message}`);
+    throw new AppError("unexpected_answer", `the answer is not from a broker: ${broken.message}`);
   }
 }
 
-/** The error that an answer stands for, also when something on the way gave it. */
+/** The error for an HTTP answer. The answer can also come from a proxy, in another form. */
 function failure(answer, text) {
   const { status } = answer;
   let said;
@@ -292,7 +292,7 @@ function failure(answer, text) {
 }
 
 function foreign(status) {
-  return { code: `http_${status}`, message: `answered ${status} in no form of the broker's` };
+  return { code: `http_${status}`, message: `status ${status}, without an error of the broker` };
 }
 
 function unreachable(broken) {
@@ -300,12 +300,12 @@ function unreachable(broken) {
   return new Unavailable("unavailable", `no answer: ${reason}`, { cause: broken });
 }
 
-/** May the same request do better in a while? */
+/** True if the same request can succeed later. */
 function isTemporary(error) {
   return error instanceof Unavailable || error.status === 408 || error.status === 429;
 }
 
-/** A controller that the caller's signal aborts too; `release` forgets the caller's. */
+/** An AbortController that the caller's signal also aborts; `release` stops listening to that signal. */
 function linked(signal) {
   const controller = new AbortController();
   const stop = () => controller.abort(signal.reason);
