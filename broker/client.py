@@ -83,8 +83,8 @@ class App:
 
     Temporary failures (no connection, 408, 429, 5xx) are retried up to `retries` times. Before each retry the
     client pauses for a random time of at most `backoff_sec`, doubled each time up to `backoff_cap_sec`, and
-    at least for the broker's Retry-After. If Retry-After is longer than `backoff_cap_sec`, the error is raised
-    instead. `timeout_sec` limits each try.
+    at least for the broker's Retry-After. If Retry-After is longer than `backoff_cap_sec`, the error is
+    raised instead. `timeout_sec` limits each try.
 
     Raises:
         ValueError: `url` is not an http or https URL, or `api_key` has characters that no key has.
@@ -190,7 +190,7 @@ class App:
             except (httpx2.TransportError, AppError) as broken:
                 error = broken if isinstance(broken, AppError) else unreachable(broken)
                 failures += 1
-                # A stream that was open once is retried without limit; `retries` only limits the first connect.
+                # A stream that was open once is retried without limit; `retries` limits only the first.
                 if not is_temporary(error) or (failures > self._retries and not opened):
                     raise error from None
                 floor = max(floor, error.retry_after or 0.0)
