@@ -190,7 +190,7 @@ class App:
             except (httpx2.TransportError, AppError) as broken:
                 error = broken if isinstance(broken, AppError) else unreachable(broken)
                 failures += 1
-                # A stream that was open once is retried without limit; `retries` limits only the first.
+                # `retries` limits only the first connection. A stream that was open is retried without limit.
                 if not is_temporary(error) or (failures > self._retries and not opened):
                     raise error from None
                 floor = max(floor, error.retry_after or 0.0)

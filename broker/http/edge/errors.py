@@ -75,7 +75,7 @@ _NAMED = re.compile(r"Object (?:(contains unknown)|missing required) field `(.*)
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """What is wrong."""
+    """The error of an answer."""
 
     code: Annotated[
         str,
