@@ -47,11 +47,15 @@ class NoLink:
     """No MQTT server: the log is open for requests, and nothing is handed over."""
 
     up = False
+    direct = False
+
+    def listens(self, topic: str) -> bool:
+        return False
 
     def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
         return False
 
-    def puback(self, message: Message) -> None:
+    def puback(self, message: Message, reason: int = 0, text: str = "") -> None:
         return
 
 

@@ -83,7 +83,8 @@ class Broken(Exception):
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     """One MQTT message that reached us. `token` is the link's own handle for the PUBACK.
 
-    `arrived_at`: when it came to the intake, in ms of the broker's clock; it may wait there.
+    `arrived_at`: when it came to the intake, in ms of the broker's clock; it may wait there. `foreign`: the
+    device that said this on a topic that is not its own, where the MQTT server is ours and knows.
     """
 
     topic: str
@@ -94,6 +95,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     correlation: bytes | None = None
     token: Any = None
     arrived_at: int = 0
+    foreign: str | None = None
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +136,16 @@ class Link(Protocol):
     @property
     def up(self) -> bool: ...
 
+    @property
+    def direct(self) -> bool:
+        """Whether devices connect to us, without an MQTT server in between: receipts then come from the
+        device itself, and what it could not tell us while we were away comes when it is back."""
+        ...
+
+    def listens(self, topic: str) -> bool:
+        """False: nobody is there for what is sent to this topic. True where that cannot be known."""
+        ...
+
     def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
         """Hands the bytes to the network in the next turn of the loop at the latest, before whatever is
         scheduled after this. `done` is called exactly once, later, from the loop.
@@ -142,8 +154,11 @@ class Link(Protocol):
         """
         ...
 
-    def puback(self, message: Message) -> None:
-        """Acknowledges one message; does nothing if the connection it came from is gone."""
+    def puback(self, message: Message, reason: int = 0, text: str = "") -> None:
+        """Acknowledges one message; does nothing if the connection it came from is gone.
+
+        `reason` (a code of MQTT 5) and `text` tell its sender what was wrong with it, where that is possible.
+        """
         ...
 
 

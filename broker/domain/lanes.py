@@ -121,11 +121,19 @@ def collapsing(lane: Lane, key: str | None) -> list[Member]:
     ]
 
 
-def due(lane: Lane, presence: Presence, now: int, slots: int, drained: bool = True) -> list[Member]:
+def due(
+    lane: Lane,
+    presence: Presence,
+    now: int,
+    slots: int,
+    drained: bool = True,
+    listens: Callable[[str], bool] = lambda topic: True,
+) -> list[Member]:
     """The commands to hand over by MQTT now, in lane order; at most `slots`.
 
     `drained`: the answers queued at the MQTT server have been read. Before that, an answer without id may
-    belong to an earlier command, so no command of a type without ids may start.
+    belong to an earlier command, so no command of a type without ids may start. `listens(topic)`: the device
+    is subscribed to that topic; it may be subscribed to some of its topics and not to others.
 
     The caller checks that the link is up. A pending command that may not be handed over blocks the
     commands behind it. One without time left does not block, because it will never be handed over.
@@ -145,15 +153,20 @@ def due(lane: Lane, presence: Presence, now: int, slots: int, drained: bool = Tr
                 or not (drained or definition.carries_ids)
                 or "mqtt" not in definition.transports
                 or not reachable(definition, presence)
+                or not _hears(member, listens)
             ):
                 break
             found.append(member)
             taken += 1
         elif member.holds_slot:
             taken += 1
-            if resendable(member, presence, now):
+            if resendable(member, presence, now) and _hears(member, listens):
                 found.append(member)
     return found
+
+
+def _hears(member: Member, listens: Callable[[str], bool]) -> bool:
+    return member.definition.presence != "required" or listens(member.state.topic)
 
 
 def resendable(member: Member, presence: Presence, now: int) -> bool:

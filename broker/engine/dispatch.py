@@ -18,6 +18,7 @@ from broker.domain.lanes import Lane, Member, Presence
 from broker.domain.lifecycle import CommandState, Input, Request, State
 from broker.engine.commands import Commands
 from broker.engine.deadlines import Deadlines
+from broker.engine.drain import Drain
 from broker.engine.grants import Grants
 from broker.seams import Link, Outgoing, Receipt
 from devices.clock import rfc3339
@@ -25,7 +26,6 @@ from devices.wire import Unsendable, answer_topic, encode_command
 
 logger = structlog.get_logger()
 
-DRAIN_MS = 2_000
 NO_SUBSCRIBER = 0x10
 REFUSED = frozenset({0x87, 0x90, 0x95, 0x99})
 
@@ -56,8 +56,8 @@ class Dispatch:
         self._waiting: dict[str, None] = {}  # devices whose lane waits for the link or a slot, in order
         self._dirty: deque[str] = deque()
         self._pumping = False
-        self._undrained: dict[str, None] = {}  # commands whose timer fired before `_drained_at`
-        self._drained_at: int | None = None  # when answers queued at the MQTT server count as read; broker ms
+        self._undrained: dict[str, None] = {}  # commands whose timer fired before the drain ended
+        self._drain = Drain()
         commands.changed = self.changed
 
     # --- state changes ---
@@ -83,7 +83,7 @@ class Dispatch:
         self.pump_all()
 
     def link_up(self) -> None:
-        drained_at = self._drain()
+        drained_at = self._wait_for_answers(direct=self.link.direct)
         self._waiting.clear()
         for member in self.live.members.values():
             if lanes.interrupted(member, drained_at, self.writer.entropy.uniform):
@@ -91,25 +91,27 @@ class Dispatch:
         self.pump_all()
 
     def link_down(self) -> None:
-        self._drained_at = None
+        self._drain.away()
 
     def _stalled(self) -> None:
         """The event loop was blocked: reads the answers in the buffers before any timer counts again."""
-        if self._drained_at is not None:
-            self._drain()
+        if self._drain.ends("") is not None:
+            self._wait_for_answers(direct=False)
 
-    def _drain(self) -> int:
-        """Delays timers by `DRAIN_MS`: queued answers are read first. Returns that time, in broker ms."""
-        self._drained_at = self.writer.now() + DRAIN_MS
+    def _wait_for_answers(self, *, direct: bool) -> int:
+        """Delays timers until queued answers have been read. Returns that time, in broker ms."""
+        until = self._drain.begin(self.writer.now(), direct=direct)
         for command_id in self._undrained:
-            self.deadlines.set(command_id, self._drained_at)
+            self.deadlines.set(command_id, until)
         self._undrained.clear()
-        return self._drained_at
+        return until
 
     def presence(self, device_id: str, presence: Presence) -> None:
         """Takes in a device's new presence and applies it to the commands of its lane."""
         before = self.live.presence.get(device_id, Presence.NEVER)
         self.live.presence[device_id] = presence
+        if self.link.direct and presence is Presence.ONLINE:
+            self._drain.came(device_id, self.writer.now())
         lane = self.live.lanes.get(device_id)
         if lane is None or before is presence:
             return
@@ -182,14 +184,14 @@ class Dispatch:
             return
         now = self.writer.now()
         self.live.forget_late(lane, now)
-        ends = [*map(lanes.late_until, lane.late.values()), lane.shut_until, self._drained_at or 0]
+        ends = [*map(lanes.late_until, lane.late.values()), lane.shut_until, self._drain.ends(device_id) or 0]
         self.deadlines.set(f"lane/{device_id}", min((at for at in ends if at > now), default=None))
         free = self._slots - self.staged - self.outstanding
         if not self.link.up or self.halted or free <= 0 or not self.writer.open:
             self._waiting[device_id] = None
             return
         presence = self.live.presence.get(device_id, Presence.NEVER)
-        found = lanes.due(lane, presence, now, free, self.drained(now))
+        found = lanes.due(lane, presence, now, free, self.drained(now, device_id), self.link.listens)
         for member in found:
             self._hand_over(lane, member, presence, now)
         if len(found) == free:
@@ -262,9 +264,9 @@ class Dispatch:
         if member is not None:
             presence = self.live.presence.get(member.state.device_id, Presence.NEVER)
             if lanes.has_time(member.state, now) and lanes.reachable(member.definition, presence):
-                self.outstanding += self.link.publish(
-                    send.outgoing, lambda receipt: self._receipt(send, receipt)
-                )
+                held = not self.link.direct  # bytes written to the device itself need no slot any more
+                sent = self.link.publish(send.outgoing, lambda got: self._receipt(send, got, held))
+                self.outstanding += sent and held
             # Also set if nothing was written: the attempt timer must end the attempt in both cases.
             member.flight.written_at = now
             self._set_timer(member)
@@ -292,9 +294,9 @@ class Dispatch:
 
     # --- results of an attempt ---
 
-    def _receipt(self, send: _Send, receipt: Receipt) -> None:
-        """Takes the MQTT server's receipt for one publish. It is never evidence about the device."""
-        self.outstanding -= 1
+    def _receipt(self, send: _Send, receipt: Receipt, held: bool) -> None:
+        """Takes the receipt for one publish. Never evidence about the device. `held`: it kept a slot."""
+        self.outstanding -= held
         member = self._at(send)
         if member is not None and self.writer.open:
             self._take_receipt(member, receipt.reason)
@@ -378,9 +380,10 @@ class Dispatch:
             return
         due = lanes.overdue(member, now)
         by_mqtt = member.state.state is not State.PENDING and "mqtt" in member.definition.transports
-        if due is not None and by_mqtt and not self.drained(now):
-            if self.link.up and self._drained_at is not None:
-                self.deadlines.set(key, self._drained_at)
+        device_id = member.state.device_id
+        if due is not None and by_mqtt and not self.drained(now, device_id):
+            if self.link.up and (ends := self._drain.ends(device_id)) is not None:
+                self.deadlines.set(key, ends)
             else:
                 self._undrained[key] = None
         elif due is Input.ATTEMPT_TIMER:
@@ -392,6 +395,6 @@ class Dispatch:
             self._set_timer(member)
             self.pump(member.state.device_id)
 
-    def drained(self, now: int) -> bool:
-        """True once the answers that the MQTT server queued during our absence have been read."""
-        return self.link.up and self._drained_at is not None and now >= self._drained_at
+    def drained(self, now: int, device_id: str) -> bool:
+        """True once the answers that waited during our absence have been read."""
+        return self.link.up and (ends := self._drain.ends(device_id)) is not None and now >= ends

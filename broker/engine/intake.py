@@ -43,7 +43,14 @@ BATCH = 1_000
 KEPT_BYTES = 1_024
 # QoS 0 messages have no receive window, so this many may wait. More are dropped, which QoS 0 allows.
 MOST_UNACKNOWLEDGEABLE = 10_000
-OWN = object()  # `Message.token` of presence messages that come from the embedded MQTT server
+OWN = object()  # `Message.token` of presence messages that come from our own MQTT server
+# Reason code (MQTT 5) and reason string of the PUBACK for a message that could not be used.
+SAYS = {
+    "malformed": (0x99, "this cannot be read as an answer or a status of this device's type"),
+    "wrong_device": (0x87, "this is not the device's own topic, or not its own command"),
+    "unknown_device": (0x87, "this device is not known"),
+}
+TAKEN = (0, "")
 
 
 class Intake:
@@ -65,6 +72,7 @@ class Intake:
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
         self._backlog_until = 0
+        self._of_no_use: str | None = None  # why the current message was kept as unmatched
 
     # --- called by the link ---
 
@@ -80,6 +88,7 @@ class Intake:
     def message(self, message: Message) -> None:
         if not message.qos and len(self._queue) >= MOST_UNACKNOWLEDGEABLE:
             self.on_unmatched("overrun")
+            self.link.puback(message)
             return
         self._queue.append(msgspec.structs.replace(message, arrived_at=self.writer.now()))
         self._wake.set()
@@ -107,8 +116,12 @@ class Intake:
 
     async def _take_batch(self) -> None:
         batch = list(islice(self._queue, BATCH))
-        places = [parse_topic(self.commands.prefix, message.topic) for message in batch]
+        places = [
+            parse_topic(self.commands.prefix, message.topic) if message.foreign is None else None
+            for message in batch
+        ]
         names = {place[0] for place in places if place is not None}
+        names |= {message.foreign for message in batch if message.foreign is not None}
         await self._ready(names)
         answers = [self._read(message, place) for message, place in zip(batch, places, strict=True)]
         named = {answer.id for answer in answers if isinstance(answer, Answer) and answer.id is not None}
@@ -118,13 +131,16 @@ class Intake:
             return
         for _ in batch:
             self._queue.popleft()
+        taken: list[tuple[Message, tuple[int, str]]] = []
         for message, place, answer in zip(batch, places, answers, strict=True):
+            self._of_no_use = None
             try:
                 self._take(message, place, answer)
             except Exception:
                 # One bad message must not stop the others. Without a PUBACK it would come again for ever.
                 logger.exception("intake.failed", topic=message.topic[:200])
-        self.writer.then(lambda: self._puback(batch), lambda: self._again(batch))
+            taken.append((message, SAYS.get(self._of_no_use or "", TAKEN)))
+        self.writer.then(lambda: self._puback(taken), lambda: self._again(batch))
 
     async def _ready(self, names: Iterable[str], command_ids: Iterable[str] = ()) -> None:
         """Like `Commands.ready`, but waits while the log cannot be written: answers are never refused."""
@@ -136,10 +152,10 @@ class Intake:
             except Unavailable:
                 continue
 
-    def _puback(self, batch: list[Message]) -> None:
-        for message in batch:
+    def _puback(self, taken: list[tuple[Message, tuple[int, str]]]) -> None:
+        for message, (reason, text) in taken:
             if message.token is not OWN:
-                self.link.puback(message)
+                self.link.puback(message, reason, text)
 
     def _again(self, batch: list[Message]) -> None:
         """The commit failed and its decisions are void: queues the messages again, in order."""
@@ -174,6 +190,9 @@ class Intake:
     def _take(
         self, message: Message, place: tuple[str, str] | None, answer: Answer | Malformed | None
     ) -> None:
+        if message.foreign is not None:
+            self.unmatched(message, self.live.device(message.foreign), "wrong_device")
+            return
         device = self.live.device(place[0]) if place is not None else None
         if device is None or place is None or device.hardware_id != place[0] or device.deleted_at is not None:
             if message.token is OWN:
@@ -201,6 +220,8 @@ class Intake:
             self.registry.heard(device, Presence.UNKNOWN if online else Presence.OFFLINE, session)
         elif online:
             self.registry.heard(device, Presence.ONLINE, session)
+            if self.embedded:
+                self.dispatch.pump(device.id)  # it may have subscribed to one more of its topics
         elif device.session is None or session is None or session == device.session:
             self.registry.heard(device, Presence.OFFLINE, session)
 
@@ -313,6 +334,7 @@ class Intake:
         keep = limits.unmatched_per_device, limits.unmatched_in_all
         self.writer.note(lambda sql: log.add_unmatched(sql, [entry], *keep))
         self.on_unmatched(reason)
+        self._of_no_use = reason
         if reason == "promise_broken":
             logger.error("delivery.promise_broken", command_id=command_id)
         logger.info("answer.unmatched", reason=reason, topic=message.topic[:200], command_id=command_id)

@@ -133,7 +133,7 @@ class Pull:
         while True:
             found: list[tuple[Member, str | None]] = []
             ended = False
-            for member in lanes.fetched(lane, transport, now, self.dispatch.drained(now)):
+            for member in lanes.fetched(lane, transport, now, self.dispatch.drained(now, lane.device_id)):
                 mint = self.grants.mint if member.definition.carries_grant else self.grants.shown
                 try:
                     found.append((member, mint(member.state, now)))

@@ -224,6 +224,8 @@ class MqttLink:
     current connection, or of the next attempt.
     """
 
+    direct = False
+
     def __init__(
         self,
         url: str,
@@ -256,7 +258,10 @@ class MqttLink:
     def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
         return self._connection is not None and self._connection.publish(outgoing, done)
 
-    def puback(self, message: Message) -> None:
+    def listens(self, topic: str) -> bool:
+        return True  # the server does not say
+
+    def puback(self, message: Message, reason: int = 0, text: str = "") -> None:
         if message.token is not None:
             connection, mid = message.token
             connection.puback(mid, message.qos)

@@ -58,7 +58,12 @@ class Taken:
         said = b'{"id":"%s","status":"executed"}' % (outgoing.correlation or b"")
         self._core.intake.message(Message(topic=outgoing.topic.replace("/rls", "/ack"), payload=said))
 
-    def puback(self, message: object) -> None:
+    direct = False
+
+    def listens(self, topic: str) -> bool:
+        return True
+
+    def puback(self, message: object, reason: int = 0, text: str = "") -> None:
         return
 
 

@@ -155,6 +155,9 @@ class Wire:
         self.sent: list[Outgoing] = []
         self.due: list[tuple[Outgoing, Callable[[Receipt], None]]] = []
         self.pubacks: list[Message] = []
+        self.said: list[int] = []  # the reasons of those
+        self.direct = False
+        self.unheard: set[str] = set()  # topics that nobody has subscribed to
         self.on_publish: Callable[[Outgoing], None] = lambda _: None
 
     def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
@@ -164,7 +167,11 @@ class Wire:
             self.due.append((outgoing, done))
         return self.up
 
-    def puback(self, message: Message) -> None:
+    def listens(self, topic: str) -> bool:
+        return topic not in self.unheard
+
+    def puback(self, message: Message, reason: int = 0, text: str = "") -> None:
+        self.said.append(reason)
         self.pubacks.append(msgspec.structs.replace(message, arrived_at=0))
 
     def receipt(self, receipt: Receipt = TAKEN) -> None:

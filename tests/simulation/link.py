@@ -111,6 +111,8 @@ class Client:
 class SimLink(Client):
     """`broker.seams.Link`: records every publish, delivery and PUBACK of the broker in the history."""
 
+    direct = False
+
     def __init__(
         self,
         server: SimMqttServer,
@@ -159,7 +161,10 @@ class SimLink(Client):
         if self.server.history is not None:
             self.server.history.linked(up)
 
-    def puback(self, message: Message) -> None:
+    def listens(self, topic: str) -> bool:
+        return True
+
+    def puback(self, message: Message, reason: int = 0, text: str = "") -> None:
         self._record("puback", message)
         self._acknowledge(message)
 

@@ -185,7 +185,7 @@ def _never_checked(self: Commands, caller: Caller, command_id: str) -> None:
     self.seen(caller, command_id)
 
 
-def _no_waiting(self: Dispatch, now: int) -> bool:
+def _no_waiting(self: Dispatch, now: int, device_id: str) -> bool:
     return True
 
 

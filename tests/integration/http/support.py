@@ -25,6 +25,8 @@ READ = ("devices:read",)
 class NoServer:
     """A link whose far end is the test: `up` is set by the test, and all publishes are kept."""
 
+    direct = False
+
     def __init__(self) -> None:
         self.up = False
         self.sent: list[Outgoing] = []
@@ -34,7 +36,10 @@ class NoServer:
             self.sent.append(outgoing)
         return self.up
 
-    def puback(self, message: Message) -> None:
+    def listens(self, topic: str) -> bool:
+        return True
+
+    def puback(self, message: Message, reason: int = 0, text: str = "") -> None:
         return
 
 
