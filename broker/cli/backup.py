@@ -1,4 +1,4 @@
-"""`ordain backup` and `ordain restore`: both work on files themselves, beside whoever serves."""
+"""`ordain backup` and `ordain restore`. Both work directly on the files, also while a broker serves."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from broker.operations.backup import Backup, Refused
 
 
 def backup(to: Path, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """Copy the log to a new file, while a broker serves it or not, and verify the copy.
+    """Copy the log to a new file and verify the copy. A broker may run meanwhile.
 
-    It holds API keys (as digests), the keys that grants are signed with, devices' secrets and webhooks'
-    secrets: keep it like the data directory. What is erased later stays in it.
+    The backup contains API keys (as digests), the keys that sign grants, device secrets and webhook secrets:
+    protect it like the data directory. Data that is erased later stays in the backup.
 
     Parameters
     ----------
     to
-        The file to make.
+        The file to create.
     """
     try:
         made = backups.take(Path(settings_of(config, data=data).data), to)
@@ -29,15 +29,16 @@ def backup(to: Path, /, *, data: Data = None, config: Config = None, as_json: Js
 
 
 def restore(source: Path, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """Put a backup in the place of a log that is not there.
+    """Restore a backup into a data directory that has no log.
 
-    Commands that were open then are open again, under their old ids, and what happened since is not known:
-    a device that remembers ids does not do one twice, a device without ids may.
+    Commands that were open at the time of the backup are open again, with their old ids. The restored log
+    does not know what happened since then. A device that remembers command ids does not execute a command
+    twice; a device without ids may.
 
     Parameters
     ----------
     source
-        A file that `ordain backup` made.
+        A file that `ordain backup` created.
     """
     directory = Path(settings_of(config, data=data).data)
     try:

@@ -1,4 +1,4 @@
-"""What all commands of the command line share: exit codes, options, asking the broker, output."""
+"""Shared parts of all commands of the command line: options, requests to the broker, output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from broker.world import there_is_a_log
 T = TypeVar("T")
 
 Config = Annotated[
-    str | None, Parameter(name="--config", help="TOML file of the broker's settings; else ORDAIN_CONFIG.")
+    str | None, Parameter(name="--config", help="TOML file with the broker's settings; else ORDAIN_CONFIG.")
 ]
 Data = Annotated[str | None, Parameter(name="--data", help="Data directory; else ORDAIN_DATA, else ./data.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="JSON on standard output.")]
@@ -28,10 +28,10 @@ Text = Annotated[str | None, Parameter(negative="")]
 
 
 def settings_of(config: str | None = None, **flags: str | None) -> Settings:
-    """Flags, environment and file together.
+    """The settings from flags, environment and file.
 
     Raises:
-        BadSetting: one of them is wrong.
+        BadSetting: a setting is wrong.
     """
     return load(flags, os.environ, config)
 
@@ -43,16 +43,16 @@ def ask(
     *,
     make: bool = False,
 ) -> T:
-    """Does something as the operator of a data directory; `work` is told whether a broker is serving.
+    """Runs `work` as the operator of a data directory. Its second argument says whether a broker is serving.
 
-    `make`: it may be the first thing done there. Anything else in a wrong directory must not make a log.
+    `make`: `work` may create the log. All other commands must not create a log in a wrong directory.
     """
     settings = settings_of(config, data=data)
     if not make:
         there_is_a_log(Path(settings.data))
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger("critical")
-    )  # errors are exceptions here
+    )  # errors arrive as exceptions, so log lines would only repeat them
 
     async def asking() -> T:
         async with operator(settings) as (client, serving):
@@ -66,7 +66,7 @@ def print_json(value: object) -> None:
 
 
 def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Columns as wide as they need to be: an id that was cut off is of no use."""
+    """Prints a table. Columns are as wide as their longest cell, so that no id is cut off."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,4 +1,4 @@
-"""`ordain diff`: what changed between two points of the log. It only asks."""
+"""`ordain diff`: the changes between two points of the log. It only sends requests to the broker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from broker.operations.asking import call
 def diff(
     before: str, after: str, /, *, data: Data = None, config: Config = None, as_json: Json = False
 ) -> None:
-    """What changed between two points: commands and devices, field by field.
+    """Show the changes between two points of the log: commands and devices, field by field.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""`ordain doctor`: prints what it finds; exit 0 also with warnings, 1 with a fault."""
+"""`ordain doctor`: prints its findings. The exit code is 0 also with warnings, and 1 with a fault."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from broker.operations import doctor as looks
 from broker.operations.asking import REFUSED, Failed
 from broker.operations.doctor import Finding
 
-BROKEN_LOG = ("file", "chain", "projections")  # with one of these nothing is asked: it would be built on
+BROKEN_LOG = ("file", "chain", "projections")  # after a fault here, no request may use the broken log
 
 
 def doctor(
@@ -23,12 +23,12 @@ def doctor(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Look at everything a broker stands on, beside it or without one, and say what to do.
+    """Check everything a broker depends on, and say how to correct problems. A broker may run or not.
 
     Parameters
     ----------
     canary
-        Also try the MQTT server's rules as a device: registers two devices of its own, at the first time.
+        Also check the MQTT server's access rules as a device. The first run registers two devices for it.
     """
     settings = settings_of(config, data=data)
     found = list(looks.files(Path(settings.data)))

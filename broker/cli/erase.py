@@ -1,4 +1,4 @@
-"""`ordain delete` and `ordain purge`: commands are erased for ever; the log keeps that it was done."""
+"""`ordain delete` and `ordain purge`: erase commands permanently. The log records that they were erased."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from broker.operations.asking import call
 
 
 def delete(command_id: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """Erase one closed command for ever; one that is pending is cancelled first.
+    """Erase one closed command permanently. A pending command is cancelled first.
 
     Parameters
     ----------
@@ -34,12 +34,14 @@ def purge(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Erase every closed command that was created before midnight (UTC) so many days ago.
+    """Erase permanently all closed commands that are older than a number of days.
+
+    A command is older if it was created before midnight (UTC) that many days ago.
 
     Parameters
     ----------
     older_than_days
-        0 to 36500; 0 is all before today.
+        0 to 36500; 0 erases all closed commands created before today.
     """
     body = {"older_than_days": older_than_days}
     purged = ask(data, config, lambda client, _: call(client, "POST", "/commands/purge", body))

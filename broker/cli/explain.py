@@ -1,4 +1,4 @@
-"""`ordain explain`: why a command is where it is, and what happens next. It only asks."""
+"""`ordain explain`: why a command is in its state, and what happens next. It only sends a request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from broker.operations.asking import call
 
 
 def explain(command_id: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """Why a command is where it is, and what happens next.
+    """Explain why a command is in its state, and what happens next.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def explain(command_id: str, /, *, data: Data = None, config: Config = None, as_
             client, "GET", f"/v1/commands/{quote(command_id, safe='')}/explain"
         )
         if not serving and found["next"] is not None:
-            print("ordain: no broker serves this log; nothing moves until one does", file=sys.stderr)
+            print("ordain: no broker serves this log; the command waits until one does", file=sys.stderr)
         return found
 
     found = ask(data, config, asking)

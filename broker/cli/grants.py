@@ -1,4 +1,4 @@
-"""`ordain grants`: the keys that grants are signed with. It only asks; secrets never pass through here."""
+"""`ordain grants`: the keys that sign grants. It only sends requests, and never sees a private key."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cyclopts import App
 from broker.cli.base import Config, Data, Json, ask, print_json, print_table
 from broker.operations.asking import call
 
-grants = App(name="grants", help="Keys that grants are signed with: list, rotate, retire.")
+grants = App(name="grants", help="Keys that sign grants: list, rotate, retire.")
 
 
 @grants.command(name="list")
 def list_grant_keys(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """All keys, oldest first; the last one signs."""
+    """List all keys, oldest first. The last one signs."""
     found = ask(data, config, lambda client, _: call(client, "GET", "/local/grants"))["data"]
     if as_json:
         print_json(found)
@@ -26,7 +26,7 @@ def list_grant_keys(*, data: Data = None, config: Config = None, as_json: Json =
 
 @grants.command(name="rotate")
 def rotate_grant_key(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """Make a new key, which signs from now on. The older ones stay in the JWKS until they are retired."""
+    """Create a new key, which signs from now on. Older keys stay in the JWKS until they are retired."""
     made = ask(data, config, lambda client, _: call(client, "POST", "/local/grants/rotate"))
     if as_json:
         print_json(made)
@@ -36,7 +36,7 @@ def rotate_grant_key(*, data: Data = None, config: Config = None, as_json: Json 
 
 @grants.command(name="retire")
 def retire_grant_key(kid: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """Take a key out of the JWKS: at once if it leaked, else 24 hours after it was replaced."""
+    """Remove a key from the JWKS. Do this at once if it leaked, else 24 hours after it was replaced."""
     gone = ask(
         data, config, lambda client, _: call(client, "POST", f"/local/grants/{quote(kid, safe='')}/retire")
     )

@@ -1,4 +1,4 @@
-"""`ordain log`: reads the log's file itself, beside whoever writes it."""
+"""`ordain log`: reads the log file directly, also while a broker writes to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from devices.clock import rfc3339
 from projections import devices
 from projections.commands import veiled
 
-logs = App(name="log", help="The log: look at it, verify it, take it elsewhere.")
+logs = App(name="log", help="The log: read, verify, export, import.")
 logs.command(export_log, name="export")
 logs.command(import_log, name="import")
 logs.command(redecide_command, name="redecide")
@@ -41,14 +41,14 @@ def tail_log(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """The last events.
+    """Show the last events.
 
     Parameters
     ----------
     follow
-        Go on with new ones as they come.
+        Also show new events as they are recorded.
     lines
-        How many to begin with.
+        How many past events to show.
     """
     if lines < 0:
         raise Failed(USAGE, f"--lines = {lines}: must not be negative")
@@ -69,7 +69,7 @@ def _following(sql: sqlite3.Connection, after: int, follow: bool) -> Iterator[Ro
 
 
 def _page(sql: sqlite3.Connection, after: int) -> list[Row]:
-    sql.execute("BEGIN")  # one state of the rows and of what is to be erased of them
+    sql.execute("BEGIN")  # one snapshot of the rows and of the pending erasures
     page = veiled(sql, log.rows(sql, after))
     sql.execute("COMMIT")
     return page
@@ -102,7 +102,7 @@ def _show(row: Row, as_json: bool) -> None:
 
 @logs.command(name="show")
 def show_log(what: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """One event, or all events of one command or device.
+    """Show one event, or all events of one command or device.
 
     Parameters
     ----------
@@ -118,12 +118,12 @@ def show_log(what: str, /, *, data: Data = None, config: Config = None, as_json:
         for row in veiled(sql, found):
             _show(row, as_json)
     if not found:
-        raise Failed(REFUSED, f"no event, command or device {what[:80]!r} is in the log")
+        raise Failed(REFUSED, f"the log has no event, command or device {what[:80]!r}")
 
 
 @logs.command(name="stats")
 def show_stats(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """How much is in the log: events by type and by project, streams, times, bytes."""
+    """Show statistics of the log: events by type and by project, streams, times, bytes."""
     directory = _directory(config, data)
     with closing(transfer.opened(directory)) as sql:
         found = transfer.stats(sql)
@@ -142,9 +142,9 @@ def show_stats(*, data: Data = None, config: Config = None, as_json: Json = Fals
 
 @logs.command(name="compact")
 def compact_log(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """Give the space of what was erased back to the disk; removes no event. Only while no broker serves.
+    """Return the disk space of erased data to the file system. Removes no event. Stop the broker first.
 
-    It needs twice the size of what remains as free space meanwhile.
+    It temporarily needs free disk space of twice the remaining size.
     """
     before, after = compact(_directory(config, data))
     if as_json:
@@ -161,12 +161,12 @@ def make_checkpoint(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """State how far the log has come and what its last hash is, signed, for somebody else to keep.
+    """Write a checkpoint: a signed statement of the log's last position and last hash. Keep it elsewhere.
 
     Parameters
     ----------
     to
-        The file to make; else standard output.
+        The file to create; else standard output.
     """
     with closing(transfer.opened(_directory(config, data))) as sql, refusing():
         text = checkpoint.sign(sql)
@@ -188,17 +188,17 @@ def verify_log(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Walk the whole hash chain; exit 0 only if every row is as it was written.
+    """Verify the whole hash chain. The exit code is 0 only if no row was changed.
 
     Parameters
     ----------
     against
-        A checkpoint that was kept: the log must have been what it says, and gone on from there.
+        A checkpoint file: the log must contain its position with its hash.
     key
-        The thumbprint of the key that must have signed it, as you noted it.
+        The thumbprint of the key that must have signed the checkpoint.
     """
     if key is not None and against is None:
-        raise Failed(USAGE, "--key: belongs to --against, and that is not given")
+        raise Failed(USAGE, "--key: needs --against as well")
     with closing(transfer.opened(_directory(config, data))) as sql, refusing():
         said = None if against is None else checkpoint.read(against.read_bytes())
         if said is not None and key not in (None, said.thumbprint):
@@ -218,7 +218,7 @@ def verify_log(
         print(f"{found.rows} events, no fault; the last hash is {found.hash.hex()}")
         if said is not None:
             claims = said.claims
-            print(f"it goes on from the checkpoint at position {claims.position} of {claims.recorded_at}")
+            print(f"it continues the checkpoint at position {claims.position} of {claims.recorded_at}")
             print(f"signed by {said.kid}, thumbprint {said.thumbprint}")
     if fault is not None:
         raise Failed(REFUSED, fault)
@@ -230,7 +230,7 @@ def _directory(config: str | None, data: str | None) -> Path:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """What cannot be done ends the command with its sentence."""
+    """Turns `Refused` into `Failed`, which ends the command with its message and exit code 1."""
     try:
         yield
     except Refused as error:

@@ -1,4 +1,4 @@
-"""The command line: every command finds the broker by its data directory, and works beside a running one.
+"""The command line. Every command finds the broker by its data directory, and works while a broker runs.
 
 Exit codes: 0 done; 1 refused, not executed, or a fault found; 2 the command line or a setting is wrong;
 3 the broker or its log cannot be reached. Errors are one sentence on standard error.
@@ -70,14 +70,14 @@ def main() -> None:
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads us has read enough, as in `ordain log tail | head`
+    except BrokenPipeError:  # the reader closed the pipe, as in `ordain log tail | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
     sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
-    """One command line; gives its exit code."""
+    """Runs one command line and returns its exit code."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except BrokenPipeError:
@@ -99,7 +99,7 @@ def _first(group: BaseException) -> BaseException:
 
 
 def _error(error: BaseException) -> int:
-    """Says what went wrong in one line; gives the exit code."""
+    """Prints the error in one line and returns the exit code."""
     message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         message = ": ".join([*([str(error.filename)] if error.filename else []), error.strerror])
@@ -132,9 +132,10 @@ def serve(
     mqtt_listen
         HOST:PORT of the embedded MQTT server; else ORDAIN_MQTT_LISTEN, else 127.0.0.1:1883.
     mqtt_server
-        Our own MQTT server: embedded, or mosquitto as a child; else ORDAIN_MQTT_SERVER, else embedded.
+        The broker's own MQTT server: embedded, or mosquitto as a child process; else ORDAIN_MQTT_SERVER, else
+        embedded.
     mqtt_url
-        An external MQTT server instead, mqtt://user:password@host:port; else ORDAIN_MQTT_URL.
+        Use this external MQTT server instead, mqtt://user:password@host:port; else ORDAIN_MQTT_URL.
     demo
         Also run a few simulated devices, and print a curl to try.
     """
@@ -162,7 +163,7 @@ def _log_to_stderr() -> None:
     )
 
 
-# --- what goes through the operator's door ---------------------------------------------------------
+# --- requests to the broker as its operator --------------------------------------------------------
 
 
 @keys.command(name="create")
@@ -175,16 +176,16 @@ def create_key(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Make an API key; it is printed alone, this once. Making a key for a project makes the project.
+    """Create an API key. Prints only the key, and only this once. Also creates the project if it is new.
 
     Parameters
     ----------
     project
-        The project it belongs to.
+        The project that the key belongs to.
     scope
         devices:read, devices:write, events:read or admin; may be given several times.
     name
-        What it is for.
+        A note about the key's purpose.
     """
     body = {"project": project, "scopes": scope, "name": name}
     made = ask(data, config, lambda client, _: call(client, "POST", "/local/keys", body), make=True)
@@ -196,7 +197,7 @@ def create_key(
 
 @keys.command(name="list")
 def list_keys(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """All keys, without their secrets."""
+    """List all keys, without their secrets."""
     found = ask(data, config, lambda client, _: call(client, "GET", "/local/keys"))["data"]
     if as_json:
         print_json(found)
@@ -217,7 +218,7 @@ def list_keys(*, data: Data = None, config: Config = None, as_json: Json = False
 
 @keys.command(name="revoke")
 def revoke_key(key_id: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """Take a key away, at once and for ever. What it made goes on."""
+    """Revoke a key, at once and permanently. Commands that were created with it continue."""
     gone = ask(
         data, config, lambda client, _: call(client, "DELETE", f"/local/keys/{quote(key_id, safe='')}")
     )
@@ -240,16 +241,16 @@ def add_device(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Register a device; its token is printed alone, this once.
+    """Register a device. Prints only its token, and only this once.
 
     Parameters
     ----------
     hardware_id
-        Its name in topics; also its MQTT client id and user name.
+        The device's name in topics; also its MQTT client id and user name.
     type
-        Its device type, such as generic, recorder or iotee_device.
+        The device type, such as generic, recorder or iotee_device.
     project
-        The project it belongs to.
+        The project that the device belongs to.
     """
     given = {"hardware_id": hardware_id, "type": type, "project": project, "id": id, "name": name}
     body = {key: value for key, value in given.items() if value is not None}
@@ -262,7 +263,7 @@ def add_device(
 
 @devices.command(name="list")
 def list_devices(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """All devices, newest first."""
+    """List all devices, newest first."""
     found = ask(data, config, lambda client, _: pages(client, "/v1/devices"))
     if as_json:
         print_json(found)
@@ -284,7 +285,7 @@ def send(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Send one command; without --wait its id is printed as soon as it is durable.
+    """Send one command. Without --wait, prints its id as soon as it is durable.
 
     Parameters
     ----------
@@ -293,11 +294,11 @@ def send(
     command
         The command, such as lock.
     params
-        Parameters as key=value; a value that is JSON is taken as such, else as text.
+        Parameters as key=value. A value that is valid JSON is used as JSON, else as text.
     ttl
-        Seconds until it expires; else 300, and 0 for never.
+        Seconds until the command expires; else 300. 0 means never.
     wait
-        Wait until it is closed; exit 0 only if it was executed.
+        Wait until the command is closed. The exit code is 0 only if it was executed.
     timeout
         Seconds to wait at most.
     """
@@ -310,7 +311,7 @@ def send(
             client, "POST", f"/v1/devices/{quote(device, safe='')}/commands", body
         )
         if wait and not serving:
-            raise Failed(UNREACHABLE, f"{made['id']} is recorded, but no broker serves: nothing to wait for")
+            raise Failed(UNREACHABLE, f"{made['id']} is recorded, but no broker serves: --wait would not end")
         until = time.monotonic() + timeout
         while wait and made["state"] not in CLOSED:
             if time.monotonic() > until:
@@ -336,7 +337,7 @@ def _params(pairs: tuple[str, ...]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise Failed(USAGE, f"{pair!r} is no parameter: it must be key=value")
+            raise Failed(USAGE, f"{pair!r} is not a parameter: it must be key=value")
         try:
             params[key] = msgspec.json.decode(text)
         except msgspec.DecodeError:

@@ -1,4 +1,4 @@
-"""How far a long command has come, on standard error; a short one says nothing."""
+"""Progress of a long command, on standard error. A command that ends within a second prints nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PAUSE_SEC = 1.0
 
 
 class Progress:
-    """Called with how much is done; says so once a second. `total` in the same unit."""
+    """Call it with the amount that is done; it prints at most once a second. `total` is in the same unit."""
 
     def __init__(self, total: int, unit: str = "events") -> None:
         self._total = total

@@ -1,4 +1,4 @@
-"""`ordain projections`: what is computed from the log, whether it is right, and how to compute more."""
+"""`ordain projections`: verify and rebuild the projections of the log, and run your own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from broker.operations.own_projection import OwnProjection, Wrong
 from broker.world import SqliteStorage, open_for_reading
 from projections import follower
 
-projections = App(name="projections", help="What is computed from the log.")
+projections = App(name="projections", help="Projections: tables that are computed from the log.")
 
 
 @projections.command(name="run")
@@ -33,16 +33,17 @@ def run_projection(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Give every event of the log to a projection of your own, and print what it shows.
+    """Run a projection of your own on every event of the log, and print its rows.
 
     Parameters
     ----------
     file
         A Python file that defines TABLES, apply, COLUMNS and rows; see docs/projections.md.
     into
-        Where to keep what it has computed, to go on from there; else all of history is taken in anew.
+        A file for the projection's database, so that the next run continues there; else every run starts
+        with the first event.
     follow
-        Go on with new events as they come, and print again when something has changed.
+        Continue with new events, and print the rows again when they change.
     """
     directory = Path(settings_of(config, data=data).data)
     with tempfile.TemporaryDirectory() as scratch, closing(open_for_reading(directory)) as source:
@@ -73,26 +74,26 @@ def _show(projection: OwnProjection, rows: list[tuple[object, ...]], as_json: bo
 
 @projections.command(name="verify")
 def verify_projections(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """Compute all projections anew, also beside a broker, and compare; exit 0 only if they are the same."""
+    """Compute all projections again and compare them. A broker may run. Exit 0 only if they are the same."""
     directory = Path(settings_of(config, data=data).data)
     with closing(open_for_reading(directory)) as kept:
-        kept.execute("BEGIN")  # one state of log and projections, whatever is recorded meanwhile
+        kept.execute("BEGIN")  # one snapshot of log and projections, which new events do not change
         rows = log.head(kept).position
         fault = follower.fault(kept, Progress(rows))
     if as_json:
         print_json({"events": rows, "fault": fault})
     elif fault is None:
-        print(f"the projections are what follows from {rows} events")
+        print(f"the projections match the log, {rows} events")
     if fault is not None:
         raise Failed(REFUSED, fault)
 
 
 @projections.command(name="rebuild")
 def rebuild_projections(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """Drop all projections and compute them anew. Only while no broker serves."""
+    """Delete all projections and compute them again. Stop the broker first."""
     directory = Path(settings_of(config, data=data).data)
     with closing(open_for_reading(directory)):
-        pass  # there is a log: opening for writing would make one
+        pass  # checks that there is a log, because opening it for writing would create one
 
     async def rebuilding() -> int:
         storage = await SqliteStorage.open(directory)
@@ -106,4 +107,4 @@ def rebuild_projections(*, data: Data = None, config: Config = None, as_json: Js
     if as_json:
         print_json({"events": events})
     else:
-        print(f"the projections are made anew from {events} events")
+        print(f"the projections were rebuilt from {events} events")

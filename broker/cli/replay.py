@@ -1,4 +1,4 @@
-"""`ordain replay`: events of the past once more, to a terminal, a webhook, MQTT, or a new directory."""
+"""`ordain replay`: sends past events again, to a terminal, a webhook, MQTT, or a new data directory."""
 
 from __future__ import annotations
 
@@ -49,31 +49,31 @@ def replay(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Send recorded events once more, under the ids they have. No command is sent again.
+    """Send recorded events again, with their original ids. No command is sent again.
 
     Parameters
     ----------
     into
-        stdout; the URL of a webhook; mqtt, for the topics of events (a broker must serve); or a directory
-        that is made: a log of its own up to --to, with its projections.
+        stdout; the URL of a webhook; mqtt, for the event topics (a broker must serve); or a new directory,
+        which gets a copy of the log up to --to, with its projections.
     first
-        A position of the log, or an RFC 3339 time; else the beginning.
+        The first event: a position of the log, or an RFC 3339 time; else the beginning.
     last
-        The same, inclusive; else the end as it is now.
+        The last event, inclusive: a position or a time; else the current end.
     device
         Only events of this device: id or hardware id.
     project
         Only events of this project.
     speed
-        1x as fast as it happened, 10x ten times as fast, 0.1x in slow motion; else as fast as it goes.
+        1x keeps the original pace, 10x is ten times as fast, 0.1x is slow motion; else without pauses.
     secret
-        whsec_…: signs what goes to a webhook; else ORDAIN_WEBHOOK_SECRET, else it is not signed.
+        whsec_…: signs the requests to a webhook; else ORDAIN_WEBHOOK_SECRET, else they are not signed.
     dry_run
-        Say what would be sent, and send nothing.
+        Print what would be sent, and send nothing.
     """
     settings = settings_of(config, data=data)
     with closing(open_for_reading(Path(settings.data))) as sql:
-        sql.execute("BEGIN")  # one state of the log, whatever is appended meanwhile
+        sql.execute("BEGIN")  # one snapshot of the log, which new events do not change
         span = _span(sql, first, last)
         wanted = Wanted(project=project, device=None if device is None else _device(sql, device))
         pace, secret = _speed(speed), _secret(secret)
@@ -84,7 +84,7 @@ def replay(
             if span[0] > 0 or wanted != Wanted() or pace is not None:
                 raise Failed(
                     USAGE,
-                    f"--into {into}: a log is replayed from its beginning, whole, at once: give --to alone",
+                    f"--into {into}: a directory gets the whole log from its beginning: use only --to",
                 )
             played = _into_directory(sql, Path(into), span[1], dry_run=dry_run)
         else:
@@ -99,17 +99,17 @@ def replay(
 
 
 def _span(sql: sqlite3.Connection, first: str, last: str | None) -> tuple[int, int]:
-    """The positions to replay: after the one, up to the other."""
+    """The range to replay: events after the first position, up to the second one."""
     head = log.head(sql).position
     after = _point(sql, "--from", first, head, before=True)
     until = head if last is None else _point(sql, "--to", last, head, before=False)
     if after > until:
-        raise Failed(USAGE, f"--from = {first} lies after --to = {last}")
+        raise Failed(USAGE, f"--from = {first} is after --to = {last}")
     return after, until
 
 
 def _point(sql: sqlite3.Connection, flag: str, text: str, head: int, *, before: bool) -> int:
-    """The position of the last event before a point, or of the last one up to it."""
+    """The position of the last event before a point (`before`), or at the point or before it."""
     if text.isascii() and text.isdecimal():
         if int(text) > head:
             raise Failed(USAGE, f"{flag} = {text}: the log ends at position {head}")
@@ -140,14 +140,14 @@ def _speed(text: str | None) -> float | None:
 def _secret(text: str | None) -> str | None:
     text = text or os.environ.get("ORDAIN_WEBHOOK_SECRET") or None
     if text is not None and not SECRET.fullmatch(text):
-        raise Failed(USAGE, "--secret: must be whsec_ and base64, as it was shown when it was made")
+        raise Failed(USAGE, "--secret: must be whsec_ followed by base64, as shown when it was created")
     return text
 
 
 def _into_directory(sql: sqlite3.Connection, directory: Path, until: int, *, dry_run: bool) -> Played:
-    """A new data directory that no broker serves; it appears under its name when it is whole."""
+    """Makes a new data directory that no broker serves. It gets its final name when it is complete."""
     if directory.exists():
-        raise Failed(USAGE, f"--into {directory}: it is there already; name a new directory")
+        raise Failed(USAGE, f"--into {directory}: it already exists; name a new directory")
     if not dry_run:
         part = directory.with_name(f"{directory.name}.part")
         try:
@@ -196,7 +196,7 @@ async def _target(settings: Settings, into: str, log_id: str, secret: str | None
         async with operator(settings) as (client, serving):
             if not serving:
                 raise Failed(
-                    UNREACHABLE, "--into mqtt: no broker serves this log, and events go through its link"
+                    UNREACHABLE, "--into mqtt: no broker serves this log, and only its MQTT link can publish"
                 )
 
             async def publish(entry: Entry) -> None:

@@ -1,6 +1,7 @@
-"""`ordain simulate`: a fleet of devices with faults against a running broker, and what came of it.
+"""`ordain simulate`: runs a fleet of simulated devices with faults against a running broker, and reports.
 
-The fleet is `devices.simulator`; here is its way to the broker, as the operator, and what a person sees.
+The fleet is `devices.fleet.simulator`. This module is its connection to the broker, as the operator, and its
+output.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TOKENS = "simulation.tokens"
 MOST_DEVICES = 20_000
 REGISTERING = 32
 REDRAW_SEC = 0.25
-# A broker that restarts is waited for; what was asked of it is asked again under the same key.
+# How long requests are retried while the broker restarts. Retries use the same idempotency key.
 AWAY_SEC = 60
 AGAIN_SEC = 0.5
 
@@ -55,33 +56,33 @@ def simulate(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Run a fleet of simulated devices against a running broker, and say what came of each command.
+    """Run a fleet of simulated devices against a running broker, and report what happened to each command.
 
-    A share is written 10% or 0.1; it is of all commands, and one may meet several faults. Exit 0 only if
-    nothing was done twice, nothing was lost, and every state fits what the device did.
+    A share is written as 10% or 0.1. It is a share of all commands; one command can have several faults. Exit
+    0 only if no command was executed twice, none was lost, and every state fits what the device did.
 
     Parameters
     ----------
     devices
-        How many; they are registered as sim-0001 and on, in project simulation.
+        How many devices; they are registered as sim-0001, sim-0002, …, in project simulation.
     offline
-        Share at which the device loses its connection, for 1 to 8 s.
+        Share of commands at which the device loses its connection, for 1 to 8 s.
     fail
-        Share that the device fails.
+        Share of commands that the device fails.
     duplicate
-        Share whose answers the device sends twice.
+        Share of commands whose answers the device sends twice.
     lose
-        Share whose answers are lost until the device is asked again.
+        Share of commands whose answers are lost until the broker sends the command again.
     slow
-        Share that takes the device 1 to 5 s.
+        Share of commands that take the device 1 to 5 s.
     send_rate
         Commands a second, over all devices.
     duration
         Seconds of sending.
     seed
-        The same seed draws the same devices and the same faults.
+        The same seed gives the same devices and the same faults.
     mqtt_url
-        The MQTT server as the devices reach it; else as the broker says.
+        The MQTT server's address for the devices; else the broker's own.
     """
     _within("--devices", devices, 1, MOST_DEVICES)
     _within("--send-rate", send_rate, 0.01, 10_000)
@@ -132,10 +133,10 @@ async def _simulated(settings: Settings, plan: Plan, mqtt_url: str | None, *, li
 
 
 def share(option: str, text: str) -> float:
-    """`10%` or `0.1`.
+    """Parses a share such as `10%` or `0.1`.
 
     Raises:
-        Failed: it is neither, or beyond the whole.
+        Failed: it is not a share, or not between 0 and 100%.
     """
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -155,7 +156,7 @@ def _mqtt_server(url: str) -> Server:
 
 
 class OperatorDoor:
-    """`devices.simulator.Door` through the operator's HTTP; keeps the devices' tokens in a file."""
+    """`devices.fleet.simulator.Door` over the operator's HTTP API. Keeps the devices' tokens in a file."""
 
     def __init__(self, client: httpx2.AsyncClient, tokens: Path) -> None:
         self._client, self._path = client, tokens
@@ -194,7 +195,7 @@ class OperatorDoor:
         return made
 
     async def open(self) -> set[str]:
-        # In the order of a command's life: one that goes on in between is seen in the later list.
+        # In the order of a command's life: a command that changes state meanwhile is in the later list.
         return {
             view.id
             for state in ("pending", "published", "acknowledged")
@@ -225,8 +226,11 @@ class OperatorDoor:
             cursor = page["next_cursor"]
 
     async def _made(self, name: str) -> str:
-        """A token of a device that is registered for it; of one that was, a new one. Other devices are
-        left alone."""
+        """Registers the device, or gives a registered one a new token; returns the token.
+
+        Raises:
+            Failed: the device belongs to another project.
+        """
         body = {"hardware_id": name, "type": TYPE, "project": PROJECT, "name": "simulated"}
         response = await self._ask("POST", "/v1/devices", body)
         if response.status_code == 409:
@@ -242,10 +246,10 @@ class OperatorDoor:
             file.write(msgspec.json.encode(self._tokens))
 
     async def _ask(self, method: str, path: str, body: object = None) -> httpx2.Response:
-        """An answer that is not 503; a broker that is away is asked again.
+        """Sends a request; retries for up to AWAY_SEC while the broker is away or answers 503.
 
         Raises:
-            httpx2.HTTPError: it stayed away.
+            httpx2.TransportError: the broker stayed away.
         """
         content = None if body is None else msgspec.json.encode(body)
         headers = None if body is None else {"Content-Type": "application/json"}
@@ -263,10 +267,10 @@ class OperatorDoor:
 
 
 def _json(response: httpx2.Response) -> Any:
-    """The answer's JSON.
+    """The response's JSON.
 
     Raises:
-        Failed: the broker refused, in its words.
+        Failed: the broker answered with an error; the message is the broker's.
     """
     answer = response.json()
     if response.is_error:
@@ -274,7 +278,7 @@ def _json(response: httpx2.Response) -> Any:
     return answer
 
 
-# --- what a person sees ----------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -310,7 +314,7 @@ def _picture(simulation: Simulation) -> Table:
 
 
 def told(summary: Summary) -> str:
-    """The summary in lines."""
+    """The summary as text, one figure a line."""
     drawn = msgspec.structs.asdict(summary.drawn)
     rate = summary.sent / summary.sending_sec if summary.sending_sec else 0
     rows = [
@@ -323,7 +327,7 @@ def told(summary: Summary) -> str:
         ("cancelled", summary.cancelled, ""),
         ("open", summary.open, "interrupted" if summary.interrupted else ""),
         ("doubled", summary.doubled, "done more than once"),
-        ("lost", summary.lost, "accepted, and never ended"),
+        ("lost", summary.lost, "accepted, but never closed"),
         ("misfits", summary.misfits, "in a state that does not fit what the device did"),
     ]
     return "\n".join(

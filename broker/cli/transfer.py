@@ -1,4 +1,4 @@
-"""`ordain log export` and `import`: the log as JSON Lines, and the way back."""
+"""`ordain log export`, `import` and `redecide`: the log as JSON Lines, and back."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def export_log(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Write the log as JSON Lines, one state of it, beside a running broker or without one.
+    """Write a snapshot of the log as JSON Lines. A broker may run meanwhile.
 
-    All columns, bytes as base64, in order of position. Only the log: no API keys, no signing keys, no
-    secrets, no idempotency keys. With a filter it is for reading, and cannot be imported.
+    It has all columns, bytes as base64, in order of position. It contains only the log: no API keys, no
+    signing keys, no secrets, no idempotency keys. A filtered export is for reading only and cannot be imported.
 
     Parameters
     ----------
     to
-        The file to make; else standard output.
+        The file to create; else standard output.
     project
         Only events of this project.
     device
@@ -49,7 +49,7 @@ def export_log(
     type
         Only events of this type, such as created.
     command
-        All that this one command was decided on, and nothing else; for ordain log redecide.
+        Only the events that influenced this one command; for ordain log redecide.
     since
         From this position or RFC 3339 time on.
     until
@@ -59,7 +59,7 @@ def export_log(
         first = None if since is None else _point(sql, "--since", since, first=True)
         last = None if until is None else _point(sql, "--until", until, first=False)
         if command is not None and any((project, device, type, since, until)):
-            raise Failed(USAGE, "--command: stands alone; it chooses what it needs by itself")
+            raise Failed(USAGE, "--command: cannot be combined with other filters")
         only = Only(project=project, device=device, type=type, since=first, until=last)
         try:
             if command is not None:
@@ -69,7 +69,7 @@ def export_log(
         except Refused as error:
             raise Failed(REFUSED, str(error)) from error
     if to is not None:
-        part = " Only a part of it was asked for, so it cannot be imported." if any(only) or command else ""
+        part = "; this is only part of the log, so it cannot be imported" if any(only) or command else ""
         _say(moved, f"{to}: {moved.rows} events of", part, as_json)
 
 
@@ -80,15 +80,15 @@ def import_log(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Make the log of a data directory that has none out of an export; it is the same log, to the byte.
+    """Import an export into a data directory that has no log. The new log is identical, byte for byte.
 
-    Every row is verified, and the projections are computed. API keys, signing keys, device secrets and
-    idempotency keys are not in an export: make new ones.
+    Every row is verified, and the projections are computed. An export has no API keys, signing keys, device
+    secrets and idempotency keys: create new ones.
 
     Parameters
     ----------
     from_
-        A file that `ordain log export` made, without a filter.
+        A file that `ordain log export` created, without a filter.
     """
     progress: list[Progress] = []
 
@@ -106,16 +106,16 @@ def import_log(
 
 
 def redecide_command(source: Path, /, *, as_json: Json = False) -> None:
-    """Decide again, on a virtual clock, what was decided about one command; exit 0 if all comes out the same.
+    """Repeat the broker's decisions about one command, and compare. Exit 0 only if all are the same.
 
-    For each event the request that led to it is put together, and the broker's own functions are asked at the
-    recorded time: the table of the life of a command, its timers, and whether its lane let it go. Not in the
-    log, so not decided again: draws of chance, when bytes were written, whether an attempt still counted.
+    For each event, the request that led to it is rebuilt, and the broker's own functions decide again at the
+    recorded time: the state table, the timers, and the device's lane. Some inputs are not in the log, so they
+    are not checked: random draws, the time when bytes were written, and whether an attempt still counted.
 
     Parameters
     ----------
     source
-        A file that `ordain log export --command ID` made.
+        A file that `ordain log export --command ID` created.
     """
     try:
         command, events = transfer.read_command(source)
@@ -132,7 +132,7 @@ def redecide_command(source: Path, /, *, as_json: Json = False) -> None:
             print(*[value for name, value in shown.items() if name != "fault"], fault or "the same", sep="  ")
     faults = [step.recorded.position for step in steps if step.fault is not None]
     if faults:
-        raise Failed(REFUSED, f"position {faults[0]} would be decided otherwise ({len(faults)} in all)")
+        raise Failed(REFUSED, f"position {faults[0]} would be decided differently ({len(faults)} in all)")
 
 
 def _say(moved: Moved, where: str, more: str, as_json: bool) -> None:
@@ -143,7 +143,8 @@ def _say(moved: Moved, where: str, more: str, as_json: bool) -> None:
 
 
 def _point(sql: Sql, option: str, text: str, *, first: bool) -> int:
-    """The position that is meant by a position or a time: the first at or after it, or the last before."""
+    """The position that an option names. For a time: the first event at or after it (`first`), or the last
+    event up to it."""
     if text.isascii() and text.isdigit() and len(text) <= 18:
         return int(text)
     try:

@@ -1,4 +1,4 @@
-"""`ordain webhooks`: where events are sent to, for the operator. Secrets never pass through here."""
+"""`ordain webhooks`: lists and controls webhooks, for the operator. It never sees their secrets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ webhooks = App(name="webhooks", help="Webhooks: list, pause, resume, redrive.")
 
 @webhooks.command(name="list")
 def list_webhooks(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """All webhooks, newest first, with how far behind each is and why it stands still."""
+    """List all webhooks, newest first, with their lag and the reason if they are stopped."""
     found = ask(data, config, lambda client, _: pages(client, "/v1/webhooks"))
     if as_json:
         print_json(found)
@@ -31,7 +31,7 @@ def list_webhooks(*, data: Data = None, config: Config = None, as_json: Json = F
 def pause_webhook(
     webhook: str, /, *, data: Data = None, config: Config = None, as_json: Json = False
 ) -> None:
-    """Send nothing to it until it is resumed; nothing is lost meanwhile."""
+    """Stop deliveries to a webhook until it is resumed. Events are kept and sent then."""
     _change(data, config, as_json, "PATCH", webhook, "", {"enabled": False})
 
 
@@ -39,7 +39,7 @@ def pause_webhook(
 def resume_webhook(
     webhook: str, /, *, data: Data = None, config: Config = None, as_json: Json = False
 ) -> None:
-    """Go on where it stopped; what failed is tried at once."""
+    """Continue deliveries where they stopped. Failed events are retried at once."""
     _change(data, config, as_json, "POST", webhook, "/resume")
 
 
@@ -53,12 +53,12 @@ def redrive_webhook(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Send everything it wants again, under the same ids.
+    """Send all of a webhook's events again from a position on, with the same ids.
 
     Parameters
     ----------
     position
-        Position in the log from which on.
+        The first position in the log to send.
     """
     _change(data, config, as_json, "POST", webhook, "/redrive", {"from": position})
 

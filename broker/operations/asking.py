@@ -1,4 +1,4 @@
-"""Asking a broker as its operator: the answer's JSON, or a failure that carries an exit code."""
+"""HTTP requests to a broker as its operator. They return the response's JSON, or raise `Failed`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ POLL_SEC = 0.1
 
 
 class Failed(Exception):
-    """The command did not do what was asked; carries the exit code."""
+    """The command line could not do what was asked. `code` is the exit code."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -19,10 +19,10 @@ class Failed(Exception):
 
 
 async def call(client: httpx2.AsyncClient, method: str, path: str, body: object = None) -> Any:
-    """The answer's JSON.
+    """The response's JSON.
 
     Raises:
-        Failed: the broker refused, in its words.
+        Failed: the broker answered with an error; the message is the broker's.
     """
     response = (
         await client.request(method, path, json=body)
@@ -37,7 +37,7 @@ async def call(client: httpx2.AsyncClient, method: str, path: str, body: object 
 
 
 async def pages(client: httpx2.AsyncClient, path: str) -> list[dict[str, Any]]:
-    """All pages of a list of `/v1`."""
+    """All items of a paged list of `/v1`."""
     found: list[dict[str, Any]] = []
     cursor: str | None = ""
     while cursor is not None:

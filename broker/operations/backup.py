@@ -1,8 +1,8 @@
-"""Backups: a copy of a log's file taken while a broker writes it, and the way back.
+"""Backup and restore of a log file, also while a broker writes to it.
 
-A backup is one state of the whole database, so its log is a prefix of the log it was taken of. It
-holds the keys too, so it is the owner's alone. What erasing took away before the backup is not in it,
-what is erased afterwards is.
+A backup is a consistent copy of the whole database, so its log is a prefix of the original log. It also
+contains the keys, so only the owner may read the file. Data erased before the backup is not in it; data
+erased after the backup still is.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from broker.world import DATABASE, back_up, open_file, open_for_reading, rename_
 
 
 class Refused(Exception):
-    """The backup or the restore was not made; the message says why. Nothing was changed."""
+    """The operation was refused; the message says why. Nothing was changed."""
 
 
 class Backup(NamedTuple):
-    """What a backup holds: `position` and `hash` of its last event, `size` in bytes."""
+    """The content of a backup: `position` and `hash` of its last event, `size` in bytes."""
 
     log_id: str
     position: int
@@ -31,23 +31,23 @@ class Backup(NamedTuple):
 
 
 def take(directory: Path, to: Path) -> Backup:
-    """Copies the log of a data directory to a new file, beside whoever writes it, and verifies the copy.
+    """Copies the log of a data directory to a new file, also while a broker runs, and verifies the copy.
 
-    The file appears under its name only when it is whole and on the disk.
+    The file gets its final name only when it is complete and synced to the disk.
 
     Raises:
-        Refused: the file is there already, or what was copied has a fault.
+        Refused: the file already exists, or the copy has a fault.
         Broken: there is no log, or it cannot be read.
         OSError: the file cannot be written.
     """
     if to.exists():
-        raise Refused(f"{to} is there already; name a new file")
+        raise Refused(f"{to} already exists; name a new file")
     part = to.with_name(f"{to.name}.part")
     try:
         with closing(open_for_reading(directory)) as sql:
             back_up(sql, part)
         made = inspect(part)
-        os.link(part, to)  # unlike a rename, it takes nobody's place
+        os.link(part, to)  # unlike a rename, it never replaces an existing file
         _sync(to.parent)
     finally:
         part.unlink(missing_ok=True)
@@ -55,24 +55,24 @@ def take(directory: Path, to: Path) -> Backup:
 
 
 def restore(file: Path, directory: Path) -> Backup:
-    """Puts a backup in the place of a log that is not there; verified before anything is written.
+    """Restores a backup into a data directory without a log. Verifies the backup before it writes anything.
 
-    What is recorded from then on takes positions that the lost log had given to other events. So the
-    restored log gets an id of its own: no subscriber takes the one for the other.
+    New events after the restore get positions that the lost log had already used for other events. So the
+    restored log gets a new log id, and subscribers do not confuse the two logs.
 
     Raises:
-        Refused: the directory has a log, or the backup has a fault.
-        Broken: it is no backup.
-        OSError: it cannot be read or written.
+        Refused: the directory already has a log, or the backup has a fault.
+        Broken: the file is not a backup.
+        OSError: a file cannot be read or written.
     """
     there = directory / DATABASE
     if there.exists():
-        raise Refused(f"{directory} has a log already; restore into another directory")
+        raise Refused(f"{directory} already has a log; restore into another directory")
     found = inspect(file)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     part = directory / f"{DATABASE}.part"
     try:
-        # Not byte by byte: while somebody has it open, what was written last lies in another file beside it.
+        # SQLite copies the database, because a plain file copy would miss pages that are still in the WAL.
         with closing(open_file(file)) as sql:
             back_up(sql, part)
         log_id = rename_log(part)
@@ -84,11 +84,11 @@ def restore(file: Path, directory: Path) -> Backup:
 
 
 def inspect(file: Path) -> Backup:
-    """What a backup holds.
+    """Verifies a backup and returns its content.
 
     Raises:
-        Refused: a page, the chain, or a row has a fault.
-        Broken: it is no backup.
+        Refused: a page, the hash chain, or a row has a fault.
+        Broken: the file is not a backup.
     """
     with closing(open_file(file)) as sql:
         try:
@@ -100,7 +100,7 @@ def inspect(file: Path) -> Backup:
     if fault != "ok":
         raise Refused(f"{file} is damaged: {fault}")
     if verified.fault is not None:
-        raise Refused(f"{file} is not what was written: {verified.fault}")
+        raise Refused(f"{file} was changed after it was written: {verified.fault}")
     return Backup(log_id, verified.rows, verified.hash, file.stat().st_size)
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints: a signed statement of how far the log had come and what its last hash was.
+"""Checkpoints: a signed statement of the log's last position and last hash.
 
-The chain alone shows a change only to those who know where it ended: whoever holds the file and the keys
-can cut it off, or make another from the beginning. Whoever keeps a checkpoint elsewhere sees both.
+The hash chain alone is not enough. A person with the file and the keys can cut the log off, or write a whole
+new log with a valid chain. A checkpoint that is kept elsewhere shows both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TYPE = "checkpoint+jwt"
 
 
 class Claims(msgspec.Struct, frozen=True, kw_only=True):
-    """`hash`: of the row at `position`, in hex; `recorded_at`: its time, RFC 3339."""
+    """`hash`: the hash of the row at `position`, in hex. `recorded_at`: the time of that row, RFC 3339."""
 
     log_id: str
     position: int
@@ -33,7 +33,7 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Checkpoint(NamedTuple):
-    """What was said, and by which key. `thumbprint`: RFC 7638, base64url; it says which key it is."""
+    """The claims of a checkpoint and the key that signed it. `thumbprint`: RFC 7638, base64url."""
 
     claims: Claims
     kid: str
@@ -41,18 +41,20 @@ class Checkpoint(NamedTuple):
 
 
 def sign(sql: Sql) -> str:
-    """A checkpoint of the log as it is, a JWT (EdDSA) that carries the public key. The key is the one that
-    grants are signed with, so that it can also be had from the JWKS; the type of the token is another.
+    """A checkpoint of the current log: a JWT (EdDSA) that contains the public key.
+
+    The signing key is also the key for grants, so the JWKS publishes its public key. The `typ` header
+    differs, so a checkpoint cannot be used as a grant.
 
     Raises:
-        Refused: there is nothing to state, or no key yet.
+        Refused: the log is empty, or there is no signing key yet.
     """
     head = log.head(sql)
     keys = sql.execute(
         "SELECT kid, private, created_at, retired_at FROM grant_keys ORDER BY created_at DESC, kid DESC"
     ).fetchall()
     if head.position == 0:
-        raise Refused("the log is empty: there is nothing to state")
+        raise Refused("the log is empty: there is no position to sign")
     if not keys:
         raise Refused("there is no signing key yet: a broker makes one when it first starts")
     key = read_key(*keys[0])
@@ -67,28 +69,31 @@ def sign(sql: Sql) -> str:
 
 
 def read(content: bytes) -> Checkpoint:
-    """What a checkpoint says. Its signature is good; whose key that was, the thumbprint says.
+    """Parses a checkpoint and verifies its signature with the key inside it.
+
+    Anyone can sign with a key of their own, so the caller must compare the thumbprint with the expected one.
 
     Raises:
-        Refused: it is none, or was changed.
+        Refused: it is not a checkpoint, or it was changed.
     """
     text = content.strip()
     try:
         header = jwt.get_unverified_header(text)
         public: dict[str, Any] = header["jwk"]
         if header.get("typ") != TYPE or public["crv"] != "Ed25519":
-            raise Refused(f"it is no checkpoint: its type is {header.get('typ')!r:.40}")
+            raise Refused(f"it is not a checkpoint: its type is {header.get('typ')!r:.40}")
         decoded = jwt.decode(text, PyJWK(public, "EdDSA"), algorithms=["EdDSA"])
         claims = msgspec.convert(decoded, Claims)
         return Checkpoint(claims, str(header.get("kid", "")), _thumbprint(public))
     except (jwt.PyJWTError, KeyError, TypeError, ValueError) as error:
-        raise Refused(f"it is no checkpoint, or was changed: {error}") from error
+        raise Refused(f"it is not a checkpoint, or was changed: {error}") from error
 
 
 def contradiction(sql: Sql, said: Claims) -> str | None:
-    """Why a log is not the one that a checkpoint was made of, gone on; None if it may be.
+    """Why a log cannot be the continuation of the log that the checkpoint was made from; None if it can be.
 
-    The hash of one row speaks for all rows before it, if the chain verifies up to there.
+    The check compares only the hash of one row. If the chain verifies up to that row, this hash covers all
+    earlier rows.
     """
     ids = sql.execute("SELECT value FROM meta WHERE key IN ('log_id', 'restored_from')").fetchall()
     if (said.log_id,) not in ids:

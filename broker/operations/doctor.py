@@ -1,7 +1,7 @@
-"""`ordain doctor`: looks at everything a broker stands on, and says what to do about what is wrong.
+"""`ordain doctor`: checks everything a broker depends on, and says how to correct each problem.
 
-It changes nothing, but for the canary, which registers two devices of its own and sends one a command.
-A *fault* is what loses, stops or gives away commands; a *warning* what may come to that.
+It changes nothing, except for the canary, which registers two devices and sends one of them a command. A
+*fault* loses commands, stops them, or shows them to others; a *warning* may become a fault.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OLD_KEY_MS = 366 * 86_400_000
 
 
 class Finding(NamedTuple):
-    """What was looked at, what was seen, and what to do; `do` is empty where all is well."""
+    """The result of one check. `do` says how to correct the problem; it is empty if there is none."""
 
     level: Literal["ok", "warning", "fault"]
     check: str
@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 
 
 def files(directory: Path) -> Iterator[Finding]:
-    """The data directory, the database's pages, the chain, the disk. Read beside whoever serves.
+    """Checks the data directory, the database's pages, the hash chain and the disk, also while a broker runs.
 
     Raises:
         Broken: there is no log, or it cannot be read.
@@ -53,14 +53,16 @@ def files(directory: Path) -> Iterator[Finding]:
         open_to = [each for each in (directory, path) if stat.S_IMODE(each.stat().st_mode) & 0o077]
         if open_to:
             names = " ".join(map(str, open_to))
-            yield Finding("warning", "file", f"others than the owner may read {names}", f"chmod go= {names}")
+            yield Finding(
+                "warning", "file", f"users other than the owner can read {names}", f"chmod go= {names}"
+            )
         yield from _database(sql, path)
     free = shutil.disk_usage(directory).free
     says = f"{free >> 20} MiB are free"
     if free < FULL_BYTES:
-        yield Finding("fault", "disk", says, "make room: a full disk refuses every change")
+        yield Finding("fault", "disk", says, "free space: with a full disk the broker refuses every change")
     elif free < max(TIGHT_BYTES, path.stat().st_size // 4):
-        yield Finding("warning", "disk", says, "make room before it is full")
+        yield Finding("warning", "disk", says, "free space before the disk is full")
     else:
         yield Finding("ok", "disk", says)
 
@@ -74,46 +76,48 @@ def _database(sql: sqlite3.Connection, path: Path) -> Iterator[Finding]:
     sql.execute("BEGIN")
     verified = log.verify(sql)
     if verified.fault is not None:
-        do = "somebody or something changed the log; keep a copy, and restore a backup from before"
+        do = "the log was changed from outside; keep a copy, and restore an older backup"
         yield Finding("fault", "chain", verified.fault, do)
     else:
-        yield Finding("ok", "chain", f"{verified.rows} events, each follows from the one before")
+        yield Finding("ok", "chain", f"{verified.rows} events, the hash chain is valid")
         if (differs := follower.fault(sql, lambda _: None)) is not None:
             do = "keep a copy, stop the broker, and: ordain projections rebuild"
             yield Finding("fault", "projections", differs, do)
         else:
-            yield Finding("ok", "projections", "they are what follows from the log")
+            yield Finding("ok", "projections", "they match the log")
     behind = log.head(sql).recorded_at - SystemClock().wall_ms()
     if behind > CLOCK_FAULT_MS:
         last = rfc3339(log.head(sql).recorded_at)
-        do = "set the clock (NTP); until then nothing is handed over"
-        yield Finding("fault", "clock", f"it is {behind} ms before the last event ({last})", do)
+        do = "set the clock (NTP); until then no command is sent to a device"
+        yield Finding("fault", "clock", f"it is {behind} ms behind the last event ({last})", do)
     else:
-        yield Finding("ok", "clock", "not before the last event")
+        yield Finding("ok", "clock", "it is not behind the last event")
 
 
 async def broker(client: httpx2.AsyncClient, serving: bool) -> list[Finding]:
-    """What the broker says of itself, and its keys; without one that serves, what its log says."""
+    """Checks the broker's readiness, its devices, its keys. If no broker serves, only what the log shows."""
     found = []
     if not serving:
-        found.append(Finding("warning", "broker", "none serves this log; nothing moves", "ordain serve"))
+        found.append(
+            Finding("warning", "broker", "no broker serves this log; no command moves", "ordain serve")
+        )
     else:
         ready = await client.get("/readyz")
         reasons = ready.json()["error"]["details"]["reasons"] if ready.is_error else []
         found += [
-            Finding("fault", "broker", reason, "see its log lines; it goes on by itself once this is mended")
+            Finding("fault", "broker", reason, "see its log lines; it recovers when this is corrected")
             for reason in reasons
         ]
         if not reasons:
-            found.append(Finding("ok", "broker", "it serves, and does its whole work"))
+            found.append(Finding("ok", "broker", "it serves and is ready"))
     system = await call(client, "GET", "/v1/system")
     if system["mqtt"]["kind"] == "embedded" and system["devices"]["known"] > MANY_EMBEDDED:
         says = f"{system['devices']['known']} devices on the embedded MQTT server"
         found.append(Finding("warning", "devices", says, "ordain serve --mqtt-server mosquitto"))
     broken = await call(client, "GET", "/v1/unmatched?reason=promise_broken&limit=1")
     if broken["data"]:
-        says = "a device did what was expired or cancelled before it was handed over"
-        do = "GET /v1/unmatched?reason=promise_broken: forged, or a grant reached it another way"
+        says = "a device answered a command that expired or was cancelled before it was sent"
+        do = "see GET /v1/unmatched?reason=promise_broken: a forged command, or the grant leaked"
         found.append(Finding("fault", "promises", says, do))
     return found + _keys(
         (await call(client, "GET", "/local/keys"))["data"],
@@ -128,11 +132,11 @@ def _keys(keys: list[dict[str, Any]], grants: list[dict[str, Any]], now: str) ->
     found = []
     if not valid:
         do = "ordain keys create --project P --scope devices:read --scope devices:write"
-        found.append(Finding("warning", "keys", "no API key is valid: nobody can ask anything", do))
+        found.append(Finding("warning", "keys", "no API key is valid: every request is refused", do))
     if not signing:
-        found.append(Finding("fault", "keys", "no key signs grants", "ordain grants rotate"))
+        found.append(Finding("fault", "keys", "there is no key to sign grants", "ordain grants rotate"))
     elif signing[0]["created_at"] < rfc3339(SystemClock().wall_ms() - OLD_KEY_MS):
-        says = f"grants are signed with a key of {signing[0]['created_at'][:10]}"
+        says = f"the key that signs grants is from {signing[0]['created_at'][:10]}"
         found.append(Finding("warning", "keys", says, "ordain grants rotate"))
     if not found:
         admins = sum("admin" in key["scopes"] for key in valid)
@@ -141,27 +145,29 @@ def _keys(keys: list[dict[str, Any]], grants: list[dict[str, Any]], now: str) ->
 
 
 async def mqtt(client: httpx2.AsyncClient, serving: bool, canary: bool) -> list[Finding]:
-    """The MQTT server's rules: does it let in strangers; with the canary, everything a device must not do."""
+    """Checks the MQTT server's access rules: does it accept clients without a password? With the canary: can
+    a device do anything that it must not do?"""
     if not serving:
-        return [Finding("warning", "mqtt", "not looked at: no broker serves", "ordain serve")]
+        return [Finding("warning", "mqtt", "not checked: no broker serves", "ordain serve")]
     system = await call(client, "GET", "/v1/system")
     url, prefix = system["mqtt"]["url"], system["settings"]["prefix"]
-    do = "see mosquitto.conf and docs/mosquitto.acl: each device its own topics, nobody without a password"
+    do = "see mosquitto.conf and docs/mosquitto.acl: own topics for each device, no client without a password"
     try:
         breaches = await (_canary(client, url, prefix) if canary else strangers(url))
     except (Untried, Failed) as error:
-        says = f"{url}: its rules could not be tried: {error or type(error).__name__}"
-        hint = "is it up? A server of your own needs the canary's two devices in its password file"
+        says = f"{url}: its access rules could not be checked: {error or type(error).__name__}"
+        hint = "is it running? An external server needs the canary's two devices in its password file"
         return [Finding("warning" if canary else "fault", "mqtt", says, hint)]
     if breaches:
         return [Finding("fault", "mqtt", f"{url}: {breach}", do) for breach in breaches]
-    says = "no device reaches another's topics" if canary else "nobody gets in without a password"
-    more = "" if canary else "; with --canary its rules are tried as a device"
+    says = "no device can use another's topics" if canary else "no client connects without a password"
+    more = "" if canary else "; --canary also checks its rules as a device"
     return [Finding("ok", "mqtt", f"{url}: {says}{more}")]
 
 
 async def _canary(client: httpx2.AsyncClient, url: str, prefix: str) -> list[str]:
-    """Two devices of a project of their own, with new tokens each time; made at the first."""
+    """Runs the canary with two devices in a separate project. The first run registers them; each later run
+    gives them new tokens."""
     logins = []
     for name in CANARIES:
         found = await client.get(f"/v1/devices/{name}")

@@ -1,7 +1,7 @@
-"""A projection of one's own: one Python file that is given every event of the log, into a file of its own.
+"""A user's own projection: a Python file that receives every event of the log and fills its own database.
 
-It runs beside the broker and reads the log without touching it, so whatever it does, no command waits
-for it. How far it has come is kept with what it made of it, in one transaction.
+It runs in its own process and only reads the log, so it never delays a command. Its checkpoint is written in
+the same transaction as its rows.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ PAGE = 5_000
 
 
 class Wrong(Exception):
-    """The file is no projection, or it failed; the message names the file and what is wrong."""
+    """The file is not a projection, or it failed. The message names the file and the problem."""
 
 
 class OwnProjection:
-    """What a file defines: `TABLES` (SQL), `apply(sql, recorded)`, `COLUMNS`, and `rows(sql)`."""
+    """A loaded file. It must define `TABLES` (SQL), `apply(sql, recorded)`, `COLUMNS` and `rows(sql)`."""
 
     def __init__(self, file: Path) -> None:
         """Runs the file.
 
         Raises:
-            Wrong: it cannot be run, or lacks one of the four.
+            Wrong: the file cannot be run, or does not define all four.
         """
         self.file = file
         try:
@@ -47,10 +47,10 @@ class OwnProjection:
         self._rows: Callable[[sqlite3.Connection], Iterable[Iterable[Any]]] = defined["rows"]
 
     def open(self, into: Path) -> sqlite3.Connection:
-        """Its own database, which knows how far it has come; made if it is not there.
+        """Opens the projection's database, which holds its checkpoint; creates it if it does not exist.
 
         Raises:
-            Wrong: its tables cannot be made, or the database is another's.
+            Wrong: the tables cannot be created.
         """
         sql = sqlite3.connect(into, isolation_level=None)
         try:
@@ -66,17 +66,17 @@ class OwnProjection:
         return sql
 
     def follow(self, source: sqlite3.Connection, sql: sqlite3.Connection) -> int:
-        """Takes in what the log has beyond the checkpoint, at most a page; gives how many rows that were.
+        """Applies at most PAGE events after the checkpoint. Returns how many rows it read; 0 at the head.
 
-        Events whose data was erased are left out: they are as if they never were.
+        Events whose data was erased are skipped.
 
         Raises:
-            Wrong: `apply` failed at a position; nothing of that page was kept.
+            Wrong: the database belongs to another log, or `apply` failed; then the page is rolled back.
         """
         log_id, after = sql.execute("SELECT log_id, position FROM checkpoint").fetchone()
         if log_id not in (None, log.meta(source, "log_id")):
             raise Wrong(f"{self.file}: its database was made from another log ({log_id})")
-        source.execute("BEGIN")  # one state of the rows and of what is to be erased of them
+        source.execute("BEGIN")  # one snapshot of the rows and of the pending erasures
         page = veiled(source, log.rows(source, after, PAGE))
         source.execute("COMMIT")
         if not page:
@@ -95,7 +95,7 @@ class OwnProjection:
         return len(page)
 
     def rows(self, sql: sqlite3.Connection) -> list[tuple[Any, ...]]:
-        """What it shows.
+        """The projection's rows.
 
         Raises:
             Wrong: `rows` failed.
@@ -107,7 +107,7 @@ class OwnProjection:
 
 
 def caught_up(projection: OwnProjection, source: sqlite3.Connection, into: Path) -> list[tuple[Any, ...]]:
-    """Takes in all of history and gives what it shows."""
+    """Applies all events of the log and returns the projection's rows."""
     with closing(projection.open(into)) as sql:
         while projection.follow(source, sql):
             pass

@@ -1,8 +1,8 @@
-"""Decides again what a log says was decided: the same functions, the recorded times as the clock.
+"""Repeats the decisions in a log with the same functions, and with the recorded times as the clock.
 
-Pure. For each recorded event of a command the request that led to it is put together from what the log
-holds, `decide` and the lane are asked anew, and what they say must be what was recorded. What the log does
-not hold is not decided again: draws of chance, when bytes were written, whether an attempt still counted.
+Pure. For each recorded event of a command, this module rebuilds the request from the log, calls `decide` and
+the lane again, and compares the result with the recorded event. Some inputs are not in the log, so they are
+not checked: random draws, the time when bytes were written, and whether an attempt still counted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TIMERS = {
 
 
 class Step(NamedTuple):
-    """One decision. `fault`: why it would not be taken again, as a sentence; None if it would be."""
+    """One repeated decision. `fault`: a sentence that says how it differs; None if it is the same."""
 
     recorded: Recorded
     input: Input
@@ -55,10 +55,10 @@ class Step(NamedTuple):
 
 
 def redecide(events: Iterable[Recorded], since: int) -> Iterator[Step]:
-    """Decides the events of commands again, from position `since` on; those before are only folded.
+    """Repeats the decisions of all command events from position `since` on. Earlier events only build state.
 
-    `events` in order of position: of the commands of one device's lane, of the device, the definitions they
-    need, and starts of the broker.
+    `events`, in order of position: those of the commands of one device's lane, those of the device, the
+    definitions that these commands use, and the starts of the broker.
     """
     then = _Then()
     for recorded in events:
@@ -68,14 +68,14 @@ def redecide(events: Iterable[Recorded], since: int) -> Iterator[Step]:
 
 
 class _Then:
-    """What the broker knew, as far as the log does."""
+    """The state that the broker had at one position, as far as the log contains it."""
 
     def __init__(self) -> None:
         self.lane = Lane("")
         self.known: dict[str, Member] = {}
         self.definitions: dict[str, Definition] = {}
         self.device: DeviceState | None = None
-        self.void = False  # what was known of the device being online
+        self.void = False  # a restart made the device's presence unknown
 
     def take(self, recorded: Recorded) -> None:
         event = recorded.event
@@ -120,10 +120,10 @@ class _Then:
         return Step(recorded, request.input, fault)
 
     def _untimely(self, member: Member, event: CommandEvent, request: Request, now: int) -> str | None:
-        """Why a timer would not have run out, or the lane would not have let it go."""
+        """Why a timer would not have been due, or the lane would not have sent the command; else None."""
         state = member.state
         if request.input in (Input.EXPIRY, Input.RESULT_TIMER, Input.ATTEMPT_TIMER):
-            # The answer time begins when the bytes are written, so not before the hand-over.
+            # The answer time-out starts when the bytes are written, so not before the hand-over.
             member.flight = Flight(open=True, written_at=state.handed_over_at)
             if lanes.overdue(member, now) is not request.input:
                 return f"{request.input.value}: not at {now}"
@@ -145,7 +145,7 @@ class _Then:
 def _request(
     event: CommandEvent, state: CommandState | None, definition: Definition | None, now: int
 ) -> Request:
-    """The request that leads to an event, with the facts that the log holds."""
+    """The request that leads to an event, rebuilt from the log."""
     repeatable = definition is None or definition.repeatable
     match event:
         case Created():

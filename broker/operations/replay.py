@@ -1,6 +1,6 @@
-"""Replays: recorded events once more, to somewhere else, as fast as they happened or as fast as it goes.
+"""Replay: sends recorded events again to another place, at their original pace, scaled, or without pauses.
 
-A replay changes nothing and commands no device: what is sent are the events, under the ids they have.
+A replay changes nothing and sends no command to a device. It sends only the events, with their original ids.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Send = Callable[[Entry], Awaitable[None]]
 
 
 class Played(NamedTuple):
-    """How many events of how many devices; times in ms, 0 where there is none."""
+    """How many events of how many devices were sent. Times in ms; 0 if there were no events."""
 
     events: int
     devices: int
@@ -30,17 +30,17 @@ class Played(NamedTuple):
 
 
 def entries(sql: Sql, wanted: Wanted, after: int, until: int) -> Iterator[Entry]:
-    """What is wanted after one position and up to another, ascending, page by page."""
+    """The wanted events after one position and up to another, ascending, read page by page."""
     while after < until:
         page, after = outgoing.page(sql, wanted, after, until, PAGE)
         yield from page
 
 
 def copy_log(source: Sql, target: Sql, until: int) -> None:
-    """Makes a log of its own up to a position, row by row as it is, and its projections, in a new file;
-    inside one read transaction. What a purge has promised to erase is not in it.
+    """Copies a log up to a position, row by row, into a new file, and computes its projections.
 
-    It is marked, and no broker serves it: its open commands belong to the log it was taken from.
+    Call it inside one read transaction. Data that a purge has marked for erasure is not copied. The copy is
+    marked as a replay, and no broker serves it, because its open commands belong to the original log.
     """
     log.create(target, log.meta(source, "log_id"), log.meta(source, "cursor_key"))
     target.execute("INSERT INTO meta VALUES ('replayed', ?)", (str(until),))
@@ -52,9 +52,9 @@ def copy_log(source: Sql, target: Sql, until: int) -> None:
 
 
 async def play(found: Iterator[Entry], send: Send, speed: float | None) -> Played:
-    """Sends events one after the other, each after what follows from it was said.
+    """Sends events one after the other; each `send` must finish before the next begins.
 
-    `speed`: 1 keeps the pauses between them as they were, 10 makes them a tenth, None leaves them out.
+    `speed`: 1 keeps the recorded pauses, 10 divides them by ten, None removes them.
     """
     loop = asyncio.get_running_loop()
     events, devices, first_at, last_at, started = 0, set[str](), 0, 0, loop.time()

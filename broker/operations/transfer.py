@@ -1,7 +1,7 @@
-"""A log as a file of JSON Lines, and such a file as a log again, the same to the byte.
+"""Export of a log to JSON Lines, and import of such a file. The imported log is identical, byte for byte.
 
-Only the log goes over. What lies beside it does not: API keys, the keys that grants are signed with,
-secrets of devices and webhooks, idempotency keys, answers that fitted nothing.
+Only the log is exported. The other tables are not: API keys, the keys that sign grants, secrets of devices
+and webhooks, idempotency keys, and unmatched answers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Reached = Callable[[int], None]
 
 
 class Moved(NamedTuple):
-    """`rows` were written or read; `position` and `hash` are of the last row of the log."""
+    """`rows`: how many rows were written or read. `position` and `hash`: those of the log's last row."""
 
     log_id: str
     rows: int
@@ -40,7 +40,7 @@ class Moved(NamedTuple):
 
 
 class Only(NamedTuple):
-    """What of a log is wanted; None: any. `since` and `until` are positions, both included."""
+    """The filter of an export; None matches all. `since` and `until` are positions, both included."""
 
     project: str | None = None
     device: str | None = None
@@ -53,11 +53,11 @@ class Only(NamedTuple):
 
 
 def export(sql: sqlite3.Connection, to: Path | None, only: Only, reached: Reached) -> Moved:
-    """Writes the rows that are wanted to a new file, or to standard output, as they are in this transaction.
+    """Writes the rows that match the filter, as this transaction sees them, to a new file or standard output.
 
     Raises:
-        Refused: the file is there already, or no such device is known.
-        OSError: it cannot be written.
+        Refused: the file already exists, or the device is not known.
+        OSError: the file cannot be written.
     """
     head, log_id, count = log.head(sql), log.meta(sql, "log_id"), 0
     header = Header(log_id=log_id, position=head.position, hash=head.hash, only=only.named())
@@ -79,7 +79,7 @@ def _pages(sql: sqlite3.Connection, only: Only) -> Iterator[list[Row]]:
     if only.device is not None:
         device = devices.by_name(sql, [only.device]).get(only.device)
         if device is None:
-            raise Refused(f"no device {only.device!r} is known")
+            raise Refused(f"there is no device {only.device!r}")
         where += " AND device_id = ?"
         values.append(device.id)
     after = 0 if only.since is None else only.since - 1
@@ -92,10 +92,12 @@ def _pages(sql: sqlite3.Connection, only: Only) -> Iterator[list[Row]]:
 
 @contextmanager
 def new_file(path: Path | None) -> Iterator[BinaryIO]:
-    """A file of the owner's alone that gets its name when it is whole and on the disk; or standard output.
+    """A new file that only the owner can read, or standard output if `path` is None.
+
+    The file gets its final name only when it is complete and synced to the disk.
 
     Raises:
-        Refused: it is there already.
+        Refused: the file already exists.
     """
     if path is None:
         yield sys.stdout.buffer
@@ -114,9 +116,9 @@ def new_file(path: Path | None) -> Iterator[BinaryIO]:
 
 def _take_its_name(part: Path, path: Path) -> None:
     try:
-        os.link(part, path)  # unlike a rename, it takes nobody's place
+        os.link(part, path)  # unlike a rename, it never replaces an existing file
     except FileExistsError:
-        raise Refused(f"{path} is there already") from None
+        raise Refused(f"{path} already exists") from None
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(directory)
@@ -125,17 +127,19 @@ def _take_its_name(part: Path, path: Path) -> None:
 
 
 def export_command(sql: Sql, to: Path | None, command_id: str) -> Moved:
-    """Writes all that one command was decided on, as far as the log holds it: its events and those of what
-    shared its lane, up to its last; what its device was, came and went; definitions; starts of the broker.
+    """Writes all events that influenced the decisions about one command, up to its last event.
+
+    These are its own events, those of the commands that shared its lane, those of its device (type, online,
+    offline), the definitions, and the starts of the broker.
 
     Raises:
-        Refused: no such command is known, or the file is there already.
+        Refused: the command is not known, or the file already exists.
     """
     found = sql.execute(
         f"SELECT device_id, position FROM commands c WHERE id = ? AND NOT {HIDDEN}", (command_id,)
     ).fetchone()
     if found is None:
-        raise Refused(f"no command {command_id[:80]!r} is known")
+        raise Refused(f"there is no command {command_id[:80]!r}")
     device_id, first = found
     last = log.stream(sql, command_id)[-1].position
     mates = sql.execute(
@@ -167,11 +171,11 @@ def _created(row: Row) -> Created:
 
 
 def read_command(source: Path) -> tuple[str, list[Recorded]]:
-    """The command and the events of such a file; the data of each is what its digest says.
+    """The command id and the events of a file that `export_command` wrote. Checks each event's digest.
 
     Raises:
-        Refused: it is another file, or was changed.
-        OSError: it cannot be read.
+        Refused: the file is not such an export, or it was changed.
+        OSError: the file cannot be read.
     """
     with open(source, "rb") as file:
         try:
@@ -181,7 +185,7 @@ def read_command(source: Path) -> tuple[str, list[Recorded]]:
         except ValueError as error:
             raise Refused(f"{source}: {error}") from error
     if header.command is None:
-        raise Refused(f"{source} is not of one command: make it with ordain log export --command ID")
+        raise Refused(f"{source} is not an export of one command: use ordain log export --command ID")
     for row in rows:
         if row.data is not None and row.salt is not None and chain.digest(row.salt, row.data) != row.digest:
             raise Refused(
@@ -193,18 +197,19 @@ def read_command(source: Path) -> tuple[str, list[Recorded]]:
 
 
 def bring_in(source: Path, directory: Path, reached: Callable[[int, int], None]) -> Moved:
-    """Makes the log of a data directory that has none out of a whole export, and its projections.
+    """Imports a whole export into a data directory without a log, and computes the projections.
 
-    Each row is verified as it is read, and the whole log before it gets its name. `reached` is told how
-    many rows were taken in, and of how many.
+    Each row is verified when it is read. The whole log is verified before its file gets its final name.
+    `reached` is called with the number of rows read so far and the number of all rows.
 
     Raises:
-        Refused: the directory has a log, or the file is not a whole log or was changed; names the line.
-        OSError: something cannot be read or written.
+        Refused: the directory already has a log, or the file is not a whole log or was changed; the message
+            names the line.
+        OSError: a file cannot be read or written.
     """
     there = directory / DATABASE
     if there.exists():
-        raise Refused(f"{directory} has a log already; import into an empty directory")
+        raise Refused(f"{directory} already has a log; import into an empty directory")
     with open(source, "rb") as file:
         header = _header(source, file)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -229,7 +234,7 @@ def _header(source: Path, file: BinaryIO) -> Header:
         raise Refused(f"{source}: {error}") from error
     if header.only or header.command is not None:
         what = ", ".join(header.only) or f"command {header.command}"
-        raise Refused(f"{source} is only a part of a log ({what}): it cannot be imported")
+        raise Refused(f"{source} is only part of a log ({what}): it cannot be imported")
     return header
 
 
@@ -240,7 +245,7 @@ def _fill(
     header: Header,
     reached: Callable[[int, int], None],
 ) -> Moved:
-    sql.execute("PRAGMA journal_mode = OFF")  # what fails is thrown away as a whole
+    sql.execute("PRAGMA journal_mode = OFF")  # a failed import deletes the whole file
     sql.execute("PRAGMA synchronous = OFF")
     sql.execute("BEGIN")
     log.create(sql, header.log_id, SystemEntropy().token(32).hex())
@@ -249,8 +254,8 @@ def _fill(
         try:
             row = lines.as_row(line)
         except ValueError as error:
-            raise Refused(f"{source}, line {number}: it is no row of a log: {error}") from error
-        # Whether what has no data may have none is judged at the end: its `erased` event comes later.
+            raise Refused(f"{source}, line {number}: it is not a row of a log: {error}") from error
+        # A row without data needs an `erased` event, which comes later: `verify` checks that at the end.
         if (fault := chain.fault(row, previous, position + 1, erased=True)) is not None:
             raise Refused(f"{source}, line {number}: {fault}")
         position, previous = row.position, row.hash
@@ -272,10 +277,10 @@ def _fill(
 
 
 def opened(directory: Path) -> sqlite3.Connection:
-    """A log at one moment, whatever is recorded meanwhile.
+    """Opens a log for reading in one transaction: a snapshot that later events do not change.
 
     Raises:
-        Broken: there is none, or it cannot be read.
+        Broken: there is no log, or it cannot be read.
     """
     sql = open_for_reading(directory)
     sql.execute("BEGIN")
@@ -283,7 +288,7 @@ def opened(directory: Path) -> sqlite3.Connection:
 
 
 def stats(sql: sqlite3.Connection) -> dict[str, Any]:
-    """How much is in a log; times are RFC 3339, sizes in bytes."""
+    """Statistics of a log. Times are RFC 3339, sizes are in bytes."""
     first, last, events = sql.execute(
         "SELECT min(recorded_at), max(recorded_at), count(*) FROM events"
     ).fetchone()

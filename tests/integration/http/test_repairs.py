@@ -342,7 +342,7 @@ def test_the_command_line_explains_in_a_sentence_or_as_json(
 
     assert code == 0
     assert text.startswith("Not handed over yet: the device has not been heard")
-    assert note == "ordain: no broker serves this log; nothing moves until one does"
+    assert note == "ordain: no broker serves this log; the command waits until one does"
     code, whole, _ = ordain("explain", command_id, "--json")
     assert code == 0
     assert json.loads(whole).keys() == {"command_id", "state", "summary", "reasons", "next"}

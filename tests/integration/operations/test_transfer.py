@@ -142,14 +142,14 @@ def change(line: bytes, **fields: Any) -> bytes:
 
 DAMAGE: list[tuple[Callable[[list[bytes]], list[bytes]], str]] = [
     (lambda found: found[:-1], "ends at position"),
-    (lambda found: [*found[:-1], found[-1][:40]], "it is no row of a log"),
+    (lambda found: [*found[:-1], found[-1][:40]], "it is not a row of a log"),
     (lambda found: found[:5] + found[6:], "line 6: position 5 is missing"),
     (lambda found: [*found[:5], found[6], found[5], *found[7:]], "line 6: position 5 is missing"),
     (lambda found: [*found[:5], change(found[5], actor="me"), *found[6:]], "line 6: position 5 does not"),
     (lambda found: [*found[:5], change(found[5], data="e30K"), *found[6:]], "line 6: position 5 was"),
     (lambda found: [*found[:5], change(found[5], data=None, salt=None), *found[6:]], "no erased event"),
-    (lambda found: [*found[:5], change(found[5], position=-5), *found[6:]], "line 6: it is no row"),
-    (lambda found: [*found[:5], change(found[5], more=1), *found[6:]], "line 6: it is no row"),
+    (lambda found: [*found[:5], change(found[5], position=-5), *found[6:]], "line 6: it is not a row"),
+    (lambda found: [*found[:5], change(found[5], more=1), *found[6:]], "line 6: it is not a row"),
     (lambda found: [*found, found[-1]], "is missing: the next row is"),
     (lambda found: found[1:], "not an export of a log"),
     (lambda found: [change(found[0], version=2), *found[1:]], "this release reads 'ordain-log' 1"),
@@ -178,9 +178,9 @@ def test_no_existing_file_is_overwritten(data: Path, tmp_path: Path) -> None:
     exported(data, tmp_path / "log.jsonl")
     before, kept = (tmp_path / "log.jsonl").read_bytes(), everything(data)
 
-    with pytest.raises(Refused, match="is there already"):
+    with pytest.raises(Refused, match="already exists"):
         exported(data, tmp_path / "log.jsonl")
-    with pytest.raises(Refused, match="has a log already"):
+    with pytest.raises(Refused, match="already has a log"):
         brought_in(tmp_path / "log.jsonl", data)
     assert (tmp_path / "log.jsonl").read_bytes() == before
     assert everything(data) == kept

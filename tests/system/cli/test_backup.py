@@ -80,10 +80,10 @@ def test_a_live_database_file_is_restored_with_all_answered_commands(
 def test_no_existing_file_is_overwritten(broker: Broker, tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.write_text("mine")
-    refused(broker.ordain("backup", str(there)), 1, str(there), "is there already")
+    refused(broker.ordain("backup", str(there)), 1, str(there), "already exists")
     assert there.read_text() == "mine"
     assert broker.ordain("backup", str(tmp_path / "b")).returncode == 0
-    refused(broker.ordain("restore", str(tmp_path / "b")), 1, "has a log already")
+    refused(broker.ordain("restore", str(tmp_path / "b")), 1, "already has a log")
 
 
 @pytest.mark.parametrize("damage", ["a changed row", "cut off", "no database"])

@@ -61,7 +61,7 @@ def test_projections_are_verified_beside_the_broker_and_rebuilt_without_it(broke
     broker.create("door-7", "lock")
     right = broker.ordain("projections", "verify")
     assert (right.returncode, right.stderr) == (0, "")
-    assert right.stdout.startswith("the projections are what follows from ")
+    assert right.stdout.startswith("the projections match the log, ")
     refused(broker.ordain("projections", "rebuild"), 3, "another broker", "serves")
     broker.end()
 
@@ -72,7 +72,7 @@ def test_projections_are_verified_beside_the_broker_and_rebuilt_without_it(broke
     assert (wrong.returncode, "state" in json.loads(wrong.stdout)["fault"]) == (1, True)
     rebuilt = broker.ordain("projections", "rebuild")
     assert (rebuilt.returncode, rebuilt.stderr) == (0, "")
-    assert rebuilt.stdout.startswith("the projections are made anew from ")
+    assert rebuilt.stdout.startswith("the projections were rebuilt from ")
     assert json.loads(broker.ordain("projections", "verify", "--json").stdout)["fault"] is None
 
 
@@ -112,7 +112,7 @@ def test_a_checkpoint_detects_a_cut_off_log(broker: Broker, tmp_path: Path) -> N
     assert said["checkpoint"] == kept.read_text().strip()
     good = broker.ordain("log", "verify", "--against", str(kept))
     assert good.returncode == 0
-    assert "it goes on from the checkpoint at position" in good.stdout
+    assert "it continues the checkpoint at position" in good.stdout
     thumbprint = good.stdout.split()[-1]
     assert said["thumbprint"] == thumbprint
     refused(broker.ordain("log", "verify", "--against", str(kept), "--key", "noted"), 1, thumbprint, "noted")

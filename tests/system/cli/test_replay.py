@@ -144,7 +144,7 @@ def test_into_a_directory_writes_a_log_up_to_a_position_that_no_broker_serves(
     assert (verified["rows"], verified["fault"]) == (int(published["id"]), None)
     assert ordain("projections", "verify", data=copy).returncode == 0
     refused(ordain("serve", "--http", "127.0.0.1:0", data=copy), 2, "made by `ordain replay`")
-    refused(broker.ordain("replay", "--into", str(copy)), 2, "is there already")
+    refused(broker.ordain("replay", "--into", str(copy)), 2, "already exists")
 
 
 @pytest.mark.parametrize(
