@@ -36,7 +36,7 @@ def export_log(
     """Write a snapshot of the log as JSON Lines. A broker may run meanwhile.
 
     It has all columns, bytes as base64, in order of position. It contains only the log: no API keys, no
-    signing keys, no secrets, no idempotency keys. A filtered export is for reading only and cannot be imported.
+    signing keys, no secrets, no idempotency keys. A filtered export cannot be imported.
 
     Parameters
     ----------
