@@ -82,7 +82,7 @@ def test_a_one_way_command_waits_for_its_device_and_is_done_on_the_servers_pubac
     siren.subscribe()
     until(lambda: not broker.not_ready())
     sent = broker.http("POST", "/devices/SIREN/commands", {"command": "sound"}).json()
-    assert broker.command(sent["command_id"])["state"] == "pending", "nobody has seen it yet"
+    assert broker.command(sent["command_id"])["state"] == "pending", "the device has not been online yet"
 
     siren.online()
 

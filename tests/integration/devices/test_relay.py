@@ -104,7 +104,7 @@ def test_a_phone_that_dies_before_delivery_delays_the_command_by_a_lease() -> No
     async def story(desk: Desk) -> None:
         async with nearby(desk) as (recorder,):
             command_id = await desk.sent()
-            assert await fetched(desk.key) == [(command_id, 1)], "and the phone is gone"
+            assert await fetched(desk.key) == [(command_id, 1)], "the phone claims and then dies"
             assert recorder.done == []
             await asyncio.sleep(HELD)
 
@@ -132,7 +132,7 @@ def test_a_phone_that_dies_after_delivery_causes_no_second_execution() -> None:
             assert desk.state(command_id) == "published"
 
             relay = Relay(desk.key)
-            assert await relay.serve(RECORDER, recorder.device.connect()) == 1, "under the same lease already"
+            assert await relay.serve(RECORDER, recorder.device.connect()) == 1, "still under the first lease"
             command = await desk.read(command_id)
 
         assert (command["status"], command["attempts"]) == ("executed", 1)
@@ -167,7 +167,9 @@ def test_an_answer_not_confirmed_by_one_phone_is_given_to_the_next() -> None:
             recorder.go_on.set()
             await asyncio.sleep(1)
 
-            assert await Relay(desk.key).serve(RECORDER, recorder.device.connect()) == 0, "it is due no more"
+            assert await Relay(desk.key).serve(RECORDER, recorder.device.connect()) == 0, (
+                "acknowledged: not claimed again"
+            )
             assert desk.state(command_id) == "executed"
             assert await Relay(desk.key).serve(RECORDER, recorder.device.connect()) == 0
         assert await desk.types(command_id) == ["created", "published", "acknowledged", "executed"]

@@ -370,7 +370,7 @@ async def test_a_command_is_unknown_from_the_purge_on_before_it_is_erased(
         bench.answers(kept["published"], "executed", "lamp-3")
         bench.answers(old[9], "executed")
         await bench.becomes(kept["published"], "executed")
-        assert await listed(bench) == visible, "it was open when the purge was asked for"
+        assert await listed(bench) == visible, "it was open at the time of the purge"
         assert await bench.unmatched() == ["unknown"]
         assert await bench.core.erasures.purge(ADMIN, 0) == (MIDNIGHT, 1)
         assert await listed(bench) == [kept["today"], kept["pending"]]

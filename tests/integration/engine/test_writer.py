@@ -83,7 +83,7 @@ async def test_nothing_leaves_before_its_event_is_committed(tmp_path: Path) -> N
         again = bench.answers(state.id)
         cancel = asyncio.create_task(bench.core.commands.cancel(ME, state.id))
         await until(lambda: bench.state(state.id) == "executed" and storage.waiting == 1)
-        assert (bench.wire.pubacks, cancel.done()) == ([], False), "not even the PUBACK of a duplicate"
+        assert (bench.wire.pubacks, cancel.done()) == ([], False), "the PUBACK of a duplicate waits too"
 
         storage.gate.set()
         with pytest.raises(Refusal, match="is executed"):

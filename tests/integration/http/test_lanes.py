@@ -202,7 +202,7 @@ async def test_a_device_with_open_commands_is_deleted_only_with_force(broker: Br
     timed_out = await get(client, f"/v1/commands/{running}")
     assert (timed_out["state"], timed_out["error"]["details"]) == ("timed_out", {"reason": "device_deleted"})
     assert (await get(client, f"/v1/commands/{waiting}"))["state"] == "cancelled"
-    assert len(broker.link.sent) == 1, "nothing was handed over on the way"
+    assert len(broker.link.sent) == 1, "nothing was handed over meanwhile"
     explained = await get(client, f"/v1/commands/{running}/explain")
     assert "its device was deleted" in explained["summary"]
     assert "late" not in explained["summary"]

@@ -237,7 +237,9 @@ def test_a_command_without_a_signing_secret_fails_and_the_next_is_tried() -> Non
         assert await fetched(desk.key, device="s-1") == [(first, 1)]
         desk.core.registry.secrets.take([])
 
-        assert await fetched(desk.key, device="s-1") == [], "it is out already: nothing new can be said of it"
+        assert await fetched(desk.key, device="s-1") == [], (
+            "it is already handed over, so its state does not change"
+        )
         assert desk.state(first) == "published"
         await asyncio.sleep(HELD + 1)
         assert await fetched(desk.key, device="s-1") == []
@@ -270,7 +272,7 @@ def test_after_a_phone_dies_another_fetch_works_when_its_lease_ends() -> None:
         assert await fetched(desk.key) == [(command_id, 1)]
         await asyncio.sleep(HELD - 1)
         assert await fetched(own, "heartbeat", "me") == []
-        assert await fetched(desk.key) == [(command_id, 1)], "asking again does not lengthen it"
+        assert await fetched(desk.key) == [(command_id, 1)], "a second claim does not extend the lease"
         why = await desk.why(command_id)
         assert [reason["code"] for reason in why["reasons"]] == ["no_answer", "leased"]
         await asyncio.sleep(1)
@@ -367,13 +369,15 @@ def test_a_device_that_comes_online_during_a_lease_gets_its_command_after_the_le
         assert [(sent.correlation, dict(sent.user_properties)["attempt"]) for sent in desk.wire.sent] == [
             (command_id.encode(), "2")
         ]
-        assert await fetched(desk.key) == [], "now it is with MQTT"
+        assert await fetched(desk.key) == [], "the open attempt is by MQTT now"
         desk.wire.up = False
         desk.core.intake.link_down("cut")
         await asyncio.sleep(8)
         assert await fetched(desk.key) == []
         await asyncio.sleep(2)
-        assert await fetched(desk.key) == [(command_id, 3)], "its time is over, whatever the MQTT server does"
+        assert await fetched(desk.key) == [(command_id, 3)], (
+            "the MQTT attempt has ended without the MQTT server"
+        )
         desk.wire.up = True
         desk.core.intake.link_up()
         await asyncio.sleep(HELD - 5)
@@ -412,7 +416,7 @@ def test_a_lease_ends_without_the_mqtt_server_too() -> None:
         assert await fetched(desk.key, "heartbeat", "t-1") == [(pulled, 2)]
         assert await fetched(desk.key, "heartbeat", "r-1") == [(both, 2)]
         await desk.becomes(pulled, "timed_out")
-        assert desk.state(both) == "published", "an answer by MQTT may be waiting there"
+        assert desk.state(both) == "published", "its answer may be waiting at the MQTT server"
 
     on_desk(story)
 

@@ -235,7 +235,7 @@ async def test_the_address_is_checked_at_connection_time() -> None:
         async with outbound("127.0.0.2/32", lookup=names) as out:
             assert await out.fault(url) is None
             assert (await out.post(url, {"connection": "close"}, b"", 5)).status == 204
-            assert len(names.asked) == 2, "one look-up for one connection"
+            assert len(names.asked) == 2, "one DNS look-up per connection"
             answer = await out.post(url, {}, b"", 5)
 
         assert "127.0.0.1" in (answer.error or "")

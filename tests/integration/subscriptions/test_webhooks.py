@@ -276,7 +276,7 @@ async def test_a_restarted_broker_continues_its_deliveries(tmp_path: Path, recei
     subjects = {each.event["subject"] for each in got}
     assert again in subjects
     assert positions(got, "lamp-1") != []
-    assert len(positions(got, "lamp-2")) == 1, "what was delivered ahead of the cursor is not sent again"
+    assert len(positions(got, "lamp-2")) == 1, "events delivered ahead of the cursor are not sent again"
     for each in got:
         Webhook(made["secret"]).verify(each.body, each.headers)
 

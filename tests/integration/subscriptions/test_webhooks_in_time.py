@@ -101,7 +101,7 @@ def test_retry_after_applies_to_the_whole_endpoint_and_is_capped() -> None:
     assert 40 <= asked_to_wait(429, lambda _: "40") < 41
     assert 40 <= asked_to_wait(503, lambda _: "40") < 41
     assert HOLD_MS / 1_000 <= asked_to_wait(503, lambda _: "999999999") < HOLD_MS / 1_000 + 1
-    assert asked_to_wait(500, lambda _: "40") < 30, "only where it is a word of the receiver's load"
+    assert asked_to_wait(500, lambda _: "40") < 30, "only 429 and 503 use Retry-After for overload"
 
 
 def test_a_failing_device_waits_while_other_devices_are_served() -> None:

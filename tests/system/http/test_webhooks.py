@@ -101,6 +101,6 @@ async def test_an_operator_pauses_resumes_and_redrives_with_and_without_the_brok
 
         assert await asyncio.to_thread(broker.end) == 0
         await ordain("redrive", webhook["id"], "--from", str(first.position))
-        assert len(receiver.got) == 2, "without a broker nothing is sent"
+        assert len(receiver.got) == 2, "without a broker no request is sent"
         await asyncio.to_thread(broker.start)
         assert (await receiver.count(3))[2].body == first.body

@@ -139,7 +139,7 @@ def test_no_command_is_sent_in_the_last_second_or_tenth_of_its_life(ttl_ms: int,
     waiting = member("a", ttl_ms=ttl_ms)
 
     assert due(lane(waiting), now=last - 1) == ["a"]
-    assert due(lane(waiting, member("b")), now=last) == ["b"], "it will never go, so it holds nobody back"
+    assert due(lane(waiting, member("b")), now=last) == ["b"], "it will never be sent, so it blocks no other"
     assert due(lane(member("a", PUBLISHED, ttl_ms=ttl_ms)), now=last) == []
 
 
@@ -296,7 +296,7 @@ def test_an_interrupted_attempt_is_due_again_within_the_answer_time(tries: int, 
     assert not flight.open
     assert T <= flight.due_at <= T + 10_000
     left = most - (state.counted - flight.voided)
-    assert left == max(1, most - tries), "if it was the last one, one more"
+    assert left == max(1, most - tries), "an interrupted last attempt is repeated once"
 
 
 def test_a_non_repeatable_or_leased_attempt_waits_for_its_end_after_a_restart() -> None:
@@ -347,7 +347,7 @@ def test_only_a_transport_that_the_type_allows_fetches() -> None:
     assert fetched(lane(only), "heartbeat") == ["a"]
     assert fetched(lane(only)) == []
     assert fetched(lane(member("a"))) == []
-    assert fetched(lane(only, member("b", **PULLED))) == [], "what may not go holds back what is behind it"
+    assert fetched(lane(only, member("b", **PULLED))) == [], "a command that may not go blocks later ones"
 
 
 def test_during_a_lease_only_its_own_transport_gets_the_command() -> None:
@@ -365,7 +365,7 @@ def test_an_mqtt_attempt_blocks_fetches_until_its_deadline_even_without_a_timer(
     assert fetched(lane(flying), now=T + 9_999) == []
     assert fetched(lane(flying), now=T + 10_000) == ["a"]
     assert fetched(lane(unwritten), now=T + 99_000) == []
-    assert fetched(lane(between)) == ["a"], "a device that asks need not wait for a pause"
+    assert fetched(lane(between)) == ["a"], "a fetching device does not wait for the back-off"
 
 
 def test_a_non_repeatable_command_is_fetched_once() -> None:

@@ -183,19 +183,21 @@ class Model(RuleBasedStateMachine):
         seen = self.commands[(outgoing.correlation or b"").decode()]
         attempt = int(dict(outgoing.user_properties)["attempt"])
         assert seen.events.count("published") >= attempt, "D1: published is durable before the bytes leave"
-        assert attempt > max(seen.sent, default=0), "every attempt leaves once, in order"
+        assert attempt > max(seen.sent, default=0), "every attempt is sent once, in order"
         assert seen.expires_at is None or self.core().writer.now() < seen.expires_at, "D4"
         assert not seen.closed, "D8: nothing is sent after a closing event"
-        assert seen.state != "acknowledged", "what the device has is never sent again"
-        assert seen.id not in self.called_off, "R6: a promise"
+        assert seen.state != "acknowledged", "an acknowledged command is never sent again"
+        assert seen.id not in self.called_off, "R6: a cancelled command is never handed over"
         if not seen.sent:
             later = [
                 c for c in self.commands.values() if c.device == seen.device and c.position > seen.position
             ]
             assert not any(command.sent for command in later), "D6: in order of creation"
         seen.sent.append(attempt)
-        assert len(seen.sent) == 1 or DEVICES[seen.device][1][seen.type], "what may be sent once is sent once"
-        assert seen.counted <= MAX_ATTEMPTS + seen.more_attempts, "attempts that count have an end"
+        assert len(seen.sent) == 1 or DEVICES[seen.device][1][seen.type], (
+            "a non-repeatable command is sent once"
+        )
+        assert seen.counted <= MAX_ATTEMPTS + seen.more_attempts, "attempts that count are limited"
 
     def known(self, *states: str) -> list[Seen]:
         found = sorted(self.commands.values(), key=lambda command: command.position)

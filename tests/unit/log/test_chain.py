@@ -177,7 +177,7 @@ def test_erased_data_covered_by_an_erased_event_verifies(sql: sqlite3.Connection
 def test_a_cutoff_covers_only_commands_created_before_it_and_all_their_rows(sql: sqlite3.Connection) -> None:
     write(sql, [("cmd_1", Executed(), 90), (ERASURES, Erased(cutoff=T + 15, count=1), 100)])
     erase(sql, "cmd_1")
-    assert fault(sql) == "none", "its later events are covered with it"
+    assert fault(sql) == "none", "its later events are covered too"
 
     erase(sql, "cmd_2")
     assert fault(sql) == "position 3 has no data, and no erased event names it"

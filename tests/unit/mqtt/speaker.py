@@ -1,4 +1,5 @@
-"""The client's side of a session under test: writes packets, reads what came back, and moves its clock."""
+"""The client's side of a session under test: writes packets, reads the answers, and moves the session's
+clock."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ LIMITS = MqttLimits(packets_per_sec=1e9, bytes_per_sec=1e12)
 
 
 class Speaker:
-    """`heard` is what the session sent, `effects` what it told its owner."""
+    """`heard` holds the packets from the session, `effects` what the session reported to its owner."""
 
     def __init__(self, *, version: int = 5, limits: MqttLimits = LIMITS) -> None:
         self.version = version
@@ -33,7 +34,7 @@ class Speaker:
         self.raw(b"".join(encode(packet, self.version) for packet in packets))
 
     def look(self) -> None:
-        """Takes what the session wants to send and to tell."""
+        """Collects the session's output and effects."""
         for data in self.session.out:
             self._splitter.put(data)
         self.session.out.clear()
@@ -43,7 +44,7 @@ class Speaker:
         self.session.effects.clear()
 
     def connected(self, **more: Any) -> Speaker:
-        """Past its CONNECT and CONNACK, with nothing left to look at."""
+        """Completes CONNECT and CONNACK and clears both lists."""
         settings: dict[str, Any] = {"client_id": "door", "version": self.version, "keepalive": 60} | more
         self.say(p.Connect(**settings))
         self.session.accept(self.now)

@@ -1,4 +1,5 @@
-"""The codec: what is written is read again, however it is cut, and no bytes do more than be refused."""
+"""The codec: every encoded packet is decoded again, however it is split, and invalid bytes are only
+refused."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 topics = texts.map(lambda text: text.replace("+", "").replace("#", "") or "t")
 filters = texts.filter(bool)
 ids = st.integers(1, 0xFFFF)
-# Around the places where a length takes one more byte, too.
+# Sizes near the limits where the length needs one more byte, too.
 payloads = st.binary(max_size=200) | st.sampled_from([120, 127, 128, 16_383, 16_384, 20_000]).map(bytes)
 reasons = st.integers(0, 255)
 
@@ -112,7 +113,7 @@ def split(stream: bytes, *, longest: int = LONGEST) -> list[tuple[int, bytes]]:
 
 
 def as_three(packet: Packet) -> Packet:
-    """What MQTT 3.1.1 has a place for."""
+    """The packet with only the fields that MQTT 3.1.1 has."""
     packet = msgspec.structs.replace(packet)
     if hasattr(packet, "properties"):
         packet.properties = {}
@@ -126,7 +127,7 @@ def as_three(packet: Packet) -> Packet:
 
 
 @given(packet=packets, version=st.sampled_from([4, 5]))
-def test_what_is_written_is_read_again(packet: Packet, version: int) -> None:
+def test_an_encoded_packet_is_decoded_again(packet: Packet, version: int) -> None:
     if isinstance(packet, p.Connect):
         version = packet.version
     if version == 4 and isinstance(packet, p.Goodbye) and packet.kind == p.AUTH:
@@ -138,7 +139,7 @@ def test_what_is_written_is_read_again(packet: Packet, version: int) -> None:
 
 
 @given(packet=packets)
-def test_a_packet_cut_at_any_byte_is_refused_and_does_no_harm(packet: Packet) -> None:
+def test_a_packet_cut_at_any_byte_is_refused_without_harm(packet: Packet) -> None:
     version = packet.version if isinstance(packet, p.Connect) else 5
     ((first, body),) = split(encode(packet, version))
     for end in range(min(len(body), 400)):
@@ -147,7 +148,7 @@ def test_a_packet_cut_at_any_byte_is_refused_and_does_no_harm(packet: Packet) ->
 
 
 @given(sent=st.lists(packets, max_size=4), data=st.data())
-def test_a_stream_cut_anywhere_gives_the_same_packets(sent: list[Packet], data: st.DataObject) -> None:
+def test_a_stream_split_anywhere_gives_the_same_packets(sent: list[Packet], data: st.DataObject) -> None:
     stream = b"".join(encode(packet, 5) for packet in sent)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
     splitter, found = Splitter(LONGEST), []
@@ -162,13 +163,13 @@ def test_a_stream_cut_anywhere_gives_the_same_packets(sent: list[Packet], data: 
 @given(first=st.integers(0, 255), body=st.binary(max_size=300), version=st.sampled_from([4, 5]))
 @example(first=0x10, body=b"\x00\x04MQTT\x05\xc2\x00\x00\x05\x26\x00", version=5)
 @example(first=0x30, body=b"\x00\x05ab", version=5)
-def test_no_bytes_raise_anything_but_bad_packet(first: int, body: bytes, version: int) -> None:
+def test_any_bytes_raise_bad_packet_at_most(first: int, body: bytes, version: int) -> None:
     with contextlib.suppress(BadPacket):
         encode(decode(first, body, version), version)
 
 
 @pytest.mark.parametrize("number", [0, 127, 128, 16_383, 16_384, 2_097_151, 2_097_152, LONGEST])
-def test_a_length_takes_as_few_bytes_as_it_may_and_is_read_again(number: int) -> None:
+def test_a_length_is_encoded_as_short_as_possible_and_decoded_again(number: int) -> None:
     written = varint(number)
     assert len(written) == sum(number >= bound for bound in (0, 128, 16_384, 2_097_152))
     splitter = Splitter(number)
@@ -179,7 +180,7 @@ def test_a_length_takes_as_few_bytes_as_it_may_and_is_read_again(number: int) ->
         assert splitter.next() is None
 
 
-def test_a_packet_of_one_byte_more_than_allowed_is_refused_before_it_is_here() -> None:
+def test_a_packet_one_byte_too_long_is_refused_before_it_has_arrived() -> None:
     assert split(b"\x30" + varint(200) + bytes(200), longest=200) == [(0x30, bytes(200))]
     splitter = Splitter(200)
     splitter.put(b"\x30" + varint(201))
@@ -193,7 +194,7 @@ def test_a_length_of_five_bytes_is_refused() -> None:
         split(b"\x30\xff\xff\xff\xff\x01")
 
 
-def test_what_one_packet_may_list_is_bounded() -> None:
+def test_the_number_of_entries_in_one_packet_is_bounded() -> None:
     def subscribe(count: int) -> bytes:
         return encode(p.Subscribe(1, [p.Filter("a")] * count), 5)
 
@@ -218,16 +219,18 @@ def test_what_one_packet_may_list_is_bounded() -> None:
         (b"\x00\x04HTTP\x04\x02\x00\x00\x00\x00", Reason.MALFORMED),
         (b"\x00\x04MQTT\x04\x03\x00\x00\x00\x00", Reason.MALFORMED),  # the reserved flag
         (b"\x00\x04MQTT\x04\x1e\x00\x00\x00\x00", Reason.MALFORMED),  # a will of QoS 3
-        (b"\x00\x04MQTT\x04\x22\x00\x00\x00\x00", Reason.MALFORMED),  # a retained will, and no will
-        (b"\x00\x04MQTT\x04\x42\x00\x00\x00\x00\x00\x00", Reason.MALFORMED),  # a password, no user
+        (b"\x00\x04MQTT\x04\x22\x00\x00\x00\x00", Reason.MALFORMED),  # will retain without a will
+        (b"\x00\x04MQTT\x04\x42\x00\x00\x00\x00\x00\x00", Reason.MALFORMED),  # a password without a user
         (b"\x00\x04MQTT\x05\x02\x00\x00\x03\x21\x00\x00\x00\x00", Reason.PROTOCOL_ERROR),  # Receive Maximum 0
         (b"\x00\x04MQTT\x05\x02\x00\x00\x02\x17\x02\x00\x00", Reason.PROTOCOL_ERROR),  # problem info 2
-        (b"\x00\x04MQTT\x05\x02\x00\x00\x06\x21\x00\x01\x21\x00\x01\x00\x00", Reason.PROTOCOL_ERROR),  # twice
-        (b"\x00\x04MQTT\x05\x02\x00\x00\x03\x23\x00\x01\x00\x00", Reason.MALFORMED),  # an alias in CONNECT
+        # a duplicate property
+        (b"\x00\x04MQTT\x05\x02\x00\x00\x06\x21\x00\x01\x21\x00\x01\x00\x00", Reason.PROTOCOL_ERROR),
+        # a topic alias in CONNECT
+        (b"\x00\x04MQTT\x05\x02\x00\x00\x03\x23\x00\x01\x00\x00", Reason.MALFORMED),
         (b"\x00\x04MQTT\x04\x02\x00\x00\x00\x01\xff", Reason.MALFORMED),  # not UTF-8
         (b"\x00\x04MQTT\x04\x02\x00\x00\x00\x03\xed\xa0\x80", Reason.MALFORMED),  # a surrogate
         (b"\x00\x04MQTT\x04\x02\x00\x00\x00\x01\x00", Reason.MALFORMED),  # U+0000
-        (b"\x00\x04MQTT\x04\x02\x00\x00\x00\x00x", Reason.MALFORMED),  # something behind the end
+        (b"\x00\x04MQTT\x04\x02\x00\x00\x00\x00x", Reason.MALFORMED),  # bytes after the end
     ],
 )
 def test_a_connect_that_breaks_the_protocol_is_refused_with_its_reason(body: bytes, reason: int) -> None:

@@ -1,4 +1,4 @@
-"""One session by itself: what goes in, what comes out, what it tells its owner. No network, no clock."""
+"""One session alone: its input, its output, and its reports to the owner. No network, no clock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def limits(**more: Any) -> MqttLimits:
 
 
 @BOTH
-def test_a_connect_is_given_to_the_owner_who_lets_it_in(version: int) -> None:
+def test_a_connect_is_reported_to_the_owner_and_accepted(version: int) -> None:
     speaker = Speaker(version=version)
     speaker.say(p.Connect(client_id="door", version=version, user="door", password=b"secret", keepalive=20))
     (connect,) = speaker.told(p.Connect)
@@ -45,7 +45,7 @@ def test_a_connect_is_given_to_the_owner_who_lets_it_in(version: int) -> None:
 
 
 @pytest.mark.parametrize(("asked", "told"), [(0, 300), (60, None), (300, None), (301, 300), (65_535, 300)])
-def test_a_keepalive_that_is_none_or_too_long_is_set_by_the_server(asked: int, told: int | None) -> None:
+def test_a_missing_or_too_long_keepalive_is_set_by_the_server(asked: int, told: int | None) -> None:
     speaker = Speaker()
     speaker.say(p.Connect(client_id="door", keepalive=asked))
     speaker.session.accept(speaker.now)
@@ -53,7 +53,7 @@ def test_a_keepalive_that_is_none_or_too_long_is_set_by_the_server(asked: int, t
     assert speaker.sent(p.Connack)[0].properties.get("server_keepalive") == told
 
 
-def test_a_service_may_share_and_is_told_the_name_that_was_made_up_for_it() -> None:
+def test_a_service_gets_its_assigned_client_id_and_may_share_subscriptions() -> None:
     speaker = Speaker()
     speaker.say(p.Connect(client_id=""))
     speaker.session.accept(speaker.now, assigned_id="service-1", shared=True)
@@ -74,7 +74,7 @@ def test_a_service_may_share_and_is_told_the_name_that_was_made_up_for_it() -> N
         (Reason.QUOTA, 3),
     ],
 )
-def test_a_refusal_is_said_in_the_words_of_its_version(reason: int, code: int) -> None:
+def test_a_refusal_uses_the_codes_of_its_mqtt_version(reason: int, code: int) -> None:
     for version in (4, 5):
         speaker = Speaker(version=version)
         speaker.say(p.Connect(client_id="door", version=version, will=p.Will(topic="t", payload=b"")))
@@ -88,7 +88,7 @@ def test_a_refusal_is_said_in_the_words_of_its_version(reason: int, code: int) -
 
 
 @BOTH
-def test_what_comes_behind_a_connect_waits_for_the_owner(version: int) -> None:
+def test_packets_after_a_connect_wait_for_the_owner(version: int) -> None:
     speaker = Speaker(version=version)
     subscribe = p.Subscribe(7, [p.Filter("a", 1)])
     speaker.say(p.Connect(client_id="door", version=version), subscribe)
@@ -101,7 +101,7 @@ def test_what_comes_behind_a_connect_waits_for_the_owner(version: int) -> None:
 
 
 @BOTH
-def test_pubacks_go_out_in_order_of_arrival_and_never_before_they_may(version: int) -> None:
+def test_pubacks_go_out_in_order_of_arrival_after_the_owner_allows_them(version: int) -> None:
     speaker = Speaker(version=version).connected()
     speaker.say(said(b"a", 3), said(b"b", 1), said(b"c", 2))
     assert speaker.heard == []
@@ -114,7 +114,7 @@ def test_pubacks_go_out_in_order_of_arrival_and_never_before_they_may(version: i
     assert len(speaker.heard) == 3
 
 
-def test_a_puback_says_why_in_mqtt_5_only() -> None:
+def test_a_puback_has_a_reason_in_mqtt_5_only() -> None:
     for version in (4, 5):
         speaker = Speaker(version=version).connected()
         speaker.say(said(b"a", 3))
@@ -124,14 +124,14 @@ def test_a_puback_says_why_in_mqtt_5_only() -> None:
         assert told == ((Reason.BAD_FORMAT, "not JSON") if version == 5 else (0, None))
 
 
-def test_a_client_that_wants_no_problem_information_gets_codes_alone() -> None:
+def test_a_client_without_problem_information_gets_codes_only() -> None:
     speaker = Speaker().connected(properties={"problem_info": 0})
     speaker.say(said(b"a", 3))
     speaker.acknowledge(3, Reason.BAD_FORMAT, "not JSON")
     assert speaker.sent(p.Ack) == [p.Ack(p.PUBACK, 3, Reason.BAD_FORMAT)]
 
 
-def test_a_text_that_would_be_too_long_for_the_client_is_left_out() -> None:
+def test_a_reason_string_too_long_for_the_client_is_left_out() -> None:
     speaker = Speaker().connected(properties={"maximum_packet": 20})
     speaker.say(said(b"a", 3))
     speaker.acknowledge(3, Reason.BAD_FORMAT, "a text of more than twenty bytes")
@@ -139,7 +139,7 @@ def test_a_text_that_would_be_too_long_for_the_client_is_left_out() -> None:
 
 
 @BOTH
-def test_what_a_client_says_again_on_the_same_connection_is_one_entry(version: int) -> None:
+def test_a_repeated_publish_on_one_connection_is_one_message(version: int) -> None:
     speaker = Speaker(version=version, limits=limits(receive_maximum=1)).connected()
     speaker.say(said(), said(dup=True), said(dup=True))
     assert len(speaker.told(p.Publish)) == 1
@@ -151,14 +151,14 @@ def test_what_a_client_says_again_on_the_same_connection_is_one_entry(version: i
 
 
 @BOTH
-def test_a_packet_id_in_use_for_something_else_ends_the_connection(version: int) -> None:
+def test_a_packet_id_used_for_another_message_ends_the_connection(version: int) -> None:
     speaker = Speaker(version=version).connected()
     speaker.say(said(b"one"), said(b"two"))
     assert speaker.closed is not None
     assert speaker.closed.reason == Reason.PROTOCOL_ERROR
 
 
-def test_a_client_of_mqtt_5_beyond_the_window_is_cut_with_the_reason() -> None:
+def test_an_mqtt_5_client_beyond_the_window_is_disconnected_with_the_reason() -> None:
     speaker = Speaker().connected()
     speaker.say(*(said(b"x", each) for each in range(1, 21)))
     assert not speaker.told(Closed)
@@ -167,13 +167,13 @@ def test_a_client_of_mqtt_5_beyond_the_window_is_cut_with_the_reason() -> None:
     assert len(speaker.told(p.Publish)) == 20
 
 
-def test_a_client_of_mqtt_3_is_not_read_beyond_the_window_and_read_again_later() -> None:
+def test_an_mqtt_3_client_beyond_the_window_is_paused_and_read_later() -> None:
     speaker = Speaker(version=4, limits=limits(unacknowledged=2)).connected()
     speaker.say(said(b"a", 1), said(b"b", 2), said(b"c", 3), p.Ping())
     assert speaker.session.paused
     assert len(speaker.told(p.Publish)) == 2
     speaker.wait(1_000)
-    assert not speaker.told(Closed)  # it is us who do not listen
+    assert not speaker.told(Closed)  # the server paused reading, so the client's silence does not count
     speaker.acknowledge(1)
     assert len(speaker.told(p.Publish)) == 3
     speaker.acknowledge(2)
@@ -181,13 +181,13 @@ def test_a_client_of_mqtt_3_is_not_read_beyond_the_window_and_read_again_later()
     assert not speaker.session.paused
 
 
-def test_pings_are_answered_while_a_commit_takes_long() -> None:
+def test_pings_are_answered_during_a_long_commit() -> None:
     speaker = Speaker().connected()
     speaker.say(*(said(b"x", each) for each in range(1, 21)), p.Ping())
     assert speaker.heard == [p.Ping(p.PINGRESP)]
 
 
-def test_qos_2_of_mqtt_3_is_one_message_however_often_it_comes() -> None:
+def test_qos_2_of_mqtt_3_is_one_message_however_often_it_is_sent() -> None:
     speaker = Speaker(version=4).connected()
     speaker.say(said(qos=2))
     speaker.acknowledge(1)
@@ -202,7 +202,7 @@ def test_qos_2_of_mqtt_3_is_one_message_however_often_it_comes() -> None:
 
 
 @BOTH
-def test_a_message_is_sent_and_its_puback_is_told_with_its_tag(version: int) -> None:
+def test_a_message_is_sent_and_its_puback_is_reported_with_its_tag(version: int) -> None:
     speaker = Speaker(version=version).connected()
     assert speaker.publish(tag="first") == "sent"
     (message,) = speaker.sent(p.Publish)
@@ -213,7 +213,7 @@ def test_a_message_is_sent_and_its_puback_is_told_with_its_tag(version: int) -> 
     assert not speaker.told(Closed)
 
 
-def test_never_more_is_in_flight_than_the_client_allows_and_the_rest_follows_in_order() -> None:
+def test_in_flight_messages_respect_the_clients_window_and_the_rest_follows_in_order() -> None:
     speaker = Speaker().connected(properties={"receive_maximum": 2})
     assert [speaker.publish(bytes([each]), tag=each) for each in range(4)] == [
         "sent",
@@ -228,7 +228,7 @@ def test_never_more_is_in_flight_than_the_client_allows_and_the_rest_follows_in_
     assert len(speaker.sent(p.Publish)) == 4
 
 
-def test_what_waits_for_the_client_is_bounded_and_dies_in_time() -> None:
+def test_the_queue_for_a_client_is_bounded_and_its_messages_expire() -> None:
     speaker = Speaker(limits=limits(queued=2)).connected(properties={"receive_maximum": 1})
     speaker.publish(tag=0)
     assert speaker.publish(tag=1, expires_at=speaker.now + 5) == "queued"
@@ -240,7 +240,7 @@ def test_what_waits_for_the_client_is_bounded_and_dies_in_time() -> None:
     assert len(speaker.sent(p.Publish)) == 2
 
 
-def test_a_packet_id_in_flight_is_not_given_again() -> None:
+def test_a_packet_id_in_flight_is_not_reused() -> None:
     speaker = Speaker().connected()
     speaker.publish(tag="old")
     speaker.session._last_id = 0xFFFF
@@ -248,21 +248,21 @@ def test_a_packet_id_in_flight_is_not_given_again() -> None:
     assert [message.packet_id for message in speaker.sent(p.Publish)] == [1, 2]
 
 
-def test_a_message_larger_than_the_client_takes_is_not_sent() -> None:
+def test_a_message_larger_than_the_clients_maximum_is_not_sent() -> None:
     speaker = Speaker().connected(properties={"maximum_packet": 100})
     assert speaker.publish(b"x" * 100) == "too large"
     assert speaker.publish(b"x" * 60) == "sent"
     assert len(speaker.heard) == 1
 
 
-def test_qos_0_is_sent_and_never_heard_of_again() -> None:
+def test_qos_0_is_sent_and_not_tracked() -> None:
     speaker = Speaker().connected()
     assert speaker.publish(qos=0) == "sent"
     assert speaker.session.in_flight == 0
 
 
 @BOTH
-def test_what_was_in_flight_at_the_end_is_told_as_unknown(version: int) -> None:
+def test_messages_in_flight_at_the_end_are_reported_as_unknown(version: int) -> None:
     speaker = Speaker(version=version).connected()
     speaker.publish(tag="lost")
     speaker.session.lost()
@@ -276,7 +276,7 @@ def test_what_was_in_flight_at_the_end_is_told_as_unknown(version: int) -> None:
 
 
 @BOTH
-def test_silence_of_one_and_a_half_keepalives_ends_it(version: int) -> None:
+def test_silence_for_one_and_a_half_keepalives_ends_the_session(version: int) -> None:
     speaker = Speaker(version=version).connected(keepalive=10)
     speaker.wait(14)
     speaker.say(p.Ping())
@@ -302,7 +302,7 @@ def test_without_a_keepalive_a_client_that_does_not_acknowledge_is_cut() -> None
     assert speaker.closed is not None
 
 
-def test_whoever_does_not_say_connect_is_cut_without_a_word() -> None:
+def test_a_client_that_sends_no_connect_is_cut_without_an_answer() -> None:
     speaker = Speaker()
     speaker.raw(encode(p.Connect(client_id="door"), 5)[:-1])
     speaker.wait(9)
@@ -312,7 +312,7 @@ def test_whoever_does_not_say_connect_is_cut_without_a_word() -> None:
     assert speaker.heard == []
 
 
-def test_beyond_its_rate_a_client_is_read_later_and_nothing_is_lost() -> None:
+def test_a_client_above_its_rate_is_read_later_and_nothing_is_lost() -> None:
     speaker = Speaker(limits=limits(packets_per_sec=10, burst_sec=1)).connected()
     speaker.say(*(said(b"x", each, qos=0) for each in range(30)))
     first = len(speaker.told(p.Publish))
@@ -326,7 +326,7 @@ def test_beyond_its_rate_a_client_is_read_later_and_nothing_is_lost() -> None:
     assert 1_001.5 <= speaker.now <= 1_002.5
 
 
-def test_large_packets_cost_as_much_as_many() -> None:
+def test_large_packets_count_by_their_bytes() -> None:
     speaker = Speaker(limits=limits(bytes_per_sec=1_000, burst_sec=1)).connected()
     speaker.say(said(b"x" * 5_000))
     assert len(speaker.told(p.Publish)) == 1
@@ -334,7 +334,7 @@ def test_large_packets_cost_as_much_as_many() -> None:
     assert speaker.session.resume_at == pytest.approx(speaker.now + 4, abs=0.1)
 
 
-def test_pubacks_that_we_asked_for_cost_nothing() -> None:
+def test_pubacks_for_server_messages_are_not_rate_limited() -> None:
     speaker = Speaker(limits=limits(packets_per_sec=1, burst_sec=1)).connected()
     for each in range(50):
         speaker.publish(tag=each)
@@ -361,7 +361,7 @@ WILL = p.Will(topic="iotee/dev/door/status", payload=b"offline")
 
 
 @BOTH
-def test_a_goodbye_takes_the_will_back_and_nothing_else_does(version: int) -> None:
+def test_only_a_disconnect_cancels_the_will(version: int) -> None:
     for say, due in (([p.Goodbye()], False), ([said(qos=1), p.Connect(client_id="door")], True)):
         speaker = Speaker(version=version).connected(will=WILL)
         speaker.say(*say)
@@ -374,7 +374,7 @@ def test_a_goodbye_takes_the_will_back_and_nothing_else_does(version: int) -> No
     assert speaker.closed.will
 
 
-def test_a_goodbye_of_mqtt_5_may_ask_for_the_will() -> None:
+def test_an_mqtt_5_disconnect_may_request_the_will() -> None:
     speaker = Speaker().connected(will=WILL)
     speaker.say(p.Goodbye(reason=Reason.WITH_WILL))
     assert speaker.closed is not None
@@ -382,7 +382,7 @@ def test_a_goodbye_of_mqtt_5_may_ask_for_the_will() -> None:
 
 
 @BOTH
-def test_after_the_end_nothing_is_read_sent_or_told(version: int) -> None:
+def test_after_the_end_nothing_is_read_sent_or_reported(version: int) -> None:
     speaker = Speaker(version=version).connected()
     speaker.say(said(b"a", 1), p.Goodbye(), said(b"b", 2), p.Ping())
     assert len(speaker.told(p.Publish)) == 1

@@ -1,4 +1,4 @@
-"""A session against a model: any order of what clients and owners do keeps the protocol's promises."""
+"""A session against a model: in any order of client and owner actions the protocol's rules hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WINDOW, HEARD, QUEUE = 3, 4, 2
 
 
 class Sessions(RuleBasedStateMachine):
-    """The model: what the client waits for, what is in flight, and what was counted of both."""
+    """The model: unacknowledged messages of the client, messages in flight, and the counts of both."""
 
     @initialize(version=st.sampled_from([4, 5]))
     def begin(self, version: int) -> None:
@@ -31,7 +31,7 @@ class Sessions(RuleBasedStateMachine):
         properties = {"receive_maximum": WINDOW} if version == 5 else {}
         self.speaker.connected(properties=properties)
         self.waiting: list[int] = []  # packet ids without PUBACK, in order of arrival
-        self.allowed: set[int] = set()  # of those, what the owner has dealt with
+        self.allowed: set[int] = set()  # of these, the ids that the owner has acknowledged
         self.sent: dict[int, int] = {}  # packet id in flight -> tag
         self.queued: list[int] = []
         self.next_tag = 0
@@ -58,7 +58,7 @@ class Sessions(RuleBasedStateMachine):
     @rule(data=st.data())
     def client_says_again(self, data: st.DataObject) -> None:
         if len(self.waiting) == HEARD and self.speaker.version == 4:
-            return  # it is not read now
+            return  # the session is paused and does not read
         again = data.draw(st.sampled_from(self.waiting))
         before = len(self.speaker.told(p.Publish))
         self.speaker.say(said(b"%d" % again, again, dup=True))

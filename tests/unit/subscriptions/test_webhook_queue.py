@@ -82,7 +82,7 @@ def test_events_delivered_ahead_of_the_cursor_are_not_sent_again_after_a_restart
     stored = msgspec.json.decode(msgspec.json.encode(before.progress()), type=Progress)
 
     after = Window(stored)
-    assert after.progress() == stored, "also before it has looked at anything again"
+    assert after.progress() == stored, "before it has read any entry again"
     after.looked([(1, "a"), (2, "b")], 2, 0)
     assert after.progress() == stored
     after.looked([(3, "a"), (4, "b")], 4, 0)
