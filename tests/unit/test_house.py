@@ -99,7 +99,7 @@ MUST_NOT_IMPORT = {
     "broker/engine": {"litestar", "uvicorn", "httpx2", "aiomqtt"},
     "broker/client": {"litestar", "uvicorn", "msgspec", "aiosqlite", "aiomqtt"},
 }
-# What is imported -> the only rooms and modules of `broker/` and `projections/` that may.
+# An imported module -> the only rooms and modules of `broker/` and `projections/` that may.
 IMPORTED_ONLY_BY = {
     "aiomqtt": {"broker/mqtt/link"},
     "paho": {"broker/mqtt/link"},

@@ -1,4 +1,5 @@
-"""Dispatch and intake where devices connect to us directly: slots, presence of a topic, time to come back."""
+"""Dispatch and intake when devices connect directly to the broker: slots, presence per topic, and the time to
+reconnect after a start."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ async def test_a_slot_is_free_when_the_bytes_are_written(tmp_path: Path) -> None
             assert dispatch.outstanding == 0
 
 
-def test_a_device_that_hears_one_topic_gets_nothing_on_another() -> None:
+def test_a_device_without_a_subscription_to_the_command_topic_gets_nothing() -> None:
     async def world(loop: SimLoop) -> None:
         async with on_virtual_time(loop) as (bench, _):
             bench.wire.direct = True
@@ -43,7 +44,7 @@ def test_a_device_that_hears_one_topic_gets_nothing_on_another() -> None:
     simulated(world)
 
 
-def test_a_type_without_presence_is_sent_to_whoever_listens_or_not() -> None:
+def test_a_type_without_presence_is_sent_to_without_a_subscriber() -> None:
     async def world(loop: SimLoop) -> None:
         async with on_virtual_time(loop) as (bench, _):
             bench.wire.direct = True
@@ -55,7 +56,7 @@ def test_a_type_without_presence_is_sent_to_whoever_listens_or_not() -> None:
     simulated(world)
 
 
-def test_the_end_of_a_wait_for_answers_is_each_devices_own() -> None:
+def test_the_wait_for_answers_after_a_start_ends_separately_per_device() -> None:
     drain = Drain()
     assert drain.ends("a") is None
     assert drain.begin(1_000, direct=True) == 1_000 + COME_BACK_MS
@@ -81,7 +82,9 @@ def test_the_end_of_a_wait_for_answers_is_each_devices_own() -> None:
     ],
     ids=["unreadable", "fine", "unknown device", "not its own topic", "unknown command"],
 )
-async def test_a_puback_says_what_was_wrong(tmp_path: Path, message: Message, reason: int) -> None:
+async def test_a_puback_has_the_reason_of_a_refused_message(
+    tmp_path: Path, message: Message, reason: int
+) -> None:
     async with running(tmp_path) as bench:
         await bench.device()
         await bench.device("lamp-2")
@@ -92,7 +95,7 @@ async def test_a_puback_says_what_was_wrong(tmp_path: Path, message: Message, re
             assert await bench.unmatched() == ["wrong_device"]
 
 
-def test_after_a_restart_a_device_has_time_to_come_back_before_its_answer_is_missed() -> None:
+def test_after_a_restart_a_device_has_time_to_reconnect_before_its_command_times_out() -> None:
     async def world(loop: SimLoop) -> None:
         async with on_virtual_time(loop) as (bench, _):
             bench.wire.direct = True
@@ -100,7 +103,7 @@ def test_after_a_restart_a_device_has_time_to_come_back_before_its_answer_is_mis
             command = await bench.order(ttl_sec=12)
             await until(lambda: len(bench.wire.sent) == 1)
             bench.wire.receipt(Receipt(written=True, reason=None))
-            # As after a start: nobody is there, and what was sent before may have been answered.
+            # The state after a start: the device is offline, and it may have answered an earlier message.
             bench.core.intake.device_offline("lamp-1")
             bench.core.intake.link_up()
             await asyncio.sleep(20)

@@ -42,7 +42,7 @@ async def held(directory: Path) -> AsyncIterator[Held]:
         await storage.close()
 
 
-# --- groups and the barrier
+# --- batches and the barrier
 
 
 async def test_events_staged_during_a_commit_go_into_the_next_one_in_order(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ async def test_a_core_that_is_only_opened_reads_its_log_and_writes_nothing(tmp_p
     await storage.close()
 
 
-# --- values that cannot be written
+# --- unwritable values
 
 
 async def test_an_unwritable_note_is_dropped_and_counted_and_its_batch_is_committed(

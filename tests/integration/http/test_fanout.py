@@ -217,7 +217,7 @@ async def test_a_full_queue_is_an_error_of_its_device_only(tmp_path: Path) -> No
         assert list(found["lamp-1"]) == ["command_id"]
 
 
-# --- what takes another's place ----------------------------------------------------------------------
+# --- collapse keys ---------------------------------------------------------------------------------
 
 
 async def test_a_command_replaces_pending_ones_with_the_same_collapse_key(broker: Broker) -> None:

@@ -131,7 +131,7 @@ async def test_a_lane_of_another_project_is_not_found(broker: Broker) -> None:
         error_of(await who.get(f"/v1/devices/{device}/lane"), 404, "not_found")
 
 
-# --- devices that change or go
+# --- changed and deleted devices
 
 
 async def on_the_wire(broker: Broker, number: int) -> bytes:
@@ -221,7 +221,7 @@ async def test_answers_of_a_deleted_device_are_ignored(broker: Broker) -> None:
     assert (await get(client, f"/v1/commands/{running}"))["state"] == "timed_out"
 
 
-# --- answers that fitted nothing
+# --- unmatched answers
 
 
 async def has_rows(client: httpx2.AsyncClient, path: str, count: int) -> dict[str, Any]:

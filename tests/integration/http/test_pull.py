@@ -574,7 +574,7 @@ def test_a_result_nested_too_deeply_is_refused_and_any_other_value_is_kept() -> 
     on_desk(story)
 
 
-# --- who may
+# --- permissions
 
 
 def test_a_device_token_works_for_its_own_device_only() -> None:

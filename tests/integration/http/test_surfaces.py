@@ -154,7 +154,7 @@ async def test_each_api_shows_failures_in_its_own_words(tmp_path: Path) -> None:
         assert one["error"] == old["error"]
 
 
-# --- the page that sets them side by side ------------------------------------------------------------
+# --- the comparison page ---------------------------------------------------------------------------
 
 
 def named(column: int) -> list[str]:

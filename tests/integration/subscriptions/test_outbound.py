@@ -194,7 +194,7 @@ async def test_a_certificate_of_another_name_or_an_unknown_issuer_gets_no_reques
         assert receiver.got == []
 
 
-# --- where it may go -------------------------------------------------------------------------------
+# --- allowed addresses -----------------------------------------------------------------------------
 
 
 async def test_no_local_address_is_reached_unless_allowed(receiver: Receiver) -> None:

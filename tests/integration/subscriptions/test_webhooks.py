@@ -301,7 +301,7 @@ async def test_a_paused_webhook_gets_nothing_and_later_misses_nothing(
     assert [each.event["subject"] for each in got] == ids
 
 
-# --- what an owner can do --------------------------------------------------------------------------
+# --- operations of the owner -----------------------------------------------------------------------
 
 
 async def test_after_a_rotation_both_secrets_verify_and_without_overlap_only_the_new_one(

@@ -309,7 +309,7 @@ async def test_bytes_that_are_not_mqtt_only_end_the_connection(wrong: bytes) -> 
     assert wire.gone or not wire.packets()
 
 
-# --- the books -------------------------------------------------------------------------------------
+# --- the ledger ------------------------------------------------------------------------------------
 
 
 def books(

@@ -571,7 +571,7 @@ def test_every_state_is_explained(state: State) -> None:
     assert found.summary.endswith(".")
 
 
-# --- what it says comes true: the real core, on virtual time
+# --- the announced next step: the real core, on virtual time
 
 LONG_SEC = 100  # of virtual time
 

@@ -317,7 +317,7 @@ def test_a_command_without_an_open_attempt_has_no_flight_after_a_restart() -> No
         assert lanes.recovered(state, definition(), T, jitter) == Flight()
 
 
-# --- what is fetched without MQTT
+# --- fetches without MQTT
 
 PULLED: dict[str, Any] = {"transports": ("mqtt", "relay", "heartbeat")}
 CLAIMED = Published(attempt=1, transport="relay", counts=False)

@@ -198,7 +198,7 @@ def test_qos_2_of_mqtt_3_is_one_message_however_often_it_is_sent() -> None:
     assert len(speaker.told(p.Publish)) == 2
 
 
-# What goes to the client
+# Messages to the client
 
 
 @BOTH
@@ -354,7 +354,7 @@ def test_one_turn_handles_a_bounded_number_of_packets() -> None:
     assert len(speaker.heard) == 1_000
 
 
-# Its end
+# The end of a session
 
 
 WILL = p.Will(topic="iotee/dev/door/status", payload=b"offline")
