@@ -7,27 +7,28 @@ directory. Otherwise it opens the log and runs the same HTTP app in its own proc
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import httpx2
+import structlog
+import uvloop
 
 from broker.core import Core
 from broker.http.app import create_app
 from broker.http.edge.services import Services
 from broker.http.edge.streams import Streams
 from broker.metrics import Metrics
+from broker.private_socket import TIMEOUT_SEC, answers, socket_path
 from broker.seams import Sql
 from broker.settings import BadSetting, Settings
 from broker.type_files import load_types
-from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy
+from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy, there_is_a_log
 
-SOCKET = "ordain.sock"
-TIMEOUT_SEC = 30.0
+T = TypeVar("T")
+
 FREE_WITHIN_SEC = 10.0
 LOOK_AGAIN_SEC = 0.05
 
@@ -70,44 +71,25 @@ def services(core: Core, shown: Settings | None = None) -> Services:
     )
 
 
-@contextmanager
-def socket_path(directory: Path) -> Iterator[str]:
-    """A path of the socket within the system's limit of 108 bytes, also if the directory's path is long."""
-    full = str(directory / SOCKET)
-    if len(os.fsencode(full)) < 100:
-        yield full
-        return
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{handle}/{SOCKET}"
-    finally:
-        os.close(handle)
+def ask_alone(
+    settings: Settings, work: Callable[[httpx2.AsyncClient, bool], Awaitable[T]], *, make: bool = False
+) -> T:
+    """Asks as the operator in an event loop; if no broker serves, its parts run in this process.
 
+    Raises:
+        Broken: there is no log, and `make` is not set.
+    """
+    if not make:
+        there_is_a_log(Path(settings.data))
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger("critical")
+    )  # errors arrive as exceptions, so log lines would only repeat them
 
-def listen(directory: Path) -> socket.socket:
-    """Opens a listening socket that only the owner of the data directory can use."""
-    with socket_path(directory) as path:
-        Path(path).unlink(missing_ok=True)
-        listening = socket.socket(socket.AF_UNIX)
-        before = os.umask(0o177)
-        try:
-            listening.bind(path)
-        finally:
-            os.umask(before)
-        listening.listen(64)
-    return listening
+    async def asking() -> T:
+        async with operator(settings) as (client, serving):
+            return await work(client, serving)
 
-
-def answers(directory: Path) -> bool:
-    """True if a broker serves this directory."""
-    if not (directory / SOCKET).exists():
-        return False
-    with socket_path(directory) as path, socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return False
-    return True
+    return uvloop.run(asking())
 
 
 @asynccontextmanager

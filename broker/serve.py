@@ -19,7 +19,7 @@ import structlog
 import uvicorn
 from litestar.types import ASGIApp
 
-from broker.control import SOCKET, listen, refuse_replay, remember_prefix, services
+from broker.control import refuse_replay, remember_prefix, services
 from broker.core import Core
 from broker.demo import Demo
 from broker.http.app import create_app
@@ -27,6 +27,7 @@ from broker.http.edge.protocol import Bounded
 from broker.http.edge.services import Services
 from broker.mqtt.door import mqtt_door
 from broker.mqtt.link import MqttLink
+from broker.private_socket import SOCKET, listen
 from broker.settings import BadSetting, Settings, address
 from broker.subscriptions.outbound import HttpOutbound
 from broker.type_files import load_types

@@ -1,21 +1,20 @@
-"""Shared parts of all commands of the command line: options, requests to the broker, output."""
+"""What all commands of the command line share: exit codes, options, asking the broker, output."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import httpx2
 import msgspec
-import structlog
-import uvloop
 from cyclopts import Parameter
 
-from broker.control import operator
+from broker.operations.asking import Client
+from broker.private_socket import SocketClient, answers
 from broker.settings import Settings, load
-from broker.world import there_is_a_log
 
 T = TypeVar("T")
 
@@ -39,26 +38,39 @@ def settings_of(config: str | None = None, **flags: str | None) -> Settings:
 def ask(
     data: str | None,
     config: str | None,
-    work: Callable[[httpx2.AsyncClient, bool], Awaitable[T]],
+    work: Callable[[Client, bool], Coroutine[Any, Any, T]],
     *,
     make: bool = False,
 ) -> T:
     """Runs `work` as the operator of a data directory. Its second argument says whether a broker is serving.
 
-    `make`: `work` may create the log. All other commands must not create a log in a wrong directory.
+    `work` awaits its client and `pause`, nothing else. `make`: `work` may create the log. All other
+    commands must not create a log in a wrong directory.
     """
     settings = settings_of(config, data=data)
-    if not make:
-        there_is_a_log(Path(settings.data))
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger("critical")
-    )  # errors arrive as exceptions, so log lines would only repeat them
+    directory = Path(settings.data)
+    if answers(directory):
+        return finished(work(SocketClient(directory), True))
+    from broker.control import ask_alone  # the whole broker; a running one is asked without it
 
-    async def asking() -> T:
-        async with operator(settings) as (client, serving):
-            return await work(client, serving)
+    return ask_alone(settings, work, make=make)
 
-    return uvloop.run(asking())
+
+def finished(work: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns that never waits for anything. An event loop would take 0.05 s to import."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        value: T = end.value
+        return value
+    finally:
+        work.close()
+    raise RuntimeError(f"{work} waits for an event loop")
+
+
+async def pause(seconds: float) -> None:
+    """Sleeps. It may block, because a command is alone in its process."""
+    time.sleep(seconds)  # noqa: ASYNC251
 
 
 def print_json(value: object) -> None:
@@ -70,3 +82,21 @@ def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> No
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+PAUSE_SEC = 1.0
+
+
+class Progress:
+    """Call it with the amount that is done; it prints at most once a second. `total` is in the same unit."""
+
+    def __init__(self, total: int, unit: str = "events") -> None:
+        self._total = total
+        self._unit = unit
+        self._said = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self._said >= PAUSE_SEC:
+            self._said = now
+            print(f"{done:,} of {self._total:,} {self._unit}", file=sys.stderr, flush=True)

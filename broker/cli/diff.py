@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import urlencode
 
-import httpx2
 import msgspec
 
 from broker.cli.base import Config, Data, Json, ask, print_json
-from broker.operations.asking import call
+from broker.operations.asking import Client, call
 
 
 def diff(
@@ -25,7 +24,7 @@ def diff(
         A later one.
     """
 
-    async def asking(client: httpx2.AsyncClient, _: bool) -> None:
+    async def asking(client: Client, _: bool) -> None:
         cursor: str | None = ""
         while cursor is not None:
             asked = {"from": before, "to": after, "limit": "100"} | ({"cursor": cursor} if cursor else {})

@@ -8,7 +8,8 @@ from typing import Annotated
 import httpx2
 from cyclopts import Parameter
 
-from broker.cli.base import Config, Data, Json, ask, print_json, settings_of
+from broker.cli.base import Config, Data, Json, print_json, settings_of
+from broker.control import ask_alone
 from broker.operations import doctor as looks
 from broker.operations.asking import REFUSED, Failed
 from broker.operations.doctor import Finding
@@ -37,7 +38,7 @@ def doctor(
         return [*await looks.broker(client, serving), *await looks.mqtt(client, serving, canary)]
 
     if not any(each.level == "fault" and each.check in BROKEN_LOG for each in found):
-        found += ask(data, config, asking)
+        found += ask_alone(settings, asking)
     faults = sum(each.level == "fault" for each in found)
     if as_json:
         print_json([each._asdict() for each in found])

@@ -12,8 +12,7 @@ from typing import Annotated
 import msgspec
 from cyclopts import App, Parameter
 
-from broker.cli.base import Config, Data, Json, Text, print_json, settings_of
-from broker.cli.progress import Progress
+from broker.cli.base import Config, Data, Json, Progress, Text, print_json, settings_of
 from broker.cli.transfer import export_log, import_log, redecide_command
 from broker.domain.events import device_stream
 from broker.log import sqlite as log

@@ -11,8 +11,7 @@ from typing import Annotated
 import uvloop
 from cyclopts import App, Parameter
 
-from broker.cli.base import Config, Data, Json, print_json, print_table, settings_of
-from broker.cli.progress import Progress
+from broker.cli.base import Config, Data, Json, Progress, print_json, print_table, settings_of
 from broker.log import sqlite as log
 from broker.operations.asking import POLL_SEC, REFUSED, USAGE, Failed
 from broker.operations.own_projection import OwnProjection, Wrong

@@ -21,9 +21,10 @@ from rich.live import Live
 from rich.table import Table
 
 from broker.cli.base import Config, Data, Json, Text, print_json, settings_of
-from broker.control import answers, operator
+from broker.control import operator
 from broker.mqtt_url import parse_url
 from broker.operations.asking import REFUSED, UNREACHABLE, USAGE, Failed
+from broker.private_socket import answers
 from broker.settings import Settings
 from devices.fleet.device import TYPE
 from devices.fleet.faults import Faults

@@ -8,8 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from broker.cli.base import Config, Data, Json, Text, print_json, settings_of
-from broker.cli.progress import Progress
+from broker.cli.base import Config, Data, Json, Progress, Text, print_json, settings_of
 from broker.log import sqlite as log
 from broker.operations import transfer
 from broker.operations.asking import REFUSED, USAGE, Failed

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import httpx2
+from typing import Any, Protocol
 
 DONE, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
 POLL_SEC = 0.1
@@ -18,17 +16,29 @@ class Failed(Exception):
         self.code = code
 
 
-async def call(client: httpx2.AsyncClient, method: str, path: str, body: object = None) -> Any:
+class Answer(Protocol):
+    @property
+    def status_code(self) -> int: ...
+
+    @property
+    def is_error(self) -> bool: ...
+
+    def json(self) -> Any: ...
+
+
+class Client(Protocol):
+    """What asking needs of a client: `SocketClient` has it, and `httpx2.AsyncClient`."""
+
+    async def request(self, method: str, url: str, /, *, json: Any = None) -> Answer: ...
+
+
+async def call(client: Client, method: str, path: str, body: object = None) -> Any:
     """The response's JSON.
 
     Raises:
         Failed: the broker answered with an error; the message is the broker's.
     """
-    response = (
-        await client.request(method, path, json=body)
-        if body is not None
-        else await client.request(method, path)
-    )
+    response = await client.request(method, path, json=body)
     answer = response.json()
     if response.is_error:
         code = UNREACHABLE if response.status_code >= 500 else REFUSED
@@ -36,7 +46,7 @@ async def call(client: httpx2.AsyncClient, method: str, path: str, body: object 
     return answer
 
 
-async def pages(client: httpx2.AsyncClient, path: str) -> list[dict[str, Any]]:
+async def pages(client: Client, path: str) -> list[dict[str, Any]]:
     """All items of a paged list of `/v1`."""
     found: list[dict[str, Any]] = []
     cursor: str | None = ""

@@ -24,7 +24,7 @@ from typing import IO, Any, TypeVar
 import httpx2
 import pytest
 
-from broker.control import socket_path
+from broker.private_socket import socket_path
 from devices.agent import Agent
 from tests.conftest import program
 

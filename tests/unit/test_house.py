@@ -45,6 +45,7 @@ SEAMS = (
     "broker/world",
     "broker/serve",
     "broker/control",
+    "broker/private_socket",
     "broker/client",
     "broker/cli",
     "broker/mqtt/link",
@@ -68,7 +69,7 @@ WORLD_NAMES = {
 # A module directly in `broker/` is a room of its own. Rooms on one line do not import each other.
 FLOORS = (
     ("devices", "broker/__init__", "broker/seams", "broker/mqtt_url", "broker/client_types"),
-    ("devices/fleet", "broker/client", "broker/domain", "broker/settings"),
+    ("devices/fleet", "broker/client", "broker/domain", "broker/settings", "broker/private_socket"),
     ("broker/log", "broker/type_files"),
     ("projections",),
     ("broker/engine",),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.cli.main import app
+from broker.cli.main import application
 from broker.world import DATABASE
 from tests.system.support import ROOT, Broker, paste, refused
 from tests.system.test_readme import blocks
@@ -21,7 +21,7 @@ WRITTEN = re.findall(r"^ordain .*$", (ROOT / "docs" / "log.md").read_text(), re.
 
 @pytest.mark.parametrize("line", WRITTEN)
 def test_every_command_on_the_log_page_parses(line: str) -> None:
-    app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
+    application().parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
 
 
 def test_the_history_example_of_the_readme_runs(broker: Broker) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from broker.control import socket_path
+from broker.private_socket import socket_path
 from tests.conftest import Mosquitto, program
 from tests.system.conftest import NewBroker
 from tests.system.support import WITHIN_SEC, Broker, Process, until

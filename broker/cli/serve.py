@@ -1,0 +1,63 @@
+"""`ordain serve`: the broker itself. The only command of the command line that loads all of it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import structlog
+import uvloop
+from cyclopts import Parameter
+
+from broker.cli.base import Config, Data, Text, settings_of
+from broker.serve import serve as serve_until_signal
+
+
+def serve(
+    *,
+    data: Data = None,
+    http: Text = None,
+    mqtt_listen: Text = None,
+    mqtt_server: Text = None,
+    mqtt_url: Text = None,
+    config: Config = None,
+    demo: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Run the broker until SIGTERM or Ctrl-C.
+
+    Parameters
+    ----------
+    http
+        HOST:PORT of the HTTP server; else ORDAIN_HTTP, else 127.0.0.1:8080.
+    mqtt_listen
+        HOST:PORT of the embedded MQTT server; else ORDAIN_MQTT_LISTEN, else 127.0.0.1:1883.
+    mqtt_server
+        The broker's own MQTT server: embedded, or mosquitto as a child process; else ORDAIN_MQTT_SERVER, else
+        embedded.
+    mqtt_url
+        Use this external MQTT server instead, mqtt://user:password@host:port; else ORDAIN_MQTT_URL.
+    demo
+        Also run a few simulated devices, and print a curl to try.
+    """
+    settings = settings_of(
+        data=data,
+        http=http,
+        mqtt_listen=mqtt_listen,
+        mqtt_server=mqtt_server,
+        mqtt_url=mqtt_url,
+        config=config,
+    )
+    _log_to_stderr()
+    uvloop.run(serve_until_signal(settings, demo=demo, say=lambda text: print(text, flush=True)))
+
+
+def _log_to_stderr() -> None:
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
+        ],
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )

@@ -1,0 +1,157 @@
+"""The command line starts quickly: it imports what one command needs, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+from importlib import import_module
+from pathlib import Path
+from socketserver import UnixStreamServer
+from typing import cast
+
+import pytest
+from cyclopts import App
+from docstring_parser import parse
+
+from broker.cli.main import COMMANDS
+from broker.private_socket import SOCKET
+
+# Neither the help nor a command that asks a running broker may import these: they are what made a start slow.
+NEVER = {
+    "aiomqtt", "aiosqlite", "amqtt", "asyncio", "cryptography", "httpcore2", "httpx2", "jsonschema_rs", "jwt",
+    "litestar", "markdown_it", "paho", "prometheus_client", "rfc8785", "sqlite3", "structlog", "uvicorn",
+    "uvloop", "broker.client", "broker.control", "broker.core", "broker.demo", "broker.engine", "broker.http",
+    "broker.log", "broker.metrics", "broker.mqtt", "broker.serve", "broker.subscriptions",
+    "broker.type_files", "broker.world", "projections",
+}  # fmt: skip
+AND_NOT_WHEN_ASKING = {"rich"}
+HELP = (["--help"], ["--version"])
+ASKING = (
+    ["keys", "create", "--project", "acme", "--scope", "admin"],
+    ["keys", "list"],
+    ["keys", "revoke", "key_1"],
+    ["grants", "list"],
+    ["grants", "rotate"],
+    ["grants", "retire", "k1"],
+    ["devices", "add", "door-7", "--type", "generic"],
+    ["devices", "list"],
+    ["send", "door-7", "lock", "for_sec=5", "--wait"],
+    ["explain", "cmd_1"],
+    ["diff", "1", "2"],
+    ["delete", "cmd_1"],
+    ["purge", "--older-than-days", "3"],
+    ["webhooks", "list"],
+    ["webhooks", "pause", "hook_1"],
+    ["webhooks", "resume", "hook_1"],
+    ["webhooks", "redrive", "hook_1", "--from", "1"],
+)
+# These look at files, run for long, or are the broker: they may load what they need.
+OWN_WORK = {"backup", "doctor", "log", "projections", "replay", "restore", "serve", "simulate"}
+LOOK = "import json, sys; from broker.cli.main import run; c = run(sys.argv[1:]); sys.stdout.flush(); "
+LOOK += "print(json.dumps([c, sorted(sys.modules)]), file=sys.stderr)"
+
+
+class Refuses(BaseHTTPRequestHandler):
+    """Answers as a broker does that does not know a name."""
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b'{"error": {"message": "there is no such thing"}}'
+        self.send_response(404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_PATCH = do_DELETE = answer
+
+    def log_message(self, format: str, *values: object) -> None:
+        cast(Counting, self.server).requests += 1
+
+
+class Counting(UnixStreamServer):
+    requests = 0
+
+
+@contextmanager
+def a_broker_that_refuses(directory: Path) -> Iterator[Counting]:
+    with Counting(str(directory / SOCKET), Refuses) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join(10)
+
+
+def started(arguments: list[str], directory: Path) -> tuple[int, set[str], float]:
+    """The exit code of one command line, what it imported, and the CPU seconds it took."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ORDAIN_")}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment | {"ORDAIN_DATA": str(directory)},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code, modules = json.loads(done.stderr.splitlines()[-1])
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return code, set(modules), cpu
+
+
+def test_the_help_imports_no_command(tmp_path: Path) -> None:
+    commands = {place.partition(":")[0] for place, _ in COMMANDS.values()}
+    for arguments in HELP:
+        code, modules, _ = started(arguments, tmp_path)
+        assert (code, modules & (NEVER | commands)) == (0, set())
+
+
+@pytest.mark.parametrize("arguments", ASKING, ids=" ".join)
+def test_a_command_that_asks_a_running_broker_imports_no_part_of_it(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    with a_broker_that_refuses(tmp_path) as asked:
+        code, modules, _ = started(arguments, tmp_path)
+
+    assert code == 1
+    assert asked.requests == 1
+    assert modules & (NEVER | AND_NOT_WHEN_ASKING) == set()
+
+
+def test_every_command_is_held_by_the_tests_above_or_named_as_one_with_own_work() -> None:
+    assert {arguments[0] for arguments in ASKING} | OWN_WORK == set(COMMANDS)
+    for name in {arguments[0] for arguments in ASKING}:
+        found = target(name)
+        if isinstance(found, App):
+            held = {arguments[1] for arguments in ASKING if arguments[0] == name}
+            assert held == {each for each in found if not each.startswith("-")}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_line_of_a_command_in_the_help_is_the_first_of_its_own_help(name: str) -> None:
+    found = target(name)
+    text = found.help if isinstance(found, App) else found.__doc__
+
+    assert parse(text or "").short_description == COMMANDS[name][1]
+
+
+def target(name: str) -> object:
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def test_a_start_takes_at_most_a_quarter_of_a_second_of_cpu(tmp_path: Path) -> None:
+    """One of ten tries must show it: a busy machine makes a start dearer, and never cheaper."""
+    for arguments in (["--help"], ["keys", "list"]):
+        with a_broker_that_refuses(tmp_path):
+            assert any(started(arguments, tmp_path)[2] <= 0.25 for _ in range(10))
+        (tmp_path / SOCKET).unlink()
