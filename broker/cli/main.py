@@ -68,7 +68,7 @@ COMMANDS = {
     ),
     "simulate": (
         "broker.cli.simulate:simulate",
-        "Run a fleet of simulated devices against a running broker, and report what happened to each command.",
+        "Run simulated devices against a running broker, and report what happened to each command.",
     ),
 }
 

@@ -57,7 +57,7 @@ def simulate(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Run a fleet of simulated devices against a running broker, and report what happened to each command.
+    """Run simulated devices against a running broker, and report what happened to each command.
 
     A share is written as 10% or 0.1. It is a share of all commands; one command can have several faults. Exit
     0 only if no command was executed twice, none was lost, and every state fits what the device did.
