@@ -1,7 +1,7 @@
-"""The reference device: a `Core` with a clock, handlers and one MQTT connection that it keeps up.
+"""The reference device: a `Core` with a clock, handlers, and an MQTT connection that reconnects.
 
-All that is decided is decided in `devices.core`. The agent must never PUBACK a command that its
-memory does not hold, and never drop an answer for which it has seen no PUBACK.
+`devices.core` makes all decisions. The agent must never send a PUBACK for a command that is not yet in its
+memory, and must never drop an answer without a PUBACK.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from devices.types import DeviceType, shipped_types
 from devices.wire import CommandMessage, encode_status, status_topic
 
 log = logging.getLogger("ordain.device")
-# What paho calls an error is a connection that ended, and we say that ourselves.
+# paho logs an error when a connection ends; the agent logs that itself.
 silent = logging.getLogger("ordain.device.mqtt")
 silent.setLevel(logging.CRITICAL)
 
-# An answer lost beyond this is not lost for good: it is remembered, and sent when asked for again.
+# Older unsent answers are dropped. The memory still has them, and sends them when the command comes again.
 MAX_UNSENT = 1_000
 KEEPALIVE_SEC = 15
 RECONNECT_FIRST_SEC = 0.5
@@ -41,7 +41,7 @@ FAREWELL_SEC = 2
 
 
 class CommandFailed(Exception):
-    """Raised by a handler: the command could not be done, and this is what the broker is told."""
+    """A handler raises this when the command fails. The broker gets its code, message and details."""
 
     def __init__(self, code: str, message: str, details: Any = None) -> None:
         self.error = {"code": code, "message": message} | ({} if details is None else {"details": details})
@@ -49,7 +49,7 @@ class CommandFailed(Exception):
 
 
 class Call:
-    """One command as its handler sees it."""
+    """One command, as its handler receives it."""
 
     def __init__(self, command: CommandMessage, report: Callable[[float, str | None], None]) -> None:
         self.id, self.type, self.params, self.attempt = (
@@ -68,7 +68,10 @@ Handler = Callable[[Call], Awaitable[Any]]
 
 
 class Agent:
-    """A device that connects as `hardware_id` with its token. `session` makes its status distinguishable."""
+    """A device that connects as `hardware_id` with its token.
+
+    `session` is part of its status messages. The broker uses it to ignore the last will of an older session.
+    """
 
     def __init__(
         self,
@@ -106,7 +109,7 @@ class Agent:
         self._leaving = False
 
     def command(self, name: str, *, idempotent: bool = False) -> Callable[[Handler], Handler]:
-        """Registers a handler. `idempotent`: after a crash in the middle it is simply run again."""
+        """Registers a handler. `idempotent`: if the device crashes during the command, it is run again."""
 
         def register(handler: Handler) -> Handler:
             self._handlers[name] = handler
@@ -116,7 +119,7 @@ class Agent:
         return register
 
     async def run(self) -> None:
-        """Until cancelled. The commands go on while the connection is away. Call it once."""
+        """Runs the device until cancelled. Commands continue while it is disconnected. Call it once."""
         self._apply(self._core.recover(_now_ms()))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._work())
@@ -171,18 +174,18 @@ class Agent:
             try:
                 await self._converse(client, session)
             except asyncio.CancelledError:
-                # An orderly DISCONNECT makes the server drop the will, so we say it ourselves.
+                # After a DISCONNECT the server does not send the last will, so the agent sends `offline`.
                 with contextlib.suppress(aiomqtt.MqttError, TimeoutError):
                     async with asyncio.timeout(FAREWELL_SEC):
                         await self._say(client, encode_status(False, session))
                 raise
 
     async def _converse(self, client: aiomqtt.Client, session: str) -> None:
-        # Private, as in the broker's link: else paho sends the PUBACK before anybody has the message.
+        # Private, as in the broker's link: else paho sends the PUBACK before the message is processed.
         client._client.manual_ack_set(True)
         granted = await client.subscribe([(topic, 1) for topic in self._core.command_topics])
         if any((code if isinstance(code, int) else code.value) >= 0x80 for code in granted):
-            raise aiomqtt.MqttError("the MQTT server refused the subscription to our own topic")
+            raise aiomqtt.MqttError("the MQTT server refused the subscription to the device's own topic")
         await self._say(client, encode_status(True, session))
         self._leave_if_asked()
         self._failures = 0
@@ -191,12 +194,13 @@ class Agent:
             tasks.create_task(self._speak(client))
 
     def _leave_if_asked(self) -> None:
-        """In 3.11 `wait_for`, which aiomqtt uses, swallows a cancellation that meets its result."""
+        """Raises the cancellation again. In Python 3.11 `wait_for`, which aiomqtt uses, swallows a
+        cancellation that arrives together with its result."""
         if self._leaving:
             raise asyncio.CancelledError
 
     def _client(self, will: bytes) -> aiomqtt.Client:
-        """A new one per connection: paho's would send what it holds again, under new ids."""
+        """A new client for each connection: a reused paho client resends its messages with new ids."""
         secure = self._url.scheme == "mqtts"
         return aiomqtt.Client(
             self._url.hostname or "127.0.0.1",
@@ -217,7 +221,7 @@ class Agent:
 
     async def _listen(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
-            # A bare device cannot know a retained command from a new one, and would do it at each connect.
+            # A bare device cannot recognise a repeated command, so a retained one would run at every connect.
             if isinstance(message.payload, bytes) and not (self._bare and message.retain):
                 self._apply(self._core.receive(_now_ms(), message.topic.value, message.payload))
             client._client.ack(message.mid, message.qos)

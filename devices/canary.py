@@ -1,8 +1,8 @@
-"""A canary for the MQTT server's rules: one device tries everything that it must not be able to do.
+"""A canary for the MQTT server's access rules: one device tries everything that it must not be able to do.
 
-It needs two registered devices, a thief and a victim, and somebody who sends the victim a command. It
-judges by what happens, never by what the server said: some servers grant what they then do not deliver,
-and acknowledge what they throw away.
+It needs two registered devices, a thief and a victim, and a callback that sends the victim a command. It
+judges by effects, not by the server's answers: some servers grant subscriptions that they do not serve, and
+acknowledge publishes that they discard.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ silent = logging.getLogger("ordain.canary.mqtt")
 silent.setLevel(logging.CRITICAL)
 
 WITHIN_SEC = 10.0
-QUIET_SEC = 0.5  # what has not leaked this long after its owner has it does not leak
+QUIET_SEC = 0.5  # wait for a leak this long after the victim has received the message
 FORGED = b"a will of the canary"
 CLEAN_WITH_WILL_AND_LOGIN = 0xCE  # CONNECT flags of MQTT 3.1.1, section 3.1.2.3; the will with QoS 1
 
 
 class Untried(Exception):
-    """The server could not be tried; the message says why."""
+    """The server's rules could not be checked; the message says why."""
 
 
 class Login(NamedTuple):
-    """Who connects: user name and client id, and the password; both empty for nobody."""
+    """`hardware_id` is both user name and client id; `token` is the password. Both are empty for a client
+    without a login."""
 
     hardware_id: str
     token: str
 
 
 class Ears:
-    """Everything that one connection heard."""
+    """All messages that one connection received."""
 
     def __init__(self, client: aiomqtt.Client) -> None:
         self.client = client
@@ -55,9 +56,10 @@ class Ears:
 
 
 class Canary:
-    """Tries a server at `url` with topics under `prefix`.
+    """Checks the MQTT server at `url` with topics under `prefix`.
 
-    `send` sends the victim a command and gives its id; `outcome` gives its state once it is closed.
+    `send` sends the victim a command and returns its id. `outcome` waits until the command is closed and
+    returns its state.
     """
 
     def __init__(
@@ -74,10 +76,10 @@ class Canary:
         self._send, self._outcome = send, outcome
 
     async def breaches(self) -> list[str]:
-        """What the thief could do, as sentences; nothing if all is well.
+        """Sentences that say what the thief could do; empty if the rules hold.
 
         Raises:
-            Untried: the victim itself cannot connect, or did not get its command.
+            Untried: the victim cannot connect, or did not get its command.
         """
         try:
             return await self._breaches()
@@ -102,9 +104,11 @@ class Canary:
         return found
 
     async def _leave_a_will(self) -> None:
-        """On another's command topic it is a forged command: some servers send wills past their rules.
+        """Leaves a last will on the victim's command topic, as a forged command. Some servers publish wills
+        without checking their access rules.
 
-        Written out here, because a will is sent only when the connection breaks, and no client breaks one.
+        This method writes the MQTT bytes itself. A will is sent only when the connection breaks, and MQTT
+        clients always disconnect in order.
         """
         texts = (self._thief.hardware_id, self._topic("rls"), FORGED, *self._thief)
         body = b"\x00\x04MQTT\x04" + bytes([CLEAN_WITH_WILL_AND_LOGIN, 0, 60])
@@ -129,15 +133,15 @@ class Canary:
                 await thief.client.publish(self._topic("ack"), _answer(command_id, "failed"), qos=1)
             await asyncio.sleep(QUIET_SEC)
             found += [
-                f"a device hears what is for others: {topic}"
+                f"a device receives messages for other devices: {topic}"
                 for topic in sorted({topic for topic, _ in thief.heard})
                 if f"/dev/{self._thief.hardware_id}/" not in topic
             ]
         await victim.client.publish(self._topic("ack"), _answer(command_id, "executed"), qos=1)
         if (outcome := await self._outcome(command_id)) != "executed":
-            found.append(f"a device answers for another: its command is {outcome}")
+            found.append(f"a device can answer for another device: its command is {outcome}")
         if any(payload == FORGED for _, payload in victim.heard):
-            found.append("a device's last will reaches another as a command")
+            found.append("a device's last will reaches another device as a command")
         return found
 
     async def _takes_over(self, victim: Ears) -> list[str]:
@@ -149,7 +153,7 @@ class Canary:
                 status_topic(self._prefix, self._victim.hardware_id), "offline", qos=1
             )
         except aiomqtt.MqttError:
-            return ["a device takes over another's connection by its client id"]
+            return ["a device can take over another device's connection with its client id"]
         return []
 
     async def _hears(self, victim: Ears, command_id: str) -> None:
@@ -167,18 +171,18 @@ def _answer(command_id: str, status: str) -> bytes:
 
 
 async def strangers(url: str) -> list[str]:
-    """Does the server let in somebody without a name?
+    """Checks whether the server accepts a client without user name and password.
 
     Raises:
-        Untried: nobody answers there.
+        Untried: no server answers at this address.
     """
     try:
         _, writer = await asyncio.open_connection(*_place(url))
         writer.close()
     except OSError as error:
-        raise Untried(f"nobody answers: {error.strerror or error}") from error
+        raise Untried(f"the MQTT server does not answer: {error.strerror or error}") from error
     return (
-        ["it lets in anybody, without user name and password"] if await _connects(url, Login("", "")) else []
+        ["it accepts clients without user name and password"] if await _connects(url, Login("", "")) else []
     )
 
 

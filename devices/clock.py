@@ -1,6 +1,6 @@
-"""Instants as text: RFC 3339 with milliseconds and `Z` outwards, any strict RFC 3339 inwards.
+"""Times as text. Output is RFC 3339 with milliseconds and `Z`; input is any strict RFC 3339 time.
 
-Pure conversions of whole milliseconds since 1970; this module never reads a clock.
+Pure conversions of whole milliseconds since 1970. This module never reads a clock.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ _INSTANT = re.compile(
 
 
 def rfc3339(ms: int) -> str:
-    """`2026-11-20T09:30:00.000Z` of milliseconds since 1970; OverflowError outside years 1 to 9999."""
+    """Formats milliseconds since 1970, such as `2026-11-20T09:30:00.000Z`.
+
+    Raises:
+        OverflowError: outside years 1 to 9999.
+    """
     return (_EPOCH + timedelta(milliseconds=ms)).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 def parse_rfc3339(text: str) -> int:
-    """Milliseconds since 1970 of an instant with `Z` or an offset; digits beyond the third are cut off."""
+    """Milliseconds since 1970 of a time with `Z` or an offset. Digits after milliseconds are cut off.
+
+    Raises:
+        ValueError: it is not such a time, or outside years 1 to 9999.
+    """
     found = _INSTANT.fullmatch(text)
     if found is None:
         raise ValueError(f"not an RFC 3339 instant with Z or an offset: {text[:64]!r}")

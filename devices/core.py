@@ -1,8 +1,9 @@
-"""What a device decides: which command to run, what to answer, what it has already done.
+"""The decisions of a device: which command to run, what to answer, which commands it has already executed.
 
-Pure but for its memory: messages and the time go in, effects come out in the order in which they are
-to happen. No clock, no randomness, no asyncio, no MQTT: the agent and the simulation drive the same
-object. It must never run a command's handler twice, nor before the memory holds that it may have run.
+Pure except for its memory: messages and the time go in, effects come out in the order in which they must
+happen. No clock, no randomness, no asyncio, no MQTT, so that the agent and the simulation use the same
+object. It must never run a command's handler twice. It must never start a handler before the memory records
+that the handler may have run.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from devices.wire import (
     parse_topic,
 )
 
-# The broker hands over at most 100 (`max_in_flight`); a flood beyond that is not even remembered.
+# The broker sends at most 100 commands at a time (`max_in_flight`). Any beyond that are dropped unrecorded.
 MAX_WAITING = 100
 
 
 class Send(msgspec.Struct, frozen=True, kw_only=True):
-    """Publish with QoS 1, not retained; again after a reconnect if no PUBACK was seen."""
+    """Publish with QoS 1, not retained. Publish again after a reconnect if the PUBACK did not arrive."""
 
     topic: str
     payload: bytes
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """Run the handler of this command, then call `Core.finish`. A bare device's command has no id ("")."""
+    """Run the handler of this command, then call `Core.finish`. The id is "" for bare devices."""
 
     command: CommandMessage
 
@@ -52,7 +53,7 @@ Effect = Send | Run
 
 
 class Core:
-    """One device. `handlers` names its commands; the value says whether repeating one does no harm."""
+    """One device. `handlers` maps its command names to whether the command is idempotent."""
 
     def __init__(
         self,
@@ -77,19 +78,19 @@ class Core:
 
     @property
     def command_topics(self) -> list[str]:
-        """What the device subscribes to."""
+        """The topics that the device subscribes to."""
         return [device_topic(self._prefix, self._hardware_id, suffix) for suffix in sorted(self._suffixes)]
 
     def recover(self, now_ms: int) -> list[Effect]:
-        """To be called once, before the first message: what an earlier life of this device left open.
+        """Recovers the commands that were open when the device stopped. Call it once, before any message.
 
-        A command that had not begun is run now. One that had begun may or may not have been done: it
-        is run again only if that does no harm, else the answer says so.
+        A command that had not begun is run now. A command that had begun may or may not have been executed:
+        it is run again only if it is idempotent, else it fails with the code `interrupted`.
         """
         effects: list[Effect] = []
         for entry in self._memory.unfinished():
             command = entry.command
-            assert command is not None, "an unfinished command is remembered whole"
+            assert command is not None, "the memory holds the whole command until it is finished"
             if not entry.begun or self._handlers.get(command.type):
                 self._waiting.append(command)
             else:
@@ -98,7 +99,7 @@ class Core:
         return effects + self._start_next(now_ms)
 
     def receive(self, now_ms: int, topic: str, payload: bytes) -> list[Effect]:
-        """Everything it follows from is durable when this returns, so the message may be PUBACKed."""
+        """Handles a message. When this returns, its effects are durable, so the PUBACK may be sent."""
         place = parse_topic(self._prefix, topic)
         if place is None or place[0] != self._hardware_id or place[1] not in self._suffixes:
             return []
@@ -125,7 +126,11 @@ class Core:
     def progress(
         self, now_ms: int, command: CommandMessage, percent: float, note: str | None
     ) -> list[Effect]:
-        """A report of the running handler; ValueError if it is not 0 to 100. Not remembered."""
+        """Reports the progress of the running handler. It is not stored in the memory.
+
+        Raises:
+            ValueError: `percent` is not 0 to 100, or the report cannot be encoded.
+        """
         if command is not self._running:
             return []
         report = Progress(percent=percent, note=note)
@@ -138,7 +143,7 @@ class Core:
     def finish(
         self, now_ms: int, command: CommandMessage, result: Any = None, error: dict[str, Any] | None = None
     ) -> list[Effect]:
-        """The handler has ended: with a result, or with an error."""
+        """Records the result or the error of the handler that ended, and starts the next command."""
         assert command is self._running, "only the running command can end"
         self._running = None
         return self._end(now_ms, command, result=result, error=error) + self._start_next(now_ms)
@@ -171,7 +176,7 @@ class Core:
         effects: list[Effect] = []
         while self._waiting and self._running is None:
             command = self._waiting.popleft()
-            # Asked again: neither the command nor its grant may have run out while it waited.
+            # Checked again, because the command or its grant may have expired while it waited.
             refusal = self._refusal(now_ms, command)
             if refusal is not None:
                 effects += self._end(now_ms, command, error=refusal)
@@ -213,7 +218,7 @@ class Core:
         return [Send(topic=topic, payload=payload)]
 
     def _sendable(self, answer: Answer) -> Answer | None:
-        """The answer as the broker will read it, or None if it could not."""
+        """The answer as the broker will decode it, or None if the broker could not decode it."""
         try:
             return decode_answer(encode_answer(answer, self._type.payload), None, {})
         except (Malformed, TypeError, ValueError, RecursionError, OverflowError):

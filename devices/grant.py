@@ -1,7 +1,8 @@
-"""Grants, as a device checks them: the signed word that this device may execute this command, now.
+"""Verification of grants on the device. A grant is a signed permission for one device to execute one command
+within a limited time.
 
-Pure: the time is a parameter. A token that is not exactly what the contract says is refused with
-`GrantRefused`; nothing in here may ever accept an algorithm that the key was not made for.
+Pure: the time is a parameter. Any other token is refused with `GrantRefused`. This module must never accept a
+signature algorithm that does not belong to the key.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 TYPE = "grant+jwt"
-# For clocks that differ a little. Never applied to `exp`: a command must not outlive its grant.
+# Tolerance for clock differences, for `iat` and `nbf`. Not for `exp`: a command must not outlive its grant.
 LEEWAY_SEC = 30
 MIN_SECRET_BYTES = 32
 MAX_TOKEN_CHARS = 8_192
@@ -29,7 +30,7 @@ Key = Ed25519PublicKey | bytes
 
 
 class GrantRefused(Exception):
-    """The grant does not allow what was asked; `code` is for programs, the sentence for people."""
+    """The grant does not allow this command. `code` is for programs, `sentence` for people."""
 
     def __init__(self, code: str, sentence: str) -> None:
         self.code, self.sentence = code, sentence
@@ -37,7 +38,7 @@ class GrantRefused(Exception):
 
 
 class Claims(msgspec.Struct, frozen=True, kw_only=True):
-    """What a grant says. `cmd` is the command's type, `phs` the hash of its parameters."""
+    """The claims of a grant. `cmd` is the command's type, `phs` the hash of its parameters."""
 
     iss: str
     aud: str
@@ -51,7 +52,11 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def params_hash(params: Any) -> str:
-    """base64url (no padding) of SHA-256 over the RFC 8785 form; ValueError if there is no such form."""
+    """base64url (no padding) of SHA-256 over the RFC 8785 form of the parameters.
+
+    Raises:
+        ValueError: RFC 8785 cannot represent the parameters.
+    """
     try:
         canonical = rfc8785.dumps(params)
     except RecursionError as error:
@@ -60,12 +65,20 @@ def params_hash(params: Any) -> str:
 
 
 def secret_key(device_secret: str) -> bytes:
-    """The HS256 key that a `device_secret` stands for; ValueError if it is not base64url."""
+    """The HS256 key in a `device_secret`.
+
+    Raises:
+        ValueError: it is not base64url.
+    """
     return _unbase64(device_secret)
 
 
 def keys_from_jwks(document: Mapping[str, Any]) -> dict[str, Key]:
-    """The Ed25519 signature keys of a JWKS by `kid`; others are passed over, two of one `kid` refused."""
+    """The Ed25519 signature keys of a JWKS, by `kid`. Keys of other kinds are ignored.
+
+    Raises:
+        ValueError: the JWKS is malformed, or two keys have the same `kid`.
+    """
     entries = document.get("keys")
     if not isinstance(entries, list):
         raise ValueError("a JWKS needs a list `keys`")
@@ -79,13 +92,14 @@ def keys_from_jwks(document: Mapping[str, Any]) -> dict[str, Key]:
         if not isinstance(kid, str) or not isinstance(x, str):
             raise ValueError("an Ed25519 key needs `kid` and `x`")
         if kid in keys:
-            raise ValueError(f"two keys are called {kid!r}")
+            raise ValueError(f"two keys have the kid {kid!r}")
         keys[kid] = Ed25519PublicKey.from_public_bytes(_unbase64(x))
     return keys
 
 
 class GrantVerifier:
-    """Checks grants for one device. The kind of key under a `kid` decides the one algorithm it may have."""
+    """Verifies grants for one device. The type of the key with the grant's `kid` fixes the algorithm: bytes
+    need HS256, an Ed25519 key needs EdDSA."""
 
     def __init__(
         self, keys: Mapping[str, Key], issuer: str, hardware_id: str, now: Callable[[], float]
@@ -94,14 +108,22 @@ class GrantVerifier:
         self._issuer, self._hardware_id, self._now = issuer, hardware_id, now
 
     def use(self, keys: Mapping[str, Key]) -> None:
-        """From now on these keys and no others: after the JWKS was read again, or with a new secret."""
+        """Replaces all keys, for example after the JWKS was read again, or after a new secret.
+
+        Raises:
+            ValueError: an HS256 secret is too short.
+        """
         for kid, key in keys.items():
             if isinstance(key, bytes) and len(key) < MIN_SECRET_BYTES:
                 raise ValueError(f"the HS256 secret {kid!r} is shorter than {MIN_SECRET_BYTES} bytes")
         self._keys = dict(keys)
 
     def verify(self, token: str | None, *, command_id: str, command: str, params: Any) -> Claims:
-        """The claims of a grant that allows exactly this; raises `GrantRefused` otherwise."""
+        """Returns the claims of a grant that allows exactly this command with these parameters.
+
+        Raises:
+            GrantRefused: the grant does not allow it.
+        """
         if not token:
             raise GrantRefused("missing", "the command came without a grant")
         claims = _claims(self._verified_payload(token))
@@ -118,18 +140,18 @@ class GrantVerifier:
         kid = header.get("kid")
         key = self._keys.get(kid) if isinstance(kid, str) else None
         if key is None:
-            raise GrantRefused("unknown_key", f"no key is called {kid!r:.80}")
+            raise GrantRefused("unknown_key", f"there is no key with the kid {kid!r:.80}")
         algorithm = "HS256" if isinstance(key, bytes) else "EdDSA"
         if header.get("alg") != algorithm:
             raise GrantRefused(
-                "wrong_algorithm", f"alg {header.get('alg')!r:.40}, this key is for {algorithm}"
+                "wrong_algorithm", f"alg is {header.get('alg')!r:.40}, this key is for {algorithm}"
             )
         if "crit" in header or "b64" in header:
-            raise GrantRefused("malformed", "the header demands extensions, and there are none")
+            raise GrantRefused("malformed", "the header needs JWS extensions, which are not supported")
         try:
             payload = jwt.PyJWS([algorithm]).decode(token, key, algorithms=[algorithm])
         except jwt.InvalidSignatureError:
-            raise GrantRefused("bad_signature", "the signature does not belong to the token") from None
+            raise GrantRefused("bad_signature", "the signature does not match the token") from None
         except jwt.InvalidTokenError as error:
             raise GrantRefused("malformed", f"not a signed token: {error}") from error
         assert isinstance(payload, bytes)
@@ -177,7 +199,8 @@ def _object(name: str, segment: str) -> dict[str, Any]:
 
 
 def _strict_json(name: str, raw: bytes) -> dict[str, Any]:
-    """PyJWT keeps the last of two equal members; another reader may keep the first. So neither."""
+    """Parses JSON and refuses duplicate members. PyJWT keeps the last of two equal members, other parsers the
+    first, so the same token could mean two things."""
     try:
         found = json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -190,7 +213,7 @@ def _strict_json(name: str, raw: bytes) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a member is there twice")
+        raise ValueError("an object has the same member twice")
     return found
 
 

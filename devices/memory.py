@@ -1,7 +1,7 @@
-"""What a device must not forget: which commands it has seen, and its last answer to each.
+"""The memory of a device: the commands it has seen, and its last answer to each.
 
-`put` returns only when the entry would survive a power cut: the device says nothing and does nothing
-that it has not remembered first. Of finished commands the newest are kept, unfinished ones always.
+`put` returns only when the entry survives a power cut. The device stores each step before it acts or answers.
+The memory keeps all unfinished commands and the newest finished ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEEP = 10_000
 
 
 class Remembered(msgspec.Struct, frozen=True, kw_only=True):
-    """`begun`: its handler may have run. `command` is there as long as it is not finished."""
+    """One command in the memory. `begun`: its handler may have run. `command` is None once it is finished."""
 
     answer: Answer
     begun: bool = False
@@ -33,16 +33,16 @@ class Memory(Protocol):
     def get(self, command_id: str) -> Remembered | None: ...
 
     def put(self, command_id: str, remembered: Remembered) -> None:
-        """Durable when it returns."""
+        """Stores an entry. It is durable when this returns."""
         ...
 
     def unfinished(self) -> list[Remembered]:
-        """In order of arrival."""
+        """The unfinished commands, in order of arrival."""
         ...
 
 
 class RamMemory:
-    """For simulation and trying out: it survives the agent that used it, not the process."""
+    """A memory for simulation and demos. It is lost when the process ends."""
 
     def __init__(self, keep: int = KEEP) -> None:
         self._keep = keep
@@ -63,7 +63,7 @@ class RamMemory:
 
 
 class SqliteMemory:
-    """One small SQLite file; belongs to one agent and is used from its event loop's thread."""
+    """A memory in a small SQLite file. Use it for one agent only, from the thread of its event loop."""
 
     def __init__(self, path: Path | str, keep: int = KEEP) -> None:
         self._keep = keep

@@ -1,6 +1,6 @@
-"""The one check of every identifier: device ids, hardware ids, command names, projects, suffixes.
+"""The check of all identifiers: device ids, hardware ids, command names, projects, topic suffixes.
 
-Every door of the broker and the device side calls `is_name`; nothing else decides what a name is.
+All inputs of the broker and of the device side use `is_name`. No other code decides what a valid name is.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 
 RESERVED = frozenset({"me", "pending"})
-PATTERN = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"  # as JSON Schema says it
+PATTERN = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"  # for JSON Schema
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 def is_name(text: str) -> bool:
-    """Whether `text`, as a whole, may stand as an identifier (and as one level of a topic)."""
+    """Whether the whole `text` is a valid identifier. A valid identifier is also valid as a topic level."""
     return text not in RESERVED and _NAME.fullmatch(text) is not None

@@ -1,8 +1,9 @@
-"""The reference relay: what a phone does for a BLE device that it stands next to.
+"""The reference relay: what a phone does for a nearby BLE device.
 
-It claims over HTTP, hands each command to the device as it would have come by MQTT, and reports what the
-device says. It remembers nothing. If it dies on the way to the device, the lease ends and somebody claims
-again; if on the way back, the device still has every answer that was not confirmed.
+It claims commands over HTTP, sends each to the device in the same form as MQTT would, and reports the
+device's answers. It stores nothing. If it dies before the device has the command, the lease ends and a relay
+claims the command again. If it dies before it reports an answer, the device still has the answer, because it
+was not confirmed.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from devices.wire import Answer, CommandMessage, Malformed, decode_answer
 log = logging.getLogger("ordain.relay")
 
 TRY_AGAIN_SEC = (1, 2, 4, 8, 15)
-# An answer to a report that says: ask again. All others are the broker's last word on it.
+# HTTP statuses of a report that mean: retry. All other statuses are final.
 AGAIN = frozenset({429, 503})
 
 
 class Peer(Protocol):
-    """A connection to one device nearby: whole messages, in order; ConnectionError once it is gone.
+    """A connection to one nearby device. Messages arrive whole and in order. Methods raise ConnectionError
+    after the connection is lost.
 
-    An answer that was not confirmed is sent again at the next connection, whoever makes it.
+    The device sends unconfirmed answers again at the next connection, also to a different relay.
     """
 
     async def send(self, message: bytes) -> None: ...
@@ -38,9 +40,11 @@ class Peer(Protocol):
 
 
 class Relay:
-    """`http` has the broker's address as its base URL and a key that may write, or a device's token.
+    """`http`: a client with the broker's address as base URL, and an API key with `devices:write` or a device
+    token.
 
-    `poll_sec`: how long it listens for late answers before it asks again when nothing was due.
+    `poll_sec`: if no command was due, how long to listen for late answers before the next claim.
+    `patience_sec`: how long to wait for the answers to claimed commands.
     """
 
     def __init__(self, http: httpx2.AsyncClient, *, poll_sec: float = 5, patience_sec: float = 60) -> None:
@@ -48,7 +52,7 @@ class Relay:
         self._poll_sec, self._patience_sec = poll_sec, patience_sec
 
     async def run(self, peers: Mapping[str, Peer]) -> None:
-        """Serves the devices, by id or hardware id, until all their connections are gone."""
+        """Serves the devices (keys: id or hardware id) until all their connections are lost."""
         async with asyncio.TaskGroup() as tasks:
             for device, peer in peers.items():
                 tasks.create_task(self._stay(device, peer))
@@ -65,12 +69,12 @@ class Relay:
                 await asyncio.sleep(self._poll_sec)
 
     async def serve(self, device: str, peer: Peer) -> int:
-        """One round: claims, hands over, reports. How many commands were finished.
+        """One round: claims commands, sends them, reports the answers. Returns how many commands finished.
 
-        What a device does not finish within the patience is left: a later round gets its answer.
+        A command that does not finish within `patience_sec` is left; a later round gets its answer.
 
         Raises:
-            ConnectionError: the device is gone.
+            ConnectionError: the connection to the device is lost.
             httpx2.TransportError: the broker could not be reached.
         """
         claimed = await self._claim(device)
@@ -79,7 +83,7 @@ class Relay:
         waiting = set(claimed)
         end = asyncio.get_running_loop().time() + (self._patience_sec if waiting else self._poll_sec)
         while waiting or not claimed:
-            # Only the listening may be broken off: an answer that was heard is reported.
+            # The time-out covers only `receive`, so that a received answer is always reported.
             try:
                 async with asyncio.timeout_at(end):
                     heard = await peer.receive()
@@ -93,7 +97,7 @@ class Relay:
         return len(claimed) - len(waiting)
 
     async def _claim(self, device: str) -> dict[str, bytes]:
-        """What is due, as the device understands it, by id."""
+        """Claims the due commands: the device's message by command id."""
         answer = await self._http.post(f"/v1/devices/{device}/commands/claim")
         if answer.status_code != 200:
             log.warning("relay.not_claimed: %s: %s", device, answer.status_code)
@@ -101,7 +105,10 @@ class Relay:
         return {command["id"]: message_of(command) for command in answer.json()["commands"]}
 
     async def _report(self, device: str, answer: Answer) -> bool:
-        """Insists while the broker cannot be reached; another refusal is its last word. Has it the report?"""
+        """Reports an answer; retries while the broker cannot be reached or answers 429 or 503.
+
+        Returns whether the broker gave a final response, which can also be a refusal.
+        """
         path = f"/v1/devices/{device}/commands/{answer.id}"
         if answer.status in ("acknowledged", "progress"):
             path, body = f"{path}/ack", None
@@ -123,7 +130,7 @@ class Relay:
 
 
 def message_of(command: dict[str, Any]) -> bytes:
-    """A command of the API in the form in which MQTT would have brought it."""
+    """Converts a command of the HTTP API into the message that MQTT would deliver."""
     return msgspec.json.encode(
         CommandMessage(
             id=command["id"],
@@ -137,7 +144,7 @@ def message_of(command: dict[str, Any]) -> bytes:
 
 
 def _understood(payload: bytes) -> Answer | None:
-    """An answer that names its command; nobody could tell which one is meant by any other."""
+    """Decodes an answer; None if it is malformed or has no command id, so that it cannot be reported."""
     try:
         answer = decode_answer(payload, None, {})
     except Malformed as fault:

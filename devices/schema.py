@@ -1,6 +1,6 @@
-"""What a JSON value may be: signable at all, and as a command's JSON Schema says.
+"""Checks of JSON values: can a grant sign them, and do they match a command's JSON Schema?
 
-Pure. Nothing is ever fetched for a schema, and a value never appears in a message: it may be private.
+Pure. Schemas never fetch anything. Error messages of a schema never contain the value, which may be private.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import jsonschema_rs
 import msgspec
 
-# Beyond these a JSON number is not the same number to every reader, and RFC 8785 cannot sign it.
+# JSON parsers do not agree on larger integers, so RFC 8785 cannot sign them.
 MAX_SIGNED_INTEGER = 2**53 - 1
-# A fixed bound, so that what was accepted here never meets the interpreter's recursion limit later.
+# A fixed bound, so that an accepted value never reaches the interpreter's recursion limit later.
 MAX_DEPTH = 64
 
 
 class BadParams(Exception):
-    """The parameters are not what the command takes. The caller must act."""
+    """The parameters do not match the command's schema. The caller must correct them."""
 
     def __init__(self, field: str, value: Any, reason: str) -> None:
         self.field, self.value, self.reason = field, value, reason
@@ -27,7 +27,11 @@ class BadParams(Exception):
 
 
 def compiled(schema: dict[str, Any]) -> jsonschema_rs.Validator:
-    """Raises ValueError, in one line, if it is no JSON Schema."""
+    """Compiles a JSON Schema.
+
+    Raises:
+        ValueError: it is not a JSON Schema; the message is one line.
+    """
     try:
         return jsonschema_rs.validator_for(schema, mask="value", retriever=_no_reference)
     except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError, TypeError) as error:
@@ -35,7 +39,7 @@ def compiled(schema: dict[str, Any]) -> jsonschema_rs.Validator:
 
 
 def misfit(schema: dict[str, Any] | None, value: Any) -> str | None:
-    """Where and why a value is not what a schema says, or None."""
+    """Where and why a value does not match a schema; None if it matches."""
     if schema is None:
         return None
     for error in _kept(msgspec.json.encode(schema)).iter_errors(value):
@@ -49,11 +53,11 @@ def _kept(schema: bytes) -> jsonschema_rs.Validator:
 
 
 def _no_reference(uri: str) -> Any:
-    raise ValueError(f"a schema may not refer to {uri}: nothing is fetched")
+    raise ValueError(f"a schema must not refer to {uri}: external schemas are not fetched")
 
 
 def unsignable(value: Any, depth: int = 0) -> str | None:
-    """Why a grant could not name exactly this JSON value, or None."""
+    """Why RFC 8785 cannot represent this JSON value exactly, so no grant can sign it; None if it can."""
     if isinstance(value, dict | list):
         if depth == MAX_DEPTH:
             return f"nested deeper than {MAX_DEPTH} levels"
@@ -67,7 +71,7 @@ def unsignable(value: Any, depth: int = 0) -> str | None:
 
 
 def bad_params(error: jsonschema_rs.ValidationError, params: dict[str, Any]) -> BadParams:
-    """The refusal of parameters, naming the one that is wrong."""
+    """The `BadParams` error that names the wrong parameter."""
     path, reason, kinds = list(error.instance_path), error.message, jsonschema_rs.ValidationErrorKind
     value: Any = params
     for step in path:

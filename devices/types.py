@@ -1,8 +1,8 @@
-"""Device types: how one kind of device is spoken to, and when a command to it counts as done.
+"""Device types: how to talk to one kind of device, and when a command to it is finished.
 
-A `DeviceType` is read from TOML (one file a type) and checked whole before anything runs. What one
-command of it needs to be delivered and its answers understood is its `Definition`: a plain value
-that the log keeps, so that a later change of the type does not touch a command already accepted.
+A `DeviceType` is read from TOML (one file per type) and checked completely at start. A `Definition` has all
+that is needed to deliver one command and to understand its answers. It is a plain value in the log, so a
+later change of the type does not affect commands that were already accepted.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ Count = Annotated[int, Meta(ge=1, le=1_000)]
 T = TypeVar("T", bound=msgspec.Struct)
 
 MAX_SUFFIX_LEVELS = 4
-_SUFFIX_RULE = f"one to {MAX_SUFFIX_LEVELS} levels of a topic, each an identifier, and not `status`"
+_SUFFIX_RULE = f"one to {MAX_SUFFIX_LEVELS} topic levels, each an identifier, and not `status`"
 ANY = "*"
 _NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be `me` or `pending`"
 
 
 class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One command of one device type, resolved: every default filled in. Times in seconds.
+    """One command of one device type, with all defaults filled in. Times in seconds.
 
     `command` is `*` for all commands that an open type does not list.
 
-    `text` is the fixed payload of a `bare` command; `answers` maps a bare answer to its status.
-    `carries_ids`: the device gets the command's id and can name it in its answer.
+    `text` is the fixed payload of a `bare` command. `answers` maps a bare answer to its status.
+    `carries_ids`: the device receives the command's id and can return it in its answer.
     """
 
     device_type: str
@@ -77,17 +77,17 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     heartbeat_lease_sec: float = 60
     relay_lease_sec: float = 60
     max_payload_bytes: int = 65_536
-    # Later than the log: definitions already in it lack these, so each needs its default.
+    # Added later: older definitions in existing logs lack these fields, so each needs a default.
     grant_algorithm: GrantAlgorithm = "EdDSA"
     result_schema: dict[str, Any] | None = None
 
     def result_fault(self, result: dict[str, Any] | None) -> str | None:
-        """Why a recorded result is not what the command's schema says, or None."""
+        """Why a recorded result does not match the command's result schema; None if it matches."""
         return misfit(self.result_schema, result)
 
 
 class UnknownCommand(Exception):
-    """The device type has no such command. The caller must act."""
+    """The device type has no such command. The caller must correct the name."""
 
     def __init__(self, device_type: str, command: str, known: tuple[str, ...]) -> None:
         self.device_type, self.command, self.known = device_type, command, known
@@ -96,7 +96,7 @@ class UnknownCommand(Exception):
 
 
 class BadType(Exception):
-    """A device type file is wrong. Whoever wrote it must act."""
+    """A device type file is wrong. Its author must correct it."""
 
     def __init__(self, file: str, key: str, value: Any, right: str) -> None:
         self.file, self.key, self.value, self.right = file, key, value, right
@@ -104,7 +104,7 @@ class BadType(Exception):
 
 
 class CommandType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
-    """One command as its type's file declares it. What is None falls back to the type."""
+    """One command as the type's file declares it. A field that is None takes the type's value."""
 
     title: str | None = None
     text: str | None = None
@@ -132,9 +132,9 @@ class CommandType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
-    """One kind of device. `open`: any command name; `any_params`: parameters need not be an object.
+    """One kind of device. `open`: any command name is allowed. `any_params`: params need not be an object.
 
-    `grants`: how they are signed, or "none" where the payload carries none.
+    `grants`: the algorithm that signs grants, or "none" if commands carry no grant.
     """
 
     name: str
@@ -173,7 +173,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @cached_property
     def words(self) -> dict[str, AnswerStatus]:
-        """Every bare answer that some command of this type knows."""
+        """All bare answers of this type and of its commands, with their statuses."""
         found = dict(self.answers)
         for command in self.commands.values():
             found |= command.answers or {}
@@ -188,7 +188,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return found
 
     def declared(self, command: str) -> str:
-        """The name it is defined under: all that an open type does not list share one definition."""
+        """The name of its definition; `*` for all commands that an open type does not list."""
         return command if command in self.commands else ANY
 
     def definition(self, command: str) -> Definition:
@@ -227,12 +227,16 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         )
 
     def default_ttl(self, command: str) -> int | None:
-        """Seconds, or None for never."""
+        """The default time to live in seconds; None means that the command never expires."""
         own = self.command(command).default_ttl_sec
         return self.default_ttl_sec if own is None else own
 
     def check_params(self, command: str, params: Any = UNSET) -> Any:
-        """The parameters with the defaults of the command's schema filled in; absent is an empty object."""
+        """Checks the parameters and fills in the defaults of the command's schema. Absent means `{}`.
+
+        Raises:
+            BadParams: they cannot be signed, or do not match the schema.
+        """
         own = self.command(command)
         given = {} if params is UNSET else params
         if reason := unsignable(given):
@@ -249,7 +253,11 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def load_type(source: Path | str) -> DeviceType:
-    """A device type from a file (`Path`) or from TOML text (`str`), checked whole; raises `BadType`."""
+    """Reads and checks a device type from a file (`Path`) or from TOML text (`str`).
+
+    Raises:
+        BadType: the file is wrong.
+    """
     file = str(source) if isinstance(source, Path) else "(text)"
     try:
         text = source.read_text("utf-8") if isinstance(source, Path) else source
@@ -272,7 +280,7 @@ def load_type(source: Path | str) -> DeviceType:
 
 @cache
 def shipped_types() -> dict[str, DeviceType]:
-    """The types that come with Ordain, by name."""
+    """The device types that are part of Ordain, by name."""
     files = sorted((resources.files("devices") / "shipped").iterdir(), key=lambda file: file.name)
     types = [load_type(file.read_text("utf-8")) for file in files if file.name.endswith(".toml")]
     return {device_type.name: device_type for device_type in types}
@@ -283,11 +291,11 @@ def _first(*values: Any) -> Any:
 
 
 def _convert(file: str, where: str, table: Any, kind: type[T]) -> T:
-    """The Struct of a TOML table; a wrong key is named with its value and what would be right."""
+    """Converts a TOML table to a Struct. An error names the wrong key, its value and a correct value."""
     known = kind.__struct_fields__
     for key, value in table.items() if isinstance(table, dict) else ():
         if key not in known:
-            raise BadType(file, where + key, value, f"unknown key; known are: {', '.join(known)}")
+            raise BadType(file, where + key, value, f"unknown key; the known keys are: {', '.join(known)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise BadType(file, where + key, value, "must be a finite number")
     try:
@@ -300,7 +308,7 @@ def _convert(file: str, where: str, table: Any, kind: type[T]) -> T:
 
 
 def _contradictions(device_type: DeviceType) -> Iterator[tuple[str, Any, str]]:
-    """Every rule that more than one field is part of: (key, value, what would be right)."""
+    """Broken rules that involve more than one field: (key, value, what would be right)."""
     t, bare = device_type, device_type.payload == "bare"
     if not is_name(t.name):
         yield "name", t.name, _NAME_RULE
@@ -308,7 +316,7 @@ def _contradictions(device_type: DeviceType) -> Iterator[tuple[str, Any, str]]:
     if not _is_suffix(t.answer_suffix):
         yield "answer_suffix", t.answer_suffix, f"must be {_SUFFIX_RULE}"
     if not t.commands and not t.open:
-        yield "commands", {}, "at least one [commands.<name>], or `open = true`"
+        yield "commands", {}, "needs at least one [commands.<name>], or `open = true`"
     if bare and t.open:
         yield "open", True, "a bare type needs a `text` for each command, so it cannot be open"
     if bare and t.carries_ids:
@@ -318,9 +326,13 @@ def _contradictions(device_type: DeviceType) -> Iterator[tuple[str, Any, str]]:
     if t.max_in_flight > 1 and not _first(t.carries_ids, not bare):
         yield "max_in_flight", t.max_in_flight, "must be 1 without ids: the answers name no command"
     if not t.transports or len(set(t.transports)) < len(t.transports):
-        yield "transports", t.transports, "at least one, each once"
+        yield "transports", t.transports, "must have at least one transport, each only once"
     if t.backoff_cap_sec < t.backoff_base_sec:
-        yield "backoff_cap_sec", t.backoff_cap_sec, f"at least backoff_base_sec ({t.backoff_base_sec})"
+        yield (
+            "backoff_cap_sec",
+            t.backoff_cap_sec,
+            f"must be at least backoff_base_sec ({t.backoff_base_sec})",
+        )
     yield from _wrong_answers("", t.answers)
     if t.open:
         yield from _wrong_end("", t.completes_on, t)
@@ -354,10 +366,10 @@ def _wrong_command(name: str, command: CommandType, t: DeviceType) -> Iterator[t
 
 def _wrong_end(where: str, completes_on: CompletesOn, t: DeviceType) -> Iterator[tuple[str, Any, str]]:
     if completes_on == "published" and t.presence == "none":
-        right = 'needs presence = "required": else a first boot loses the command silently'
+        right = 'needs presence = "required": else a device that never connected loses the command'
         yield where + "completes_on", completes_on, right
     if completes_on == "published" and t.transports != ("mqtt",):
-        yield where + "completes_on", completes_on, 'needs transports = ["mqtt"]: only there is a PUBACK'
+        yield where + "completes_on", completes_on, 'needs transports = ["mqtt"]: only MQTT has a PUBACK'
 
 
 def _wrong_answers(where: str, answers: dict[str, AnswerStatus]) -> Iterator[tuple[str, Any, str]]:
@@ -377,7 +389,8 @@ def _wrong_schema(where: str, command: CommandType, schema: dict[str, Any]) -> I
     for key, value in command.defaults.items():
         for wrong in command.validator.iter_errors({key: value}):
             if wrong.instance_path[:1] == [key]:
-                yield f"{where}.properties.{key}.default", value, f"breaks its own rule: {wrong.message}"
+                right = f"the default does not match its own schema: {wrong.message}"
+                yield f"{where}.properties.{key}.default", value, right
 
 
 def _no_schema(where: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
@@ -389,7 +402,7 @@ def _no_schema(where: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any, s
 
 def _wrong_suffixes(where: str, suffix: str, t: DeviceType) -> Iterator[tuple[str, Any, str]]:
     if not _is_suffix(suffix) or suffix == t.answer_suffix:
-        yield where + "command_suffix", suffix, f"must be {_SUFFIX_RULE}, nor the answer suffix"
+        yield where + "command_suffix", suffix, f"must be {_SUFFIX_RULE} or the answer suffix"
 
 
 def _is_suffix(text: str) -> bool:

@@ -1,7 +1,7 @@
-"""The bytes and topics between broker and device: commands out, answers and statuses in.
+"""The payloads and topics between broker and device: commands out, answers and statuses in.
 
-Pure, and used by both sides. Whatever a device sends either becomes an `Answer` or raises
-`Malformed`; it must never raise anything else, whatever the bytes are.
+Pure, and used by both sides. Decoding a device's payload returns an `Answer` or raises `Malformed`. It must
+never raise another exception, for any bytes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from devices.schema import MAX_DEPTH
 from devices.types import AnswerStatus, Definition, PayloadFormat
 
 MAX_ANSWER_BYTES = 65_536
-# A msgpack map begins with one of these; JSON and the texts of answers with none of them.
+# The first byte of a msgpack map. JSON and bare texts never begin with one of these.
 MAP_BYTES = frozenset({*range(0x80, 0x90), 0xDE, 0xDF})
 S = TypeVar("S")
 
 
 class Malformed(Exception):
-    """The other side sent what cannot be understood."""
+    """The other side sent a payload that cannot be decoded."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -33,7 +33,7 @@ class Malformed(Exception):
 
 
 class Unsendable(Exception):
-    """The command can never be sent as its device type says. Ours to answer for."""
+    """The command can never be sent with this device type. The broker fails it."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -41,9 +41,9 @@ class Unsendable(Exception):
 
 
 class CommandMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """A command as a `json` or `msgpack` device receives it; unknown fields are ignored."""
+    """A command as a `json` or `msgpack` device receives it. Unknown fields are ignored."""
 
-    id: Annotated[str, Meta(description="The same at every attempt: what was seen is not executed again.")]
+    id: Annotated[str, Meta(description="The same at every attempt. Do not execute a known id again.")]
     type: str
     params: Any = msgspec.field(default_factory=dict)
     attempt: Annotated[int, Meta(ge=1)] = 1
@@ -57,7 +57,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a device says about one command. `result` and `error` are normalised; `at` is its own clock."""
+    """A device's answer about one command. `result` and `error` are normalised. `at`: the device's clock."""
 
     id: str | None = None
     status: AnswerStatus
@@ -68,18 +68,20 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class AnswerMessage(msgspec.Struct):
-    """What a device says about one command, as it comes: `result` and `error` may have any shape."""
+    """A device's answer about one command, as received. `result` and `error` may have any shape."""
 
     status: AnswerStatus
-    id: Annotated[str | None, Meta(description="The command's. Else its Correlation Data names it.")] = None
-    result: Annotated[Any, Meta(description="Of an `executed`.")] = None
-    error: Annotated[Any, Meta(description="Of a `failed`: `{code, message, details?}`, or a text.")] = None
-    progress: Annotated[Progress | None, Meta(description="Of a `progress`.")] = None
+    id: Annotated[
+        str | None, Meta(description="The command's id. Without it, the Correlation Data is used.")
+    ] = None
+    result: Annotated[Any, Meta(description="For `executed`.")] = None
+    error: Annotated[Any, Meta(description="For `failed`: `{code, message, details?}`, or a text.")] = None
+    progress: Annotated[Progress | None, Meta(description="For `progress`.")] = None
     at: Annotated[str | None, Meta(description="The device's own clock, RFC 3339.")] = None
 
 
 class StatusMessage(msgspec.Struct):
-    """Whether a device is there; a last will of an older session is ignored."""
+    """Whether a device is online. The broker ignores the last will of an older session."""
 
     status: Annotated[str, Meta(description="`online` or `offline`.")]
     session: str | None = None
@@ -103,7 +105,11 @@ def encode_command(
     expires_at: str | None,
     grant: str | None,
 ) -> bytes:
-    """The payload of one attempt; a `bare` device gets its fixed text and nothing else."""
+    """The payload of one attempt. For a `bare` device it is only the fixed text.
+
+    Raises:
+        Unsendable: there is no text, the parameters cannot be encoded, or the payload is too large.
+    """
     if definition.payload == "bare":
         if definition.text is None:
             raise Unsendable(f"{definition.device_type} has no text for {definition.command}")
@@ -123,12 +129,18 @@ def encode_command(
             raise Unsendable(f"the parameters cannot be written as {definition.payload}: {error}") from error
     if len(payload) > definition.max_payload_bytes:
         limit = definition.max_payload_bytes
-        raise Unsendable(f"payload of {len(payload)} bytes, {definition.device_type} takes {limit}")
+        raise Unsendable(
+            f"the payload has {len(payload)} bytes, {definition.device_type} allows at most {limit}"
+        )
     return payload
 
 
 def decode_command(payload: bytes) -> CommandMessage:
-    """The device's reading of a command, JSON or msgpack; raises `Malformed`."""
+    """Decodes a command on the device, from JSON or msgpack.
+
+    Raises:
+        Malformed: it cannot be decoded.
+    """
     packed = _is_map(payload)
     message = _decode(_PACKED_COMMANDS, payload) if packed else _decode(_COMMANDS, payload)
     if not is_name(message.id) or not is_name(message.type):
@@ -143,12 +155,15 @@ def encode_answer(answer: Answer, payload: PayloadFormat = "json") -> bytes:
 
 
 def decode_answer(payload: bytes, correlation: bytes | None, answers: Mapping[str, AnswerStatus]) -> Answer:
-    """An answer from JSON, msgpack or a bare text of `answers`; raises `Malformed` and nothing else.
+    """Decodes an answer from JSON, msgpack or a bare text of `answers`.
 
-    The command is named by `id`, else by `correlation`, else by nobody (`id` is None).
+    The command id is the answer's `id`, else `correlation`, else None.
+
+    Raises:
+        Malformed: it cannot be decoded. No other exception is raised.
     """
     if len(payload) > MAX_ANSWER_BYTES:
-        raise Malformed(f"answer of {len(payload)} bytes, at most {MAX_ANSWER_BYTES}")
+        raise Malformed(f"the answer has {len(payload)} bytes, at most {MAX_ANSWER_BYTES} are allowed")
     word = bare_word(payload)
     if word is not None:
         return _bare_answer(word, correlation, answers)
@@ -175,12 +190,12 @@ def bare_word(payload: bytes) -> str | None:
 
 
 def as_result(result: Any) -> dict[str, Any] | None:
-    """A result as it is recorded: an object, or `{"value": …}`, or None if there is none (or null)."""
+    """The recorded form of a result: an object, or `{"value": …}`, or None if it is absent or null."""
     return result if result is None or isinstance(result, dict) else {"value": result}
 
 
 def as_error(error: Any) -> dict[str, Any]:
-    """An error as it is recorded: always `code` and `message`, and `details` where the device gave some."""
+    """The recorded form of an error: `code` and `message`, and `details` if the device sent them."""
     if isinstance(error, dict):
         code, message = error.get("code"), error.get("message")
         kept = {
@@ -195,7 +210,11 @@ def as_error(error: Any) -> dict[str, Any]:
 
 
 def decode_status(payload: bytes) -> tuple[bool, str | None]:
-    """(online, session) of a status message: bare `online` or `offline`, or JSON; raises `Malformed`."""
+    """Decodes a status message, bare `online` or `offline` or JSON, to (online, session).
+
+    Raises:
+        Malformed: it cannot be decoded.
+    """
     text = payload.strip()
     if text.startswith(b"{"):
         said = _decode(_STATUSES, text)
@@ -228,7 +247,7 @@ def device_topic(prefix: str, hardware_id: str, suffix: str) -> str:
 
 
 def parse_topic(prefix: str, topic: str) -> tuple[str, str] | None:
-    """(hardware_id, suffix) of a device's topic, or None if it is not one. A suffix may have levels."""
+    """(hardware_id, suffix) of a device topic, or None if it is not one. A suffix may have several levels."""
     start = f"{prefix}/dev/"
     if not topic.startswith(start):
         return None
@@ -273,7 +292,7 @@ def _is_map(payload: bytes) -> bool:
 
 
 def _encode(message: CommandMessage | Answer, payload: PayloadFormat) -> bytes:
-    """Msgpack by way of JSON, so that both say the same: no type that only one of them has."""
+    """Encodes msgpack from the decoded JSON, so that both formats contain only JSON types."""
     text = msgspec.json.encode(message)
     return msgspec.msgpack.encode(msgspec.json.decode(text)) if payload == "msgpack" else text
 
@@ -288,15 +307,15 @@ def _decode(decoder: Decoder[S], payload: bytes) -> S:
 
 
 def _check_value(value: Any, levels: int) -> None:
-    """Msgpack has more than JSON: bytes, times, keys that are no text, numbers that are none."""
+    """Refuses msgpack values that JSON does not have: bytes, times, keys that are not text, NaN, infinity."""
     if isinstance(value, dict | list):
         if levels == 0:
             raise Malformed(f"nested deeper than {MAX_DEPTH} levels")
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-            raise Malformed("a key that is not a text")
+            raise Malformed("a key is not a text")
         for item in value.values() if isinstance(value, dict) else value:
             _check_value(item, levels - 1)
     elif isinstance(value, float) and not math.isfinite(value):
         raise Malformed("not a finite number")
     elif value is not None and not isinstance(value, str | int | float):
-        raise Malformed(f"a value that JSON has no word for: {type(value).__name__}")
+        raise Malformed(f"a value has a type that JSON does not have: {type(value).__name__}")

@@ -1,7 +1,7 @@
-"""A simulated BLE device: the real device core, reached through a connection in this process.
+"""A simulated BLE device: the real device core with an in-process connection.
 
-For trying a relay without hardware. It does what `devices.core` decides, and keeps each answer until it is
-confirmed: a phone may be gone before it could pass it on.
+Use it to try a relay without hardware. `devices.core` makes its decisions. It keeps each answer until the
+relay confirms it, because a phone may disappear before it reports the answer.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from devices.memory import Memory
 from devices.types import DeviceType
 from devices.wire import CommandMessage
 
-# Older ones are not lost for good: the device's memory has its last answer to each command.
+# Older unconfirmed answers are dropped; the device's memory still has the last answer to each command.
 MAX_UNCONFIRMED = 1_000
 
 Handler = Callable[[CommandMessage], Awaitable[Any]]
 
 
 class BleDevice:
-    """`handlers` by command; what one raises is reported as an error. `now_ms` is the device's own clock."""
+    """`handlers`: by command name; an exception in a handler becomes an error answer. `now_ms`: the device's
+    clock."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class BleDevice:
         self._runs: asyncio.Queue[CommandMessage] = asyncio.Queue()
 
     def connect(self) -> BleConnection:
-        """A new connection; the one before is gone."""
+        """Opens a new connection and closes the previous one."""
         self.disconnect()
         self._connection = BleConnection(self._received, self._confirmed)
         for answer in self._unconfirmed:
@@ -56,7 +57,7 @@ class BleDevice:
             self._connection = None
 
     async def run(self) -> None:
-        """Carries commands out, one after the other, until cancelled."""
+        """Executes commands, one after the other, until cancelled."""
         self._apply(self._core.recover(self._now_ms()))
         while True:
             command = await self._runs.get()

@@ -1,6 +1,6 @@
-"""Demo devices for trying Ordain out without hardware: each type does a little work and says so.
+"""Demo devices, to try Ordain without hardware. Each command waits a short time and reports progress.
 
-They print nothing, and must never be mistaken for a benchmark: their work is only waiting.
+They print nothing. Do not use them as a benchmark: their work is only waiting.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ async def run_demo(
     memory_dir: Path | None = None,
     work_sec: float = 0.4,
 ) -> None:
-    """Runs (hardware_id, token, type) devices until cancelled; with `memory_dir` they outlive restarts."""
+    """Runs the devices (hardware_id, token, type) until cancelled. With `memory_dir`, their memory survives
+    restarts."""
     async with asyncio.TaskGroup() as tasks:
         for hardware_id, token, type_name in devices:
             memory = SqliteMemory(memory_dir / f"{hardware_id}.sqlite3") if memory_dir else RamMemory()

@@ -1,6 +1,6 @@
-"""One simulated device: a real core, a connection while it has one, and its faults.
+"""One simulated device: a real core, an MQTT connection while it is online, and its faults.
 
-It must never make up what a device decides: commands, answers and what was done before are the core's.
+It must never replace the core's decisions about commands, answers and repeated commands.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FAILURE = {"code": "simulated", "message": "the simulation drew a failure"}
 
 
 class Device:
-    """One device: a core, and a connection while it has one."""
+    """One device: a core, and a connection while it is online."""
 
     def __init__(
         self, name: str, token: str, *, run: str, prefix: str, ledger: Ledger, now_ms: Callable[[], int]
     ) -> None:
-        """`run` makes its sessions distinguishable from those of another process."""
+        """`run` is part of its session ids, so that they differ from those of another process."""
         self.name, self.token, self.token_is_new = name, token, False
         self.connection: Connection | None = None
         self.away_sec = 0.0
@@ -46,14 +46,14 @@ class Device:
         self._unacknowledged: dict[int, Send] = {}
 
     def connect(self) -> Connection:
-        """A connection that is still to be opened."""
+        """A new connection, which the caller opens."""
         self._connections += 1
         topics = self._core.command_topics
         return Connection(self, self.name, self.token, topics, self._status, self._says(online=False))
 
     def leave(self) -> None:
         if self.connection is not None:
-            # An orderly end makes the server drop the will, so we say it ourselves.
+            # After a DISCONNECT the server does not send the last will, so the device sends `offline`.
             self.connection.publish(self._status, self._says(online=False), retain=True)
             self.connection.leave()
 
@@ -115,7 +115,7 @@ class Device:
 
     def _answer(self, send: Send) -> None:
         command_id = decode_answer(send.payload, None, {}).id
-        assert command_id is not None, "a device that is sent ids answers with them"
+        assert command_id is not None, "a device of this type puts the command id into its answers"
         deed = self._ledger.deed(self.name, command_id)
         if not deed.muted:
             for _ in range(1 + deed.fate.doubled):

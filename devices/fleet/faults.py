@@ -1,7 +1,7 @@
-"""What goes wrong in a simulated fleet, as values: how often, and what that means for one command.
+"""The faults of a simulated fleet: how often each happens, and which ones one command gets.
 
-Pure, and drawn from the seed, the device and the command's number alone: the same run has the same faults,
-whatever the order of events. What befalls a command must never depend on what befell another.
+Pure. The faults of a command depend only on the seed, the device and the command's number. So the same run
+has the same faults in any order of events, and the faults of one command never depend on another command.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Faults(msgspec.Struct, frozen=True, kw_only=True):
-    """Shares of all commands; a command may meet several faults. Seconds are drawn between the two given."""
+    """Shares of all commands; one command can have several faults. Durations in s: shortest, longest."""
 
     offline: Share = 0.0
     fail: Share = 0.0
@@ -29,10 +29,10 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fate(msgspec.Struct, frozen=True, kw_only=True):
-    """What befalls one command. All of it happens at its first delivery, and only then.
+    """The faults of one command. They happen only at its first delivery.
 
-    `away_sec`: the connection breaks, before the command is looked at (`unread`) or when it was taken.
-    `lost`: no answer leaves the device until it is asked again.
+    `away_sec`: the connection breaks, before the device processes the command (`unread`) or after it.
+    `lost`: the device sends no answer until the broker sends the command again.
     """
 
     failed: bool = False
@@ -44,12 +44,12 @@ class Fate(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def silent(self) -> bool:
-        """The broker hears nothing of the first delivery."""
+        """Whether the broker gets no answer to the first delivery."""
         return self.lost or self.away_sec > 0
 
 
 def fate(faults: Faults, hardware_id: str, command: str) -> Fate:
-    """The fate of one command; `command` is what tells it from the device's others."""
+    """The faults of one command. `command` identifies it among the device's commands."""
 
     def draw(what: str) -> float:
         text = f"{faults.seed}/{hardware_id}/{command}/{what}"

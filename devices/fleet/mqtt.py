@@ -1,7 +1,7 @@
-"""The little of MQTT 3.1.1 that one simulated device needs: QoS 1 both ways, a will, pings.
+"""A minimal MQTT 3.1.1 client for one simulated device: QoS 1 in both directions, a last will, pings.
 
-Bytes in, calls out. aiomqtt would cost each of thousands of devices a task, its queues and a paho client.
-It must never be used where a lost connection has to be noticed by itself: its owner pings.
+It parses bytes and calls its owner. aiomqtt would need a task, queues and a paho client for each of thousands
+of devices. This client does not detect a lost connection by itself: its owner must call `ping`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RETAINED, AT_LEAST_ONCE = 0x01, 0x02
 
 
 class Refused(Exception):
-    """The MQTT server did not let the device in, or not listen. `code` is its reason."""
+    """The MQTT server refused the connection or the subscription. `code` is the server's reason."""
 
     def __init__(self, what: str, code: int) -> None:
         self.code = code
@@ -27,14 +27,14 @@ class Refused(Exception):
 
 
 class Owner(Protocol):
-    """Whose connection it is. Called from the event loop; must never raise."""
+    """The owner of a connection. Its methods are called from the event loop and must never raise."""
 
     def up(self, connection: Connection) -> None:
-        """Connected and subscribed."""
+        """The connection is open and subscribed."""
         ...
 
     def message(self, connection: Connection, topic: str, payload: bytes, number: int) -> None:
-        """`number` is for `puback`; 0 if there is nothing to acknowledge."""
+        """A message arrived. Pass `number` to `puback`; it is 0 for QoS 0, which needs no PUBACK."""
         ...
 
     def pubacked(self, connection: Connection, number: int) -> None: ...
@@ -45,7 +45,8 @@ class Owner(Protocol):
 class Connection(asyncio.Protocol):
     """One connection of one device, from CONNECT to its end, with a clean session.
 
-    `ready` ends when it is subscribed, or with why it is not; `lost` when the connection is gone.
+    `ready` completes when the subscription is granted, or fails with the reason. `lost` completes when the
+    connection ends.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class Connection(asyncio.Protocol):
         self._over = False
         self._transport: asyncio.Transport | None = None
 
-    # --- what the owner does ---
+    # --- called by the owner ---
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> int:
-        """With QoS 1; gives the number that its PUBACK will have."""
+        """Publishes with QoS 1. Returns the packet id, which the PUBACK repeats."""
         self._number = self._number % 65_535 + 1
         flags = AT_LEAST_ONCE | (RETAINED if retain else 0)
         self._write(packet(PUBLISH | flags, text(topic.encode()) + self._number.to_bytes(2) + payload))
@@ -84,31 +85,31 @@ class Connection(asyncio.Protocol):
             self._write(packet(PUBACK, number.to_bytes(2)))
 
     def ping(self) -> None:
-        """The connection ends if the one before was not answered."""
+        """Sends PINGREQ. Breaks the connection if the previous PINGREQ was not answered."""
         if self._pinged:
             self.vanish()
         self._pinged = True
         self._write(packet(PINGREQ, b""))
 
     def leave(self) -> None:
-        """In order: the server drops the will."""
+        """Disconnects in order, so the server does not send the last will."""
         self._write(packet(DISCONNECT, b""))
         self._over = True
         if self._transport is not None:
             self._transport.close()
 
     def vanish(self) -> None:
-        """As a device does whose power goes: what is unsent is lost, and the server sends the will."""
+        """Breaks the connection, like a power cut: unsent data is lost, the server sends the last will."""
         self._over = True
         if self._transport is not None:
             self._transport.abort()
 
     def give_up(self) -> None:
-        """Nobody waits for it any more."""
+        """Cancels `ready` and breaks the connection."""
         self.ready.cancel()
         self.vanish()
 
-    # --- what the loop does ---
+    # --- called by the event loop ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -119,7 +120,7 @@ class Connection(asyncio.Protocol):
         try:
             while not self._over and (found := take(self._buffer)) is not None:
                 self._handle(*found)
-        except (ValueError, IndexError):  # no MQTT, or not all of a packet that says it is whole
+        except (ValueError, IndexError):  # not MQTT, or a truncated packet
             self.vanish()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -159,7 +160,7 @@ class Connection(asyncio.Protocol):
 
 
 def text(data: bytes) -> bytes:
-    """A string or binary field: its length, then itself."""
+    """An MQTT string or binary field: two bytes of length, then the data."""
     return len(data).to_bytes(2) + data
 
 
@@ -173,10 +174,10 @@ def packet(kind: int, body: bytes) -> bytes:
 
 
 def take(buffer: bytearray) -> tuple[int, bytes] | None:
-    """Takes the first packet off the buffer, if it is there as a whole.
+    """Removes the first packet from the buffer and returns it; None if it is not complete.
 
     Raises:
-        ValueError: it would be longer than anything that is sent to a device.
+        ValueError: the packet is longer than MAX_PACKET_BYTES, or its length is malformed.
     """
     length = 0
     for place in range(1, min(len(buffer), 5)):

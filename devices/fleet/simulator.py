@@ -1,7 +1,7 @@
-"""A fleet of simulated devices, commands for it, and the reckoning: what was sent, done, doubled, lost.
+"""A fleet of simulated devices: sends it commands and counts what was sent, executed, doubled and lost.
 
-Each device has its own connection and a real `devices.core.Core`, so that what is tried is what devices
-do; only their faults are made up. It must never look at the broker but through the door it is given.
+Each device has its own connection and a real `devices.core.Core`, so the simulation tests real device
+behaviour; only the faults are simulated. It must use the broker only through its `Door`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from devices.fleet.faults import Faults
 from devices.fleet.mqtt import BAD_CREDENTIALS, KEEPALIVE_SEC, Connection, Refused
 from devices.fleet.summary import Ledger, Sent, Summary, View, summarise
 
-# At once. More does not let devices in faster: Mosquitto takes them at 5 a millisecond, amqtt one by one.
+# Connections opened at once. More is not faster: Mosquitto accepts 5 a millisecond, amqtt one at a time.
 OPENING = 20
 OPEN_WITHIN_SEC = 10
-# No device more is let in for so long: there is something wrong with the server.
+# If no further device connects for this time, the MQTT server has a problem.
 NOBODY_SEC = 5
 BACKOFF_SEC = (0.2, 5.0)
 PING_SEC = KEEPALIVE_SEC // 2
-# Requests on their way at once.
+# HTTP requests at once.
 SENDERS = 32
-# A command that somebody will still close is silent for at most a result time-out (60 s) and 15 s.
+# The wait for a change before the run gives up. An open command that will still close changes within a result
+# time-out (60 s) plus 15 s.
 SILENCE_SEC = 90
 LOOK_SEC = 0.5
 
@@ -40,11 +41,11 @@ Phase = Literal["registering", "connecting", "sending", "settling", "closing"]
 
 
 class NoFleet(Exception):
-    """The devices could not be brought up; says why."""
+    """The devices could not connect; the message says why."""
 
 
 class Server(NamedTuple):
-    """The MQTT server."""
+    """The address of the MQTT server."""
 
     host: str
     port: int
@@ -64,31 +65,31 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Door(Protocol):
-    """The broker, as an operator sees it."""
+    """The broker's API, as the simulation uses it."""
 
     async def tokens(self, names: Sequence[str]) -> dict[str, str]:
-        """The devices' tokens; those that the broker does not know are registered."""
+        """The devices' tokens by name. Registers the devices that the broker does not know."""
         ...
 
     async def new_token(self, name: str) -> str:
-        """For a device whose token does not work any more."""
+        """A new token for a device whose token was refused."""
         ...
 
     async def send(self, name: str, command: str, params: object, key: str) -> str | None:
-        """The id of the accepted command; None if the broker refuses it for now (a queue is full)."""
+        """Sends a command and returns its id; None if the broker refuses it because a queue is full."""
         ...
 
     async def open(self) -> set[str]:
-        """Ids of all commands that are not closed."""
+        """The ids of all open commands."""
         ...
 
     async def views(self, ids: set[str]) -> dict[str, View]:
-        """Those of the commands that the broker knows."""
+        """The given commands by id; without those that the broker does not know."""
         ...
 
 
 class Fleet:
-    """All devices, each kept connected but for its faults."""
+    """All devices. Each is kept connected, except during its faults."""
 
     def __init__(self, devices: Sequence[Device], server: Server, door: Door) -> None:
         self.devices = devices
@@ -112,10 +113,10 @@ class Fleet:
             task.result()
 
     async def all_online(self) -> None:
-        """Waits for the last of them.
+        """Waits until all devices are online.
 
         Raises:
-            NoFleet: no more of them are let in.
+            NoFleet: no further device connected within NOBODY_SEC.
         """
         known, since = 0, time.monotonic()
         while (online := len(self.online)) < len(self.devices):
@@ -143,7 +144,7 @@ class Fleet:
                     connection = await self._open(device)
                 failures = 0
                 await connection.lost
-            except (OSError, Refused) as error:  # a time-out too
+            except (OSError, Refused) as error:  # OSError includes TimeoutError
                 self.why = str(error) or f"no answer within {OPEN_WITHIN_SEC} s"
                 failures += 1
                 if isinstance(error, Refused) and error.code in BAD_CREDENTIALS and not device.token_is_new:
@@ -157,7 +158,7 @@ class Fleet:
         host, port, tls = self._server
         try:
             async with asyncio.timeout(OPEN_WITHIN_SEC):
-                # The loop sets TCP_NODELAY on all its connections.
+                # asyncio sets TCP_NODELAY on all its connections.
                 await asyncio.get_running_loop().create_connection(
                     lambda: connection, host, port, ssl=tls or None
                 )
@@ -168,7 +169,7 @@ class Fleet:
         return connection
 
     async def _ping(self) -> None:
-        """A few each second: amqtt would stand still over a thousand at once."""
+        """Sends a share of the pings each second, because a thousand at once would block amqtt."""
         second = 0
         while True:
             await asyncio.sleep(1)
@@ -179,7 +180,7 @@ class Fleet:
 
 
 class Simulation:
-    """One run. What it has come to can be looked at while it runs."""
+    """One run. Its attributes can be read while it runs."""
 
     def __init__(self, plan: Plan, server: Server, door: Door) -> None:
         self.plan, self._server, self._door = plan, server, door
@@ -193,11 +194,11 @@ class Simulation:
         self._run = secrets.token_hex(6)
 
     async def run(self) -> Summary:
-        """Until all is closed, or until SIGINT or SIGTERM: then what it came to so far.
+        """Runs until all commands are closed, or until SIGINT or SIGTERM. Returns the result so far.
 
         Raises:
-            NoFleet: the devices could not be brought up.
-            Whatever the door raises.
+            NoFleet: the devices could not connect.
+            Exception: any exception of the door.
         """
         loop = asyncio.get_running_loop()
         work = asyncio.create_task(self._work())
@@ -212,7 +213,7 @@ class Simulation:
                 loop.remove_signal_handler(number)
         online = frozenset[str]() if work.cancelled() else work.result()
         self.phase = "closing"
-        # Only now, when the devices do nothing more: else a state could be older than what they did.
+        # Read only after the devices have stopped, so that no state is older than the devices' last action.
         views = await self._door.views(set(self.sent))
         return summarise(
             faults=self.plan.faults,
@@ -227,7 +228,7 @@ class Simulation:
         )
 
     async def _work(self) -> frozenset[str]:
-        """Gives the names of the devices that were there at the end."""
+        """Runs all phases. Returns the names of the devices that were online at the end."""
         _allow_connections(self.plan.devices)
         names = [f"sim-{number:04}" for number in range(1, self.plan.devices + 1)]
         tokens = await self._door.tokens(names)
@@ -269,7 +270,7 @@ class Simulation:
             raise failures.exceptions[0] from None
 
     async def _settle(self) -> None:
-        """Returns when all is closed, or nothing has been for so long that nothing will be."""
+        """Waits until all commands are closed, or until none has closed for SILENCE_SEC."""
         known, since = -1, time.monotonic()
         while time.monotonic() - since < SILENCE_SEC:
             self.open = len(self.sent.keys() & await self._door.open())
@@ -281,10 +282,10 @@ class Simulation:
 
 
 def _allow_connections(count: int) -> None:
-    """Each device takes one open file.
+    """Raises the limit of open files; each device needs one.
 
     Raises:
-        NoFleet: the system does not allow so many.
+        NoFleet: the system's hard limit is too low.
     """
     needed = count + 200
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,7 +1,7 @@
-"""The books of a simulation: what the devices did, what the broker says of it, and whether the two agree.
+"""The result of a simulation: compares what the devices did with the states that the broker shows.
 
-Pure. The devices' side is counted here and by nobody else, so that a command that was done twice is seen
-even where both sides would rather not know.
+Pure. This module counts every execution on the devices itself, so it sees a command that was executed twice
+even if neither the device nor the broker reports it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from devices.fleet.faults import Fate, Faults, fate
 
 NEVER_HANDED_OVER = ("pending", "expired", "cancelled")
 CLOSED = ("executed", "failed", "timed_out", "expired", "cancelled")
-# All are counted.
+# All problems are counted, but only this many are shown.
 EXAMPLES_SHOWN = 10
 
 
@@ -29,7 +29,7 @@ class Sent(msgspec.Struct, frozen=True):
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
-    """A command as the broker shows it; what else it shows does not matter here."""
+    """A command as the broker shows it; only the fields that are needed here."""
 
     id: str
     state: str
@@ -38,7 +38,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Deed(msgspec.Struct):
-    """What one device did about one command."""
+    """What one device did with one command."""
 
     fate: Fate
     deliveries: int = 0
@@ -50,7 +50,7 @@ class Deed(msgspec.Struct):
 
 
 class Ledger:
-    """All deeds by device and command id."""
+    """All `Deed`s, by device and command id."""
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
@@ -58,7 +58,7 @@ class Ledger:
         self.runs = 0
 
     def delivered(self, hardware_id: str, command_id: str, number: object) -> Deed:
-        """Another delivery. A command without a number is not ours, and is told apart by its id."""
+        """Counts a delivery. A command without a number is from another client; its id selects its faults."""
         deed = self._deeds.get((hardware_id, command_id))
         if deed is None:
             name = str(number) if isinstance(number, int) else command_id
@@ -67,7 +67,7 @@ class Ledger:
         return deed
 
     def deed(self, hardware_id: str, command_id: str) -> Deed:
-        """Of a command that was delivered to the device."""
+        """The deed of a command that was delivered to the device."""
         return self._deeds[hardware_id, command_id]
 
     def ran(self, hardware_id: str, command_id: str) -> Deed:
@@ -77,7 +77,7 @@ class Ledger:
         return deed
 
     def runs_by_command(self) -> Counter[str]:
-        """On all devices together, so that a command on the wrong one counts too."""
+        """Executions per command on all devices together, so that an execution on a wrong device counts."""
         runs = Counter[str]()
         for (_, command_id), deed in self._deeds.items():
             runs[command_id] += deed.runs
@@ -85,7 +85,7 @@ class Ledger:
 
 
 class Drawn(msgspec.Struct, frozen=True, kw_only=True):
-    """How many of the sent commands each fault was drawn for."""
+    """For each fault: how many of the sent commands have it."""
 
     offline: int
     fail: int
@@ -95,10 +95,12 @@ class Drawn(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a simulation. `refused`: not taken by the broker; all else is of what it accepted.
+    """The result of a simulation. `refused`: commands that the broker refused. All other counts are of
+    accepted commands.
 
-    `doubled`: done more than once. `lost`: accepted and not known, or not closed though the device was there.
-    `misfits`: what the broker says does not fit what the device did. Latency is from created to executed.
+    `doubled`: executed more than once. `lost`: accepted, but the broker does not know them, or they are not
+    closed although the device is online. `misfits`: the broker's state contradicts what the device did.
+    Latency is from created to executed.
     """
 
     devices: int
@@ -138,7 +140,7 @@ def summarise(
     sending_sec: float,
     interrupted: bool,
 ) -> Summary:
-    """`views` is all that the broker knows of `sent`; `online` names the devices that are connected now."""
+    """`views`: the commands of `sent` that the broker knows. `online`: names of the connected devices."""
     runs = ledger.runs_by_command()
     states = Counter(view.state for view in views.values())
     fates = {id: fate(faults, to.hardware_id, str(to.number)) for id, to in sent.items()}
@@ -152,7 +154,7 @@ def summarise(
     ]
     examples = [
         *(f"{id} ran {count} times" for id, count in runs.items() if count > 1),
-        *(f"{id} was accepted, and the broker does not know it" for id in unknown),
+        *(f"{id} was accepted, but the broker does not know it" for id in unknown),
         *(f"{id} is {views[id].state}, though {sent[id].hardware_id} is online" for id in left),
         *misfits,
     ]
@@ -187,23 +189,23 @@ def summarise(
 
 
 def misfit(state: str, drawn: Fate, runs: int) -> str | None:
-    """Why the state that the broker shows cannot be, given what the device drew and did; None if it can."""
+    """Why the broker's state contradicts the command's faults and executions; None if it does not."""
     if state in NEVER_HANDED_OVER and runs:
-        return f"{state} means never handed over, and the device did it"
+        return f"{state} means never sent, but the device executed it"
     if state == "executed" and (drawn.failed or not runs):
-        return "executed, and the device failed it" if runs else "executed, and no device did it"
+        return "executed, but the device failed it" if runs else "executed, but no device executed it"
     if state == "failed" and not (drawn.failed and runs):
-        return "failed, and the device did not say so"
+        return "failed, but the device did not report a failure"
     if state == "timed_out" and not drawn.silent:
-        return "timed_out, and the device answered"
+        return "timed_out, but the device answered"
     return None
 
 
 def percentile(ordered: list[int], percent: int) -> int | None:
-    """The nearest rank; None of nothing."""
+    """The percentile by nearest rank; None for an empty list."""
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)] if ordered else None
 
 
 def _took_ms(view: View) -> int:
-    assert view.executed_at is not None, "an executed command says when"
+    assert view.executed_at is not None, "an executed command has a time"
     return parse_rfc3339(view.executed_at) - parse_rfc3339(view.created_at)

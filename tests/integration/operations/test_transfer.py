@@ -128,7 +128,7 @@ def test_filters_select_rows_and_a_filtered_export_cannot_be_imported(data: Path
         expected = [row.position for row in all_rows if fits(row)]
         assert [row["position"] for row in rows(file)] == expected, only
         assert moved.rows == len(expected)
-        with pytest.raises(Refused, match="only a part of a log"):
+        with pytest.raises(Refused, match="only part of a log"):
             brought_in(file, tmp_path / "other")
     assert not (tmp_path / "other").exists()
     with pytest.raises(Refused, match="no device 'nobody'"):

@@ -402,7 +402,7 @@ def test_a_misfit_names_command_and_device_and_is_not_good() -> None:
     summary = books("failed")
 
     assert (summary.misfits, summary.good) == (1, False)
-    assert summary.examples == ("cmd_a on sim-0001: failed, and the device did not say so",)
+    assert summary.examples == ("cmd_a on sim-0001: failed, but the device did not report a failure",)
 
 
 def test_the_percentile_is_an_observed_value() -> None:
