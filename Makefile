@@ -1,5 +1,5 @@
-# `.venv` is the environment. It is brought up to date when pyproject.toml or a lock has changed, and
-# costs nothing otherwise. Another interpreter: `make setup PYTHON=python3.13`.
+# `.venv` is the Python environment. make updates it only when pyproject.toml or a lock file has changed.
+# To use another interpreter: `make setup PYTHON=python3.13`.
 PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
@@ -9,20 +9,20 @@ export PATH := $(PATH):/usr/sbin
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-setup: .venv/runtime ## make .venv with everything `ordain` needs, pinned by hash
+setup: .venv/runtime ## create .venv with all packages that `ordain` needs, pinned by hash
 
-run: .venv/runtime ## the broker, an MQTT server and a few simulated devices, until Ctrl-C
+run: .venv/runtime ## run the broker, an MQTT server and a few simulated devices until Ctrl-C
 	@exec .venv/bin/ordain serve --demo
 
-test: .venv/dev mosquitto browser check ## everything a change must pass: check, then all tests
+test: .venv/dev mosquitto browser check ## run everything that a change must pass: check, then all tests
 	@.venv/bin/pytest
 
-check: .venv/dev ## style and types
+check: .venv/dev ## check style and types
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 	@.venv/bin/mypy
 
-fix: .venv/dev ## put style right where a machine can
+fix: .venv/dev ## correct style automatically where possible
 	@.venv/bin/ruff format
 	@.venv/bin/ruff check --fix
 
@@ -30,19 +30,19 @@ bench: .venv/dev mosquitto ## measure this machine
 	@.venv/bin/python -m scripts.bench
 
 SEEDS ?= 1000
-simulate: .venv/dev ## the real broker under simulated faults, SEEDS seeds of them
+simulate: .venv/dev ## run the real broker under simulated faults, with SEEDS seeds
 	@.venv/bin/python -m scripts.simulate --seeds $(SEEDS)
 
-soak: .venv/dev mosquitto ## the long runs: 100,000 queued commands, memory over 400,000, a server that goes away
+soak: .venv/dev mosquitto ## long runs: 100,000 queued commands, memory over 400,000 commands, outages
 	@.venv/bin/python -m scripts.soak
 
-lock: ## resolve the newest allowed dependencies into the locks (needs uv)
+lock: ## write the newest allowed dependencies into the lock files (needs uv)
 	uv lock --upgrade
 	uv export --quiet --frozen --no-emit-project --no-header --no-default-groups --group build -o requirements.lock
 	uv export --quiet --frozen --no-emit-project --no-header --group dev --group build -o requirements-dev.lock
 	uv export --quiet --frozen --no-header --only-group setup -o scripts/setup-uv.lock
 
-clean: ## remove .venv and what tools left behind; never data
+clean: ## remove .venv and the caches of tools; never data
 	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
 
 .venv/runtime: pyproject.toml requirements.lock scripts/setup

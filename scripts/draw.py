@@ -1,6 +1,6 @@
-"""Draws what the documents show of the code, between its markers: the life of a command, the vocabularies.
+"""Generates the parts of the docs that come from the code: the state diagram and the vocabulary tables.
 
-`python -m scripts.draw` rewrites them; a test compares them with the code.
+`python -m scripts.draw` rewrites these parts between their markers. A test compares them with the code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VOCABULARY = ROOT / "docs" / "vocabulary.md"
 
 
 def life() -> str:
-    """The transition table as a Mermaid state diagram; events that lead the same way share an arrow."""
+    """The transition table as a Mermaid state diagram. Events between the same two states share an arrow."""
     lines = ["```mermaid", "stateDiagram-v2"]
     for state, events in TRANSITIONS.items():
         arrows: dict[State, list[str]] = {}
@@ -40,7 +40,7 @@ DRAWN: Mapping[Path, Mapping[str, Callable[[], str]]] = {
 
 
 def drawn(page: Path) -> str:
-    """A page with its pictures and tables as the code has them now."""
+    """The text of a page with its generated parts brought up to date."""
     text = page.read_text()
     for name, draw in DRAWN[page].items():
         begin, end = f"<!-- {name}: drawn by scripts/draw.py -->\n", f"<!-- /{name} -->"

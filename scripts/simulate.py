@@ -1,6 +1,6 @@
-"""Runs the simulated broker on many seeds, or prints the history of one: `python -m scripts.simulate --help`.
+"""Simulates the broker with many seeds, or prints the history of one: `python -m scripts.simulate --help`.
 
-Ends with status 1 when a run found something. A run depends on its seed and the code, and on nothing else.
+Exits with 1 if a run found a fault. The result of a run depends only on its seed and on the code.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from tests.simulation.history import History
 from tests.simulation.planted import BUGS
 from tests.simulation.world import Outcome, simulate
 
-SHOWN = 5  # of the sentences of one run
+SHOWN = 5  # faults printed of one run
 DONE_EVERY = 500
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="simulate", description="Simulates the broker under faults.")
     parser.add_argument("--seeds", type=int, default=1_000, help="how many seeds to run")
-    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="how many processes")
-    parser.add_argument("--print", type=int, metavar="SEED", help="run this one and print what was seen")
+    parser.add_argument("--print", type=int, metavar="SEED", help="run this seed and print its history")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="print only lines with this text, and faults"
+        "--only", default="", metavar="TEXT", help="with --print: only lines with this text, and faults"
     )
-    parser.add_argument("--bug", choices=[bug.name for bug in BUGS], help="with this bug planted")
+    parser.add_argument("--bug", choices=[bug.name for bug in BUGS], help="plant this bug in the broker")
     asked = parser.parse_args()
     if asked.print is not None:
         outcome = run(asked.bug, asked.print)
@@ -48,7 +48,7 @@ def main() -> int:
             report(seed, found)
             done = seed + 1 - asked.first
             if done % DONE_EVERY == 0 or done == asked.seeds:
-                print(f"{done} seeds, {broken} of them broken", flush=True)
+                print(f"{done} seeds, {broken} of them with faults", flush=True)
     return int(bool(broken))
 
 
@@ -72,7 +72,7 @@ def report(seed: int, found: list[str]) -> None:
 
 
 def lines(history: History) -> list[str]:
-    """What was seen, in order: virtual seconds since the start, who, what."""
+    """The history in order: virtual seconds since the start, actor, action."""
     start = history.commits[0].t
     return [f"{(t - start) / 1000:>9.3f} {text}" for _, t, text in sorted(_records(history))]
 

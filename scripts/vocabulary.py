@@ -1,7 +1,7 @@
-"""The three vocabularies side by side, for docs/vocabulary.md: what each way of asking calls the same thing.
+"""The vocabularies of the three HTTP surfaces side by side, for docs/vocabulary.md.
 
-The states and their words come out of the tables that the answers are made with. Names of fields and calls
-are written down here, and a test holds them to the Structs and routes that there are.
+The states and their words come from the tables that the HTTP responses use. The names of fields and calls are
+written here; a test compares them with the Structs and routes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from broker.http.v1 import views
 
 
 class Row(NamedTuple):
-    """One thing and its names; "" where there is none, several with a comma."""
+    """One concept and its name on each surface; "" if it has none, several separated by commas."""
 
     what: str
     v1: str
@@ -72,7 +72,7 @@ CALLS = (
 
 
 def states() -> str:
-    """Every state and its word on each surface; the app speaks the words of `/v1`."""
+    """Every state and its word on each surface. The app uses the words of `/v1`."""
     rows = [
         Row(state.value, views.STATUS[state], iotee.STATUS[state], views.STATUS[state])
         for state in State

@@ -1,8 +1,8 @@
-"""`make bench`: measures this machine. A bare MQTT round trip, a full life over HTTP, appending,
-and one command to ten thousand devices.
+"""`make bench`: measures this machine. It measures MQTT round trips, full command lives over HTTP, appending
+to the log, and one command to ten thousand devices.
 
-It prints figures and judges none: absolute ones move by a third from run to run, so compare CPU per
-operation and the ratios. Everything it starts is real, on this machine, and gone at the end.
+It prints figures and sets no limits. Absolute figures vary by a third from run to run, so compare the CPU
+time per operation and the ratios. It starts real servers on this machine and stops all of them at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from scripts.bench.processes import mosquitto
 Figures = dict[str, list[float]]
 
 PARTS = ("a", "b", "c", "d")
-# A life takes about five times a round trip, and about ten times an event.
+# One command life takes about as long as 5 round trips, or as 10 appended events.
 TRIPS_PER_LIFE, EVENTS_PER_LIFE = 5, 10
 FSYNCS = 20
 
@@ -48,7 +48,7 @@ def main() -> None:
             try:
                 figures[part] = uvloop.run(measure())
             except (OSError, TimeoutError, subprocess.CalledProcessError) as error:
-                raise SystemExit(f"{part}: {str(error) or 'not done in time'}") from error
+                raise SystemExit(f"{part}: {str(error) or 'not finished in time'}") from error
             if part == "b" and "a" in figures:
                 figures["b"]["lives/s / round trips/s"] = _ratio(figures["b"], figures["a"])
             for name, values in figures[part].items():
@@ -63,22 +63,26 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench",
-        description="a: MQTT round trips without a broker; b: full lives over HTTP; c: appending to the log; "
+        description="a: MQTT round trips without a broker; b: full command lives over HTTP; c: log appends; "
         "d: one command to many devices.",
     )
-    parser.add_argument("--only", default=",".join(PARTS), help="some of a,b,c,d (default: all)")
-    parser.add_argument("--count", type=int, default=4_000, help="lives a round; the rest follows from it")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, such as a,c (default: all)")
+    parser.add_argument(
+        "--count", type=int, default=4_000, help="command lives per round; sets all other counts"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="rounds after the warm-up (default: 3)")
     parser.add_argument("--devices", type=int, default=100, help="devices (default: 100)")
-    parser.add_argument("--connections", type=int, default=4, help="MQTT connections they share (default: 4)")
-    parser.add_argument("--dir", type=Path, help="where the log is put; not a file system in memory")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write every round's figures here")
+    parser.add_argument(
+        "--connections", type=int, default=4, help="MQTT connections of the devices (default: 4)"
+    )
+    parser.add_argument("--dir", type=Path, help="directory for the log; not a file system in memory")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures of all rounds here")
     parser.add_argument("--profile", type=Path, metavar="PATH", help="cProfile of the broker in b; slows it")
     given = parser.parse_args()
     given.only = given.only.split(",")
-    given.profile = given.profile and given.profile.absolute()  # the broker runs elsewhere
+    given.profile = given.profile and given.profile.absolute()  # the broker has another working directory
     if set(given.only) - set(PARTS):
-        parser.error("--only takes a, b, c and d, with commas")
+        parser.error("--only takes a, b, c and d, separated by commas")
     if min(given.count, given.rounds, given.devices, given.connections) < 1 or given.count < 100:
         parser.error("--count must be at least 100, the other numbers at least 1")
     return given
@@ -129,7 +133,8 @@ def _machine(home: Path) -> dict[str, str]:
 
 
 def _fsync_ms(path: Path) -> float:
-    """Near nothing means that this file system keeps nothing: what is durable is then not measured."""
+    """The median time of an fsync, ms. Near 0 means that this file system does not sync to a disk, so the
+    figures do not include durability."""
     taken = []
     with path.open("wb", buffering=0) as file:
         for _ in range(FSYNCS):

@@ -1,6 +1,6 @@
-"""What appending costs: whole lives through the writer, against the same rows put into bare SQLite.
+"""The cost of appending: whole command lives through the writer, compared with the same rows in bare SQLite.
 
-Both keep the durability that is promised: WAL and synchronous=FULL. Neither sends anything.
+Both use the promised durability: WAL and synchronous=FULL. Neither sends anything.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Figures = dict[str, list[float]]
 
 
 async def appends(home: Path, rounds: int, count: int) -> Figures:
-    """`count` events each time, four a life."""
+    """Appends `count` events per round, four per command life."""
     figures: Figures = {}
     count -= count % 4
     for number in range(rounds + 1):
@@ -52,14 +52,14 @@ async def appends(home: Path, rounds: int, count: int) -> Figures:
         for waiting in WAITING:
             found[f"events/s / bare, {waiting} waiting"] = found[f"events/s, {waiting} waiting"] / rate
             found[f"CPU / bare, {waiting} waiting"] = found[f"CPU µs per event, {waiting} waiting"] / cost
-        if number:  # the first is the warm-up
+        if number:  # round 0 is the warm-up
             for name, value in found.items():
                 figures.setdefault(name, []).append(value)
     return figures
 
 
 async def _through_the_writer(directory: Path, waiting: int, count: int) -> tuple[float, float]:
-    """(events/s, CPU µs per event); so many lives at a time wait for their next event to be durable."""
+    """(events/s, CPU µs per event) of the writer. `waiting`: how many lives wait for a commit at once."""
     storage = await SqliteStorage.open(directory)
     try:
         await storage.write(_create)
@@ -113,7 +113,7 @@ async def _lives(writer: Writer, numbers: Iterator[int]) -> None:
 
 
 def _bare(source: Path, target: Path, count: int) -> tuple[float, float]:
-    """(events/s, CPU µs per event) of the same rows of `events`, made before, without projections."""
+    """(events/s, CPU µs per event) of bare SQLite: inserts the rows of `source` without projections."""
     with sqlite3.connect(source) as before:
         rows = before.execute(f"SELECT {log.COLUMNS} FROM events ORDER BY position").fetchall()
     before.close()

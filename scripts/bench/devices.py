@@ -1,7 +1,8 @@
-"""The benchmark's devices: many `generic` devices on a few connections, in a process of their own.
+"""The benchmark's devices: many `generic` devices on a few MQTT connections, in a separate process.
 
-They answer at once and remember nothing, so that they cost little; they must never be taken for
-reference devices. Prints `ready` when all are subscribed and their `online` has its PUBACK.
+They answer at once and store nothing, so they need little CPU. They are not reference devices: they would
+execute a repeated command again. The process prints `ready` when all devices are subscribed and the PUBACKs
+of their `online` messages have arrived.
 """
 
 from __future__ import annotations

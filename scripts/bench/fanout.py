@@ -1,6 +1,6 @@
-"""What one command to very many devices costs over HTTP, and what a neighbour's requests notice of it.
+"""The cost of one command to very many devices over HTTP, and its effect on another project's requests.
 
-The devices are offline: what is measured is accepting, durable, and not delivering.
+The devices are offline, so the benchmark measures durable acceptance, not delivery.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ async def fan_outs(home: Path, rounds: int) -> Figures:
                 found[f"CPU µs per device, {kind}"] = cpu / DEVICES * 1e6
                 if waited:
                     found["neighbour's POST meanwhile, ms p99"] = _p99(waited)
-            if number:  # the first is the warm-up
+            if number:  # round 0 is the warm-up
                 for name, value in found.items():
                     figures.setdefault(name, []).append(value)
     return figures
@@ -78,7 +78,7 @@ async def _send(client: httpx2.AsyncClient, body: bytes) -> None:
 
 
 async def _posts(client: httpx2.AsyncClient, until: Awaitable[None]) -> list[float]:
-    """How long single commands take, one after the other, in ms, until something is done."""
+    """Sends single commands, one after the other, until `until` is done. Returns the time of each, ms."""
     done = asyncio.ensure_future(until)
     taken = []
     while not done.done():

@@ -1,7 +1,7 @@
-"""What a command's way costs over real MQTT: a bare round trip (the floor), and a full life over HTTP.
+"""The cost of a command over real MQTT: a bare round trip (the lower bound), and a full life over HTTP.
 
-The same devices and the same Mosquitto serve both. What a life takes is read from the log, so that
-looking does not disturb what is looked at.
+Both use the same kind of devices and the same Mosquitto. The duration of a life is read from the log, so
+measuring does not add load.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Figures = dict[str, list[float]]
 
 
 class _Trips:
-    """Keeps a number of commands in the air until enough were answered."""
+    """Keeps IN_FLIGHT commands unanswered at a time until the wanted number is answered."""
 
     def __init__(self, devices: int) -> None:
         self._topics = [f"{PREFIX}/{hardware_id(number)}/rls".encode() for number in range(devices)]
@@ -63,7 +63,7 @@ class _Trips:
 
 
 async def round_trips(home: Path, rounds: int, count: int, devices: int, connections: int) -> Figures:
-    """Command out, one answer back, nothing kept: what MQTT alone allows."""
+    """Sends a command and waits for one answer; stores nothing. Measures the limit of MQTT alone."""
     figures: Figures = {name: [] for name in ("round trips/s", "client CPU µs per round trip")}
     trips = _Trips(devices)
     async with processes.mosquitto_server(home) as (port, _):
@@ -74,7 +74,7 @@ async def round_trips(home: Path, rounds: int, count: int, devices: int, connect
                 since, cpu = time.perf_counter(), time.process_time()
                 async with asyncio.timeout(ROUND_WITHIN_SEC):
                     await trips.run(count)
-                if number:  # the first is the warm-up
+                if number:  # round 0 is the warm-up
                     figures["round trips/s"].append(count / (time.perf_counter() - since))
                     cpu_each = (time.process_time() - cpu) / count
                     figures["client CPU µs per round trip"].append(cpu_each * 1e6)
@@ -85,7 +85,7 @@ async def round_trips(home: Path, rounds: int, count: int, devices: int, connect
 async def lives(
     home: Path, rounds: int, count: int, devices: int, connections: int, profile: Path | None
 ) -> Figures:
-    """Created over HTTP, published, acknowledged, executed: everything durable on its way."""
+    """Full lives: created over HTTP, published, acknowledged, executed. Every step is durable."""
     figures: Figures = {}
     async with (
         processes.mosquitto_server(home) as (mqtt_port, mosquitto),
@@ -120,7 +120,7 @@ async def _register(port: int, key: str, devices: int) -> None:
 async def _round(
     log: sqlite3.Connection, port: int, key: str, devices: int, count: int, pids: dict[str, int]
 ) -> dict[str, float]:
-    """One load process from its first request until the last command is executed."""
+    """One round: from the first request of a load process until the last command is executed."""
     (after,) = log.execute("SELECT max(position) FROM events").fetchone()
     before = {name: processes.cpu_sec(pid) for name, pid in pids.items()}
     report = await _load(port, key, devices, count)
@@ -130,7 +130,7 @@ async def _round(
     spent["load"] = report.cpu_sec
     times = log.execute(LIVES, (after,)).fetchall()
     if len(times) != count:
-        raise AssertionError(f"{count} commands were accepted, and {len(times)} executed")
+        raise AssertionError(f"{count} commands were accepted, but {len(times)} were executed")
     seconds = (max(end for _, end in times) - min(start for start, _ in times)) / 1_000
     p50, p99 = _quantiles([float(end - start) for start, end in times])
     http_p50, http_p99 = _quantiles(report.latencies_ms)

@@ -1,7 +1,7 @@
-"""The benchmark's load: creates commands over keep-alive HTTP, each connection one request at a time.
+"""The benchmark's load: creates commands over keep-alive HTTP, one request at a time per connection.
 
-A process of its own, because it must not share a core's time with what it measures. Prints one line
-of JSON: seconds, CPU seconds, and the latencies of the requests in ms. Any answer but 201 ends it.
+It is a separate process, so that it does not use the CPU time of the measured process. It prints one line of
+JSON: seconds, CPU seconds, and the latencies of the requests in ms. Any status other than 201 ends it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LENGTH = b"\r\ncontent-length: "
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What the load saw; `latencies_ms` has one entry a request."""
+    """The result of the load. `latencies_ms` has one entry per request."""
 
     seconds: float
     cpu_sec: float
@@ -35,7 +35,7 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 class _Load:
-    """What all connections share: the requests, and what is left to send."""
+    """The shared state of all connections: the requests, and how many are still to be sent."""
 
     def __init__(self, key: str, devices: int, count: int) -> None:
         names = [hardware_id(number).encode() for number in range(devices)]
@@ -69,7 +69,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.WriteTransport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's are of no class of asyncio's
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's class is not a subclass of it
 
     def connection_lost(self, error: Exception | None) -> None:
         self._load.failed(f"the broker closed a connection: {error}")
@@ -86,7 +86,7 @@ class _Connection(asyncio.Protocol):
         if not blank:
             return
         if not head.startswith(b"HTTP/1.1 201"):
-            self._load.failed(f"not 201 but {self._rest.decode(errors='replace')[:300]}")
+            self._load.failed(f"expected 201, got {self._rest.decode(errors='replace')[:300]}")
             return
         if len(body) >= int(head.partition(LENGTH)[2].partition(b"\r\n")[0]):
             self._rest = b""

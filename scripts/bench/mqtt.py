@@ -1,6 +1,6 @@
-"""The least of an MQTT 3.1.1 client that QoS 1 needs, for the benchmark's floor and its devices.
+"""A minimal MQTT 3.1.1 client with QoS 1, for the benchmark's round trips and its devices.
 
-It keeps no session, sends nothing again and ends with its connection: never to be used by the product.
+It has no session, never resends, and ends with its connection. The product must not use it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Told = Callable[[bytes, bytes], None]
 
 
 class Client(asyncio.Protocol):
-    """One connection. What `publish` queues is written by `flush`, and after every read, in one piece."""
+    """One connection. `publish` only queues; `flush` writes the queue at once, and so does each read."""
 
     def __init__(self, on_message: Told) -> None:
         self._on_message = on_message
@@ -31,18 +31,18 @@ class Client(asyncio.Protocol):
 
     @classmethod
     async def open(cls, port: int, client_id: str, on_message: Told) -> Client:
-        """A connection to a server on this machine, which has accepted it."""
+        """Connects to a server on this machine; returns when the server has accepted the connection."""
         _, client = await asyncio.get_running_loop().create_connection(
             lambda: cls(on_message), "127.0.0.1", port
         )
-        # Protocol level 4, clean session, no keep-alive: a benchmark ends before that matters.
+        # Protocol level 4, clean session, no keep-alive, which a short benchmark does not need.
         body = _text(b"MQTT") + b"\x04\x02\x00\x00" + _text(client_id.encode())
         if await client._ask(CONNECT, body) != b"\x00\x00":
             raise ConnectionError("the MQTT server refused the connection")
         return client
 
     async def subscribe(self, topics: Sequence[str]) -> None:
-        """To all of them, at QoS 1."""
+        """Subscribes to all topics with QoS 1."""
         wanted = b"".join(_text(topic.encode()) + b"\x01" for topic in topics)
         granted = await self._ask(SUBSCRIBE, self._next_id() + wanted)
         if any(code >= REFUSED for code in granted[2:]):
@@ -59,7 +59,7 @@ class Client(asyncio.Protocol):
             self._out.clear()
 
     async def settled(self) -> None:
-        """Returns when every message published so far has its PUBACK."""
+        """Returns when the PUBACKs of all messages published so far have arrived."""
         self.flush()
         if self._unacknowledged:
             self._settled = asyncio.get_running_loop().create_future()
@@ -69,10 +69,10 @@ class Client(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-    # --- what asyncio calls ---
+    # --- called by asyncio ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's are of no class of asyncio's
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's class is not a subclass of it
 
     def connection_lost(self, error: Exception | None) -> None:
         for waiting in (self._answer, self._settled):

@@ -1,6 +1,6 @@
-"""The processes a benchmark starts, and what the system says of them: real servers on free ports.
+"""The processes of a benchmark: real servers on free ports, and their CPU time.
 
-Each ends with its block. Nothing here measures time; nobody may start one outside a `with`.
+Each process ends with its `with` block. This module does not measure wall-clock time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 import httpx2
 
 ROOT = Path(__file__).parents[2]
-# Debian puts the server where only root's PATH leads.
+# Debian installs Mosquitto in /usr/sbin, which is usually only in root's PATH.
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
 READY_WITHIN_SEC = 20
 END_WITHIN_SEC = 20
 LOOK_AGAIN_SEC = 0.02
-# The limits of mosquitto.conf; without rights and persistence, which cost the same to everybody.
+# The limits of mosquitto.conf. Without access rules and persistence, which add the same cost to all figures.
 MOSQUITTO = """
 listener {port} 127.0.0.1
 allow_anonymous true
@@ -33,7 +33,7 @@ max_queued_messages 100000
 log_dest none
 """
 ORDAIN = "from broker.cli.main import main; main()"
-# Only the thread of the event loop is seen; that is where the broker's own code runs.
+# cProfile sees only the thread of the event loop, which runs the broker's own code.
 PROFILED = "import cProfile; from broker.cli.main import main; cProfile.run('main()', {path!r})"
 
 
@@ -45,7 +45,7 @@ def unused_port() -> int:
 
 
 def mosquitto() -> str:
-    """The full path of the server."""
+    """The full path of the Mosquitto program."""
     found = shutil.which("mosquitto", path=PATH)
     if found is None:
         raise SystemExit("mosquitto is not installed (Debian: apt install mosquitto)")
@@ -54,14 +54,15 @@ def mosquitto() -> str:
 
 def cpu_sec(pid: int) -> float:
     """The CPU time a process has used, in user and system mode, to the clock tick (10 ms)."""
-    # The name of the program, in parentheses, may hold spaces.
+    # The program name is in parentheses and may contain spaces.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @asynccontextmanager
 async def process(arguments: Sequence[str], log: Path) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Runs a program, what it says as an error in `log`; asked to end at the end, and then made to."""
+    """Runs a program with its standard error in `log`. At the end of the block it gets SIGTERM, and SIGKILL
+    after END_WITHIN_SEC."""
     with log.open("wb") as errors:
         running = await asyncio.create_subprocess_exec(
             *arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors
@@ -84,13 +85,13 @@ async def process(arguments: Sequence[str], log: Path) -> AsyncIterator[asyncio.
 
 @asynccontextmanager
 async def mosquitto_server(home: Path) -> AsyncIterator[tuple[int, int]]:
-    """(port, process id) of a Mosquitto that accepts connections."""
+    """Runs a Mosquitto. Yields (port, process id) when it accepts connections."""
     port = unused_port()
     config = home / "mosquitto.conf"
     config.write_text(MOSQUITTO.format(port=port))
     async with process([mosquitto(), "-c", str(config)], home / "mosquitto.log") as server:
         async with asyncio.timeout(READY_WITHIN_SEC):
-            while not _accepts(port):  # noqa: ASYNC110 - another process's
+            while not _accepts(port):  # noqa: ASYNC110 - the port of another process
                 await asyncio.sleep(LOOK_AGAIN_SEC)
         yield port, server.pid
 
@@ -99,7 +100,7 @@ async def mosquitto_server(home: Path) -> AsyncIterator[tuple[int, int]]:
 async def devices(
     home: Path, port: int, count: int, connections: int, answers: Sequence[str]
 ) -> AsyncIterator[int]:
-    """The process id of the devices; all are online."""
+    """Runs the devices. Yields their process id when all are online."""
     program = [sys.executable, "-m", "scripts.bench.devices", "--port", str(port), "--devices", str(count)]
     program += ["--connections", str(connections), "--answers", *answers]
     async with process(program, home / "devices.log") as running:
@@ -112,10 +113,10 @@ async def devices(
 
 @asynccontextmanager
 async def broker(home: Path, mqtt_port: int, profile: Path | None) -> AsyncIterator[tuple[int, int]]:
-    """(HTTP port, process id) of a real `ordain serve` on the data directory `home`, ready for work."""
+    """Runs `ordain serve` on the data directory `home`. Yields (HTTP port, process id) when it is ready."""
     port = unused_port()
     config = home / "bench.toml"
-    # A round queues as much as it likes: what is measured is work, not being refused.
+    # High queue limits, so that the benchmark measures work and not refusals.
     config.write_text("[limits]\nqueue_per_name = 1000000\nqueue_per_device = 1000000\n")
     code = ORDAIN if profile is None else PROFILED.format(path=str(profile))
     program = [sys.executable, "-c", code, "serve", "--data", str(home), "--config", str(config)]
@@ -130,7 +131,7 @@ async def broker(home: Path, mqtt_port: int, profile: Path | None) -> AsyncItera
 
 
 def ordain(*arguments: str) -> str:
-    """What one command of the command line prints."""
+    """Runs one `ordain` command and returns its output."""
     program = [sys.executable, "-c", ORDAIN, *arguments]
     return subprocess.run(program, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 

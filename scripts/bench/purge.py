@@ -1,9 +1,9 @@
-"""What a purge does to delivery: sends while nothing else happens, and while old commands are erased.
+"""The effect of a purge on sending: latency of sends without a purge, and while old commands are erased.
 
     python -m scripts.bench.purge --commands 1000000 --dir /tmp/bench
 
-The old commands are written straight into the log, a year back; the sends go through the real core on a
-real disk, one after another at a steady pace, each until it is durable. Figures are printed, none is judged.
+The old commands are written directly into the log, with times a year ago. The sends use the real core on a
+real disk, one after the other at a steady pace, each until it is durable. It only prints figures.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RESULT = msgspec.Raw(b'{"locked":true,"battery_percent":87,"took_ms":1204}')
 
 
 class Taken:
-    """An MQTT server that takes everything; its devices answer at once."""
+    """A link to an MQTT server that accepts everything and whose devices answer at once."""
 
     up = True
 
@@ -68,7 +68,7 @@ class Taken:
 
 
 async def fill(core: Core, devices: list[DeviceState], commands: int) -> None:
-    """Closed commands, three events each, as if they had been sent a year ago, and the devices after them."""
+    """Writes closed commands with three events each, at the current end of the log."""
     written = 0
     while written < commands:
         count = min(CHUNK, commands - written)
@@ -117,7 +117,7 @@ def _lives(
 
 
 async def sends(core: Core, devices: list[DeviceState], until: asyncio.Event | float) -> list[float]:
-    """Milliseconds of each send until its answer, one every 10 ms."""
+    """Sends a command every 10 ms. Returns the time of each until it is durable, ms."""
     took: list[float] = []
     end = time.monotonic() + until if isinstance(until, float) else None
     while time.monotonic() < end if end is not None else not until.is_set():  # type: ignore[union-attr]
@@ -167,7 +167,7 @@ async def measure(directory: Path, commands: int, quiet_sec: float) -> None:
 
 
 async def _made_in_the_past(core: Core, commands: int) -> list[DeviceState]:
-    """The clock of the log begins a year ago; then it is now."""
+    """Registers devices and writes the old commands with the clock set back a year; then resets the clock."""
     writer = core.writer
     writer._anchor_wall -= YEAR_MS
     await core.open(embedded=True)

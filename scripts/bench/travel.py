@@ -1,7 +1,7 @@
-"""Reads of the past over HTTP, on a log of ten million events: how long each kind takes.
+"""Measures reads of past states (`as_of`, diff) over HTTP, on a log of ten million events, per kind of read.
 
-`python -m scripts.bench.travel` fills a log in a temporary directory (several GB, some minutes), or takes
-the one of `--data`; a real broker serves it, and one client asks for random points, one read at a time.
+`python -m scripts.bench.travel` fills a log in a temporary directory (several GB, some minutes), or uses the
+log in `--data`. A real broker serves it, and one client reads at random points, one read at a time.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from projections import follower
 from projections.follower import Touched
 from scripts.bench.processes import broker, mosquitto_server, ordain
 
-SINCE = 1_780_000_000_000  # when the log begins, ms
-BUSY = 5  # devices with a long history; they have a fifth of all commands
-TOGETHER = 2_500  # commands whose lives overlap
+SINCE = 1_780_000_000_000  # time of the first event, ms
+BUSY = 5  # devices with a long history; together they have a fifth of all commands
+TOGETHER = 2_500  # commands whose lives overlap in the log
 PROJECT, ACTOR = "bench", "key:key_01kagbx5wpf2ts6n8y7zq3v4me"
 PARAMS = msgspec.Raw(b'{"duration_sec":30,"reason":"door 7","by":"bench"}')
 DONE = Executed(result=msgspec.Raw(b'{"ok":true,"battery_percent":87}'))
@@ -60,8 +60,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--commands", type=int, default=2_500_000, help="four events each")
     options.add_argument("--devices", type=int, default=10_000)
-    options.add_argument("--reads", type=int, default=300, help="of each kind")
-    options.add_argument("--data", type=Path, help="keep the log here, or take the one that is here")
+    options.add_argument("--reads", type=int, default=300, help="reads of each kind")
+    options.add_argument("--data", type=Path, help="directory of the log; an existing log is used again")
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="ordain-travel-") as home:
         data = given.data or Path(home) / "data"
@@ -75,7 +75,8 @@ def main() -> None:
 
 
 def fill(path: Path, commands: int, devices: int) -> None:
-    """A log of whole lives, with its projections, by the broker's own functions, a few thousand at a time."""
+    """Fills a log with whole command lives and its projections. Uses the broker's own functions, a few
+    thousand events per transaction."""
     draw = random.Random(1)
     sql = sqlite3.connect(path, isolation_level=None)
     sql.execute("PRAGMA journal_mode = WAL")
@@ -157,7 +158,7 @@ def _created(name: str) -> Created:
 
 
 def _end(draw: random.Random) -> tuple[CommandEvent, ...]:
-    """What follows `created`: mostly done, some after they had timed out, few failed."""
+    """The events after `created`: most commands are executed, some of them late, and a few fail."""
     chance = draw.random()
     if chance < 0.001:
         error = EventError(code="jammed", message="it does not move")

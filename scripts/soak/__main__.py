@@ -1,8 +1,8 @@
-"""`make soak`: long runs on real processes, with faults; what they came to, and whether all of it is right.
+"""`make soak`: long runs with real processes and faults. They print figures and check the delivery promises.
 
-backlog: everybody offline, a long queue, two kill -9, then all devices at once. slope: does memory grow with
-what was done? away: the MQTT server or the broker is gone for a while. It prints figures, and ends with
-status 1 when a promise was broken; it must never judge by speed.
+backlog: a long queue while all devices are offline, two kill -9, then all devices come online at once. slope:
+does memory grow with the number of closed commands? away: the MQTT server or the broker is down for a while.
+The exit code is 1 if a promise was broken. Speed is never judged.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def main() -> int:
             print(f"--- {log}\n{log.read_text(errors='replace')[-2_000:]}", file=sys.stderr)
         raise
     if faults or given.keep:
-        print(f"all of it is kept in {home}", file=sys.stderr)
+        print(f"all files are kept in {home}", file=sys.stderr)
     else:
         shutil.rmtree(home)
-    figures["seconds in all"] = time.monotonic() - since
+    figures["total seconds"] = time.monotonic() - since
     figures["load after"] = "{:.1f} {:.1f} {:.1f}".format(*os.getloadavg())
     if given.json:
         print(msgspec.json.encode({"figures": figures, "faults": faults}).decode())
@@ -56,28 +56,34 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.soak", description=__doc__)
-    parser.add_argument("--dir", type=Path, help="where the log is put; not a file system in memory")
+    parser.add_argument("--dir", type=Path, help="directory for the log; not a file system in memory")
     parser.add_argument(
-        "--keep", action="store_true", help="keep the log and all else; with faults it is kept"
+        "--keep", action="store_true", help="keep all files; after a fault they are always kept"
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
     runs = parser.add_subparsers(dest="run", required=True)
-    backlog = runs.add_parser("backlog", help="a long queue for devices that come back at once")
+    backlog = runs.add_parser("backlog", help="a long queue for devices that come online at once")
     backlog.add_argument("--devices", type=int, default=1_000)
-    backlog.add_argument("--count", type=int, default=100_000, help="at most 400 a device")
-    backlog.add_argument("--child", action="store_true", help="the broker's own Mosquitto, killed with it")
-    backlog.add_argument("--ack-timeout", type=int, default=10, help="seconds; what was cut off waits for it")
-    slope = runs.add_parser("slope", help="memory by what was closed")
+    backlog.add_argument("--count", type=int, default=100_000, help="at most 400 per device")
+    backlog.add_argument("--child", action="store_true", help="use a Mosquitto child, killed with the broker")
+    backlog.add_argument(
+        "--ack-timeout", type=int, default=10, help="seconds; interrupted commands wait for it"
+    )
+    slope = runs.add_parser("slope", help="memory by number of closed commands")
     slope.add_argument("--devices", type=int, default=100)
     slope.add_argument("--count", type=int, default=300_000)
     slope.add_argument("--warm-up", type=int, default=100_000)
     slope.add_argument("--every", type=int, default=50_000)
-    slope.add_argument("--trace", type=Path, metavar="PATH", help="what grows in the broker; slows it a lot")
-    away = runs.add_parser("away", help="the MQTT server or the broker is gone for a while")
+    slope.add_argument(
+        "--trace", type=Path, metavar="PATH", help="write growing objects here; slows the broker a lot"
+    )
+    away = runs.add_parser("away", help="the MQTT server or the broker is down for a while")
     away.add_argument("--devices", type=int, default=100)
-    away.add_argument("--rate", type=float, default=30, help="commands a second, all the while")
+    away.add_argument("--rate", type=float, default=30, help="commands a second during the whole run")
     away.add_argument("--seconds", type=float, default=60)
-    away.add_argument("--time-out", type=int, default=5, help="seconds to an answer; three times to a result")
+    away.add_argument(
+        "--time-out", type=int, default=5, help="ack time-out, s; the result time-out is three times it"
+    )
     away.add_argument("--how", nargs="+", choices=soak_away.WAYS, default=list(soak_away.USUAL))
     return parser.parse_args()
 

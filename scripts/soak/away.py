@@ -1,7 +1,7 @@
-"""The MQTT server, or the broker, is gone for a while with commands in every state, and comes back.
+"""The MQTT server or the broker goes down for a while, with commands in every state, and comes back.
 
-Time-outs are short here, so that all of them pass while nobody can answer. A command may time out only if
-the server had not taken its answer by then, and what the device does late must put that right.
+Time-outs are short, so that all of them end during the outage. A command may time out only if the MQTT server
+had not yet acknowledged the device's answer; the late answer must then correct it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scripts.soak.load import Load
 from scripts.soak.world import World, until
 
 DEVICE_TYPE = 'name = "soak"\nopen = true\nack_timeout_sec = {ack}\nresult_timeout_sec = {result}\n'
-# Half of the commands take up to an `ack_timeout_sec`: some are always acknowledged and not done.
+# Half of the commands take up to `ack_timeout_sec`, so some are always acknowledged but not executed.
 SLOW = 0.5
 RESULT = 3
 CLOSED_WITHIN_SEC = 600
@@ -57,12 +57,12 @@ WAYS: dict[str, Way] = {
     "server-killed": _server_killed,
     "broker-killed": _broker_killed,
 }
-# A killed Mosquitto forgets what it took since it last saved; in all other ways nothing is forgotten.
+# `server-killed` is not run by default: a killed Mosquitto loses the messages since its last save.
 USUAL = ("server-frozen", "server-ended", "broker-killed")
 
 
 async def run(home: Path, given: argparse.Namespace, figures: Figures) -> list[str]:
-    """Fills in the figures; what is wrong."""
+    """Runs it and fills in the figures. Returns the faults as sentences."""
     ack = given.time_out
     world = World(home, DEVICE_TYPE.format(ack=ack, result=RESULT * ack))
     try:
@@ -77,18 +77,18 @@ async def run(home: Path, given: argparse.Namespace, figures: Figures) -> list[s
 
 
 async def _absence(world: World, load: Load, given: argparse.Namespace, way: str, figures: Figures) -> None:
-    """Commands are created before, during and after it; all are closed at the end."""
+    """One outage. Commands are created before, during and after it; at the end all must be closed."""
     before = len(load.accepted)
     usual = round(given.rate * min(10.0, given.seconds))
     creating = asyncio.create_task(load.run(usual + round(given.rate * given.seconds), given.rate))
     await until(lambda: len(load.accepted) >= before + usual, "commands in every state")
     figures[f"{way}: states before"] = _states(world)
     await WAYS[way](world, given.seconds)
-    figures[f"{way}: states when it is back"] = _states(world)
+    figures[f"{way}: states after"] = _states(world)
     since = time.monotonic()
     await creating
     await until(lambda: not world.open_commands(), f"all is closed after {way}", CLOSED_WITHIN_SEC)
-    # Where the log says that time ran out, the answer is still to come; the judge says if it never did.
+    # Late answers to timed-out commands can still arrive. If one never does, `judge` reports it.
     with suppress(TimeoutError):
         await until(lambda: "timed_out" not in _states(world), "late answers", LATE_WITHIN_SEC)
     figures[f"{way}: all settled after, s"] = time.monotonic() - since

@@ -1,7 +1,7 @@
-"""The long queue: devices that are known to be offline, commands for all of them, and all back at once.
+"""The long queue: commands for many devices that are offline; then all devices come online at once.
 
-The broker is killed in the middle of creating and in the middle of delivering. Nothing may be lost, done
-twice or out of order, and nothing handed over while nobody is there.
+The broker is killed halfway through creating and halfway through delivering. No command may be lost, executed
+twice or out of order, and none may be sent while its device is offline.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from scripts.soak.load import Load
 from scripts.soak.world import World, until
 
 DEVICE_TYPE = 'name = "soak"\nopen = true\n'
-# For all of it to be created, or executed.
+# Time limit for creating all commands, and for executing all of them.
 DONE_WITHIN_SEC = 1_800
 LAST_END = "SELECT max(recorded_at) FROM events WHERE type = 'executed'"
 
 
 async def run(home: Path, given: argparse.Namespace, figures: Figures) -> list[str]:
-    """Fills in the figures; what is wrong."""
+    """Runs it and fills in the figures. Returns the faults as sentences."""
     world = World(home, f"{DEVICE_TYPE}ack_timeout_sec = {given.ack_timeout}\n", child=given.child)
     try:
         await world.open(given.devices)
@@ -33,7 +33,7 @@ async def run(home: Path, given: argparse.Namespace, figures: Figures) -> list[s
         load = Load(world.port, world.key, world.names)
         await _create(world, load, given.count, figures)
         states = world.ask(STATES)
-        faults = [] if states == [("pending", given.count)] else [f"nobody is there, and states are {states}"]
+        faults = [] if states == [("pending", given.count)] else [f"all are offline, but states are {states}"]
         await _deliver(world, given.count, figures)
         return faults + await judge(world, load.accepted.values(), figures)
     finally:
@@ -52,8 +52,8 @@ async def _create(world: World, load: Load, count: int, figures: Figures) -> Non
     figures["creating, s"] = took
     figures["creates/s, without the restart"] = count / (took - down)
     figures["creating, broker CPU µs each"] = (world.broker.cpu_sec() - cpu) / count * 1e6
-    figures["requests asked again: no answer"] = load.broken
-    figures["requests asked again: 429 or 503"] = load.refused
+    figures["requests retried: no answer"] = load.broken
+    figures["requests retried: 429 or 503"] = load.refused
     figures["broker RSS with the queue, MB"] = world.broker.rss_mb()
 
 
@@ -74,7 +74,7 @@ async def _deliver(world: World, count: int, figures: Figures) -> None:
 
 
 async def _kill(world: World) -> float:
-    """kill -9; seconds until it is ready again."""
+    """Kills the broker with SIGKILL and starts it again. Returns the seconds until it is ready."""
     since = time.monotonic()
     await world.broker.end()
     await world.start_broker()

@@ -1,7 +1,7 @@
-"""The soak's devices: the simulator's light devices with their real cores, in a process of their own.
+"""The soak's devices: the simulator's light devices with real cores, in a separate process.
 
-Told by lines on its input (`online`, `offline`, `books PATH`), each answered with the same word when it is
-done. It never forgets what a device ran: the books are what the broker is judged by.
+It reads orders from standard input, one a line: `online`, `offline`, `books PATH`. It prints the same word
+when the order is done. It records every execution; the broker is judged by these records ("books").
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ PREFIX = "iotee"
 
 
 class Books(msgspec.Struct, kw_only=True):
-    """`runs`: by device the ids of what it ran, in order. `taken_ms`: when the server took an end."""
+    """`runs`: for each device, the ids of the commands it executed, in order. `taken_ms`: for each command,
+    when the MQTT server acknowledged its `executed` answer, ms since 1970."""
 
     deliveries: int = 0
     runs: dict[str, list[str]] = {}
@@ -43,7 +44,7 @@ class Books(msgspec.Struct, kw_only=True):
 
 
 class _Ledger(Ledger):
-    """The simulator's ledger, which also keeps the order."""
+    """The simulator's ledger; it also records the order of executions."""
 
     def __init__(self, faults: Faults) -> None:
         super().__init__(faults)
@@ -61,7 +62,8 @@ class _Ledger(Ledger):
 
 
 class _Device(fleet_device.Device):
-    """A device that knows all the soak's commands, and notes when the server took its last answer."""
+    """A device that handles all commands of the soak, and records when the MQTT server acknowledged its
+    `executed` answers."""
 
     def __init__(self, name: str, token: str, run: str, ledger: _Ledger) -> None:
         super().__init__(name, token, run=run, prefix=PREFIX, ledger=ledger, now_ms=_now_ms)
@@ -80,7 +82,7 @@ class _Device(fleet_device.Device):
 
 async def _serve(port: int, tokens: dict[str, str], faults: Faults) -> None:
     ledger = _Ledger(faults)
-    # No token of ours is ever refused, so nobody is asked for a new one.
+    # The MQTT server accepts every token, so the fleet never needs its door for a new one.
     nobody = cast(Door, None)
     devices = [_Device(name, token, str(os.getpid()), ledger) for name, token in tokens.items()]
     async with AsyncExitStack() as up:

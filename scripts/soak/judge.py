@@ -1,7 +1,6 @@
-"""Judges a soak: the devices' books against the log, and against what HTTP answered for.
+"""Judges a soak: compares the devices' books with the log, and with the commands that HTTP accepted.
 
-It gives sentences for what is wrong, none if all is right. It must never take the broker's word for what a
-device did.
+It returns the faults as sentences. It must never use the broker's data to decide what a device did.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Figures = dict[str, float | str]
 
 
 async def judge(world: World, accepted: Collection[str], figures: Figures) -> list[str]:
-    """What is wrong. To be called when all is closed; adds what it counted to the figures."""
+    """Returns the faults and adds its counts to the figures. Call it when all commands are closed."""
     books = await world.books()
     created = [(str(command), str(device)) for command, device in world.ask(CREATED)]
     counts = {str(event): int(count or 0) for event, count in world.ask(COUNTS)}
@@ -40,22 +39,26 @@ async def judge(world: World, accepted: Collection[str], figures: Figures) -> li
         *_timed_out(books, [(str(s), str(t), int(at or 0)) for s, t, at in world.ask(ENDS)]),
     ]
     if states != {"executed": len(created)}:
-        faults.append(f"{len(created)} commands were created, and their states are {states}")
+        faults.append(f"{len(created)} commands were created, but their states are {states}")
     if counts.get("executed") != len(created):
-        faults.append(f"{len(created)} commands were created, and the log holds {counts}")
+        faults.append(f"{len(created)} commands were created, but the log has {counts}")
     return faults + await _verify(world, figures)
 
 
 def _answered(accepted: Collection[str], created: set[str]) -> list[str]:
     lost, stray = set(accepted) - created, created - set(accepted)
     return [
-        *([f"{len(lost)} commands were answered for and are not in the log: {_few(lost)}"] if lost else []),
-        *([f"{len(stray)} commands were made that nobody was told of: {_few(stray)}"] if stray else []),
+        *([f"{len(lost)} commands were accepted but are not in the log: {_few(lost)}"] if lost else []),
+        *(
+            [f"{len(stray)} commands are in the log but HTTP never accepted them: {_few(stray)}"]
+            if stray
+            else []
+        ),
     ]
 
 
 def _order(books: Books, created: list[tuple[str, str]]) -> list[str]:
-    """Each device ran what was created for it, each once, in that order."""
+    """Checks that each device executed its commands, each once, in the order of creation."""
     wanted: dict[str, list[str]] = {}
     for command, device in created:
         wanted.setdefault(device, []).append(command)
@@ -64,15 +67,15 @@ def _order(books: Books, created: list[tuple[str, str]]) -> list[str]:
         want, ran = wanted.get(device, []), books.runs.get(device, [])
         doubled, missing = len(ran) - len(set(ran)), set(want) - set(ran)
         if doubled or missing:
-            faults.append(f"{device} ran {doubled} commands again and {len(missing)} never: {_few(missing)}")
+            faults.append(f"{device} ran {doubled} commands twice and {len(missing)} never: {_few(missing)}")
         elif want != ran:
             place = next(at for at, (a, b) in enumerate(zip(want, ran, strict=False)) if a != b)
-            faults.append(f"{device} ran {ran[place]} as number {place}, and {want[place]} was its turn")
+            faults.append(f"{device} ran {ran[place]} as number {place}, but {want[place]} was next")
     return faults
 
 
 def _timed_out(books: Books, ends: list[tuple[str, str, int]]) -> list[str]:
-    """No command ends as timed out when the MQTT server had taken the device's last answer before."""
+    """Checks that no command timed out after the MQTT server had acknowledged the device's final answer."""
     early = [
         (command, at - books.taken_ms[command])
         for command, event, at in ends
@@ -82,7 +85,7 @@ def _timed_out(books: Books, ends: list[tuple[str, str, int]]) -> list[str]:
         return []
     worst = max(late for _, late in early)
     return [
-        f"{len(early)} commands timed out up to {worst} ms after the MQTT server had taken their answer: "
+        f"{len(early)} commands timed out up to {worst} ms after the MQTT server had their answer: "
         + _few(command for command, _ in early)
     ]
 

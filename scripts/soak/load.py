@@ -1,7 +1,7 @@
-"""The soak's load: creates commands over keep-alive HTTP, and asks again until each is answered.
+"""The soak's load: creates commands over keep-alive HTTP, and retries until each is answered.
 
-A connection that ends and a broker that is away are waited for; the same request then goes out with the same
-idempotency key. It must never make a second command of one number.
+When a connection ends or the broker is away, it waits and sends the same request with the same idempotency
+key. It must never create two commands with the same number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REQUEST = (
 )
 BODY = '{{"type":"{name}","params":{{"number":{number}}},"ttl_sec":null,"idempotency_key":"soak-{number}"}}'
 TAKEN = (200, 201)
-# A full queue, a limit, or a broker that is busy with itself: it says so, and is asked again.
+# A full queue, a rate limit, or a broker that is not ready: the request is retried.
 LATER = (429, 503)
 
 
@@ -34,7 +34,7 @@ _created = msgspec.json.Decoder(_Created).decode
 
 
 class Load:
-    """All commands of a run, each to the next device in turn. `accepted` has the id of each number."""
+    """Sends all commands of a run to the devices in turn. `accepted`: command id by number."""
 
     def __init__(self, port: int, key: str, devices: Sequence[str]) -> None:
         self._port, self._key, self._devices = port, key, devices
@@ -44,7 +44,7 @@ class Load:
         self.broken = 0
 
     async def run(self, count: int, rate: float | None = None) -> None:
-        """Creates so many more; returns when the last of them was answered."""
+        """Creates `count` more commands, `rate` a second. Returns when all are answered."""
         numbers = iter(range(self._next, self._next + count))
         start, first = time.monotonic(), self._next
         self._next += count
@@ -62,7 +62,7 @@ class Load:
                     line = line or await asyncio.open_connection("127.0.0.1", self._port)
                     async with asyncio.timeout(ANSWER_WITHIN_SEC):
                         status, body = await self._ask(*line, number)
-                except (OSError, EOFError):  # a time-out too
+                except (OSError, EOFError):  # OSError includes TimeoutError
                     self.broken += line is not None
                     if line is not None:
                         line[1].close()

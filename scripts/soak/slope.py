@@ -1,7 +1,7 @@
-"""Memory by what was done: create-and-execute cycles with devices that are there, and the broker's RSS.
+"""Memory growth: the broker's RSS over cycles of creating and executing commands on online devices.
 
-Sampled between cycles, when nothing is open, so that what is seen is what stays. After a warm-up a straight
-line is laid through the samples; it must never be read from two points.
+RSS is sampled between cycles, when no command is open, so the samples show only memory that stays. After a
+warm-up a straight line is fitted to at least three samples.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from scripts.soak.judge import Figures, judge
 from scripts.soak.load import Load
 from scripts.soak.world import World, until
 
-# A cycle for one device; the limit of its queue is 100 per name.
+# Commands per device in one cycle; a device's queue holds at most 100 per name.
 EACH = 50
 PER = 100_000
 
 
 async def run(home: Path, given: argparse.Namespace, figures: Figures) -> list[str]:
-    """Fills in the figures; what is wrong."""
+    """Runs it and fills in the figures. Returns the faults as sentences."""
     world = World(home, DEVICE_TYPE, trace=given.trace)
     try:
         await world.open(given.devices)
@@ -47,7 +47,7 @@ async def run(home: Path, given: argparse.Namespace, figures: Figures) -> list[s
         late = [(closed, rss) for closed, rss in samples if closed >= given.warm_up]
         if len(late) > 2:
             line = statistics.linear_regression([closed for closed, _ in late], [rss for _, rss in late])
-            figures[f"MB per {PER} closed, of {len(late)} samples"] = line.slope * PER
+            figures[f"MB per {PER} closed, {len(late)} samples"] = line.slope * PER
         return await judge(world, load.accepted.values(), figures)
     finally:
         await world.close()

@@ -1,7 +1,7 @@
-"""A broker that says what grows: `ordain`, with tracemalloc and a signal that writes down what there is.
+"""`ordain` with tracemalloc, to find what grows in the broker's memory.
 
-Each SIGUSR2 adds to a file: objects by type, and the lines whose memory grew most since the first signal. It
-slows everything it looks at, so its figures of time and CPU mean nothing.
+Each SIGUSR2 appends to a file: object counts by type, and the lines whose memory grew most since the first
+signal. Tracing slows the broker a lot, so ignore the run's figures of time and CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHOWN = 25
 
 
 def main(path: str) -> None:
-    """The command line of `ordain`, looked at."""
+    """Runs the command line of `ordain` with tracing; `path` is the file for the reports."""
     first: list[tracemalloc.Snapshot] = []
 
     def look(_signal: int, _frame: FrameType | None) -> None:

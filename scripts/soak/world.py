@@ -1,6 +1,6 @@
-"""What a soak runs on: a real broker, a real Mosquitto and the fleet, each killed and started again at will.
+"""The processes of a soak: a real broker, a real Mosquitto and the fleet. Each can be killed and restarted.
 
-Also what the system says of them. Nothing here judges, and nothing is started that does not end with `close`.
+This module also reads their memory and CPU time. It judges nothing. `close` ends all processes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from scripts.soak.fleet import Books
 
 WITHIN_SEC = 60
 LOOK_AGAIN_SEC = 0.05
-# The other end of a line to the fleet: it may have thousands of connections to open.
+# Time limit for one order to the fleet, which may have to open thousands of connections.
 TOLD_WITHIN_SEC = 120
-# The limits and the saving of mosquitto.conf; only our own processes come here, so all are let in.
+# The limits and persistence of mosquitto.conf. Only the soak's processes connect, so anonymous is allowed.
 MOSQUITTO = """
 user root
 listener {port} 127.0.0.1
@@ -41,21 +41,21 @@ TRACED = "from scripts.soak.trace import main; main({path!r})"
 
 
 async def until(fact: Callable[[], bool], what: str, within: float = WITHIN_SEC) -> None:
-    """Returns when it is so.
+    """Polls until `fact` is true.
 
     Raises:
-        TimeoutError: it did not come in time; says what.
+        TimeoutError: it was not true in time; the message contains `what`.
     """
     try:
         async with asyncio.timeout(within):
-            while not fact():  # noqa: ASYNC110 - another process's
+            while not fact():  # noqa: ASYNC110 - a fact about another process
                 await asyncio.sleep(LOOK_AGAIN_SEC)
     except TimeoutError:
         raise TimeoutError(f"not within {within:g} s: {what}") from None
 
 
 class Program:
-    """A process with as many lives as it needs; all of them say what they say in one file."""
+    """A program that can be started several times, one process after the other. All write to one log file."""
 
     def __init__(self, name: str, arguments: Sequence[str], home: Path) -> None:
         self.log = home / f"{name}.log"
@@ -76,7 +76,7 @@ class Program:
         return self._process
 
     async def end(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """Sends a signal and waits for the end of this life; does nothing if there is none."""
+        """Sends a signal to the process and waits for its end. Does nothing if no process runs."""
         if self._process is None:
             return
         if self._process.returncode is None:
@@ -88,18 +88,18 @@ class Program:
     @property
     def running(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
-            raise ConnectionError(f"it is not running; see {self.log}")
+            raise ConnectionError(f"the process is not running; see {self.log}")
         return self._process
 
     def cpu_sec(self) -> float:
-        """Of all its lives."""
+        """CPU time of all its processes together, s."""
         return self._spent_sec + processes.cpu_sec(self.running.pid)
 
     def rss_mb(self) -> float:
         return self._memory_mb("VmRSS")
 
     def peak_mb(self) -> float:
-        """The largest of all its lives."""
+        """The largest RSS of all its processes, MB."""
         return max(self._peak_mb, self._memory_mb("VmHWM"))
 
     def _memory_mb(self, field: str) -> float:
@@ -108,7 +108,7 @@ class Program:
 
 
 class World:
-    """The processes of one run, in its directory. `child`: the broker has a Mosquitto of its own."""
+    """The processes of one run, in its directory. `child`: the broker runs Mosquitto as its child process."""
 
     def __init__(
         self, home: Path, device_type: str, *, child: bool = False, trace: Path | None = None
@@ -134,7 +134,7 @@ class World:
         self._fleet: Program | None = None
 
     async def open(self, devices: int, *, slow: float = 0.0, slow_sec: tuple[float, float] = (1, 5)) -> None:
-        """Servers up, devices registered, and a fleet of them that is not online yet."""
+        """Starts the servers, registers the devices, and starts the fleet, which is still offline."""
         await self.start_mosquitto()
         await self.start_broker()
         self.key = await asyncio.to_thread(
@@ -151,7 +151,7 @@ class World:
         await self._fleet.start(pipes=True)
 
     async def close(self) -> None:
-        """Ends what runs; the broker in order, so that its Mosquitto ends too."""
+        """Ends all processes. The broker gets SIGTERM, so that it also stops its Mosquitto."""
         if self._fleet is not None:
             await self._fleet.end()
         await self.broker.end(signal.SIGTERM)
@@ -164,7 +164,7 @@ class World:
             await until(self._mqtt_accepts, "Mosquitto accepts connections")
 
     async def start_broker(self) -> None:
-        """Returns when it is ready for work."""
+        """Starts the broker; returns when it is ready."""
         await self.broker.start()
         async with httpx2.AsyncClient(base_url=self._url, trust_env=False) as client:
             async with asyncio.timeout(WITHIN_SEC):
@@ -177,7 +177,7 @@ class World:
                     await asyncio.sleep(LOOK_AGAIN_SEC)
 
     async def tell_fleet(self, words: str) -> None:
-        """Returns when the fleet has done it."""
+        """Sends an order to the fleet; returns when it is done."""
         assert self._fleet is not None, "the world is open"
         fleet = self._fleet.running
         assert fleet.stdin is not None
@@ -188,13 +188,14 @@ class World:
                 raise ConnectionError(f"the fleet ended; see {self._fleet.log}")
 
     async def books(self) -> Books:
-        """What the devices did."""
+        """The devices' records of what they executed."""
         path = self.home / "books.json"
         await self.tell_fleet(f"books {path}")
         return msgspec.json.decode(path.read_bytes(), type=Books)
 
     def ask(self, question: str) -> list[tuple[int | str | None, ...]]:
-        """What the log says now. Opened each time: an open reader would hide how it is after a kill."""
+        """Runs a query on the current log. It opens the log each time, because a reader that stays open would
+        change the state of the files after a kill."""
         log = open_for_reading(self.data)
         try:
             return log.execute(question).fetchall()
@@ -205,7 +206,7 @@ class World:
         return self._number("SELECT count(*) FROM lanes")
 
     def recorded(self, event: str) -> int:
-        """How often it is in the log; walks the whole of it."""
+        """How many events of this type are in the log. It scans the whole log."""
         return self._number(f"SELECT count(*) FROM events WHERE type = '{event}'")
 
     def _number(self, question: str) -> int:
