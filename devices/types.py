@@ -232,11 +232,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.default_ttl_sec if own is None else own
 
     def check_params(self, command: str, params: Any = UNSET) -> Any:
-        """Checks the parameters and fills in the defaults of the command's schema. Absent means `{}`.
-
-        Raises:
-            BadParams: they cannot be signed, or do not match the schema.
-        """
+        """The checked parameters with the schema's defaults; absent means `{}`. Raises `BadParams`."""
         own = self.command(command)
         given = {} if params is UNSET else params
         if reason := unsignable(given):
@@ -253,11 +249,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def load_type(source: Path | str) -> DeviceType:
-    """Reads and checks a device type from a file (`Path`) or from TOML text (`str`).
-
-    Raises:
-        BadType: the file is wrong.
-    """
+    """Reads and checks a device type from a file (`Path`) or TOML text (`str`). Raises `BadType`."""
     file = str(source) if isinstance(source, Path) else "(text)"
     try:
         text = source.read_text("utf-8") if isinstance(source, Path) else source
@@ -328,11 +320,7 @@ def _contradictions(device_type: DeviceType) -> Iterator[tuple[str, Any, str]]:
     if not t.transports or len(set(t.transports)) < len(t.transports):
         yield "transports", t.transports, "must have at least one transport, each only once"
     if t.backoff_cap_sec < t.backoff_base_sec:
-        yield (
-            "backoff_cap_sec",
-            t.backoff_cap_sec,
-            f"must be at least backoff_base_sec ({t.backoff_base_sec})",
-        )
+        yield "backoff_cap_sec", t.backoff_cap_sec, f"at least backoff_base_sec ({t.backoff_base_sec})"
     yield from _wrong_answers("", t.answers)
     if t.open:
         yield from _wrong_end("", t.completes_on, t)
@@ -366,7 +354,7 @@ def _wrong_command(name: str, command: CommandType, t: DeviceType) -> Iterator[t
 
 def _wrong_end(where: str, completes_on: CompletesOn, t: DeviceType) -> Iterator[tuple[str, Any, str]]:
     if completes_on == "published" and t.presence == "none":
-        right = 'needs presence = "required": else a device that never connected loses the command'
+        right = 'needs presence = "required": else a device that never connected silently loses it'
         yield where + "completes_on", completes_on, right
     if completes_on == "published" and t.transports != ("mqtt",):
         yield where + "completes_on", completes_on, 'needs transports = ["mqtt"]: only MQTT has a PUBACK'
