@@ -83,13 +83,13 @@ class _Device(fleet_device.Device):
 async def _serve(port: int, tokens: dict[str, str], faults: Faults) -> None:
     ledger = _Ledger(faults)
     # The MQTT server accepts every token, so the fleet never needs its door for a new one.
-    nobody = cast(Door, None)
+    no_door = cast(Door, None)
     devices = [_Device(name, token, str(os.getpid()), ledger) for name, token in tokens.items()]
     async with AsyncExitStack() as up:
         async for order in _lines():
             word, _, rest = order.partition(" ")
             if word == "online":
-                fleet = Fleet(devices, Server("127.0.0.1", port), nobody)
+                fleet = Fleet(devices, Server("127.0.0.1", port), no_door)
                 await up.enter_async_context(fleet.running())
                 await fleet.all_online()
             elif word == "offline":
