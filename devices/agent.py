@@ -93,10 +93,11 @@ class Agent:
         self._idempotent: dict[str, bool] = {}
         kind = device_type or shipped_types()["generic"]
         self._bare = kind.payload == "bare"
+        self._memory = RamMemory() if memory is None else memory
         self._core = Core(
             hardware_id,
             kind,
-            RamMemory() if memory is None else memory,
+            self._memory,
             self._idempotent,
             prefix=prefix,
             verifier=verifier,
@@ -119,7 +120,11 @@ class Agent:
         return register
 
     async def run(self) -> None:
-        """Runs the device until cancelled. Commands continue while it is disconnected. Call it once."""
+        """Runs the device until cancelled, also while it is disconnected. Call it once: it closes the memory."""
+        with contextlib.closing(self._memory):
+            await self._run()
+
+    async def _run(self) -> None:
         self._apply(self._core.recover(_now_ms()))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._work())

@@ -40,6 +40,10 @@ class Memory(Protocol):
         """The unfinished commands, in order of arrival."""
         ...
 
+    def close(self) -> None:
+        """Releases what it holds open. The agent that was given it calls this when it ends."""
+        ...
+
 
 class RamMemory:
     """A memory for simulation and demos. It is lost when the process ends."""
@@ -60,6 +64,9 @@ class RamMemory:
 
     def unfinished(self) -> list[Remembered]:
         return [entry for entry in self._entries.values() if not entry.finished]
+
+    def close(self) -> None:
+        """Nothing is open. The entries stay for the next agent."""
 
 
 class SqliteMemory:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -15,8 +16,18 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import settings
 
-READY_WITHIN_SEC = 10
+# A time limit in a test ends a hang; it does not judge how fast the machine is.
+settings.register_profile("ordain", deadline=None)
+settings.load_profile("ordain")
+
+# A background job starts with SIGINT ignored, and its children inherit that. With Python's handler in this
+# process, each child starts with the default again.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+READY_WITHIN_SEC = 60
 LOOK_AGAIN_SEC = 0.01
 # Debian puts the server where only root's PATH leads.
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])

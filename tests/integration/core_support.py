@@ -220,7 +220,7 @@ class Bench:
         found = self.live.command(command_id)
         return "forgotten" if found is None else found.state.value
 
-    async def becomes(self, command_id: str, state: str, within_sec: float = 60) -> CommandState:
+    async def becomes(self, command_id: str, state: str, within_sec: float = 120) -> CommandState:
         await until(lambda: self.state(command_id) == state, within_sec)
         await self.writer.barrier()
         found = self.live.command(command_id)
@@ -240,11 +240,11 @@ class Bench:
         return await self.writer.storage.read(work)
 
 
-async def until(fact: Callable[[], bool], within_sec: float = 10) -> None:
+async def until(fact: Callable[[], bool], within_sec: float = 120) -> None:
     """Waits for a fact. Other tasks and the database's thread run meanwhile."""
     async with asyncio.timeout(within_sec):
         while not fact():  # noqa: ASYNC110 (facts are of many kinds)
-            await asyncio.sleep(within_sec / 10_000)
+            await asyncio.sleep(0.001)
 
 
 def new_core(

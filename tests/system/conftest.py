@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from tests.system.support import SECRET, Broker
+from tests.system.support import SECRET, Broker, Process
 
 NewBroker = Callable[..., Broker]
 # No sandbox, because tests may run as root. The other options stop updates and background traffic.
@@ -26,7 +26,17 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-WITHIN_MS = 30_000
+WITHIN_MS = 120_000
+
+
+@pytest.fixture(autouse=True)
+def processes_end() -> Iterator[None]:
+    """Ends every process that the test itself started and left running."""
+    before = len(Process.started)
+    yield
+    for process in Process.started[before:]:
+        process.kill()
+    del Process.started[before:]
 
 
 @pytest.fixture

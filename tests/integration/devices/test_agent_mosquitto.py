@@ -24,7 +24,7 @@ from devices.memory import RamMemory, Remembered, SqliteMemory
 from devices.types import load_type
 from devices.wire import encode_command
 
-WITHIN_SEC = 20
+WITHIN_SEC = 120
 Seen = tuple[str, str]
 
 

@@ -27,7 +27,7 @@ from devices.wire import (
 
 DOCS = Path(__file__).parents[3] / "docs"
 HARDWARE_ID = "PLUG"
-WITHIN_SEC = 20
+WITHIN_SEC = 120
 TYPES = load_types(str(DOCS / "types"))
 
 

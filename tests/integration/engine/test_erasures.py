@@ -54,7 +54,7 @@ async def ended(bench: Bench, hardware_id: str = "lamp-1", **fields: Any) -> Com
 
 
 async def settled(bench: Bench) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         await bench.core.erasures.finished()
 
 

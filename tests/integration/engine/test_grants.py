@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ async def test_a_secret_is_never_in_the_log(tmp_path: Path) -> None:
         issued = await device(core)
     assert issued.secret is not None
 
-    with open_for_reading(tmp_path / "data") as sql:
+    with closing(open_for_reading(tmp_path / "data")) as sql:
         rows = [row[0] for row in sql.execute("SELECT data FROM events").fetchall()]
         kept = sql.execute("SELECT device_id, secret FROM device_secrets").fetchall()
 
@@ -196,7 +196,7 @@ async def test_a_deleted_device_leaves_no_secret(tmp_path: Path) -> None:
         await core.registry.delete(ME, "lock-1", force=False)
 
         assert core.registry.secrets.get(issued.device.id) is None
-    with open_for_reading(tmp_path / "data") as sql:
+    with closing(open_for_reading(tmp_path / "data")) as sql:
         assert sql.execute("SELECT * FROM device_secrets").fetchall() == []
 
 

@@ -76,7 +76,7 @@ class Reader:
         await self._when(lambda: self.ended)
 
     async def _when(self, fact: Any) -> None:
-        async with asyncio.timeout(20), self._news:
+        async with asyncio.timeout(120), self._news:
             await self._news.wait_for(fact)
 
 

@@ -16,7 +16,7 @@ import pytest
 from broker.settings import Limits
 from tests.integration.http.support import READ, Broker, error_of, register, running
 
-DEADLINE_SEC = 10
+DEADLINE_SEC = 120
 BOTA = [
     "id", "device_id", "type", "status", "params", "grant_token", "result", "error", "expires_at",
     "delivered_at", "executed_at", "created_at",

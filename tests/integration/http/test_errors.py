@@ -243,7 +243,7 @@ async def test_with_a_full_disk_writes_are_unavailable_and_reads_work(
         error_of(answer, 503, "unavailable")
         assert answer.headers["retry-after"] == "1"
     assert (reads.status_code, reads.json()["data"]) == (200, [])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         await broker.core.writer.opened()
     assert (await client.post(COMMANDS, json={"type": "blink"})).status_code == 201
 
@@ -283,7 +283,7 @@ async def test_a_refusal_waits_until_its_decision_is_durable(
             return await write(work)
 
         monkeypatch.setattr(storage, "write", held)
-        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(120), asyncio.TaskGroup() as group:
             earlier = group.create_task(client.post(COMMANDS, json={"type": "blink"}))
             while not live.members:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)

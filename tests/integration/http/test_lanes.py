@@ -19,7 +19,7 @@ from devices.clock import parse_rfc3339
 from tests.integration.core_support import until
 from tests.integration.http.support import READ, Broker, error_of, register, running
 
-DEADLINE_SEC = 30
+DEADLINE_SEC = 120
 
 
 @pytest.fixture

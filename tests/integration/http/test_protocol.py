@@ -21,7 +21,7 @@ from tests.integration.core_support import until
 from tests.integration.http.support import Broker, register, running
 
 Sides = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-DEADLINE_SEC = 10
+DEADLINE_SEC = 120
 GET = b"GET /healthz HTTP/1.1\r\nHost: a\r\n"
 
 

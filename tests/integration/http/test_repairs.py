@@ -16,7 +16,7 @@ from broker.cli.main import run
 from broker.engine import repairs
 from tests.integration.http.support import READ, WRITE, Broker, error_of, register, running
 
-DEADLINE_SEC = 30
+DEADLINE_SEC = 120
 BLINK = "/v1/devices/lamp-1/commands"
 
 

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import stat
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -235,7 +236,7 @@ async def acknowledged_until_killed(directory: Path, seed: int, enough: int) -> 
     )  # fmt: skip
     assert victim.stdout is not None
     said: list[str] = []
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while len(said) < enough:
             line = await victim.stdout.readline()
             assert line, (await victim.communicate())[1].decode()
@@ -261,6 +262,6 @@ async def test_after_kill_9_during_writes_all_acknowledged_writes_are_there(
         await storage.write(follower.rebuild)
         assert await storage.read(follower.dump) == kept
         await storage.close()
-    with sqlite3.connect(tmp_path / DATABASE) as sql:
+    with closing(sqlite3.connect(tmp_path / DATABASE)) as sql, sql:
         assert sql.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     sql.close()

@@ -20,7 +20,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from tests.conftest import Mosquitto, program, unused_port
 
 REPOSITORY = Path(__file__).parents[3]
-DEADLINE_SEC = 10
+DEADLINE_SEC = 120
 
 PASSWORDS = {name: f"secret-of-{name}" for name in ("ordain", "service", "door-a", "door-b")}
 DEVICE_TOPICS = {

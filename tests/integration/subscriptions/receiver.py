@@ -48,7 +48,7 @@ class Receiver:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/hook"
 
-    async def until(self, fact: Callable[[], bool], within_sec: float = 20) -> None:
+    async def until(self, fact: Callable[[], bool], within_sec: float = 120) -> None:
         async with asyncio.timeout(within_sec), self._news:
             await self._news.wait_for(fact)
 

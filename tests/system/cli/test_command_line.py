@@ -233,7 +233,7 @@ def test_a_closed_pipe_is_no_error(broker: Broker) -> None:
 
     piped = f"{ORDAIN} log tail -n 1000 | head -n 1"
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", piped], capture_output=True, text=True, timeout=30,
+        ["bash", "-o", "pipefail", "-c", piped], capture_output=True, text=True, timeout=120,
         env=environment(ORDAIN_DATA=str(broker.data), PYTHONUNBUFFERED="1"),
     )  # fmt: skip
 
@@ -329,7 +329,7 @@ def test_another_users_data_cannot_be_read(broker: Broker) -> None:
         pytest.skip("another user cannot run this checkout's program")
     for command in (("keys", "list"), ("log", "tail"), ("log", "verify"), ("serve",)):
         done = subprocess.run(
-            [*nobody, ORDAIN, *command], capture_output=True, text=True, timeout=30,
+            [*nobody, ORDAIN, *command], capture_output=True, text=True, timeout=120,
             env=environment(ORDAIN_DATA=str(broker.data), ORDAIN_HTTP="127.0.0.1:0"),
         )  # fmt: skip
         refused(done, 3, "Permission denied")

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.system.support import ROOT, environment
 
-ENDS_WITHIN_SEC = 100
+ENDS_WITHIN_SEC = 600
 
 
 def soaked(home: Path, *arguments: str) -> dict[str, Any]:

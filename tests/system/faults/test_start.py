@@ -27,7 +27,7 @@ from tests.system.support import (
 
 def bash(text: str, cwd: Path) -> str:
     done = subprocess.run(
-        ["bash", "-c", text], capture_output=True, text=True, timeout=30, env=environment(), cwd=cwd
+        ["bash", "-c", text], capture_output=True, text=True, timeout=120, env=environment(), cwd=cwd
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

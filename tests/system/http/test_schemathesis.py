@@ -82,7 +82,7 @@ def test_every_operation_behaves_as_described(case: Case[Any], here: Served) -> 
     case.call_and_validate(
         base_url=here.url,
         headers={"Authorization": f"Bearer {here.key}"},
-        timeout=10,
+        timeout=120,
         additional_checks=[fit_data_is_refused_only_for_what_a_schema_cannot_say, faults_are_named],
         excluded_checks=[positive_data_acceptance],
     )

@@ -200,7 +200,7 @@ def test_back_off_is_at_least_a_second_and_at_most_its_ceiling(
     counted: int, counting: bool, base: float, factor: float, cap: float, seed: int
 ) -> None:
     kind = definition(backoff_base_sec=base, backoff_factor=factor, backoff_cap_sec=cap)
-    grown = base * factor ** min(counted - 1, 60) if counted > 0 else base
+    grown = base * factor ** min(counted - 1, 64) if counted > 0 else base
     ceiling = min(cap, grown) if counting else cap
 
     pause = lanes.backoff_ms(kind, counted, counting, random.Random(seed).uniform)

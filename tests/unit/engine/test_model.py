@@ -38,7 +38,7 @@ T = TypeVar("T")
 EXAMPLES = int(os.environ.get("ORDAIN_MODEL_EXAMPLES", "0"))
 # Shrinking a failure takes minutes, so only the longer run does it.
 PHASES = (Phase.generate, Phase.shrink) if EXAMPLES else (Phase.generate,)
-pytestmark = pytest.mark.timeout(0 if EXAMPLES else 120)
+pytestmark = pytest.mark.timeout(0 if EXAMPLES else 900)
 settings.register_profile(
     "model",
     max_examples=EXAMPLES or 250,

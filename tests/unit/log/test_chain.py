@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -46,7 +47,7 @@ def write(sql: sqlite3.Connection, entries: list[tuple[str, Event, int]]) -> Non
 
 @pytest.fixture
 def sql() -> Iterator[sqlite3.Connection]:
-    with sqlite3.connect(":memory:") as connection:
+    with closing(sqlite3.connect(":memory:")) as connection, connection:
         log.create(connection, "log_1", "00")
         write(connection, EVENTS)
         yield connection
