@@ -120,7 +120,7 @@ class Agent:
         return register
 
     async def run(self) -> None:
-        """Runs the device until cancelled, also while it is disconnected. Call it once: it closes the memory."""
+        """Runs the device until cancelled, also while disconnected. Call it once: it closes the memory."""
         with contextlib.closing(self._memory):
             await self._run()
 
