@@ -1,7 +1,7 @@
-"""The broker without its surroundings: log, live state, requests, dispatch and intake, put together.
+"""Puts the broker together: log, live state, requests, dispatch and intake.
 
-Knows only the seams, so that production and simulation run exactly this. Must never import the
-world, HTTP or an MQTT library.
+It uses only the seams, so that production and simulation run the same code. It must never import
+`broker.world`, HTTP or an MQTT library.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ KEYS_AT_ONCE, KEYS_PAUSE_SEC = 500, 0.05
 
 
 class NoLink:
-    """No MQTT server: the log is open for requests, and nothing is handed over."""
+    """The link when there is no MQTT server: requests are accepted, and nothing is handed over."""
 
     up = False
     direct = False
@@ -60,7 +60,7 @@ class NoLink:
 
 
 class Core:
-    """One broker on one log. `open` it, give it a link, run its tasks."""
+    """One broker on one log. Call `open`, then `attach` a link, then use `running`."""
 
     def __init__(
         self,
@@ -106,7 +106,10 @@ class Core:
         return self.dispatch.deadlines
 
     async def open(self, *, embedded: bool) -> None:
-        """Makes or reads the log and brings the live state up; nothing is handed over without a link."""
+        """Creates or reads the log and loads the live state. Nothing is handed over before `attach`.
+
+        `embedded`: presence comes from the embedded MQTT server only.
+        """
         writer, entropy = self.writer, self.writer.entropy
         log_id = new_id("log", writer.now(), entropy)
         cursor_key = entropy.token(32).hex()
@@ -145,7 +148,7 @@ class Core:
         self.link = self.dispatch.link = self.intake.link = self.mqtt_events.link = link
 
     def tasks(self) -> list[Coroutine[Any, Any, None]]:
-        """What must run as long as the broker does; each ends only by failing or being cancelled."""
+        """The tasks that run as long as the broker; each ends only by an error or by cancellation."""
         return [
             self.writer.run(),
             self.deadlines.run(),
@@ -157,17 +160,20 @@ class Core:
 
     @asynccontextmanager
     async def running(self, mqtt: Literal["embedded", "external"] | None) -> AsyncIterator[asyncio.TaskGroup]:
-        """Runs the tasks; at the end what is staged is made durable first.
+        """Runs the tasks. At the end everything staged is made durable before they are cancelled.
 
-        Raises (as a group): Broken, when the storage has failed.
+        `mqtt` None: no MQTT server, so webhooks and MQTT events do not run either.
+
+        Raises (in an exception group): Broken, if the storage failed.
         """
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(task) for task in self.tasks()]
             try:
                 if mqtt is not None:
                     await self.registry.started(__version__, mqtt)
-                    # After that commit, not before: what a killed process wrote last was read, and may
-                    # not have been synced; a power cut could still take it back from whoever was told.
+                    # Start these only after that commit. The last events of a killed process were read
+                    # from the file but may not be synced: after a power cut subscribers would have
+                    # events that the log has lost.
                     tasks.append(group.create_task(self.webhooks.run()))
                     if self.settings.mqtt_events:
                         tasks.append(group.create_task(self.mqtt_events.run()))
@@ -180,7 +186,7 @@ class Core:
                     task.cancel()
 
     def not_ready(self) -> list[str]:
-        """Why the broker is not fully at work, as sentences; nothing if it is."""
+        """The reasons why the broker is not ready, as sentences; empty if it is ready."""
         reasons = []
         if not self.writer.open:
             reasons.append("log: it cannot be written")
@@ -199,7 +205,7 @@ class Core:
                 work()
 
     def _watch_clock(self) -> None:
-        """A step of the wall clock is recorded; one that lies before the log stops handing over."""
+        """Records a step of the wall clock. Halts hand-over while the clock is before the last event."""
         writer, dispatch = self.writer, self.dispatch
         if writer.behind_log_ms() > CLOCK_STEP_MS and not writer.reanchor():
             dispatch.halted = f"clock: it is {writer.behind_log_ms()} ms before the last event of the log"
@@ -213,15 +219,15 @@ class Core:
             self.registry.record_system(ClockStepped(by_ms=step))
 
     async def _forget_keys(self) -> None:
-        """Idempotency keys are remembered for their time, and as long as their command is open."""
+        """Deletes idempotency keys older than `idempotency_sec` whose command is closed, every hour."""
         while True:
             await asyncio.sleep(HOUSEKEEPING_SEC)
-            with suppress(Unavailable):  # then in an hour
+            with suppress(Unavailable):  # the next try is in an hour
                 while await self._forget_some_keys() == KEYS_AT_ONCE:  # noqa: ASYNC110
                     await asyncio.sleep(KEYS_PAUSE_SEC)
 
     async def _forget_some_keys(self) -> int:
-        """A few in one transaction, so that no command waits for long; how many those were."""
+        """Deletes at most `KEYS_AT_ONCE` keys in one short transaction; returns how many."""
         before = self.writer.now() - self.settings.limits.idempotency_sec * 1_000
         gone: list[int] = []
 

@@ -1,7 +1,7 @@
-"""The doors through which the broker reaches the world: time, ids, randomness, storage, MQTT, HTTP out.
+"""The interfaces to the outside world: time, randomness, storage, MQTT and outgoing HTTP.
 
-Production (`broker/world.py`) and simulation give different things behind them. Nothing else in
-`broker/` or `projections/` may read a clock, draw a random number, start a thread or open a socket.
+Production (`broker/world.py`) and simulation implement them differently. No other code in `broker/` or
+`projections/` may read a clock, draw a random number, start a thread or open a socket.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Clock(Protocol):
-    """Two readings in whole milliseconds: the wall (Unix time, may step) and one that never steps."""
+    """Two clocks in whole milliseconds: the wall clock (Unix time, may step) and one that never steps."""
 
     def wall_ms(self) -> int: ...
 
@@ -23,7 +23,7 @@ class Clock(Protocol):
 
 
 class Entropy(Protocol):
-    """Randomness: secrets and ids from `token`, jitter from `uniform`."""
+    """Randomness: `token` (that many bytes) for secrets and ids, `uniform` for jitter."""
 
     def token(self, size: int) -> bytes: ...
 
@@ -31,7 +31,7 @@ class Entropy(Protocol):
 
 
 class Rows(Protocol):
-    """What a statement gives back."""
+    """The result rows of a statement."""
 
     def fetchone(self) -> Any: ...
 
@@ -47,11 +47,11 @@ class Sql(Protocol):
 
 
 class Storage(Protocol):
-    """Whole transactions, never single statements, so that cancellation cannot leave a half-open one.
+    """Runs whole transactions, never single statements: a cancelled caller cannot leave one half done.
 
-    `write` runs `work` between BEGIN IMMEDIATE and COMMIT on the one writing connection and returns
-    after the COMMIT is durable; `read` runs it in a read transaction on another connection.
-    Raises `Conflict`, `Full` or `Broken` (below); anything `work` raises rolls back and is re-raised.
+    `write` runs `work` between BEGIN IMMEDIATE and COMMIT on the only writing connection, and returns
+    after the COMMIT is durable. `read` runs `work` in a read transaction on another connection.
+    Both raise `Conflict`, `Full` or `Broken` (below). An exception of `work` rolls back and is raised again.
     """
 
     async def write(self, work: Callable[[Sql], T]) -> T: ...
@@ -59,9 +59,9 @@ class Storage(Protocol):
     async def read(self, work: Callable[[Sql], T]) -> T: ...
 
     async def forget_old_pages(self) -> bool:
-        """Empties the write-ahead log, where pages stand as they were before something was erased.
+        """Empties the write-ahead log, which may contain pages from before an erasure.
 
-        False if a reader stood in the way: ask again later.
+        Returns False if a reader prevented it: call it again later.
         """
         ...
 
@@ -69,7 +69,7 @@ class Storage(Protocol):
 
 
 class Conflict(Exception):
-    """A unique index refused the transaction: somebody else was first. Decide again."""
+    """A unique index refused the transaction: another writer was first. Decide again."""
 
 
 class Full(Exception):
@@ -81,10 +81,11 @@ class Broken(Exception):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One MQTT message that reached us. `token` is the link's own handle for the PUBACK.
+    """One received MQTT message. `token`: the link's own handle for the PUBACK.
 
-    `arrived_at`: when it came to the intake, in ms of the broker's clock; it may wait there. `foreign`: the
-    device that said this on a topic that is not its own, where the MQTT server is ours and knows.
+    `correlation`: Correlation Data (MQTT 5). `arrived_at`: when the intake got it, in ms of broker time; it
+    may wait there. `foreign`: the hardware id of the device that sent it, if that device published on a
+    topic of another device; only the embedded MQTT server knows this.
     """
 
     topic: str
@@ -99,7 +100,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
-    """One QoS 1, never retained, MQTT message to send. The last four travel only with MQTT 5."""
+    """One MQTT message to send, with QoS 1 and not retained. The last four fields need MQTT 5."""
 
     topic: str
     payload: bytes
@@ -110,10 +111,10 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one hand-over to the MQTT server.
+    """The result of one publish to the MQTT server.
 
-    `written`: the bytes were given to the network. `reason`: the PUBACK's reason code (0 on MQTT
-    3.1.1), or None when no PUBACK was seen (link died, time-out): the outcome is then unknown.
+    `written`: the bytes were given to the network. `reason`: the reason code of the PUBACK (0 in MQTT
+    3.1.1). None: no PUBACK came (link lost, time-out), so the outcome is unknown.
     """
 
     written: bool
@@ -121,7 +122,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkEvents(Protocol):
-    """What a link tells its owner, always from the event loop, never re-entrantly from `publish`."""
+    """The callbacks of a link. They run in the event loop, and never inside a call of `publish`."""
 
     def link_up(self) -> None: ...
 
@@ -131,39 +132,43 @@ class LinkEvents(Protocol):
 
 
 class Link(Protocol):
-    """The broker's connection to the MQTT server; keeps itself connected until closed."""
+    """The broker's connection to the MQTT server. It reconnects by itself until it is closed."""
 
     @property
     def up(self) -> bool: ...
 
     @property
     def direct(self) -> bool:
-        """Whether devices connect to us, without an MQTT server in between: receipts then come from the
-        device itself, and what it could not tell us while we were away comes when it is back."""
+        """True if devices connect to the broker's own listener, without another MQTT server in between.
+
+        Receipts then come from the device itself, and a device sends the messages that it kept during our
+        absence when it reconnects.
+        """
         ...
 
     def listens(self, topic: str) -> bool:
-        """False: nobody is there for what is sent to this topic. True where that cannot be known."""
+        """False if no client subscribes to this topic. True if there is one, or if that is not known."""
         ...
 
     def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
-        """Hands the bytes to the network in the next turn of the loop at the latest, before whatever is
-        scheduled after this. `done` is called exactly once, later, from the loop.
+        """Gives the bytes to the network, at the latest in the next turn of the event loop and before all
+        callbacks that are scheduled after this call. Calls `done` exactly once, later, from the loop.
 
-        False, and `done` is never called, if the link is down: nothing is written.
+        Returns False if the link is down: nothing is written, and `done` is never called.
         """
         ...
 
     def puback(self, message: Message, reason: int = 0, text: str = "") -> None:
-        """Acknowledges one message; does nothing if the connection it came from is gone.
+        """Acknowledges one message. Does nothing if its connection is closed.
 
-        `reason` (a code of MQTT 5) and `text` tell its sender what was wrong with it, where that is possible.
+        `reason` (an MQTT 5 reason code) and `text` tell the sender what is wrong with the message, if its
+        MQTT version allows it.
         """
         ...
 
 
 class Presence(Protocol):
-    """Whom the embedded MQTT server tells that devices come and go (their user name is `hardware_id`)."""
+    """Gets the presence of devices from the embedded MQTT server. A device's user name is `hardware_id`."""
 
     def device_online(self, hardware_id: str) -> None:
         """The device is connected and has subscribed to its command topic."""
@@ -173,8 +178,8 @@ class Presence(Protocol):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one outgoing POST. `status` None: no answer was seen, and `error` says why; it may
-    have arrived all the same. `retry_after`: the header as it came."""
+    """The result of one outgoing POST. `status` None: no answer came, and `error` says why; the request may
+    still have arrived. `retry_after`: the value of the Retry-After header, unchanged."""
 
     status: int | None = None
     error: str | None = None
@@ -182,12 +187,12 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outbound(Protocol):
-    """HTTP to addresses that others chose: nothing is sent to where it may not go."""
+    """HTTP to addresses that users configure. Nothing is sent to an address that is not allowed."""
 
     async def fault(self, url: str) -> str | None:
-        """Why nothing may be sent to this URL, as half a sentence; None if it may."""
+        """The reason why nothing may be sent to this URL, as half a sentence; None if it is allowed."""
         ...
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout_sec: float) -> Answer:
-        """Sends once and follows no redirect. Never raises for what the network or the far end does."""
+        """Sends once and follows no redirect. Errors of the network or the receiver are in the `Answer`."""
         ...

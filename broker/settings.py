@@ -1,6 +1,6 @@
-"""Settings: read once, checked at start, passed as values. A file in TOML, then the environment.
+"""Settings: read once from a TOML file and the environment, checked at start, passed as values.
 
-Unknown keys are refused; an error names the place, the key, the value and what would be right.
+Unknown keys are refused. An error names the file or variable, the key, the value and what would be right.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Retention = Annotated[int, Meta(ge=1, le=3_153_600_000)]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bounds on what is taken in, kept and under way at a time; sizes in bytes.
+    """Limits on requests, stored data and messages in flight; `…_bytes` in bytes, `…_sec` in seconds.
 
-    `commands_per_minute` 0 is no bound.
+    `commands_per_minute` 0: no limit.
     """
 
     queue_per_name: Queue = 100
@@ -89,7 +89,7 @@ class MqttLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ProjectLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one project has instead of the limits of all; what is unset stays theirs."""
+    """The limits of one project; an unset field has the value of the common limits."""
 
     queue_per_name: Queue | UnsetType = UNSET
     queue_per_device: Queue | UnsetType = UNSET
@@ -103,7 +103,7 @@ def limits_of(limits: Limits, project: ProjectLimits) -> Limits:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that can be set. `mqtt_url` empty: an MQTT server of our own, at `mqtt_listen`."""
+    """All settings. `mqtt_url` empty: the broker starts its own MQTT server at `mqtt_listen`."""
 
     data: str = "./data"
     http: str = "127.0.0.1:8080"
@@ -134,10 +134,10 @@ ORIGIN = re.compile(r"https?://[a-z0-9.\-\[\]:]+")
 
 
 def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config: str | None) -> Settings:
-    """Flags win over the environment, the environment over the file, the file over the defaults.
+    """Reads all settings. Flags override the environment, the environment the file, the file the defaults.
 
     Raises:
-        BadSetting: naming file or variable, key, value and what would be right.
+        BadSetting: its message names the file or variable, the key, the value and what would be right.
     """
     values: dict[str, object] = {}
     place = config or environment.get(CONFIG) or ""
@@ -156,12 +156,12 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
     if settings.mqtt_url:
         try:
             parse_url(settings.mqtt_url)
-        except ValueError as error:  # the URL itself may hold a password
+        except ValueError as error:  # do not show the URL: it may contain a password
             raise BadSetting(f"mqtt_url: {error}") from error
     for origin in settings.cors_origins:
         if not ORIGIN.fullmatch(origin):
             raise BadSetting(
-                f"cors_origins = {origin!r}: must be as browsers say it, such as https://console.example.org"
+                f"cors_origins = {origin!r}: must be an origin, such as https://console.example.org"
             )
     for text in settings.webhook_allow:
         try:
@@ -189,7 +189,8 @@ def _converted(place: str, values: dict[str, Any]) -> Settings:
 
 
 def _table(where: str, name: str, table: Any, kind: type[T]) -> T:
-    """A wrong setting is named with its value, but for the URL and unknown ones: they may be secrets."""
+    """Converts one table. An error shows the value, except of `mqtt_url` and of unknown keys: these may
+    contain secrets."""
     if not isinstance(table, dict):
         raise BadSetting(f"{where}{name} = {table!r}: must be a table, [{name}]")
     above, known = f"{name}." if name else "", kind.__struct_fields__
@@ -206,10 +207,10 @@ def _table(where: str, name: str, table: Any, kind: type[T]) -> T:
 
 
 def address(key: str, text: str) -> tuple[str, int]:
-    """`HOST:PORT`; port 0 takes a free one.
+    """Parses `HOST:PORT`; port 0 means any free port.
 
     Raises:
-        BadSetting: it is not of that form.
+        BadSetting: the text does not have this form.
     """
     host, colon, port = text.rpartition(":")
     if not colon or not is_host(host) or not port.isdecimal() or int(port) > 65_535:

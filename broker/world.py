@@ -1,4 +1,4 @@
-"""The real world behind the seams: the system's clock and randomness, and SQLite on a disk.
+"""The seams in production: the system's clock and randomness, and SQLite on a disk.
 
 The only module of the broker that reads a clock, draws random bytes or opens the database.
 """
@@ -57,7 +57,7 @@ class SystemEntropy:
 
 
 class _One:
-    """Gives one value back the way a cursor gives rows."""
+    """A cursor-like object that returns one value as its only row."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -67,7 +67,7 @@ class _One:
 
 
 class _Transactions(sqlite3.Connection):
-    """A connection that runs a whole transaction as one call, so that it is one hop to the thread."""
+    """A connection that runs a whole transaction in one call, so that aiosqlite's thread is used once."""
 
     def execute(self, sql: str, parameters: Any = (), /) -> Any:
         if sql is not RUN:
@@ -87,10 +87,10 @@ class _Transactions(sqlite3.Connection):
 
 
 class SqliteStorage:
-    """One writing and one reading connection on the database of a data directory; holds its lock.
+    """One writing and one reading connection to the database of a data directory; holds its lock.
 
-    WAL with synchronous=FULL, because NORMAL loses acknowledged commits at power loss. Only the
-    writing connection checkpoints: libraries before 3.51.3 can lose a reset WAL otherwise.
+    WAL with synchronous=FULL, because NORMAL loses acknowledged commits at a power loss. Only the
+    writing connection checkpoints: otherwise SQLite before 3.51.3 can lose a WAL that was reset.
     """
 
     def __init__(
@@ -102,17 +102,17 @@ class SqliteStorage:
 
     @classmethod
     async def open(cls, directory: Path) -> SqliteStorage:
-        """Opens (and makes) the database; the directory and its files are the owner's alone.
+        """Opens the database, or creates it. Only the owner can read the directory and its files.
 
         Raises:
-            InUse: another broker has it.
-            Broken: it is no database, or SQLite does not give the guarantees asked for.
-            OSError: the directory cannot be made or written.
+            InUse: another broker uses the directory.
+            Broken: the file is not a database, or SQLite does not give the required guarantees.
+            OSError: the directory cannot be created or written.
         """
         os.makedirs(directory, mode=0o700, exist_ok=True)
         path = directory / DATABASE
         try:
-            # What was opened is closed again if the rest fails: a connection's thread would never end.
+            # If a later step fails, close what is open: the thread of a connection would never end.
             async with AsyncExitStack() as opened:
                 opened.enter_context(_lock(directory / LOCK))
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -140,7 +140,7 @@ class SqliteStorage:
 
     async def forget_old_pages(self) -> bool:
         def work(sql: Sql) -> bool:
-            # Whoever reads for long, such as `ordain log verify`, must not hold up the writing.
+            # Give up soon: a long reader, such as `ordain log verify`, must not delay the writer.
             sql.execute(f"PRAGMA busy_timeout = {PATIENCE_MS}")
             try:
                 return not sql.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
@@ -150,7 +150,7 @@ class SqliteStorage:
         return await self._run(self._writer, None, work)
 
     async def _run(self, connection: aiosqlite.Connection, begin: str | None, work: Callable[[Sql], T]) -> T:
-        # Cancelling a waiter would not stop the statement; shielded, the transaction ends by itself.
+        # A cancelled caller cannot stop the statement. The shield lets the transaction finish by itself.
         hop = asyncio.ensure_future(connection.execute_fetchall(RUN, (begin, work)))
         try:
             rows = await asyncio.shield(hop)
@@ -159,12 +159,12 @@ class SqliteStorage:
         return cast(T, next(iter(rows)))
 
     async def close(self) -> None:
-        """Ends the reader first, so that the last connection, which checkpoints, is the writing one."""
+        """Closes the reader first: the last connection checkpoints, and that must be the writing one."""
         await self._opened.aclose()
 
 
 def open_for_reading(directory: Path) -> sqlite3.Connection:
-    """A connection for looking at a log, beside a running broker or without one; it can change nothing.
+    """A read-only connection to the log of a data directory, with or without a running broker.
 
     Raises:
         Broken: there is no log, or it cannot be read.
@@ -174,23 +174,23 @@ def open_for_reading(directory: Path) -> sqlite3.Connection:
 
 
 def there_is_a_log(directory: Path) -> None:
-    """Does nothing else.
+    """Checks that the directory has a log.
 
     Raises:
-        Broken: there is none.
+        Broken: it has none.
     """
     if not (directory / DATABASE).exists():
         raise Broken(f"there is no log at {directory}: name another directory with --data")
 
 
 def open_file(path: Path) -> sqlite3.Connection:
-    """A connection for looking at one file that should hold a log.
+    """A read-only connection to one file with a log.
 
     Raises:
-        Broken: it is not there, is no log, or cannot be read.
+        Broken: the file does not exist, is not a log, or cannot be read.
     """
     if not path.is_file():
-        raise Broken(f"{path} is not there")
+        raise Broken(f"{path} does not exist")
     try:
         connection = sqlite3.connect(path, isolation_level=None, timeout=10)
         connection.execute("PRAGMA query_only = ON")
@@ -202,10 +202,10 @@ def open_file(path: Path) -> sqlite3.Connection:
 
 
 def new_file(directory: Path) -> sqlite3.Connection:
-    """A connection to a database that is not there yet, of the owner alone; nothing is in it.
+    """A connection to a new, empty database that only the owner can read.
 
     Raises:
-        OSError: it cannot be made, or is there.
+        OSError: the file cannot be created, or it exists already.
     """
     path = directory / DATABASE
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
@@ -213,18 +213,19 @@ def new_file(directory: Path) -> sqlite3.Connection:
 
 
 def back_up(sql: sqlite3.Connection, to: Path) -> None:
-    """Copies one state of an open database to a new file of the owner's alone, durable; free pages are not
-    copied.
+    """Copies one consistent state of an open database to a file, durably, without its free pages.
+
+    Only the owner can read the file.
 
     Raises:
-        Broken: it cannot be read.
-        Full: no space for the copy.
-        OSError: the file cannot be made.
+        Broken: the database cannot be read.
+        Full: there is no space for the copy.
+        OSError: the file cannot be created.
     """
-    # The file is made by us, so that at no moment others can read it.
+    # Create the file with mode 0600 before SQLite does, so that others can never read it.
     os.close(os.open(to, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
     try:
-        sql.execute("PRAGMA query_only = OFF")  # it writes only the new file, and is refused otherwise
+        sql.execute("PRAGMA query_only = OFF")  # VACUUM INTO needs this, although it writes only the new file
         sql.execute("VACUUM INTO ?", (str(to),))
     except sqlite3.Error as error:
         raise _translated(error) from error
@@ -233,17 +234,19 @@ def back_up(sql: sqlite3.Connection, to: Path) -> None:
 
 
 def compact(directory: Path) -> tuple[int, int]:
-    """Gives free pages back to the disk; sizes of the file before and after, bytes. No row changes.
+    """Gives free pages back to the disk; returns the size of the file before and after, in bytes.
+
+    No row changes.
 
     Raises:
-        InUse: a broker serves the directory, or somebody reads the log.
+        InUse: a broker uses the directory, or a process reads the log.
         Broken: there is no log, or it cannot be read.
-        Full: no space for the copy that is made meanwhile.
+        Full: there is no space for the temporary copy.
     """
     open_for_reading(directory).close()
     path = directory / DATABASE
     with _lock(directory / LOCK), closing(sqlite3.connect(path, isolation_level=None, timeout=1)) as sql:
-        # Where SQLite puts the copy; elsewhere there may be no room, and others could read it.
+        # SQLite puts its temporary copy here. In /tmp there may be no space, and others could read it.
         os.environ["SQLITE_TMPDIR"] = str(directory)
         try:
             sql.execute("PRAGMA secure_delete = ON")
@@ -253,7 +256,7 @@ def compact(directory: Path) -> tuple[int, int]:
                 sql.execute(f"PRAGMA {name}").fetchone()[0]
                 for name in ("page_count", "freelist_count", "page_size")
             )
-            # The copy, and the same again on its way back through the write-ahead log.
+            # Space for the temporary copy, and for the same data again in the write-ahead log.
             needed, room = 2 * (pages - free) * size, shutil.disk_usage(directory).free
             if needed > room:
                 raise Full(f"compacting {path} needs {needed:,} bytes of free space; there are {room:,}")
@@ -261,17 +264,17 @@ def compact(directory: Path) -> tuple[int, int]:
             busy = sql.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise InUse(f"somebody reads {path}; compact it when nobody does") from error
+                raise InUse(f"another process reads {path}; compact it when none does") from error
             raise _translated(error) from error
         finally:
             del os.environ["SQLITE_TMPDIR"]
         if busy:
-            raise InUse(f"somebody reads {path}; compact it when nobody does")
+            raise InUse(f"another process reads {path}; compact it when none does")
     return before, path.stat().st_size
 
 
 def rename_log(path: Path) -> str:
-    """Gives the log in a file that nobody serves an id of its own, durably; the old one is kept beside it."""
+    """Gives a log that no broker serves a new log id, durably. The old id is kept as `restored_from`."""
     log_id = new_id("log", SystemClock().wall_ms(), SystemEntropy())
     with closing(sqlite3.connect(path, isolation_level=None)) as sql:
         sql.execute("PRAGMA synchronous = FULL")
@@ -307,7 +310,7 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _translated(error: sqlite3.Error) -> Exception:
-    """Driver errors in the words of the seam, in this one place."""
+    """Translates an error of the SQLite driver into an exception of the seams."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if isinstance(error, sqlite3.IntegrityError):
         return Conflict(str(error))

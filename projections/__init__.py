@@ -1,1 +1,1 @@
-"""Ordain's read side: functions of the log."""
+"""The read side: tables that are computed from the log only."""

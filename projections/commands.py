@@ -1,9 +1,9 @@
-"""The current state of every command, one row each, and the questions asked of it.
+"""The table `commands`: the current state of every command, one row each, and the queries on it.
 
-A row is written in the transaction of the events that changed it, from the folded state; folding
-the log again gives the same rows. Parameters, results and errors are not copied here but read from
-their events: rows that grow are moved between pages, and SQLite leaves pieces of what it moved behind.
-What a purge has promised to erase is hidden from every answer, however long the erasing takes.
+A row is written from the folded state, in the transaction of the events that changed it. Folding the
+log again gives the same rows. Parameters, results and errors are read from their events, not copied
+here: SQLite moves a row that grows to another page and may leave parts of it in the old one, where
+erased data could be found. Commands that a running purge will erase are hidden from all queries.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TABLES = (
         position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, project TEXT NOT NULL, device_id TEXT NOT NULL,
         type TEXT NOT NULL, state TEXT NOT NULL, closed_at INTEGER, closed_position INTEGER,
         summary BLOB NOT NULL)""",
-    # The type is in it so that a history passes over other types without reading their rows, and
-    # `closed_position` so that a lane as it was is found without reading every row of the device.
+    # With `type` in the index, a history skips other types without reading their rows. With
+    # `closed_position`, `past.lane` finds a lane without reading every row of the device.
     "CREATE INDEX IF NOT EXISTS commands_device ON commands (device_id, position, type, closed_position)",
     "CREATE INDEX IF NOT EXISTS commands_project ON commands (project, position)",
     "CREATE INDEX IF NOT EXISTS commands_closed ON commands (closed_at) WHERE closed_at IS NOT NULL",
@@ -39,9 +39,9 @@ UPSERT = """INSERT INTO commands
         summary = excluded.summary"""
 UPDATE = "UPDATE commands SET state = ?, closed_at = ?, closed_position = ?, summary = ? WHERE position = ?"
 
-# Of a row `c`: is it a command that a purge has promised to erase? Closed before the purge, and older.
+# Condition on a row `c`: a running purge will erase this command (older than its cutoff, closed before it).
 HIDDEN = "EXISTS (SELECT 1 FROM purges p WHERE c.position < p.bound AND c.closed_at < p.at)"
-# What `folded` takes. The order of the join is fixed: the filters are those of commands.
+# The columns that `folded` reads. CROSS JOIN fixes the join order, because the filters are on `commands`.
 COLUMNS = """c.summary, f.data, c.state, CASE WHEN c.state IN ('executed', 'failed')
     THEN (SELECT l.data FROM events l WHERE l.stream = c.id ORDER BY l.version DESC LIMIT 1) END"""
 FOUND = f"SELECT {COLUMNS} FROM commands c CROSS JOIN events f ON f.position = c.position"
@@ -53,12 +53,12 @@ _decode = msgspec.json.Decoder(CommandState).decode
 
 
 def summary(state: CommandState) -> bytes:
-    """A state as its row keeps it."""
+    """The state as its row stores it: without parameters, result and error."""
     return _encode(msgspec.structs.replace(state, params=NO_PARAMS, result=NO_RESULT, error=None))
 
 
 def folded(row: Any) -> CommandState:
-    """A row of `COLUMNS` as the state that its events fold to."""
+    """The full state from a row of `COLUMNS`; equal to the fold of the command's events."""
     known, first, name, last = row
     content: dict[str, Any] = {"params": _params(first)}
     if last is not None:
@@ -71,7 +71,7 @@ def folded(row: Any) -> CommandState:
 
 
 def write(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> None:
-    """Writes the latest state of each command touched; rows of those that were `opened` may be new."""
+    """Writes the latest state of each command. Only commands in `opened` may need a new row."""
     new: list[tuple[Any, ...]] = []
     known: list[tuple[Any, ...]] = []
     for s in states:
@@ -92,7 +92,7 @@ def get(sql: Sql, command_id: str) -> CommandState | None:
 
 
 def get_many(sql: Sql, command_ids: Iterable[str]) -> dict[str, CommandState]:
-    """Those of the commands that exist, by id."""
+    """The commands that exist and are not hidden, by id."""
     found = {}
     for command_id in command_ids:
         if (state := get(sql, command_id)) is not None:
@@ -101,7 +101,7 @@ def get_many(sql: Sql, command_ids: Iterable[str]) -> dict[str, CommandState]:
 
 
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
-    """None means any. `before`: only commands created before this position (the cursor)."""
+    """The filter of a list; None means any. `before`: only commands created before this position (cursor)."""
 
     project: str | None = None
     device_id: str | None = None
@@ -111,7 +111,7 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[CommandState]:
-    """Newest first, by position of creation, so that a page stays where it is while others arrive."""
+    """Commands by position of creation, newest first. New commands do not change the following pages."""
     where, values = ["1"], list[Any]()
     for column, value in (
         ("project", wanted.project),
@@ -130,7 +130,8 @@ def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[Comman
     query, latest = f"{FOUND} WHERE {' AND '.join(where)}", "ORDER BY c.position DESC"
     newest, oldest = sql.execute("SELECT max(bound), min(at) FROM purges").fetchone()
     if newest is not None:
-        # A purge is under way. Below its bound a million hidden rows may lie between those that are not.
+        # A purge is running. Below its bound there may be a million hidden rows, which a scan would read.
+        # So rows below the bound are found through the open commands and the commands closed since.
         query = f"""SELECT {COLUMNS.replace("c.summary", "c.position, c.summary")} FROM commands c
             CROSS JOIN events f ON f.position = c.position WHERE {" AND ".join(where)}"""
         query = f"""{query} AND c.position >= ? UNION ALL {query} AND NOT {HIDDEN} AND c.position IN (
@@ -142,7 +143,7 @@ def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[Comman
 
 
 class Sent(NamedTuple):
-    """As much of a command as a history shows. `created_at` in ms."""
+    """The part of a command that a history shows. `created_at` in ms."""
 
     id: str
     state: State
@@ -151,7 +152,10 @@ class Sent(NamedTuple):
 
 
 def sent(sql: Sql, device_id: str, type: str, first: int, before: int | None, limit: int) -> list[Sent]:
-    """Commands of one name to one device, created from one position on and before another, ascending."""
+    """Commands of one name to one device, in order of creation.
+
+    `first`: the first position. `before`: the position to stop before; None: the end of the log.
+    """
     found = sql.execute(
         "SELECT c.id, c.state, f.recorded_at, f.data FROM commands c CROSS JOIN events f "
         "ON f.position = c.position WHERE c.device_id = ? AND c.type = ? AND c.position >= ? "
@@ -168,7 +172,7 @@ def _params(data: bytes) -> msgspec.Raw:
 
 
 def timed_out_since(sql: Sql, at: int) -> list[CommandState]:
-    """Commands that timed out at or after a time (ms), oldest first: a late answer may still come."""
+    """Commands that timed out at or after `at` (ms), oldest first. They may still get a late answer."""
     found = sql.execute(
         f"{FOUND} WHERE c.state = 'timed_out' AND c.closed_at >= ? AND NOT {HIDDEN} ORDER BY c.closed_at",
         (at,),
@@ -177,8 +181,10 @@ def timed_out_since(sql: Sql, at: int) -> list[CommandState]:
 
 
 def answered_since(sql: Sql, at: int) -> list[CommandState]:
-    """Commands whose device ended them at or after a time (ms), without parameters, results and errors; those
-    that a purge has promised to erase too."""
+    """Commands executed or failed at or after `at` (ms), without parameters, results and errors.
+
+    Includes commands that a running purge will erase.
+    """
     found = sql.execute(
         "SELECT summary FROM commands WHERE closed_at >= ? AND state IN ('executed', 'failed')", (at,)
     )
@@ -186,7 +192,7 @@ def answered_since(sql: Sql, at: int) -> list[CommandState]:
 
 
 def forgotten_since(sql: Sql, at: int) -> list[tuple[str, int]]:
-    """Device and time (ms) of each command that timed out at or after a time and was erased since."""
+    """Device id and time (ms) of each command that timed out at or after `at` (ms) and was then erased."""
     found = sql.execute(
         "SELECT e.device_id, e.recorded_at FROM events e WHERE e.position >= ? AND e.type = 'timed_out' "
         f"AND NOT EXISTS (SELECT 1 FROM commands c WHERE c.id = e.stream AND NOT {HIDDEN})",
@@ -199,10 +205,10 @@ def forgotten_since(sql: Sql, at: int) -> list[tuple[str, int]]:
 
 
 def veiled(sql: Sql, rows: list[Row]) -> list[Row]:
-    """Rows of the log as they may be shown: without the data of commands that a purge has promised to erase.
+    """Removes the data of commands that a running purge will erase from rows of the log.
 
-    Whoever shows events or folds them for a reader asks this in the transaction that read them. What is
-    erased already has no data anyhow; while no purge is under way this is one look at an empty table.
+    Code that shows or folds events for a reader calls this in the transaction that read them. Rows that
+    are already erased have no data. Without a running purge the cost is one query on an empty table.
     """
     if not (pending := purges(sql)):
         return rows
@@ -217,7 +223,7 @@ def veiled(sql: Sql, rows: list[Row]) -> list[Row]:
 
 
 def closed_before(sql: Sql, cutoff: int) -> int:
-    """How many closed commands were created before a time (ms) and are not promised to be erased yet."""
+    """How many closed commands were created before `cutoff` (ms) and are not in a running purge."""
     found = sql.execute(
         "SELECT count(*) FROM commands c INDEXED BY commands_closed "
         f"WHERE c.closed_at IS NOT NULL AND c.position < ? AND NOT {HIDDEN}",
@@ -227,7 +233,7 @@ def closed_before(sql: Sql, cutoff: int) -> int:
 
 
 def purgeable(sql: Sql, purge: Purge, after: int, limit: int) -> list[tuple[int, str]]:
-    """Position and id of the next commands that a purge erases, ascending, after a position."""
+    """Position and id of the next commands that a purge erases, ascending, from position `after` + 1."""
     found = sql.execute(
         "SELECT position, id FROM commands WHERE position > ? AND position < ? AND closed_at < ? "
         "ORDER BY position LIMIT ?",
@@ -241,6 +247,6 @@ def remove(sql: Sql, command_ids: Iterable[str]) -> None:
 
 
 def dump(sql: Sql) -> list[tuple[Any, ...]]:
-    """Every row, for comparing a rebuilt projection with the one kept up."""
+    """Every row; used to compare a rebuilt projection with the maintained one."""
     found = sql.execute("SELECT * FROM commands ORDER BY position")
     return [tuple(row) for row in found.fetchall()]

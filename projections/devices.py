@@ -1,7 +1,7 @@
-"""Every device that was ever registered, by its names, and the definitions commands were accepted with.
+"""The tables of all devices ever registered, of their names, and of the definitions of commands.
 
-Written in the transaction of the events that changed them. Names are never given again, so the
-rows of deleted devices stay; `deleted` is the position at which it was, or 0.
+Rows are written in the transaction of the events that changed them. Names are never used again, so the
+rows of deleted devices stay. `deleted`: the position of the `deleted` event, or 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _decode = msgspec.json.Decoder(DeviceState).decode
 
 
 def upsert(sql: Sql, states: Iterable[DeviceState]) -> None:
-    """Writes the latest state of each device touched."""
+    """Writes the latest state of each device."""
     sql.executemany(
         UPSERT,
         [(s.id, s.position, s.project, s.hardware_id, _deleted(s), _encode(s)) for s in states],
@@ -43,9 +43,9 @@ def _deleted(state: DeviceState) -> int:
 
 
 def name(sql: Sql, names: Iterable[tuple[str, str]]) -> None:
-    """Gives names to devices, for ever.
+    """Gives names to devices, for ever. Each item is (name, device id).
 
-    Raises (from the storage): Conflict, if a name belongs to a device already.
+    Raises (from the storage): Conflict, if a device already has the name.
     """
     sql.executemany("INSERT INTO names VALUES (?, ?)", names)
 
@@ -57,12 +57,12 @@ def define(sql: Sql, definitions: Iterable[tuple[str, dict[str, Any]]]) -> None:
 
 
 def definitions(sql: Sql) -> dict[str, bytes]:
-    """Every definition a command was ever accepted with, JSON, by digest."""
+    """All definitions that commands were ever accepted with, as JSON, by digest."""
     return {row[0]: bytes(row[1]) for row in sql.execute("SELECT digest, body FROM definitions").fetchall()}
 
 
 def by_name(sql: Sql, names: Iterable[str]) -> dict[str, DeviceState]:
-    """Those that exist, deleted ones too, by the name (id or hardware id) they were asked for."""
+    """The devices that have these names (id or hardware id), by that name. Includes deleted devices."""
     found = {}
     for name in names:
         row = sql.execute(
@@ -92,7 +92,7 @@ def newest(sql: Sql, project: str | None, before: int | None, limit: int) -> lis
 
 def believed_online(sql: Sql) -> list[DeviceState]:
     """Devices whose last presence event says online."""
-    # As text: Debian's SQLite is built so that LIKE never matches a BLOB.
+    # CAST to text, because LIKE never matches a BLOB in Debian's SQLite.
     found = sql.execute(
         "SELECT body FROM devices WHERE NOT deleted AND CAST(body AS TEXT) LIKE '%\"online\":true%'"
     )
@@ -101,7 +101,7 @@ def believed_online(sql: Sql) -> list[DeviceState]:
 
 
 def dump(sql: Sql) -> list[tuple[Any, ...]]:
-    """Every row of the three tables, for comparing a rebuilt projection with the one kept up."""
+    """Every row of the three tables; used to compare a rebuilt projection with the maintained one."""
     found: list[tuple[Any, ...]] = []
     for table, order in (("devices", "id"), ("names", "name"), ("definitions", "digest")):
         rows = sql.execute(f"SELECT * FROM {table} ORDER BY {order}").fetchall()

@@ -1,6 +1,6 @@
-"""Keeps the projections in step with the log: applies a batch, rebuilds from the first row, compares.
+"""Maintains the projections: applies a batch of events, rebuilds from the log, and compares.
 
-The same fold serves all three, so a projection that was rebuilt equals the one that was kept up.
+All three use the same fold, so a rebuilt projection equals the maintained one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from projections import commands, devices, lanes
 
 PARTS = (commands, lanes, devices)
 PAGE = 5_000
-# What the projections are made of. When a release changes it, they are made anew from the log.
+# Digest of the tables and of the fields of their states. If it changes, the projections are rebuilt.
 SHAPE = sha256(
     repr(
         [part.TABLES for part in PARTS]
@@ -32,8 +32,11 @@ SHAPE = sha256(
 
 
 class Touched(msgspec.Struct, kw_only=True):
-    """The latest state of everything that a run of events changed; `before` it, where that is not in the
-    run."""
+    """The latest state of everything that some events changed.
+
+    `before`, `devices_before`: the states before those events. `opened`: commands that were created or
+    reopened.
+    """
 
     before: dict[str, CommandState] = {}
     devices_before: dict[str, DeviceState] = {}
@@ -44,13 +47,13 @@ class Touched(msgspec.Struct, kw_only=True):
     definitions: dict[str, dict[str, Any]] = {}
 
     def put(self, state: CommandState) -> None:
-        """The new state of a command; notes that it was created or came back."""
+        """Stores the new state of a command, and notes whether it was created or reopened."""
         self.commands[state.id] = state
         if state.version == 1 or state.reopened:
             self.opened.add(state.id)
 
     def fold(self, recorded: Recorded) -> None:
-        """Takes in one event; the states before it must be here, unless it is the first of its stream."""
+        """Folds one event in. The earlier state must be here, unless the event is the first of its stream."""
         kind = subject_kind(recorded.stream)
         if kind == "command":
             state = self.commands.get(recorded.stream) or self.before.get(recorded.stream)
@@ -66,19 +69,19 @@ class Touched(msgspec.Struct, kw_only=True):
 
 
 def prepare(sql: Sql) -> None:
-    """Makes the projections, or makes them anew if another release made them otherwise."""
+    """Creates the projections if there are none. Rebuilds them if another release made them differently."""
     if not is_current(sql):
         renew(sql)
 
 
 def is_current(sql: Sql) -> bool:
-    """Are the projections such as this release makes them?"""
+    """Do the projections have the tables and fields of this release?"""
     kept = sql.execute("SELECT value FROM meta WHERE key = 'projections'").fetchone()
     return kept is not None and kept[0] == SHAPE
 
 
 def renew(sql: Sql) -> None:
-    """Makes all projections anew, and notes by whom."""
+    """Rebuilds all projections, and stores the digest `SHAPE` of this release."""
     rebuild(sql)
     sql.execute("INSERT OR REPLACE INTO meta VALUES ('projections', ?)", (SHAPE,))
 
@@ -90,7 +93,7 @@ def create(sql: Sql) -> None:
 
 
 def write(sql: Sql, touched: Touched) -> None:
-    """Brings the projections up to what was touched, in the caller's transaction."""
+    """Writes the touched states to the projections, in the caller's transaction."""
     if touched.commands:
         commands.write(sql, touched.commands.values(), touched.opened)
         lanes.apply(sql, touched.commands.values(), touched.opened)
@@ -102,7 +105,7 @@ def write(sql: Sql, touched: Touched) -> None:
 
 
 def rebuild(sql: Sql) -> None:
-    """Drops every projection and makes it anew from the log, in the caller's transaction."""
+    """Drops every projection and rebuilds it from the log, in the caller's transaction."""
     for part in PARTS:
         for table in part.KEYS:
             sql.execute(f"DROP TABLE IF EXISTS {table}")
@@ -110,10 +113,10 @@ def rebuild(sql: Sql) -> None:
 
 
 def replay(source: Sql, target: Sql, progress: Callable[[int], None] = lambda _: None) -> None:
-    """Makes the projections in one database out of the log in another, or in the same.
+    """Builds the projections in `target` from the log in `source`; both may be the same database.
 
-    Page by page: what can still change stays in memory, what is final is written and forgotten.
-    `progress` is told each position that was reached.
+    Works page by page. Commands that can still change stay in memory; final ones are written and dropped.
+    `progress` is called with the position after each page.
     """
     create(target)
     alive: dict[str, CommandState] = {}
@@ -124,7 +127,7 @@ def replay(source: Sql, target: Sql, progress: Callable[[int], None] = lambda _:
         touched = Touched(before=alive, devices_before=known)
         for row in page:
             if row.data is not None or subject_kind(row.stream) != "command":
-                touched.fold(log.recorded(row))  # an erased command is no row of any projection
+                touched.fold(log.recorded(row))  # erased commands have no row in any projection
         write(target, touched)
         known |= touched.devices
         alive |= touched.commands
@@ -135,7 +138,10 @@ def replay(source: Sql, target: Sql, progress: Callable[[int], None] = lambda _:
 
 
 def difference(kept: Sql, made: Sql) -> str | None:
-    """The first row in which two databases' projections differ, as a sentence; None if they are the same."""
+    """The first row that differs between the projections of two databases, as a sentence; None if none does.
+
+    `kept`: the maintained projections. `made`: the rebuilt ones.
+    """
     for part in PARTS:
         for table, key in part.KEYS.items():
             columns = [row[1] for row in made.execute(f"PRAGMA table_info({table})").fetchall()]
@@ -163,19 +169,22 @@ def _difference(table: str, columns: list[str], key: list[str], kept: Any, made:
     if made is None or order(kept) < order(made):
         return f"{named(kept)} does not follow from the log"
     wrong = next(name for name, left, right in zip(columns, kept, made, strict=True) if left != right)
-    return f"{named(kept)}: {wrong} is not what follows from the log"
+    return f"{named(kept)}: {wrong} does not follow from the log"
 
 
 def dump(sql: Sql) -> dict[str, list[tuple[Any, ...]]]:
-    """All projections, for comparing."""
+    """Every row of all projections, by module name; used to compare."""
     return {part.__name__: part.dump(sql) for part in PARTS}
 
 
 def fault(kept: sqlite3.Connection, progress: Callable[[int], None]) -> str | None:
-    """Where the projections are not what follows from the log, as a sentence; inside one read transaction."""
+    """The first difference between the projections and the log, as a sentence; None if there is none.
+
+    Call it inside one read transaction.
+    """
     if not is_current(kept):
-        return "another release made the projections; a start of the broker renews them"
-    # The scratch database has no name: SQLite keeps it in memory, and on disk what is too much for that.
+        return "another release made the projections; the next start of the broker rebuilds them"
+    # The empty name makes a temporary database: SQLite keeps it in memory and moves it to disk if it grows.
     with closing(sqlite3.connect("")) as made:
         try:
             replay(kept, made, progress)

@@ -1,6 +1,6 @@
-"""Which commands are open, by device in order of creation. What a broker needs to know at its start.
+"""The table `lanes`: the open commands of each device, in order of creation. A starting broker reads it.
 
-Written in the transaction of the events that open and close commands.
+Rows are written in the transaction of the events that open and close commands.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KEYS = {"lanes": "device_id, position"}
 
 
 def apply(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> None:
-    """Puts in the commands that are open and were `opened` (created or reopened), takes closed ones out."""
+    """Inserts open commands that are in `opened` (created or reopened), and deletes closed commands."""
     put: list[tuple[str, int]] = []
     closed: list[tuple[str, int]] = []
     for state in states:
@@ -36,7 +36,7 @@ def apply(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> N
 
 
 def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:
-    """All open commands (of one device), lane by lane, each in order of creation."""
+    """All open commands, or those of one device; lane by lane, each lane in order of creation."""
     where, values = ("WHERE l.device_id = ?", (device_id,)) if device_id is not None else ("", ())
     found = sql.execute(
         f"SELECT {COLUMNS} FROM lanes l CROSS JOIN commands c ON c.position = l.position "

@@ -1,6 +1,6 @@
-"""Events as subscribers get them: rows of the log with the names that belong to them.
+"""Reads events for subscribers: rows of the log, joined with the names of the device and the command.
 
-Only reads. The broker's own rows (its starts, definitions, erasures) are no subscriber's business.
+Read-only. Events of the broker itself (starts, definitions, erasures) are left out.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from broker.domain.events import CommandEvent, DeviceEvent, decode
 from broker.seams import Sql
 from projections.commands import HIDDEN
 
-# One read holds the reading thread: so many rows are looked at, or so many bytes of data taken.
+# Limits of one read, because it blocks the reading thread: rows that are scanned, and bytes of data.
 SCANNED = 5_000
 TAKEN_BYTES = 262_144
 
-# CROSS JOIN: the log is walked in its order, whatever the planner thinks of the rest.
+# CROSS JOIN makes SQLite scan `events` in log order, whatever its query planner estimates.
 PAGE = f"""SELECT e.position, e.stream, e.version, e.recorded_at, e.project, e.device_id, d.hardware_id,
     e.actor, e.type, e.schema, c.type, CASE WHEN {HIDDEN} THEN NULL ELSE e.data END
     FROM events e CROSS JOIN devices d ON d.id = e.device_id LEFT JOIN commands c ON c.id = e.stream
@@ -24,14 +24,16 @@ PAGE = f"""SELECT e.position, e.stream, e.version, e.recorded_at, e.project, e.d
 
 
 def kept_after(sql: Sql) -> int:
-    """Every event after this position is kept: 0, as long as nothing ever takes rows away."""
+    """Every event after this position is still in the log. 0, because nothing removes rows today."""
     row = sql.execute("SELECT value FROM meta WHERE key = 'kept_after'").fetchone()
     return int(row[0]) if row else 0
 
 
 def page(sql: Sql, wanted: Wanted, after: int, until: int, limit: int) -> tuple[list[Entry], int]:
-    """At most `limit` entries that are wanted, ascending, from those after `after` up to `until`; and the
-    position up to which was looked: go on from there."""
+    """The next matching entries after position `after`, up to `until`, ascending; at most `limit`.
+
+    Also returns the last scanned position; the next page starts after it. A page may be empty.
+    """
     reached = until if wanted.command_id is not None else min(until, after + SCANNED)
     clauses, values = _where(wanted)
     found = sql.execute(PAGE.format(clauses), (after, reached, *values, limit))

@@ -1,7 +1,7 @@
-"""Commands, lanes and devices as they were after an earlier position of the log, and what changed since.
+"""Commands, lanes and devices as they were at an earlier position of the log, and the changes since then.
 
-What has not changed since is taken from the projections; the rest is folded from its own few events,
-so no snapshots are kept. What was erased is not shown, at any position.
+A state that has not changed since is read from the projections. The others are folded from their own
+events, which are few, so that no snapshots are needed. Erased commands are not shown at any position.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from broker.log import sqlite as log
 from broker.seams import Sql
 from projections.commands import HIDDEN, Filter, get
 
-# Rows looked at, and commands folded, in one read: a rare state of a long history takes several pages.
+# Limits of one read: rows that are scanned, and commands that are folded. A search for a rare state in a
+# long history takes several pages.
 SCANNED = 5_000
 FOLDED = 500
 
@@ -25,14 +26,14 @@ _device = msgspec.json.Decoder(DeviceState).decode
 
 
 class Then(NamedTuple):
-    """A device as it was. `void`: a broker had started since it last came, and did not know."""
+    """A device as it was. `void`: its `online` is not valid, because a broker started after it."""
 
     state: DeviceState
     void: bool
 
 
 class CommandChange(NamedTuple):
-    """A command at two points; None: not created yet."""
+    """A command at two positions; `before` None: it was not created yet."""
 
     before: CommandState | None
     after: CommandState
@@ -54,7 +55,7 @@ def command(sql: Sql, command_id: str, position: int) -> CommandState | None:
 
 
 def _command_at(sql: Sql, command_id: str, closed: int | None, position: int) -> CommandState | None:
-    """`closed`: at which position it was, if it is closed now."""
+    """`closed`: the position at which the command was closed, if it is closed now."""
     if closed is not None and closed <= position:
         return get(sql, command_id)
     state = None
@@ -66,9 +67,9 @@ def _command_at(sql: Sql, command_id: str, closed: int | None, position: int) ->
 
 
 def commands(sql: Sql, wanted: Filter, position: int, limit: int) -> tuple[list[CommandState], int | None]:
-    """Newest first; and before which position to go on, None at the end.
+    """The commands as they were, newest first, and the position before which the next page starts.
 
-    A page may be short of its limit and not be the last.
+    That position is None at the end. A page may have fewer than `limit` commands and not be the last.
     """
     where, values = _where(wanted.project, position, wanted.before)
     if wanted.device_id is not None:
@@ -101,7 +102,7 @@ def commands(sql: Sql, wanted: Filter, position: int, limit: int) -> tuple[list[
 
 def lane(sql: Sql, device_id: str, position: int) -> list[CommandState]:
     """The commands of a device that were open, in order of creation."""
-    # One that timed out and was answered later is among them in between; its fold says that it was closed.
+    # The rows include commands that had timed out by then and were answered later: the fold filters them.
     rows = sql.execute(
         "SELECT id, closed_position FROM commands c WHERE position IN (SELECT position FROM commands "
         "INDEXED BY commands_device WHERE device_id = ? AND position <= ? "
@@ -113,7 +114,7 @@ def lane(sql: Sql, device_id: str, position: int) -> list[CommandState]:
 
 
 def device(sql: Sql, device_id: str, position: int) -> Then | None:
-    """A device, also one that was deleted by then."""
+    """A device as it was, also one that was already deleted; None: it was not registered yet."""
     row = sql.execute("SELECT body FROM devices WHERE id = ?", (device_id,)).fetchone()
     if row is None:
         return None
@@ -122,7 +123,7 @@ def device(sql: Sql, device_id: str, position: int) -> Then | None:
 
 
 def devices(sql: Sql, project: str | None, position: int, before: int | None, limit: int) -> list[Then]:
-    """Those that were registered and not deleted, newest first."""
+    """The devices that were registered and not deleted at that position, newest first."""
     where, values = _where(project, position, before)
     rows = sql.execute(
         f"SELECT body FROM devices WHERE {where} AND (deleted = 0 OR deleted > ?) "
@@ -149,7 +150,7 @@ def _device_at(sql: Sql, now: DeviceState, position: int) -> DeviceState | None:
 
 
 def _started(sql: Sql, position: int) -> int:
-    """When the broker had last started, ms."""
+    """The time of the broker's last start before a position, ms; 0: it had not started."""
     row = sql.execute(
         "SELECT recorded_at FROM events WHERE stream = ? AND type = 'started' AND position <= ? "
         "ORDER BY version DESC LIMIT 1",
@@ -165,8 +166,11 @@ def _then(state: DeviceState, started: int) -> Then:
 def changes(
     sql: Sql, project: str | None, start: int, end: int, after: int, limit: int
 ) -> tuple[list[Change], int | None]:
-    """What has events after `start` up to `end`, in order of the first of them; and after which position
-    to go on, None at the end. `after`: where the page before ended, else `start`."""
+    """The commands and devices that have events after `start` up to `end`, in order of their first one.
+
+    Also returns the position after which the next page starts; None at the end. `after`: that position
+    of the page before, or `start` for the first page.
+    """
     reached = min(end, after + SCANNED)
     rows = sql.execute(
         "SELECT position, stream, version, project FROM events WHERE position > ? AND position <= ? "
@@ -178,7 +182,7 @@ def changes(
         if project not in (None, of) or subject_kind(stream) == "broker":
             continue
         if version > 1 and _position(sql, stream, version - 1) > start:
-            continue  # it was found at its first event
+            continue  # not its first event in this range
         if (change := _change(sql, stream, start, end)) is not None:
             found.append(change)
         if len(found) == limit:

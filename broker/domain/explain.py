@@ -1,6 +1,6 @@
-"""Why a command is where it is, and what happens next: one plain answer, for every surface.
+"""Explains why a command is in its state and what happens next; every surface shows the same answer.
 
-Pure: everything it needs is given in `Situation`. It must never guess; what is not known is said so.
+Pure: all facts are in `Situation`. It must never guess: if something is not known, the answer says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from devices.clock import rfc3339
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
-    """What is so around a command at `now` (ms). `member`: None for closed ones that memory has let go."""
+    """The facts about a command at `now` (ms). `member` None: the command is not in the live state, because
+    it was closed. `offline_since`: ms. `halted`: the reason why hand-over is stopped."""
 
     state: CommandState
     now: int
@@ -32,25 +33,25 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a command is where it is, and what happens next."""
+    """Why a command is in its state, and what happens next."""
 
     command_id: str
     state: str
     summary: Annotated[str, Meta(description="A sentence or two, for people.")]
     reasons: Annotated[
-        list[dict[str, Any]], Meta(description="For programs: each a `code` and what belongs to it.")
+        list[dict[str, Any]], Meta(description="For programs: each has a `code` and the facts of that code.")
     ]
     next: Annotated[
         dict[str, Any] | None,
         Meta(
-            description="What comes next by itself: `action` is `hand_over`, `back_off`, `hold`, `give_up` "
-            "or `expire`, with `at` where only time stands in between. Null: nothing."
+            description="What the broker does next: `action` is `hand_over`, `back_off`, `hold`, `give_up` "
+            "or `expire`; `at` is its time, if only time must pass. Null: nothing."
         ),
     ]
 
 
 class Said(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer of its device that named it and fitted nothing; `reason` as it was kept for the operator."""
+    """An unmatched answer of the device that named this command. `at`: ms. `reason`: as it was kept."""
 
     at: int
     reason: str
@@ -60,29 +61,29 @@ Facts = dict[str, Any]
 Parts = tuple[str, list[Facts], Facts | None]
 
 TIMED_OUT = {
-    "no_answer": "no answer of the device",
-    "no_result": "the device had it, and no result came in time",
-    "ttl": "its time ran out after it was handed over",
-    "unsendable": "its device type can no longer express it",
+    "no_answer": "no answer from the device",
+    "no_result": "the device acknowledged it, but no result came in time",
+    "ttl": "it expired after it was handed over",
+    "unsendable": "its device type can no longer encode it",
     "device_deleted": "its device was deleted",
     "operator": "an operator stopped waiting",
 }
 SAID = {
-    "contradiction": "the device has also reported another end of it",
-    "promise_broken": "the device has reported on it all the same, though it was never handed over",
+    "contradiction": "the device has also reported a different outcome",
+    "promise_broken": "the device has answered it, although it was never handed over",
     "never_handed_over": "an answer to it came before it was handed over",
 }
 
 
 def explain(situation: Situation) -> Explanation:
-    """The answer for any command in any state."""
+    """Explains any command in any state."""
     state, member = situation.state, situation.member
     parts: Parts
     if state.closed:
         parts = _closed(state)
     elif member is None:
         # Open commands are always in memory, so this one was closed since its state was read.
-        parts = "It has just been closed; ask again.", [{"code": "just_closed"}], None
+        parts = "It has just been closed; repeat the request.", [{"code": "just_closed"}], None
     elif state.state is State.PENDING:
         parts = _pending(situation, member)
     else:
@@ -95,7 +96,7 @@ def explain(situation: Situation) -> Explanation:
 
 
 def with_answers(explanation: Explanation, said: Sequence[Said]) -> Explanation:
-    """Adds what the device said of the command against what is recorded."""
+    """Adds the device's answers that contradict the recorded state."""
     summary, reasons = explanation.summary, list(explanation.reasons)
     for reason, words in SAID.items():
         times = [rfc3339(answer.at) for answer in said if answer.reason == reason]
@@ -110,25 +111,25 @@ def with_answers(explanation: Explanation, said: Sequence[Said]) -> Explanation:
 
 def _closed(state: CommandState) -> Parts:
     at = rfc3339(state.closed_at or state.updated_at)
-    late = ", after it had been given up" if state.late else ""
+    late = ", after it had timed out" if state.late else ""
     reason: Facts = {"code": state.state.value, "at": at} | ({"late": True} if state.late else {})
     match state.state:
         case State.EXECUTED:
-            sentence = f"The device did it, and said so at {at}{late}."
+            sentence = f"The device reported at {at} that it executed the command{late}."
             if state.delivered_at is None:
                 reason["one_way"] = True
-                sentence = f"The MQTT server took it at {at}; devices of this type say no more than that."
+                sentence = f"The MQTT server accepted it at {at}; devices of this type send no answers."
         case State.FAILED:
             error = state.error
             assert error is not None, "failed carries its error"
-            who = {"device": "The device said so", "mqtt_server": "The MQTT server refused it"}
+            who = {"device": "The device reported this", "mqtt_server": "The MQTT server refused it"}
             reason |= {"by": state.by, "error": error.code}
             text = (error.message or error.code).rstrip(". ")
-            sentence = f"It failed: {text}. {who.get(state.by or '', 'Ordain found it')} at {at}{late}."
+            sentence = f"It failed: {text}. {who.get(state.by or '', 'Ordain detected this')} at {at}{late}."
             if state.published_at is None:
                 sentence += " It was never handed over."
         case State.EXPIRED:
-            sentence = f"Its time ran out at {at}; it was never handed over."
+            sentence = f"It expired at {at}; it was never handed over."
         case State.CANCELLED:
             reason |= {"by": state.by, "reason": state.reason}
             if state.superseded_by is not None:
@@ -139,8 +140,9 @@ def _closed(state: CommandState) -> Parts:
             cause = TIMED_OUT.get(state.reason or "", state.reason)
             correctable = state.reason != "device_deleted"
             sentence = (
-                f"Given up at {at} ({cause}) after it was handed over {_times(state)}; whether the device "
-                f"did it is not known{', and a late answer still corrects this' if correctable else ''}."
+                f"It timed out at {at} ({cause}) after it was handed over {_times(state)}. It is not known "
+                f"whether the device executed it"
+                f"{'; a late answer still corrects this' if correctable else ''}."
             )
     return sentence, [reason], None
 
@@ -164,7 +166,7 @@ def _pending(situation: Situation, member: Member) -> Parts:
     if lane is not None:
         why += _ahead(lane, member, now)
     if "mqtt" not in member.definition.transports:
-        text = "it is not sent by MQTT but waits to be fetched, by its device or a relay"
+        text = "its type does not use MQTT; its device or a relay must fetch it"
         why.append((text, {"code": "pull_only"}))
     else:
         if not lanes.reachable(member.definition, situation.presence):
@@ -172,16 +174,16 @@ def _pending(situation: Situation, member: Member) -> Parts:
         if not situation.link_up:
             why.append(("the MQTT server cannot be reached", {"code": "link_down"}))
         elif not situation.slots_free:
-            text = "as many messages as are allowed at once are on their way to the MQTT server"
+            text = "all send slots are in use until the MQTT server confirms earlier messages"
             why.append((text, {"code": "no_slot"}))
         if why and len(member.definition.transports) > 1:
             why.append(("its device or a relay may fetch it meanwhile", {"code": "fetchable"}))
     if lane is not None and lane.shut_until > now:
         until = rfc3339(lane.shut_until)
-        text = f"until {until} an answer without id could still mean the command before it"
+        text = f"until {until} an answer without id could belong to the previous command"
         why.append((text, {"code": "lane_shut", "until": until}))
     if not lanes.has_time(state, now):
-        why.append(("too little of its life is left to hand it over", {"code": "no_time"}))
+        why.append(("it expires too soon to be handed over", {"code": "no_time"}))
     text = "; ".join(text for text, _ in why) or "it is being handed over now"
     until = "" if state.expires_at is None else f" It expires at {rfc3339(state.expires_at)}."
     reasons = [facts for _, facts in why]
@@ -189,7 +191,7 @@ def _pending(situation: Situation, member: Member) -> Parts:
 
 
 def _ahead(lane: Lane, member: Member, now: int) -> list[tuple[str, Facts]]:
-    """Which commands stand before it in the lane, and whether they fill the window."""
+    """The reasons from the commands before it in the lane: they fill the window, or are handed over first."""
     flying: list[Member] = []
     found: list[tuple[str, Facts]] = []
     for place, other in enumerate(lane.members.values()):
@@ -198,7 +200,7 @@ def _ahead(lane: Lane, member: Member, now: int) -> list[tuple[str, Facts]]:
         if other.holds_slot:
             flying.append(other)
         elif other.state.state is State.PENDING and lanes.has_time(other.state, now):
-            # Not walked to the end: lanes are long, and a whole one may be asked for.
+            # Stop here: a lane may be long, and all its commands may be explained at once.
             count = list(lane.members).index(member.state.id) - place
             found.append(_behind(other.state, count))
             break
@@ -214,14 +216,15 @@ def _ahead(lane: Lane, member: Member, now: int) -> list[tuple[str, Facts]]:
 
 
 def _behind(first: CommandState, count: int) -> tuple[str, Facts]:
-    text = f"{first.id} ({first.type}), which is older, goes first"
+    text = f"the older command {first.id} ({first.type}) goes first"
     if count > 1:
-        text = f"{count} older commands stand before it, beginning with {first.id} ({first.type})"
+        text = f"{count} older commands go first, beginning with {first.id} ({first.type})"
     return text, {"code": "behind", "command_id": first.id, "count": count}
 
 
 def _away(situation: Situation) -> tuple[str, Facts]:
-    """Why the device cannot be reached. One that was heard of before is offline, whatever memory knows."""
+    """Why the device cannot be reached. A device that was heard before is offline, even if the live state
+    says `never`."""
     if situation.presence is Presence.NEVER and situation.offline_since is None:
         text = "the device has not been heard since it was registered, or since the broker was started"
         return text, {"code": "never_heard"}
@@ -231,10 +234,10 @@ def _away(situation: Situation) -> tuple[str, Facts]:
 
 
 def _next_of_pending(situation: Situation, reasons: list[Facts]) -> Facts:
-    """What time alone will do: nothing here counts on a device, a server or a person to do their part."""
+    """What happens next if only time passes, and no device, server or person does anything."""
     state, codes = situation.state, {facts["code"] for facts in reasons}
     if "halted" in codes:
-        return {"action": "hand_over"}  # nor does anything expire meanwhile
+        return {"action": "hand_over"}  # while hand-over is halted, commands do not expire either
     opens = situation.now
     if "lane_shut" in codes and situation.lane is not None:
         opens = situation.lane.shut_until
@@ -252,17 +255,17 @@ def _published(situation: Situation, member: Member) -> Parts:
     most = definition.max_attempts if definition.repeatable else 1
     counting = f"attempt {member.counted} of {most}"
     if member.counted != state.attempts:
-        counting = f"{member.counted} of these count, of at most {most}"
+        counting = f"{member.counted} of {most} counted attempts"
     reason: Facts = {"code": "no_answer", "attempts": state.attempts, "counted": member.counted}
     who = "device" if definition.completes_on == "executed" else "MQTT server"
     last = rfc3339(state.handed_over_at or state.updated_at)
-    said = f"Handed over {_times(state)} ({counting}), last at {last}; no answer of the {who} yet"
+    said = f"Handed over {_times(state)} ({counting}), last at {last}; no answer from the {who} yet"
     text, reasons, following = (_in_the_air if flight.open else _between)(situation, member)
     return f"{said}; {text}.", [reason | {"max_attempts": most, "last_at": last}, *reasons], following
 
 
 def _in_the_air(situation: Situation, member: Member) -> Parts:
-    """An attempt is open: what the end of its answer time will bring."""
+    """An attempt is open: what happens at the end of its answer time."""
     state, definition = situation.state, member.definition
     ends, expires = lanes.attempt_ends_at(member), state.expires_at
     if member.flight.lease_until is not None:
@@ -271,7 +274,7 @@ def _in_the_air(situation: Situation, member: Member) -> Parts:
         return "its bytes are being written", [], {"action": "hand_over", "at": rfc3339(situation.now)}
     if expires is not None and expires <= ends:
         at = rfc3339(expires)
-        return f"its time is up at {at}, and it is given up then", [], {"action": "give_up", "at": at}
+        return f"it expires at {at} and is given up then", [], {"action": "give_up", "at": at}
     at = rfc3339(max(ends, situation.now))
     if not definition.repeatable:
         text = f"it may be sent only once, and is given up at {at}"
@@ -283,12 +286,12 @@ def _in_the_air(situation: Situation, member: Member) -> Parts:
     if lanes.is_last_attempt(member):
         text = f"this is the last attempt, and it is given up at {at}"
         return text, [{"code": "last_attempt"}], {"action": "give_up", "at": at}
-    text = f"without one by {at} it is sent again after a pause"
+    text = f"if none comes by {at}, it is sent again after a pause"
     return text, [{"code": "attempt_open", "until": at}], {"action": "back_off", "at": at}
 
 
 def _leased(situation: Situation, member: Member, ends: int) -> Parts:
-    """A pull transport has it: what the end of the lease will bring."""
+    """A heartbeat or relay holds the command: what happens at the end of the lease."""
     state, definition = situation.state, member.definition
     at = rfc3339(max(ends, situation.now))
     who = "a relay" if state.transport == "relay" else "the device, by its heartbeat,"
@@ -299,11 +302,11 @@ def _leased(situation: Situation, member: Member, ends: int) -> Parts:
     ]
     if state.expires_at is not None and state.expires_at <= ends:
         at = rfc3339(state.expires_at)
-        return f"{held}; its time is up at {at}, and it is given up then", reasons, _at("give_up", at)
+        return f"{held}; it expires at {at} and is given up then", reasons, _at("give_up", at)
     if not definition.repeatable:
         reasons.append({"code": "not_repeatable"})
         return f"{held}; it may be sent only once, and is given up then", reasons, _at("give_up", at)
-    text = f"{held}, and without an answer by then it is due again, by any way its type allows"
+    text = f"{held}; if no answer comes by then, it is due again, by any transport of its type"
     by_mqtt = "mqtt" in definition.transports and lanes.reachable(definition, situation.presence)
     return text, reasons, _at("hand_over" if by_mqtt else "hold", at)
 
@@ -313,7 +316,7 @@ def _at(action: str, at: str) -> Facts:
 
 
 def _between(situation: Situation, member: Member) -> Parts:
-    """No attempt is open: when the next one comes, or what it waits for."""
+    """No attempt is open: when the next one follows, or what it waits for."""
     state, definition = situation.state, member.definition
     due = max(member.flight.due_at, situation.now)
     given_up: Facts = {"action": "hand_over"}
@@ -328,13 +331,15 @@ def _between(situation: Situation, member: Member) -> Parts:
         fetched = " or fetches it" if len(definition.transports) > 1 else ""
         return f"{away}, and the next attempt follows when it is back{fetched}{end}", [facts], given_up
     if not lanes.has_time(state, due):
-        return f"no time is left for another attempt{end}", [{"code": "no_time"}], given_up
+        return f"it expires too soon for another attempt{end}", [{"code": "no_time"}], given_up
     if due > situation.now:
         at = rfc3339(due)
         reason = {"code": "backing_off", "until": at}
         return f"the next attempt follows at {at}", [reason], {"action": "hand_over", "at": at}
     if situation.link_up and not situation.slots_free:
-        text = "the next attempt follows as soon as the MQTT server has taken what is on its way to it"
+        text = (
+            "the next attempt follows when the MQTT server confirms earlier messages (all slots are in use)"
+        )
         return text, [{"code": "no_slot"}], {"action": "hand_over"}
     now = rfc3339(situation.now)
     return "the next attempt is due now", [], {"action": "hand_over", "at": now}
@@ -347,10 +352,10 @@ def _acknowledged(member: Member) -> Parts:
     text = f"The device has had it since {since}"
     if state.reopened:
         reason["late"] = True
-        text = f"It had been given up; then the device reported at {since} that it has it"
+        text = f"It had timed out; then the device reported at {since} that it has the command"
     if state.percent is not None:
         reason["percent"] = state.percent
-        text += f"; {state.percent:g} percent are done"
+        text += f"; {state.percent:g} percent is done"
     if state.note is not None:
         reason["note"] = state.note
         text += f" ({state.note})"
@@ -359,7 +364,7 @@ def _acknowledged(member: Member) -> Parts:
 
 
 def _stopped(situation: Situation, parts: Parts) -> Parts:
-    """What was handed over is not judged by time while answers to it cannot come in."""
+    """Adds that timers wait: a handed-over command is not given up while answers cannot come in."""
     (text, reasons, following), member = parts, situation.member
     if situation.halted:
         why, facts = f"Nothing is sent or given up now ({situation.halted}).", _halted(situation)

@@ -300,7 +300,7 @@ async def test_an_explanation_follows_a_command_to_its_end(broker: Broker) -> No
         while await codes(command_id) != ["executed", "contradiction"]:
             pass
     found = (await client.get(f"/v1/commands/{command_id}/explain")).json()
-    assert "But the device has also reported another end of it" in found["summary"]
+    assert "But the device has also reported a different outcome" in found["summary"]
 
 
 async def test_a_device_heard_before_the_start_is_offline_and_not_never_heard(tmp_path: Path) -> None:

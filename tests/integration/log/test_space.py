@@ -64,7 +64,7 @@ def test_compacting_is_refused_while_another_process_reads(data: Path) -> None:
     before = everything(data)
     with closing(transfer.opened(data)) as reader:
         log.head(reader)
-        with pytest.raises(InUse, match="somebody reads"):
+        with pytest.raises(InUse, match="another process reads"):
             compact(data)
         assert log.verify(reader).fault is None
     assert everything(data) == before

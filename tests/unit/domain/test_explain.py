@@ -160,9 +160,9 @@ def test_older_waiting_commands_are_counted_and_the_first_is_named() -> None:
     one = why(member(), member(id=EARLIER))
     two = why(member(), member(id=EARLIER), member(id=EARLIER + "b"))
 
-    assert one.summary == f"Not handed over yet: {EARLIER} (open), which is older, goes first."
+    assert one.summary == f"Not handed over yet: the older command {EARLIER} (open) goes first."
     assert one.reasons == [{"code": "behind", "command_id": EARLIER, "count": 1}]
-    assert f"2 older commands stand before it, beginning with {EARLIER} (open)" in two.summary
+    assert f"2 older commands go first, beginning with {EARLIER} (open)" in two.summary
     assert two.reasons[0]["count"] == 2
 
 
@@ -179,7 +179,7 @@ def test_younger_and_non_blocking_commands_are_no_reason() -> None:
 def test_a_shut_lane_gives_the_time_when_it_opens() -> None:
     found = why(member(carries_ids=False), shut_until=20_000)
 
-    text = f"until {at(20_000)} an answer without id could still mean the command before it"
+    text = f"until {at(20_000)} an answer without id could belong to the previous command"
     assert found.summary == f"Not handed over yet: {text}."
     assert found.reasons == [{"code": "lane_shut", "until": at(20_000)}]
     assert found.next == {"action": "hand_over", "at": at(20_000)}
@@ -196,7 +196,7 @@ def test_no_free_slot_is_a_reason_only_while_the_server_is_reachable() -> None:
     busy = why(member(first=created(ttl_ms=300_000)), slots_free=False)
 
     assert codes(busy) == ["no_slot"]
-    assert "as many messages as are allowed at once are on their way to the MQTT server" in busy.summary
+    assert "all send slots are in use until the MQTT server confirms earlier messages" in busy.summary
     assert busy.next == {"action": "hand_over"}
     assert codes(why(member(), slots_free=False, link_up=False)) == ["link_down"]
 
@@ -205,7 +205,7 @@ def test_in_its_last_second_a_command_can_only_expire() -> None:
     found = why(member(first=created(ttl_ms=300_000)), now=299_000)
 
     assert codes(found) == ["no_time"]
-    assert found.summary.startswith("Not handed over yet: too little of its life is left to hand it over.")
+    assert found.summary.startswith("Not handed over yet: it expires too soon to be handed over.")
     assert found.next == {"action": "expire", "at": at(300_000)}
 
 
@@ -215,7 +215,7 @@ def test_a_pull_only_command_waits_for_neither_link_nor_presence() -> None:
     found = why(subject, link_up=False, presence=Presence.OFFLINE, slots_free=False)
 
     assert codes(found) == ["pull_only"]
-    assert "waits to be fetched, by its device or a relay" in found.summary
+    assert "its device or a relay must fetch it" in found.summary
     assert found.next == {"action": "expire", "at": at(300_000)}
 
 
@@ -254,8 +254,8 @@ def test_an_open_attempt_gives_the_deadline_of_its_answer() -> None:
     found = why(member(*sent(), flight=in_the_air()))
 
     assert found.summary == (
-        f"Handed over once (attempt 1 of 5), last at {at(0)}; no answer of the device yet; "
-        f"without one by {at(10_000)} it is sent again after a pause."
+        f"Handed over once (attempt 1 of 5), last at {at(0)}; no answer from the device yet; "
+        f"if none comes by {at(10_000)}, it is sent again after a pause."
     )
     assert found.reasons == [
         {"code": "no_answer", "attempts": 1, "counted": 1, "max_attempts": 5, "last_at": at(0)},
@@ -267,7 +267,7 @@ def test_an_open_attempt_gives_the_deadline_of_its_answer() -> None:
 def test_attempts_that_do_not_count_are_shown_separately() -> None:
     found = why(member(*sent(3, counts=2), flight=in_the_air(voided=1)))
 
-    assert "Handed over 3 times (1 of these count, of at most 5)" in found.summary
+    assert "Handed over 3 times (1 of 5 counted attempts)" in found.summary
     assert (found.reasons[0]["attempts"], found.reasons[0]["counted"]) == (3, 1)
 
 
@@ -296,7 +296,7 @@ def test_an_attempt_ends_with_the_expiry_of_its_command() -> None:
     found = why(member(*sent(), first=created(ttl_ms=6_000), flight=in_the_air()))
 
     assert codes(found) == ["no_answer"]
-    assert f"its time is up at {at(6_000)}, and it is given up then." in found.summary
+    assert f"it expires at {at(6_000)} and is given up then." in found.summary
     assert found.next == {"action": "give_up", "at": at(6_000)}
 
 
@@ -310,7 +310,7 @@ def test_a_lease_is_the_answer_deadline_of_a_fetched_command() -> None:
     found = asked("relay")
     held = {"code": "leased", "transport": "relay", "by": "key:key_2", "until": at(60_000)}
     assert found.reasons[1:] == [held]
-    assert f"a relay (key:key_2) has it under a lease until {at(60_000)}, and without" in found.summary
+    assert f"a relay (key:key_2) has it under a lease until {at(60_000)}; if no answer" in found.summary
     assert found.next == {"action": "hold", "at": at(60_000)}
     assert asked("relay", "mqtt").next == {"action": "hold", "at": at(60_000)}
     online = asked("relay", "mqtt", presence=Presence.ONLINE)
@@ -382,7 +382,7 @@ def test_a_pause_longer_than_the_commands_life_ends_in_giving_up() -> None:
     found = why(member(*sent(), first=created(ttl_ms=15_000), flight=Flight(due_at=T + 14_500)))
 
     assert codes(found) == ["no_answer", "no_time"]
-    assert f"no time is left for another attempt, and at {at(15_000)} it is given up." in found.summary
+    assert f"it expires too soon for another attempt, and at {at(15_000)} it is given up." in found.summary
     assert found.next == {"action": "give_up", "at": at(15_000)}
 
 
@@ -420,7 +420,9 @@ def test_without_the_mqtt_server_no_handed_over_command_times_out(subject: Membe
 
 
 def test_a_one_way_command_waits_only_for_the_mqtt_server() -> None:
-    assert "no answer of the MQTT server yet" in why(member(*sent(), flight=in_the_air(), **ONE_WAY)).summary
+    assert (
+        "no answer from the MQTT server yet" in why(member(*sent(), flight=in_the_air(), **ONE_WAY)).summary
+    )
 
 
 # --- acknowledged
@@ -436,7 +438,7 @@ def test_a_running_command_shows_its_progress_and_its_deadline() -> None:
     )
     assert plain.reasons == [{"code": "running", "since": at(2_000)}]
     assert plain.next == {"action": "give_up", "at": at(62_000)}
-    assert far.summary.startswith(f"The device has had it since {at(2_000)}; 40 percent are done (heating).")
+    assert far.summary.startswith(f"The device has had it since {at(2_000)}; 40 percent is done (heating).")
     assert far.reasons[0] | {"percent": 40, "note": "heating"} == far.reasons[0]
     assert far.next == {"action": "give_up", "at": at(65_000)}
 
@@ -445,7 +447,7 @@ def test_a_command_reopened_by_a_late_answer_says_so() -> None:
     found = why(member(PUBLISHED, TimedOut(reason="no_answer"), (Acknowledged(late=True), 30_000)))
 
     assert found.state == "acknowledged"
-    assert found.summary.startswith(f"It had been given up; then the device reported at {at(30_000)} that it")
+    assert found.summary.startswith(f"It had timed out; then the device reported at {at(30_000)} that it")
     assert found.reasons[0]["late"] is True
 
 
@@ -464,25 +466,25 @@ GAVE_UP = TimedOut(reason="no_answer")
 NEVER = "it was never handed over"
 AT = at(1_000)
 ENDS: list[tuple[tuple[Event, ...], str, dict[str, Any]]] = [
-    ((PUBLISHED, DONE), f"The device did it, and said so at {AT}.", {"code": "executed"}),
+    ((PUBLISHED, DONE), f"The device reported at {AT} that it executed the command.", {"code": "executed"}),
     (
         (PUBLISHED, GAVE_UP, Executed(result=msgspec.Raw(b"1"), late=True)),
-        f"The device did it, and said so at {AT}, after it had been given up.",
+        f"The device reported at {AT} that it executed the command, after it had timed out.",
         {"code": "executed", "late": True},
     ),
     (
         (PUBLISHED, Executed(evidence="mqtt_puback")),
-        f"The MQTT server took it at {AT}; devices of this type say no more than that.",
+        f"The MQTT server accepted it at {AT}; devices of this type send no answers.",
         {"code": "executed", "one_way": True},
     ),
     (
         (PUBLISHED, Failed(error=JAMMED)),
-        f"It failed: it is jammed. The device said so at {AT}.",
+        f"It failed: it is jammed. The device reported this at {AT}.",
         {"code": "failed", "by": "device", "error": "jammed"},
     ),
     (
         (PUBLISHED, GAVE_UP, Failed(error=JAMMED, late=True)),
-        f"It failed: it is jammed. The device said so at {AT}, after it had been given up.",
+        f"It failed: it is jammed. The device reported this at {AT}, after it had timed out.",
         {"code": "failed", "by": "device", "error": "jammed", "late": True},
     ),
     (
@@ -492,10 +494,10 @@ ENDS: list[tuple[tuple[Event, ...], str, dict[str, Any]]] = [
     ),
     (
         (Failed(error=Error(code="unsendable", message="too large"), by="broker"),),
-        f"It failed: too large. Ordain found it at {AT}. It was never handed over.",
+        f"It failed: too large. Ordain detected this at {AT}. It was never handed over.",
         {"code": "failed", "by": "broker", "error": "unsendable"},
     ),
-    ((Expired(),), f"Its time ran out at {AT}; {NEVER}.", {"code": "expired"}),
+    ((Expired(),), f"It expired at {AT}; {NEVER}.", {"code": "expired"}),
     (
         (Cancelled(by="key:key_1"),),
         f"It was cancelled at {AT} by key:key_1; {NEVER}.",
@@ -535,9 +537,9 @@ def test_a_timeout_says_that_the_outcome_is_unknown(reason: Any) -> None:
     found = ended(PUBLISHED, Published(attempt=2), TimedOut(reason=reason))
 
     assert found.summary.startswith(
-        f"Given up at {AT} ({TIMED_OUT[reason]}) after it was handed over 2 times;"
+        f"It timed out at {AT} ({TIMED_OUT[reason]}) after it was handed over 2 times."
     )
-    assert "whether the device did it is not known" in found.summary
+    assert "It is not known whether the device executed it" in found.summary
     # Answers of a deleted device are ignored, so no late answer is announced.
     assert ("late answer" in found.summary) == (reason != "device_deleted")
     expected = {"code": "timed_out", "at": AT, "reason": reason, "attempts": 2, "by": None}
