@@ -7,7 +7,7 @@ broker depends on a metric. Times come from the broker's own clock, in whole mil
 from __future__ import annotations
 
 from collections import Counter as Counts
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, get_args
 
 from prometheus_client import (
@@ -20,7 +20,9 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from broker import __version__
 from broker.core import Core
@@ -194,6 +196,12 @@ class Metrics:
         gauge = Gauge("ordain_event_streams", "Event streams that are open", registry=self.registry)
         gauge.set_function(look)
 
+    def watch_listener(
+        self, figures: Mapping[str, tuple[str, Callable[[], float]]], refusals: Mapping[int, int]
+    ) -> None:
+        """What our own MQTT server counts. Names that end in `_total` only grow."""
+        self.registry.register(_Listener(figures, refusals))
+
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
@@ -259,6 +267,26 @@ class Metrics:
 
     def _observe(self, stage: str, ms: int) -> None:
         self._stages.labels(stage).observe(ms / 1_000)
+
+
+class _Listener(Collector):
+    """Looks at the listener's figures when asked."""
+
+    def __init__(
+        self, figures: Mapping[str, tuple[str, Callable[[], float]]], refusals: Mapping[int, int]
+    ) -> None:
+        self._figures = figures
+        self._refusals = refusals
+
+    def collect(self) -> Iterator[Metric]:
+        for name, (what, look) in self._figures.items():
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield kind(f"ordain_mqtt_{name}", what, value=look())
+        what = "Connections we refused or ended, by MQTT reason code"
+        ended = CounterMetricFamily("ordain_mqtt_ended_total", what, labels=["reason"])
+        for reason, count in sorted(self._refusals.items()):
+            ended.add_metric([f"0x{reason:02x}"], count)
+        yield ended
 
 
 def _open(live: Live) -> float:

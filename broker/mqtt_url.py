@@ -59,6 +59,44 @@ def parse_url(url: str) -> Address:
     )
 
 
+class Endpoint(NamedTuple):
+    """An address of our own MQTT server. As a text it is an URL, an IPv6 address in brackets."""
+
+    host: str
+    port: int
+    tls: bool = False
+
+    def __str__(self) -> str:
+        return f"{'mqtts' if self.tls else 'mqtt'}://{joined(self.host, self.port)}"
+
+
+def joined(host: str, port: int) -> str:
+    """HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """`HOST:PORT`, `mqtt://HOST:PORT` or `mqtts://HOST:PORT`; port 0 takes a free one.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    scheme, found, rest = text.rpartition("://")
+    host, colon, port = rest.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if (
+        (scheme not in ("mqtt", "mqtts") if found else scheme)
+        or not colon
+        or (":" in bare) is not (bare != host)
+        or not is_host(bare)
+        or not port.isascii()
+        or not port.isdecimal()
+        or int(port) > 65_535
+    ):
+        raise ValueError("must be mqtt://HOST:PORT, mqtts://HOST:PORT or HOST:PORT, such as 127.0.0.1:1883")
+    return Endpoint(bare, int(port), scheme == "mqtts")
+
+
 def is_host(host: str) -> bool:
     """True if the name is valid for DNS: each label has 1 to 63 bytes."""
     try:

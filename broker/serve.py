@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -25,20 +25,21 @@ from broker.demo import Demo
 from broker.http.app import create_app
 from broker.http.edge.protocol import Bounded
 from broker.http.edge.services import Services
-from broker.mqtt.door import mqtt_door
-from broker.mqtt.link import MqttLink
+from broker.mqtt.door import Door, mqtt_door
+from broker.mqtt.figures import figures
+from broker.mqtt.tls import Certificates
+from broker.mqtt.websocket import upgrades
+from broker.mqtt_url import joined
 from broker.private_socket import SOCKET, listen
 from broker.settings import BadSetting, Settings, address
 from broker.subscriptions.outbound import HttpOutbound
 from broker.type_files import load_types
 from broker.world import SqliteStorage, SystemClock, SystemEntropy
-from devices.types import DeviceType
 
 logger = structlog.get_logger()
 
 GRACE_SEC = 5  # time for open requests after a signal; the whole shutdown stays under 10 s
 BACKLOG = 2_048
-LINK_CLIENT_ID = "ordain"
 
 
 class _Server(uvicorn.Server):
@@ -66,10 +67,16 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    with _bound("http", settings.http) as listening:
+    certificates = _certificates(settings)
+    if certificates is not None:
+        loop.add_signal_handler(signal.SIGHUP, lambda: certificates.look(again=True))
+    with ExitStack() as sockets:
+        listening = [sockets.enter_context(_bound("http", settings.http))]
+        if settings.https:
+            listening.append(sockets.enter_context(_bound("https", settings.https)))
         storage = await SqliteStorage.open(Path(settings.data))
         try:
-            await _serve(settings, storage, listening, demo, say, stop)
+            await _serve(settings, storage, listening, certificates, demo, say, stop)
         finally:
             await storage.close()
     logger.info("broker.ended")
@@ -78,37 +85,28 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
 async def _serve(
     settings: Settings,
     storage: SqliteStorage,
-    listening: socket.socket,
+    listening: list[socket.socket],
+    certificates: Certificates | None,
     demo: bool,
     say: Callable[[str], None],
     stop: asyncio.Event,
 ) -> None:
     types = load_types(settings.types)
-    entropy = SystemEntropy()
     outbound = HttpOutbound(settings.webhook_allow)
-    core = Core(storage, SystemClock(), entropy, types, settings, outbound)
+    core = Core(storage, SystemClock(), SystemEntropy(), types, settings, outbound)
     embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
     await core.open(embedded=embedded)
     await refuse_replay(core)
     await remember_prefix(core)
     async with core.running("embedded" if embedded else "external") as group:
-        async with mqtt_door(settings, core, types, stop) as door:
-            link = MqttLink(
-                door.link_url,
-                client_id=LINK_CLIENT_ID,
-                subscriptions=_subscriptions(settings.prefix, types),
-                events=core.intake,
-                clean_session=door.embedded,
-                entropy=entropy,
-            )
-            core.attach(link)
-            group.create_task(link.run())
+        async with mqtt_door(settings, core, types, stop, certificates) as door:
             if not settings.mqtt_url:
-                settings = msgspec.structs.replace(
-                    settings, mqtt_listen=door.devices_url.removeprefix("mqtt://")
-                )
-            async with _http(services(core, settings), listening, Path(settings.data)):
-                base = "http://{}:{}".format(*listening.getsockname()[:2])
+                settings = msgspec.structs.replace(settings, mqtt_listen=door.devices_url)
+            parts = services(core, settings)
+            if door.listener is not None:
+                parts.metrics.watch_listener(figures(door.listener), door.listener.refusals)
+            async with _http(parts, listening, Path(settings.data), door, certificates):
+                base = f"http://{joined(*listening[0].getsockname()[:2])}"
                 logger.info("broker.serving", http=base, data=settings.data, log=core.log_id)
                 helpers = []
                 if demo:
@@ -121,23 +119,29 @@ async def _serve(
                 logger.info("broker.ending")
                 for helper in helpers:
                     helper.cancel()
-            await link.close()
     await outbound.aclose()
 
 
 @asynccontextmanager
-async def _http(parts: Services, listening: socket.socket, directory: Path) -> AsyncIterator[None]:
+async def _http(
+    parts: Services,
+    listening: list[socket.socket],
+    directory: Path,
+    door: Door,
+    certificates: Certificates | None,
+) -> AsyncIterator[None]:
     """Runs the public app on its address and the operator's app on the private socket.
 
     At the end, open requests may finish for up to GRACE_SEC.
     """
     private = listen(directory)
-    servers = [
-        _uvicorn(create_app(parts)),
-        _uvicorn(create_app(parts, local=True)),
-    ]
+    websockets = None if door.listener is None else upgrades(door.listener, parts.settings.cors_origins)
+    public = create_app(parts)
+    servers = [_uvicorn(create_app(parts, local=True)), _uvicorn(public, websockets)]
+    if len(listening) > 1 and certificates is not None:
+        servers.append(_uvicorn(public, websockets, certificates))
     async with asyncio.TaskGroup() as group:
-        for server, listener in zip(servers, (listening, private), strict=True):
+        for server, listener in zip(servers, (private, *listening), strict=True):
             group.create_task(server.serve(sockets=[listener]))
         try:
             yield
@@ -148,12 +152,16 @@ async def _http(parts: Services, listening: socket.socket, directory: Path) -> A
     (directory / SOCKET).unlink(missing_ok=True)
 
 
-def _uvicorn(app: ASGIApp) -> _Server:
+def _uvicorn(
+    app: ASGIApp,
+    websockets: Callable[..., asyncio.Protocol] | None = None,
+    certificates: Certificates | None = None,
+) -> _Server:
     config = uvicorn.Config(
         app,
         loop="none",
         http=Bounded,
-        ws="none",
+        ws="none" if websockets is None else websockets,  # type: ignore[arg-type] # it is only called
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -161,12 +169,19 @@ def _uvicorn(app: ASGIApp) -> _Server:
         server_header=False,
         timeout_graceful_shutdown=GRACE_SEC,
     )
+    config.load()
+    if certificates is not None:
+        config.ssl = certificates.for_http
     return _Server(config)
 
 
-def _subscriptions(prefix: str, types: dict[str, DeviceType]) -> list[str]:
-    suffixes = sorted({kind.answer_suffix for kind in types.values()} | {"status"})
-    return [f"{prefix}/dev/+/{suffix}" for suffix in suffixes]
+def _certificates(settings: Settings) -> Certificates | None:
+    if not settings.tls_certificate:
+        return None
+    try:
+        return Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    except OSError as error:  # of files, and of what is in them
+        raise BadSetting(f"tls_certificate = {settings.tls_certificate!r}: {error}") from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from broker.mqtt_url import is_host, parse_url
+from broker.mqtt_url import Endpoint, is_host, parse_endpoint, parse_url
 from devices.names import is_name
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -107,17 +107,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     data: str = "./data"
     http: str = "127.0.0.1:8080"
-    mqtt_listen: str = "127.0.0.1:1883"
+    https: str = ""
+    mqtt_listen: str | list[str] = "127.0.0.1:1883"
     mqtt_url: str = ""
     mqtt_server: Literal["embedded", "mosquitto"] = "embedded"
     mqtt_events: bool = True
     prefix: str = "iotee"
     issuer: str = "ordain"
     types: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    tls_client_identity: Literal["cn", "san"] = "cn"
+    trusted_proxies: list[str] = []
     cors_origins: list[str] = []
     webhook_allow: list[str] = []
     webhook_timeout_sec: Annotated[float, Meta(ge=1, le=60)] = 15
     limits: Limits = Limits()
+    mqtt_limits: MqttLimits = MqttLimits()
     projects: dict[str, ProjectLimits] = {}
 
 
@@ -151,8 +158,10 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
     values |= {key: environment[name] for key, name in ENVIRONMENT.items() if environment.get(name)}
     values |= {key: value for key, value in flags.items() if value is not None}
     settings = _converted(place, values)
-    for key in ("http", "mqtt_listen"):
-        address(key, getattr(settings, key))
+    for key in ("http", "https"):
+        if key == "http" or settings.https:
+            address(key, getattr(settings, key))
+    _check_tls(settings, listened(settings))
     if settings.mqtt_url:
         try:
             parse_url(settings.mqtt_url)
@@ -163,11 +172,15 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
             raise BadSetting(
                 f"cors_origins = {origin!r}: must be an origin, such as https://console.example.org"
             )
-    for text in settings.webhook_allow:
-        try:
-            ip_network(text)
-        except ValueError as error:
-            raise BadSetting(f"webhook_allow: {error}; must be networks, such as 10.0.0.0/8") from error
+    for key, networks in (
+        ("webhook_allow", settings.webhook_allow),
+        ("trusted_proxies", settings.trusted_proxies),
+    ):
+        for text in networks:
+            try:
+                ip_network(text)
+            except ValueError as error:
+                raise BadSetting(f"{key}: {error}; must be networks, such as 10.0.0.0/8") from error
     if not is_name(settings.prefix):
         raise BadSetting(f"prefix = {settings.prefix!r}: must be one topic level of letters, digits, _ and -")
     return settings
@@ -184,8 +197,10 @@ def _converted(place: str, values: dict[str, Any]) -> Settings:
             raise BadSetting(f"{where}projects.{name}: must be letters, digits, _ and -, at most 64")
         projects[name] = _table(where, f"projects.{name}", table, ProjectLimits)
     limits = _table(where, "limits", values.get("limits", {}), Limits)
-    rest = {key: value for key, value in values.items() if key not in ("projects", "limits")}
-    return msgspec.structs.replace(_table(where, "", rest, Settings), limits=limits, projects=projects)
+    mqtt_limits = _table(where, "mqtt_limits", values.get("mqtt_limits", {}), MqttLimits)
+    rest = {key: value for key, value in values.items() if key not in ("projects", "limits", "mqtt_limits")}
+    settings = _table(where, "", rest, Settings)
+    return msgspec.structs.replace(settings, limits=limits, mqtt_limits=mqtt_limits, projects=projects)
 
 
 def _table(where: str, name: str, table: Any, kind: type[T]) -> T:
@@ -204,6 +219,34 @@ def _table(where: str, name: str, table: Any, kind: type[T]) -> T:
         key = path.rstrip("`")
         shown = "" if key == "mqtt_url" else f" = {table[key]!r}"
     raise BadSetting(f"{where}{above}{key}{shown}: {right}")
+
+
+def listened(settings: Settings) -> list[Endpoint]:
+    """The addresses of our own MQTT server, from a list or a text with commas.
+
+    Raises:
+        BadSetting: one is not of the form, or there is none.
+    """
+    given = settings.mqtt_listen
+    texts = given.split(",") if isinstance(given, str) else given
+    found = []
+    for text in texts:
+        try:
+            found.append(parse_endpoint(text.strip()))
+        except ValueError as error:
+            raise BadSetting(f"mqtt_listen = {text!r}: {error}") from error
+    if not found:
+        raise BadSetting("mqtt_listen = []: at least one address is needed")
+    return found
+
+
+def _check_tls(settings: Settings, endpoints: list[Endpoint]) -> None:
+    wanted = [str(endpoint) for endpoint in endpoints if endpoint.tls]
+    wanted += [f"https = {settings.https!r}"] if settings.https else []
+    if wanted and not settings.tls_certificate:
+        raise BadSetting(f"{wanted[0]} needs tls_certificate, the path of a PEM file (and tls_key)")
+    if settings.mqtt_server == "mosquitto" and (len(endpoints) > 1 or endpoints[0].tls):
+        raise BadSetting("mqtt_listen: the Mosquitto child takes one address without TLS")
 
 
 def address(key: str, text: str) -> tuple[str, int]:

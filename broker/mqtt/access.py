@@ -1,4 +1,4 @@
-"""Who may do what on the embedded MQTT server: names, passwords, topics. Pure but for the checks it is given.
+"""Who may say and hear what on the listener: names, passwords, certificates, topics. Pure but for its checks.
 
 It only judges. Until it has said yes, nothing may happen to what belongs to the client id that was claimed.
 """
@@ -6,102 +6,146 @@ It only judges. Until it has said yes, nothing may happen to what belongs to the
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Awaitable, Callable, Collection
 from typing import NamedTuple
 
+from broker.mqtt.packets import Connect, Reason
 from devices.names import is_name
 
-CheckDevice = Callable[[str, str], Awaitable[bool]]
-# An API key -> whose events it may see, by hardware id; None: no such key.
-CheckService = Callable[[str], Awaitable[Callable[[str], bool] | None]]
-
-LINK_USER = "ordain"
 SERVICE_USER = "service"
+# One text, so that it cannot be told apart what is wrong.
+NOT_LET_IN = "unknown user or wrong password"
+LONGEST_SHOWN = 64
 
 
-class Claim(NamedTuple):
-    """What a client says of itself. `will_topic` is None if it leaves no will."""
+class Scope(NamedTuple):
+    """What a service may see: one project, or with None all. `valid` says whether its key still works."""
 
-    client_id: str
-    user: str
-    password: str
-    will_topic: str | None
+    project: str | None
+    valid: Callable[[], bool]
+
+
+# (hardware id, token; None: a client certificate has shown who it is) -> may it come in?
+CheckDevice = Callable[[str, str | None], Awaitable[bool]]
+# An API key -> what it may see; None: no such key, or not for events.
+CheckService = Callable[[str], Awaitable[Scope | None]]
 
 
 class Peer(NamedTuple):
-    """Who is at the other end, and what they may do. `name` is their place among the sessions.
+    """Who is at the other end, and what they may do. `name` is their place among the connections.
 
-    A device's is its hardware id; the others' hold a colon, which no hardware id can, so that no
-    client id of theirs takes over a device.
+    A device's is its hardware id. A service's holds a colon, which no hardware id can.
+    `commands`: the topics a device may hear; `answers`: those it may say something on.
     """
 
     name: str
-    kind: str
-    subscribe: Callable[[str], bool]
-    publish: Callable[[str], bool]
-    receive: Callable[[str], bool]
+    commands: frozenset[str] = frozenset()
+    answers: frozenset[str] = frozenset()
+    scope: Scope | None = None
+
+
+class Refused(NamedTuple):
+    """Why somebody is not let in: an MQTT 5 reason code and a text for whoever builds the device."""
+
+    reason: int
+    text: str
 
 
 class Access(NamedTuple):
     """The rules, for one prefix. `check_service` None: no services."""
 
     prefix: str
-    link_password: str
     check_device: CheckDevice
     check_service: CheckService | None = None
     command_suffixes: Collection[str] = ("rls", "rbt")
     answer_suffixes: Collection[str] = ("ack",)
     status: str = "status"
 
-    async def admit(self, claim: Claim) -> Peer | None:
-        """Who this is, or None if they are not who they say."""
-        if claim.user == LINK_USER:
-            return self._admit_link(claim)
-        if claim.user == SERVICE_USER:
-            return await self._admit_service(claim)
-        return await self._admit_device(claim)
+    async def judge(self, connect: Connect, certified: str | None, number: int) -> Peer | Refused:
+        """Who this is, or why they are not let in. `certified`: whom a client certificate names.
+
+        `number` makes a name for a service that has none. What is refused before the password is looked at
+        depends on nothing but the CONNECT itself, so that it tells strangers nothing.
+        """
+        if connect.user == SERVICE_USER and certified is None:
+            return await self._service(connect, number)
+        return await self._device(connect, certified)
 
     def topics(self, hardware_id: str, suffixes: Collection[str]) -> frozenset[str]:
         return frozenset(f"{self.prefix}/dev/{hardware_id}/{suffix}" for suffix in suffixes)
 
-    def _admit_link(self, claim: Claim) -> Peer | None:
-        if not hmac.compare_digest(claim.password.encode(), self.link_password.encode()):
-            return None
-        start = f"{self.prefix}/"
+    @property
+    def events(self) -> str:
+        """What the topics of events begin with."""
+        return f"{self.prefix}/evt/"
 
-        def ours(topic: str) -> bool:
-            return topic.startswith(start)
-
-        return Peer(f"{LINK_USER}:{claim.client_id}", LINK_USER, ours, ours, ours)
-
-    async def _admit_service(self, claim: Claim) -> Peer | None:
-        sees = None if self.check_service is None else await self.check_service(claim.password)
-        if sees is None or claim.will_topic is not None:
-            return None
-        start = f"{self.prefix}/evt/"
-
-        def events(topic: str) -> bool:
-            return topic.startswith(start)
-
-        def own_events(topic: str) -> bool:
-            return events(topic) and sees(topic[len(start) :].split("/")[0])
-
+    async def _service(self, connect: Connect, number: int) -> Peer | Refused:
+        password = _text(connect.password)
+        if password is None or self.check_service is None:
+            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN)
+        scope = await self.check_service(password)
+        if scope is None:
+            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN)
         # By its key as well, so that no project's service takes over another's.
-        key = hashlib.sha256(claim.password.encode()).hexdigest()[:16]
-        name = f"{SERVICE_USER}:{key}:{claim.client_id}"
-        return Peer(name, SERVICE_USER, events, lambda _: False, own_events)
+        key = hashlib.sha256(password.encode()).hexdigest()[:16]
+        client_id = connect.client_id or f"{SERVICE_USER}-{number}"
+        return Peer(f"{SERVICE_USER}:{key}:{client_id}", scope=scope)
 
-    async def _admit_device(self, claim: Claim) -> Peer | None:
-        hardware_id = claim.user
-        status = self.topics(hardware_id, [self.status])
-        # amqtt sends a will without asking anybody: it would reach another device's command topic.
-        foreign_will = claim.will_topic is not None and claim.will_topic not in status
-        if claim.client_id != hardware_id or not is_name(hardware_id) or foreign_will:
-            return None
-        if not await self.check_device(hardware_id, claim.password):
-            return None
-        commands = self.topics(hardware_id, self.command_suffixes)
-        answers = self.topics(hardware_id, self.answer_suffixes) | status
-        subscribe = commands.__contains__
-        return Peer(hardware_id, "device", subscribe, answers.__contains__, subscribe)
+    async def _device(self, connect: Connect, certified: str | None) -> Peer | Refused:
+        user = connect.user if connect.user is not None else certified
+        if certified is not None and user != certified:
+            return Refused(Reason.NOT_AUTHORIZED, "the user name is not the one in the client certificate")
+        if user is None or (connect.password is None and certified is None):
+            return Refused(Reason.NOT_AUTHORIZED, "user name and password are needed")
+        if connect.client_id != user:
+            return Refused(
+                Reason.WRONG_CLIENT_ID, "client id and user name must both be the device's hardware id"
+            )
+        status = self.topics(user, [self.status])
+        if connect.will is not None and connect.will.topic not in status:
+            return Refused(Reason.BAD_TOPIC, "the will may be on the device's own status topic only")
+        token = _text(connect.password)
+        if connect.password is not None and token is None:
+            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN)
+        if not is_name(user) or not await self.check_device(user, token):
+            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN)
+        commands = self.topics(user, self.command_suffixes)
+        return Peer(user, commands, self.topics(user, self.answer_suffixes) | status)
+
+
+def _text(password: bytes | None) -> str | None:
+    """A password as a text; None if it is none. A NUL would be cut off by what compares in C."""
+    if password is None or b"\0" in password:
+        return None
+    try:
+        return password.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def fits(topic_filter: str, topic: str) -> bool:
+    """Does a filter cover a topic? Source: MQTT 5.0, section 4.7. No topic here begins with $."""
+    if topic_filter == topic:
+        return True
+    wanted, found = topic_filter.split("/"), topic.split("/")
+    for index, level in enumerate(wanted):
+        if level == "#":
+            return True
+        if index >= len(found) or level not in ("+", found[index]):
+            return False
+    return len(wanted) == len(found)
+
+
+def is_filter(text: str) -> bool:
+    """Wildcards stand alone in their level, and # only at the end."""
+    levels = text.split("/")
+    return text != "" and all(
+        level == "+" or (level == "#" and index == len(levels) - 1) or not {"+", "#"} & set(level)
+        for index, level in enumerate(levels)
+    )
+
+
+def shown(name: object) -> str:
+    """A name that a stranger chose, for a log line: short, and without anything that could forge one."""
+    text = str(name)
+    return ascii(text[:LONGEST_SHOWN])[1:-1] + ("…" if len(text) > LONGEST_SHOWN else "")

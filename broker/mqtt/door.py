@@ -6,91 +6,160 @@ Whoever serves opens one door and learns how to reach it; what differs behind it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+import structlog
 
 from broker.core import Core
 from broker.domain.fleet import DeviceState
 from broker.engine.ids import new_secret, token_digest
-from broker.mqtt.access import Access
+from broker.mqtt.access import Access, Scope
+from broker.mqtt.client.link import MqttLink
+from broker.mqtt.listener import Listener
 from broker.mqtt.mosquitto import LINK_USER, Mosquitto
-from broker.mqtt.server import EmbeddedServer
-from broker.settings import BadSetting, Settings, address
+from broker.mqtt.services import Services
+from broker.mqtt.sockets import Sockets
+from broker.mqtt.tls import Certificates
+from broker.mqtt_url import Endpoint
+from broker.seams import Link
+from broker.settings import BadSetting, Settings, listened
 from devices.types import DeviceType
 from projections import devices as devices_view
 
+logger = structlog.get_logger()
+
+LINK_CLIENT_ID = "ordain"
+STATUS = "status"
 EVERY = 1_000_000_000
 
 
 class Door(NamedTuple):
-    """`link_url` holds a password; `embedded`: presence is the connection, and sessions are clean."""
+    """What devices connect to: `devices_url` says where. `listener` is there where it is our own."""
 
-    link_url: str
+    link: Link
     devices_url: str
-    embedded: bool
+    listener: Listener | None = None
 
 
 @asynccontextmanager
 async def mqtt_door(
-    settings: Settings, core: Core, types: dict[str, DeviceType], stop: asyncio.Event
+    settings: Settings,
+    core: Core,
+    types: dict[str, DeviceType],
+    stop: asyncio.Event,
+    certificates: Certificates | None,
 ) -> AsyncIterator[Door]:
-    """The MQTT server of these settings, for as long as it is needed. After `stop` it is not waited for.
+    """The MQTT server of these settings, and the core's link to it, for as long as it is needed.
+
+    After `stop` it is not waited for.
 
     Raises:
         BadSetting: it cannot listen, or Mosquitto is not there.
     """
     if settings.mqtt_url:
-        yield Door(settings.mqtt_url, settings.mqtt_url, embedded=False)
+        async with _linked(settings, core, types, settings.mqtt_url) as link:
+            yield Door(link, settings.mqtt_url)
     elif settings.mqtt_server == "mosquitto":
         async with _mosquitto(settings, core, types, stop) as door:
             yield door
     else:
-        async with _embedded(settings, core, types) as door:
+        async with _listening(settings, core, types, certificates) as door:
             yield door
 
 
 @asynccontextmanager
-async def _embedded(settings: Settings, core: Core, types: dict[str, DeviceType]) -> AsyncIterator[Door]:
-    async def check_device(hardware_id: str, token: str) -> bool:
-        device = await core.registry.authenticate(hardware_id, token)
-        return device is not None and device.hardware_id == hardware_id
+async def _linked(
+    settings: Settings, core: Core, types: dict[str, DeviceType], url: str
+) -> AsyncIterator[MqttLink]:
+    link = MqttLink(
+        url,
+        client_id=LINK_CLIENT_ID,
+        subscriptions=[f"{settings.prefix}/dev/+/{suffix}" for suffix in sorted(_answer_suffixes(types))],
+        events=core.intake,
+        clean_session=False,
+        entropy=core.writer.entropy,
+    )
+    core.attach(link)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(link.run())
+        try:
+            yield link
+        finally:
+            await link.close()
 
-    async def check_service(secret: str) -> Callable[[str], bool] | None:
-        def sees(hardware_id: str) -> bool:
-            caller = core.keys.caller(secret)  # each time: a key may be revoked
-            project = core.mqtt_events.projects.get(hardware_id)
-            return caller is not None and project is not None and caller.sees(project)
 
-        caller = core.keys.caller(secret)
-        return sees if caller is not None and "events:read" in caller.scopes else None
-
-    host, port = address("mqtt_listen", settings.mqtt_listen)
+@asynccontextmanager
+async def _listening(
+    settings: Settings, core: Core, types: dict[str, DeviceType], certificates: Certificates | None
+) -> AsyncIterator[Door]:
+    bounds = settings.mqtt_limits
     access = Access(
         prefix=settings.prefix,
-        link_password=new_secret("", core.writer.entropy),
-        check_device=check_device,
-        check_service=check_service,
+        check_device=partial(_check_device, core),
+        check_service=partial(_check_service, core) if settings.mqtt_events else None,
         command_suffixes=_command_suffixes(types),
-        answer_suffixes={kind.answer_suffix for kind in types.values()},
+        answer_suffixes=_answer_suffixes(types) - {STATUS},
     )
-    server = EmbeddedServer(host=host, port=port, access=access, presence=core.intake)
-    try:
-        await server.start()
-    except OSError as error:
-        raise BadSetting(f"mqtt_listen = {settings.mqtt_listen!r}: {error}") from error
+    heard = Services(
+        core.feed,
+        access.events,
+        lambda: core.log_id,
+        core.mqtt_events.projects.get,
+        stalled_sec=bounds.stalled_sec,
+        filters=bounds.filters,
+    )
+    listener = Listener(access, core.intake, heard, bounds)
+    sockets = Sockets(
+        listener,
+        listened(settings),
+        certificates=certificates,
+        identity_field=settings.tls_client_identity,
+        trusted_proxies=settings.trusted_proxies,
+    )
 
     def entitled(device: DeviceState) -> None:
-        if device.version > 1:
-            server.disconnect(device.hardware_id)
+        if device.deleted_at is not None:
+            listener.disconnect(device.hardware_id, "the device was deleted")
+        elif device.version > 1:
+            listener.disconnect(device.hardware_id)
 
+    core.attach(listener)
     core.registry.entitled = entitled
-    core.mqtt_events.wanted = server.serves
+    core.mqtt_events.wanted = lambda: False  # services hear each from their own place in the log
+    listener.start()
     try:
-        yield Door(server.url, f"mqtt://{server.host}:{server.port}", embedded=True)
+        await sockets.open()
+        for endpoint in sockets.endpoints:
+            logger.info("mqtt.listening", address=str(endpoint))
+        yield Door(listener, str(sockets.endpoints[0]), listener)
+    except OSError as error:
+        raise BadSetting(f"mqtt_listen: {error.strerror or error}") from error
     finally:
-        await server.close()
+        await sockets.close()
+        await listener.close()
+
+
+async def _check_device(core: Core, hardware_id: str, token: str | None) -> bool:
+    """By its token, or, where a client certificate has shown who it is, only that it is there."""
+    if token is not None:
+        device = await core.registry.authenticate(hardware_id, token)
+    else:
+        await core.live.bring(core.storage, [hardware_id])
+        device = core.live.device(hardware_id)
+    return device is not None and device.hardware_id == hardware_id and device.deleted_at is None
+
+
+async def _check_service(core: Core, secret: str) -> Scope | None:
+    def valid() -> bool:
+        caller = core.keys.caller(secret)  # each time: a key may be revoked
+        return caller is not None and "events:read" in caller.scopes
+
+    caller = core.keys.caller(secret)
+    return Scope(caller.project, valid) if caller is not None and valid() else None
 
 
 @asynccontextmanager
@@ -98,7 +167,7 @@ async def _mosquitto(
     settings: Settings, core: Core, types: dict[str, DeviceType], stop: asyncio.Event
 ) -> AsyncIterator[Door]:
     entropy = core.writer.entropy
-    host, port = address("mqtt_listen", settings.mqtt_listen)
+    host, port, _ = listened(settings)[0]
     password = new_secret("", entropy)
     child = Mosquitto(
         Path(settings.data) / "mosquitto",
@@ -119,7 +188,8 @@ async def _mosquitto(
         for fact in facts:
             fact.cancel()
         link_url = f"mqtt://{LINK_USER}:{password}@127.0.0.1:{child.link_port}?v=5"
-        yield Door(link_url, f"mqtt://{child.host}:{child.port}", embedded=False)
+        async with _linked(settings, core, types, link_url) as link:
+            yield Door(link, str(Endpoint(child.host, child.port)))
         running.cancel()
 
 
@@ -127,9 +197,13 @@ def _command_suffixes(types: dict[str, DeviceType]) -> frozenset[str]:
     return frozenset[str]().union(*(kind.command_suffixes for kind in types.values()))
 
 
+def _answer_suffixes(types: dict[str, DeviceType]) -> set[str]:
+    return {kind.answer_suffix for kind in types.values()} | {STATUS}
+
+
 def _acl(prefix: str, types: dict[str, DeviceType]) -> str:
-    """Each device its own topics only, as the embedded server has it. Form: mosquitto.conf(5)."""
-    written = sorted({kind.answer_suffix for kind in types.values()} | {"status"})
+    """Each device its own topics only, as our own listener has it. Form: mosquitto.conf(5)."""
+    written = sorted(_answer_suffixes(types))
     lines = [f"user {LINK_USER}", f"topic readwrite {prefix}/#"]
     lines += [f"pattern read {prefix}/dev/%u/{suffix}" for suffix in sorted(_command_suffixes(types))]
     lines += [f"pattern write {prefix}/dev/%u/{suffix}" for suffix in written]

@@ -229,13 +229,16 @@ class Session:
             self._answer(p.PUBACK if qos == 1 else p.PUBREC, first, *answer)
 
     def granted(self, packet_id: int, reasons: list[int]) -> None:
+        """Answers a SUBSCRIBE."""
         if self.version != 5:
             reasons = [min(reason, 0x80) for reason in reasons]
-        self._say(p.Granted(p.SUBACK, packet_id, reasons))
+        if self.state == "open":
+            self._say(p.Granted(p.SUBACK, packet_id, reasons))
 
     def released(self, packet_id: int, reasons: list[int]) -> None:
         """Answers an UNSUBSCRIBE."""
-        self._say(p.Granted(p.UNSUBACK, packet_id, reasons if self.version == 5 else []))
+        if self.state == "open":
+            self._say(p.Granted(p.UNSUBACK, packet_id, reasons if self.version == 5 else []))
 
     # --- inside ---
 

@@ -26,7 +26,6 @@ from projections import follower
 
 CANARY_PROJECT = "ordain-canary"
 CANARIES = ("ordain-canary-thief", "ordain-canary-victim")
-MANY_EMBEDDED = 500
 FULL_BYTES, TIGHT_BYTES = 100 << 20, 1 << 30
 CLOCK_FAULT_MS = 5_000
 OPEN = ("pending", "published", "acknowledged")
@@ -111,9 +110,6 @@ async def broker(client: httpx2.AsyncClient, serving: bool) -> list[Finding]:
         if not reasons:
             found.append(Finding("ok", "broker", "it serves and is ready"))
     system = await call(client, "GET", "/v1/system")
-    if system["mqtt"]["kind"] == "embedded" and system["devices"]["known"] > MANY_EMBEDDED:
-        says = f"{system['devices']['known']} devices on the embedded MQTT server"
-        found.append(Finding("warning", "devices", says, "ordain serve --mqtt-server mosquitto"))
     broken = await call(client, "GET", "/v1/unmatched?reason=promise_broken&limit=1")
     if broken["data"]:
         says = "a device answered a command that expired or was cancelled before it was sent"

@@ -165,8 +165,8 @@ class Broker:
         run = self.launch(*more)
         serving = run.err.wait("event=broker.serving")
         self.url = serving.split("http=")[1].split()[0]
-        if "event=mqtt.embedded_up" in run.err.so_far():
-            self.mqtt_port = int(run.err.wait("event=mqtt.embedded_up").split("port=")[1].split()[0])
+        if "event=mqtt.listening" in run.err.so_far():
+            self.mqtt_port = int(run.err.wait("event=mqtt.listening").split()[-1].rpartition(":")[2])
         return self
 
     @property

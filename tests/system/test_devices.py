@@ -6,7 +6,7 @@ import json
 import time
 from datetime import datetime
 
-from broker.mqtt.link import BACKOFF_SEC
+from broker.mqtt.client.link import BACKOFF_SEC
 from tests.conftest import Mosquitto
 from tests.system.conftest import NewBroker
 from tests.system.support import Broker, Device, executed, made, until

@@ -48,8 +48,9 @@ SEAMS = (
     "broker/private_socket",
     "broker/client",
     "broker/cli",
-    "broker/mqtt/link",
-    "broker/mqtt/server",
+    "broker/mqtt/client/link",
+    "broker/mqtt/sockets",
+    "broker/mqtt/tls",
     "broker/mqtt/mosquitto",
     "broker/subscriptions/outbound",
     "devices/agent",
@@ -102,9 +103,9 @@ MUST_NOT_IMPORT = {
 }
 # An imported module -> the only rooms and modules of `broker/` and `projections/` that may.
 IMPORTED_ONLY_BY = {
-    "aiomqtt": {"broker/mqtt/link"},
-    "paho": {"broker/mqtt/link"},
-    "amqtt": {"broker/mqtt"},
+    "aiomqtt": {"broker/mqtt/client/link"},
+    "paho": {"broker/mqtt/client/link"},
+    "amqtt": set(),
     "broker.world": {"broker/serve", "broker/control", "broker/cli", "broker/operations"},
     "broker.mqtt": {"broker/mqtt", "broker/serve"},
     "broker.subscriptions.outbound": {"broker/serve", "broker/cli"},

@@ -20,7 +20,7 @@ from broker.http.v1.views import Time
 from broker.log import sqlite as log
 from broker.mqtt_url import parse_url
 from broker.seams import Sql
-from broker.settings import Settings
+from broker.settings import Settings, listened
 from devices.clock import rfc3339
 
 
@@ -135,7 +135,7 @@ def _find(sql: Sql, project: str | None, online: set[str]) -> _Found:
 def shown_url(settings: Settings) -> str:
     if settings.mqtt_url:
         return parse_url(settings.mqtt_url).shown
-    return f"mqtt://{settings.mqtt_listen}"
+    return str(listened(settings)[0])
 
 
 routes = Router("/v1", route_handlers=[read_system], before_request=authorize, tags=["System"])

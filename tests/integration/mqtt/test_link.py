@@ -26,7 +26,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from structlog.testing import capture_logs
 
-from broker.mqtt.link import MqttLink
+from broker.mqtt.client.link import MqttLink
 from broker.mqtt_url import parse_url
 from broker.seams import Message, Outgoing, Receipt
 from tests.conftest import MINIMAL, Mosquitto, program, unused_port
@@ -304,7 +304,7 @@ async def test_receipts_are_unknown_when_the_server_dies_and_the_link_reconnects
 async def test_a_receipt_that_never_comes_becomes_unknown_after_a_time_limit(
     mosquitto: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.mqtt.receipts.RECEIPT_WITHIN_SEC", 0.05)
+    monkeypatch.setattr("broker.mqtt.client.receipts.RECEIPT_WITHIN_SEC", 0.05)
     owner = Owner()
     async with linked(mosquitto.url, owner) as link:
         await owner.until(lambda: link.up)

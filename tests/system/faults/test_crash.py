@@ -131,7 +131,7 @@ MOMENTS = {
     "the lock is there": _exists("ordain.lock"),
     "the database is there": _exists("ordain.db"),
     "its journal is there": _exists("ordain.db-wal"),
-    "the MQTT server is up": _said("mqtt.embedded_up"),
+    "the MQTT server is up": _said("mqtt.listening"),
     "the socket is there": _exists("ordain.sock"),
     "it serves": _said("broker.serving"),
 }

@@ -170,7 +170,7 @@ def test_a_service_on_the_embedded_server_sees_its_own_project_until_its_key_is_
     assert topic == f"iotee/evt/lamp/{command_id}"
     assert (event["type"], event["subject"]) == ("ordain.command.created.v1", command_id)
     assert on_the_bus(port, "-u", "service", "-P", "sk_live_wrong").wait() != 0
-    broker.run.err.wait("event=mqtt.embedded_denied")
+    broker.run.err.wait("event=mqtt.denied")
     ids = [line.split()[0] for line in broker.ordain("keys", "list").stdout.splitlines() if "key_" in line]
     assert broker.ordain("keys", "revoke", ids[1]).returncode == 0  # the first key is the test's own
     broker.create("lamp")

@@ -16,7 +16,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from broker.mqtt.link_packets import (
+from broker.mqtt.client.packets import (
     LONGEST,
     PUBACK,
     PUBLISH,

@@ -23,7 +23,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from broker.mqtt.link_packets import (
+from broker.mqtt.client.packets import (
     PUBACK,
     PUBLISH,
     Splitter,
@@ -33,8 +33,8 @@ from broker.mqtt.link_packets import (
     read_publish,
     whole,
 )
-from broker.mqtt.receipts import Receipts
-from broker.mqtt.wire import Wire
+from broker.mqtt.client.receipts import Receipts
+from broker.mqtt.client.wire import Wire
 from broker.mqtt_url import Version, parse_url
 from broker.seams import Entropy, LinkEvents, Message, Outgoing, Receipt
 

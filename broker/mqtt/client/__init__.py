@@ -1,0 +1,1 @@
+"""The client of any other MQTT server: our link to it."""

@@ -1,0 +1,395 @@
+"""Devices connect here: who is connected, what reaches whom, and when what they say is acknowledged.
+
+It is a `Link` without a server behind it: what it sends goes straight to the device, and a device's PUBACK
+means that what it said is durable. Nothing is kept for anybody who is away. It must never acknowledge
+what it was not told to, nor touch what belongs to a client id before the password is right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from broker.mqtt import packets as p
+from broker.mqtt.access import Access, Peer, Refused, shown
+from broker.mqtt.admission import Admission
+from broker.mqtt.crowd import Crowd, Had
+from broker.mqtt.often import Often
+from broker.mqtt.packets import Publish, Reason
+from broker.mqtt.routes import Routes, message_of
+from broker.mqtt.services import Services
+from broker.mqtt.session import Closed, Effect, Taken
+from broker.mqtt.shell import Connection
+from broker.seams import LinkEvents, Message, Outgoing, Presence, Receipt
+from broker.settings import MqttLimits
+
+logger = structlog.get_logger()
+
+Done = Callable[[Receipt], None]
+
+
+class Events(LinkEvents, Presence, Protocol):
+    """Whom the listener tells: messages, and which devices are there."""
+
+
+class Listener:
+    """`counts` are figures for metrics, by name. `unacknowledged`: bytes of messages without our PUBACK."""
+
+    up = False
+    direct = True
+
+    def __init__(self, access: Access, events: Events, services: Services, bounds: MqttLimits) -> None:
+        self.bounds = bounds
+        self.counts: Counter[str] = Counter()
+        self.refusals: Counter[int] = Counter()  # by reason code
+        self.unacknowledged = 0
+        self._events = events
+        self.services = services
+        self._loop = asyncio.get_running_loop()
+        self._often = Often(self._loop.time)
+        self.crowd = Crowd(bounds)
+        self._had = Had()
+        self.peers: dict[str, Connection] = {}
+        self._routes = Routes()
+        self.admission = Admission(access, bounds)
+        self._held: dict[Connection, None] = {}
+        self._arrivals = 0
+        self._sweeping: asyncio.TimerHandle | None = None
+
+    # --- what its owner does with it ---
+
+    @property
+    def connected(self) -> int:
+        """How many devices are connected."""
+        return sum(":" not in name for name in self.peers)
+
+    @property
+    def connections(self) -> int:
+        return len(self.crowd.all)
+
+    def connection(self, address: str | None = None, certified: str | None = None) -> Connection:
+        """The protocol of a new connection; give it a transport."""
+        return Connection(self, self.bounds, address=address, certified=certified)
+
+    def start(self) -> None:
+        self.up = True
+        self._sweep()
+        self._events.link_up()
+
+    async def close(self) -> None:
+        """Says goodbye to everybody. From here on nobody is told of anything."""
+        self.up = False
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        await self.admission.close()
+        await self.services.close()
+        for connection in list(self.crowd.all):
+            connection.session.close(Reason.SHUTTING_DOWN, "the server is shutting down")
+            connection.flush()
+        deadline = self._loop.time() + self.bounds.close_within_sec
+        while self.crowd.all and self._loop.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for connection in list(self.crowd.all):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # the aborted ones are told in the next turn
+
+    def disconnect(self, hardware_id: str, why: str = "its token is not valid any more") -> None:
+        """Ends a device's connection, and any on its way in whose token may have been checked before."""
+        self.admission.bar(hardware_id)
+        connection_of = self.peers.get(hardware_id)
+        if connection_of is not None:
+            self._end(connection_of, Reason.ADMINISTRATIVE, why)
+
+    # --- the link ---
+
+    def listens(self, topic: str) -> bool:
+        """Is the device there for what is sent to this topic?"""
+        return topic in self._routes
+
+    def publish(self, outgoing: Outgoing, done: Done) -> bool:
+        if not self.up:
+            return False
+        topic = outgoing.topic
+        connection = self._routes.get(topic)
+        if connection is None or connection.session.state != "open":
+            heard = self.services.pass_on(outgoing)
+            self._loop.call_soon(done, Receipt(written=heard, reason=0 if heard else Reason.NO_SUBSCRIBER))
+            return True
+        message = message_of(outgoing, connection.routes[topic])
+        now = self._loop.time()
+        expires_at = None if outgoing.expiry_sec is None else now + outgoing.expiry_sec
+        outcome = connection.session.publish(message, done, now, expires_at)
+        if outcome == "too large":
+            self._loop.call_soon(done, Receipt(written=False, reason=Reason.TOO_LARGE))
+        elif outcome == "full":
+            self._loop.call_soon(done, Receipt(written=False, reason=Reason.QUOTA))
+        else:
+            self.counts["sent"] += 1
+            if not message.qos:
+                self._loop.call_soon(done, Receipt(written=True, reason=None))
+            connection.flush()
+        return True
+
+    def puback(self, message: Message, reason: int = Reason.SUCCESS, text: str = "") -> None:
+        if message.token is None:
+            return
+        connection, packet_id, size = message.token
+        self.unacknowledged -= size
+        if packet_id:
+            connection.session.acknowledge(packet_id, reason, text)
+            if connection.session.paused:
+                connection.work()
+            else:
+                connection.flush()
+        else:
+            connection.waiting_0 -= 1
+        if self._held and self.unacknowledged < self.bounds.unacknowledged_bytes // 2:
+            held, self._held = list(self._held), {}
+            for each in held:
+                each.held = False
+                self._loop.call_soon(each.work)
+
+    # --- what the connections tell ---
+
+    def came(self, connection: Connection) -> bool:
+        if self.crowd.add(connection) and self.up:
+            return True
+        self.counts["turned_away"] += 1
+        self._log("mqtt.turned_away", address=connection.address, connections=self.connections)
+        return False
+
+    def gone(self, connection: Connection) -> None:
+        self.crowd.drop(connection)
+        self._held.pop(connection, None)
+
+    def slowed(self) -> None:
+        self.counts["slowed"] += 1
+
+    def tell(self, connection: Connection, effect: Effect) -> None:
+        if isinstance(effect, Publish):
+            self._said(connection, effect)
+        elif isinstance(effect, Taken):
+            self._taken(connection, effect)
+        elif isinstance(effect, p.Subscribe):
+            connection.session.granted(effect.packet_id, self._subscribe(connection, effect))
+        elif isinstance(effect, p.Unsubscribe):
+            connection.session.released(effect.packet_id, self._unsubscribe(connection, effect))
+        elif isinstance(effect, p.Connect):
+            self._arrivals += 1
+            connection.arrival = self._arrivals
+            self.admission.begin(connection, effect, self.peers, self._judged)
+        else:
+            self._closed(connection, effect)
+
+    # --- coming in ---
+
+    def _judged(self, connection: Connection, connect: p.Connect, verdict: Peer | Refused) -> None:
+        if connection.session.state != "judged":
+            return
+        if connection.barred:
+            verdict = Refused(Reason.ADMINISTRATIVE, "its token is not valid any more")
+        if isinstance(verdict, Refused):
+            self._refuse(connection, connect, verdict)
+        else:
+            self._let_in(connection, connect, verdict)
+
+    def _refuse(self, connection: Connection, connect: p.Connect, verdict: Refused) -> None:
+        self._log(
+            "mqtt.refused",
+            why=verdict.text,
+            reason=f"0x{verdict.reason:02x}",
+            client_id=shown(connect.client_id),
+            user=shown(connect.user),
+            address=connection.address,
+        )
+        connection.session.refuse(verdict.reason, verdict.text)
+        connection.flush()
+
+    def _let_in(self, connection: Connection, connect: p.Connect, peer: Peer) -> None:
+        old = self.peers.get(peer.name)
+        if old is not None and old.arrival > connection.arrival:
+            self._refuse(connection, connect, Refused(Reason.TAKEN_OVER, "a later connection has this name"))
+            return
+        if old is not None:
+            self.counts["taken_over"] += 1
+            self._end(old, Reason.TAKEN_OVER, "another connection came with this client id")
+        connection.peer = peer
+        self.peers[peer.name] = connection
+        self.crowd.let_in(connection)
+        service = peer.scope is not None
+        assigned = None if connect.client_id else peer.name.rpartition(":")[2]
+        if not service:
+            connection.had = self._had.of(peer.name)
+        self.counts["let_in"] += 1
+        connection.session.accept(self._loop.time(), assigned_id=assigned, shared=service)
+        connection.flush()
+
+    # --- what clients say ---
+
+    def _said(self, connection: Connection, publish: Publish) -> None:
+        peer = connection.peer
+        assert peer is not None
+        if peer.scope is not None:
+            self.counts["discarded"] += 1  # a service says nothing to anybody
+            connection.session.acknowledge(publish.packet_id)
+            return
+        had, packet_id, dup = connection.had, publish.packet_id, publish.dup
+        if dup and had is not None:
+            dup = packet_id in had
+        if had and packet_id in had:
+            had.discard(packet_id)
+        if not packet_id:
+            if connection.waiting_0 >= self.bounds.unacknowledged:
+                self._drop(connection, publish)
+                return
+            connection.waiting_0 += 1
+        size = len(publish.payload) + len(publish.topic)
+        self.unacknowledged += size
+        foreign = None if publish.topic in peer.answers else peer.name
+        if foreign is not None:
+            self.counts["denied"] += 1
+            self._deny(connection, "publish", publish.topic)
+        self._events.message(
+            Message(
+                topic=publish.topic,
+                payload=publish.payload,
+                qos=publish.qos,
+                dup=dup,
+                correlation=publish.properties.get("correlation") if publish.properties else None,
+                token=(connection, packet_id, size),
+                foreign=foreign,
+            )
+        )
+        if self.unacknowledged > self.bounds.unacknowledged_bytes and not connection.held:
+            self.counts["held"] += 1
+            connection.held = True
+            self._held[connection] = None
+
+    def _drop(self, connection: Connection, publish: Publish) -> None:
+        self.counts["dropped_qos_0"] += 1
+        connection.dropped += 1
+        if connection.dropped == 1:
+            self._log("mqtt.qos0_dropped", peer=self._name(connection), topic=shown(publish.topic))
+
+    def _deny(self, connection: Connection, action: str, topic: str) -> None:
+        """Said once a connection: whoever does this can do it often."""
+        if not connection.denied:
+            connection.denied = True
+            self._log("mqtt.denied", peer=self._name(connection), action=action, topic=shown(topic))
+
+    def _taken(self, connection: Connection, taken: Taken) -> None:
+        reason = taken.reason
+        if reason is not None and reason >= Reason.UNSPECIFIED:
+            # The device's own word: it is not the MQTT server that refused.
+            self.counts["refused_by_device"] += 1
+            why = f"0x{reason:02x} {shown(taken.text)}".strip()
+            self._log("mqtt.device_refused", peer=self._name(connection), why=why)
+            reason = Reason.UNSPECIFIED
+        elif reason is not None:
+            reason = Reason.SUCCESS
+        try:
+            taken.tag(Receipt(written=True, reason=reason))
+        except Exception:
+            logger.exception("mqtt.receipt_failed", peer=self._name(connection))
+
+    # --- subscriptions ---
+
+    def _subscribe(self, connection: Connection, packet: p.Subscribe) -> list[int]:
+        peer = connection.peer
+        assert peer is not None
+        if peer.scope is not None:
+            return self.services.subscribe(connection, packet, self._log)
+        if "subscription_id" in packet.properties:
+            connection.session.close(Reason.NO_SUBSCRIPTION_IDS, "there are no subscription identifiers")
+            return []
+        codes = [self._grant(connection, peer, each) for each in packet.filters]
+        self._tell_presence(connection, peer)
+        return codes
+
+    def _grant(self, connection: Connection, peer: Peer, wanted: p.Filter) -> int:
+        code = self._routes.grant(connection, peer, wanted, self.bounds.filters)
+        if code == Reason.NOT_AUTHORIZED:
+            self.counts["denied"] += 1
+            self._deny(connection, "subscribe", wanted.topic)
+        return code
+
+    def _unsubscribe(self, connection: Connection, packet: p.Unsubscribe) -> list[int]:
+        peer = connection.peer
+        assert peer is not None
+        if peer.scope is not None:
+            return self.services.unsubscribe(connection, packet.topics)
+        known = [connection.filters.pop(topic, None) is not None for topic in packet.topics]
+        self._tell_presence(connection, peer)
+        return [Reason.SUCCESS if each else Reason.NO_SUBSCRIPTION for each in known]
+
+    def _tell_presence(self, connection: Connection, peer: Peer) -> None:
+        there, gained = self._routes.renew(connection, peer.commands)
+        if gained:
+            self._events.device_online(peer.name)
+        elif there and not connection.routes:
+            self._events.device_offline(peer.name)
+
+    # --- going ---
+
+    def _end(self, connection: Connection, reason: int, why: str) -> None:
+        connection.session.close(reason, why)
+        connection.flush()
+
+    def _closed(self, connection: Connection, closed: Closed) -> None:
+        if closed.by_us:
+            self.refusals[closed.reason] += 1
+        peer = connection.peer
+        if peer is None:
+            if closed.by_us and not connection.arrival:
+                self._log("mqtt.not_mqtt", address=connection.address, why=closed.text)
+            return
+        if closed.by_us and self.up:
+            code = f"0x{closed.reason:02x}"
+            self._log("mqtt.closed", peer=self._name(connection), reason=code, why=closed.text)
+        if self.peers.get(peer.name) is connection:
+            del self.peers[peer.name]
+        if peer.scope is not None:
+            self.services.left(connection)
+            return
+        self._had.left(peer.name, connection.had, closed.unanswered)
+        if connection.dropped:
+            self._log("mqtt.qos0_lost", peer=self._name(connection), messages=connection.dropped)
+        was_there = self._routes.drop(connection)
+        will = connection.session.will
+        if not self.up:
+            return
+        if was_there:
+            self._events.device_offline(peer.name)
+        if closed.will and will is not None:
+            self._events.message(Message(topic=will.topic, payload=will.payload, qos=will.qos, token=None))
+
+    # --- time ---
+
+    def _sweep(self) -> None:
+        """Once a tick: silence, stalled connections, keys that were taken away."""
+        now, bounds = self._loop.time(), self.bounds
+        for connection in list(self.crowd.all):
+            if connection.session.state == "closed":
+                connection.transport.abort()  # it had a tick to take our last words
+                continue
+            connection.session.tick(now)
+            stalled = connection.stalled_at
+            if stalled is not None and now >= stalled + bounds.stalled_sec:
+                connection.session.close(Reason.QUOTA, "it does not read what it is sent")
+            peer = connection.peer
+            if peer is not None and peer.scope is not None and not peer.scope.valid():
+                connection.session.close(Reason.ADMINISTRATIVE, "its key was revoked")
+            if connection.session.effects or connection.session.out:
+                connection.flush()
+        self.admission.forget()
+        self._sweeping = self._loop.call_later(bounds.tick_sec, self._sweep)
+
+    def _name(self, connection: Connection) -> str:
+        return connection.peer.name if connection.peer is not None else connection.address
+
+    def _log(self, event: str, **fields: object) -> None:
+        self._often.warn(event, fields)

@@ -1,0 +1,72 @@
+"""Which connection each topic leads to. A device hears its own topics only, whatever its filters cover."""
+
+from __future__ import annotations
+
+from broker.mqtt.access import Peer, fits, is_filter
+from broker.mqtt.packets import Filter, Properties, Publish, Reason
+from broker.mqtt.shell import Connection
+from broker.seams import Outgoing
+
+
+class Routes:
+    """Topics of devices that somebody is subscribed to."""
+
+    def __init__(self) -> None:
+        self._to: dict[str, Connection] = {}
+
+    def __contains__(self, topic: str) -> bool:
+        return topic in self._to
+
+    def get(self, topic: str) -> Connection | None:
+        return self._to.get(topic)
+
+    def grant(self, connection: Connection, peer: Peer, wanted: Filter, most: int) -> int:
+        """The code of the SUBACK for one filter; `renew` makes it count."""
+        topic = wanted.topic
+        if topic.startswith("$share/"):
+            return Reason.NO_SHARED
+        if not is_filter(topic):
+            return Reason.BAD_FILTER
+        if not any(fits(topic, command) for command in peer.commands):
+            return Reason.NOT_AUTHORIZED
+        if topic not in connection.filters and len(connection.filters) >= most:
+            return Reason.QUOTA
+        connection.filters[topic] = min(wanted.qos, 1)
+        return connection.filters[topic]
+
+    def renew(self, connection: Connection, commands: frozenset[str]) -> tuple[bool, bool]:
+        """Leads the device's topics to it as its filters say now.
+
+        Returns whether it heard any before, and whether it hears one more now.
+        """
+        before, connection.routes = connection.routes, {}
+        filters = connection.filters
+        for topic in commands:
+            found = [qos for each, qos in filters.items() if fits(each, topic)]
+            if found:
+                connection.routes[topic] = max(found)
+                self._to[topic] = connection
+        for topic in before.keys() - connection.routes.keys():
+            del self._to[topic]
+        return bool(before), bool(connection.routes.keys() - before.keys())
+
+    def drop(self, connection: Connection) -> bool:
+        """The device is gone; returns whether it heard any topic."""
+        heard, connection.routes = connection.routes, {}
+        for topic in heard:
+            del self._to[topic]
+        return bool(heard)
+
+
+def message_of(outgoing: Outgoing, qos: int) -> Publish:
+    """What is sent, with all that MQTT 5 has a place for."""
+    properties: Properties = {}
+    if outgoing.expiry_sec is not None:
+        properties["expiry"] = outgoing.expiry_sec
+    if outgoing.response_topic is not None:
+        properties["response_topic"] = outgoing.response_topic
+    if outgoing.correlation is not None:
+        properties["correlation"] = outgoing.correlation
+    if outgoing.user_properties:
+        properties["user"] = outgoing.user_properties
+    return Publish(outgoing.topic, outgoing.payload, qos, properties=properties)
