@@ -107,7 +107,12 @@ class Cursor:
         while True:
             member = self._pick(command_id)
             if member is not None:
-                session = member.session
+                session, peer = member.session, member.peer
+                if peer is not None and peer.scope is not None and not peer.scope.valid():
+                    session.close(Reason.ADMINISTRATIVE, "its key was revoked")
+                    member.flush()
+                    await asyncio.sleep(0)
+                    continue
                 if session.room and member.stalled_at is None:
                     return waited, member
                 if loop.time() >= since + self._owner.stalled_sec:
