@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -13,6 +14,10 @@ import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
 from broker.domain.events import TYPES
+from broker.metrics import Metrics
+from broker.mqtt.figures import figures
+from broker.world import SystemClock
+from tests.integration.mqtt.listener_support import Owner, listening
 from tests.system.api_support import served
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -29,12 +34,21 @@ RARE = {("status", "500")}
 Samples = dict[str, list[dict[str, str]]]
 
 
+async def _of_listener() -> str:
+    """What a broker with its own MQTT server exposes beside the rest."""
+    async with listening(Owner()) as server:
+        metrics = Metrics(SystemClock())
+        metrics.watch_listener(figures(server.listener), {0x87: 1})
+        return metrics.text().decode()
+
+
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     """Every sample's name, with the label sets it had."""
     found: Samples = {}
     with served(tmp_path_factory.mktemp("api") / "data") as here, here.client() as client:
         text = client.get("/metrics").text
+    text += asyncio.run(_of_listener())
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             found.setdefault(sample.name, []).append(sample.labels)

@@ -136,6 +136,7 @@ async def listening(
         trusted_proxies=trusted_proxies,
         identity_field=identity_field,
     )
+    before = asyncio.all_tasks()
     listener.start()
     await sockets.open()
     try:
@@ -146,7 +147,7 @@ async def listening(
             await listener.close()
         assert listener.crowd.all == {}
         assert listener.crowd.strangers == 0
-        assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+        assert {task for task in asyncio.all_tasks() - before if task is not asyncio.current_task()} == set()
 
 
 def device(server: Server, name: str = "door", **more: Any) -> aiomqtt.Client:
