@@ -10,9 +10,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import httpx2
 import structlog
 import uvloop
 
@@ -26,6 +25,9 @@ from broker.seams import Sql
 from broker.settings import BadSetting, Settings
 from broker.type_files import load_types
 from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy, there_is_a_log
+
+if TYPE_CHECKING:  # `ordain serve` needs no HTTP client of this kind, and it takes 0.05 s to load
+    import httpx2
 
 T = TypeVar("T")
 
@@ -102,6 +104,8 @@ async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient
         BadType: a file of device types is wrong.
         OSError, Broken: the directory or the log cannot be opened.
     """
+    import httpx2
+
     directory = Path(settings.data)
     storage = await _opened(directory)
     if storage is None:
@@ -180,4 +184,6 @@ async def _opened(directory: Path) -> SqliteStorage | None:
 
 
 def _client(transport: httpx2.AsyncBaseTransport) -> httpx2.AsyncClient:
+    import httpx2
+
     return httpx2.AsyncClient(transport=transport, base_url="http://ordain", timeout=TIMEOUT_SEC)

@@ -155,3 +155,14 @@ def test_a_start_takes_at_most_a_quarter_of_a_second_of_cpu(tmp_path: Path) -> N
         with a_broker_that_refuses(tmp_path):
             assert any(started(arguments, tmp_path)[2] <= 0.25 for _ in range(10))
         (tmp_path / SOCKET).unlink()
+
+
+def test_serving_loads_no_http_client_and_no_pydantic() -> None:
+    """Litestar loads pydantic where it is installed, and amqtt's dependencies install it."""
+    look = (
+        "import broker.cli.serve, sys; from broker.http.app import _Litestar; _Litestar(openapi_config=None);"
+        "print(*sorted({'httpx2', 'pydantic', 'pydantic_core'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=60)
+
+    assert (done.stderr, done.stdout) == ("", "\n")
