@@ -1,1 +1,1 @@
-"""What is true of commands: events, states, decisions, lanes. Pure: no clock, disk or network."""
+"""The rules of commands: events, states, decisions, lanes. Pure: no clock, disk or network."""

@@ -132,8 +132,8 @@ def due(
     """The commands to hand over by MQTT now, in lane order; at most `slots`.
 
     `drained`: the answers queued at the MQTT server have been read. Before that, an answer without id may
-    belong to an earlier command, so no command of a type without ids may start. `listens(topic)`: the device
-    is subscribed to that topic; it may be subscribed to some of its topics and not to others.
+    belong to an earlier command, so no command of a type without ids may start. `listens(topic)`: does the
+    device subscribe to this topic? It may subscribe to only some of its topics.
 
     The caller checks that the link is up. A pending command that may not be handed over blocks the
     commands behind it. One without time left does not block, because it will never be handed over.

@@ -1,1 +1,1 @@
-"""Carries commands: decides, appends to the log, hands over and takes in answers. Knows the seams only."""
+"""Handles commands: decides, appends to the log, hands over and takes in answers. Imports only the seams."""

@@ -264,7 +264,7 @@ class Dispatch:
         if member is not None:
             presence = self.live.presence.get(member.state.device_id, Presence.NEVER)
             if lanes.has_time(member.state, now) and lanes.reachable(member.definition, presence):
-                held = not self.link.direct  # bytes written to the device itself need no slot any more
+                held = not self.link.direct  # a publish straight to the device takes no slot after its write
                 sent = self.link.publish(send.outgoing, lambda got: self._receipt(send, got, held))
                 self.outstanding += sent and held
             # Also set if nothing was written: the attempt timer must end the attempt in both cases.
