@@ -7,6 +7,7 @@ read them.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shlex
 from collections.abc import Callable
@@ -107,22 +108,24 @@ class Demo:
         return secret
 
     def _welcome(self, base: str, names: list[str], key: str) -> str:
+        """Lines to be pasted into a shell one by one; what is only to be read begins with `#`."""
         where = shlex.quote(self._core.settings.data)
+        device, command = next(((name, what) for name, _, what in DEVICES if name in names), ("", ""))
+        bearer = '-H "Authorization: Bearer $KEY"'
+        body = json.dumps({"type": command})
         tries = [
-            f"""  send     curl -s {base}/v1/devices/{name}/commands -H 'Authorization: Bearer {key}' \\
-             -H 'Content-Type: application/json' -d '{{"type": "{command}"}}'
-  look     curl -s {base}/v1/devices/{name}/commands -H 'Authorization: Bearer {key}'
-"""
-            for name, _, command in DEVICES
-            if name in names
+            f"curl -s {base}/v1/devices/{device}/commands {bearer} -H 'Content-Type: application/json' -d '{body}'",
+            f'curl -s "{base}/v1/devices/{device}/commands?limit=1" {bearer}',
         ]
-        return f"""
-Ordain is ready, with the demo devices {", ".join(names) or "left out: their names are taken"}.
-
-  key      {key}
-{"".join(tries[:1])}  docs     {base}/docs
-  log      .venv/bin/ordain log tail --data {where}
-"""
+        lines = [
+            f"# Ordain is ready. Demo devices: {', '.join(names) or 'left out, their names are taken'}.",
+            "# Paste these lines into another terminal: a key, a command, and what became of it.",
+            f"export KEY={key}",
+            *(tries if device else []),
+            f".venv/bin/ordain log tail --data {where}",
+            f"# docs {base}/docs",
+        ]
+        return "\n" + "\n".join(lines) + "\n"
 
 
 def _read(path: Path) -> str:
