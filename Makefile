@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
 
-.PHONY: help setup run test check fix bench simulate soak lock clean mosquitto browser
+.PHONY: help setup run test check fix docs bench simulate soak lock clean mosquitto browser
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ check: .venv/dev ## check style and types
 fix: .venv/dev ## correct style automatically where possible
 	@.venv/bin/ruff format
 	@.venv/bin/ruff check --fix
+
+docs: .venv/dev ## build the documentation as a site in dist/site
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --config-file .mkdocs.yml
 
 bench: .venv/dev mosquitto ## measure this machine
 	@.venv/bin/python -m scripts.bench

@@ -113,9 +113,10 @@ class Demo:
         device, command = next(((name, what) for name, _, what in DEVICES if name in names), ("", ""))
         bearer = '-H "Authorization: Bearer $KEY"'
         body = json.dumps({"type": command})
+        url = f"{base}/v1/devices/{device}/commands"
         tries = [
-            f"curl -s {base}/v1/devices/{device}/commands {bearer} -H 'Content-Type: application/json' -d '{body}'",
-            f'curl -s "{base}/v1/devices/{device}/commands?limit=1" {bearer}',
+            f"curl -s {url} {bearer} -H 'Content-Type: application/json' -d '{body}'",
+            f'curl -s "{url}?limit=1" {bearer}',
         ]
         lines = [
             f"# Ordain is ready. Demo devices: {', '.join(names) or 'left out, their names are taken'}.",

@@ -1,48 +1,123 @@
-"""Generates the parts of the docs that come from the code: the state diagram and the vocabulary tables.
+"""Draws what the documents show of the code: the life of a command, vocabularies, the command line, examples.
 
-`python -m scripts.draw` rewrites these parts between their markers. A test compares them with the code.
+`python -m scripts.draw` rewrites them; a test compares them with the code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
-from broker.domain.lifecycle import FINAL, TRANSITIONS, State
+import jwt
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cyclopts import App
+
+from broker.cli.main import application
+from devices.grant import TYPE, Claims, params_hash
+from devices.types import DeviceType, load_type, shipped_types
+from devices.wire import command_topic, encode_command
 from scripts import vocabulary
+from scripts.picture import picture
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-VOCABULARY = ROOT / "docs" / "vocabulary.md"
+DOCS = ROOT / "docs"
+EXAMPLES = DOCS / "examples"
+LANGUAGES = {".py": "python", ".mjs": "js", ".c": "c"}
+COMMAND = f"cmd_{'0' * 26}"
+PARAMS = {"for_sec": 5}
+# A PUBLISH of MQTT 3.1.1 with a payload of 106 to 16,000 bytes, QoS 1.
+FIXED_HEADER, PACKET_ID = 3, 2
 
 
-def life() -> str:
-    """The transition table as a Mermaid state diagram. Events between the same two states share an arrow."""
-    lines = ["```mermaid", "stateDiagram-v2"]
-    for state, events in TRANSITIONS.items():
-        arrows: dict[State, list[str]] = {}
-        for event, found in events.items():
-            arrows.setdefault(found, []).append(event)
-        start = "[*]" if state is State.NONE else state.value
-        lines += [f"    {start} --> {found.value}: {', '.join(names)}" for found, names in arrows.items()]
-    lines += [f"    {state.value} --> [*]" for state in State if state in FINAL]
-    return "\n".join([*lines, "```"]) + "\n"
+def code(path: str, part: str) -> str:
+    """The lines of an example between `begin PART` and `end PART`."""
+    source = EXAMPLES / path
+    inside = source.read_text().split(f"begin {part}")[1].split(f"end {part}")[0]
+    lines = "\n".join(inside.splitlines()[1:-1]).strip()
+    return f"```{LANGUAGES[source.suffix]}\n{lines}\n```\n"
 
 
-DRAWN: Mapping[Path, Mapping[str, Callable[[], str]]] = {
-    README: {"life": life},
-    VOCABULARY: {
+def commands() -> str:
+    """Every command of `ordain`, with the first sentence of its help."""
+    found = sorted(_commands(application(), ""))
+    rows = [f"| `ordain {name}` | {_sentence(one.help)} |" for name, one in found]
+    return "\n".join(["| command | |", "|---|---|", *rows]) + "\n"
+
+
+def _commands(group: App, before: str) -> Iterator[tuple[str, App]]:
+    for name in group:
+        if not name.startswith("-"):
+            found = group[name]
+            inside = list(_commands(found, f"{before}{name} "))
+            yield from inside or [(before + name, found)]
+
+
+def _sentence(text: str | None) -> str:
+    return re.split(r"(?<=\.)\s", " ".join((text or "").split()), maxsplit=1)[0].replace("|", "\\|")
+
+
+def sizes() -> str:
+    """How many bytes a small command takes as an MQTT 3.1.1 packet."""
+    bare = 'open = true\ngrants = "none"\n'
+    without, packed = load_type(f'name = "a"\n{bare}'), load_type(f'name = "a"\npayload = "msgpack"\n{bare}')
+    rows = [
+        ("type `generic`, with its grant", _size(shipped_types()["generic"], _grant())),
+        ('`grants = "none"`', _size(without, None)),
+        ('`grants = "none"`, `payload = "msgpack"`', _size(packed, None)),
+    ]
+    lines = ['| `unlock` with `{"for_sec": 5}` | bytes of the MQTT packet, about |', "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {round(size, -1)} |" for name, size in rows)]) + "\n"
+
+
+def _size(kind: DeviceType, grant: str | None) -> int:
+    payload = encode_command(
+        kind.definition("unlock"), command_id=COMMAND, command="unlock", params=PARAMS, attempt=1,
+        expires_at="2026-11-20T12:00:00.000Z", grant=grant,
+    )  # fmt: skip
+    topic = command_topic("iotee", "door-7", kind.definition("unlock"))
+    return FIXED_HEADER + 2 + len(topic) + PACKET_ID + len(payload)
+
+
+def _grant() -> str:
+    """As long as one that the broker makes."""
+    now = 1_800_000_000
+    claims = Claims(
+        iss="ordain", aud="door-7", sub=COMMAND, jti=COMMAND, iat=now, nbf=now, exp=now, cmd="unlock",
+        phs=params_hash(PARAMS),
+    )  # fmt: skip
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    headers = {"kid": f"key_{'0' * 26}", "typ": TYPE}
+    return jwt.encode(msgspec.to_builtins(claims), key, "EdDSA", headers)
+
+
+Draw = Callable[[], str]
+WHOLE: Mapping[Path, Draw] = {DOCS / "explanation" / "life.svg": picture}
+PARTS: Mapping[Path, Mapping[str, Draw]] = {
+    DOCS / "reference" / "vocabulary.md": {
         "states": vocabulary.states,
         "fields": vocabulary.fields,
         "calls": vocabulary.calls,
     },
+    DOCS / "reference" / "command-line.md": {"commands": commands},
+    DOCS / "reference" / "grants.md": {
+        "python_check": partial(code, "device-python/grant.py", "check"),
+        "node_check": partial(code, "device-node/grant.mjs", "check"),
+        "c_check": partial(code, "device-c/grant.c", "check"),
+        "sizes": sizes,
+    },
 }
+DRAWN = [*WHOLE, *PARTS]
 
 
 def drawn(page: Path) -> str:
-    """The text of a page with its generated parts brought up to date."""
+    """A page with its pictures, tables and examples as the code has them now."""
+    if page in WHOLE:
+        return WHOLE[page]()
     text = page.read_text()
-    for name, draw in DRAWN[page].items():
+    for name, draw in PARTS[page].items():
         begin, end = f"<!-- {name}: drawn by scripts/draw.py -->\n", f"<!-- /{name} -->"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from broker.lifecycle import FINAL, TRANSITIONS, State
+from broker.domain.lifecycle import FINAL, TRANSITIONS, State
 
 WIDTH, HEIGHT = 880, 310
 BOX = (124, 36)
@@ -37,14 +37,13 @@ STYLE = (
 
 
 def picture() -> str:
-    """The whole file. Events that lead the same way share an arrow. An arrow without a label is the event that
-    is called as the state it leads to."""
+    """The whole file. Events that lead the same way share an arrow; no label: the state's own name."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
         "<title>The life of a command</title>",
         f"<style>{STYLE}</style>",
-        '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
-        '<path d="M0,0L8,4L0,8z" style="fill:#52606d;stroke:none"/></marker></defs>',
+        '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
+        'orient="auto"><path d="M0,0L8,4L0,8z" style="fill:#52606d;stroke:none"/></marker></defs>',
         f'<rect class="page" width="{WIDTH}" height="{HEIGHT}" rx="8"/>',
         *(line for start, end, events in _arrows() for line in _arrow(start, end, events)),
         *(line for state in PLACES for line in _box(state)),
@@ -65,7 +64,7 @@ def _arrow(start: State, end: State, events: list[str]) -> list[str]:
     if start is end:
         top = y1 - BOX[1] / 2
         path = f"M{x1 - 18},{top:.0f}C{x1 - 34},{top - 44:.0f} {x1 + 34},{top - 44:.0f} {x1 + 18},{top:.0f}"
-        middle = (x1, top - 38)
+        middle = (float(x1), top - 38)
     else:
         length = math.dist((x1, y1), (x2, y2))
         bend = BENDS.get((start, end), 0)
@@ -93,7 +92,8 @@ def _box(state: State) -> list[str]:
     if state is State.NONE:
         return [f'<circle cx="{x}" cy="{y}" r="6" fill="#1f2933"/>']
     kind = ' class="final"' if state in FINAL else ""
+    width, height = BOX
     return [
-        f'<rect{kind} x="{x - BOX[0] // 2}" y="{y - BOX[1] // 2}" width="{BOX[0]}" height="{BOX[1]}" rx="6"/>',
+        f'<rect{kind} x="{x - width // 2}" y="{y - height // 2}" width="{width}" height="{height}" rx="6"/>',
         f'<text class="s" x="{x}" y="{y + 5}">{state.value}</text>',
     ]

@@ -1,4 +1,4 @@
-"""The vocabularies of the three HTTP surfaces side by side, for docs/vocabulary.md.
+"""The vocabularies of the three HTTP surfaces side by side, for docs/reference/vocabulary.md.
 
 The states and their words come from the tables that the HTTP responses use. The names of fields and calls are
 written here; a test compares them with the Structs and routes.

@@ -37,7 +37,7 @@ def run_projection(
     Parameters
     ----------
     file
-        A Python file that defines TABLES, apply, COLUMNS and rows; see docs/projections.md.
+        A Python file that defines TABLES, apply, COLUMNS and rows; see docs/how-to/write-a-projection.md.
     into
         A file for the projection's database, so that the next run continues there; else every run starts
         with the first event.

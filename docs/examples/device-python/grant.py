@@ -1,4 +1,4 @@
-"""The check of a grant, for a device in Python that does not use the agent. Needs `pyjwt`, `cryptography`, `rfc8785`."""
+"""The check of a grant, for a device in Python without the agent. Needs `pyjwt[crypto]` and `rfc8785`."""
 
 import base64
 import hashlib
@@ -10,7 +10,7 @@ import rfc8785
 
 # begin check
 def check(grant: str, command: dict[str, Any], hardware_id: str, keys: dict[str, jwt.PyJWK]) -> None:
-    """Raises unless the grant allows this device exactly this command. `keys` are those of the JWKS, by `kid`."""
+    """Raises unless the grant allows this device exactly this command; `keys` of the JWKS by `kid`."""
     header = jwt.get_unverified_header(grant)
     if header.get("typ") != "grant+jwt" or header.get("kid") not in keys:
         raise jwt.InvalidTokenError("not a grant, or signed with a key that is not known")
@@ -22,6 +22,8 @@ def check(grant: str, command: dict[str, Any], hardware_id: str, keys: dict[str,
     phs = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
     if (claims["sub"], claims["cmd"], claims["phs"]) != (command["id"], command["type"], phs):
         raise jwt.InvalidTokenError("the grant is for another command")
+
+
 # end check
 
 

@@ -125,7 +125,7 @@ async def test_a_home_assistant_switch_is_switched_and_its_answers_are_read(mosq
 
 @pytest.mark.parametrize("kind", ["tasmota_plug", "home_assistant_switch"])
 def test_the_page_names_the_topics_that_the_type_uses(kind: str) -> None:
-    page = (DOCS / "device-types.md").read_text()
+    page = "".join(path.read_text() for path in (DOCS / "how-to").glob("*.md"))
     definition: Definition = TYPES[kind].definition("turn_on")
 
     topics = [command_topic("iotee", HARDWARE_ID, definition), answer_topic("iotee", HARDWARE_ID, definition)]

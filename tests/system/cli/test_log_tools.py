@@ -3,39 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-import pytest
-
-from broker.cli.main import application
 from broker.world import DATABASE
-from tests.system.support import ROOT, Broker, paste, refused
-from tests.system.test_readme import blocks
-
-WRITTEN = re.findall(r"^ordain .*$", (ROOT / "docs" / "log.md").read_text(), re.MULTILINE)
-
-
-@pytest.mark.parametrize("line", WRITTEN)
-def test_every_command_on_the_log_page_parses(line: str) -> None:
-    application().parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
-
-
-def test_the_history_example_of_the_readme_runs(broker: Broker) -> None:
-    broker.device("door-7")
-    since = broker.http("GET", "/v1/devices/door-7").json()["created_at"]
-    command_id = broker.create("door-7", "lock")
-    until = broker.http("GET", "/v1/system").json()["clock"]["now"]
-    lane, diff = next(block for block in blocks("For operators") if "as_of" in block).strip().splitlines()
-
-    found = json.loads(paste(lane.replace("2026-11-20T09:30:00Z", until), broker, KEY=broker.key))
-    assert [command["id"] for command in found["open"]] == [command_id]
-    diff = diff.replace("2026-11-20T09:00:00Z", since).replace("2026-11-20T10:00:00Z", until)
-    changed = json.loads(paste(diff, broker, KEY=broker.key))["data"]
-    assert command_id in [change["id"] for change in changed]
+from tests.system.support import Broker, refused
 
 
 def test_diff_shows_changes_field_by_field(broker: Broker) -> None:

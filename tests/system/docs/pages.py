@@ -48,6 +48,9 @@ VOLATILE = (
     (r"(sk_live_|dtok_|whsec_)[\w/+=-]{16,}", r"\1▮"),
     (r"eyJ[\w-]+\.[\w-]+\.[\w-]+", "eyJ▮"),
     (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|\+00:00)?", "▮T"),
+    (r"\b1\d{12}\b", "▮M"),  # milliseconds since 1970
+    (r"\b[0-9a-f]{64}\b", "▮H"),
+    (r"(?<![\w-])[\w-]{43}(?![\w-])", "▮K"),  # 32 bytes in base64url
 )
 SECRET = r"(sk_live_|dtok_|whsec_|eyJ)[\w/+=-]{16,}(?:\.[\w-]+)*"
 LINE = 100
@@ -87,7 +90,13 @@ def blocks_of(page: str) -> Iterator[Block]:
                     part.removeprefix(found["indent"]) for part in found["text"].splitlines(keepends=True)
                 )
                 yield Block(
-                    found["language"], found["title"] or "", found["indent"], text, *found.span(), line, directives
+                    found["language"],
+                    found["title"] or "",
+                    found["indent"],
+                    text,
+                    *found.span(),
+                    line,
+                    directives,
                 )
             directives = {}
         elif "drawn by" in comment or comment.startswith("/"):
@@ -107,15 +116,20 @@ def one_module(blocks: list[Block]) -> list[Block]:
     return [whole if block is parts[-1] else block for block in blocks if block not in parts[:-1]]
 
 
-def fits(shown: str, printed: str) -> bool:
-    """Whether an answer on a page is what was printed. `…` stands for anything; layout does not count."""
-    parts = [re.escape(_plain(part)) for part in shown.split("…")]
-    return re.fullmatch(".*".join(parts), _plain(printed)) is not None
+def fits(shown: Block, printed: str) -> bool:
+    """Whether an answer on a page is what was printed.
+
+    `…` stands for anything. Layout, ids, times and keys may differ, and in a text also numbers.
+    """
+    parts = [re.escape(_plain(part, shown.language)) for part in shown.text.split("…")]
+    return re.fullmatch(".*".join(parts), _plain(printed, shown.language)) is not None
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, language: str) -> str:
     for pattern, kept in VOLATILE:
         text = re.sub(pattern, kept, text)
+    if language == "text":
+        text = re.sub(r"\d[\d,.]*", "▮", text)
     return re.sub(r"\s", "", text)
 
 
@@ -168,14 +182,18 @@ class Reader:
         if setup := block.directives.get("setup"):
             self._shell(setup)
         if block.title:
-            (self._home / block.title).write_text(self._here(block.text))
+            file = self._home / block.title
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # A settings file is there before the broker that reads it, and its addresses with it.
+            file.write_text(block.text if block.language == "toml" else self._here(block.text))
             return ""
         if block.language == "python":
             return self._there(self._python(block.text))
         if block.language == "js":
             return self._there(self._javascript(block.text))
         if found := STARTS.fullmatch(block.text.strip()):
-            return self._start("--demo" if found[1] is None else found[1])
+            welcome = self._start("--demo" if found[1] is None else found[1])
+            return welcome if found[1] is None else ""
         if "background" in block.directives:
             script = self._script("exec " + block.text)
             self._background.append(Process("bash", "-euc", script, cwd=self._home, env=self._environment()))
@@ -211,7 +229,9 @@ class Reader:
             self._start("--demo")
         assert self._broker is not None
         path = f"{Path(ORDAIN).parent}{os.pathsep}{os.environ['PATH']}"
-        return environment(PATH=path, ORDAIN_DATA=str(self._broker.data), PYTHONPATH=str(ROOT)) | self._variables
+        return (
+            environment(PATH=path, ORDAIN_DATA=str(self._broker.data), PYTHONPATH=str(ROOT)) | self._variables
+        )
 
     def _script(self, text: str) -> str:
         self._environment()

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from tests.system.conftest import NewBroker
-from tests.system.docs.pages import READ, RUN, SHOWN, Block, Reader, blocks_of, check_read, fits, laid_out, one_module
+from tests.system.docs.pages import (
+    READ,
+    RUN,
+    SHOWN,
+    Block,
+    Reader,
+    blocks_of,
+    check_read,
+    fits,
+    laid_out,
+    one_module,
+)
 from tests.system.support import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -27,7 +38,7 @@ def test_the_examples_of_a_page_run_and_print_what_it_shows(
     reader = Reader(new_broker, tmp_path)
     changes: list[tuple[int, int, str]] = []
     try:
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        for block, following in zip(blocks, [*blocks, None][1:], strict=True):
             assert block.language in RUN | READ | SHOWN, f"{block}: a block needs one of {RUN | READ | SHOWN}"
             if block.is_answer:
                 continue
@@ -47,10 +58,10 @@ def test_the_examples_of_a_page_run_and_print_what_it_shows(
 
 
 def judged(block: Block, answer: Block | None, printed: str) -> list[tuple[int, int, str]]:
-    """Fails if a page does not show what a block printed; while answers are written: the change to the page."""
+    """Fails if a page does not show what was printed; while answers are written: the change to the page."""
     if answer is None and (not printed.strip() or block.language != "sh"):
         return []
-    if answer is not None and fits(answer.text, printed):
+    if answer is not None and fits(answer, printed):
         return []
     language, text = laid_out(printed)
     if not WRITE:

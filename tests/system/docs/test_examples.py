@@ -1,0 +1,229 @@
+"""The examples in `docs/examples`: each is started by its `run`, and does what its page says."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.conftest import Mosquitto, program, unused_port
+from tests.system.conftest import NewBroker
+from tests.system.support import ROOT, Broker, Process, environment, until
+
+EXAMPLES = ROOT / "docs" / "examples"
+# Kept from run to run: packages of npm take seconds to fetch.
+PACKAGES = ROOT / ".venv" / "npm"
+INSTALL_WITHIN_SEC = 120
+HEADERS = ("mosquitto.h", "cjson/cJSON.h", "openssl/evp.h")
+
+
+def need(*programs: str) -> None:
+    for name in programs:
+        if shutil.which(name) is None:
+            pytest.skip(f"{name} is not installed")
+
+
+def node_modules(example: Path) -> Path:
+    """The packages of an example, installed once and kept; skips where npm cannot install them."""
+    need("node", "npm")
+    wanted = (example / "package.json").read_bytes()
+    home = PACKAGES / hashlib.sha256(wanted).hexdigest()[:16]
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / "complete").exists():
+            (home / "package.json").write_bytes(wanted)
+            command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--silent"]
+            try:
+                subprocess.run(command, cwd=home, check=True, capture_output=True, timeout=INSTALL_WITHIN_SEC)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                pytest.skip(f"npm cannot install {example.name}: {error}")
+            (home / "complete").touch()
+    return home / "node_modules"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Starts a copy of an example by its `run`, with these variables; ended at the end."""
+    started: list[Process] = []
+
+    def run(name: str, **variables: str) -> Process:
+        home = tmp_path / name
+        shutil.copytree(EXAMPLES / name, home, ignore=shutil.ignore_patterns("node_modules", ".venv"))
+        if (home / "package.json").exists():
+            (home / "node_modules").symlink_to(node_modules(EXAMPLES / name))
+        environ = environment(PYTHON=sys.executable, PYTHONPATH=str(ROOT), **variables)
+        started.append(Process(str(home / "run"), cwd=home, env=environ))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+
+
+def has_c() -> None:
+    need("cc")
+    for header in HEADERS:
+        found = subprocess.run(["cc", "-E", "-include", header, "-xc", "/dev/null"], capture_output=True)
+        if found.returncode != 0:
+            pytest.skip(
+                f"{header} is not installed (Debian: apt install libmosquitto-dev libcjson-dev libssl-dev)"
+            )
+
+
+class Attacker:
+    """Somebody who may read and write everything at the MQTT server: it has no rules."""
+
+    def __init__(self, server: Mosquitto) -> None:
+        self._at = ["-p", str(server.port), "-q", "1"]
+        self._ear = Process(program("mosquitto_sub"), *self._at, "-v", "-t", "iotee/dev/door-7/+")
+
+    def close(self) -> None:
+        self._ear.kill()
+
+    def heard(self, suffix: str, *words: str) -> dict[str, Any]:
+        """The first message on a topic of the device that holds these words."""
+
+        def found() -> dict[str, Any] | None:
+            for line in self._ear.out.so_far().splitlines():
+                topic, _, payload = line.partition(" ")
+                if topic.endswith(f"/{suffix}") and all(word in payload for word in words):
+                    message: dict[str, Any] = json.loads(payload)
+                    return message
+            return None
+
+        return until(found, lambda: self._ear.out.so_far())
+
+    def count(self, suffix: str, *words: str) -> int:
+        lines = self._ear.out.so_far().splitlines()
+        return sum(f"/{suffix} " in line and all(word in line for word in words) for line in lines)
+
+    def send(self, message: dict[str, Any]) -> None:
+        command = [
+            program("mosquitto_pub"),
+            *self._at,
+            "-t",
+            "iotee/dev/door-7/rls",
+            "-m",
+            json.dumps(message),
+        ]
+        subprocess.run(command, check=True)
+
+
+@pytest.fixture
+def attacker(mosquitto: Mosquitto) -> Iterator[Attacker]:
+    attacker = Attacker(mosquitto)
+    yield attacker
+    attacker.close()
+
+
+@pytest.mark.parametrize("language", ["python", "node", "c"])
+def test_a_device_does_what_was_granted_once_and_nothing_else(
+    language: str,
+    new_broker: NewBroker,
+    mosquitto: Mosquitto,
+    attacker: Attacker,
+    start: Callable[..., Process],
+) -> None:
+    if language == "c":
+        has_c()
+    broker = new_broker("--mqtt-url", mosquitto.url).start()
+    variables = {"TOKEN": broker.device("door-7"), "ORDAIN_URL": broker.url, "MQTT_URL": mosquitto.url}
+    variables |= {"MQTT_PORT": str(mosquitto.port), "ORDAIN_KEY": public_key(broker)}
+    device = start(f"device-{language}", **variables)
+
+    command_id = broker.create("door-7", "unlock", params={"for_sec": 5})
+    assert broker.reaches(command_id, "executed")["result"] == {"locked": False}, device.err.so_far()
+
+    genuine = attacker.heard("rls", command_id)
+    for forged in (
+        genuine | {"id": "cmd_forged1"},
+        genuine | {"id": "cmd_forged2", "grant": None},
+        genuine | {"id": "cmd_forged3", "grant": with_claims(genuine["grant"], sub="cmd_forged3")},
+        genuine | {"id": "cmd_forged4", "grant": genuine["grant"][:-4]},
+    ):
+        attacker.send(forged)
+        assert attacker.heard("ack", forged["id"], "failed")["error"]["code"].startswith("grant")
+    ends = attacker.count("ack", command_id, "executed")
+    attacker.send(genuine | {"attempt": 2})
+    until(lambda: attacker.count("ack", command_id, "executed") > ends)
+
+    assert [line.split()[:2] for line in device.out.so_far().splitlines()] == [["unlock", command_id]]
+
+
+def public_key(broker: Broker) -> str:
+    with urllib.request.urlopen(f"{broker.url}/.well-known/jwks.json") as answer:
+        key: str = json.load(answer)["keys"][0]["x"]
+    return key
+
+
+def with_claims(grant: str, **claims: str) -> str:
+    """The grant with other claims under the same signature."""
+    header, payload, signature = grant.split(".")
+    said = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+    changed = base64.urlsafe_b64encode(json.dumps(said | claims, separators=(",", ":")).encode())
+    return f"{header}.{changed.decode().rstrip('=')}.{signature}"
+
+
+@pytest.mark.parametrize("language", ["python", "node"])
+def test_a_service_sends_waits_and_says_what_became_of_it(
+    language: str, new_broker: NewBroker, start: Callable[..., Process]
+) -> None:
+    if language == "node":
+        need("node", "curl")
+    broker = new_broker().start("--demo")
+    key = broker.run.out.wait("export KEY=").strip().removeprefix("export KEY=")
+    broker.run.out.wait("# docs")
+
+    service = start(f"service-{language}", ORDAIN_URL=broker.url, KEY=key)
+
+    assert service.wait() == 0, service.err.all()
+    assert service.out.all().replace(" ", "").lower().startswith("demo_lock:executed{")
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "express"])
+def test_a_receiver_takes_what_is_signed_once_and_nothing_else(
+    framework: str, new_broker: NewBroker, start: Callable[..., Process]
+) -> None:
+    broker = new_broker()
+    settings = broker.cwd / "ordain.toml"
+    settings.write_text('webhook_allow = ["127.0.0.0/8"]\n')
+    broker.start("--config", str(settings))
+    broker.device("door-7")
+    port = unused_port()
+    hook = broker.http(
+        "POST", "/v1/webhooks", {"url": f"http://127.0.0.1:{port}/ordain", "events": ["created"]}
+    ).json()
+    receiver = start(f"webhook-{framework}", SECRET=hook["secret"], PORT=str(port))
+    until(lambda: accepts(port), receiver.err.so_far)
+
+    command_id = broker.create("door-7")
+
+    receiver.out.wait(f"ordain.command.created.v1 {command_id}")
+    redriven = broker.http("POST", f"/v1/webhooks/{hook['id']}/redrive", {"from": 1})
+    assert redriven.is_success
+    path = f"/v1/webhooks/{hook['id']}/deliveries?outcome=delivered"
+    until(lambda: len(broker.http("GET", path).json()["data"]) >= 2)
+    unsigned = {"webhook-id": "1", "webhook-timestamp": "1", "webhook-signature": "v1,AAAA"}
+    body = {"type": "forged", "subject": "x"}
+    url = f"http://127.0.0.1:{port}/ordain"
+    assert httpx2.post(url, json=body, headers=unsigned, trust_env=False).status_code == 400
+    assert receiver.out.so_far().splitlines() == [f"ordain.command.created.v1 {command_id}"]
+
+
+def accepts(port: int) -> bool:
+    try:
+        return httpx2.get(f"http://127.0.0.1:{port}/", trust_env=False).status_code == 404
+    except httpx2.HTTPError:
+        return False
