@@ -129,7 +129,7 @@ def _plain(text: str, language: str) -> str:
     for pattern, kept in VOLATILE:
         text = re.sub(pattern, kept, text)
     if language == "text":
-        text = re.sub(r"\d[\d,.]*", "▮", text)
+        text = re.sub(r"\d+(?:[.,]\d+)*", "▮", text)
     return re.sub(r"\s", "", text)
 
 
