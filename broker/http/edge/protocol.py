@@ -1,14 +1,16 @@
 """HTTP on the wire: uvicorn's protocol with limits that apply before any key is checked.
 
 A request head has a size limit and a time limit, a body has a time limit, and a client that does not read
-its answer is disconnected. Refusals have the same JSON form as all errors. A refusal must never overtake
-an earlier answer on the connection: while one is still due, the connection is only closed.
+its answer is disconnected. A request that a proxy might read differently is refused (`heads.fault_of`).
+Refusals have the same JSON form as all errors. A refusal must never overtake an earlier answer on the
+connection: while one is still due, the connection is only closed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import httptools
 import msgspec
@@ -17,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from broker.http.edge.errors import error_body
+from broker.http.edge.heads import Fault, Headers, asks_to_upgrade, fault_of, is_websocket
 
 HEAD_BYTES = 65_536
 HEAD_SEC = 10.0
@@ -24,23 +27,32 @@ BODY_SEC = 30.0
 STALLED_SEC = 10.0  # how long a client may leave full buffers unread before it is disconnected
 LINGER_SEC = 1.0  # a client that still sends would lose the answer if the connection closed at once
 
-Fault = tuple[Literal[400, 408, 431], str, str]
+# Takes over the connection of an Upgrade to WebSocket at `heads.WEBSOCKET_PATH`. It gets the transport and
+# the headers, answers 101 or an error itself, and sets its own protocol on the transport.
+TakeOver = Callable[[asyncio.Transport, Headers], object]
 MALFORMED: Fault = (400, "invalid_request", "this is not HTTP/1.1")
 LATE: Fault = (408, "invalid_request", "the rest of the request did not arrive in time")
 TOO_LARGE: Fault = (431, "too_large", f"path, query and headers are larger than {HEAD_BYTES} bytes")
 
 
 class Bounded(HttpToolsProtocol):
-    """One connection. `_part`: the part of a request that is being received. Each part has its own timer."""
+    """One connection. `_part`: the part of a request that is being received. Each part has its own timer.
+
+    `take_over`: gets the connections of WebSockets. Without it such a request is answered like any other.
+    """
 
     def __init__(
         self,
         config: Config,
         server_state: ServerState,
-        app_state: dict[str, object],
+        app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        take_over: TakeOver | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self._take_over = take_over
+        self._last = False  # no request after this one is read: it asked for another protocol
+        self._leaving = False  # `take_over` gets the connection
         self._part: Literal["head", "body"] | None = "head"
         self._parts = 0  # number of changes of `_part`
         self._timed = -1  # the value of `_parts` that the timer belongs to
@@ -69,16 +81,24 @@ class Bounded(HttpToolsProtocol):
             self._stall.cancel()
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        if self._refused or self._last:
             return
+        self._unset_keepalive_if_required()
         if self._part is None:
             self._enter("head")  # here, because the parser reports nothing for empty lines
         self._kept += len(data)
-        super().data_received(data)
-        if self._kept > HEAD_BYTES and self._part is not None:
-            self._refuse(TOO_LARGE)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser stopped behind the head. What follows it is not read: it is no HTTP.
+            self._upgraded(rest=len(data) - upgrade.args[0])
+        except httptools.HttpParserError:
+            self._refuse(self._fault or MALFORMED)
         else:
-            self._time()
+            if self._kept > HEAD_BYTES and self._part is not None:
+                self._refuse(TOO_LARGE)
+            else:
+                self._time()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -86,10 +106,21 @@ class Bounded(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        version, method = self.parser.get_http_version(), self.parser.get_method()
         if size > HEAD_BYTES:
             self._fault = TOO_LARGE
-            raise httptools.HttpParserError(TOO_LARGE[2])
-        super().on_headers_complete()
+        else:
+            self._fault = fault_of(version, method, self.url, self.headers)
+        if self._fault is not None:
+            raise httptools.HttpParserError(self._fault[2])
+        self._last = self.parser.should_upgrade() or asks_to_upgrade(self.headers)
+        alone = self.cycle is None or self.cycle.response_complete
+        if self._last and alone and self._take_over is not None:
+            self._leaving = is_websocket(version, method, self.url, self.headers)
+        if not self._leaving:
+            super().on_headers_complete()
+        if self._last and not self._leaving:
+            self.cycle.keep_alive = False
         self._enter("body")
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -104,11 +135,19 @@ class Bounded(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        super().on_message_complete()
+        if not self._leaving:
+            super().on_message_complete()
         self._enter(None)
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(self._fault or MALFORMED)
+    def _upgraded(self, rest: int) -> None:
+        self._time()
+        if not self._leaving or self._take_over is None:
+            return
+        if rest:  # a WebSocket client sends nothing before the 101
+            self._refuse(MALFORMED)
+            return
+        self.connections.discard(self)
+        self._take_over(self.transport, self.headers)
 
     def _enter(self, part: Literal["head", "body"] | None) -> None:
         self._part = part

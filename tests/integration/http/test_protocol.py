@@ -8,6 +8,7 @@ import socket
 from asyncio import Server
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from broker.http.edge import protocol
+from broker.http.edge.heads import Headers
 from broker.http.edge.protocol import Bounded
 from tests.integration.core_support import until
 from tests.integration.http.support import Broker, register, running
@@ -23,6 +25,9 @@ from tests.integration.http.support import Broker, register, running
 Sides = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 DEADLINE_SEC = 120
 GET = b"GET /healthz HTTP/1.1\r\nHost: a\r\n"
+POST = b"POST /v1/devices HTTP/1.1\r\nHost: a\r\n"
+UPGRADE = b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n"
+HIDDEN = b"GET /readyz HTTP/1.1\r\nHost: a\r\n\r\n"  # must never be read as a request
 
 
 @pytest.fixture
@@ -103,7 +108,7 @@ async def test_bytes_that_are_not_http_get_an_error_in_the_common_form(sides: Si
         GET + b"".join(b"a%d: b\r\n" % n for n in range(20_000)),
         GET + b"a: " + b"x" * 65_600 + b"\r\n\r\n",
         b"GET /" + b"x" * 200_000,
-        b"POST /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\na: " + b"x" * 600_000,
+        b"POST /healthz HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\na: " + b"x" * 600_000,
     ],
     ids=["one header", "many headers", "a whole head", "an address", "after the body"],
 )
@@ -174,7 +179,8 @@ async def test_a_client_that_reads_nothing_is_cut_and_others_are_not_affected(
     _, key = await broker.core.keys.create("acme", ("devices:write", "events:read"), None)
     client = broker.client(key)
     await register(client)
-    stream = f"GET /v1/events?after=0 HTTP/1.1\r\nAccept: text/event-stream\r\nX-API-Key: {key}\r\n\r\n"
+    stream = "GET /v1/events?after=0 HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n"
+    stream += f"X-API-Key: {key}\r\n\r\n"
     small = socket.socket()
     small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
     small.connect(served.sockets[0].getsockname())
@@ -190,3 +196,156 @@ async def test_a_client_that_reads_nothing_is_cut_and_others_are_not_affected(
             await until(lambda: broker.streams.open == 1)
         broker.streams.close()
         assert (await ended(reader)).endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["at once", "body later"])
+async def test_an_upgrade_with_a_body_is_refused_and_its_body_is_no_request(
+    served: Server, cut: bool
+) -> None:
+    bodies = [
+        b"Content-Length: %d\r\n\r\n" % len(HIDDEN) + HIDDEN,
+        b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(HIDDEN) + HIDDEN + b"\r\n0\r\n\r\n",
+    ]
+    lines = [b"GET /healthz", b"POST /v1/devices", b"GET /mqtt"]
+    for line, upgrade, body in product(lines, [UPGRADE, b"Upgrade: h2c\r\nConnection: upgrade\r\n"], bodies):
+        async with connected(served) as (reader, writer):
+            head, at = line + b" HTTP/1.1\r\nHost: a\r\n" + upgrade, body.index(b"\r\n\r\n") + 4
+            writer.write(head + (body[:at] if cut else body))
+            if cut:
+                await asyncio.sleep(0)
+                writer.write(body[at:])
+            await refused(reader, 400, "invalid_request")
+
+
+@pytest.mark.parametrize("gap", [False, True], ids=["at once", "later"])
+async def test_after_an_upgrade_the_connection_ends_with_its_answer(sides: Sides, gap: bool) -> None:
+    reader, writer = sides
+    writer.write(GET + UPGRADE + b"\r\n" + (b"" if gap else HIDDEN))
+    status, headers, _ = await answer(reader)
+    assert (status, headers["connection"]) == (200, "close")
+    if gap:
+        writer.write(HIDDEN)
+    assert await ended(reader) == b""
+
+
+async def test_a_connection_header_of_a_proxy_without_upgrade_changes_nothing(sides: Sides) -> None:
+    reader, writer = sides
+    for _ in range(2):
+        writer.write(POST + b"Connection: upgrade\r\nContent-Length: 2\r\n\r\n{}")
+        assert (await answer(reader))[0] == 401
+
+
+AMBIGUOUS = [
+    (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
+    (b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+    (b"GET /healthz HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    (b"GET /healthz HTTP/1.1\r\nHost: \r\n\r\n", 400),
+    (b"GET /healthz HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+    (b"GET /healthz HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
+    (b"GET /healthz\r\n\r\n", 400),
+    (b"GET /healthz HTTP/0.9\r\nHost: a\r\n\r\n", 400),
+    (b"GET /healthz HTTP/2.0\r\nHost: a\r\n\r\n", 400),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    (b"POST /v1/devices HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400),
+    (POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
+    (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    (POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 400),
+    (POST + b"Transfer-Encoding: identity\r\n\r\n", 400),
+    (POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n", 400),
+    (POST + b"Content-Length: 0\r\nContent-Length: 5\r\n\r\n", 400),
+    (POST + b"Content-Length: +5\r\n\r\n12345", 400),
+    (POST + b"Content-Length : 5\r\n\r\n12345", 400),
+    (POST + b"Content-Length: 5, 5\r\n\r\n12345", 400),
+    (POST + b"A: b\r\n c: d\r\n\r\n", 400),
+    (POST + b"A: b\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    (POST + b"A: b\rB: c\r\n\r\n", 400),
+    (POST + b"A: b\0c\r\n\r\n", 400),
+    (POST + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415),
+    (b"GET //healthz HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    (b"GET /v1//devices HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    (b"GET /v1%2Fdevices HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    (b"GET /v1/devices/a%2fcommands HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    (b"GET http://a/healthz HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    (b"GET /healthz#a HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+]
+
+
+async def test_a_head_that_two_readers_may_understand_differently_is_refused(served: Server) -> None:
+    for head, status in AMBIGUOUS:
+        async with connected(served) as (reader, writer):
+            writer.write(head)
+            got, _, body = await answer(reader)
+            assert got == status, (head, body)
+            assert await ended(reader) == b"", head
+
+
+async def test_what_is_only_old_or_unusual_is_served(served: Server) -> None:
+    for head in (
+        b"GET /healthz HTTP/1.0\r\n\r\n",
+        b"GET /healthz HTTP/1.0\r\nHost: [::1]:80\r\n\r\n",
+        b"GET /healthz?a=// HTTP/1.1\r\nHost: ordain.example.org:8080\r\n\r\n",
+    ):
+        async with connected(served) as (reader, writer):
+            writer.write(head)
+            assert (await answer(reader))[0] == 200, head
+
+
+class Echo(asyncio.Protocol):
+    """Takes a connection over and sends back what it gets."""
+
+    def __init__(self, transport: asyncio.Transport, headers: Headers) -> None:
+        self.transport = transport
+        transport.set_protocol(self)
+        transport.write(dict(headers)[b"sec-websocket-key"] + b"\n")
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+
+@pytest.fixture
+async def taking(broker: Broker) -> AsyncIterator[Server]:
+    """Like `served`, with a protocol that takes WebSockets over."""
+    state, config = ServerState(), Config(broker.app, ws="none", lifespan="off", log_config=None)
+    loop = asyncio.get_running_loop()
+
+    def connection() -> Bounded:
+        return Bounded(config, state, {}, take_over=Echo)
+
+    async with await loop.create_server(connection, "127.0.0.1", 0) as server:
+        yield server
+
+
+HANDSHAKE = b"GET /mqtt HTTP/1.1\r\nHost: a\r\nSec-WebSocket-Key: k\r\n" + UPGRADE
+
+
+@pytest.mark.parametrize("before", [b"", GET + b"\r\n"], ids=["at once", "after another"])
+async def test_a_websocket_at_its_path_is_taken_over(taking: Server, before: bytes) -> None:
+    async with connected(taking) as (reader, writer), asyncio.timeout(DEADLINE_SEC):
+        writer.write(before)
+        if before:
+            assert (await answer(reader))[0] == 200
+        writer.write(HANDSHAKE + b"\r\n")
+        assert await reader.readline() == b"k\n"
+        writer.write(HIDDEN)
+        assert await reader.readexactly(len(HIDDEN)) == HIDDEN
+
+
+async def test_any_other_upgrade_is_not_taken_over(taking: Server) -> None:
+    for request, status in (
+        (HANDSHAKE.replace(b"/mqtt", b"/mqtt/") + b"\r\n", 404),
+        (HANDSHAKE.replace(b"/mqtt", b"/mqtt?a") + b"\r\n", 404),
+        (HANDSHAKE.replace(b"/mqtt", b"/mqt%74") + b"\r\n", 404),
+        (HANDSHAKE.replace(b"GET", b"POST") + b"\r\n", 404),
+        (HANDSHAKE.replace(b"1.1", b"1.0") + b"\r\n", 404),
+        (HANDSHAKE.replace(b"websocket", b"h2c") + b"\r\n", 404),
+        (HANDSHAKE + b"Content-Length: 1\r\n\r\na", 400),
+        (HANDSHAKE + b"\r\n" + HIDDEN, 400),
+    ):
+        async with connected(taking) as (reader, writer):
+            writer.write(request)
+            got, _, body = await answer(reader)
+            assert got == status, (request, body)
+            assert await ended(reader) == b"", request
