@@ -6,6 +6,7 @@ It has no session, never resends, and ends with its connection. The product must
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -32,14 +33,18 @@ class Client(asyncio.Protocol):
     @classmethod
     async def open(cls, port: int, client_id: str, on_message: Told) -> Client:
         """Connects to a server on this machine; returns when the server has accepted the connection."""
-        _, client = await asyncio.get_running_loop().create_connection(
-            lambda: cls(on_message), "127.0.0.1", port
-        )
-        # Protocol level 4, clean session, no keep-alive, which a short benchmark does not need.
-        body = _text(b"MQTT") + b"\x04\x02\x00\x00" + _text(client_id.encode())
-        if await client._ask(CONNECT, body) != b"\x00\x00":
-            raise ConnectionError("the MQTT server refused the connection")
+        client = cls(on_message)
+        await client.enter(port, client_id)
         return client
+
+    async def enter(self, port: int, name: str, *, tls: ssl.SSLContext | None = None) -> None:
+        """Connects; client id, user name and password are all `name`."""
+        await asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", port, ssl=tls)
+        # Protocol level 4, clean session, no keep-alive, which a short benchmark does not need.
+        word = _text(name.encode())
+        body = _text(b"MQTT") + b"\x04\xc2\x00\x00" + word * 3
+        if await self._ask(CONNECT, body) != b"\x00\x00":
+            raise ConnectionError("the MQTT server refused the connection")
 
     async def subscribe(self, topics: Sequence[str]) -> None:
         """Subscribes to all topics with QoS 1."""
