@@ -70,6 +70,8 @@ def decode(first: int, body: bytes, version: int) -> Packet:
         return _publish(flags, body, five)
     if flags != (2 if kind in (p.PUBREL, p.SUBSCRIBE, p.UNSUBSCRIBE) else 0):
         raise BadPacket(f"flags {flags:#03x} in a packet of type {kind}")
+    if kind == p.PUBACK and len(body) == 2 and body != b"\0\0":
+        return p.Ack(kind, int.from_bytes(body, "big"))
     reader = _Reader(body, five)
     if p.PUBACK <= kind <= p.PUBCOMP:
         packet: Packet = p.Ack(kind, reader.packet_id(), *reader.reason_and_properties(kind))
@@ -375,10 +377,7 @@ def _write(form: int | str, value: Any) -> bytes:
 
 
 def _whole(first: int, body: bytes) -> bytes:
-    length = len(body)
-    if length < 0x80:
-        return bytes((first, length)) + body
-    return bytes((first,)) + varint(length) + body
+    return bytes((first,)) + varint(len(body)) + body
 
 
 def _text(value: str) -> bytes:
@@ -391,6 +390,8 @@ def _binary(value: bytes) -> bytes:
 
 def varint(value: int) -> bytes:
     """A number up to 268,435,455 in one to four bytes."""
+    if value < 0x80:
+        return bytes((value,))
     digits = bytearray()
     while value > 0x7F:
         digits.append(value & 0x7F | 0x80)
