@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
 
-.PHONY: help setup run test check fix docs bench simulate soak lock clean mosquitto browser
+.PHONY: help setup run test check fix docs bench simulate soak dist lock clean mosquitto browser
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ simulate: .venv/dev ## run the real broker under simulated faults, with SEEDS se
 
 soak: .venv/dev mosquitto ## long runs: 100,000 queued commands, memory over 400,000 commands, outages
 	@.venv/bin/python -m scripts.soak
+
+dist: .venv/dev ## the packages ordain and ordain-device, into dist/
+	@.venv/bin/python -m scripts.dist
 
 lock: ## write the newest allowed dependencies into the lock files (needs uv)
 	uv lock --upgrade

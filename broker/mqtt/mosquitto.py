@@ -1,6 +1,6 @@
 """Runs an installed Mosquitto as a child process, gives it the registered devices, restarts it if it ends.
 
-Its configuration is the repository's `mosquitto.conf` with the paths of this data directory. Mosquitto must
+Its configuration is the shipped `mosquitto.conf` with the paths of this data directory. Mosquitto must
 stop when the broker stops. If the broker was killed, the next start stops the old Mosquitto with SIGTERM
 first, so that it saves its queued messages.
 """
@@ -15,6 +15,7 @@ import signal
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib import resources
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +27,7 @@ from broker.settings import BadSetting
 
 logger = structlog.get_logger()
 
-CONF = Path(__file__).parents[2] / "mosquitto.conf"
+CONF = resources.files("broker.mqtt") / "mosquitto.conf"
 LINK_USER = "ordain"
 RELOAD_PAUSE_SEC = 0.1
 READY_WITHIN_SEC = 10

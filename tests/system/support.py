@@ -145,6 +145,7 @@ class Broker:
         self.data = data
         self.cwd = cwd
         self.options = options
+        self.program = ORDAIN
         self.url = ""
         self.mqtt_port = 0
         self.key = ""
@@ -157,7 +158,7 @@ class Broker:
             options += ["--http", "127.0.0.1:0"]
         if "--mqtt-url" not in options and "--mqtt-listen" not in options:
             options += ["--mqtt-listen", f"127.0.0.1:{self.mqtt_port}"]
-        self.runs.append(Process(ORDAIN, "serve", "--data", str(self.data), *options, cwd=self.cwd))
+        self.runs.append(Process(self.program, "serve", "--data", str(self.data), *options, cwd=self.cwd))
         return self.runs[-1]
 
     def start(self, *more: str) -> Broker:
