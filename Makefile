@@ -4,10 +4,10 @@ PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
 
-.PHONY: help setup run test check fix docs bench simulate soak dist lock clean mosquitto browser
+.PHONY: help setup run test test-all test-ends check fix docs bench simulate soak dist lock clean mosquitto browser
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/runtime ## create .venv with all packages that `ordain` needs, pinned by hash
 
@@ -16,6 +16,12 @@ run: .venv/runtime ## run the broker, an MQTT server and a few simulated devices
 
 test: .venv/dev mosquitto browser check ## run everything that a change must pass: check, then all tests
 	@.venv/bin/pytest
+
+test-all: mosquitto browser ## run all tests with every Python from 3.11 on that this machine has
+	@scripts/test-pythons all
+
+test-ends: mosquitto ## run unit and integration tests with the oldest and the newest Python here
+	@scripts/test-pythons ends
 
 check: .venv/dev ## check style and types
 	@.venv/bin/ruff check
@@ -49,7 +55,7 @@ lock: ## write the newest allowed dependencies into the lock files (needs uv)
 	uv export --quiet --frozen --no-header --only-group setup -o scripts/setup-uv.lock
 
 clean: ## remove .venv and the caches of tools; never data
-	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venvs .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
 
 .venv/runtime: pyproject.toml requirements.lock scripts/setup
 	@scripts/setup requirements.lock
