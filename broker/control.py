@@ -55,6 +55,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         fanout=core.fanout,
         registry=core.registry,
         keys=core.keys,
+        verification=core.verification,
         grants=core.grants,
         feed=core.feed,
         mqtt_events=core.mqtt_events,

@@ -28,6 +28,7 @@ from broker.engine.pull import Pull
 from broker.engine.quotas import Quotas
 from broker.engine.registry import Registry
 from broker.engine.repairs import Repairs
+from broker.engine.verification import Verification
 from broker.engine.writer import CLOCK_STEP_MS, Writer
 from broker.log import sqlite as log
 from broker.seams import Clock, Entropy, Link, Message, Outbound, Outgoing, Receipt, Sql, Storage
@@ -83,6 +84,7 @@ class Core:
         self.erasures = Erasures(self.commands)
         self.registry = Registry(self.commands)
         self.keys = Keys(self.writer)
+        self.verification = Verification(self.writer)
         self.grants = Grants(self.writer, self.live, self.registry.secrets, settings.issuer)
         self.webhooks = Webhooks(
             self.writer,
@@ -154,6 +156,7 @@ class Core:
             self.deadlines.run(),
             self.intake.run(),
             self.erasures.run(),
+            self.verification.run(),
             self._every(CLOCK_WATCH_SEC, self._watch_clock),
             self._forget_keys(),
         ]

@@ -7,6 +7,7 @@ broker depends on a metric. Times come from the broker's own clock, in whole mil
 from __future__ import annotations
 
 from collections import Counter as Counts
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, get_args
 
@@ -41,6 +42,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")
 STAGES_SEC = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 FAST_SEC = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 ATTEMPTS = (1, 2, 3, 4, 5, 10, 100)
+RECENT_COMMITS = 256
 BATCHES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
 
 
@@ -98,6 +100,7 @@ class Metrics:
             buckets=ATTEMPTS,
             registry=self.registry,
         )
+        self.recent_commits_ms = deque[int](maxlen=RECENT_COMMITS)
         self._wrongs()
         self._request_labels: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._live: Live | None = None
@@ -236,7 +239,9 @@ class Metrics:
         if not events or self._live is None or self._writer is None:
             return
         self._batch.observe(len(events))
-        self._commit.observe((self._writer.now() - events[0].recorded_at) / 1_000)
+        took_ms = self._writer.now() - events[0].recorded_at
+        self._commit.observe(took_ms / 1_000)
+        self.recent_commits_ms.append(took_ms)
         for name, count in Counts(recorded.type for recorded in events).items():
             self._events.labels(name).inc(count)
         for recorded in events:

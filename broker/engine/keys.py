@@ -93,9 +93,9 @@ class Keys:
         check_name("project", project)
         for scope in scopes:
             if scope not in SCOPES:
-                raise invalid("scope", f"must be one of {', '.join(SCOPES)}", scope)
+                raise invalid("scopes", f"must be one of {', '.join(SCOPES)}", scope)
         if not scopes:
-            raise invalid("scope", "at least one is needed")
+            raise invalid("scopes", "at least one is needed")
         await self.writer.room()
         now = self.writer.now()
         secret = new_secret("sk_live_", self.writer.entropy)

@@ -12,6 +12,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from broker.http import local as local_routes
 from broker.http import sdk
+from broker.http.console import pages as console
 from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call
 from broker.http.edge.cors import allowing
@@ -19,9 +20,11 @@ from broker.http.edge.errors import HANDLERS
 from broker.http.edge.services import Services
 from broker.http.schema import openapi
 
-ROUTES = (*openapi.DESCRIBED, openapi.routes, sdk.routes)
-# Answers contain grants and tokens, so no proxy or browser may cache them.
-HEADERS = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
+ROUTES = (*openapi.DESCRIBED, openapi.routes, sdk.routes, console.routes)
+# Answers contain grants and tokens, so no proxy or browser may cache them. The console's files contain
+# none and set their own `cache-control`.
+NO_STORE = (b"cache-control", b"no-store")
+HEADERS = [(b"x-content-type-options", b"nosniff")]
 OF_A_BODY = (b"content-type", b"content-length")
 
 
@@ -78,7 +81,8 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *HEADERS]
+                cached = any(name == b"cache-control" for name, _ in message["headers"])
+                message["headers"] = [*message["headers"], *HEADERS, *([] if cached else [NO_STORE])]
                 if methods_asked and status == 405:
                     message["status"] = status = 204
                     message["headers"] = [each for each in message["headers"] if each[0] not in OF_A_BODY]

@@ -6,39 +6,14 @@ Only the app on the private socket has these routes.
 from __future__ import annotations
 
 import msgspec
-from litestar import Router, delete, get, post
+from litestar import Router, get, post
 from litestar.params import FromPath, JSONBody
-from msgspec import UNSET, UnsetType
 
 from broker.engine.grants import GrantKey
-from broker.engine.keys import Key
 from broker.http.edge.auth import Call, authorize, needs
+from broker.http.v1 import keys
 from broker.http.v1.views import Time
 from devices.clock import rfc3339
-
-
-class KeyBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    project: str
-    scopes: tuple[str, ...]
-    name: str | None = None
-
-
-class KeyView(msgspec.Struct, frozen=True, kw_only=True):
-    """`key` is the secret. Only the answer that created the key contains it."""
-
-    id: str
-    project: str
-    scopes: tuple[str, ...]
-    name: str | None
-    created_at: Time
-    revoked_at: Time | None
-    key: str | UnsetType = UNSET
-
-
-class KeyList(msgspec.Struct, frozen=True, kw_only=True):
-    data: list[KeyView]
-    has_more: bool = False
-    next_cursor: str | None = None
 
 
 class GrantKeyView(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,22 +27,6 @@ class GrantKeyList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[GrantKeyView]
     has_more: bool = False
     next_cursor: str | None = None
-
-
-@post("/keys", status_code=201)
-async def create_key(request: Call, data: JSONBody[KeyBody]) -> KeyView:
-    key, secret = await request.services.keys.create(data.project, data.scopes, data.name)
-    return _shown(key, secret)
-
-
-@get("/keys")
-async def list_keys(request: Call) -> KeyList:
-    return KeyList(data=[_shown(key) for key in request.services.keys.all()])
-
-
-@delete("/keys/{key_id:str}", status_code=200)
-async def revoke_key(request: Call, key_id: FromPath[str]) -> KeyView:
-    return _shown(await request.services.keys.revoke(key_id))
 
 
 @get("/grants")
@@ -109,24 +68,10 @@ def _grant_key(request: Call, key: GrantKey) -> GrantKeyView:
     )
 
 
-def _shown(key: Key, secret: str | UnsetType = UNSET) -> KeyView:
-    return KeyView(
-        id=key.id,
-        project=key.project,
-        scopes=key.scopes,
-        name=key.name,
-        created_at=rfc3339(key.created_at),
-        revoked_at=None if key.revoked_at is None else rfc3339(key.revoked_at),
-        key=secret,
-    )
-
-
 routes = Router(
     "/local",
     route_handlers=[
-        create_key,
-        list_keys,
-        revoke_key,
+        *keys.HANDLERS,
         list_grant_keys,
         rotate_grant_key,
         retire_grant_key,

@@ -197,29 +197,57 @@ class Verified(NamedTuple):
     fault: str | None
 
 
+class Walk:
+    """A walk along the whole chain, page by page: each page may be read in a transaction of its own, so
+    that a broker can do it beside its work. `rows`: how many are good so far; `hash`: of the last of them.
+    """
+
+    def __init__(self) -> None:
+        self.rows, self.hash = 0, chain.GENESIS
+        self.fault: str | None = None
+        self._recorded_at = 0
+        self._stream = ""  # streams up to this one have all their versions
+
+    def step(self, sql: Sql, page: int) -> bool:
+        """Looks at the next `page` rows, then at as many streams; False once it has come to the end or to a
+        fault."""
+        excused: Excused | None = None
+        batch = rows(sql, self.rows, page)
+        for row in batch:
+            if row.data is None and excused is None:
+                excused = Excused(sql)
+            may_be_empty = excused is not None and row.data is None and excused(row)
+            self.fault = chain.fault(row, self.hash, self.rows + 1, may_be_empty)
+            if self.fault is None and row.recorded_at < self._recorded_at:
+                self.fault = f"position {row.position} is older than the row before it"
+            if self.fault is not None:
+                return False
+            self.hash, self.rows, self._recorded_at = row.hash, row.position, row.recorded_at
+        return bool(batch) or self._streams(sql, page)
+
+    def _streams(self, sql: Sql, page: int) -> bool:
+        found = sql.execute(
+            "SELECT stream, count(*), max(version), min(version) FROM events WHERE stream > ? "
+            "GROUP BY stream ORDER BY stream LIMIT ?",
+            (self._stream, page),
+        ).fetchall()
+        for stream, count, last, first in found:
+            if count != last or first != 1:
+                self.fault = f"stream {stream} has {count} events up to version {last}"
+                return False
+            self._stream = stream
+        return bool(found)
+
+
 def verify(sql: Sql, progress: Callable[[int], None] = lambda _: None) -> Verified:
     """Checks the whole chain: positions, digests, hashes, versions, times, erasures.
 
     `progress` is called every 8,192 rows with the number of good rows.
     """
-    excused = Excused(sql)
-    previous, position, recorded_at = chain.GENESIS, 0, 0
-    for row in all_rows(sql):
-        fault = chain.fault(row, previous, position + 1, row.data is None and excused(row))
-        if fault is None and row.recorded_at < recorded_at:
-            fault = f"position {row.position} is older than the row before it"
-        if fault is not None:
-            return Verified(position, previous, fault)
-        previous, position, recorded_at = row.hash, row.position, row.recorded_at
-        if position % 8_192 == 0:
-            progress(position)
-    gap = sql.execute(
-        "SELECT stream, count(*), max(version) FROM events GROUP BY stream "
-        "HAVING count(*) <> max(version) OR min(version) <> 1 LIMIT 1"
-    ).fetchone()
-    if gap:
-        return Verified(position, previous, f"stream {gap[0]} has {gap[1]} events up to version {gap[2]}")
-    return Verified(position, previous, None)
+    walk = Walk()
+    while walk.step(sql, 8_192):
+        progress(walk.rows)
+    return Verified(walk.rows, walk.hash, walk.fault)
 
 
 def add_unmatched(sql: Sql, entries: Iterable[tuple[object, ...]], per_device: int, in_all: int) -> None:

@@ -80,7 +80,10 @@ export interface Event {
   data: any;
 }
 
-/** `type`: a command's name. `event`: such as `executed`. `command`: an id. `signal`: stops the stream. */
+/**
+ * `type`: a command's name. `event`: such as `executed`. `command`: an id. `signal`: stops the stream.
+ * `onConnection`: called with true when the stream connects and with false when it breaks.
+ */
 export interface EventFilters {
   after?: number | null;
   device?: string;
@@ -88,6 +91,7 @@ export interface EventFilters {
   event?: string;
   command?: string;
   signal?: AbortSignal;
+  onConnection?: (up: boolean, error?: AppError) => void;
 }
 
 /** The limits for retries of temporary failures, and the time limit of each try; see `App`. */

@@ -109,7 +109,7 @@ export class App {
   }
 
   /** The events after `position`, or from now on if it is null. Reconnects after a lost connection. */
-  async *#stream(position, query, signal) {
+  async *#stream(position, query, signal, onConnection = () => {}) {
     let failures = 0;
     let opened = false;
     let reconnectSec = 0;
@@ -134,6 +134,7 @@ export class App {
         }
         failures = 0;
         opened = true;
+        onConnection(true);
         for await (const message of messages(answer.body, heard)) {
           if (message.retry !== undefined) reconnectSec = floor = message.retry / 1_000;
           // An id without data is no event; it only gives the stream's position.
@@ -147,6 +148,7 @@ export class App {
           }
         }
         failures += 1;
+        onConnection(false);
       } catch (broken) {
         if (signal?.aborted) throw signal.reason;
         const error = broken instanceof AppError ? broken : unreachable(broken);
@@ -154,6 +156,7 @@ export class App {
         // A stream that was open once is retried without limit; `retries` only limits the first connection.
         if (!isTemporary(error) || (failures > this.#options.retries && !opened)) throw error;
         floor = Math.max(floor, error.retryAfter ?? 0);
+        onConnection(false, error);
       } finally {
         clearTimeout(quiet);
         link.abort();
@@ -199,9 +202,9 @@ export class Commands {
     return await this.#request("POST", "/v1/app/command/history", { body: params });
   }
 
-  events({ after = null, device, type, event, command, signal } = {}) {
+  events({ after = null, device, type, event, command, signal, onConnection } = {}) {
     const filters = Object.entries({ device, type, event, command }).filter(([, value]) => value != null);
-    return this.#stream(after, Object.fromEntries(filters), signal);
+    return this.#stream(after, Object.fromEntries(filters), signal, onConnection);
   }
 
   async wait(commandId, timeout = null) {

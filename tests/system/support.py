@@ -204,11 +204,15 @@ class Broker:
         """Creates a key over the local socket, like `ordain keys create`, but without the half second of a
         process start."""
         wanted = {"project": "default", "scopes": ["devices:read", "devices:write", "events:read"]}
-        with socket_path(self.data) as path:
-            door = httpx2.HTTPTransport(uds=path)
-            with httpx2.Client(transport=door, base_url="http://ordain", trust_env=False) as client:
-                key: str = client.post("/local/keys", json=wanted).json()["key"]
+        key: str = self.operator("POST", "/v1/keys", wanted).json()["key"]
         return key
+
+    def operator(self, method: str, path: str, body: object = None) -> httpx2.Response:
+        """Through the private socket, as the operator of the machine."""
+        with socket_path(self.data) as door:
+            transport = httpx2.HTTPTransport(uds=door)
+            with httpx2.Client(transport=transport, base_url="http://ordain", trust_env=False) as client:
+                return client.request(method, path, json=body)
 
     def device(self, hardware_id: str, type: str = "generic") -> str:
         """Registers a device and returns its token."""

@@ -15,6 +15,7 @@ from broker.engine.keys import Keys
 from broker.engine.pull import Pull
 from broker.engine.registry import Registry
 from broker.engine.repairs import Repairs
+from broker.engine.verification import Verification
 from broker.http.edge.streams import Streams
 from broker.metrics import Metrics
 from broker.seams import Link
@@ -38,6 +39,7 @@ class Services:
     fanout: Fanout
     registry: Registry
     keys: Keys
+    verification: Verification
     grants: Grants
     feed: Feed
     mqtt_events: MqttEvents

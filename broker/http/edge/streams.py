@@ -46,6 +46,14 @@ class Streams:
         return len(self._open)
 
     @property
+    def most(self) -> int:
+        return self._most
+
+    def of(self, project: str | None) -> int:
+        """The number of open streams of a project; None: of admin keys."""
+        return sum(other.project == project for other in self._open.values())
+
+    @property
     def lag(self) -> int:
         """The lag of the slowest stream, in events."""
         return max((subscription.lag for subscription in self._open), default=0)
@@ -72,7 +80,7 @@ class Streams:
         """
         if self._closing:
             raise Unavailable("the broker is stopping")
-        if sum(other.project == caller.project for other in self._open.values()) >= self._most:
+        if self.of(caller.project) >= self._most:
             raise Refusal("rate_limit_exceeded", f"this project already has {self._most} open streams")
         with self._feed.subscribed(wanted, after) as subscription:
             self._open[subscription] = caller

@@ -1,7 +1,6 @@
-"""The OpenAPI document, generated from the handlers and Structs, and the page that shows it offline.
+"""The OpenAPI document, generated from the handlers and Structs.
 
-Descriptions come from docstrings and fields, so they are not written twice. The page loads nothing from
-other servers.
+Descriptions come from docstrings and fields, so they are not written twice.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import cache
 from http import HTTPStatus
-from importlib import resources
 from types import UnionType
 from typing import Any, get_args, get_origin
 
@@ -28,7 +26,7 @@ from broker.http.edge.errors import ErrorBody
 from broker.http.schema import asyncapi
 from broker.http.v1 import commands as v1
 from broker.http.v1 import devices as v1_devices
-from broker.http.v1 import events, fanout, lanes, past, pull, repairs, unmatched, webhooks
+from broker.http.v1 import events, fanout, keys, lanes, past, pull, repairs, stats, unmatched, webhooks
 from broker.http.v1 import system as v1_system
 from devices.names import PATTERN as NAME_PATTERN
 
@@ -46,10 +44,10 @@ DESCRIBED = (
     iotee.routes,
     webhooks.routes,
     v1_system.routes,
+    stats.routes,
+    keys.routes,
     health.routes,
 )
-# The page runs only its own script and connects only to this broker.
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 DESCRIPTION = """Commands for MQTT devices: stored durably, delivered at least once, with their full history.
 
 Every call under `/v1` needs a key. Times are RFC 3339 in UTC with milliseconds. `{device}` is a device's
@@ -68,6 +66,7 @@ TAGS = {
 PATH_PARAMETERS = {
     "device": "The device's `id` or `hardware_id`.",
     "command_id": "The command's `id`.",
+    "key_id": "The key's `id`.",
     "webhook": "The webhook's `id`.",
     "position": "The event's position in the log.",
 }
@@ -90,17 +89,7 @@ async def description() -> Response[bytes]:
     return Response(document(), media_type="application/json")
 
 
-@get("/docs", include_in_schema=False)
-async def docs() -> Response[bytes]:
-    return Response(_page(), media_type="text/html", headers={"Content-Security-Policy": PAGE_POLICY})
-
-
-routes = Router("/", route_handlers=[description, docs, asyncapi.description])
-
-
-@cache
-def _page() -> bytes:
-    return (resources.files("broker.http.schema") / "docs.html").read_bytes()
+routes = Router("/", route_handlers=[description, asyncapi.description])
 
 
 @cache

@@ -8,14 +8,18 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
-from litestar import Router, get
+from litestar import Router, get, post
 from msgspec import Meta
 
 from broker import __version__
 from broker.domain.events import SYSTEM, Started, decode
 from broker.domain.lanes import Presence
+from broker.engine.commands import Caller
+from broker.engine.verification import Report
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
+from broker.http.edge.services import Services
+from broker.http.v1.stats import percentile
 from broker.http.v1.views import Time
 from broker.log import sqlite as log
 from broker.mqtt_url import parse_url
@@ -51,6 +55,53 @@ class ClockView(msgspec.Struct, frozen=True, kw_only=True):
     ]
 
 
+class LogView(msgspec.Struct, frozen=True, kw_only=True):
+    """The log file, and the time until an event is durable, over the last commits."""
+
+    first_at: Annotated[Time | None, Meta(description="The time of the first event.")]
+    bytes: int
+    append_p50_ms: int | None
+    append_p95_ms: int | None
+
+
+class SubscriberView(msgspec.Struct, frozen=True, kw_only=True):
+    """A reader of the log. Webhooks have their own list."""
+
+    name: str
+    lag: Annotated[int, Meta(description="Events that it has not received yet; of several, the largest.")]
+    note: str
+
+
+class LimitView(msgspec.Struct, frozen=True, kw_only=True):
+    """A limit and how much of it is used now."""
+
+    name: str
+    used: int
+    most: int
+
+
+class VerifyView(msgspec.Struct, frozen=True, kw_only=True):
+    """The last verification of the log, or the one that is running."""
+
+    state: Annotated[
+        Literal["running", "good", "bad", "unread"],
+        Meta(description="`bad`: a row was changed; `unread`: the storage failed before the end."),
+    ]
+    rows: Annotated[int, Meta(description="The number of rows that are good so far.")]
+    of: Annotated[int, Meta(description="The number of rows at the start, or more.")]
+    started_at: Time
+    finished_at: Time | None
+    fault: Annotated[str | None, Meta(description="What is wrong. Only admin keys see it.")]
+
+
+class CallerView(msgspec.Struct, frozen=True, kw_only=True):
+    """The key of this request and what it may do."""
+
+    key_id: Annotated[str | None, Meta(description="Null: the operator, who needs no key.")]
+    project: Annotated[str | None, Meta(description="Null: all projects.")]
+    scopes: list[str]
+
+
 class System(msgspec.Struct, frozen=True, kw_only=True):
     """The state of the broker and its log."""
 
@@ -66,6 +117,11 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     devices: DeviceCount
     open_commands: int
     clock: ClockView
+    log: LogView
+    subscribers: list[SubscriberView]
+    limits: list[LimitView]
+    verify: Annotated[VerifyView | None, Meta(description="Null: none since the broker started.")]
+    caller: CallerView
     settings: Annotated[dict[str, Any], Meta(description="The settings that matter to clients and devices.")]
 
 
@@ -76,6 +132,9 @@ class _Found(NamedTuple):
     known: int
     online: int
     open_commands: int
+    first_at: int | None
+    bytes: int
+    longest: tuple[str, int] | None
 
 
 @get("/system", opt=needs("devices:read"), responses=documented())
@@ -101,11 +160,83 @@ async def read_system(request: Call) -> System:
         devices=DeviceCount(known=found.known, online=found.online),
         open_commands=found.open_commands,
         clock=ClockView(now=rfc3339(now), step_ms=writer.wall_step_ms()),
+        log=_log(services, found),
+        subscribers=_subscribers(services),
+        limits=_limits(services, project, found),
+        verify=_verify(services.verification.report, request.user),
+        caller=_caller(request.user),
         settings={
             "prefix": services.commands.prefix,
             "issuer": settings.issuer,
             "limits": msgspec.to_builtins(services.limits),
         },
+    )
+
+
+@post("/system/verify", status_code=202, opt=needs("admin"), responses=documented())
+async def verify_log(request: Call) -> VerifyView:
+    """Verify the log
+
+    Checks the whole hash chain while the broker works on. `GET /v1/system` shows the progress and the
+    result. If a verification is running, this starts no second one.
+    """
+    view = _verify(request.services.verification.start(), request.user)
+    assert view is not None
+    return view
+
+
+def _log(services: Services, found: _Found) -> LogView:
+    recent = sorted(services.metrics.recent_commits_ms)
+    return LogView(
+        first_at=None if found.first_at is None else rfc3339(found.first_at),
+        bytes=found.bytes,
+        append_p50_ms=percentile(recent, 0.5),
+        append_p95_ms=percentile(recent, 0.95),
+    )
+
+
+def _subscribers(services: Services) -> list[SubscriberView]:
+    streams, events = services.streams, services.mqtt_events
+    found = [
+        SubscriberView(name="projections", lag=0, note="written in the same transaction as the events"),
+        SubscriberView(name="event streams", lag=streams.lag, note=f"{streams.open} open"),
+    ]
+    if services.settings.mqtt_events:
+        found.append(SubscriberView(name="events by MQTT", lag=events.lag, note=""))
+    return found
+
+
+def _limits(services: Services, project: str | None, found: _Found) -> list[LimitView]:
+    limits, dispatch = services.limits, services.dispatch
+    in_use = dispatch.staged + dispatch.outstanding
+    shown = [
+        LimitView(name="send slots", used=in_use, most=limits.send_slots),
+        LimitView(name="event streams", used=services.streams.of(project), most=services.streams.most),
+    ]
+    if found.longest is not None:
+        device, count = found.longest
+        shown.append(LimitView(name=f"queue of {device}", used=count, most=limits.queue_per_device))
+    return shown
+
+
+def _verify(report: Report | None, caller: Caller) -> VerifyView | None:
+    if report is None:
+        return None
+    return VerifyView(
+        state=report.state,
+        rows=report.rows,
+        of=report.of,
+        started_at=rfc3339(report.started_at),
+        finished_at=None if report.finished_at is None else rfc3339(report.finished_at),
+        # The fault can name a command of another project.
+        fault=report.fault if "admin" in caller.scopes else None,
+    )
+
+
+def _caller(caller: Caller) -> CallerView:
+    kind, _, key_id = caller.actor.partition(":")
+    return CallerView(
+        key_id=key_id if kind == "key" else None, project=caller.project, scopes=sorted(caller.scopes)
     )
 
 
@@ -120,6 +251,16 @@ def _find(sql: Sql, project: str | None, online: set[str]) -> _Found:
         "ORDER BY version DESC LIMIT 1",
         (SYSTEM,),
     ).fetchone()
+    first = sql.execute("SELECT recorded_at FROM events WHERE position = 1").fetchone()
+    pages, size = sql.execute(
+        "SELECT page_count, page_size FROM pragma_page_count(), pragma_page_size()"
+    ).fetchone()
+    longest = sql.execute(
+        "SELECT d.hardware_id, found.n FROM (SELECT c.device_id, count(*) AS n FROM lanes l "
+        f"JOIN commands c ON c.position = l.position WHERE 1{whose} GROUP BY c.device_id "
+        "ORDER BY n DESC LIMIT 1) found JOIN devices d ON d.id = found.device_id",
+        values,
+    ).fetchone()
     started = None if start is None else decode("started", bytes(start[1]), start[2])
     assert started is None or isinstance(started, Started)
     return _Found(
@@ -129,6 +270,9 @@ def _find(sql: Sql, project: str | None, online: set[str]) -> _Found:
         known=len(ids),
         online=sum(row[0] in online for row in ids),
         open_commands=open_commands,
+        first_at=None if first is None else first[0],
+        bytes=pages * size,
+        longest=None if longest is None else (longest[0], longest[1]),
     )
 
 
@@ -138,4 +282,4 @@ def shown_url(settings: Settings) -> str:
     return str(listened(settings)[0])
 
 
-routes = Router("/v1", route_handlers=[read_system], before_request=authorize, tags=["System"])
+routes = Router("/v1", route_handlers=[read_system, verify_log], before_request=authorize, tags=["System"])

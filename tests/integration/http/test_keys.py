@@ -174,8 +174,8 @@ async def test_the_private_socket_creates_lists_and_revokes_keys(broker: Broker)
     error_of(await broker.client(key["key"]).get("/v1/devices"), 401, "unauthorized")
     error_of(await local.delete("/local/keys/key_none"), 404, "not_found")
     for wrong, field in (
-        ({"scopes": []}, "scope"),
-        ({"scopes": ["root"]}, "scope"),
+        ({"scopes": []}, "scopes"),
+        ({"scopes": ["root"]}, "scopes"),
         ({"project": "a b"}, "project"),
     ):
         answer = await local.post("/local/keys", json={"project": "acme", "scopes": ["admin"]} | wrong)

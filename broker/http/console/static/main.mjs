@@ -1,0 +1,7 @@
+// Begins: signs in with the key of this tab, or asks for one.
+
+import "./theme.mjs";
+import { html, render } from "./html.mjs";
+import { Shell } from "./shell.mjs";
+
+render(html`<${Shell} />`, document.getElementById("app"));

@@ -1,0 +1,187 @@
+// System: the broker itself. What is connected, how far behind whom, and how near its limits it is.
+
+import { all, call, encoded, get, may, post, system } from "./api.mjs";
+import { UnmatchedTable } from "./device.mjs";
+import { bytes, length, moment, number, pretty, span } from "./format.mjs";
+import { html, useEffect, useState } from "./html.mjs";
+import { polled } from "./live.mjs";
+import { At, CopyButton, Empty, Failure, Id, Section, Skeleton, Table, ask, useAction, useLoad } from "./parts.mjs";
+import { asOf } from "./route.mjs";
+
+const NEAR = 0.8;
+const SCOPES = ["devices:read", "devices:write", "events:read", "admin"];
+
+export function System() {
+  const found = system.value;
+  return html`<div class="columns">
+    <h1 class="offscreen">System</h1>
+    ${asOf.value !== null && html`<p class="wide dim">This page shows the present only.</p>`}
+    ${found.not_ready.length > 0 && html`<div class="failure wide" role="alert"><p><strong>Not ready:</strong></p><ul>${found.not_ready.map((why) => html`<li key=${why}>${why}</li>`)}</ul></div>`}
+    <${Broker} found=${found} />
+    <${Link} found=${found} />
+    <${Log} found=${found} />
+    <${Followers} found=${found} />
+    <${Limits} limits=${found.limits ?? []} />
+    ${found.nodes?.length > 1 && html`<${Nodes} nodes=${found.nodes} />`}
+    <${Types} />
+    <${Section} title="Settings"><pre tabindex="0">${pretty(found.settings)}</pre><//>
+    <${Unmatched} />
+    ${may("admin") && html`<${Keys} />`}
+  </div>`;
+}
+
+/** Whatever a release says about something, also what this page does not know by name. */
+function pairs(fields) {
+  return html`<dl class="pairs">${Object.entries(fields)
+    .filter(([, value]) => value !== null && value !== undefined)
+    .map(([name, value]) => html`<dt key=${name}>${name.replaceAll("_", " ")}</dt><dd>${typeof value === "object" && value.type === undefined ? html`<code>${JSON.stringify(value)}</code>` : value === true ? "yes" : value === false ? "no" : value}</dd>`)}</dl>`;
+}
+
+function Broker({ found }) {
+  return html`<${Section} title="Broker" aside=${html`<span class=${found.not_ready.length ? "bad" : "good"}>${found.not_ready.length ? "✕ not ready" : "✓ ready"}</span>`}>
+    ${pairs({
+      release: found.release,
+      uptime: found.uptime_sec === null ? null : span(found.uptime_sec * 1_000),
+      "log id": html`<${Id} id=${found.log_id} whole />`,
+      devices: `${number(found.devices.online)} of ${number(found.devices.known)} online`,
+      "open commands": number(found.open_commands),
+      clock: Math.abs(found.clock.step_ms) > 5_000 ? `stepped by ${length(found.clock.step_ms)}` : moment(Date.parse(found.clock.now)),
+    })}
+  <//>`;
+}
+
+function Link({ found }) {
+  const { kind, up, url, refusals, ...more } = found.mqtt;
+  const title = kind === "external" ? "MQTT server" : "MQTT listener";
+  return html`<${Section} title=${title} aside=${html`<span class=${up ? "good" : "bad"}>${up ? "✓ up" : "✕ down"}</span>`}>
+    ${pairs({ kind, address: html`<code>${url}</code>`, ...Object.fromEntries(Object.entries(more).map(([name, value]) => [name, typeof value === "number" ? number(value) : value])) })}
+    ${refusals && Object.keys(refusals).length > 0 && html`<h3>Refused connections</h3>${pairs(Object.fromEntries(Object.entries(refusals).map(([why, count]) => [why, number(count)])))}`}
+  <//>`;
+}
+
+function Log({ found }) {
+  const { log, verify, position } = found;
+  const [start, { busy, error }] = useAction(() => post("/v1/system/verify").then((answer) => (system.value = { ...system.peek(), verify: answer })));
+  const running = verify?.state === "running";
+  return html`<${Section} title="Log">
+    ${pairs({
+      events: number(position),
+      "since": log?.first_at ? html`<${At} at=${Date.parse(log.first_at)} exact />` : null,
+      size: log ? bytes(log.bytes) : null,
+      "append, until durable": log?.append_p50_ms === null || !log ? null : `p50 ${length(log.append_p50_ms)}, p95 ${length(log.append_p95_ms)}`,
+    })}
+    <div class="actions">
+      ${may("admin") && html`<button type="button" disabled=${busy || running} onClick=${start}>Verify the chain</button>`}
+      ${verify && html`<span role="status" class=${verify.state === "bad" ? "bad" : verify.state === "good" ? "good" : ""}>${told(verify)}</span>`}
+    </div>
+    ${running && html`<progress max=${verify.of} value=${verify.rows} aria-label="Verifying"></progress>`}
+    ${error && html`<p class="wrong" role="alert">${error.message}</p>`}
+  <//>`;
+}
+
+function told(verify) {
+  const rows = number(verify.rows);
+  if (verify.state === "running") return `${rows} of ${number(verify.of)} rows are good so far`;
+  if (verify.state === "good") return `✓ ${rows} rows, no fault (${moment(Date.parse(verify.finished_at))})`;
+  return `✕ ${verify.fault ?? "it could not be read completely"} (${rows} rows before it are good)`;
+}
+
+// --- who follows the log -----------------------------------------------------------------------------
+
+function Followers({ found }) {
+  const able = may("devices:write");
+  const { data, error, reload } = useLoad(async (stop) => {
+    if (!able) return { webhooks: [], last: {} };
+    const { data: webhooks } = await all("/v1/webhooks", { limit: 100 }, 200, stop);
+    const failing = webhooks.filter((each) => each.failing || each.state !== "active").slice(0, 20);
+    const last = await Promise.all(failing.map((each) => get(`/v1/webhooks/${each.id}/deliveries`, { limit: 1 }, stop).then((page) => [each.id, page.data[0]])));
+    return { webhooks, last: Object.fromEntries(last) };
+  }, [able]);
+  useEffect(() => polled(reload), []);
+  const [resume, resuming] = useAction((id) => post(`/v1/webhooks/${id}/resume`).then(reload));
+  const rows = (found.subscribers ?? []).map((each) => [each.name, number(each.lag), each.note ?? "", ""]);
+  for (const each of data?.webhooks ?? []) {
+    const attempt = data.last[each.id];
+    const why = each.reason ?? (each.failing ? `${attempt?.error ?? `answered ${attempt?.status}`}; ${each.failing.attempts} attempts since ${moment(Date.parse(each.failing.since))}` : "");
+    rows.push([
+      html`webhook <bdi title=${each.url}>${each.name ?? each.url}</bdi>`,
+      number(each.lag),
+      html`<span class=${each.state === "active" && !each.failing ? "" : "bad"}>${each.state === "active" ? "" : `${each.state}: `}<bdi>${why}</bdi></span>`,
+      each.state === "paused" ? html`<button type="button" disabled=${resuming.busy} onClick=${() => resume(each.id)}>Resume</button>` : "",
+    ]);
+  }
+  return html`<${Section} title="Subscribers" aside=${html`<span class="dim">lag in events</span>`}>
+    <${Table} label="Subscribers" head=${["Subscriber", "Lag", "Last error", ""]} numbers=${[1]} rows=${rows} />
+    ${!able && html`<p class="dim">Webhooks are shown to keys with the scope devices:write.</p>`}
+    ${(error ?? resuming.error) && html`<${Failure} error=${error ?? resuming.error} />`}
+  <//>`;
+}
+
+function Limits({ limits }) {
+  if (!limits.length) return null;
+  return html`<${Section} title="Limits">
+    ${limits.map(({ name, used, most }) => html`<div class="limit ${used >= most * NEAR ? "near" : ""}" key=${name}><span>${name}</span><span class="share" role="img" aria-label="${number(used)} of ${number(most)}"><span class="fill" style=${{ width: `${Math.min(100, (100 * used) / Math.max(1, most))}%` }}></span></span><span class="n">${number(used)} of ${number(most)}${used >= most * NEAR ? " ⚠" : ""}</span></div>`)}
+  <//>`;
+}
+
+function Nodes({ nodes }) {
+  return html`<${Section} title="Nodes">${nodes.map((node) => html`<div key=${node.id ?? node.name}>${pairs(node)}</div>`)}<//>`;
+}
+
+function Unmatched() {
+  const { data, error, reload } = useLoad((stop) => get("/v1/unmatched", { limit: 20 }, stop), []);
+  useEffect(() => polled(reload), []);
+  return html`<section class="wide"><header><h2>Unmatched answers</h2></header>
+    ${error && html`<${Failure} error=${error} />`}
+    ${!data && !error && html`<${Skeleton} />`}
+    ${data && (data.data.length ? html`<${UnmatchedTable} rows=${data.data} withDevice />` : html`<${Empty} title="No unmatched answers." />`)}
+  </section>`;
+}
+
+function Types() {
+  const { data, error } = useLoad((stop) => get("/v1/types", {}, stop), []);
+  return html`<${Section} title="Device types">
+    ${error && html`<${Failure} error=${error} />`}
+    ${data && html`<${Table} label="Device types" head=${["Type", "Payload", "Presence", "Commands"]} rows=${data.data.map((each) => [html`<span title=${each.title ?? ""}>${each.name}</span>`, each.payload, each.presence, each.open ? ["any", ...each.commands.map((one) => one.name)].join(", ") : each.commands.map((one) => one.name).join(", ")])} />`}
+  <//>`;
+}
+
+// --- keys --------------------------------------------------------------------------------------------
+
+function Keys() {
+  const { data, error, reload } = useLoad((stop) => get("/v1/keys", {}, stop), []);
+  const [made, show] = useState(null);
+  const own = system.value.caller?.key_id ?? null;
+  const [create, creating] = useAction(async (form) => {
+    const fields = new FormData(form);
+    const body = { project: fields.get("project"), scopes: fields.getAll("scope"), name: fields.get("name") || null };
+    if (!body.scopes.length) throw new Error("Select at least one scope.");
+    show(await post("/v1/keys", body));
+    form.reset();
+    reload();
+  });
+  const [revoke, revoking] = useAction(async (key) => {
+    const mine = key.id === own ? " You are signed in with this key, so this console stops working." : "";
+    if (await ask({ title: `Revoke ${key.name ?? key.id}?`, what: `Requests with this key are refused at once and its event streams end. Commands that it created are not affected. This cannot be undone.${mine}`, yes: "Revoke the key" })) {
+      await call("DELETE", `/v1/keys/${encoded(key.id)}`);
+      reload();
+    }
+  });
+  const submit = (event) => {
+    event.preventDefault();
+    create(event.currentTarget);
+  };
+  return html`<section class="wide"><header><h2>API keys</h2></header>
+    ${error && html`<${Failure} error=${error} retry=${reload} />`}
+    ${data && html`<${Table} label="API keys" head=${["Name", "Id", "Project", "Scopes", "Created", ""]} rows=${data.data.map((key) => [html`<bdi>${key.name ?? "–"}</bdi>`, html`<${Id} id=${key.id} />`, key.project, key.scopes.join(" "), html`<${At} at=${Date.parse(key.created_at)} exact />`, key.revoked_at ? html`<span class="dim" title=${moment(Date.parse(key.revoked_at))}>revoked</span>` : html`<button type="button" disabled=${revoking.busy} onClick=${() => revoke(key)}>Revoke…</button>`])} />`}
+    ${revoking.error && html`<p class="wrong" role="alert">${revoking.error.message}</p>`}
+    <form class="newkey" onSubmit=${submit}>
+      <label><span>Project</span><input name="project" required maxlength="64" pattern="[A-Za-z0-9][A-Za-z0-9_\\-]*" /></label>
+      <label><span>Name</span><input name="name" maxlength="200" /></label>
+      <fieldset><legend>Scopes</legend>${SCOPES.map((scope) => html`<label key=${scope}><input type="checkbox" name="scope" value=${scope} /> ${scope}</label>`)}</fieldset>
+      <button type="submit" class="primary" disabled=${creating.busy}>Create key</button>
+    </form>
+    ${creating.error && html`<p class="wrong" role="alert">${creating.error.message}</p>`}
+    ${made && html`<div class="once" role="status"><p>Shown only once:</p><pre tabindex="0">${made.key}</pre><${CopyButton} text=${made.key}>Copy the key<//></div>`}
+  </section>`;
+}

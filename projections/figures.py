@@ -1,0 +1,122 @@
+"""Figures of a stretch of time, for people: how many commands came and how they ended, and how long it took.
+
+Read from the projection of commands when asked. What is looked at is bounded, and the stretch becomes
+shorter where more happened: `since` says from when on the figures count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from typing import NamedTuple
+
+import msgspec
+
+from broker.domain.lifecycle import CLOSED, State
+from broker.log import sqlite as log
+from broker.seams import Sql
+from projections.commands import HIDDEN
+
+MOST_POSITIONS = 500_000  # of the log, that a stretch may reach back
+MOST_CLOSED = 50_000  # commands whose ends are counted
+MOST_TIMED = 2_000  # commands whose times are read, the newest
+# Every project that has commands, found by steps along an index: there are few, and many commands.
+PROJECTS = """WITH RECURSIVE p (project) AS (SELECT min(project) FROM commands UNION ALL SELECT
+    (SELECT min(project) FROM commands WHERE project > p.project) FROM p WHERE p.project IS NOT NULL)"""
+
+
+class _Times(msgspec.Struct, frozen=True):
+    """Of a command's summary: the times that are measured, ms."""
+
+    published_at: int | None = None
+    delivered_at: int | None = None
+    executed_at: int | None = None
+
+
+class Figures(NamedTuple):
+    """`since`: ms. `states`: of open commands how many there are, of closed ones how many were closed since.
+    `created`, `closed`: for each piece of the stretch. `acknowledged`, `executed`: ms from the first
+    hand-over, ascending."""
+
+    since: int
+    states: dict[str, int]
+    created: list[int]
+    closed: list[Counter[str]]
+    acknowledged: list[int]
+    executed: list[int]
+
+
+_times = msgspec.json.Decoder(_Times).decode
+
+
+def figures(sql: Sql, project: str | None, since: int, until: int, pieces: int) -> Figures:
+    """Of one project, or of all; `since` and `until` in ms."""
+    first = max(log.place(sql, since - 1), log.head(sql).position - MOST_POSITIONS)
+    if first > 0:
+        row = sql.execute("SELECT recorded_at FROM events WHERE position = ?", (first,)).fetchone()
+        since = max(since, row[0])
+    ends = sql.execute(
+        f"SELECT c.state, c.closed_at, c.project FROM commands c INDEXED BY commands_closed "
+        f"WHERE c.closed_at >= ? AND NOT {HIDDEN} ORDER BY c.closed_at DESC LIMIT ?",
+        (since, MOST_CLOSED),
+    ).fetchall()
+    if len(ends) == MOST_CLOSED:
+        since = ends[-1][1]
+    length = max(1, until - since)
+    closed = [Counter[str]() for _ in range(pieces)]
+    for state, at, whose in ends:
+        if project in (None, whose):
+            closed[min(pieces - 1, max(0, at - since) * pieces // length)][state] += 1
+    states = dict.fromkeys((state.value for state in State if state is not State.NONE), 0) | _open(
+        sql, project
+    )
+    for state in CLOSED:
+        states[state.value] = sum(counts[state.value] for counts in closed)
+    return Figures(
+        since, states, _created(sql, project, since, length, pieces), closed, *_took(sql, project, since)
+    )
+
+
+def _open(sql: Sql, project: str | None) -> dict[str, int]:
+    whose, values = ("", ()) if project is None else ("WHERE c.project = ?", (project,))
+    found = sql.execute(
+        f"SELECT c.state, count(*) FROM lanes l JOIN commands c ON c.position = l.position {whose} "
+        "GROUP BY c.state",
+        values,
+    )
+    return dict(found.fetchall())
+
+
+def _created(sql: Sql, project: str | None, since: int, length: int, pieces: int) -> list[int]:
+    edges = [log.place(sql, since - 1 + length * piece // pieces) for piece in range(pieces)]
+    edges.append(log.head(sql).position)
+    values: tuple[str, ...] = ()
+    if project is None:
+        query = f"{PROJECTS} SELECT count(*) FROM p JOIN commands c ON c.project = p.project"
+        query = f"{query} AND c.position > ? AND c.position <= ?"
+    else:
+        query = "SELECT count(*) FROM commands WHERE project = ? AND position > ? AND position <= ?"
+        values = (project,)
+    return [
+        sql.execute(query, (*values, low, high)).fetchone()[0] if low < high else 0
+        for low, high in pairwise(edges)
+    ]
+
+
+def _took(sql: Sql, project: str | None, since: int) -> tuple[list[int], list[int]]:
+    whose, values = ("", ()) if project is None else ("AND c.project = ? ", (project,))
+    found = sql.execute(
+        "SELECT c.summary FROM commands c INDEXED BY commands_closed WHERE c.closed_at >= ? "
+        f"AND c.state = 'executed' {whose}AND NOT {HIDDEN} ORDER BY c.closed_at DESC LIMIT ?",
+        (since, *values, MOST_TIMED),
+    )
+    acknowledged, executed = [], []
+    for (summary,) in found.fetchall():
+        times = _times(summary)
+        if times.published_at is None:
+            continue
+        if times.delivered_at is not None:
+            acknowledged.append(times.delivered_at - times.published_at)
+        if times.executed_at is not None:
+            executed.append(times.executed_at - times.published_at)
+    return sorted(acknowledged), sorted(executed)
