@@ -1,7 +1,8 @@
 """MQTT over WebSocket, on the HTTP port at /mqtt: browsers and Node as devices and services.
 
-uvicorn hands over a connection whose request asked for an upgrade; from here on it is the listener's. Only
-the subprotocol `mqtt` in binary frames is spoken, without compression. Source: MQTT 5.0, section 6.
+The HTTP protocol hands over a connection whose request asked for a WebSocket at exactly this path; from
+here on it is the listener's. Only the subprotocol `mqtt` in binary frames is spoken, without compression.
+Source: MQTT 5.0, section 6.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from wsproto.utilities import ProtocolError
 from broker.mqtt.listener import Listener
 from broker.mqtt.shell import Connection
 
-PATH = "/mqtt"
 SUBPROTOCOL = "mqtt"
 # So much is unpacked in one turn of the loop: a frame may be six bytes, and each costs the same.
 SLICE = 2_048
@@ -171,8 +171,6 @@ class WebSocket(asyncio.Protocol):
         headers = {name.lower(): value for name, value in request.extra_headers}
         origin = headers.get(b"origin", b"").decode("latin-1")
         own = origin.partition("//")[2] == request.host
-        if request.target.partition("?")[0] != PATH:
-            return 404, "not_found", "the WebSocket of this server is at /mqtt"
         if SUBPROTOCOL not in request.subprotocols:
             return 400, "invalid_request", "the subprotocol must be mqtt"
         if origin and not own and origin not in self._origins and "*" not in self._origins:

@@ -9,7 +9,6 @@ connection: while one is still due, the connection is only closed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, Literal
 
 import httptools
@@ -19,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from broker.http.edge.errors import error_body
-from broker.http.edge.heads import Fault, Headers, asks_to_upgrade, fault_of, is_websocket
+from broker.http.edge.heads import Fault, asks_to_upgrade, fault_of, is_websocket
 
 HEAD_BYTES = 65_536
 HEAD_SEC = 10.0
@@ -27,9 +26,6 @@ BODY_SEC = 30.0
 STALLED_SEC = 10.0  # how long a client may leave full buffers unread before it is disconnected
 LINGER_SEC = 1.0  # a client that still sends would lose the answer if the connection closed at once
 
-# Takes over the connection of an Upgrade to WebSocket at `heads.WEBSOCKET_PATH`. It gets the transport and
-# the headers, answers 101 or an error itself, and sets its own protocol on the transport.
-TakeOver = Callable[[asyncio.Transport, Headers], object]
 MALFORMED: Fault = (400, "invalid_request", "this is not HTTP/1.1")
 LATE: Fault = (408, "invalid_request", "the rest of the request did not arrive in time")
 TOO_LARGE: Fault = (431, "too_large", f"path, query and headers are larger than {HEAD_BYTES} bytes")
@@ -38,7 +34,8 @@ TOO_LARGE: Fault = (431, "too_large", f"path, query and headers are larger than 
 class Bounded(HttpToolsProtocol):
     """One connection. `_part`: the part of a request that is being received. Each part has its own timer.
 
-    `take_over`: gets the connections of WebSockets. Without it such a request is answered like any other.
+    A WebSocket at `heads.WEBSOCKET_PATH` goes to uvicorn's `ws` protocol class, if there is one. After any
+    other Upgrade, the request is answered like any other and the connection closes.
     """
 
     def __init__(
@@ -47,12 +44,10 @@ class Bounded(HttpToolsProtocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
-        take_over: TakeOver | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._take_over = take_over
         self._last = False  # no request after this one is read: it asked for another protocol
-        self._leaving = False  # `take_over` gets the connection
+        self._leaving = False  # the WebSocket's protocol gets the connection
         self._part: Literal["head", "body"] | None = "head"
         self._parts = 0  # number of changes of `_part`
         self._timed = -1  # the value of `_parts` that the timer belongs to
@@ -115,10 +110,12 @@ class Bounded(HttpToolsProtocol):
             raise httptools.HttpParserError(self._fault[2])
         self._last = self.parser.should_upgrade() or asks_to_upgrade(self.headers)
         alone = self.cycle is None or self.cycle.response_complete
-        if self._last and alone and self._take_over is not None:
-            self._leaving = is_websocket(version, method, self.url, self.headers)
-        if not self._leaving:
-            super().on_headers_complete()
+        self._leaving = (
+            self.ws_protocol_class is not None
+            and alone
+            and is_websocket(version, method, self.url, self.headers)
+        )
+        super().on_headers_complete()
         if self._last and not self._leaving:
             self.cycle.keep_alive = False
         self._enter("body")
@@ -135,19 +132,18 @@ class Bounded(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self._leaving:
-            super().on_message_complete()
+        super().on_message_complete()
         self._enter(None)
+
+    def _should_upgrade(self) -> bool:
+        return self._leaving
 
     def _upgraded(self, rest: int) -> None:
         self._time()
-        if not self._leaving or self._take_over is None:
-            return
-        if rest:  # a WebSocket client sends nothing before the 101
+        if self._leaving and rest:  # a WebSocket client sends nothing before the 101
             self._refuse(MALFORMED)
-            return
-        self.connections.discard(self)
-        self._take_over(self.transport, self.headers)
+        elif self._leaving:
+            self.handle_websocket_upgrade()
 
     def _enter(self, part: Literal["head", "body"] | None) -> None:
         self._part = part

@@ -334,7 +334,6 @@ async def upgrade(port: int, path: str = "/mqtt", protocol: str = "mqtt", *more:
         ("/mqtt", "mqtt", "https://evil.example.org", b"403"),
         ("/mqtt", "", "", b"400"),
         ("/mqtt", "graphql-ws", "", b"400"),
-        ("/elsewhere", "mqtt", "", b"404"),
     ],
 )
 async def test_only_mqtt_from_known_pages_is_upgraded(
