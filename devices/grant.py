@@ -13,12 +13,13 @@ import hashlib
 import hmac
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import jwt
 import msgspec
 import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from msgspec import Meta
 
 TYPE = "grant+jwt"
 # Tolerance for clock differences, for `iat` and `nbf`. Not for `exp`: a command must not outlive its grant.
@@ -38,17 +39,20 @@ class GrantRefused(Exception):
 
 
 class Claims(msgspec.Struct, frozen=True, kw_only=True):
-    """The claims of a grant. `cmd` is the command's type, `phs` the hash of its parameters."""
+    """The claims of a grant: what a device checks after the signature."""
 
-    iss: str
-    aud: str
-    sub: str
-    jti: str
-    iat: int
-    nbf: int
-    exp: int
-    cmd: str
-    phs: str
+    iss: Annotated[str, Meta(description="The broker's setting `issuer`.")]
+    aud: Annotated[str, Meta(description="The device's hardware id.")]
+    sub: Annotated[str, Meta(description="The command's id.")]
+    jti: Annotated[str, Meta(description="The command's id again, the same for each hand-over.")]
+    iat: Annotated[int, Meta(description="When it was made, in seconds since 1970.")]
+    nbf: Annotated[int, Meta(description="Not valid before.")]
+    exp: Annotated[int, Meta(description="Not valid from then on: the command's end, at most 24 hours.")]
+    cmd: Annotated[str, Meta(description="The command's type.")]
+    phs: Annotated[
+        str,
+        Meta(description="base64url without padding of SHA-256 of the parameters in their RFC 8785 form."),
+    ]
 
 
 def params_hash(params: Any) -> str:

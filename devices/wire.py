@@ -48,7 +48,9 @@ class CommandMessage(msgspec.Struct, frozen=True, kw_only=True):
     params: Any = msgspec.field(default_factory=dict)
     attempt: Annotated[int, Meta(ge=1)] = 1
     expires_at: Annotated[str | None, Meta(description="RFC 3339; null: never.")] = None
-    grant: Annotated[str | None, Meta(description="JWT for this device, command and parameters.")] = None
+    grant: Annotated[
+        str | None, Meta(description="JWT for this device, command and parameters; its claims: `Grant`.")
+    ] = None
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

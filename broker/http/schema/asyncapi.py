@@ -14,6 +14,7 @@ from litestar import Response, get
 from broker import __version__
 from broker.domain.cloudevents import CloudEvent
 from broker.http.edge.auth import Call
+from devices.grant import Claims
 from devices.names import PATTERN as NAME_PATTERN
 from devices.types import ANY, CommandType, DeviceType, PayloadFormat
 from devices.wire import AnswerMessage, CommandMessage, StatusMessage, device_topic
@@ -27,7 +28,13 @@ DESCRIPTION = """The broker sends commands and devices send answers, both with Q
 MQTT 5 adds Correlation Data, Response Topic, expiry and user properties.
 
 **The one duty of a device**: it never executes the same command id twice. If an id comes again, it sends its
-last answer for that id again."""
+last answer for that id again.
+
+Subscribe first, then publish `online`. After a reconnect publish each answer again that had no PUBACK."""
+GRANT = """The claims of a grant: a JWT with `typ` `grant+jwt`, signed with EdDSA or, for small devices,
+HS256. Public keys: `/.well-known/jwks.json`. Before it executes a command, a device checks the signature with
+the key and the one algorithm that `kid` stands for, then `iss`, `aud`, `nbf` and `exp`, and that `sub`, `cmd`
+and `phs` fit the command's `id`, `type` and `params`."""
 DEVICE = "{hardware_id}"
 HARDWARE_ID = {"description": "The device's `hardware_id`, which is also its client id and user name."}
 QOS_1 = {"qos": 1, "retain": False, "bindingVersion": "0.2.0"}
@@ -47,8 +54,9 @@ async def description(request: Call) -> Response[bytes]:
 
 def document(types: Mapping[str, DeviceType], prefix: str) -> dict[str, Any]:
     """The AsyncAPI 3.0.0 document as JSON values."""
-    structs = (CommandMessage, AnswerMessage, StatusMessage, CloudEvent)
+    structs = (CommandMessage, AnswerMessage, StatusMessage, CloudEvent, Claims)
     _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
+    schemas["Grant"] = schemas.pop(Claims.__name__) | {"title": "Grant", "description": GRANT}
     channels = {"status": _status(prefix), "events": _events(prefix)}
     operations = {
         "receive_status": _operation("receive", "status", channels["status"], retain=True),

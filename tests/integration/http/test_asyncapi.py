@@ -168,3 +168,10 @@ def test_a_status_fits_the_description(described: dict[str, Any]) -> None:
     topic = status_topic("site", "d-1")
     assert fitting(described, topic, None, "online") == ["status.word"]
     assert fitting(described, topic, None, msgspec.json.decode(encode_status(True, "s"))) == ["status"]
+
+
+def test_the_claims_of_a_grant_are_described(described: dict[str, Any]) -> None:
+    grant = described["components"]["schemas"]["Grant"]
+    assert set(grant["required"]) == {"iss", "aud", "sub", "jti", "iat", "nbf", "exp", "cmd", "phs"}
+    assert all("description" in claim for claim in grant["properties"].values())
+    assert "RFC 8785" in grant["properties"]["phs"]["description"]
