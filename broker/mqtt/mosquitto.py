@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pwd
 import shutil
 import signal
 import socket
@@ -199,15 +198,15 @@ class Mosquitto:
     def _configuration(self, text: str) -> str:
         """The repository's configuration with the paths of this directory.
 
-        `user` is set to the current user: if Mosquitto is started as root, it otherwise switches to a user
-        that cannot read these files.
+        `user root`: if Mosquitto is started as root, it otherwise switches to a user that cannot read these
+        files. Started as any other user, also one without a name, it ignores the line.
         """
         places = {
             "password_file": "passwd",
             "acl_file": "acl",
             "persistence_location": f"{self._home.resolve()}/",
         }
-        lines = [f"user {_user_name()}", "log_type error", "log_type warning"]
+        lines = ["user root", "log_type error", "log_type warning"]
         for line in text.splitlines():
             words = line.split()
             if words[:1] == ["listener"]:
@@ -281,7 +280,3 @@ def _dies_with_us() -> list[str]:
 def _free_port(host: str) -> int:
     with socket.create_server((host, 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-def _user_name() -> str:
-    return pwd.getpwuid(os.getuid()).pw_name
