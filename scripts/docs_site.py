@@ -20,8 +20,9 @@ FIRST = ["index.md", "first-command.md", "first-device.md", "first-service.md"]
 def on_config(config: Any) -> Any:
     """Gives the site its navigation: sections in reading order, pages by name."""
     docs = Path(config.docs_dir)
+    others = {path.parent.name for path in docs.glob("*/*.md")} - set(SECTIONS.values())
     nav: list[Any] = ["index.md"]
-    for title, folder in SECTIONS.items():
+    for title, folder in [*SECTIONS.items(), *((name.title(), name) for name in sorted(others))]:
         names = sorted(path.name for path in (docs / folder).glob("*.md"))
         names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
         nav.append({title: [f"{folder}/{name}" for name in names]})

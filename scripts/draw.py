@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cyclopts import App
 
 from broker.cli.main import application
+from broker.http.edge.errors import BY_STATUS, DOCUMENTED, STATUS
 from devices.grant import TYPE, Claims, params_hash
 from devices.types import DeviceType, load_type, shipped_types
 from devices.wire import command_topic, encode_command
@@ -57,6 +58,23 @@ def _commands(group: App, before: str) -> Iterator[tuple[str, App]]:
 
 def _sentence(text: str | None) -> str:
     return re.split(r"(?<=\.)\s", " ".join((text or "").split()), maxsplit=1)[0].replace("|", "\\|")
+
+
+def errors() -> str:
+    """Every HTTP status of an error with its codes, and what they mean."""
+    codes: dict[int, list[str]] = {}
+    for code, status in STATUS.items():
+        codes.setdefault(status, []).append(code)
+    rows = []
+    for status, named in codes.items():
+        _, otherwise = BY_STATUS.get(status, ("", "a fault of the broker; its log says more"))
+        meaning = DOCUMENTED.get(status, otherwise)
+        if len(named) == 1:
+            meaning = meaning.removeprefix(f"`{named[0]}`: ")
+        rows.append(
+            f"| {status} | {', '.join(f'`{code}`' for code in named)} | {meaning.removesuffix('.')} |"
+        )
+    return "\n".join(["| status | code | |", "|---|---|---|", *rows]) + "\n"
 
 
 def sizes() -> str:
@@ -101,6 +119,7 @@ PARTS: Mapping[Path, Mapping[str, Draw]] = {
         "fields": vocabulary.fields,
         "calls": vocabulary.calls,
     },
+    DOCS / "reference" / "http.md": {"errors": errors},
     DOCS / "reference" / "command-line.md": {"commands": commands},
     DOCS / "reference" / "grants.md": {
         "python_check": partial(code, "device-python/grant.py", "check"),

@@ -166,8 +166,8 @@ class Reader:
         self._names: dict[str, Any] = {"__name__": "__main__"}
         self._session: asyncio.Runner | None = None
         self._background: list[Process] = []
-        for name in ("docs", ".venv", "devices"):
-            (home / name).symlink_to(ROOT / name)
+        (home / "docs").symlink_to(ROOT / "docs")
+        (home / ".venv").symlink_to(Path(ORDAIN).parents[1])
 
     def close(self) -> None:
         for process in self._background:
