@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter as Counts
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -44,6 +44,13 @@ FAST_SEC = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 ATTEMPTS = (1, 2, 3, 4, 5, 10, 100)
 RECENT_COMMITS = 256
 BATCHES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
+
+
+class Listening(NamedTuple):
+    """What our own MQTT server counts: figures by name, and ended connections by MQTT reason code."""
+
+    figures: Mapping[str, tuple[str, Callable[[], float]]]
+    ended: Mapping[int, int]
 
 
 class Metrics:
@@ -100,6 +107,7 @@ class Metrics:
             buckets=ATTEMPTS,
             registry=self.registry,
         )
+        self.listener: Listening | None = None
         self.recent_commits_ms = deque[int](maxlen=RECENT_COMMITS)
         self._wrongs()
         self._request_labels: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
@@ -203,6 +211,7 @@ class Metrics:
         self, figures: Mapping[str, tuple[str, Callable[[], float]]], refusals: Mapping[int, int]
     ) -> None:
         """What our own MQTT server counts. Names that end in `_total` only grow."""
+        self.listener = Listening(figures, refusals)
         self.registry.register(_Listener(figures, refusals))
 
     def text(self) -> bytes:

@@ -1,7 +1,7 @@
-"""Figures of a stretch of time, for people: how many commands came and how they ended, and how long it took.
+"""Figures of the last minutes: how many commands were created, how they ended, and how long they took.
 
-Read from the projection of commands when asked. What is looked at is bounded, and the stretch becomes
-shorter where more happened: `since` says from when on the figures count.
+They are read from the projection of commands. The number of rows read is bounded: with more rows the figures
+cover a shorter time, and `since` says which.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from broker.log import sqlite as log
 from broker.seams import Sql
 from projections.commands import HIDDEN
 
-MOST_POSITIONS = 500_000  # of the log, that a stretch may reach back
-MOST_CLOSED = 50_000  # commands whose ends are counted
-MOST_TIMED = 2_000  # commands whose times are read, the newest
-# Every project that has commands, found by steps along an index: there are few, and many commands.
+MOST_POSITIONS = 500_000  # of the log
+MOST_CLOSED = 50_000  # closed commands that are counted
+MOST_TIMED = 2_000  # executed commands whose latency is read, the newest
+# All projects that have commands. It steps along the index from one project to the next, because there are
+# few projects and many commands.
 PROJECTS = """WITH RECURSIVE p (project) AS (SELECT min(project) FROM commands UNION ALL SELECT
     (SELECT min(project) FROM commands WHERE project > p.project) FROM p WHERE p.project IS NOT NULL)"""
 
 
 class _Times(msgspec.Struct, frozen=True):
-    """Of a command's summary: the times that are measured, ms."""
+    """The times in a command's summary that the latencies need, ms."""
 
     published_at: int | None = None
     delivered_at: int | None = None
@@ -34,9 +35,9 @@ class _Times(msgspec.Struct, frozen=True):
 
 
 class Figures(NamedTuple):
-    """`since`: ms. `states`: of open commands how many there are, of closed ones how many were closed since.
-    `created`, `closed`: for each piece of the stretch. `acknowledged`, `executed`: ms from the first
-    hand-over, ascending."""
+    """`since`: the start, ms. `states`: the number of open commands now, and of commands closed since then.
+    `created`, `closed`: one entry for each piece of the time. `acknowledged`, `executed`: latencies in ms
+    from the first hand-over, ascending."""
 
     since: int
     states: dict[str, int]
@@ -50,7 +51,7 @@ _times = msgspec.json.Decoder(_Times).decode
 
 
 def figures(sql: Sql, project: str | None, since: int, until: int, pieces: int) -> Figures:
-    """Of one project, or of all; `since` and `until` in ms."""
+    """The figures of one project; None: of all. `since` and `until` in ms; `pieces`: how many equal parts."""
     first = max(log.place(sql, since - 1), log.head(sql).position - MOST_POSITIONS)
     if first > 0:
         row = sql.execute("SELECT recorded_at FROM events WHERE position = ?", (first,)).fetchone()

@@ -1,6 +1,6 @@
-"""Verifying the log while the broker serves: a walk along the chain, in small pages beside all other work.
+"""Verifies the hash chain of the log while the broker serves, a small page at a time.
 
-Only looks. Nothing is ever decided on what it finds; people are told.
+It only reads. The result is shown to operators; the broker decides nothing with it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from broker.engine.writer import Writer
 from broker.log import sqlite as log
 from broker.seams import Broken
 
-# A page takes a few milliseconds of the one process; whoever waits for a command waits no longer than that.
+# A page takes a few milliseconds of CPU. Requests wait no longer than that for it.
 PAGE_ROWS = 500
 PAUSE_SEC = 0.002
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """How far it has come, and what it found. Times in ms. `of`: where the log ended at the start.
+    """Progress or result of a verification. Times in ms. `of`: the last position when it started.
 
-    `unread`: the storage failed on the way; `fault` says how.
+    `unread`: the storage failed before the end; `fault` says how.
     """
 
     state: Literal["running", "good", "bad", "unread"]
@@ -34,7 +34,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Verification:
-    """One walk at a time. `report` is the last one's, also while it runs; None before the first."""
+    """Runs one verification at a time. `report`: of the running or the last one; None before the first."""
 
     def __init__(self, writer: Writer) -> None:
         self.report: Report | None = None
@@ -42,7 +42,7 @@ class Verification:
         self._asked = asyncio.Event()
 
     def start(self) -> Report:
-        """Begins, unless it is under way."""
+        """Starts a verification, unless one is running."""
         if self.report is None or self.report.state != "running":
             writer = self._writer
             self.report = Report(state="running", rows=0, of=writer.durable, started_at=writer.now())
@@ -51,7 +51,7 @@ class Verification:
         return self.report
 
     async def run(self) -> None:
-        """Walks whenever it is asked to, for ever."""
+        """Waits for `start` and verifies, until cancelled."""
         while True:
             await self._asked.wait()
             self._asked.clear()

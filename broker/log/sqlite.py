@@ -198,18 +198,18 @@ class Verified(NamedTuple):
 
 
 class Walk:
-    """A walk along the whole chain, page by page: each page may be read in a transaction of its own, so
-    that a broker can do it beside its work. `rows`: how many are good so far; `hash`: of the last of them.
+    """A check of the whole hash chain, page by page. Each page may be read in its own transaction, so a
+    broker can do it while it works. `rows`: the number of good rows so far; `hash`: of the last of them.
     """
 
     def __init__(self) -> None:
         self.rows, self.hash = 0, chain.GENESIS
         self.fault: str | None = None
         self._recorded_at = 0
-        self._stream = ""  # streams up to this one have all their versions
+        self._stream = ""  # streams up to this name have all their versions
 
     def step(self, sql: Sql, page: int) -> bool:
-        """Looks at the next `page` rows, then at as many streams; False once it has come to the end or to a
+        """Checks the next `page` rows; after the last row, the next `page` streams. False at the end or at a
         fault."""
         excused: Excused | None = None
         batch = rows(sql, self.rows, page)

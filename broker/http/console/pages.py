@@ -1,7 +1,7 @@
-"""The files of the console and of `/docs`, as they are, and where a browser finds them.
+"""Serves the files of the console and of `/docs`.
 
-No key is needed for them: everything they show they ask the API for, with the key of whoever looks.
-Nothing is loaded from elsewhere, and the policies below hold the browser to it.
+The files need no key and contain no data: the pages ask the API, with the key of the user. They load nothing
+from other servers; the content security policies below enforce that.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ OURS_ALONE = (
     "default-src 'none'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-# Nothing that a device or a caller wrote can become a script, and nothing written as markup can become one
-# either: the console makes no markup out of text.
+# No inline script or style, and no text can be turned into markup.
 CONSOLE = f"{OURS_ALONE}; script-src 'self'; style-src 'self'; require-trusted-types-for 'script'"
-# The viewer of the API draws with styles in its markup, and makes markup out of the descriptions.
+# Swagger UI renders the descriptions as markup, so it cannot use trusted types.
 DOCS = f"{OURS_ALONE}; script-src 'self'; style-src 'self'"
 TYPES = {
     "css": "text/css",
@@ -52,7 +51,7 @@ class File(NamedTuple):
 
 @get(PAGES, include_in_schema=False)
 async def console(request: Request[Any, Any, Any]) -> Response[bytes]:
-    """One page for all addresses: which one it is, the page finds out itself."""
+    """The same page for all addresses; its script reads the address."""
     return _answer(request, "index.html", CONSOLE)
 
 
@@ -77,12 +76,12 @@ async def root() -> Redirect:
 
 
 def _answer(request: Request[Any, Any, Any], name: str, policy: str) -> Response[bytes]:
-    """A file, compressed where the browser takes it; 304 where it has it already."""
+    """A file, compressed if the client accepts gzip; 304 if the client has it."""
     if name not in _names():
         raise not_found("file", name)
     file = _file(name)
     headers = {
-        "Cache-Control": "no-cache",  # kept, and asked for again: a new release is seen at once
+        "Cache-Control": "no-cache",  # cached, but checked each time, so that a new release is seen at once
         "Content-Security-Policy": policy,
         "ETag": file.tag,
         "Referrer-Policy": "no-referrer",
@@ -99,7 +98,7 @@ def _answer(request: Request[Any, Any, Any], name: str, policy: str) -> Response
 
 @cache
 def _names() -> frozenset[str]:
-    """The paths of all files there are: what is not among them cannot be asked for."""
+    """The paths of all files. Only these are served."""
     return frozenset(name.removesuffix(PACKED) for name in _below(STATIC, ""))
 
 
@@ -113,7 +112,7 @@ def _below(folder: Traversable, prefix: str) -> list[str]:
 
 @cache
 def _file(name: str) -> File:
-    """One of them. The largest lie there compressed: doing it here would hold up everybody else."""
+    """One file. The largest are stored compressed: compressing them here would block the event loop."""
     packed = STATIC / (name + PACKED)
     content = (
         packed.read_bytes() if packed.is_file() else gzip.compress((STATIC / name).read_bytes(), mtime=0)

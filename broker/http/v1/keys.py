@@ -1,4 +1,4 @@
-"""`/v1/keys`: API keys, for admins: made, listed, taken away."""
+"""`/v1/keys`: admins create, list and revoke API keys."""
 
 from __future__ import annotations
 
@@ -16,24 +16,22 @@ from broker.http.v1.devices import Title
 from broker.http.v1.views import Name, Time
 from devices.clock import rfc3339
 
+Scope = Annotated[str, Meta(extra_json_schema={"enum": list(SCOPES)})]
+
 
 class KeyBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A key to be made."""
+    """A key to create."""
 
-    project: Annotated[Name, Meta(description="Made with its first key.", examples=["acme"])]
+    project: Annotated[Name, Meta(description="A new name creates the project.", examples=["acme"])]
     scopes: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="`admin` is all scopes in all projects.",
-            examples=[["devices:read"]],
-            extra_json_schema={"items": {"enum": list(SCOPES)}, "minItems": 1},
-        ),
+        tuple[Scope, ...],
+        Meta(description="`admin` is all scopes in all projects.", examples=[["devices:read"]], min_length=1),
     ]
     name: Annotated[Title | None, Meta(description="What it is for.", examples=["night shift"])] = None
 
 
 class KeyView(msgspec.Struct, frozen=True, kw_only=True):
-    """An API key. `key` is the secret: in the answer that made it, and nowhere else."""
+    """An API key. `key` is the secret. Only the answer that created the key contains it."""
 
     id: str
     project: str
@@ -54,9 +52,9 @@ class KeyList(msgspec.Struct, frozen=True, kw_only=True):
 
 @post("/keys", status_code=201, opt=needs("admin"), responses=documented(413, 415))
 async def create_key(request: Call, data: JSONBody[KeyBody]) -> KeyView:
-    """Make an API key
+    """Create an API key
 
-    Making a key for a project makes the project. The key is shown this once.
+    A key of a new project creates the project. The secret is shown only once.
     """
     key, secret = await request.services.keys.create(data.project, data.scopes, data.name)
     return _shown(key, secret)
@@ -66,7 +64,7 @@ async def create_key(request: Call, data: JSONBody[KeyBody]) -> KeyView:
 async def list_keys(request: Call) -> KeyList:
     """List API keys
 
-    Without their secrets, revoked ones too.
+    All keys, revoked ones too, without their secrets.
     """
     return KeyList(data=[_shown(key) for key in request.services.keys.all()])
 
@@ -75,7 +73,8 @@ async def list_keys(request: Call) -> KeyList:
 async def revoke_key(request: Call, key_id: FromPath[str]) -> KeyView:
     """Revoke an API key
 
-    At once and for ever; its streams end. What it made goes on. Again: no change.
+    Requests with this key are refused at once and its event streams end. Its commands are not affected. A
+    second call changes nothing.
     """
     return _shown(await request.services.keys.revoke(key_id))
 

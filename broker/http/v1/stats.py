@@ -1,4 +1,4 @@
-"""`/v1/stats`: how many commands there are, how they end, and how long they take."""
+"""`/v1/stats`: counts of commands by state, and latencies."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Window = Annotated[
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds from the first hand-over, of those executed; null where there were none."""
+    """Milliseconds from the first hand-over, of executed commands; null without any."""
 
     p50_ms: int | None
     p95_ms: int | None
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
-    """One sixtieth of the time looked at: what was created in it, and what was closed in it, by its end."""
+    """One sixtieth of the time: the commands created in it, and the commands closed in it, by end."""
 
     at: Time
     until: Time
@@ -47,14 +47,12 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of the last seconds."""
 
-    since: Annotated[
-        Time, Meta(description="Later than was asked for where too much has happened to look at it all.")
-    ]
+    since: Annotated[Time, Meta(description="Later than requested if there were too many commands to count.")]
     until: Time
     window_sec: Annotated[float, Meta(description="From `since` to `until`.")]
     states: Annotated[
         dict[str, int],
-        Meta(description="Of open states how many there are now; of the others how many were closed since."),
+        Meta(description="Open states: commands now. Other states: commands closed since `since`."),
     ]
     commands_per_minute: Annotated[float, Meta(description="Created.")]
     acknowledge: Annotated[Latency, Meta(description="To the first answer of the device.")]
@@ -66,7 +64,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 async def read_stats(request: Call, window: Window = 300) -> Stats:
     """Read figures of the last seconds
 
-    Of the key's project, an admin's of all. What was erased is not counted.
+    Of the key's project; for an admin key, of all projects. Erased commands are not counted.
     """
     writer, project = request.services.commands.writer, request.user.project
     until = writer.now()

@@ -22,10 +22,26 @@ from broker.http.edge.services import Services
 from broker.http.v1.stats import percentile
 from broker.http.v1.views import Time
 from broker.log import sqlite as log
+from broker.metrics import Listening
 from broker.mqtt_url import parse_url
 from broker.seams import Sql
 from broker.settings import Settings, listened
 from devices.clock import rfc3339
+
+
+class ListenerView(msgspec.Struct, frozen=True, kw_only=True):
+    """Connections to Ordain's own MQTT server."""
+
+    connections: int
+    devices: Annotated[int, Meta(description="Connected devices.")]
+    denied: Annotated[int, Meta(description="Uses of a topic that the client has no right to.")]
+    taken_over: Annotated[
+        int, Meta(description="Connections closed by a second one with the same client id.")
+    ]
+    ended: Annotated[
+        dict[str, int],
+        Meta(description="Connections that were refused or ended, by MQTT reason code such as `0x87`."),
+    ]
 
 
 class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +53,9 @@ class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
     ]
     up: bool
     url: Annotated[str, Meta(description="Without user and password.")]
+    listener: Annotated[
+        ListenerView | None, Meta(description="Only admin keys see it. Null: another MQTT server.")
+    ]
 
 
 class DeviceCount(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,7 +175,12 @@ async def read_system(request: Call) -> System:
         started_at=None if found.started_at is None else rfc3339(found.started_at),
         uptime_sec=None if found.started_at is None else (now - found.started_at) // 1_000,
         not_ready=services.ready(),
-        mqtt=Mqtt(kind=kind, up=services.link.up, url=shown_url(settings)),
+        mqtt=Mqtt(
+            kind=kind,
+            up=services.link.up,
+            url=shown_url(settings),
+            listener=_listener(services.metrics.listener) if project is None else None,
+        ),
         devices=DeviceCount(known=found.known, online=found.online),
         open_commands=found.open_commands,
         clock=ClockView(now=rfc3339(now), step_ms=writer.wall_step_ms()),
@@ -183,6 +207,22 @@ async def verify_log(request: Call) -> VerifyView:
     view = _verify(request.services.verification.start(), request.user)
     assert view is not None
     return view
+
+
+def _listener(listening: Listening | None) -> ListenerView | None:
+    if listening is None:
+        return None
+
+    def look(name: str) -> int:
+        return int(listening.figures[name][1]())
+
+    return ListenerView(
+        connections=look("connections"),
+        devices=look("devices_connected"),
+        denied=look("denied_total"),
+        taken_over=look("taken_over_total"),
+        ended={f"0x{reason:02x}": count for reason, count in sorted(listening.ended.items())},
+    )
 
 
 def _log(services: Services, found: _Found) -> LogView:
@@ -213,6 +253,10 @@ def _limits(services: Services, project: str | None, found: _Found) -> list[Limi
         LimitView(name="send slots", used=in_use, most=limits.send_slots),
         LimitView(name="event streams", used=services.streams.of(project), most=services.streams.most),
     ]
+    listening = services.metrics.listener
+    if listening is not None and project is None:
+        used, most = (int(listening.figures[name][1]()) for name in ("connections", "connections_limit"))
+        shown.append(LimitView(name="MQTT connections", used=used, most=most))
     if found.longest is not None:
         device, count = found.longest
         shown.append(LimitView(name=f"queue of {device}", used=count, most=limits.queue_per_device))

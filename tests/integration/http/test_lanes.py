@@ -345,7 +345,12 @@ async def test_the_system_state_counts_only_what_the_key_may_see(broker: Broker)
     ]
     assert counts == [(1, 1, 1), (1, 0, 1), (2, 1, 2)]
     assert seen["log_id"] == broker.core.log_id
-    assert seen["mqtt"] == {"kind": "embedded", "up": True, "url": "mqtt://127.0.0.1:1883"}
+    assert seen["mqtt"] == {
+        "kind": "embedded",
+        "up": True,
+        "url": "mqtt://127.0.0.1:1883",
+        "listener": None,
+    }
     assert seen["not_ready"] == []
     assert seen["uptime_sec"] >= 0
     assert seen["started_at"] <= seen["clock"]["now"]

@@ -118,7 +118,7 @@ function Events({ events }) {
     rows=${events.map((each) => [
       html`<${EventName} event=${each} />`,
       html`<span title=${moment(Date.parse(each.recorded_at))}>${length(Date.parse(each.recorded_at) - first)}</span>`,
-      each.evidence?.replace("_", " ") ?? "–",
+      html`<span class="once">${each.evidence?.replace("_", " ") ?? "–"}</span>`,
       html`<button type="button" class="id" title="Show all pages as they were then" onClick=${() => change({ at: String(each.position) })}>${each.position}</button>`,
       html`<code class="data">${each.erased ? "erased" : detailOf(each)}</code>`,
     ])} />`;

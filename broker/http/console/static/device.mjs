@@ -90,7 +90,7 @@ function History({ device }) {
   }
   const online = pieces.filter((piece) => piece.state === "online").reduce((sum, piece) => sum + piece.to - piece.from, 0);
   const known = pieces.filter((piece) => piece.state !== "never").reduce((sum, piece) => sum + piece.to - piece.from, 0);
-  const words = known ? `online ${number((100 * online) / known)} % of ${length(known)}; connected ${turns.filter((turn) => turn.online).length} times` : "no connection in the last 24 h";
+  const words = known ? `online ${number((100 * online) / known)} % of ${length(known)}; connections: ${turns.filter((turn) => turn.online).length}` : "no connection in the last 24 h";
   return html`<figure class="band" aria-label="Presence, 24 hours">
     <div class="pieces" role="img" aria-label=${words}>${pieces.map((piece, index) => html`<span key=${index} class="piece ${piece.state}" title="${piece.state === "never" ? "not heard yet" : piece.state} from ${clock(piece.from)} to ${clock(piece.to)}" style=${{ width: `${(100 * (piece.to - piece.from)) / (end - from)}%` }}></span>`)}</div>
     <figcaption class="dim"><span>${end - from < DAY_MS ? "registered" : "24 h ago"}</span><span>${words}</span><span>${at === null ? "now" : "then"}</span></figcaption>
@@ -110,7 +110,7 @@ function Doing({ commands }) {
     const share = (100 * done.length) / mine.length;
     return [html`<${Name}>${name}<//>`, number(mine.length), html`<span class="share"><span class="fill ${share < 90 ? "low" : ""}" style=${{ width: `${share}%` }}></span></span> ${number(share)} %`, length(percentile(took, 0.5)), length(percentile(took, 0.95))];
   });
-  return html`<${Section} title="Success and latency" aside=${html`<span class="dim">last ${number(commands.length)} commands, measured from hand-over</span>`}>
+  return html`<${Section} title="Success and latency" aside=${html`<span class="dim">${commands.length === 1 ? "one command" : `last ${number(commands.length)} commands`}, measured from hand-over</span>`}>
     <${Table} label="By command" head=${["Command", "Closed", "Executed", "p50", "p95"]} numbers=${[1, 3, 4]} rows=${rows} />
     <${Latency} commands=${closed} />
   <//>`;

@@ -24,9 +24,9 @@ export function System() {
     <${Limits} limits=${found.limits ?? []} />
     ${found.nodes?.length > 1 && html`<${Nodes} nodes=${found.nodes} />`}
     <${Types} />
-    <${Section} title="Settings"><pre tabindex="0">${pretty(found.settings)}</pre><//>
     <${Unmatched} />
     ${may("admin") && html`<${Keys} />`}
+    <${Section} title="Settings"><pre tabindex="0">${pretty(found.settings)}</pre><//>
   </div>`;
 }
 
@@ -50,12 +50,22 @@ function Broker({ found }) {
   <//>`;
 }
 
+// MQTT 5.0, section 2.4.
+const ENDED = {
+  "0x81": "malformed packet", "0x82": "protocol error", "0x84": "unsupported protocol version", "0x85": "client id not valid",
+  "0x86": "bad user name or password", "0x87": "not authorized", "0x88": "server unavailable", "0x89": "server busy",
+  "0x8a": "banned", "0x8b": "server stopping", "0x8c": "bad authentication method", "0x8d": "keep alive timeout",
+  "0x8e": "taken over by a new connection", "0x90": "topic not valid", "0x93": "too many messages without PUBACK", "0x95": "packet too large",
+  "0x96": "message rate too high", "0x97": "quota exceeded", "0x98": "administrative action", "0x99": "payload format invalid",
+  "0x9b": "QoS not supported", "0x9f": "connection rate exceeded",
+};
+
 function Link({ found }) {
-  const { kind, up, url, refusals, ...more } = found.mqtt;
+  const { kind, up, url, listener } = found.mqtt;
   const title = kind === "external" ? "MQTT server" : "MQTT listener";
   return html`<${Section} title=${title} aside=${html`<span class=${up ? "good" : "bad"}>${up ? "✓ up" : "✕ down"}</span>`}>
-    ${pairs({ kind, address: html`<code>${url}</code>`, ...Object.fromEntries(Object.entries(more).map(([name, value]) => [name, typeof value === "number" ? number(value) : value])) })}
-    ${refusals && Object.keys(refusals).length > 0 && html`<h3>Refused connections</h3>${pairs(Object.fromEntries(Object.entries(refusals).map(([why, count]) => [why, number(count)])))}`}
+    ${pairs({ kind, address: html`<code>${url}</code>`, ...(listener && { connections: number(listener.connections), "devices connected": number(listener.devices), "topics denied": number(listener.denied), "taken over": number(listener.taken_over) }) })}
+    ${listener && Object.keys(listener.ended).length > 0 && html`<h3>Connections refused or ended by the broker</h3>${pairs(Object.fromEntries(Object.entries(listener.ended).map(([code, count]) => [`${ENDED[code] ?? "reason"} (${code})`, number(count)])))}`}
   <//>`;
 }
 

@@ -1,0 +1,99 @@
+"""Pictures of every page with a busy fleet, for the docs. They are kept where ORDAIN_SCREENSHOTS says.
+
+`scripts/screenshots` sets it and makes the pictures small. Without it the test still opens every page.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page
+
+from tests.system.conftest import NewBroker
+from tests.system.console.conftest import WIDE, Console
+from tests.system.support import ORDAIN, Process, environment, running, until
+
+PHONE = {"width": 390, "height": 844}
+KEEP = os.environ.get("ORDAIN_SCREENSHOTS")
+SECONDS = 60 if KEEP else 4
+
+
+@pytest.fixture
+def fleet(new_broker: NewBroker, browser: Browser) -> Iterator[tuple[Console, dict[str, str]]]:
+    """Devices that do well, fail, answer slowly, lose answers and go away; and paths to look at."""
+    broker = new_broker().start()
+    console = Console(browser, broker)
+    with ExitStack() as stack:
+        for name, title in (("door-7", "Front door"), ("door-9", "Back door")):
+            stack.enter_context(running(console.device(name, name=title, attributes={"floor": 2})))
+        console.device("gate-1", name="Garage", type="iotee_device")
+        console.device("rec-4", name="Recorder, room 4", type="recorder")
+        faults = ("--offline", "2%", "--fail", "3%", "--slow", "8%", "--lose", "2%", "--seed", "7")
+        rates = ("--devices", "40", "--send-rate", "20", "--duration", str(SECONDS))
+        simulation = Process(
+            ORDAIN, "simulate", *rates, *faults, env=environment(ORDAIN_DATA=str(broker.data))
+        )
+        stack.callback(simulation.kill)
+        executed = broker.create("door-7", "unlock", params={"for_sec": 5})
+        failed = broker.create("door-9", "unlock", params={"jam": "the bolt does not move"})
+        broker.create("gate-1", "lock")
+        for name in ("start_recording", "stop_recording"):
+            broker.create("rec-4", name, ttl_sec=3_600)
+        broker.reaches(executed, "executed")
+        broker.reaches(failed, "failed")
+        position = broker.http("GET", f"/v1/commands/{failed}/events").json()["data"][2]["position"]
+        until(lambda: simulated(broker.operator("GET", "/v1/commands?type=simulate&limit=100").json()))
+        yield console, {"command": failed, "position": str(position)}
+
+
+def simulated(page: dict[str, list[dict[str, str]]]) -> list[str]:
+    """Ids of simulated commands, once there are failed ones among them, or many."""
+    states = [each["state"] for each in page["data"]]
+    return states if "failed" in states or len(states) > 50 else []
+
+
+@pytest.mark.timeout(240)
+def test_every_page_can_be_photographed(fleet: tuple[Console, dict[str, str]]) -> None:
+    console, known = fleet
+    key = console.key("admin", project="simulation")
+    pages = {
+        "now": "",
+        "command": f"/commands/{known['command']}",
+        "device": "/devices/sim-0012",
+        "time": f"/time?at={known['position']}",
+        "system": "/system",
+    }
+    first = console.tab(key).open()
+    first.locator(".row.s-row-executed").first.wait_for()
+    if KEEP:
+        first.wait_for_timeout((SECONDS - 20) * 1_000)
+    sizes = ((WIDE, ""), (PHONE, "-phone")) if KEEP else ((WIDE, ""),)
+    for size, suffix in sizes:
+        for scheme in ("light", "dark") if KEEP else ("light",):
+            tab = console.tab(key, "dark" if scheme == "dark" else "light", size)
+            for name, path in pages.items():
+                page = tab.open(path)
+                settle(page)
+                if name == "time":
+                    page.get_by_label("From").fill("1")
+                    page.get_by_role("button", name="this moment").nth(1).click()
+                    page.get_by_role("button", name="Compare").click()
+                    page.locator(".changes li").first.wait_for()
+                if KEEP:
+                    dark = "-dark" if scheme == "dark" else ""
+                    page.screenshot(
+                        path=Path(KEEP) / f"console-{name}{suffix}{dark}.png", animations="disabled"
+                    )
+    for tab in console.tabs:
+        tab.close()
+
+
+def settle(page: Page) -> None:
+    page.locator("main :is(.row, table, .failure, .empty):visible").first.wait_for()
+    page.locator(".skeleton").first.wait_for(state="detached")
+    if KEEP:
+        page.wait_for_timeout(1_500)
