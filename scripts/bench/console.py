@@ -7,17 +7,20 @@ Memory is the JavaScript heap after a collection.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from playwright.sync_api import CDPSession, Page, sync_playwright
 
-from tests.system.conftest import ARGUMENTS
-from tests.system.support import ORDAIN, Broker, Process, environment
-
+ORDAIN = str(Path(sys.executable).parent / "ordain")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 DEVICES = 1_000
 # Scrolls to the end at a steady pace, and notes how long each frame took.
 SCROLL = """
@@ -42,11 +45,33 @@ async ([wanted, pixels]) => {
 """
 
 
+class Broker:
+    """`ordain serve` in a directory of its own, with an admin's key."""
+
+    def __init__(self, home: Path) -> None:
+        self.data = str(home / "data")
+        places = ("--http", "127.0.0.1:0", "--mqtt-listen", "127.0.0.1:0")
+        self.process = subprocess.Popen(
+            [ORDAIN, "serve", "--data", self.data, *places], stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr is not None
+        line = next(line for line in self.process.stderr if "event=broker.serving" in line)
+        self.url = line.split("http=")[1].split()[0]
+        made = ("keys", "create", "--project", "simulation", "--scope", "admin", "--data", self.data)
+        self.key = subprocess.run([ORDAIN, *made], capture_output=True, text=True, check=True).stdout.strip()
+        self._client = httpx2.Client(
+            base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60, trust_env=False
+        )
+
+    def http(self, method: str, path: str, body: object = None) -> httpx2.Response:
+        return self._client.request(method, path, json=body)
+
+
 def fill(broker: Broker, commands: int) -> None:
     """That many commands for devices that are offline."""
     names = [f"bench-{number:04}" for number in range(DEVICES)]
     for name in names:
-        broker.device(name)
+        assert broker.http("POST", "/v1/devices", {"hardware_id": name, "type": "generic"}).status_code == 201
     for number in range(-(-commands // DEVICES)):
         body = {"devices": names, "type": f"do-{number // 50}", "params": {}, "ttl_sec": 86_400}
         assert broker.http("POST", "/v1/commands", body).status_code == 201
@@ -80,7 +105,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=120)
     given = parser.parse_args()
     home = Path(tempfile.mkdtemp())
-    broker = Broker(home / "data", cwd=home).start()
+    broker = Broker(home)
     try:
         fill(broker, given.commands)
         with sync_playwright() as playwright:
@@ -106,14 +131,17 @@ def main() -> None:
             memory(broker, page, context.new_cdp_session(page), given.events, given.seconds)
             browser.close()
     finally:
-        broker.kill()
+        broker.process.kill()
+        broker.process.wait()
         shutil.rmtree(home)
 
 
 def memory(broker: Broker, page: Page, session: CDPSession, events: int, seconds: int) -> None:
     """A simulated fleet at work while the page looks on; a command has four events."""
     rate = ("--send-rate", str(events / 4), "--devices", "500", "--duration", str(seconds + 30))
-    fleet = Process(ORDAIN, "simulate", *rate, env=environment(ORDAIN_DATA=str(broker.data)))
+    fleet = subprocess.Popen(
+        [ORDAIN, "simulate", *rate], env=os.environ | {"ORDAIN_DATA": broker.data}, stdout=subprocess.DEVNULL
+    )
     try:
         begun = broker.http("GET", "/v1/system").json()["position"]
         page.wait_for_timeout(15_000)
@@ -128,6 +156,7 @@ def memory(broker: Broker, page: Page, session: CDPSession, events: int, seconds
         print("frames under events:", page.evaluate(IDLE))
     finally:
         fleet.kill()
+        fleet.wait()
 
 
 IDLE = """
