@@ -76,6 +76,12 @@ DEVICES_PER_CALL: Final = 10_000
 QUIET_SEC: Final = 45.0
 CLOSED: Final = frozenset({"executed", "failed", "timed_out", "expired", "cancelled"})
 
+# It does not repeat the URL, because a part of it could be a password.
+WRONG_URL: Final = (
+    "url: must be an http or https URL such as http://127.0.0.1:8080, "
+    "without user, password, query and fragment"
+)
+
 
 class App:
     """A client of one broker and one project. Use `async with App(url, api_key) as app`, or call
@@ -87,7 +93,8 @@ class App:
     raised instead. `timeout_sec` limits each try.
 
     Raises:
-        ValueError: `url` is not an http or https URL, or `api_key` has characters that no key has.
+        ValueError: `url` is not an http or https URL of host, port and path only, or `api_key` has characters
+            that no key has.
     """
 
     def __init__(
@@ -101,8 +108,8 @@ class App:
         timeout_sec: float = 30.0,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-            raise ValueError(f"url = {url!r}: must be an http or https URL such as http://127.0.0.1:8080")
+        if not _is_base(url):
+            raise ValueError(WRONG_URL)
         if not api_key or not api_key.isascii() or not api_key.isprintable():
             raise ValueError("api_key: must be a key such as sk_live_…")
         self._retries, self._timeout_sec = retries, timeout_sec
@@ -199,6 +206,16 @@ class App:
     async def _pause(self, failures: int, floor: float) -> None:
         most = ceiling(failures, self._backoff_sec, self._backoff_cap_sec)
         await asyncio.sleep(floor + random.uniform(0.0, most))  # noqa: S311 - jitter, no secret
+
+
+def _is_base(url: str) -> bool:
+    """True for a URL of scheme, host, port and path, and nothing else."""
+    try:
+        parts = urlsplit(url)
+        there = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return there and not any(mark in url for mark in "@?#\\") and url.isprintable() and " " not in url
 
 
 class Commands:

@@ -22,6 +22,7 @@ from broker.domain.lanes import Presence
 from broker.engine.commands import Caller
 from broker.engine.registry import NewDevice
 from devices.fleet.demo import run_demo
+from devices.tls import Tls
 
 logger = structlog.get_logger()
 
@@ -44,7 +45,7 @@ class Demo:
         self._home = data / "demo"
         os.makedirs(self._home, mode=0o700, exist_ok=True)
 
-    async def run(self, url: str, base: str, say: Callable[[str], None]) -> None:
+    async def run(self, url: str, base: str, say: Callable[[str], None], tls: Tls | None = None) -> None:
         """Runs the devices until cancelled. Prints what to try as soon as they are online, at the latest
         after 10 s."""
         devices = []
@@ -52,8 +53,9 @@ class Demo:
             token = await self._token(name, kind)
             if token is not None:
                 devices.append((name, token, kind))
+        prefix = self._core.settings.prefix
         async with asyncio.TaskGroup() as group:
-            running = run_demo(url, devices, prefix=self._core.settings.prefix, memory_dir=self._home)
+            running = run_demo(url, devices, prefix=prefix, memory_dir=self._home, tls=tls)
             group.create_task(running)
             await self._wait_for([name for name, _, _ in devices])
             say(self._welcome(base, [name for name, _, _ in devices], await self._secret_key()))
@@ -115,7 +117,7 @@ class Demo:
         body = json.dumps({"type": command})
         url = f"{base}/v1/devices/{device}/commands"
         tries = [
-            f"curl -s {url} {bearer} -H 'Content-Type: application/json' -d '{body}'",
+            f"curl -s {shlex.quote(url)} {bearer} -H 'Content-Type: application/json' -d '{body}'",
             f'curl -s "{url}?limit=1" {bearer}',
         ]
         lines = [

@@ -10,6 +10,7 @@ import gc
 import resource
 import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -29,12 +30,13 @@ from broker.mqtt.door import Door, mqtt_door
 from broker.mqtt.figures import figures
 from broker.mqtt.tls import Certificates
 from broker.mqtt.websocket import upgrades
-from broker.mqtt_url import joined
 from broker.private_socket import SOCKET, listen
 from broker.settings import BadSetting, Settings, address
 from broker.subscriptions.outbound import HttpOutbound
 from broker.type_files import load_types
 from broker.world import SqliteStorage, SystemClock, SystemEntropy
+from devices.mqtt_url import joined, parse_url
+from devices.tls import trust
 
 logger = structlog.get_logger()
 
@@ -67,7 +69,7 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    certificates = _certificates(settings)
+    certificates, tls = _certificates(settings), _trust(settings)
     if certificates is not None:
         loop.add_signal_handler(signal.SIGHUP, lambda: certificates.look(again=True))
     with ExitStack() as sockets:
@@ -76,7 +78,7 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
             listening.append(sockets.enter_context(_bound("https", settings.https)))
         storage = await SqliteStorage.open(Path(settings.data))
         try:
-            await _serve(settings, storage, listening, certificates, demo, say, stop)
+            await _serve(settings, storage, listening, certificates, tls, demo, say, stop)
         finally:
             await storage.close()
     logger.info("broker.ended")
@@ -87,6 +89,7 @@ async def _serve(
     storage: SqliteStorage,
     listening: list[socket.socket],
     certificates: Certificates | None,
+    tls: ssl.SSLContext | None,
     demo: bool,
     say: Callable[[str], None],
     stop: asyncio.Event,
@@ -99,7 +102,7 @@ async def _serve(
     await refuse_replay(core)
     await remember_prefix(core)
     async with core.running("embedded" if embedded else "external") as group:
-        async with mqtt_door(settings, core, types, stop, certificates) as door:
+        async with mqtt_door(settings, core, types, stop, certificates, tls) as door:
             if not settings.mqtt_url:
                 settings = msgspec.structs.replace(settings, mqtt_listen=door.devices_url)
             parts = services(core, settings)
@@ -110,8 +113,7 @@ async def _serve(
                 logger.info("broker.serving", http=base, data=settings.data, log=core.log_id)
                 helpers = []
                 if demo:
-                    fleet = Demo(core, Path(settings.data))
-                    helpers = [group.create_task(fleet.run(door.devices_url, base, say))]
+                    helpers = [group.create_task(_demo(core, settings, door.devices_url, base, say))]
                 gc.collect()
                 gc.freeze()
                 gc.set_threshold(10_000, 20, 50)
@@ -120,6 +122,16 @@ async def _serve(
                 for helper in helpers:
                     helper.cancel()
     await outbound.aclose()
+
+
+async def _demo(core: Core, settings: Settings, url: str, base: str, say: Callable[[str], None]) -> None:
+    """The demo only helps a newcomer. If it fails, the log says why, and the broker goes on."""
+    try:
+        # Not the broker's own client certificate: a server may take it for who a device is.
+        tls = trust(settings.mqtt_ca) if settings.mqtt_ca else None
+        await Demo(core, Path(settings.data)).run(url, base, say, tls)
+    except Exception as error:
+        logger.error("demo.failed", why=str(error) or repr(error), exc_info=True)
 
 
 @asynccontextmanager
@@ -137,9 +149,10 @@ async def _http(
     private = listen(directory)
     websockets = None if door.listener is None else upgrades(door.listener, parts.settings.cors_origins)
     public = create_app(parts)
-    servers = [_uvicorn(create_app(parts, local=True)), _uvicorn(public, websockets)]
+    keep = parts.settings.http_keep_alive_sec
+    servers = [_uvicorn(create_app(parts, local=True), keep), _uvicorn(public, keep, websockets)]
     if len(listening) > 1 and certificates is not None:
-        servers.append(_uvicorn(public, websockets, certificates))
+        servers.append(_uvicorn(public, keep, websockets, certificates))
     async with asyncio.TaskGroup() as group:
         for server, listener in zip(servers, (private, *listening), strict=True):
             group.create_task(server.serve(sockets=[listener]))
@@ -154,6 +167,7 @@ async def _http(
 
 def _uvicorn(
     app: ASGIApp,
+    keep_alive_sec: int,
     websockets: Callable[..., asyncio.Protocol] | None = None,
     certificates: Certificates | None = None,
 ) -> _Server:
@@ -168,6 +182,7 @@ def _uvicorn(
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE_SEC,
+        timeout_keep_alive=keep_alive_sec,
     )
     config.load()
     if certificates is not None:
@@ -182,6 +197,19 @@ def _certificates(settings: Settings) -> Certificates | None:
         return Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     except OSError as error:  # of files, and of what is in them
         raise BadSetting(f"tls_certificate = {settings.tls_certificate!r}: {error}") from error
+
+
+def _trust(settings: Settings) -> ssl.SSLContext | None:
+    """How the link to an external MQTT server is secured; None: without TLS."""
+    if not settings.mqtt_url or not parse_url(settings.mqtt_url).tls:
+        return None
+    key = "mqtt_ca"
+    try:
+        trust(settings.mqtt_ca)
+        key = "mqtt_certificate"
+        return trust(settings.mqtt_ca, settings.mqtt_certificate, settings.mqtt_key)
+    except OSError as error:  # of files, and of what is in them
+        raise BadSetting(f"{key} = {getattr(settings, key)!r}: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -10,12 +10,12 @@ import tomllib
 from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from broker.mqtt_url import Endpoint, is_host, parse_endpoint, parse_url
+from devices.mqtt_url import Endpoint, parse_endpoint, parse_url, parted
 from devices.names import is_name
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -108,8 +108,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     data: str = "./data"
     http: str = "127.0.0.1:8080"
     https: str = ""
+    http_keep_alive_sec: Annotated[int, Meta(ge=1, le=3_600)] = 75
     mqtt_listen: str | list[str] = "127.0.0.1:1883"
     mqtt_url: str = ""
+    mqtt_ca: str = ""
+    mqtt_certificate: str = ""
+    mqtt_key: str = ""
     mqtt_server: Literal["embedded", "mosquitto"] = "embedded"
     mqtt_events: bool = True
     prefix: str = "iotee"
@@ -123,6 +127,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cors_origins: list[str] = []
     webhook_allow: list[str] = []
     webhook_timeout_sec: Annotated[float, Meta(ge=1, le=60)] = 15
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    log_format: Literal["text", "json"] = "text"
     limits: Limits = Limits()
     mqtt_limits: MqttLimits = MqttLimits()
     projects: dict[str, ProjectLimits] = {}
@@ -135,6 +141,8 @@ ENVIRONMENT = {
     "mqtt_url": "ORDAIN_MQTT_URL",
     "mqtt_server": "ORDAIN_MQTT_SERVER",
     "types": "ORDAIN_TYPES",
+    "log_level": "ORDAIN_LOG_LEVEL",
+    "log_format": "ORDAIN_LOG_FORMAT",
 }
 CONFIG = "ORDAIN_CONFIG"
 ORIGIN = re.compile(r"https?://[a-z0-9.\-\[\]:]+")
@@ -150,7 +158,7 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
     place = config or environment.get(CONFIG) or ""
     if place:
         try:
-            values |= tomllib.loads(Path(place).read_text())
+            values |= tomllib.loads(Path(place).read_text("utf-8-sig"))
         except OSError as error:
             raise BadSetting(f"{place}: cannot be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -162,11 +170,7 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
         if key == "http" or settings.https:
             address(key, getattr(settings, key))
     _check_tls(settings, listened(settings))
-    if settings.mqtt_url:
-        try:
-            parse_url(settings.mqtt_url)
-        except ValueError as error:  # do not show the URL: it may contain a password
-            raise BadSetting(f"mqtt_url: {error}") from error
+    _check_mqtt_url(settings)
     for origin in settings.cors_origins:
         if not ORIGIN.fullmatch(origin):
             raise BadSetting(
@@ -218,6 +222,9 @@ def _table(where: str, name: str, table: Any, kind: type[T]) -> T:
         right, _, path = str(error).partition(" - at `$.")
         key = path.rstrip("`")
         shown = "" if key == "mqtt_url" else f" = {table[key]!r}"
+        allowed = get_args(get_type_hints(kind).get(key))
+        if right.startswith("Invalid enum value") and allowed:
+            right = f"must be one of {', '.join(allowed)}"
     raise BadSetting(f"{where}{above}{key}{shown}: {right}")
 
 
@@ -240,6 +247,22 @@ def listened(settings: Settings) -> list[Endpoint]:
     return found
 
 
+def _check_mqtt_url(settings: Settings) -> None:
+    try:
+        tls = settings.mqtt_url != "" and parse_url(settings.mqtt_url).tls
+    except ValueError as error:  # do not show the URL: it may contain a password
+        raise BadSetting(f"mqtt_url: {error}") from error
+    for key in ("mqtt_ca", "mqtt_certificate", "mqtt_key"):
+        if getattr(settings, key) and not tls:
+            raise BadSetting(
+                f"{key} = {getattr(settings, key)!r}: needs an mqtt_url that begins with mqtts://"
+            )
+    if settings.mqtt_key and not settings.mqtt_certificate:
+        raise BadSetting(
+            f"mqtt_key = {settings.mqtt_key!r}: needs mqtt_certificate, the certificate of this key"
+        )
+
+
 def _check_tls(settings: Settings, endpoints: list[Endpoint]) -> None:
     wanted = [str(endpoint) for endpoint in endpoints if endpoint.tls]
     wanted += [f"https = {settings.https!r}"] if settings.https else []
@@ -255,7 +278,8 @@ def address(key: str, text: str) -> tuple[str, int]:
     Raises:
         BadSetting: the text does not have this form.
     """
-    host, colon, port = text.rpartition(":")
-    if not colon or not is_host(host) or not port.isdecimal() or int(port) > 65_535:
-        raise BadSetting(f"{key} = {text!r}: must be HOST:PORT, such as 127.0.0.1:8080")
-    return host.strip("[]"), int(port)
+    place = parted(text)
+    if place is None:
+        right = "must be HOST:PORT, such as 127.0.0.1:8080, with an IPv6 address in brackets"
+        raise BadSetting(f"{key} = {text!r}: {right}")
+    return place

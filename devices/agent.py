@@ -17,13 +17,14 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiomqtt
 
 from devices.core import Core, Effect, Send
 from devices.grant import GrantVerifier
 from devices.memory import Memory, RamMemory
+from devices.mqtt_url import parse_url
+from devices.tls import trust
 from devices.types import DeviceType, shipped_types
 from devices.wire import CommandMessage, encode_status, status_topic
 
@@ -70,7 +71,12 @@ Handler = Callable[[Call], Awaitable[Any]]
 class Agent:
     """A device that connects as `hardware_id` with its token.
 
-    `session` is part of its status messages. The broker uses it to ignore the last will of an older session.
+    `url` is `mqtt://host:port` or `mqtts://host:port`; a user and a password in it are not used. `tls`: how
+    an `mqtts` server is verified, else by the system's authorities. `session` is part of its status messages.
+    The broker uses it to ignore the last will of an older session.
+
+    Raises:
+        ValueError: the URL is wrong. The message never contains a password.
     """
 
     def __init__(
@@ -85,8 +91,10 @@ class Agent:
         verifier: GrantVerifier | None = None,
         session: str | None = None,
         clean_session: bool = False,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._hardware_id, self._token, self._url = hardware_id, token, urlsplit(url)
+        self._hardware_id, self._token, self._server = hardware_id, token, parse_url(url)
+        self._tls = (tls or trust()) if self._server.tls else None
         self._status_topic = status_topic(prefix, hardware_id)
         self._session, self._clean_session = session or secrets.token_hex(4), clean_session
         self._handlers: dict[str, Handler] = {}
@@ -206,10 +214,9 @@ class Agent:
 
     def _client(self, will: bytes) -> aiomqtt.Client:
         """A new client for each connection: a reused paho client resends its messages with new ids."""
-        secure = self._url.scheme == "mqtts"
         return aiomqtt.Client(
-            self._url.hostname or "127.0.0.1",
-            self._url.port or (8883 if secure else 1883),
+            self._server.host,
+            self._server.port,
             identifier=self._hardware_id,
             username=self._hardware_id,
             password=self._token,
@@ -217,7 +224,7 @@ class Agent:
             will=aiomqtt.Will(self._status_topic, will, qos=1, retain=True),
             clean_session=self._clean_session,
             keepalive=KEEPALIVE_SEC,
-            tls_context=ssl.create_default_context() if secure else None,
+            tls_context=self._tls,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
 

@@ -13,10 +13,11 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import aiomqtt
 
+from devices.mqtt_url import parse_url
+from devices.tls import Tls, trust
 from devices.wire import status_topic
 
 silent = logging.getLogger("ordain.canary.mqtt")
@@ -40,6 +41,25 @@ class Login(NamedTuple):
     token: str
 
 
+class Server(NamedTuple):
+    """The MQTT server to check. `tls` None: without TLS."""
+
+    host: str
+    port: int
+    tls: Tls | None = None
+
+
+def server_of(url: str, ca: str = "") -> Server:
+    """`ca`: a PEM file with the authorities to trust; empty: those of the system.
+
+    Raises:
+        ValueError: the URL is wrong.
+        OSError: the file cannot be read.
+    """
+    address = parse_url(url)
+    return Server(address.host, address.port, trust(ca) if address.tls else None)
+
+
 class Ears:
     """All messages that one connection received."""
 
@@ -56,7 +76,7 @@ class Ears:
 
 
 class Canary:
-    """Checks the MQTT server at `url` with topics under `prefix`.
+    """Checks an MQTT server with topics under `prefix`.
 
     `send` sends the victim a command and returns its id. `outcome` waits until the command is closed and
     returns its state.
@@ -64,14 +84,14 @@ class Canary:
 
     def __init__(
         self,
-        url: str,
+        server: Server,
         prefix: str,
         thief: Login,
         victim: Login,
         send: Callable[[], Awaitable[str]],
         outcome: Callable[[str], Awaitable[str]],
     ) -> None:
-        self._url, self._prefix = url, prefix
+        self._server, self._prefix = server, prefix
         self._thief, self._victim = thief, victim
         self._send, self._outcome = send, outcome
 
@@ -89,13 +109,13 @@ class Canary:
             raise Untried(f"nothing within {WITHIN_SEC:g} s") from error
 
     async def _breaches(self) -> list[str]:
-        found = await strangers(self._url)
-        if await _connects(self._url, self._thief._replace(token="wrong")):  # noqa: S106 (it is meant to be)
+        found = await strangers(self._server)
+        if await _connects(self._server, self._thief._replace(token="wrong")):  # noqa: S106 (it is meant to be)
             found.append("a device connects with a wrong password")
         async with asyncio.timeout(WITHIN_SEC):
-            while not await _connects(self._url, self._victim):  # noqa: ASYNC110 (its token may be on its way)
+            while not await _connects(self._server, self._victim):  # noqa: ASYNC110 (its token may be on its way)
                 await asyncio.sleep(QUIET_SEC)
-        async with _connected(self._url, self._victim) as victim:
+        async with _connected(self._server, self._victim) as victim:
             await victim.client.subscribe(self._topic("rls"), qos=1)
             await victim.client.publish(status_topic(self._prefix, self._victim.hardware_id), "online", qos=1)
             await self._leave_a_will()
@@ -116,14 +136,14 @@ class Canary:
             part = text if isinstance(text, bytes) else text.encode()
             body += len(part).to_bytes(2, "big") + part
         with suppress(OSError, asyncio.IncompleteReadError):
-            reader, writer = await asyncio.open_connection(*_place(self._url))
+            reader, writer = await asyncio.open_connection(*self._server[:2], ssl=self._server.tls)
             writer.write(bytes([0x10, len(body) % 128 | 0x80, len(body) // 128]) + body)
             await reader.readexactly(4)
             writer.transport.abort()
 
     async def _steals(self, victim: Ears) -> list[str]:
         found: list[str] = []
-        async with _connected(self._url, self._thief) as thief:
+        async with _connected(self._server, self._thief) as thief:
             for topic in (self._topic("+"), f"{self._prefix}/#", "#", f"{self._prefix}/dev/+/rls"):
                 with suppress(aiomqtt.MqttError):
                     await thief.client.subscribe(topic, qos=1)
@@ -146,7 +166,7 @@ class Canary:
 
     async def _takes_over(self, victim: Ears) -> list[str]:
         with suppress(aiomqtt.MqttError):
-            async with _connected(self._url, self._thief, client_id=self._victim.hardware_id):
+            async with _connected(self._server, self._thief, client_id=self._victim.hardware_id):
                 await asyncio.sleep(0)
         try:
             await victim.client.publish(
@@ -170,41 +190,38 @@ def _answer(command_id: str, status: str) -> bytes:
     return json.dumps({"id": command_id, "status": status}).encode()
 
 
-async def strangers(url: str) -> list[str]:
+async def strangers(server: Server) -> list[str]:
     """Checks whether the server accepts a client without user name and password.
 
     Raises:
         Untried: no server answers at this address.
     """
     try:
-        _, writer = await asyncio.open_connection(*_place(url))
+        _, writer = await asyncio.open_connection(*server[:2], ssl=server.tls)
         writer.close()
     except OSError as error:
         raise Untried(f"the MQTT server does not answer: {error.strerror or error}") from error
     return (
-        ["it accepts clients without user name and password"] if await _connects(url, Login("", "")) else []
+        ["it accepts clients without user name and password"]
+        if await _connects(server, Login("", ""))
+        else []
     )
 
 
-def _place(url: str) -> tuple[str, int]:
-    parts = urlsplit(url)
-    return parts.hostname or "127.0.0.1", parts.port or 1883
-
-
-async def _connects(url: str, login: Login) -> bool:
+async def _connects(server: Server, login: Login) -> bool:
     try:
-        async with _connected(url, login):
+        async with _connected(server, login):
             return True
     except aiomqtt.MqttError:
         return False
 
 
 @asynccontextmanager
-async def _connected(url: str, login: Login, *, client_id: str | None = None) -> AsyncIterator[Ears]:
-    host, port = _place(url)
+async def _connected(server: Server, login: Login, *, client_id: str | None = None) -> AsyncIterator[Ears]:
     client = aiomqtt.Client(
-        host,
-        port,
+        server.host,
+        server.port,
+        tls_context=server.tls,
         identifier=login.hardware_id if client_id is None else client_id,
         username=login.hardware_id or None,
         password=login.token or None,

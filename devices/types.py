@@ -252,7 +252,7 @@ def load_type(source: Path | str) -> DeviceType:
     """Reads and checks a device type from a file (`Path`) or TOML text (`str`). Raises `BadType`."""
     file = str(source) if isinstance(source, Path) else "(text)"
     try:
-        text = source.read_text("utf-8") if isinstance(source, Path) else source
+        text = source.read_text("utf-8-sig") if isinstance(source, Path) else source.removeprefix("\ufeff")
         table = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadType(file, "(file)", None, f"cannot be read as TOML: {error}") from error

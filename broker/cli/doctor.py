@@ -29,13 +29,17 @@ def doctor(
     Parameters
     ----------
     canary
-        Also check the MQTT server's access rules as a device. The first run registers two devices for it.
+        Also check the MQTT server's access rules as a device. The first run registers two devices for it, and
+        keeps their tokens in the data directory.
     """
     settings = settings_of(config, data=data)
     found = list(looks.files(Path(settings.data)))
 
     async def asking(client: httpx2.AsyncClient, serving: bool) -> list[Finding]:
-        return [*await looks.broker(client, serving), *await looks.mqtt(client, serving, canary)]
+        return [
+            *await looks.broker(client, serving),
+            *await looks.mqtt(client, serving, settings, canary=canary),
+        ]
 
     if not any(each.level == "fault" and each.check in BROKEN_LOG for each in found):
         found += ask_alone(settings, asking)

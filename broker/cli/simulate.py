@@ -22,7 +22,6 @@ from rich.table import Table
 
 from broker.cli.base import Config, Data, Json, Text, print_json, settings_of
 from broker.control import operator
-from broker.mqtt_url import parse_url
 from broker.operations.asking import REFUSED, UNREACHABLE, USAGE, Failed
 from broker.private_socket import answers
 from broker.settings import Settings
@@ -30,6 +29,8 @@ from devices.fleet.device import TYPE
 from devices.fleet.faults import Faults
 from devices.fleet.simulator import NoFleet, Plan, Server, Simulation
 from devices.fleet.summary import Summary, View
+from devices.mqtt_url import parse_url
+from devices.tls import trust
 
 PROJECT = "simulation"
 TOKENS = "simulation.tokens"
@@ -123,7 +124,7 @@ async def _simulated(settings: Settings, plan: Plan, mqtt_url: str | None, *, li
         raise Failed(UNREACHABLE, f"no broker serves {directory}: start one with ordain serve")
     async with operator(settings) as (client, _):
         system = _json(await client.get("/v1/system"))
-        server = _mqtt_server(mqtt_url or system["mqtt"]["url"])
+        server = _mqtt_server(mqtt_url or system["mqtt"]["url"], settings)
         plan = msgspec.structs.replace(plan, prefix=system["settings"]["prefix"])
         simulation = Simulation(plan, server, OperatorDoor(client, directory / TOKENS))
         try:
@@ -148,12 +149,12 @@ def share(option: str, text: str) -> float:
     return value
 
 
-def _mqtt_server(url: str) -> Server:
+def _mqtt_server(url: str, settings: Settings) -> Server:
     try:
         address = parse_url(url)
     except ValueError as error:
         raise Failed(USAGE, f"--mqtt-url: {error}") from error
-    return Server(address.host, address.port, address.tls)
+    return Server(address.host, address.port, trust(settings.mqtt_ca) if address.tls else None)
 
 
 class OperatorDoor:

@@ -33,23 +33,24 @@ def secret_digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def token_digest(token: str, entropy: Entropy) -> str:
+def token_digest(token: str, entropy: Entropy, rounds: int = 1) -> str:
     """A device token's digest in the format of Mosquitto's password file; Ordain and Mosquitto both use it.
 
-    `$7$rounds$salt$hash`, PBKDF2 with SHA-512. One round is enough: 256 random bits cannot be guessed.
+    `$7$rounds$salt$hash`, PBKDF2 with SHA-512. One round is enough: 256 random bits cannot be guessed. A
+    password that a person chose needs more.
     """
     salt = entropy.token(12)
-    return f"$7$1${_base64(salt)}${_base64(_pbkdf2(token, salt))}"
+    return f"$7${rounds}${_base64(salt)}${_base64(_pbkdf2(token, salt, rounds))}"
 
 
 def is_token(token: str, digest: str) -> bool:
     """True if the digest is that of this token. Compares in constant time."""
-    _, _, _, salt, wanted = digest.split("$")
-    return hmac.compare_digest(_base64(_pbkdf2(token, base64.b64decode(salt))), wanted)
+    _, _, rounds, salt, wanted = digest.split("$")
+    return hmac.compare_digest(_base64(_pbkdf2(token, base64.b64decode(salt), int(rounds))), wanted)
 
 
-def _pbkdf2(token: str, salt: bytes) -> bytes:
-    return hashlib.pbkdf2_hmac("sha512", token.encode(), salt, 1)
+def _pbkdf2(token: str, salt: bytes, rounds: int) -> bytes:
+    return hashlib.pbkdf2_hmac("sha512", token.encode(), salt, rounds)
 
 
 def _base64(value: bytes) -> str:

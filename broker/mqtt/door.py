@@ -24,9 +24,10 @@ from broker.mqtt.mosquitto import LINK_USER, Mosquitto
 from broker.mqtt.services import Services
 from broker.mqtt.sockets import Sockets
 from broker.mqtt.tls import Certificates
-from broker.mqtt_url import Endpoint
 from broker.seams import Link
 from broker.settings import BadSetting, Settings, listened
+from devices.mqtt_url import Endpoint
+from devices.tls import Tls
 from devices.types import DeviceType
 from projections import devices as devices_view
 
@@ -52,16 +53,17 @@ async def mqtt_door(
     types: dict[str, DeviceType],
     stop: asyncio.Event,
     certificates: Certificates | None,
+    tls: Tls | None,
 ) -> AsyncIterator[Door]:
     """The MQTT server of these settings, and the core's link to it, for as long as it is needed.
 
-    After `stop` it is not waited for.
+    After `stop` it is not waited for. `tls`: for the link to an external server.
 
     Raises:
         BadSetting: it cannot listen, or Mosquitto is not there.
     """
     if settings.mqtt_url:
-        async with _linked(settings, core, types, settings.mqtt_url) as link:
+        async with _linked(settings, core, types, settings.mqtt_url, tls) as link:
             yield Door(link, settings.mqtt_url)
     elif settings.mqtt_server == "mosquitto":
         async with _mosquitto(settings, core, types, stop) as door:
@@ -73,7 +75,7 @@ async def mqtt_door(
 
 @asynccontextmanager
 async def _linked(
-    settings: Settings, core: Core, types: dict[str, DeviceType], url: str
+    settings: Settings, core: Core, types: dict[str, DeviceType], url: str, tls: Tls | None = None
 ) -> AsyncIterator[MqttLink]:
     link = MqttLink(
         url,
@@ -82,6 +84,7 @@ async def _linked(
         events=core.intake,
         clean_session=False,
         entropy=core.writer.entropy,
+        tls=tls,
     )
     core.attach(link)
     async with asyncio.TaskGroup() as group:

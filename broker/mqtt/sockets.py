@@ -20,7 +20,7 @@ import structlog
 from broker.mqtt.listener import Listener
 from broker.mqtt.shell import Connection
 from broker.mqtt.tls import Certificates, identity
-from broker.mqtt_url import Endpoint
+from devices.mqtt_url import Endpoint
 
 logger = structlog.get_logger()
 

@@ -19,13 +19,13 @@ import httpx2
 
 from broker.log import sqlite as log
 from broker.operations.asking import POLL_SEC, Failed, call
+from broker.operations.passwords import canaries
+from broker.settings import Settings
 from broker.world import DATABASE, SystemClock, open_for_reading
-from devices.canary import Canary, Login, Untried, strangers
+from devices.canary import Canary, Server, Untried, server_of, strangers
 from devices.clock import rfc3339
 from projections import follower
 
-CANARY_PROJECT = "ordain-canary"
-CANARIES = ("ordain-canary-thief", "ordain-canary-victim")
 FULL_BYTES, TIGHT_BYTES = 100 << 20, 1 << 30
 CLOCK_FAULT_MS = 5_000
 OPEN = ("pending", "published", "acknowledged")
@@ -140,7 +140,9 @@ def _keys(keys: list[dict[str, Any]], grants: list[dict[str, Any]], now: str) ->
     return found
 
 
-async def mqtt(client: httpx2.AsyncClient, serving: bool, canary: bool) -> list[Finding]:
+async def mqtt(
+    client: httpx2.AsyncClient, serving: bool, settings: Settings, *, canary: bool
+) -> list[Finding]:
     """Checks the MQTT server's access rules: does it accept clients without a password? With the canary: can
     a device do anything that it must not do?"""
     if not serving:
@@ -149,10 +151,12 @@ async def mqtt(client: httpx2.AsyncClient, serving: bool, canary: bool) -> list[
     url, prefix = system["mqtt"]["url"], system["settings"]["prefix"]
     do = "see mosquitto.conf and docs/mosquitto.acl: own topics for each device, no client without a password"
     try:
-        breaches = await (_canary(client, url, prefix) if canary else strangers(url))
-    except (Untried, Failed) as error:
-        says = f"{url}: its access rules could not be checked: {error or type(error).__name__}"
-        hint = "is it running? An external server needs the canary's two devices in its password file"
+        server = server_of(url, settings.mqtt_ca)
+        work = _canary(client, server, prefix, Path(settings.data)) if canary else strangers(server)
+        breaches = await work
+    except (Untried, Failed, OSError) as error:
+        says = f"{url}: its access rules could not be checked: {str(error) or type(error).__name__}"
+        hint = "is it running? An external server needs the canary's two devices: ordain mqtt passwd-file"
         return [Finding("warning" if canary else "fault", "mqtt", says, hint)]
     if breaches:
         return [Finding("fault", "mqtt", f"{url}: {breach}", do) for breach in breaches]
@@ -161,17 +165,9 @@ async def mqtt(client: httpx2.AsyncClient, serving: bool, canary: bool) -> list[
     return [Finding("ok", "mqtt", f"{url}: {says}{more}")]
 
 
-async def _canary(client: httpx2.AsyncClient, url: str, prefix: str) -> list[str]:
-    """Runs the canary with two devices in a separate project. The first run registers them; each later run
-    gives them new tokens."""
-    logins = []
-    for name in CANARIES:
-        found = await client.get(f"/v1/devices/{name}")
-        body = {"hardware_id": name, "type": "generic", "project": CANARY_PROJECT}
-        path = "/v1/devices" if found.is_error else f"/v1/devices/{name}/token"
-        made = await call(client, "POST", path, body if found.is_error else None)
-        logins.append(Login(name, made["device_token"]))
-    thief, victim = logins
+async def _canary(client: httpx2.AsyncClient, server: Server, prefix: str, directory: Path) -> list[str]:
+    """Runs the canary with its two devices."""
+    thief, victim = await canaries(client, directory)
 
     async def send() -> str:
         command = {"type": "canary", "ttl_sec": 60}
@@ -183,4 +179,4 @@ async def _canary(client: httpx2.AsyncClient, url: str, prefix: str) -> list[str
             await asyncio.sleep(POLL_SEC)
         return str(state)
 
-    return await Canary(url, prefix, thief, victim, send, outcome).breaches()
+    return await Canary(server, prefix, thief, victim, send, outcome).breaches()

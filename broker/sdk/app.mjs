@@ -48,6 +48,15 @@ const ERRORS = {
   queue_full: QueueFull,
 };
 
+// It does not repeat the URL, because a part of it could be a password.
+const WRONG_URL =
+  "url: must be an http or https URL such as http://127.0.0.1:8080, without user, password, query and fragment";
+
+/** True for a URL of scheme, host, port and path, and nothing else. */
+function isBase(url) {
+  return /^https?:\/\/[^\s@?#\\]+$/.test(String(url)) && URL.canParse(String(url));
+}
+
 /** A client of one broker and one project. */
 export class App {
   #url;
@@ -55,9 +64,7 @@ export class App {
   #options;
 
   constructor(url, apiKey, { retries = 5, backoffSec = 0.5, backoffCapSec = 30, timeoutSec = 30 } = {}) {
-    if (!/^https?:$/.test(new URL(url).protocol)) {
-      throw new TypeError(`url = ${url}: must be an http or https URL such as http://127.0.0.1:8080`);
-    }
+    if (!isBase(url)) throw new TypeError(WRONG_URL);
     if (!/^[ -~]+$/.test(apiKey)) throw new TypeError("apiKey: must be a key such as sk_live_…");
     this.#url = String(url).replace(/\/+$/, "");
     this.#key = apiKey;

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import httpcore2
 
 from broker.seams import Answer
+from devices.mqtt_url import joined
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -180,8 +181,7 @@ class HttpOutbound:
 
     async def _post(self, target: Target, headers: Mapping[str, str], body: bytes) -> Answer:
         scheme, usual = (b"https", 443) if target.tls else (b"http", 80)
-        host = f"[{target.host}]" if ":" in target.host else target.host
-        name = host if target.port == usual else f"{host}:{target.port}"
+        name = joined(target.host, None if target.port == usual else target.port)
         fields = {"host": name, "content-length": str(len(body)), **headers}
         async with self._pools[target.tls].stream(
             "POST",

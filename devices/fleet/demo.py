@@ -12,6 +12,7 @@ from typing import Any
 
 from devices.agent import Agent, Call, CommandFailed
 from devices.memory import RamMemory, SqliteMemory
+from devices.tls import Tls
 from devices.types import shipped_types
 
 
@@ -23,6 +24,7 @@ async def run_demo(
     clean_session: bool = True,
     memory_dir: Path | None = None,
     work_sec: float = 0.4,
+    tls: Tls | None = None,
 ) -> None:
     """Runs the devices (hardware_id, token, type) until cancelled. With `memory_dir`, their memory survives
     restarts."""
@@ -37,6 +39,7 @@ async def run_demo(
                 device_type=shipped_types()[type_name],
                 memory=memory,
                 clean_session=clean_session,
+                tls=tls,
             )
             (_recorder if type_name == "recorder" else _lock)(agent, work_sec)
             tasks.create_task(agent.run())

@@ -22,6 +22,7 @@ from devices.fleet.device import COMMAND, Device
 from devices.fleet.faults import Faults
 from devices.fleet.mqtt import BAD_CREDENTIALS, KEEPALIVE_SEC, Connection, Refused
 from devices.fleet.summary import Ledger, Sent, Summary, View, summarise
+from devices.tls import Tls
 
 # Connections opened at once. More is not faster: Mosquitto accepts 5 a millisecond, amqtt one at a time.
 OPENING = 20
@@ -45,11 +46,11 @@ class NoFleet(Exception):
 
 
 class Server(NamedTuple):
-    """The address of the MQTT server."""
+    """The address of the MQTT server. `tls` None: without TLS."""
 
     host: str
     port: int
-    tls: bool = False
+    tls: Tls | None = None
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,9 +160,7 @@ class Fleet:
         try:
             async with asyncio.timeout(OPEN_WITHIN_SEC):
                 # asyncio sets TCP_NODELAY on all its connections.
-                await asyncio.get_running_loop().create_connection(
-                    lambda: connection, host, port, ssl=tls or None
-                )
+                await asyncio.get_running_loop().create_connection(lambda: connection, host, port, ssl=tls)
                 await connection.ready
         except BaseException:
             connection.give_up()

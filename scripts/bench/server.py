@@ -24,10 +24,10 @@ from broker.mqtt.listener import Listener
 from broker.mqtt.services import Services
 from broker.mqtt.sockets import Sockets
 from broker.mqtt.tls import Certificates
-from broker.mqtt_url import Endpoint
 from broker.seams import Message, Outgoing, Receipt
 from broker.settings import MqttLimits
 from broker.subscriptions.feed import Feed
+from devices.mqtt_url import Endpoint
 from scripts.bench.floor import Floor
 
 COMMAND = b'{"id":"cmd_01m8cqx018ehrt8srw7z3bz3vs","type":"open","params":{},"attempt":1}'

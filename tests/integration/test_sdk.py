@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from broker.client import AppError
+from broker.client import App, AppError
 from broker.client_types import ERRORS
 from broker.http.edge.errors import STATUS
-from tests.sdk_driver import LANGUAGES, sdk
+from tests.sdk_driver import LANGUAGES, MODULE, sdk
 
 CUT = b""
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
@@ -334,3 +335,34 @@ async def test_wait_for_an_unknown_command_is_refused(language: str) -> None:
         outcome = await sdk(language, script.url).wait("cmd_/../x", 1)
     assert outcome.error["name"] == "NotFound"
     assert script.asked[0].path == "/v1/commands/cmd_%2F..%2Fx/events"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://u:hidden@host",
+        "http://u:hid#den@host",
+        "http://u:p@ss#hidden@host",
+        "http://host?hidden=1",
+        "http://host/#hidden",
+        "http://host:hidden",
+        "ftp://hidden",
+        "http://ho st/hidden",
+        "hidden",
+    ],
+)
+def test_a_url_that_could_hold_a_secret_is_refused_without_repeating_it(language: str, url: str) -> None:
+    if language == "python":
+        with pytest.raises(ValueError, match="must be an http or https URL") as refused:
+            App(url, "sk_live_mine")
+        said = str(refused.value)
+    else:
+        module, given = json.dumps(MODULE.as_uri()), json.dumps(url)
+        script = f"import {{ App }} from {module}; new App({given}, 'sk_live_mine')"
+        done = subprocess.run(
+            ["node", "--input-type=module", "-e", script], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 1
+        said = next(line for line in done.stderr.splitlines() if line.startswith("TypeError"))
+        assert "must be an http or https URL" in said
+    assert "hid" not in said

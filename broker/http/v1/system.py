@@ -23,10 +23,10 @@ from broker.http.v1.stats import percentile
 from broker.http.v1.views import Time
 from broker.log import sqlite as log
 from broker.metrics import Listening
-from broker.mqtt_url import parse_url
 from broker.seams import Sql
 from broker.settings import Settings, listened
 from devices.clock import rfc3339
+from devices.mqtt_url import parse_url
 
 
 class ListenerView(msgspec.Struct, frozen=True, kw_only=True):

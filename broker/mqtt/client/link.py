@@ -35,8 +35,9 @@ from broker.mqtt.client.packets import (
 )
 from broker.mqtt.client.receipts import Receipts
 from broker.mqtt.client.wire import Wire
-from broker.mqtt_url import Version, parse_url
 from broker.seams import Entropy, LinkEvents, Message, Outgoing, Receipt
+from devices.mqtt_url import Version, parse_url
+from devices.tls import trust
 
 T = TypeVar("T")
 
@@ -44,6 +45,8 @@ logger = structlog.get_logger()
 
 OPEN_WITHIN_SEC = 10
 BACKOFF_SEC = (0.1, 5.0)
+# The other MQTT version is tried after so many ends before a CONNACK. One end can have other reasons.
+HANG_UPS = 3
 # The MQTT server keeps the session, with queued answers, for 7 days: longer than a long weekend's outage.
 SESSION_EXPIRY_SEC = 7 * 86_400
 # Receive Maximum. The limit on answers a second is WINDOW / commit time, so the usual 20 is too low.
@@ -58,6 +61,14 @@ _SILENT.disabled = True
 
 def _code(answer: int | ReasonCode | None) -> int:
     return answer.value if isinstance(answer, ReasonCode) else answer or 0
+
+
+class _Ended(aiomqtt.MqttError):
+    """The connection ended while an answer of the server was awaited."""
+
+
+class _HungUp(_Ended):
+    """It ended before the server's CONNACK."""
 
 
 class _Connection:
@@ -105,7 +116,10 @@ class _Connection:
             self._paho._create_socket = lambda: self._wire  # type: ignore[method-assign]
             self._aio._client_connect()
             self._alive = asyncio.create_task(self._keep_alive())
-            await self._answer(self._aio._connected)
+            try:
+                await self._answer(self._aio._connected)
+            except _Ended as error:
+                raise _HungUp(f"the server ended the connection before its CONNACK: {error}") from error
             granted = asyncio.create_task(self._aio.subscribe([(topic, 1) for topic in subscriptions]))
             try:
                 codes = [_code(answer) for answer in await self._answer(granted)]
@@ -121,7 +135,7 @@ class _Connection:
         either: set[asyncio.Future[Any]] = {answer, self.lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            raise aiomqtt.MqttError(f"the connection ended too early: {self.lost.exception()}")
+            raise _Ended(f"the connection ended too early: {self.lost.exception()}")
         return answer.result()
 
     async def _keep_alive(self) -> None:
@@ -221,7 +235,9 @@ class MqttLink:
     """`broker.seams.Link` over a real MQTT server. Call `run` once, in a task; call `close` from anywhere.
 
     `why` says why the link is down; it is None while the link is up. `version` is the MQTT version of the
-    current connection, or of the next attempt.
+    current connection, or of the next attempt. Some servers end the connection when they do not know the
+    version of a CONNECT (RabbitMQ 3.10). So after a few such ends the other version is tried, in turn, unless
+    the URL says the version. `tls`: how an `mqtts` server is verified, else by the system's authorities.
     """
 
     direct = False
@@ -236,6 +252,7 @@ class MqttLink:
         clean_session: bool,
         entropy: Entropy,
         keepalive: int = 10,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.address = parse_url(url)
         self.version: Version = self.address.version or "5"
@@ -246,7 +263,8 @@ class MqttLink:
         self._clean_session = clean_session
         self._entropy = entropy
         self._keepalive = keepalive
-        self._tls = ssl.create_default_context() if self.address.tls else None
+        self._tls = (tls or trust()) if self.address.tls else None
+        self._hung_up = 0  # in a row, on a CONNECT of this version
         self._connection: _Connection | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
@@ -330,6 +348,7 @@ class MqttLink:
 
     def _up(self, connection: _Connection) -> None:
         self._connection = connection
+        self._hung_up = 0
         self.why = None
         logger.info("mqtt.link_up", server=self.address.shown, version=self.version)
         connection.announce()
@@ -348,5 +367,10 @@ class MqttLink:
         code = _code(error.rc) if isinstance(error, aiomqtt.MqttCodeError) else None
         if code in WRONG_VERSION and self.version == "5" and self.address.version is None:
             self.version = "3.1.1"
+        self._hung_up = self._hung_up + 1 if isinstance(error, _HungUp) else 0
+        if self._hung_up == HANG_UPS and self.address.version is None:
+            self._hung_up, tried = 0, self.version
+            self.version = "3.1.1" if tried == "5" else "5"
+            logger.warning("mqtt.other_version", server=self.address.shown, tried=tried, next=self.version)
         self.why = str(error) or f"no answer within {OPEN_WITHIN_SEC} s"
         logger.warning("mqtt.connect_failed", server=self.address.shown, why=self.why)

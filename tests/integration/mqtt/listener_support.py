@@ -17,10 +17,10 @@ from broker.mqtt.listener import Listener
 from broker.mqtt.packets import Packet
 from broker.mqtt.services import Services
 from broker.mqtt.sockets import Sockets
-from broker.mqtt_url import Endpoint
 from broker.seams import Message, Outgoing, Receipt
 from broker.settings import MqttLimits
 from broker.subscriptions.feed import Feed
+from devices.mqtt_url import Endpoint
 from tests.integration.mqtt.test_link import DEADLINE_SEC, NODELAY
 
 TOKENS = {name: f"dtok-{name}" for name in ("door", "gate")}

@@ -27,8 +27,9 @@ from paho.mqtt.properties import Properties
 from structlog.testing import capture_logs
 
 from broker.mqtt.client.link import MqttLink
-from broker.mqtt_url import parse_url
 from broker.seams import Message, Outgoing, Receipt
+from devices.mqtt_url import joined, parse_url, parted
+from devices.tls import trust
 from tests.conftest import MINIMAL, Mosquitto, program, unused_port
 
 ANSWERS = "iotee/dev/+/ack"
@@ -606,6 +607,24 @@ async def test_tls_checks_the_certificate_and_loses_no_message(
             assert [payload[:5] for payload in owner.payloads] == [b"%05d" % number for number in range(300)]
 
 
+async def test_a_private_authority_and_a_client_certificate_are_used(tmp_path: Path) -> None:
+    certificate(tmp_path)
+    cert, key = f"{tmp_path}/cert.pem", f"{tmp_path}/key.pem"
+    paths = f"certfile {cert}\nkeyfile {key}\ncafile {cert}\nrequire_certificate true\n"
+    with another_mosquitto(tmp_path, paths) as server:
+        url = server.url.replace("mqtt:", "mqtts:")
+        with capture_logs() as logs:
+            async with linked(url, Owner(), tls=trust(cert)):
+                await until_logged(logs, "mqtt.connect_failed")
+        owner = Owner()
+        async with linked(url, owner, tls=trust(cert, cert, key)) as link:
+            await owner.until(lambda: link.up)
+    with pytest.raises(OSError, match="No such file"):
+        trust(f"{tmp_path}/no.pem")
+    with pytest.raises(OSError, match=r"PEM|NO_CERT|no start line|KEY"):
+        trust(cert, key)
+
+
 async def test_the_link_waits_for_a_server_that_is_not_started_yet(tmp_path: Path) -> None:
     port = unused_port()
     server = Mosquitto(MINIMAL.format(port=port), port, tmp_path)
@@ -646,12 +665,88 @@ async def test_closing_leaves_no_task_behind(mosquitto: Mosquitto) -> None:
         "mqtt://host?x=1",
         "mqtt://u:se/cret@host",
         "mqtt://u:secret@host/x",
+        "mqtt://u:se@cret#secret@host",
+        "mqtt://u:se#secret@host",
+        "mqtt://u:se?secret@host",
+        "mqtt://u:12?secret@host",
+        "mqtt://u:se[secret@host",
+        "mqtt://u:se%secret@host",
+        "mqtt://u:se secret@host",
+        "mqtt://u:se\nsecret@host",
+        "mqtt://se@secret@host",
+        "mqtt://u:secret@host#se",
+        "mqtt://u:secret@host/#se",
     ],
 )
 def test_an_invalid_url_is_refused_without_showing_its_password(url: str) -> None:
     with pytest.raises(ValueError, match="URL") as refused:
         parse_url(url)
     assert not {"se", "secret"} & set(str(refused.value).replace("'", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("url", "password"),
+    [
+        ("mqtt://u:p%40ss%23w%25@host", "p@ss#w%"),
+        ("mqtt://u:a:b!c$d&e'f(g)h*i+j,k;l=m~n@host", "a:b!c$d&e'f(g)h*i+j,k;l=m~n"),
+        ("mqtt://u:pässwort@host", "pässwort"),
+        ("mqtt://u@host", None),
+    ],
+)
+def test_a_percent_encoded_password_is_decoded_and_harmless_characters_stay(
+    url: str, password: str | None
+) -> None:
+    assert (parse_url(url).host, parse_url(url).password) == ("host", password)
+
+
+def test_an_ipv6_address_keeps_its_brackets_where_it_is_joined_with_a_port() -> None:
+    assert parse_url("mqtt://[::1]").shown == "mqtt://[::1]:1883"
+    assert joined("::1", 80) == "[::1]:80"
+    assert joined("::1", None) == "[::1]"
+    assert joined("host", 80) == "host:80"
+    assert parted("[::1]:80") == ("::1", 80)
+    assert [parted(text) for text in ("::1:80", "[host]:80", "host", "host:", "host:٣", ":80")] == [None] * 6
+
+
+@pytest.mark.parametrize("hangs_up_on", ["5", "3.1.1"])
+async def test_a_server_that_hangs_up_on_a_connect_is_tried_with_the_other_version(
+    hangs_up_on: str, mosquitto: Mosquitto
+) -> None:
+    """Such as RabbitMQ 3.10, which ends the connection when a CONNECT is of version 5."""
+    seen: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first = await reader.read(4_096)
+        seen.append("5" if first[first.index(b"MQTT") + 4] == 5 else "3.1.1")
+        if seen[-1] != hangs_up_on:
+            up_reader, up_writer = await asyncio.open_connection(mosquitto.host, mosquitto.port)
+            up_writer.write(first)
+            await asyncio.gather(pump(reader, up_writer), pump(up_reader, writer))
+        writer.close()
+
+    async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(4_096):
+            target.write(data)
+        target.close()
+
+    owner = Owner()
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with capture_logs() as logs:
+            async with linked(url, owner) as link:
+                await owner.until(lambda: link.up)
+                assert link.version != hangs_up_on
+        fixed = Owner()
+        with capture_logs() as others:
+            async with linked(f"{url}?v={hangs_up_on}", fixed) as link:
+                await until_logged(others, "mqtt.connect_failed", times=5)
+                assert link.version == hangs_up_on
+    if hangs_up_on == "5":
+        (line,) = [line for line in logs if line["event"] == "mqtt.other_version"]
+        assert (line["tried"], line["next"]) == ("5", "3.1.1")
+        assert "before its CONNACK" in logs[0]["why"]
+        assert seen[:4] == ["5", "5", "5", "3.1.1"]
+    assert fixed.told == []
 
 
 def test_the_text_of_a_url_hides_its_password() -> None:

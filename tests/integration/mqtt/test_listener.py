@@ -13,8 +13,8 @@ from structlog.testing import capture_logs
 
 from broker.mqtt import packets as p
 from broker.mqtt.packets import Reason
-from broker.mqtt_url import Endpoint
 from broker.seams import Receipt
+from devices.mqtt_url import Endpoint
 from tests.conftest import program
 from tests.integration.mqtt.listener_support import (
     ACK,

@@ -27,7 +27,7 @@ from broker.mqtt.listener import Listener
 from broker.mqtt.packets import Reason
 from broker.mqtt.tls import Certificates
 from broker.mqtt.websocket import upgrades
-from broker.mqtt_url import Endpoint
+from devices.mqtt_url import Endpoint
 from tests.conftest import unused_port
 from tests.integration.mqtt.listener_support import (
     ACK,

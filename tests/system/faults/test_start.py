@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 from broker.cli.main import run
+from broker.settings import Settings, load
 from tests.system.conftest import NewBroker
 from tests.system.support import (
     ORDAIN,
@@ -159,9 +160,19 @@ def test_an_address_of_another_machine_is_refused(new_broker: NewBroker, address
         (("--http", "127.0.0.1:99999"), "", ("http", "99999")),
         (("--mqtt-listen", ":1883"), "", ("mqtt_listen", ":1883")),
         (("--mqtt-listen", f"{'a' * 64}:1883"), "", ("mqtt_listen", "aaa")),
-        (("--mqtt-url", "mqtt://user:hidden/slash@host"), "", ("mqtt_url", "port")),
+        (("--mqtt-url", "mqtt://user:hidden/slash@host"), "", ("mqtt_url", "%2F")),
+        (("--mqtt-url", "mqtt://user:hid#den@host"), "", ("mqtt_url", "%23")),
+        (("--mqtt-url", "mqtt://user:p@ss#hidden@host"), "", ("mqtt_url", "%23")),
+        (("--mqtt-url", "mqtt://user:hidden@host#x"), "", ("mqtt_url", "fragment")),
+        ((), 'mqtt_ca = "ca.pem"', ("mqtt_ca = 'ca.pem'", "mqtts://")),
+        ((), 'mqtt_url = "mqtts://h"\nmqtt_key = "k.pem"', ("mqtt_key = 'k.pem'", "mqtt_certificate")),
+        ((), 'mqtt_url = "mqtts://h"\nmqtt_ca = "no.pem"', ("mqtt_ca = 'no.pem'", "No such file")),
+        ((), "http_keep_alive_sec = 0", ("http_keep_alive_sec = 0", ">= 1")),
+        ((), 'http = "::1:8080"', ("http = '::1:8080'", "brackets")),
+        ((), 'log_level = "loud"', ("log_level = 'loud'", "warning")),
+        ((), 'log_format = "xml"', ("log_format = 'xml'", "json")),
         (("--mqtt-url", "mqtt://user:hidden\N{CARE OF}@host"), "", ("mqtt_url", "://host")),
-        (("--mqtt-url", "mqtt://[user:hidden@host"), "", ("mqtt_url", "://host")),
+        (("--mqtt-url", "mqtt://[user:hidden@host"), "", ("mqtt_url", "percent")),
         (("--mqtt-url", f"mqtt://user:hidden@{'a' * 64}"), "", ("mqtt_url", "://host")),
         (("--nonsense",), "", ("--nonsense",)),
         (("--http",), "", ("--http",)),
@@ -187,6 +198,52 @@ def test_a_wrong_setting_is_named_in_one_sentence(
     one_sentence(said, *words)
     assert "hidden" not in said
     assert not (tmp_path / "data").exists()
+
+
+def test_a_settings_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_bytes(b'\xef\xbb\xbfprefix = "acme"\n')
+
+    assert load({}, {}, str(config)).prefix == "acme"
+
+
+def test_with_ipv6_addresses_the_broker_its_demo_and_the_doctor_work(new_broker: NewBroker) -> None:
+    broker = new_broker("--demo", "--http", "[::1]:0", "--mqtt-listen", "[::1]:0").start()
+
+    assert broker.url.startswith("http://[::1]:")
+    assert broker.http("GET", "/v1/devices").status_code == 200
+    assert broker.url in welcome(broker)["send"]
+    assert broker.ordain("send", "demo_lock", "lock", "--wait").returncode == 0
+    assert "no client connects without a password" in broker.ordain("doctor").stdout
+
+
+@pytest.mark.parametrize("broken", ["demo", "demo/demo_lock.sqlite3"])
+def test_a_demo_that_fails_is_logged_and_the_broker_goes_on(new_broker: NewBroker, broken: str) -> None:
+    broker = new_broker("--demo")
+    (broker.data / broken).parent.mkdir(parents=True)
+    (broker.data / broken).write_text("this is neither a directory nor a database\n" * 100)
+
+    broker.start()
+
+    assert "why=" in broker.run.err.wait("event=demo.failed")
+    assert broker.device("lamp")
+    assert broker.end() == 0
+
+
+def test_an_idle_http_connection_is_kept_as_long_as_the_setting_says(
+    new_broker: NewBroker, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("http_keep_alive_sec = 1\n")
+    broker = new_broker("--config", str(config)).start()
+    place = httpx2.URL(broker.url)
+    with socket.create_connection((place.host, place.port or 0), timeout=60) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        while connection.recv(4096):
+            pass  # the end of the connection, long before the default of 75 s
+
+    assert Settings().http_keep_alive_sec == 75
 
 
 def test_a_data_path_that_is_a_file_is_named(tmp_path: Path) -> None:

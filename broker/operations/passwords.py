@@ -1,0 +1,78 @@
+"""Passwords for an MQTT server of one's own: its password file, and the tokens of the canary's two devices.
+
+A Mosquitto of one's own lets devices in by a password file. The log has the digest of each device's token in
+the form that Mosquitto reads.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+
+from broker.engine.ids import is_token, token_digest
+from broker.operations.asking import Client, call
+from broker.world import SystemEntropy, open_for_reading
+from devices.canary import Login
+from devices.mqtt_url import parse_url
+from projections import devices as devices_view
+
+CANARY_PROJECT = "ordain-canary"
+CANARIES = ("ordain-canary-thief", "ordain-canary-victim")
+TOKENS = "canary.tokens"
+EVERY = 1_000_000_000
+ROUNDS = 10_000  # a person may have chosen this password
+
+
+async def canaries(client: Client, directory: Path) -> list[Login]:
+    """The canary's thief and victim, in a separate project. They are registered if they are not there.
+
+    Their tokens are kept in the data directory, readable for its owner only: an external server must know
+    them before the canary runs. A token that is lost or was replaced is made anew.
+
+    Raises:
+        Failed: the broker refused, for example because a canary device was deleted.
+        OSError: the file cannot be read or written.
+    """
+    path = directory / TOKENS
+    kept: dict[str, str] = msgspec.json.decode(path.read_bytes()) if path.exists() else {}
+    tokens = {}
+    for name in CANARIES:
+        digest = _digests(directory).get(name)
+        if digest is not None and name in kept and is_token(kept[name], digest):
+            tokens[name] = kept[name]
+            continue
+        body = {"hardware_id": name, "type": "generic", "project": CANARY_PROJECT}
+        there = "/v1/devices" if digest is None else f"/v1/devices/{name}/token"
+        made = await call(client, "POST", there, body if digest is None else None)
+        tokens[name] = made["device_token"]
+    if tokens != kept:
+        _keep(path, tokens)
+    return [Login(name, tokens[name]) for name in CANARIES]
+
+
+def _keep(path: Path, tokens: dict[str, str]) -> None:
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(msgspec.json.encode(tokens))
+
+
+def password_file(directory: Path, mqtt_url: str) -> str:
+    """All devices as lines `user:digest`, and the user of `mqtt_url` if it has a password. See
+    mosquitto_passwd(1).
+
+    Raises:
+        Broken: there is no log, or it cannot be read.
+    """
+    users = dict(sorted(_digests(directory).items()))
+    broker = parse_url(mqtt_url) if mqtt_url else None
+    if broker is not None and broker.username and broker.password:
+        users[broker.username] = token_digest(broker.password, SystemEntropy(), ROUNDS)
+    return "".join(f"{name}:{digest}\n" for name, digest in users.items())
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    with closing(open_for_reading(directory)) as sql:
+        found = devices_view.newest(sql, None, None, EVERY)
+    return {device.hardware_id: device.token_digest for device in found if device.deleted_at is None}
