@@ -18,7 +18,7 @@ from broker.engine.commands import Caller
 from broker.engine.keys import SCOPES
 from broker.engine.registry import OF_DEVICE
 from broker.http.edge.errors import body_fault
-from broker.http.edge.services import Services
+from broker.http.edge.services import Services, served
 from devices.names import RESERVED, is_name
 
 FILTERS_BY_NAME = frozenset({"device", "type", "command"})
@@ -32,7 +32,7 @@ class Call(Request[Caller, Any, State]):
 
     @property
     def services(self) -> Services:
-        return cast(Services, self.scope["litestar_app"].state["services"])
+        return served(self.scope).services
 
     async def body(self) -> bytes:
         """The whole body; a second call returns the same bytes.
@@ -91,10 +91,10 @@ async def authorize(request: Request[Any, Any, Any]) -> None:
         Refusal: unauthorized, forbidden (the key lacks the scope), invalid_request (path or query is wrong).
         Unavailable: the request would write, and the log cannot be written now.
     """
-    state = request.scope["litestar_app"].state
-    services: Services = state["services"]
+    app = served(request.scope)
+    services = app.services
     options, secret = request.route_handler.opt, _secret(request)
-    if state["local"]:
+    if app.local:
         caller: Caller | None = OPERATOR
     elif secret.startswith(OF_DEVICE):
         caller = await services.registry.caller(secret, str(request.path_params.get("device", "")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import msgspec
 import structlog
@@ -20,7 +20,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from broker.domain.errors import Refusal, Unavailable, invalid
 from broker.http.edge.answers import Json
-from broker.http.edge.services import Services
+from broker.http.edge.services import Services, served
 from broker.seams import Broken, Full
 
 logger = structlog.get_logger()
@@ -198,7 +198,7 @@ HANDLERS: Any = {
 
 
 def _services(request: Request[Any, Any, Any]) -> Services:
-    return cast(Services, request.scope["litestar_app"].state["services"])
+    return served(request.scope).services
 
 
 def _parameter_fault(error: ValidationException) -> Refusal:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from broker.engine.commands import Commands
 from broker.engine.dispatch import Dispatch
@@ -55,3 +56,20 @@ class Services:
     cursor_key: bytes
     ready: Callable[[], list[str]]
     settings: Settings = field(default_factory=Settings)
+
+
+@dataclass(slots=True)
+class Served:
+    """What one app serves: its services, and whether it is the one on the private socket. Lies in each
+    request's scope, so that the routes do not belong to one broker."""
+
+    services: Services
+    local: bool
+    asyncapi: bytes | None = None
+
+
+SERVED = "ordain"
+
+
+def served(scope: Mapping[str, Any]) -> Served:
+    return cast(Served, scope[SERVED])

@@ -14,6 +14,7 @@ from litestar import Response, get
 from broker import __version__
 from broker.domain.cloudevents import CloudEvent
 from broker.http.edge.auth import Call
+from broker.http.edge.services import served
 from devices.grant import Claims
 from devices.names import PATTERN as NAME_PATTERN
 from devices.types import ANY, CommandType, DeviceType, PayloadFormat
@@ -46,10 +47,10 @@ SECURITY = {
 
 @get("/asyncapi.json", include_in_schema=False)
 async def description(request: Call) -> Response[bytes]:
-    state, commands = request.scope["litestar_app"].state, request.services.commands
-    if "asyncapi" not in state:
-        state["asyncapi"] = msgspec.json.encode(document(commands.types, commands.prefix))
-    return Response(state["asyncapi"], media_type="application/json")
+    app, commands = served(request.scope), request.services.commands
+    if app.asyncapi is None:
+        app.asyncapi = msgspec.json.encode(document(commands.types, commands.prefix))
+    return Response(app.asyncapi, media_type="application/json")
 
 
 def document(types: Mapping[str, DeviceType], prefix: str) -> dict[str, Any]:
