@@ -144,7 +144,7 @@ class Core:
 
     def _resumed(self) -> None:
         self.feed.reread()
-        self.dispatch.pump_all()
+        self.intake.resumed()
 
     def attach(self, link: Link) -> None:
         self.link = self.dispatch.link = self.intake.link = self.mqtt_events.link = link

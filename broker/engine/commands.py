@@ -234,7 +234,9 @@ class Commands:
             superseded = lanes.collapsing(lane, order.collapse_key)
             self.quotas.check_queue(device, lane, order.type, superseded)
         self.quotas.take(device.project, self.writer.now())
-        return self._accept(caller, device, order, params, definition, retry_of, superseded)
+        state = self._accept(caller, device, order, params, definition, retry_of, superseded)
+        self.writer.then(lambda: None, lambda: self.quotas.give_back(device.project))
+        return state
 
     def _accept(
         self,

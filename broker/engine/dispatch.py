@@ -56,6 +56,9 @@ class Dispatch:
         self._waiting: dict[str, None] = {}  # devices whose lane waits for the link or a slot, in order
         self._dirty: deque[str] = deque()
         self._pumping = False
+        self.waits = False  # the intake takes the messages that waited while the log could not be written
+        # Receipts that came while the log could not be written, or whose event was in a failed commit.
+        self._untaken: list[tuple[_Send, int]] = []
         self._undrained: dict[str, None] = {}  # commands whose timer fired before the drain ended
         self._drain = Drain()
         commands.changed = self.changed
@@ -80,6 +83,14 @@ class Dispatch:
         for member in list(self.live.members.values()):
             if not member.state.closed:
                 self._set_timer(member)
+        self.pump_all()
+
+    def go_on(self) -> None:
+        """The log can be written, and the intake has taken all messages from before."""
+        self.waits = False
+        untaken, self._untaken = self._untaken, []
+        for send, reason in untaken:
+            self._take_receipt(send, reason, again=True)
         self.pump_all()
 
     def link_up(self) -> None:
@@ -187,7 +198,7 @@ class Dispatch:
         ends = [*map(lanes.late_until, lane.late.values()), lane.shut_until, self._drain.ends(device_id) or 0]
         self.deadlines.set(f"lane/{device_id}", min((at for at in ends if at > now), default=None))
         free = self._slots - self.staged - self.outstanding
-        if not self.link.up or self.halted or free <= 0 or not self.writer.open:
+        if not self.link.up or self.halted or free <= 0 or not self.writer.open or self.waits:
             self._waiting[device_id] = None
             return
         presence = self.live.presence.get(device_id, Presence.NEVER)
@@ -272,8 +283,8 @@ class Dispatch:
             self._set_timer(member)
         self._refill()
 
-    def _at(self, send: _Send) -> Member | None:
-        """The command, if this attempt is still its open one; else None."""
+    def _at(self, send: _Send, *, closed_too: bool = False) -> Member | None:
+        """The command, if this attempt is its last one and still open; else None."""
         member = self.live.members.get(send.command_id)
         if (
             member is None
@@ -281,7 +292,7 @@ class Dispatch:
             or member.state.attempts != send.attempt
         ):
             return None
-        return member if member.flight.open else None
+        return member if member.flight.open or closed_too else None
 
     def _refill(self) -> None:
         """Gives free send slots to the lanes that have waited longest."""
@@ -297,14 +308,22 @@ class Dispatch:
     def _receipt(self, send: _Send, receipt: Receipt, held: bool) -> None:
         """Takes the receipt for one publish. Never evidence about the device. `held`: it kept a slot."""
         self.outstanding -= held
-        member = self._at(send)
-        if member is not None and self.writer.open:
-            self._take_receipt(member, receipt.reason)
+        if receipt.reason is not None:  # None: the outcome is unknown, and the attempt timer decides
+            self._take_receipt(send, receipt.reason)
         self._refill()
 
-    def _take_receipt(self, member: Member, reason: int | None) -> None:
-        if reason is None:
-            return  # the outcome is unknown: the attempt timer decides
+    def _take_receipt(self, send: _Send, reason: int, *, again: bool = False) -> None:
+        """`again`: it was lost with a failed commit; the attempt may have been closed by the reload."""
+        if not self.writer.open or self.waits:
+            self._untaken.append((send, reason))
+            return
+        member = self._at(send, closed_too=again)
+        if member is None:
+            return
+        self._judge_receipt(member, reason)
+        self.writer.then(lambda: None, lambda: self._untaken.append((send, reason)))
+
+    def _judge_receipt(self, member: Member, reason: int) -> None:
         if reason == NO_SUBSCRIBER:
             self._input(member, Input.NO_SUBSCRIBER)
             self.presence(member.state.device_id, Presence.OFFLINE)
@@ -369,7 +388,7 @@ class Dispatch:
     def _fire(self, key: str) -> None:
         """Handles one timer. While the log cannot be written, or hand-over is halted, tries again in 1 s."""
         now = self.writer.now()
-        if not self.writer.open or self.halted:
+        if not self.writer.open or self.halted or self.waits:
             self.deadlines.set(key, now + 1_000)
             return
         if key.startswith("lane/"):
@@ -397,4 +416,6 @@ class Dispatch:
 
     def drained(self, now: int, device_id: str) -> bool:
         """True once the answers that waited during our absence have been read."""
-        return self.link.up and (ends := self._drain.ends(device_id)) is not None and now >= ends
+        if self.waits or not self.link.up:
+            return False
+        return (ends := self._drain.ends(device_id)) is not None and now >= ends

@@ -72,12 +72,15 @@ class Intake:
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
         self._backlog_until = 0
+        self._sessions = 0  # MQTT sessions of our link so far
+        self._behind = 0  # messages to take before hand-over goes on after a failed commit
         self._of_no_use: str | None = None  # why the current message was kept as unmatched
 
     # --- called by the link ---
 
     def link_up(self) -> None:
         self._backlog_until = self.writer.now() + 2_000
+        self._sessions += 1
         if not self.embedded:
             self.registry.nobody_known_online()
         self.dispatch.link_up()
@@ -131,6 +134,7 @@ class Intake:
             return
         for _ in batch:
             self._queue.popleft()
+        session, presence = self._sessions, self._known(names)
         taken: list[tuple[Message, tuple[int, str]]] = []
         for message, place, answer in zip(batch, places, answers, strict=True):
             self._of_no_use = None
@@ -140,7 +144,11 @@ class Intake:
                 # One bad message must not stop the others. Without a PUBACK it would come again for ever.
                 logger.exception("intake.failed", topic=message.topic[:200])
             taken.append((message, SAYS.get(self._of_no_use or "", TAKEN)))
-        self.writer.then(lambda: self._puback(taken), lambda: self._again(batch))
+        self.writer.then(lambda: self._puback(taken), lambda: self._again(batch, presence, session))
+        if self._behind:
+            self._behind = max(0, self._behind - len(batch))
+            if not self._behind:
+                self.dispatch.go_on()
 
     async def _ready(self, names: Iterable[str], command_ids: Iterable[str] = ()) -> None:
         """Like `Commands.ready`, but waits while the log cannot be written: answers are never refused."""
@@ -157,10 +165,34 @@ class Intake:
             if message.token is not OWN:
                 self.link.puback(message, reason, text)
 
-    def _again(self, batch: list[Message]) -> None:
-        """The commit failed and its decisions are void: queues the messages again, in order."""
+    def _known(self, names: Iterable[str]) -> dict[str, Presence | None]:
+        devices = (self.live.device(name) for name in names)
+        return {device.id: self.live.presence.get(device.id) for device in devices if device is not None}
+
+    def _again(self, batch: list[Message], presence: dict[str, Presence | None], session: int) -> None:
+        """The commit failed and its decisions are void: queues the messages again, in order.
+
+        `presence`: what was known of their devices before them, which is put back. It is learnt again from
+        the messages. `session`: our MQTT session then. If another one began since, an online device may
+        have left unnoticed.
+        """
         self._queue.extendleft(reversed(batch))
+        for device_id, before in presence.items():
+            if before is None:
+                self.live.presence.pop(device_id, None)
+            elif before is Presence.ONLINE and session != self._sessions and not self.embedded:
+                self.live.presence[device_id] = Presence.UNKNOWN
+            else:
+                self.live.presence[device_id] = before
         self._wake.set()
+
+    def resumed(self) -> None:
+        """The log can be written again. Hand-over goes on when the messages that waited meanwhile are taken:
+        one of them may be an answer, or say that a device has left."""
+        self._behind = len(self._queue)
+        self.dispatch.waits = self._behind > 0
+        if not self._behind:
+            self.dispatch.go_on()
 
     def _read(self, message: Message, place: tuple[str, str] | None) -> Answer | Malformed | None:
         """The decoded answer, or why it cannot be decoded; None for status messages and unknown topics."""

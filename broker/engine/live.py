@@ -184,7 +184,11 @@ class Live:
     # --- from the log ---
 
     async def load(self, storage: Storage, entropy: Entropy, now: int) -> None:
-        """Reads everything from the log again, as after a restart. Keeps the presence of devices."""
+        """Reads everything from the log again, as after a restart.
+
+        Keeps what no event holds: the presence of devices, which `Intake` puts back if it was learnt in a
+        commit that failed, and the time of the last progress report that was not recorded.
+        """
 
         def work(sql: Sql) -> _Read:
             definitions = {
@@ -203,6 +207,7 @@ class Live:
         read = await storage.read(work)
         for cache in (self.closed, self.devices, self.names, self.keys):
             cache.clear()
+        heard = {command_id: member.flight.heard_at for command_id, member in self.members.items()}
         self.lanes.clear()
         self.members.clear()
         promised = [(purge.cutoff, purge.at) for purge in read.purges]
@@ -213,6 +218,7 @@ class Live:
             definition = self.definitions[state.definition]
             member = self.put_command(state, definition)
             member.flight = lanes.recovered(state, definition, now, entropy.uniform)
+            member.flight.heard_at = heard.get(state.id, 0)
             if not definition.carries_ids:
                 # A command that closed just before the stop may be answered a second time now.
                 self.lane(state.device_id).shut_until = now + lanes.IDLESS_PAUSE_MS

@@ -67,3 +67,8 @@ class Quotas:
                 retry_after_sec=wait_sec,
             )
         self._taken[project] = taken
+
+    def give_back(self, project: str) -> None:
+        """Undoes one `take`: the commit of the command failed."""
+        if project in self._taken:
+            self._taken[project] -= MINUTE_MS

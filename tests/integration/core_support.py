@@ -322,9 +322,12 @@ def simulated(world: Callable[[SimLoop], Coroutine[Any, Any, R]], seed: int = 0)
 
 @asynccontextmanager
 async def on_virtual_time(
-    loop: SimLoop, limits: Limits | None = None, outbound: Outbound | None = None
+    loop: SimLoop,
+    limits: Limits | None = None,
+    outbound: Outbound | None = None,
+    types: dict[str, DeviceType] | None = None,
 ) -> AsyncIterator[tuple[Bench, SimDisk]]:
     disk = SimDisk(loop)
     storage = SimStorage(loop, disk)
-    async with running(storage, SimClock(loop), limits, outbound=outbound) as bench:
+    async with running(storage, SimClock(loop), limits, types=types, outbound=outbound) as bench:
         yield bench, disk

@@ -11,7 +11,7 @@ from typing import Literal
 
 from broker.seams import LinkEvents, Message, Outgoing, Receipt
 from tests.simulation.loop import current_node
-from tests.simulation.network import Connection, Inbox, SimMqttServer
+from tests.simulation.network import Connection, Inbox, Routed, SimMqttServer
 
 Done = Callable[[Receipt], None]
 
@@ -95,7 +95,10 @@ class Client:
     def _record(self, what: Literal["delivery", "puback", "reached"], message: Message) -> None:
         history = self.server.history
         if history is not None:
-            history.on_wire(what, message.topic, message.payload, message.correlation, message.retain)
+            named = message.correlation
+            if what == "reached" and isinstance(message, Routed):
+                named = message.origin
+            history.on_wire(what, message.topic, message.payload, named, message.retain)
 
     def _hang_up(self) -> None:
         self._wanted = False

@@ -112,6 +112,13 @@ class Pipe:
             arrive(*args)
 
 
+class Routed(Message, frozen=True, kw_only=True):
+    """A message as the server passes it on. `origin`: the command id that its sender named; for the history
+    only, because without MQTT 5 a bare message does not carry it."""
+
+    origin: bytes | None = None
+
+
 class _Waiting(msgspec.Struct):
     """A message on its way from the server to one client."""
 
@@ -272,7 +279,12 @@ class SimMqttServer:
         if retain and self.kind.retains:
             self.retained[outgoing.topic] = outgoing.payload
         correlation = outgoing.correlation if self.kind.mqtt5 else None
-        message = Message(topic=outgoing.topic, payload=outgoing.payload, correlation=correlation)
+        message = Routed(
+            topic=outgoing.topic,
+            payload=outgoing.payload,
+            correlation=correlation,
+            origin=outgoing.correlation,
+        )
         expiry = outgoing.expiry_sec if self.kind.mqtt5 else None
         dies_at = None if expiry is None else self.loop.time() + expiry
         matched = 0

@@ -58,8 +58,8 @@ class Story:
         self.history.on_wire("publish", TOPIC, payload.encode())
         return self
 
-    def reached(self) -> Story:
-        self.history.on_wire("reached", TOPIC, b"1")
+    def reached(self, command_id: str = A) -> Story:
+        self.history.on_wire("reached", TOPIC, b"1", command_id.encode())
         return self
 
     def fetched(self, command_id: str = A, attempt: int = 1) -> Story:
@@ -204,7 +204,7 @@ RIGHT: dict[str, Callable[[], Story]] = {
         Story()
         .created()
         .published()
-        .wire(None)
+        .wire()
         .reached()
         .reached()
         .answers("executed", command_id=None)
@@ -212,8 +212,7 @@ RIGHT: dict[str, Callable[[], Story]] = {
         .created(B)
         .answers("executed", command_id=None)
         .published(B)
-        .wire(None)
-        .reached()
+        .wire(B)
         .ended(B, evidence="inferred")
     ),
     "E2 it was read before": lambda: (

@@ -6,7 +6,7 @@ Pure functions of a recorded history, like those in `life`. Nothing may be impor
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from tests.simulation.facts import CLOSING, NEVER, Facts, data
@@ -121,12 +121,17 @@ def a3(facts: Facts) -> Iterator[str]:
 
 
 def _doubled(facts: Facts, hardware_id: str, before: int) -> bool:
-    """Whether the device recently received more messages than the broker sent. It then executes a command
-    twice and answers twice, and the second answer cannot be told from an answer to the next command."""
-    lately = [each for each in facts.history.wire if each.hardware_id == hardware_id and each.seq < before]
-    lately = [each for each in lately if each.t > lately[-1].t - DOUBLED_MS]
-    reached = sum(each.what == "reached" for each in lately)
-    return reached > sum(each.what == "publish" for each in lately)
+    """Whether some command recently reached the device more often than the broker sent it. The device then
+    executes it twice and answers twice, and the second answer cannot be told from an answer to the next
+    command. Counted per command: messages of others that are still under way must not hide it."""
+    wire = [each for each in facts.history.wire if each.hardware_id == hardware_id and each.seq < before]
+    extra: Counter[str | None] = Counter()
+    for each in wire:
+        extra[each.command_id] += (each.what == "reached") - (each.what == "publish")
+    return any(
+        each.what == "reached" and extra[each.command_id] > 0 and each.t > wire[-1].t - DOUBLED_MS
+        for each in wire
+    )
 
 
 def _hasty(facts: Facts) -> Iterator[str]:
