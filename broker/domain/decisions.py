@@ -86,8 +86,9 @@ def unmatched(reason: str) -> Cell:
 
 
 def attempt(what: str) -> Cell:
-    """A change of the attempt: `close` (counts), `void` (closed, does not count), `back_off`, `due`, `held`
-    or `again` (the same attempt is returned once more)."""
+    """A change of the attempt: `close` (counts), `unheard` or `dropped` (closed, does not count: nobody was
+    subscribed, or the device went offline), `back_off`, `due`, `held` or `again` (the same attempt is
+    returned once more)."""
     return Cell(Verdict.ATTEMPT, what)
 
 
@@ -119,18 +120,30 @@ def _accepted(_: CommandState, request: Request) -> Cell:
 def _attempt_timer(_: CommandState, request: Request) -> Cell:
     if not request.repeatable:
         return record("timed_out", "no_answer")
+    if request.exhausted:
+        return record("timed_out", "no_answer")
     if request.held:
         return attempt("held")
     return record("timed_out", "no_answer") if request.last_attempt else attempt("back_off")
 
 
-def _void(_: CommandState, request: Request) -> Cell:
-    # A command that may be sent only once keeps its attempt, so that the attempt timer ends it.
-    return attempt("void") if request.repeatable else NOTHING
+def _no_subscriber(_: CommandState, request: Request) -> Cell:
+    if not request.repeatable:
+        return NOTHING  # it keeps its only attempt, so that the attempt timer ends it
+    if request.always_sent:
+        return record("timed_out", "no_answer") if request.last_attempt else attempt("back_off")
+    return attempt("unheard")
+
+
+def _went_offline(_: CommandState, request: Request) -> Cell:
+    if not request.repeatable:
+        return NOTHING  # as above
+    return record("timed_out", "no_answer") if request.exhausted else attempt("dropped")
 
 
 def _restarted(_: CommandState, request: Request) -> Cell:
-    return attempt("due") if request.repeatable else NOTHING
+    # An attempt that may not be repeated stays open, so that the attempt timer ends it.
+    return attempt("due") if request.repeatable and not request.exhausted else NOTHING
 
 
 def _came_online(_: CommandState, request: Request) -> Cell:
@@ -219,13 +232,13 @@ TABLE: dict[Input, dict[State, Cell | Rule]] = {
     Input.FETCH:           row(_,       record("published"), _fetch_again,    _,                   _,                     _,            _,           _,        _),
     Input.UNSENDABLE:      row(_,       record("failed", "unsendable"), record("timed_out", "unsendable"), _, _,          _,            _,           _,        _),
     Input.REFUSED:         row(_,       _,               _refused,            _,                   _,                     _,            _,           _,        _),
-    Input.NO_SUBSCRIBER:   row(_,       _,               _void,               _,                   _,                     _,            _,           _,        _),
+    Input.NO_SUBSCRIBER:   row(_,       _,               _no_subscriber,      _,                   _,                     _,            _,           _,        _),
     Input.ACCEPTED:        row(_,       _,               _accepted,           _,                   _,                     _,            _,           _,        _),
     Input.WRITE_UNKNOWN:   every(_),
     Input.ATTEMPT_TIMER:   row(_,       _,               _attempt_timer,      _,                   _,                     _,            _,           _,        _),
     Input.EXPIRY:          row(_,       record("expired"), record("timed_out", "ttl"), _,          _,                     _,            _,           _,        _),
     Input.RESULT_TIMER:    row(_,       _,               _,                   record("timed_out", "no_result"), _,        _,            _,           _,        _),
-    Input.WENT_OFFLINE:    row(_,       _,               _void,               _,                   _,                     _,            _,           _,        _),
+    Input.WENT_OFFLINE:    row(_,       _,               _went_offline,       _,                   _,                     _,            _,           _,        _),
     Input.CAME_ONLINE:     row(_,       _,               _came_online,        _,                   _,                     _,            _,           _,        _),
     Input.RESTARTED:       row(_,       _,               _restarted,          _,                   _,                     _,            _,           _,        _),
     # answers from the command's own device

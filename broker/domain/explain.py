@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from broker.domain import lanes
+from broker.domain import attempts, lanes
 from broker.domain.lanes import Lane, Member, Presence
 from broker.domain.lifecycle import CommandState, State
 from devices.clock import rfc3339
@@ -283,7 +283,7 @@ def _in_the_air(situation: Situation, member: Member) -> Parts:
         away, facts = _away(situation)
         text = f"{away}, and from {at} on it is held until the device is back"
         return text, [facts], {"action": "hold", "at": at}
-    if lanes.is_last_attempt(member):
+    if attempts.is_last(member):
         text = f"this is the last attempt, and it is given up at {at}"
         return text, [{"code": "last_attempt"}], {"action": "give_up", "at": at}
     text = f"if none comes by {at}, it is sent again after a pause"

@@ -2,7 +2,7 @@
 
 Pure. A lane holds the open commands of one device, in order of creation. `CommandState` has the facts
 of the log. `Flight` has what only this process knows about a hand-over; it may be lost at any time,
-and `recovered` makes it again after a restart.
+and `attempts.recovered` makes it again after a restart.
 """
 
 from __future__ import annotations
@@ -38,10 +38,14 @@ class Flight:
 
     `open`: an attempt is open. `written_at`: when its bytes were given to the network; the attempt timer
     starts then. `lease_until`: end of the lease of a pull transport; `holder` is the actor that has it.
-    `counts`: the open attempt was recorded as counting towards max_attempts. `due_at`: when the next
-    attempt is due. `heard_at`: time of the last progress report that was not recorded (over the limit).
-    `voided`: number of attempts recorded as counting that do not count after all. `refused`: number of
-    attempts that the MQTT server refused.
+    `counts`: the last attempt was recorded as counting towards max_attempts. `due_at`: when the next
+    attempt is due. `not_before`: a device that comes online does not make it due earlier than this.
+    `heard_at`: time of the last progress report that was not recorded (over the limit). `voided`: number of
+    attempts recorded as counting that do not count after all. `refused`: number of attempts that the MQTT
+    server refused. `dropped`: number of attempts that ended because the device went offline.
+
+    For attempts that met no subscriber: `unheard` is their number in a row, `unheard_at` the time of the
+    last one. `hastened`: a live message of the device has ended one of the pauses between them.
     """
 
     open: bool = False
@@ -50,9 +54,14 @@ class Flight:
     holder: str | None = None
     counts: bool = True
     due_at: int = 0
+    not_before: int = 0
     heard_at: int = 0
     voided: int = 0
     refused: int = 0
+    dropped: int = 0
+    unheard: int = 0
+    unheard_at: int | None = None
+    hastened: bool = False
 
 
 @dataclass(slots=True)
@@ -91,9 +100,12 @@ def reachable(definition: Definition, presence: Presence) -> bool:
     return definition.presence == "none" or presence in (Presence.UNKNOWN, Presence.ONLINE)
 
 
-def counts(definition: Definition, presence: Presence) -> bool:
-    """Does an attempt count towards max_attempts? Not if the device may be offline."""
-    return definition.presence == "none" or presence is Presence.ONLINE
+def counts(member: Member, presence: Presence) -> bool:
+    """Does the next attempt count towards max_attempts? Not if the device may be offline, and not after an
+    attempt that met no subscriber."""
+    if member.definition.presence == "none":
+        return True
+    return presence is Presence.ONLINE and not (member.flight.unheard or member.flight.hastened)
 
 
 def has_time(state: CommandState, now: int) -> bool:
@@ -284,26 +296,6 @@ def overdue(member: Member, now: int) -> Input | None:
     return None
 
 
-def is_last_attempt(member: Member) -> bool:
-    return member.counted >= member.definition.max_attempts
-
-
-def backoff_ms(
-    definition: Definition, counted: int, counting: bool, uniform: Callable[[float, float], float]
-) -> int:
-    """Pause before the next attempt, ms: exponential back-off with full jitter, at least 1 s.
-
-    After `counted` attempts the upper limit is base x factor^(counted-1), at most the cap. Attempts that do
-    not count (`counting` False) use the cap. Source: "Exponential Backoff And Jitter", M. Brooker, 2015.
-    """
-    ceiling = definition.backoff_cap_sec
-    if counting:
-        # The exponent is limited, so that many attempts cannot overflow a float.
-        grown = definition.backoff_base_sec * definition.backoff_factor ** min(max(counted - 1, 0), 64)
-        ceiling = min(ceiling, grown)
-    return max(1_000, round(uniform(0, ceiling) * 1_000))
-
-
 def closed(lane: Lane, member: Member, now: int) -> None:
     """Takes a closed command out of its lane. Shuts the lane for a time if answers carry no id."""
     lane.members.pop(member.state.id, None)
@@ -350,47 +342,6 @@ def late_until(member: Member) -> int:
     """Until when (ms) an answer without id can belong to this timed-out command."""
     closed_at = member.state.closed_at or member.state.updated_at
     return closed_at + ms(member.definition.late_answer_sec)
-
-
-def recovered(
-    state: CommandState, definition: Definition, now: int, uniform: Callable[[float, float], float]
-) -> Flight:
-    """The flight of a command that is read from the log at a start.
-
-    It is unknown whether the bytes of the interrupted attempt were sent. Repeatable: due again at a random
-    time within `ack_timeout_sec`; if that attempt was the last, one more is allowed. Not repeatable, or
-    held under a lease: the attempt counts as open, and its time starts now.
-    """
-    if state.state is not State.PUBLISHED:
-        return Flight()
-    if state.transport is not None and state.transport != "mqtt":
-        lease_until = (state.handed_over_at or now) + lease_ms(definition, state.transport)
-        return Flight(open=True, written_at=now, lease_until=lease_until, counts=False)
-    if not definition.repeatable:
-        return Flight(open=True, written_at=now)
-    voided = max(0, state.counted - (definition.max_attempts - 1))
-    return Flight(due_at=now + round(uniform(0, ms(definition.ack_timeout_sec))), voided=voided)
-
-
-def interrupted(member: Member, since: int, uniform: Callable[[float, float], float]) -> bool:
-    """A new MQTT session: makes an open attempt due again, at a random time within `ack_timeout_sec`.
-
-    `since`: time (ms) at which the answers of the old session have been read. Returns False if nothing
-    changed.
-    """
-    definition, flight = member.definition, member.flight
-    if (
-        member.state.state is not State.PUBLISHED
-        or not definition.repeatable
-        or flight.lease_until is not None
-    ):
-        return False
-    if flight.open and is_last_attempt(member):
-        return False  # the last attempt is not repeated: its timer ends it
-    soon = since + round(uniform(0, ms(definition.ack_timeout_sec)))
-    flight.due_at = soon if flight.open else min(flight.due_at, soon)
-    flight.open = False
-    return True
 
 
 def ms(seconds: float) -> int:

@@ -112,8 +112,9 @@ class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """The fold of a command's events. Times in ms. `position`: position of its `created`.
     `last_position`: position of the last folded event.
 
-    `counted`: number of attempts that count towards max_attempts. `reopened`: a late answer reopened it
-    after `timed_out`; it then takes no window slot. `pulled`: a heartbeat or relay has fetched it.
+    `counted`: number of attempts that count towards max_attempts; `counting`: the last one does. `reopened`:
+    a late answer reopened it after `timed_out`; it then takes no window slot. `pulled`: a heartbeat or relay
+    has fetched it.
     """
 
     id: str
@@ -137,6 +138,7 @@ class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     collapse_key: str | None = None
     attempts: int = 0
     counted: int = 0
+    counting: bool = True
     transport: Transport | None = None
     pulled: bool = False
     published_at: int | None = None
@@ -217,6 +219,7 @@ def _changes(state: CommandState, event: CommandEvent, at: int) -> dict[str, obj
             return {
                 "attempts": event.attempt,
                 "counted": state.counted + event.counts,
+                "counting": event.counts,
                 "transport": event.transport,
                 "pulled": state.pulled or event.transport != "mqtt",
                 "published_at": at if state.published_at is None else state.published_at,
@@ -299,9 +302,10 @@ ANSWERS = {
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One input for one command, with the facts that the rules of its row need.
 
-    `now` in ms. `candidates`: how many commands an answer without id can belong to. `over_http`: the answer
-    is an HTTP report. `may_report`: the reporter is the device itself, which may also report for a
-    command that went by MQTT only.
+    `now` in ms. `exhausted`: the open attempt is the last one that the log allows (`attempts.is_exhausted`).
+    `always_sent`: the type has no presence. `candidates`: how many commands an answer without id can belong
+    to. `over_http`: the answer is an HTTP report. `may_report`: the reporter is the device itself, which may
+    also report for a command that went by MQTT only.
     """
 
     input: Input
@@ -315,6 +319,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     attempt_open: bool = False
     lease_open: bool = False
     last_attempt: bool = False
+    exhausted: bool = False
+    always_sent: bool = False
     every_attempt_refused: bool = False
     repeatable: bool = True
     held: bool = False

@@ -12,10 +12,12 @@ from typing import NamedTuple
 import structlog
 
 from broker.domain import lanes
-from broker.domain.decisions import Decision, Verdict, decide
+from broker.domain.attempts import interrupted, is_exhausted
+from broker.domain.decisions import Verdict, decide
 from broker.domain.explain import Explanation, Situation, explain
 from broker.domain.lanes import Lane, Member, Presence
 from broker.domain.lifecycle import CommandState, Input, Request, State
+from broker.engine.attempts import NO_SUBSCRIBER, Attempts
 from broker.engine.commands import Commands
 from broker.engine.deadlines import Deadlines
 from broker.engine.drain import Drain
@@ -25,9 +27,6 @@ from devices.clock import rfc3339
 from devices.wire import Unsendable, answer_topic, encode_command
 
 logger = structlog.get_logger()
-
-NO_SUBSCRIBER = 0x10
-REFUSED = frozenset({0x87, 0x90, 0x95, 0x99})
 
 
 class _Send(NamedTuple):
@@ -49,6 +48,7 @@ class Dispatch:
         self.link = link
         self.deadlines = Deadlines(self.writer.now, self._fire, self.writer.space)
         self.deadlines.stalled = self._stalled
+        self.attempts = Attempts(commands, self.deadlines, self.pump)
         self.halted: str | None = None  # the reason why hand-over is stopped, shown by /readyz
         self._slots = commands.limits.send_slots
         self.staged = 0  # slots taken by hand-overs that are not durable yet
@@ -71,7 +71,7 @@ class Dispatch:
         if state.closed:
             self.deadlines.set(state.id, None)
         else:
-            self._set_timer(member)
+            self.attempts.set_timer(member)
         if state.closed or state.state is State.PENDING:
             self.pump(state.device_id)
 
@@ -82,7 +82,7 @@ class Dispatch:
         self._undrained.clear()
         for member in list(self.live.members.values()):
             if not member.state.closed:
-                self._set_timer(member)
+                self.attempts.set_timer(member)
         self.pump_all()
 
     def go_on(self) -> None:
@@ -97,8 +97,8 @@ class Dispatch:
         drained_at = self._wait_for_answers(direct=self.link.direct)
         self._waiting.clear()
         for member in self.live.members.values():
-            if lanes.interrupted(member, drained_at, self.writer.entropy.uniform):
-                self._set_timer(member)
+            if interrupted(member, drained_at, self.writer.entropy.uniform):
+                self.attempts.set_timer(member)
         self.pump_all()
 
     def link_down(self) -> None:
@@ -127,10 +127,15 @@ class Dispatch:
         if lane is None or before is presence:
             return
         if presence in (Presence.ONLINE, Presence.OFFLINE):
-            came = presence is Presence.ONLINE
+            came, drained = presence is Presence.ONLINE, self.drained(self.writer.now(), device_id)
             for member in list(lane.members.values()):
-                if came or (member.definition.presence == "required" and member.flight.lease_until is None):
-                    self._input(member, Input.CAME_ONLINE if came else Input.WENT_OFFLINE)
+                if came:
+                    self.attempts.end(member, Input.CAME_ONLINE)
+                elif member.definition.presence != "required" or member.flight.lease_until is not None:
+                    continue
+                elif drained or not is_exhausted(member):
+                    self.attempts.end(member, Input.WENT_OFFLINE)
+                # else: an answer may be waiting, and the attempt timer ends the command
         self.pump(device_id)
 
     async def explain(self, state: CommandState) -> Explanation:
@@ -163,13 +168,13 @@ class Dispatch:
             if member.state.state is State.PENDING:
                 break
             if member.state.state is State.PUBLISHED and not member.flight.open:
-                self._input(member, Input.CAME_ONLINE)
+                self.attempts.end(member, Input.CAME_ONLINE)
                 self.pump(device_id)
 
     def reported(self, member: Member) -> None:
         """A progress report that was not recorded (over the limit) still restarts the result timer."""
         member.flight.heard_at = self.writer.now()
-        self._set_timer(member)
+        self.attempts.set_timer(member)
 
     # --- handing over ---
 
@@ -214,7 +219,7 @@ class Dispatch:
         request = Request(
             input=Input.HAND_OVER,
             now=now,
-            counts=lanes.counts(member.definition, presence),
+            counts=lanes.counts(member, presence),
             attempt_open=flight.open,
             repeatable=member.definition.repeatable,
         )
@@ -280,7 +285,7 @@ class Dispatch:
                 self.outstanding += sent and held
             # Also set if nothing was written: the attempt timer must end the attempt in both cases.
             member.flight.written_at = now
-            self._set_timer(member)
+            self.attempts.set_timer(member)
         self._refill()
 
     def _at(self, send: _Send, *, closed_too: bool = False) -> Member | None:
@@ -320,70 +325,14 @@ class Dispatch:
         member = self._at(send, closed_too=again)
         if member is None:
             return
-        self._judge_receipt(member, reason)
+        self.attempts.receipt(member, reason)
+        required = member.definition.presence == "required"
+        if reason == NO_SUBSCRIBER and required and not self.link.direct:
+            # It says only that nobody was subscribed at one moment: nothing is known of the device.
+            self.presence(member.state.device_id, Presence.UNKNOWN)
         self.writer.then(lambda: None, lambda: self._untaken.append((send, reason)))
 
-    def _judge_receipt(self, member: Member, reason: int) -> None:
-        if reason == NO_SUBSCRIBER:
-            self._input(member, Input.NO_SUBSCRIBER)
-            self.presence(member.state.device_id, Presence.OFFLINE)
-        elif reason in REFUSED:
-            member.flight.refused += 1
-            logger.warning("mqtt.publish_refused", command_id=member.state.id, reason=reason)
-            self._input(member, Input.REFUSED, reason=f"the MQTT server refused the publish (0x{reason:02x})")
-        elif reason >= 0x80:
-            self._input(member, Input.ATTEMPT_TIMER)
-        else:
-            self._input(member, Input.ACCEPTED)
-
-    def _input(self, member: Member, what: Input, reason: str | None = None) -> None:
-        """Decides one input for a handed-over command and carries the decision out."""
-        state, definition, flight = member.state, member.definition, member.flight
-        presence = self.live.presence.get(state.device_id, Presence.NEVER)
-        request = Request(
-            input=what,
-            now=self.writer.now(),
-            reason=reason,
-            last_attempt=flight.lease_until is None and lanes.is_last_attempt(member),
-            every_attempt_refused=flight.refused == state.attempts,
-            repeatable=definition.repeatable,
-            held=not lanes.reachable(definition, presence),
-            one_way=definition.completes_on == "published",
-        )
-        decision = decide(state, request)
-        if decision.verdict is Verdict.RECORD:
-            self.commands.apply(state, decision, "broker")
-        elif decision.verdict is Verdict.ATTEMPT:
-            self._attempt(member, decision, presence)
-
-    def _attempt(self, member: Member, decision: Decision, presence: Presence) -> None:
-        """Carries out a decision that records no event and changes only the open attempt (`Flight`)."""
-        definition, flight = member.definition, member.flight
-        if decision.word == "close":
-            # An attempt that the MQTT server refused counts like an attempt without an answer.
-            self._input(member, Input.ATTEMPT_TIMER)
-            return
-        if decision.word == "due":
-            if not flight.open:
-                flight.due_at = self.writer.now()
-        else:
-            void, leased = decision.word == "void", flight.lease_until is not None
-            flight.voided += void and flight.open and flight.counts
-            flight.open, flight.lease_until = False, None
-            if leased:
-                flight.due_at = self.writer.now()
-                self.pump(member.state.device_id)
-            elif decision.word == "back_off" or (void and lanes.reachable(definition, presence)):
-                tried = member.state.attempts if void else member.counted
-                counting = void or lanes.counts(definition, presence)
-                pause = lanes.backoff_ms(definition, tried, counting, self.writer.entropy.uniform)
-                flight.due_at = self.writer.now() + pause
-        self._set_timer(member)
-
     # --- time ---
-
-    def _set_timer(self, member: Member) -> None:
-        self.deadlines.set(member.state.id, lanes.wake_at(member, self.writer.now()))
 
     def _fire(self, key: str) -> None:
         """Handles one timer. While the log cannot be written, or hand-over is halted, tries again in 1 s."""
@@ -406,12 +355,12 @@ class Dispatch:
             else:
                 self._undrained[key] = None
         elif due is Input.ATTEMPT_TIMER:
-            self._input(member, due)
+            self.attempts.end(member, due)
         elif due is not None:
             decision = decide(member.state, Request(input=due, now=now))
             self.commands.apply(member.state, decision, "broker")
         else:
-            self._set_timer(member)
+            self.attempts.set_timer(member)
             self.pump(member.state.device_id)
 
     def drained(self, now: int, device_id: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from broker.domain import lanes
+from broker.domain import attempts, lanes
 from broker.domain.fleet import DeviceState
 from broker.domain.lanes import Lane, Member, Presence
 from broker.domain.lifecycle import CommandState, State
@@ -217,7 +217,7 @@ class Live:
         for state in read.open:
             definition = self.definitions[state.definition]
             member = self.put_command(state, definition)
-            member.flight = lanes.recovered(state, definition, now, entropy.uniform)
+            member.flight = attempts.recovered(state, definition, now, entropy.uniform)
             member.flight.heard_at = heard.get(state.id, 0)
             if not definition.carries_ids:
                 # A command that closed just before the stop may be answered a second time now.

@@ -272,15 +272,16 @@ async def running(
     outbound: Outbound | None = None,
     *,
     mqtt_events: bool = False,
+    embedded: bool = True,
 ) -> AsyncIterator[Bench]:
     """A core with its link up, on a directory or on a storage that the test owns."""
     storage = await SqliteStorage.open(place) if isinstance(place, Path) else place
     try:
         core = new_core(storage, clock, limits, seed, types, outbound, mqtt_events=mqtt_events)
-        await core.open(embedded=True)
+        await core.open(embedded=embedded)
         wire = Wire()
         core.attach(wire)
-        async with core.running("embedded"):
+        async with core.running("embedded" if embedded else "external"):
             core.intake.link_up()
             yield Bench(core, wire)
     finally:
@@ -326,8 +327,13 @@ async def on_virtual_time(
     limits: Limits | None = None,
     outbound: Outbound | None = None,
     types: dict[str, DeviceType] | None = None,
+    *,
+    embedded: bool = True,
+    disk: SimDisk | None = None,
 ) -> AsyncIterator[tuple[Bench, SimDisk]]:
-    disk = SimDisk(loop)
+    """`disk`: one that an earlier core has used."""
+    disk = disk or SimDisk(loop)
     storage = SimStorage(loop, disk)
-    async with running(storage, SimClock(loop), limits, types=types, outbound=outbound) as bench:
+    clock = SimClock(loop)
+    async with running(storage, clock, limits, types=types, outbound=outbound, embedded=embedded) as bench:
         yield bench, disk

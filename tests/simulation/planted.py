@@ -13,11 +13,12 @@ from unittest.mock import patch
 
 import msgspec
 
-from broker.domain import decisions, lanes
+from broker.domain import attempts, decisions, lanes
 from broker.domain.decisions import Cell, Verdict, decide
 from broker.domain.events import Erased
 from broker.domain.lanes import Flight, Lane, Member, Presence
 from broker.domain.lifecycle import CommandState, Input, Request, State
+from broker.engine.attempts import Attempts
 from broker.engine.commands import Accepted, Caller, Commands, Order, conflict
 from broker.engine.dispatch import Dispatch
 from broker.engine.erasures import Erasures
@@ -153,10 +154,10 @@ def _never_again(member: Member, presence: Presence, now: int) -> bool:
     return False
 
 
-def _never_timed(self: Dispatch, member: Member) -> None:
+def _never_timed(self: Attempts, member: Member) -> None:
     """Sets no result timer when a command is acknowledged; only a restart sets it."""
     if member.state.state is not State.ACKNOWLEDGED:
-        self.deadlines.set(member.state.id, lanes.wake_at(member, self.writer.now()))
+        self._deadlines.set(member.state.id, lanes.wake_at(member, self._writer.now()))
 
 
 def _always_there(definition: Definition, presence: Presence) -> bool:
@@ -178,7 +179,7 @@ def _done_when_sent(self: Dispatch, send: Any) -> None:
     _send(self, send)
     member = self._at(send)
     if member is not None and member.flight.written_at is not None:
-        self._input(member, Input.ACCEPTED)
+        self.attempts.end(member, Input.ACCEPTED)
 
 
 def _never_checked(self: Commands, caller: Caller, command_id: str) -> None:
@@ -193,7 +194,7 @@ def _no_lease(member: Member, now: int) -> bool:
     return False
 
 
-_recovered = lanes.recovered
+_recovered = attempts.recovered
 
 
 def _lease_forgotten(
@@ -336,7 +337,7 @@ BUGS = (
     Bug(
         name="no result timer",
         caught_by=frozenset({"L4"}),
-        patches=((Dispatch, "_set_timer", _never_timed),),
+        patches=((Attempts, "set_timer", _never_timed),),
     ),
     Bug(
         name="presence ignored",
@@ -371,7 +372,7 @@ BUGS = (
     Bug(
         name="leases forgotten at a restart",
         caught_by=frozenset({"D11"}),
-        patches=((lanes, "recovered", _lease_forgotten),),
+        patches=((attempts, "recovered", _lease_forgotten),),
     ),
     Bug(
         name="anybody may report",

@@ -208,10 +208,8 @@ def test_a_device_that_was_online_before_the_disk_was_full_and_left_is_sent_noth
 
 def test_a_new_session_of_our_link_outlives_the_presence_of_a_lost_commit() -> None:
     async def world(loop: SimLoop) -> None:
-        async with on_virtual_time(loop) as (bench, disk):
+        async with on_virtual_time(loop, embedded=False) as (bench, disk):
             device = await bench.device(online=False)
-            bench.core.intake.embedded = False
-            bench.core.intake._backlog_until = 0
             status(bench, b"online")
             await until(lambda: bench.live.presence.get(device.id) is Presence.ONLINE)
             await bench.writer.barrier()

@@ -57,7 +57,7 @@ expires_at reached                          | – | >expired | >timed_out ttl | 
 result timer                                | – | – | – | >timed_out no_result | – | – | – | – | –
 device goes offline                         | – | – | !offline | – | – | – | – | – | –
 device comes online                         | – | – | !due | – | – | – | – | – | –
-restart of the broker                       | – | – | !due | – | – | – | – | – | –
+restart of the broker                       | – | – | !restart | – | – | – | – | – | –
 answer acknowledged                         | U:unknown | U:never_handed_over | >acknowledged | – | >acknowledged late | – | – | U:promise_broken | U:promise_broken
 answer progress                             | U:unknown | U:never_handed_over | >progressed | !progress | >progressed late | – | – | U:promise_broken | U:promise_broken
 answer executed                             | U:unknown | U:never_handed_over | >executed | >executed | >executed late | !same_result | U:contradiction | U:promise_broken | U:promise_broken
@@ -90,7 +90,14 @@ FACTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"every_attempt_refused": False}, "attempt closed, counted"),
     ],
     # the only attempt stays open until its timer ends the command
-    "no_subscriber": [({}, "attempt closed, not counted"), ({"repeatable": False}, "–")],
+    "no_subscriber": [
+        ({}, "attempt closed, not counted, pause"),
+        ({"last_attempt": True, "exhausted": True}, "attempt closed, not counted, pause"),
+        ({"repeatable": False}, "–"),
+        ({"always_sent": True}, "back-off"),
+        ({"always_sent": True, "last_attempt": True}, ">timed_out no_answer"),
+        ({"always_sent": True, "repeatable": False, "last_attempt": True}, "–"),
+    ],
     "accepted": [({"one_way": True}, ">executed"), ({"one_way": False}, "–")],
     "attempt_timer": [
         ({}, "back-off"),
@@ -100,8 +107,18 @@ FACTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"held": True}, "hold"),
         ({"held": True, "last_attempt": True}, "hold"),
         ({"held": True, "repeatable": False}, ">timed_out no_answer"),
+        ({"exhausted": True}, ">timed_out no_answer"),
+        ({"held": True, "exhausted": True}, ">timed_out no_answer"),
     ],
-    "offline": [({}, "attempt closed, not counted"), ({"repeatable": False}, "–")],
+    "offline": [
+        ({}, "attempt closed, not counted"),
+        ({"last_attempt": True}, "attempt closed, not counted"),
+        ({"exhausted": True}, ">timed_out no_answer"),
+        ({"repeatable": False}, "–"),
+        ({"exhausted": True, "repeatable": False}, "–"),
+    ],
+    # an attempt that the log does not allow to be repeated stays open until its timer ends the command
+    "restart": [({}, "due"), ({"repeatable": False}, "–"), ({"exhausted": True}, "–")],
     "due": [({}, "due"), ({"repeatable": False}, "–")],
     "progress": [
         ({"percent": 10.0}, ">progressed"),
@@ -150,7 +167,8 @@ def in_words(what: Input, decision: Decision) -> str:
     if decision.verdict is Verdict.ATTEMPT:
         words = {
             "close": "attempt closed, counted",
-            "void": "attempt closed, not counted",
+            "dropped": "attempt closed, not counted",
+            "unheard": "attempt closed, not counted, pause",
             "back_off": "back-off",
             "held": "hold",
             "due": "due",

@@ -1,4 +1,4 @@
-"""Due commands in a lane, their timers, and hand-overs after a restart."""
+"""Due commands in a lane, and their timers."""
 
 from __future__ import annotations
 
@@ -118,9 +118,9 @@ def test_presence_decides_whether_a_command_is_sent_and_whether_the_attempt_coun
 
     assert bool(due(lane(member("a", **REQUIRED)), presence)) is required
     assert bool(due(lane(member("a", PUBLISHED, flight=waiting, **REQUIRED)), presence)) is required
-    assert lanes.counts(definition(**REQUIRED), presence) is counted
+    assert lanes.counts(member("a", **REQUIRED), presence) is counted
     assert due(lane(member("a", **NONE)), presence) == ["a"]
-    assert lanes.counts(definition(**NONE), presence)
+    assert lanes.counts(member("a", **NONE), presence)
 
 
 def test_a_command_that_may_not_go_blocks_later_ones() -> None:
@@ -185,38 +185,6 @@ def test_a_command_handed_over_after_an_answer_without_id_is_no_candidate() -> N
     assert lanes.candidates(found, T - 1) == []
 
 
-# --- back-off
-
-
-@given(
-    st.integers(0, 10_000),
-    st.booleans(),
-    st.floats(0.05, 60),
-    st.floats(1, 10),
-    st.floats(60, 600),
-    st.integers(0, 2**32),
-)
-def test_back_off_is_at_least_a_second_and_at_most_its_ceiling(
-    counted: int, counting: bool, base: float, factor: float, cap: float, seed: int
-) -> None:
-    kind = definition(backoff_base_sec=base, backoff_factor=factor, backoff_cap_sec=cap)
-    grown = base * factor ** min(counted - 1, 64) if counted > 0 else base
-    ceiling = min(cap, grown) if counting else cap
-
-    pause = lanes.backoff_ms(kind, counted, counting, random.Random(seed).uniform)
-
-    assert 1_000 <= pause <= max(1_000, round(ceiling * 1_000))
-
-
-@pytest.mark.parametrize(
-    ("counted", "ceiling_sec"), [(1, 5), (2, 10), (3, 20), (6, 160), (7, 300), (500, 300)]
-)
-def test_back_off_doubles_from_five_seconds_up_to_five_minutes(counted: int, ceiling_sec: float) -> None:
-    assert lanes.backoff_ms(definition(), counted, True, lambda low, high: high) == ceiling_sec * 1_000
-    assert lanes.backoff_ms(definition(), counted, True, lambda low, high: low) == 1_000
-    assert lanes.backoff_ms(definition(), counted, False, lambda low, high: high) == 300_000
-
-
 # --- timers
 
 
@@ -270,51 +238,6 @@ def test_a_due_attempt_wakes_the_lane_once_and_then_waits_for_other_events() -> 
 
 def test_a_non_repeatable_command_is_never_due_again() -> None:
     assert due(lane(member("a", PUBLISHED, repeatable=False))) == []
-
-
-def test_the_last_attempt_is_the_one_that_reaches_the_maximum() -> None:
-    tries = [Published(attempt=n) for n in (1, 2, 3)]
-
-    assert lanes.is_last_attempt(member("a", *tries, max_attempts=3))
-    assert not lanes.is_last_attempt(member("a", *tries, max_attempts=4))
-    assert not lanes.is_last_attempt(member("a", *tries, flight=Flight(voided=1), max_attempts=3))
-    assert not lanes.is_last_attempt(
-        member("a", *tries[:2], Published(attempt=3, counts=False), max_attempts=3)
-    )
-
-
-# --- after a restart
-
-
-@given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 2**32))
-def test_an_interrupted_attempt_is_due_again_within_the_answer_time(tries: int, most: int, seed: int) -> None:
-    state = folded(*(Published(attempt=n + 1) for n in range(tries)))
-    kind = definition(max_attempts=most)
-
-    flight = lanes.recovered(state, kind, T, random.Random(seed).uniform)
-
-    assert not flight.open
-    assert T <= flight.due_at <= T + 10_000
-    left = most - (state.counted - flight.voided)
-    assert left == max(1, most - tries), "an interrupted last attempt is repeated once"
-
-
-def test_a_non_repeatable_or_leased_attempt_waits_for_its_end_after_a_restart() -> None:
-    once = lanes.recovered(folded(PUBLISHED), definition(repeatable=False), T + 500, jitter)
-    leased = lanes.recovered(
-        folded((Published(attempt=1, transport="relay"), 100)),
-        definition(relay_lease_sec=30),
-        T + 500,
-        jitter,
-    )
-
-    assert (once.open, once.written_at) == (True, T + 500)
-    assert (leased.open, leased.lease_until) == (True, T + 30_100)
-
-
-def test_a_command_without_an_open_attempt_has_no_flight_after_a_restart() -> None:
-    for state in (folded(), folded(PUBLISHED, Acknowledged())):
-        assert lanes.recovered(state, definition(), T, jitter) == Flight()
 
 
 # --- fetches without MQTT
