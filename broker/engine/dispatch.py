@@ -19,8 +19,7 @@ from broker.domain.lanes import Lane, Member, Presence
 from broker.domain.lifecycle import CommandState, Input, Request, State
 from broker.engine.attempts import NO_SUBSCRIBER, Attempts
 from broker.engine.commands import Commands
-from broker.engine.deadlines import Deadlines
-from broker.engine.drain import Drain
+from broker.engine.deadlines import Deadlines, Drain
 from broker.engine.grants import Grants
 from broker.seams import Link, Outgoing, Receipt
 from devices.clock import rfc3339

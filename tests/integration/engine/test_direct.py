@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.engine.drain import AFTER_MS, COME_BACK_MS, Drain
+from broker.engine.deadlines import AFTER_MS, COME_BACK_MS, Drain
 from broker.seams import Message, Receipt
 from tests.integration.core_support import on_virtual_time, running, simulated, until
 from tests.simulation.loop import SimLoop
