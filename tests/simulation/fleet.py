@@ -24,6 +24,7 @@ from tests.simulation.history import Call, History
 from tests.simulation.link import SimDevicePort
 from tests.simulation.loop import Node, SimClock, SimLoop
 from tests.simulation.network import SimMqttServer
+from tests.simulation.pipes import PipeNet, PipePort
 
 PREFIX, ISSUER = "iotee", "ordain"
 # A type without answers: its commands are done when the MQTT server has taken them.
@@ -199,11 +200,26 @@ class Device:
         self._core = Core(
             self.hardware_id, self._type, self._memory, handlers, prefix=PREFIX, verifier=verifier
         )
-        self.port = SimDevicePort(self._server, self.hardware_id, tuple(self._core.command_topics))
+        topics = tuple(self._core.command_topics)
+        if isinstance(self._server, PipeNet):
+            self.port = port = PipePort(self._server, self.hardware_id, topics)
+            port.password, port.refused = lambda: self.token, self._refused
+        else:
+            self.port = SimDevicePort(self._server, self.hardware_id, topics)
         self.connect()
         self._do(self._core.recover(self._now()))
         if "heartbeat" in self.transports:
             self._loop.create_task(self._beat())
+
+    def _refused(self) -> None:
+        """Its token is not valid any more: an operator issues a new one."""
+
+        async def renew() -> None:
+            issued = await self.door.call("rotate", "POST", f"/v1/devices/{self.hardware_id}/token")
+            if issued.status == 201:
+                self.token = issued.answer["device_token"]
+
+        self._loop.create_task(renew())
 
     def nearby(self, payload: bytes) -> None:
         """Receives a command over the air, from a phone."""

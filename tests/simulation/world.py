@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Literal
@@ -36,8 +36,9 @@ from tests.simulation.history import History
 from tests.simulation.link import SimLink
 from tests.simulation.loop import Node, SimClock, SimEntropy, SimLoop, run
 from tests.simulation.nemesis import Nemesis
-from tests.simulation.network import EMBEDDED, MOSQUITTO, ServerKind, SimMqttServer
+from tests.simulation.network import MOSQUITTO, ServerKind, SimMqttServer
 from tests.simulation.phones import Phone
+from tests.simulation.pipes import LISTENER, PipeNet
 from tests.simulation.readers import READERS, Reader
 from tests.simulation.receivers import URLS, Receivers
 
@@ -77,8 +78,12 @@ class World:
         self.clock = SimClock(loop)
         self.history = History(self.clock.true_ms, loop.note)
         self.disk = SimDisk(loop)
-        drawn = draw.choice((EMBEDDED, MOSQUITTO))
-        self.server = SimMqttServer(loop, kind or drawn, history=self.history)
+        kind = draw.choice((LISTENER, MOSQUITTO)) if kind is None else kind
+        self.server = (
+            PipeNet(loop, history=self.history)
+            if kind is LISTENER
+            else SimMqttServer(loop, kind, history=self.history)
+        )
         self.embedded = not self.server.kind.keeps_sessions
         kinds = ["generic", "recorder", "iotee_device", "tag", "siren"]
         kinds += [draw.choice(["generic", "recorder", "tag"]) for _ in range(3)]
@@ -129,27 +134,39 @@ class World:
         # Small batches and pauses, so that many faults come in the middle of a purge.
         core.erasures.batch, core.erasures.pause_sec = 4, self._draw.uniform(0, 20)
         await core.open(embedded=self.embedded)
-        link = SimLink(self.server, core.intake, SUBSCRIPTIONS)
-        core.attach(link)
         async with core.running("embedded" if self.embedded else "external") as group:
-            if self.embedded:
-                self.server.tell(core.intake)
-                self.server.up = True
-                core.registry.entitled = self._token_changed
-            group.create_task(link.run())
+            close = await self._linked(core, group)
             parts = services(core)
             node.context.run(SERVICES.set, parts)
             self.core, self.door.node = core, node
             await self._stop.wait()
             self.door.node = None
-            link.close()
+            await close()
         await storage.close()
 
-    def _token_changed(self, device: DeviceState) -> None:
-        """Closes the connection of a device whose token changed, like the embedded server."""
-        connection = self.server.connection(device.hardware_id)
-        if connection is not None:
-            connection.close("its token changed")
+    async def _linked(self, core: Core, group: asyncio.TaskGroup) -> Callable[[], Awaitable[None]]:
+        """Connects the core to its MQTT server, or lets devices connect to it; returns how that ends."""
+        if isinstance(self.server, PipeNet):
+            listener = self.server.listen(core, PREFIX)
+            core.attach(listener)
+
+            def entitled(device: DeviceState) -> None:
+                if device.version > 1:
+                    listener.disconnect(device.hardware_id)
+
+            core.registry.entitled = entitled
+            listener.start()
+            self.history.linked(True)
+            self.server.open()
+            return listener.close
+        link = SimLink(self.server, core.intake, SUBSCRIPTIONS)
+        core.attach(link)
+        group.create_task(link.run())
+
+        async def close() -> None:
+            link.close()
+
+        return close
 
     def _committed(self, connection: apsw.Connection) -> None:
         new = "SELECT position, data FROM events WHERE position > ? AND data IS NOT NULL ORDER BY position"
@@ -186,6 +203,7 @@ class World:
             self.disk.lose_power()
         if self.embedded:
             self.server.restart("lost", FOREVER_SEC)
+            self.history.linked(False)
         self.inspect()
         self.loop.call_later(self._draw.uniform(0.1, 10), self.start, context=contextvars.Context())
 
@@ -347,6 +365,8 @@ def simulate(seed: int, *, synchronous: Synchronous = "FULL") -> Outcome:
     with quiet(logged):
         world = run(main, seed, max_time=FAULTS_SEC + 2 * LONGEST_HEAL_SEC)
     found = [*world.found, *world.door.failures, *check(world.history)]
+    if isinstance(world.server, PipeNet):
+        found += world.server.still_half_open()
     found += [f"LOG: {line}" for line in logged if line.startswith(WRONG) and AFTERWARDS not in line]
     found += [
         f"HTTP: {call.kind} was answered {call.status}: {call.answer}"
