@@ -40,7 +40,7 @@ class Nemesis:
             self._step_clock: 1,
             self._reboot_device: 4,
             self._drop_device: 2,
-            self._halve_device: 1,
+            self._halve_device: 4,
             self._device_away: 3,
             self._double: 2,
             self._delay: 2,

@@ -131,7 +131,8 @@ class Wire(Connection):
         loop = self.net.loop
         self.deaf_since = loop.time()
         self.net.half_open.append(self)
-        loop.call_later(noticed_after_sec, self.close, "keepalive", context=self.net.world)
+        # Up to two minutes, so that either side may be the first to notice.
+        loop.call_later(3 * noticed_after_sec, self.close, "keepalive", context=self.net.world)
 
     def _at_client(self, data: bytes | None) -> None:
         if not self.open:

@@ -25,6 +25,11 @@ from broker.engine.erasures import Erasures
 from broker.engine.intake import OWN, Intake
 from broker.engine.live import Key, Live
 from broker.engine.writer import Writer
+from broker.mqtt.listener import Listener
+from broker.mqtt.packets import Packet, Publish
+from broker.mqtt.routes import Routes
+from broker.mqtt.session import Session
+from broker.mqtt.shell import Connection as Shell
 from broker.seams import Message
 from broker.subscriptions.feed import Subscription
 from broker.subscriptions.webhook_queue import Progress, Window
@@ -32,6 +37,8 @@ from broker.subscriptions.webhook_worker import Attempt
 from devices.memory import RamMemory, Remembered
 from devices.types import Definition
 from projections import commands as commands_view
+from tests.simulation.network import ServerKind
+from tests.simulation.pipes import LISTENER
 from tests.simulation.world import Outcome, Synchronous, simulate
 
 
@@ -43,13 +50,14 @@ class Bug(msgspec.Struct, frozen=True, kw_only=True):
     caught_by: frozenset[str]
     patches: tuple[tuple[Any, str, Any], ...] = ()
     synchronous: Synchronous = "FULL"
+    kind: ServerKind | None = None  # drawn, if it is not given
 
     def names(self, found: list[str]) -> bool:
         return any(sentence.partition(":")[0] in self.caught_by for sentence in found)
 
     def run(self, seed: int) -> Outcome:
         with self._planted():
-            return simulate(seed, synchronous=self.synchronous)
+            return simulate(seed, synchronous=self.synchronous, kind=self.kind)
 
     @contextmanager
     def _planted(self) -> Iterator[None]:
@@ -263,7 +271,94 @@ def _deaf_while_reading(self: Subscription, position: int) -> None:
         _put(self, position)
 
 
+_published = Session._published
+
+
+def _acknowledged_at_once(self: Session, packet: Publish) -> None:
+    _published(self, packet)
+    self.acknowledge(packet.packet_id)
+
+
+def _always_the_same(self: Session) -> int:
+    return 1
+
+
+def _left_where_it_was(self: Routes, connection: Shell, commands: frozenset[str]) -> tuple[bool, bool]:
+    """A later connection of the same device does not take its topics over."""
+    connection.routes = dict.fromkeys(commands, 1)
+    for topic in commands:
+        self._to.setdefault(topic, connection)
+    return False, True
+
+
+def _dropped_if_there(self: Routes, connection: Shell) -> bool:
+    heard, connection.routes = connection.routes, {}
+    for topic in heard:
+        if self.get(topic) is connection:
+            del self._to[topic]
+    return bool(heard)
+
+
+def _not_taken_over(self: Listener, connection: Shell, reason: int, why: str) -> None:
+    """Leaves the old connection open."""
+
+
+_connect = Session._connect
+
+
+def _one_more(self: Session, packet: Packet) -> None:
+    _connect(self, packet)
+    self._window += 1
+
+
+def _never_silent(self: Session, now: float) -> None:
+    """Waits for ever."""
+
+
+LISTENER_BUGS = (
+    Bug(
+        name="the listener's PUBACK before the commit",
+        caught_by=frozenset({"A1"}),
+        patches=((Session, "_published", _acknowledged_at_once),),
+        kind=LISTENER,
+    ),
+    Bug(
+        name="a packet id is used twice",
+        caught_by=frozenset({"M1"}),
+        patches=((Session, "_next_id", _always_the_same),),
+        kind=LISTENER,
+    ),
+    Bug(
+        name="the window is one too large",
+        caught_by=frozenset({"M2"}),
+        patches=((Session, "_connect", _one_more),),
+        kind=LISTENER,
+    ),
+    Bug(
+        name="a takeover delivers to the old connection",
+        caught_by=frozenset({"M3"}),
+        patches=(
+            (Routes, "renew", _left_where_it_was),
+            (Routes, "drop", _dropped_if_there),
+            (Listener, "_end", _not_taken_over),
+        ),
+        kind=LISTENER,
+    ),
+    Bug(
+        name="keepalive never fires",
+        caught_by=frozenset({"M4"}),
+        patches=((Session, "tick", _never_silent),),
+        kind=LISTENER,
+    ),
+    Bug(
+        name="a slot is held until the device's PUBACK",
+        caught_by=frozenset({"M5"}),
+        patches=((Listener, "direct", False),),
+        kind=LISTENER,
+    ),
+)
 BUGS = (
+    *LISTENER_BUGS,
     Bug(
         name="erased without the event",
         caught_by=frozenset({"S3", "E1"}),

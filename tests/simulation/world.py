@@ -348,12 +348,12 @@ class World:
                 self.found.append(f"L6: {command_id} is open and not in memory")
 
 
-def simulate(seed: int, *, synchronous: Synchronous = "FULL") -> Outcome:
+def simulate(seed: int, *, synchronous: Synchronous = "FULL", kind: ServerKind | None = None) -> Outcome:
     """One whole run. The result lists violations as sentences that start with the invariant's name."""
     logged: list[str] = []
 
     async def main(loop: SimLoop) -> World:
-        world = World(loop, synchronous)
+        world = World(loop, synchronous, kind)
         try:
             await world.live_through()
         except AssertionError as error:
