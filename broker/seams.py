@@ -80,6 +80,10 @@ class Broken(Exception):
     """The storage failed (I/O error, corrupt file): the outcome of the transaction is unknown."""
 
 
+class UnknownFormat(Broken):
+    """Another release wrote the file, in a format that this one does not read. Nothing was changed."""
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     """One received MQTT message. `token`: the link's own handle for the PUBACK.
 

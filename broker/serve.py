@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import resource
 import signal
 import socket
@@ -20,6 +21,7 @@ import structlog
 import uvicorn
 from litestar.types import ASGIApp
 
+from broker import supervisor
 from broker.control import refuse_replay, remember_prefix, services
 from broker.core import Core
 from broker.demo import Demo
@@ -117,7 +119,9 @@ async def _serve(
                 gc.collect()
                 gc.freeze()
                 gc.set_threshold(10_000, 20, 50)
+                supervisor.notify(supervisor.READY, os.environ)
                 await stop.wait()
+                supervisor.notify(supervisor.STOPPING, os.environ)
                 logger.info("broker.ending")
                 for helper in helpers:
                     helper.cancel()

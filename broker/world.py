@@ -107,6 +107,7 @@ class SqliteStorage:
         Raises:
             InUse: another broker uses the directory.
             Broken: the file is not a database, or SQLite does not give the required guarantees.
+            UnknownFormat: a later release wrote it.
             OSError: the directory cannot be created or written.
         """
         os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -117,6 +118,7 @@ class SqliteStorage:
                 opened.enter_context(_lock(directory / LOCK))
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
                 writer = await opened.enter_async_context(_connection(path))
+                await writer.execute_fetchall(RUN, ("BEGIN", lambda sql: log.check_format(sql, path)))
                 await writer.execute_fetchall("PRAGMA secure_delete = ON")
                 mode = next(iter(await writer.execute_fetchall("PRAGMA journal_mode = WAL")))[0]
                 await writer.execute_fetchall("PRAGMA synchronous = FULL")
@@ -188,16 +190,22 @@ def open_file(path: Path) -> sqlite3.Connection:
 
     Raises:
         Broken: the file does not exist, is not a log, or cannot be read.
+        UnknownFormat: a later release wrote it.
     """
     if not path.is_file():
         raise Broken(f"{path} does not exist")
+    connection = sqlite3.connect(path, isolation_level=None, timeout=10)
     try:
-        connection = sqlite3.connect(path, isolation_level=None, timeout=10)
         connection.execute("PRAGMA query_only = ON")
         connection.execute("PRAGMA wal_autocheckpoint = 0")
         connection.execute("SELECT 1 FROM events LIMIT 1")
+        log.check_format(connection, path)
     except sqlite3.Error as error:
+        connection.close()
         raise Broken(f"{path}: {error}") from error
+    except Broken:
+        connection.close()
+        raise
     return connection
 
 

@@ -14,7 +14,12 @@ from broker.operations import doctor as looks
 from broker.operations.asking import REFUSED, Failed
 from broker.operations.doctor import Finding
 
-BROKEN_LOG = ("file", "chain", "projections")  # after a fault here, no request may use the broken log
+BROKEN_LOG = (
+    "format",
+    "file",
+    "chain",
+    "projections",
+)  # after a fault here, no request may use the broken log
 
 
 def doctor(

@@ -206,7 +206,7 @@ def verify_log(
         found = log.verify(sql, Progress(log.head(sql).position))
     fault = fault or found.fault
     if as_json:
-        shown = {"rows": found.rows, "hash": found.hash.hex(), "fault": fault}
+        shown = {"rows": found.rows, "hash": found.hash.hex(), "fault": fault, "erased_later": found.later}
         if said is not None:
             shown["checkpoint"] = msgspec.to_builtins(said.claims) | {
                 "kid": said.kid,
@@ -215,6 +215,8 @@ def verify_log(
         print_json(shown)
     elif fault is None:
         print(f"{found.rows} events, no fault; the last hash is {found.hash.hex()}")
+        if found.later:
+            print(f"it is a copy; in {found.later} of them the original log erased the data later")
         if said is not None:
             claims = said.claims
             print(f"it continues the checkpoint at position {claims.position} of {claims.recorded_at}")

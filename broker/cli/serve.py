@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from typing import Annotated
 
-import structlog
 import uvloop
 from cyclopts import Parameter
 
+from broker.cli import logs
 from broker.cli.base import Config, Data, Text, settings_of
 from broker.serve import serve as serve_until_signal
 
@@ -47,17 +47,5 @@ def serve(
         mqtt_url=mqtt_url,
         config=config,
     )
-    _log_to_stderr()
+    logs.configure(settings, os.environ)
     uvloop.run(serve_until_signal(settings, demo=demo, say=lambda text: print(text, flush=True)))
-
-
-def _log_to_stderr() -> None:
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
-        ],
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-    )

@@ -6,7 +6,9 @@ command, and the command was closed when that event was recorded. `verify` check
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
 
 from broker.domain.events import ERASURES, Erased, decode, subject_kind
 from broker.domain.lifecycle import CLOSED
@@ -75,6 +77,27 @@ def forget_answers(sql: Sql, which: str, value: object) -> None:
     sql.executemany("INSERT INTO unmatched VALUES (?,?,?,?,?,?,?,?)", kept)
 
 
+def erased_later(sql: Sql, after: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+    """The erasures that a copy keeps because they come after its end: position and event. With `after`: also
+    those of the log itself after that position, which a copy up to there must keep."""
+    kept = sql.execute("SELECT value FROM meta WHERE key = 'erased_later'").fetchone()
+    found: list[tuple[int, dict[str, Any]]] = [] if kept is None else msgspec.json.decode(kept[0])
+    if after is not None:
+        rows = sql.execute(
+            "SELECT position, data FROM events WHERE stream = ? AND position > ? ORDER BY position",
+            (ERASURES, after),
+        )
+        found += [(position, msgspec.json.decode(data)) for position, data in rows.fetchall()]
+    return found
+
+
+def keep_erasures(sql: Sql, later: list[tuple[int, dict[str, Any]]]) -> None:
+    """Puts erasures into a copy, for `Excused`."""
+    if later:
+        text = msgspec.json.encode(later).decode()
+        sql.execute("INSERT INTO meta VALUES ('erased_later', ?)", (text,))
+
+
 class Excused:
     """Tells which rows may have no data.
 
@@ -87,6 +110,8 @@ class Excused:
         self._named: dict[str, int] = {}  # command: position of the event
         self._cutoffs: list[tuple[int, int]] = []  # cutoff, position of the event
         self._known: dict[str, tuple[bool, int]] = {}
+        self._later = [msgspec.convert(each, Erased) for _, each in erased_later(sql)]
+        self.later = 0  # rows that only a later erasure excuses
         found = sql.execute(
             "SELECT position, type, data, schema FROM events WHERE stream = ? ORDER BY version", (ERASURES,)
         )
@@ -104,9 +129,23 @@ class Excused:
         if row.stream not in self._known:
             self._known[row.stream] = self._judge(row.stream)
         excused, last = self._known[row.stream]
+        if not excused and self._excused_later(row):
+            excused, self.later = True, self.later + 1
         if row.version >= last:
             del self._known[row.stream]  # after its last row a command is dropped, to keep memory small
         return excused
+
+    def _excused_later(self, row: Row) -> bool:
+        """Whether an erasure after the end of a copy names or covers the command. That the command was closed
+        by then is not in the copy."""
+        if not self._later or subject_kind(row.stream) != "command":
+            return False
+        first = "SELECT recorded_at FROM events WHERE stream = ? ORDER BY version LIMIT 1"
+        created = self._sql.execute(first, (row.stream,)).fetchone()[0]
+        return any(
+            row.stream in each.ids or (each.cutoff is not None and created < each.cutoff)
+            for each in self._later
+        )
 
     def _judge(self, stream: str) -> tuple[bool, int]:
         """Whether the rows of a stream may have no data, and the version of its last row."""

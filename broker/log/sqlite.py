@@ -14,7 +14,7 @@ from broker.domain.events import NAMES, SCHEMA, Recorded, decode, encode
 from broker.log import chain
 from broker.log.chain import Row
 from broker.log.erasing import Excused, bound
-from broker.seams import Sql
+from broker.seams import Sql, UnknownFormat
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -51,6 +51,8 @@ COLUMNS = (
     "project, device_id, actor, data, salt, digest, hash"
 )
 LAST = 2**63 - 1
+# The format of the tables, in `meta`. It is counted up when an older release could not read or write them.
+FORMAT = 1
 # What SQLite's driver raises for a value or statement it cannot take. The disk is not at fault.
 UNWRITABLE = (
     ValueError, TypeError, OverflowError, Warning,
@@ -73,14 +75,37 @@ def create(sql: Sql, log_id: str, cursor_key: str) -> None:
         if statement.strip():
             sql.execute(statement)
     sql.execute(
-        "INSERT OR IGNORE INTO meta VALUES ('log_id', ?), ('cursor_key', ?), ('format', '1')",
-        (log_id, cursor_key),
+        "INSERT OR IGNORE INTO meta VALUES ('log_id', ?), ('cursor_key', ?), ('format', ?)",
+        (log_id, cursor_key, str(FORMAT)),
     )
+
+
+def check_format(sql: Sql, shown: object) -> None:
+    """Checks that this release reads the file. A new, empty file is right. `shown` names it in the error.
+
+    Raises:
+        UnknownFormat: it does not.
+    """
+    if sql.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
+        return
+    found = sql.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
+    text = "missing" if found is None else str(found[0])
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= FORMAT):
+        raise UnknownFormat(
+            f"{shown}: its format is {text[:20]}, and this release reads 1 to {FORMAT}: "
+            "use the release that wrote it, or a later one"
+        )
 
 
 def meta(sql: Sql, key: str) -> str:
     """A fact about this log: `log_id`, `cursor_key` (signs the cursors of lists), `format`."""
     return str(sql.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
+
+
+def copied(sql: Sql) -> dict[str, str]:
+    """If `ordain replay` made this log, up to which position of its original; else empty."""
+    found = sql.execute("SELECT value FROM meta WHERE key = 'replayed'").fetchone()
+    return {} if found is None else {"replayed to": str(found[0])}
 
 
 def head(sql: Sql) -> Head:
@@ -190,11 +215,13 @@ def recorded(row: Row) -> Recorded:
 
 class Verified(NamedTuple):
     """The result of `verify`. `rows`: the number of good rows. `hash`: the hash of the last good row.
-    `fault`: a sentence about the first bad row, or None."""
+    `fault`: a sentence about the first bad row, or None. `later`: in a copy that `ordain replay` made, the
+    number of rows without data whose `erased` event comes after the end of the copy."""
 
     rows: int
     hash: bytes
     fault: str | None
+    later: int = 0
 
 
 class Walk:
@@ -205,6 +232,7 @@ class Walk:
     def __init__(self) -> None:
         self.rows, self.hash = 0, chain.GENESIS
         self.fault: str | None = None
+        self.later = 0  # see `Verified`
         self._recorded_at = 0
         self._stream = ""  # streams up to this name have all their versions
 
@@ -223,6 +251,7 @@ class Walk:
             if self.fault is not None:
                 return False
             self.hash, self.rows, self._recorded_at = row.hash, row.position, row.recorded_at
+        self.later += 0 if excused is None else excused.later
         return bool(batch) or self._streams(sql, page)
 
     def _streams(self, sql: Sql, page: int) -> bool:
@@ -242,12 +271,13 @@ class Walk:
 def verify(sql: Sql, progress: Callable[[int], None] = lambda _: None) -> Verified:
     """Checks the whole chain: positions, digests, hashes, versions, times, erasures.
 
+    A copy that `ordain replay` made also holds the later erasures that excuse its rows without data.
     `progress` is called every 8,192 rows with the number of good rows.
     """
     walk = Walk()
     while walk.step(sql, 8_192):
         progress(walk.rows)
-    return Verified(walk.rows, walk.hash, walk.fault)
+    return Verified(walk.rows, walk.hash, walk.fault, walk.later)
 
 
 def add_unmatched(sql: Sql, entries: Iterable[tuple[object, ...]], per_device: int, in_all: int) -> None:

@@ -25,8 +25,9 @@ class Scope(NamedTuple):
     valid: Callable[[], bool]
 
 
-# (hardware id, token; None: a client certificate has shown who it is) -> may it come in?
-CheckDevice = Callable[[str, str | None], Awaitable[bool]]
+# (hardware id, token; None: a client certificate has shown who it is) -> None, or for the log why it may not
+# come in.
+CheckDevice = Callable[[str, str | None], Awaitable[str | None]]
 # An API key -> what it may see; None: no such key, or not for events.
 CheckService = Callable[[str], Awaitable[Scope | None]]
 
@@ -45,10 +46,12 @@ class Peer(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """Why somebody is not let in: an MQTT 5 reason code and a text for whoever builds the device."""
+    """Why somebody is not let in: an MQTT 5 reason code and a text for whoever builds the device. `exact`:
+    for the log, where the text must not tell a stranger all."""
 
     reason: int
     text: str
+    exact: str = ""
 
 
 class Access(NamedTuple):
@@ -82,10 +85,12 @@ class Access(NamedTuple):
     async def _service(self, connect: Connect, number: int) -> Peer | Refused:
         password = _text(connect.password)
         if password is None or self.check_service is None:
-            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN)
+            exact = "a service needs a password" if password is None else "mqtt_events is off: no services"
+            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN, exact)
         scope = await self.check_service(password)
         if scope is None:
-            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN)
+            exact = "the password of a service must be a valid API key with events:read"
+            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN, exact)
         # By its key as well, so that no project's service takes over another's.
         key = hashlib.sha256(password.encode()).hexdigest()[:16]
         client_id = connect.client_id or f"{SERVICE_USER}-{number}"
@@ -106,9 +111,10 @@ class Access(NamedTuple):
             return Refused(Reason.BAD_TOPIC, "the will may be on the device's own status topic only")
         token = _text(connect.password)
         if connect.password is not None and token is None:
-            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN)
-        if not is_name(user) or not await self.check_device(user, token):
-            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN)
+            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN, "the password is not a text")
+        exact = await self.check_device(user, token) if is_name(user) else "the user is not a hardware id"
+        if exact is not None:
+            return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN, exact)
         commands = self.topics(user, self.command_suffixes)
         return Peer(user, commands, self.topics(user, self.answer_suffixes) | status)
 

@@ -146,14 +146,19 @@ async def _listening(
         await listener.close()
 
 
-async def _check_device(core: Core, hardware_id: str, token: str | None) -> bool:
-    """By its token, or, where a client certificate has shown who it is, only that it is there."""
-    if token is not None:
-        device = await core.registry.authenticate(hardware_id, token)
-    else:
-        await core.live.bring(core.storage, [hardware_id])
-        device = core.live.device(hardware_id)
-    return device is not None and device.hardware_id == hardware_id and device.deleted_at is None
+async def _check_device(core: Core, hardware_id: str, token: str | None) -> str | None:
+    """By its token, or, where a client certificate has shown who it is, only that it is there.
+
+    Returns None if the device may come in, else the reason, for the log only.
+    """
+    right = token is None or await core.registry.authenticate(hardware_id, token) is not None
+    await core.live.bring(core.storage, [hardware_id])
+    device = core.live.device(hardware_id)
+    if device is None or device.hardware_id != hardware_id:
+        return "no device has this hardware id"
+    if device.deleted_at is not None:
+        return "the device was deleted"
+    return None if right else "wrong token"
 
 
 async def _check_service(core: Core, secret: str) -> Scope | None:

@@ -200,7 +200,7 @@ class Listener:
     def _refuse(self, connection: Connection, connect: p.Connect, verdict: Refused) -> None:
         self._log(
             "mqtt.refused",
-            why=verdict.text,
+            why=verdict.exact or verdict.text,
             reason=f"0x{verdict.reason:02x}",
             client_id=shown(connect.client_id),
             user=shown(connect.user),
@@ -276,10 +276,11 @@ class Listener:
             self._log("mqtt.qos0_dropped", peer=self._name(connection), topic=shown(publish.topic))
 
     def _deny(self, connection: Connection, action: str, topic: str) -> None:
-        """Said once a connection: whoever does this can do it often."""
+        """Logged once a connection, because a client can do it often."""
         if not connection.denied:
             connection.denied = True
-            self._log("mqtt.denied", peer=self._name(connection), action=action, topic=shown(topic))
+            peer, where = self._name(connection), connection.address
+            self._log("mqtt.denied", peer=peer, action=action, topic=shown(topic), address=where)
 
     def _taken(self, connection: Connection, taken: Taken) -> None:
         reason = taken.reason

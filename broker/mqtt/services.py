@@ -186,7 +186,8 @@ class Services:
         if not topic.startswith(self.events):
             if not connection.denied:
                 connection.denied = True
-                log("mqtt.denied", peer=peer.name, action="subscribe", topic=shown(topic))
+                where = connection.address
+                log("mqtt.denied", peer=peer.name, action="subscribe", topic=shown(topic), address=where)
             return Reason.NOT_AUTHORIZED
         if wanted.topic not in connection.filters and len(connection.filters) >= self._most_filters:
             return Reason.QUOTA

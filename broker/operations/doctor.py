@@ -20,6 +20,7 @@ import httpx2
 from broker.log import sqlite as log
 from broker.operations.asking import POLL_SEC, Failed, call
 from broker.operations.passwords import canaries
+from broker.seams import UnknownFormat
 from broker.settings import Settings
 from broker.world import DATABASE, SystemClock, open_for_reading
 from devices.canary import Canary, Server, Untried, server_of, strangers
@@ -48,6 +49,12 @@ def files(directory: Path) -> Iterator[Finding]:
         Broken: there is no log, or it cannot be read.
     """
     path = directory / DATABASE
+    try:
+        open_for_reading(directory).close()
+    except UnknownFormat as unknown:
+        yield Finding("fault", "format", str(unknown), "see docs/how-to/upgrade.md")
+        return
+    yield Finding("ok", "format", f"{log.FORMAT}, which this release writes")
     with closing(open_for_reading(directory)) as sql:
         open_to = [each for each in (directory, path) if stat.S_IMODE(each.stat().st_mode) & 0o077]
         if open_to:

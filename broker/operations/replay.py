@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import NamedTuple
 
 from broker.domain.cloudevents import Entry, Wanted
+from broker.log import erasing
 from broker.log import sqlite as log
 from broker.seams import Sql
 from projections import follower, outgoing
@@ -40,10 +41,12 @@ def copy_log(source: Sql, target: Sql, until: int) -> None:
     """Copies a log up to a position, row by row, into a new file, and computes its projections.
 
     Call it inside one read transaction. Data that a purge has marked for erasure is not copied. The copy is
-    marked as a replay, and no broker serves it, because its open commands belong to the original log.
+    marked as a replay, and no broker serves it, because its open commands belong to the original log. It also
+    keeps the erasures after its end: rows that they made empty are empty in the copy.
     """
     log.create(target, log.meta(source, "log_id"), log.meta(source, "cursor_key"))
     target.execute("INSERT INTO meta VALUES ('replayed', ?)", (str(until),))
+    erasing.keep_erasures(target, erasing.erased_later(source, until))
     after = 0
     while page := [row for row in log.rows(source, after, PAGE) if row.position <= until]:
         after = page[-1].position

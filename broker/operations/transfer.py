@@ -60,7 +60,9 @@ def export(sql: sqlite3.Connection, to: Path | None, only: Only, reached: Reache
         OSError: the file cannot be written.
     """
     head, log_id, count = log.head(sql), log.meta(sql, "log_id"), 0
-    header = Header(log_id=log_id, position=head.position, hash=head.hash, only=only.named())
+    header = Header(
+        log_id=log_id, position=head.position, hash=head.hash, only=only.named() | log.copied(sql)
+    )
     with new_file(to) as file:
         file.write(lines.header_line(header) + b"\n")
         for page in _pages(sql, only):

@@ -105,8 +105,8 @@ class Owner:
         self.here: dict[str, None] = {}
         self.trips: Trips | None = None
 
-    async def check(self, hardware_id: str, token: str | None) -> bool:
-        return True
+    async def check(self, hardware_id: str, token: str | None) -> str | None:
+        return None
 
     def link_up(self) -> None: ...
 

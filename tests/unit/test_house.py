@@ -46,6 +46,7 @@ SEAMS = (
     "broker/serve",
     "broker/control",
     "broker/private_socket",
+    "broker/supervisor",
     "broker/client",
     "broker/cli",
     "broker/mqtt/client/link",
@@ -71,7 +72,14 @@ WORLD_NAMES = {
 # A module directly in `broker/` is a room of its own. Rooms on one line do not import each other.
 FLOORS = (
     ("devices", "broker/__init__", "broker/seams", "broker/client_types"),
-    ("devices/fleet", "broker/client", "broker/domain", "broker/settings", "broker/private_socket"),
+    (
+        "devices/fleet",
+        "broker/client",
+        "broker/domain",
+        "broker/settings",
+        "broker/private_socket",
+        "broker/supervisor",
+    ),
     ("broker/log", "broker/type_files"),
     ("projections",),
     ("broker/engine",),
@@ -86,7 +94,7 @@ FLOORS = (
     ("broker/control",),
     ("broker/serve",),
     ("broker/cli",),
-)
+)  # fmt: skip
 # A room or module -> all it may import of this project, where that is less than all floors below it.
 MAY_IMPORT = {
     "devices": {"devices"},

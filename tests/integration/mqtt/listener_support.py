@@ -47,14 +47,14 @@ class Owner:
         self.certified: list[str] = []
         self._changed = asyncio.Event()
 
-    async def check(self, hardware_id: str, token: str | None) -> bool:
+    async def check(self, hardware_id: str, token: str | None) -> str | None:
         if token is None:
             self.certified.append(hardware_id)
-            return hardware_id in self.tokens
+            return None if hardware_id in self.tokens else "nobody"
         right = self.tokens.get(hardware_id) == token
         self.asked.set()
         await self.may_answer.wait()
-        return right
+        return None if right else "wrong token"
 
     @property
     def payloads(self) -> list[bytes]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,11 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook
 
+from broker.domain.events import ERASURES, Erased, Recorded
+from broker.log import erasing
+from broker.log import sqlite as log
+from broker.seams import Sql
+from broker.world import SqliteStorage, SystemClock
 from tests.conftest import Mosquitto, program
 from tests.system.conftest import NewBroker
 from tests.system.support import WITHIN_SEC, Broker, Device, Process, executed, one_sentence, ordain, refused
@@ -145,6 +152,58 @@ def test_into_a_directory_writes_a_log_up_to_a_position_that_no_broker_serves(
     assert ordain("projections", "verify", data=copy).returncode == 0
     refused(ordain("serve", "--http", "127.0.0.1:0", data=copy), 2, "made by `ordain replay`")
     refused(broker.ordain("replay", "--into", str(copy)), 2, "already exists")
+
+
+@pytest.mark.parametrize("erase", [("delete",), ("purge", "--older-than-days", "-1")], ids=["one", "all"])
+def test_a_copy_that_ends_before_an_erasure_verifies_and_says_what_is_empty(
+    lived: tuple[Broker, str], tmp_path: Path, erase: tuple[str, ...]
+) -> None:
+    broker, command_id = lived
+    position = shown(broker)[-1]["id"]
+    if erase == ("delete",):
+        assert broker.ordain("delete", command_id).returncode == 0
+    else:  # what is created today is purged the day after tomorrow, so the row is written here
+        assert broker.end() == 0
+        purge_everything(broker.data)
+    copies = [tmp_path / "copy", tmp_path / "copy of copy"]
+
+    assert broker.ordain("replay", "--to", position, "--into", str(copies[0])).returncode == 0
+    assert ordain("replay", "--into", str(copies[1]), data=copies[0]).returncode == 0
+
+    for copy in copies:
+        verified = json.loads(ordain("log", "verify", "--json", data=copy).stdout)
+        assert verified["fault"] is None
+        assert verified["erased_later"] > 0
+        assert ordain("projections", "verify", data=copy).returncode == 0
+        assert '"fault"' not in ordain("doctor", "--json", data=copy).stdout
+        assert ordain("log", "export", "--to", str(copy / "part.jsonl"), data=copy).returncode == 0
+        imported = ordain("log", "import", "--from", str(copy / "part.jsonl"), data=tmp_path / "new")
+        refused(imported, 1, "only part of a log", "replayed to")
+    assert "it is a copy" in ordain("log", "verify", data=copies[1]).stdout
+    with closing(sqlite3.connect(copies[0] / "ordain.db")) as sql, sql:
+        sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE type = 'registered'")
+    refused(ordain("log", "verify", data=copies[0]), 1, "has no data")
+
+
+def purge_everything(data: Path) -> None:
+    async def purge() -> None:
+        storage = await SqliteStorage.open(data)
+        now = SystemClock().wall_ms() + 1_000
+        head = await storage.read(log.head)
+        erased = Recorded(
+            position=head.position + 1, stream=ERASURES, version=1, recorded_at=now, project="",
+            device_id=None, actor="operator:cli", event=Erased(cutoff=now, count=1),
+        )  # fmt: skip
+
+        def work(sql: Sql) -> None:
+            log.append(sql, head, [erased], bytes(16))
+            for (stream,) in sql.execute("SELECT id FROM commands").fetchall():
+                erasing.erase(sql, stream)
+
+        await storage.write(work)
+        await storage.close()
+
+    asyncio.run(purge())
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import sqlite3
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import httpx2
@@ -198,6 +201,48 @@ def test_a_wrong_setting_is_named_in_one_sentence(
     one_sentence(said, *words)
     assert "hidden" not in said
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("format", ["2", "one", None])
+def test_a_log_of_another_format_is_refused_by_every_command_and_not_changed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    format: str | None,
+) -> None:
+    data = tmp_path / "data"
+    monkeypatch.setenv("ORDAIN_DATA", str(data))
+    assert run(["devices", "add", "lamp", "--type", "generic"]) == 0
+    with closing(sqlite3.connect(data / "ordain.db")) as sql, sql:
+        sql.execute("DELETE FROM meta WHERE key = 'format'")
+        if format is not None:
+            sql.execute("INSERT INTO meta VALUES ('format', ?)", (format,))
+    database = (data / "ordain.db").read_bytes()
+    capsys.readouterr()
+    words = (f"its format is {format or 'missing'}", "reads 1 to 1")
+
+    for command in (
+        ("serve", "--http", "127.0.0.1:0", "--mqtt-listen", "127.0.0.1:0"),
+        ("keys", "list"),
+        ("log", "tail"),
+        ("log", "verify"),
+        ("log", "compact"),
+        ("log", "export"),
+        ("projections", "verify"),
+        ("backup", str(tmp_path / "new.db")),
+        ("replay", "--into", "stdout"),
+        ("restore", str(data / "ordain.db"), "--data", str(tmp_path / "other")),
+    ):
+        assert run([*command]) == 3
+        one_sentence(capsys.readouterr().err, *words)
+    assert run(["doctor", "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)
+    assert (finding["check"], finding["level"]) == ("format", "fault")
+    assert words[0] in finding["says"]
+
+    assert (data / "ordain.db").read_bytes() == database
+    assert not (tmp_path / "new.db").exists()
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_settings_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:

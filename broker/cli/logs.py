@@ -1,0 +1,61 @@
+"""Log lines of `ordain serve` on standard error: as text or JSON, and in the form of systemd's journal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, MutableMapping
+from typing import IO, Any
+
+import structlog
+
+from broker.settings import Settings
+
+# Level -> priority of syslog(3). A line that begins with <N> gets this priority: sd-daemon(3).
+PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+
+
+def configure(settings: Settings, environment: Mapping[str, str]) -> None:
+    """Sets up all log lines of this process.
+
+    The journal has its own time stamp, so a line for it has none, but a priority.
+    """
+    journal = is_journal(environment, sys.stderr)
+    steps: list[Any] = [structlog.processors.add_log_level]
+    if not journal:
+        steps.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
+    steps.append(structlog.processors.format_exc_info)
+    if settings.log_format == "json":
+        steps += [_in_order, structlog.processors.JSONRenderer(ensure_ascii=False)]
+    else:
+        order = ["level", "event"] if journal else ["timestamp", "level", "event"]
+        steps.append(structlog.processors.LogfmtRenderer(key_order=order))
+    if journal:
+        steps.append(_prioritised(steps.pop()))
+    structlog.configure(
+        processors=steps,
+        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )
+
+
+def is_journal(environment: Mapping[str, str], stream: IO[str]) -> bool:
+    """Whether the stream goes to systemd's journal. Source: JOURNAL_STREAM in systemd.exec(5)."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # closed, or not a file
+        return False
+    return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _in_order(_: object, __: str, line: MutableMapping[str, Any]) -> dict[str, Any]:
+    first = {key: line[key] for key in ("timestamp", "level", "event") if key in line}
+    return first | dict(line)
+
+
+def _prioritised(render: Any) -> Any:
+    def rendered(logger: object, name: str, line: MutableMapping[str, Any]) -> str:
+        priority = PRIORITIES.get(line["level"], PRIORITIES["info"])
+        return f"<{priority}>{render(logger, name, line)}"
+
+    return rendered
