@@ -381,9 +381,10 @@ class PipeNet(SimMqttServer):
     def listen(self, core: Core, prefix: str) -> Listener:
         """Makes the listener of a broker's process; call it there."""
 
-        async def check(hardware_id: str, token: str | None) -> bool:
+        async def check(hardware_id: str, token: str | None) -> str | None:
             device = await core.registry.authenticate(hardware_id, token or "")
-            return device is not None and device.hardware_id == hardware_id
+            right = device is not None and device.hardware_id == hardware_id
+            return None if right else "wrong token"
 
         access = Access(prefix=prefix, check_device=check)
         services = Services(core.feed, access.events, lambda: core.log_id, lambda name: None)

@@ -147,7 +147,7 @@ async def test_an_unknown_name_and_a_wrong_token_take_as_long() -> None:
 
 async def test_what_fails_on_our_side_is_never_called_unauthorised() -> None:
     class Broken(Owner):
-        async def check(self, hardware_id: str, token: str | None) -> bool:
+        async def check(self, hardware_id: str, token: str | None) -> str | None:
             raise OSError("the disk is gone")
 
     for version, code in ((4, 3), (5, Reason.UNAVAILABLE)):

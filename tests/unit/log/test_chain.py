@@ -16,6 +16,7 @@ from broker.domain.events import ERASURES, Acknowledged, Erased, Event, Executed
 from broker.log import chain
 from broker.log import sqlite as log
 from broker.log.chain import Row
+from broker.log.sqlite import Verified
 from tests.integration.core_support import DEVICE, T, created, recorded
 from tests.unit.domain.test_fleet import REGISTERED
 
@@ -59,7 +60,7 @@ def fault(sql: sqlite3.Connection) -> str:
 
 
 def test_an_untouched_log_verifies_to_its_head(sql: sqlite3.Connection) -> None:
-    assert log.verify(sql) == (LAST, log.head(sql).hash, None)
+    assert log.verify(sql) == Verified(LAST, log.head(sql).hash, None)
 
 
 OTHER: dict[str, Any] = {
