@@ -7,6 +7,7 @@ Memory is the JavaScript heap after a collection.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -51,11 +52,13 @@ class Broker:
     def __init__(self, home: Path) -> None:
         self.data = str(home / "data")
         places = ("--http", "127.0.0.1:0", "--mqtt-listen", "127.0.0.1:0")
-        self.process = subprocess.Popen(
-            [ORDAIN, "serve", "--data", self.data, *places], stderr=subprocess.PIPE, text=True
-        )
-        assert self.process.stderr is not None
-        line = next(line for line in self.process.stderr if "event=broker.serving" in line)
+        log = home / "log"
+        with log.open("w") as out:
+            self.process = subprocess.Popen([ORDAIN, "serve", "--data", self.data, *places], stderr=out)
+        while "event=broker.serving" not in (text := log.read_text()):
+            assert self.process.poll() is None, text
+            time.sleep(0.05)
+        line = next(line for line in text.splitlines() if "event=broker.serving" in line)
         self.url = line.split("http=")[1].split()[0]
         made = ("keys", "create", "--project", "simulation", "--scope", "admin", "--data", self.data)
         self.key = subprocess.run([ORDAIN, *made], capture_output=True, text=True, check=True).stdout.strip()
@@ -74,7 +77,8 @@ def fill(broker: Broker, commands: int) -> None:
         assert broker.http("POST", "/v1/devices", {"hardware_id": name, "type": "generic"}).status_code == 201
     for number in range(-(-commands // DEVICES)):
         body = {"devices": names, "type": f"do-{number // 50}", "params": {}, "ttl_sec": 86_400}
-        assert broker.http("POST", "/v1/commands", body).status_code == 201
+        answer = broker.http("POST", "/v1/commands", body)
+        assert answer.is_success, answer.text
 
 
 def heap(session: CDPSession) -> float:
@@ -98,6 +102,22 @@ def usable(page: Page, url: str) -> tuple[float, int]:
     return took, size
 
 
+def tasks(trace: bytes) -> list[float]:
+    """The longest tasks of the page's main thread, in ms of CPU: what a frame costs on an idle machine."""
+    events = json.loads(trace)["traceEvents"]
+    mains = {
+        (each["pid"], each["tid"])
+        for each in events
+        if each.get("name") == "thread_name" and each["args"].get("name") == "CrRendererMain"
+    }
+    took = [
+        each["tdur"] / 1_000
+        for each in events
+        if "tdur" in each and (each["pid"], each["tid"]) in mains and "RunTask" in each["name"]
+    ]
+    return sorted(took)[-5:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commands", type=int, default=100_000)
@@ -117,17 +137,10 @@ def main() -> None:
             took, size = usable(page, broker.url)
             print(f"first view: {size:,} bytes compressed; rows after {took:.0f} ms (first), ", end="")
             print(f"{usable(page, broker.url)[0]:.0f} ms (again)")
+            browser.start_tracing(page=page, categories=["toplevel", "__metadata"])
             seen = page.evaluate(SCROLL, [given.commands * 32 - 2_000, 1_600])
             print("scrolling down:", seen)
-            print(
-                "scrolling on:",
-                page.evaluate(
-                    SCROLL.replace("+= pixels", "-= pixels").replace(
-                        "box.scrollTop < wanted", "box.scrollTop > 0"
-                    ),
-                    [0, 1_600],
-                ),
-            )
+            print("longest tasks of the page, ms of its CPU:", tasks(browser.stop_tracing()))
             memory(broker, page, context.new_cdp_session(page), given.events, given.seconds)
             browser.close()
     finally:

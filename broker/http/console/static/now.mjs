@@ -23,7 +23,7 @@ const filters = () => {
 /** The list of commands that fit filters, live while nothing else is asked for. */
 class CommandList {
   constructor({ state, type, device }, at) {
-    Object.assign(this, { state, type, device, paused: false, held: [], during: null, sought: new Set() });
+    Object.assign(this, { state, type, device, paused: false, held: [], reading: new Set(), sought: new Set() });
     this.blocks = new Blocks((cursor, limit, stop) => this.#read({ state, type, device, as_of: at, cursor, limit, grant: false }, stop), paint);
     this.leave = at === null ? [follow((...seen) => this.#see(...seen)), polled(() => stream.peek() === "polling" && !this.paused && this.blocks.refresh())] : [];
   }
@@ -35,7 +35,8 @@ class CommandList {
 
   /** A page; what happened to its commands while it was on its way is added. */
   async #read(query, stop) {
-    const during = (this.during ??= []);
+    const during = [];
+    this.reading.add(during);
     try {
       const page = await get("/v1/commands", query, stop);
       const rows = page.data.map(rowOf);
@@ -45,7 +46,7 @@ class CommandList {
       }
       return { ...page, data: rows };
     } finally {
-      if (this.during === during) this.during = null;
+      this.reading.delete(during);
     }
   }
 
@@ -55,7 +56,7 @@ class CommandList {
 
   #see(event, row) {
     if (event.kind !== "command") return;
-    this.during?.push(event);
+    for (const during of this.reading) during.push(event);
     if (this.paused) this.held.length < MOST_HELD ? this.held.push([event, row]) : (this.overrun = true);
     else this.#apply(event, row);
   }
