@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -21,7 +21,10 @@ from devices.types import AnswerStatus, Definition, PayloadFormat
 MAX_ANSWER_BYTES = 65_536
 # The first byte of a msgpack map. JSON and bare texts never begin with one of these.
 MAP_BYTES = frozenset({*range(0x80, 0x90), 0xDE, 0xDF})
+MAX_SESSION_BYTES = 128
+_SPACE = b" \t\r\n\v\f"
 S = TypeVar("S")
+T = TypeVar("T")
 
 
 class Malformed(Exception):
@@ -59,7 +62,10 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A device's answer about one command. `result` and `error` are normalised. `at`: the device's clock."""
+    """A device's answer about one command. `result` and `error` are normalised. `at`: the device's clock.
+
+    `unfit`: names of parts that cannot be used and were left out. They only inform, so the answer counts.
+    """
 
     id: str | None = None
     status: AnswerStatus
@@ -67,6 +73,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: dict[str, Any] | None = None
     progress: Progress | None = None
     at: str | None = None
+    unfit: tuple[str, ...] = ()
 
 
 class AnswerMessage(msgspec.Struct):
@@ -89,12 +96,38 @@ class StatusMessage(msgspec.Struct):
     session: str | None = None
 
 
+class Status(NamedTuple):
+    """A status message, decoded. `unfit`: names of parts that cannot be used and were left out."""
+
+    online: bool
+    session: str | None = None
+    unfit: tuple[str, ...] = ()
+
+
+class _Said(msgspec.Struct):
+    """An `AnswerMessage` whose parts that only inform are not decoded yet."""
+
+    status: AnswerStatus
+    id: str | None = None
+    result: Any = None
+    error: Any = None
+    progress: msgspec.Raw = msgspec.Raw(b"")
+    at: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _SaidStatus(msgspec.Struct):
+    """A `StatusMessage` whose session is not decoded yet."""
+
+    status: str
+    session: msgspec.Raw = msgspec.Raw(b"")
+
+
 Decoder = msgspec.json.Decoder[S] | msgspec.msgpack.Decoder[S]
-_ANSWERS = msgspec.json.Decoder(AnswerMessage)
-_PACKED_ANSWERS = msgspec.msgpack.Decoder(AnswerMessage)
+_ANSWERS = msgspec.json.Decoder(_Said)
+_PACKED_ANSWERS = msgspec.msgpack.Decoder(_Said)
 _COMMANDS = msgspec.json.Decoder(CommandMessage)
 _PACKED_COMMANDS = msgspec.msgpack.Decoder(CommandMessage)
-_STATUSES = msgspec.json.Decoder(StatusMessage)
+_STATUSES = msgspec.json.Decoder(_SaidStatus)
 
 
 def encode_command(
@@ -169,25 +202,36 @@ def decode_answer(payload: bytes, correlation: bytes | None, answers: Mapping[st
     word = bare_word(payload)
     if word is not None:
         return _bare_answer(word, correlation, answers)
-    said = _decode(_PACKED_ANSWERS, payload) if _is_map(payload) else _decode(_ANSWERS, payload.strip())
-    _check_time("at", said.at)
-    if said.status == "progress" and said.progress is None:
-        raise Malformed("progress without a percentage")
+    said = _decode_map(payload) if _is_map(payload) else _decode(_ANSWERS, _trimmed(payload))
     _check_value(said.result, MAX_DEPTH)
     _check_value(said.error, MAX_DEPTH)
+    packed, unfit = _is_map(payload), []
+    at = _informs(said.at, str, packed)
+    try:
+        _check_time("at", at or None)
+    except Malformed:
+        at = msgspec.UNSET
+    if at is msgspec.UNSET:
+        unfit.append("at")
+    progress = _informs(said.progress, Progress, packed)
+    if said.status == "progress" and not isinstance(progress, Progress):
+        raise Malformed("progress without a percentage from 0 to 100")
+    if progress is msgspec.UNSET:
+        unfit.append("progress")
     return Answer(
         id=_named(said.id, correlation),
         status=said.status,
         result=as_result(said.result) if said.status == "executed" else None,
         error=as_error(said.error) if said.status == "failed" else None,
-        progress=said.progress if said.status == "progress" else None,
-        at=said.at,
+        progress=progress if said.status == "progress" else None,  # type: ignore[arg-type]
+        at=at or None,
+        unfit=tuple(unfit),
     )
 
 
 def bare_word(payload: bytes) -> str | None:
     """The text of an answer that is neither JSON nor msgpack, else None."""
-    text = payload.strip()
+    text = _trimmed(payload)
     return None if text.startswith(b"{") or _is_map(payload) else text.decode(errors="replace")
 
 
@@ -211,21 +255,24 @@ def as_error(error: Any) -> dict[str, Any]:
     return {"code": "device_error", "message": text}
 
 
-def decode_status(payload: bytes) -> tuple[bool, str | None]:
-    """Decodes a status message, bare `online` or `offline` or JSON, to (online, session).
+def decode_status(payload: bytes) -> Status:
+    """Decodes a status message, bare `online` or `offline` or JSON.
 
     Raises:
         Malformed: it cannot be decoded.
     """
-    text = payload.strip()
+    text = _trimmed(payload)
+    session: Any = None
     if text.startswith(b"{"):
         said = _decode(_STATUSES, text)
-        word, session = said.status, said.session
+        word, session = said.status, _informs(said.session, str, packed=False)
     else:
-        word, session = _text(text), None
+        word = _text(text)
     if word not in ("online", "offline"):
         raise Malformed(f"neither online nor offline: {word[:32]!r}")
-    return word == "online", session
+    if session is msgspec.UNSET or len((session or "").encode()) > MAX_SESSION_BYTES:
+        return Status(word == "online", None, ("session",))
+    return Status(word == "online", session)
 
 
 def encode_status(online: bool, session: str) -> bytes:
@@ -280,6 +327,33 @@ def _check_time(field: str, text: str | None) -> None:
             parse_rfc3339(text)
     except ValueError as error:
         raise Malformed(f"{field}: {error}") from error
+
+
+def _informs(raw: msgspec.Raw, wanted: type[T], packed: bool) -> T | msgspec.UnsetType | None:
+    """The decoded value of a part that only informs; None if it is absent or null; UNSET if it is unfit."""
+    if not bytes(raw):
+        return None
+    decode = msgspec.msgpack.decode if packed else msgspec.json.decode
+    try:
+        return decode(raw, type=wanted | None)
+    except (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError):
+        return msgspec.UNSET
+
+
+def _trimmed(payload: bytes) -> bytes:
+    """Without white space around it and without the NUL bytes that C programs append."""
+    return payload.rstrip(_SPACE + b"\0").lstrip(_SPACE)
+
+
+def _decode_map(payload: bytes) -> _Said:
+    """A msgpack map may end with bytes that look like white space: those are cut off only if they must be."""
+    try:
+        return _decode(_PACKED_ANSWERS, payload)
+    except Malformed:
+        trimmed = payload.rstrip(_SPACE + b"\0")
+        if trimmed == payload:
+            raise
+        return _decode(_PACKED_ANSWERS, trimmed)
 
 
 def _text(payload: bytes) -> str:

@@ -5,7 +5,6 @@ Pure: all facts are in `Situation`. It must never guess: if something is not kno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -15,11 +14,14 @@ from broker.domain import attempts, lanes
 from broker.domain.lanes import Lane, Member, Presence
 from broker.domain.lifecycle import CommandState, State
 from devices.clock import rfc3339
+from devices.types import Definition
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """The facts about a command at `now` (ms). `member` None: the command is not in the live state, because
-    it was closed. `offline_since`: ms. `halted`: the reason why hand-over is stopped."""
+    it was closed. `offline_since`: ms. `halted`: the reason why hand-over is stopped. `status_topic`: where
+    the device says that it is online; None if its connection itself says so. `listens`: it is subscribed to
+    the command's topic, as far as known. `definition`: the command's."""
 
     state: CommandState
     now: int
@@ -30,6 +32,9 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     link_up: bool
     halted: str | None
     slots_free: bool
+    status_topic: str | None = None
+    listens: bool = True
+    definition: Definition | None = None
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,13 +55,6 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     ]
 
 
-class Said(msgspec.Struct, frozen=True, kw_only=True):
-    """An unmatched answer of the device that named this command. `at`: ms. `reason`: as it was kept."""
-
-    at: int
-    reason: str
-
-
 Facts = dict[str, Any]
 Parts = tuple[str, list[Facts], Facts | None]
 
@@ -68,11 +66,6 @@ TIMED_OUT = {
     "device_deleted": "its device was deleted",
     "operator": "an operator stopped waiting",
 }
-SAID = {
-    "contradiction": "the device has also reported a different outcome",
-    "promise_broken": "the device has answered it, although it was never handed over",
-    "never_handed_over": "an answer to it came before it was handed over",
-}
 
 
 def explain(situation: Situation) -> Explanation:
@@ -80,7 +73,7 @@ def explain(situation: Situation) -> Explanation:
     state, member = situation.state, situation.member
     parts: Parts
     if state.closed:
-        parts = _closed(state)
+        parts = _unreached(situation, _closed(state))
     elif member is None:
         # Open commands are always in memory, so this one was closed since its state was read.
         parts = "It has just been closed; repeat the request.", [{"code": "just_closed"}], None
@@ -88,22 +81,12 @@ def explain(situation: Situation) -> Explanation:
         parts = _pending(situation, member)
     else:
         published = state.state is State.PUBLISHED
-        parts = _stopped(situation, _published(situation, member) if published else _acknowledged(member))
+        parts = _published(situation, member) if published else _acknowledged(member)
+        parts = _stopped(situation, _unreached(situation, parts) if published else parts)
     summary, reasons, following = parts
     return Explanation(
         command_id=state.id, state=state.state.value, summary=summary, reasons=reasons, next=following
     )
-
-
-def with_answers(explanation: Explanation, said: Sequence[Said]) -> Explanation:
-    """Adds the device's answers that contradict the recorded state."""
-    summary, reasons = explanation.summary, list(explanation.reasons)
-    for reason, words in SAID.items():
-        times = [rfc3339(answer.at) for answer in said if answer.reason == reason]
-        if times:
-            summary = f"{summary} But {words} (last at {max(times)})."
-            reasons.append({"code": reason, "count": len(times), "at": max(times)})
-    return msgspec.structs.replace(explanation, summary=summary, reasons=reasons)
 
 
 # --- closed ----------------------------------------------------------------------------------------
@@ -171,6 +154,9 @@ def _pending(situation: Situation, member: Member) -> Parts:
     else:
         if not lanes.reachable(member.definition, situation.presence):
             why.append(_away(situation))
+        elif member.definition.presence == "required" and not situation.listens:
+            text = f"the device is not subscribed to {state.topic}"
+            why.append((text, {"code": "no_subscriber", "topic": state.topic}))
         if not situation.link_up:
             why.append(("the MQTT server cannot be reached", {"code": "link_down"}))
         elif not situation.slots_free:
@@ -227,10 +213,17 @@ def _away(situation: Situation) -> tuple[str, Facts]:
     says `never`."""
     if situation.presence is Presence.NEVER and situation.offline_since is None:
         text = "the device has not been heard since it was registered, or since the broker was started"
-        return text, {"code": "never_heard"}
-    since = None if situation.offline_since is None else rfc3339(situation.offline_since)
-    text = "the device is offline" if since is None else f"the device has been offline since {since}"
-    return text, {"code": "offline", "since": since}
+        facts: Facts = {"code": "never_heard"}
+    else:
+        since = None if situation.offline_since is None else rfc3339(situation.offline_since)
+        text = "the device is offline" if since is None else f"the device has been offline since {since}"
+        facts = {"code": "offline", "since": since}
+    if situation.status_topic is None:
+        topic = situation.state.topic
+        text = f"{text} (it is online while it is connected and subscribed to {topic})"
+        return text, facts | {"online": "connection", "topic": topic}
+    text = f"{text} (it must publish `online` on {situation.status_topic})"
+    return text, facts | {"online": "status", "topic": situation.status_topic}
 
 
 def _next_of_pending(situation: Situation, reasons: list[Facts]) -> Facts:
@@ -279,6 +272,9 @@ def _in_the_air(situation: Situation, member: Member) -> Parts:
     if not definition.repeatable:
         text = f"it may be sent only once, and is given up at {at}"
         return text, [{"code": "not_repeatable"}], {"action": "give_up", "at": at}
+    if attempts.is_exhausted(member):
+        text = f"no further attempt is allowed, and it is given up at {at}"
+        return text, [{"code": "last_attempt"}], {"action": "give_up", "at": at}
     if not lanes.reachable(definition, situation.presence):
         away, facts = _away(situation)
         text = f"{away}, and from {at} on it is held until the device is back"
@@ -288,6 +284,25 @@ def _in_the_air(situation: Situation, member: Member) -> Parts:
         return text, [{"code": "last_attempt"}], {"action": "give_up", "at": at}
     text = f"if none comes by {at}, it is sent again after a pause"
     return text, [{"code": "attempt_open", "until": at}], {"action": "back_off", "at": at}
+
+
+def _unreached(situation: Situation, parts: Parts) -> Parts:
+    """Adds attempts that ended because nobody was subscribed, or because the device went offline."""
+    (text, reasons, following), state, member = parts, situation.state, situation.member
+    reasons = list(reasons)
+    if member is not None and member.flight.unheard_at is not None:
+        at = rfc3339(member.flight.unheard_at)
+        text += f" At {at} the MQTT server had no subscriber for {state.topic}."
+        reasons.append({"code": "no_subscriber", "at": at, "topic": state.topic})
+    dropped = 0 if member is None else member.flight.dropped
+    if state.reason == "no_answer" and (kind := situation.definition) is not None:
+        used_up = state.counting and state.counted >= attempts.MOST_TIMES * kind.max_attempts
+        dropped = max(dropped, state.counted - kind.max_attempts) if used_up else dropped
+    if dropped:
+        often = "once" if dropped == 1 else f"{dropped} times"
+        text += f" The device went offline {often} after it was handed over, before it answered."
+        reasons.append({"code": "drops_connection", "count": dropped})
+    return text, reasons, following
 
 
 def _leased(situation: Situation, member: Member, ends: int) -> Parts:

@@ -23,7 +23,7 @@ from broker.engine.deadlines import Deadlines, Drain
 from broker.engine.grants import Grants
 from broker.seams import Link, Outgoing, Receipt
 from devices.clock import rfc3339
-from devices.wire import Unsendable, answer_topic, encode_command
+from devices.wire import Unsendable, answer_topic, encode_command, status_topic
 
 logger = structlog.get_logger()
 
@@ -48,6 +48,7 @@ class Dispatch:
         self.deadlines = Deadlines(self.writer.now, self._fire, self.writer.space)
         self.deadlines.stalled = self._stalled
         self.attempts = Attempts(commands, self.deadlines, self.pump)
+        self.embedded = False  # the MQTT server is the embedded one; set by the intake
         self.halted: str | None = None  # the reason why hand-over is stopped, shown by /readyz
         self._slots = commands.limits.send_slots
         self.staged = 0  # slots taken by hand-overs that are not durable yet
@@ -155,6 +156,9 @@ class Dispatch:
                 link_up=self.link.up,
                 halted=self.halted,
                 slots_free=self._slots > self.staged + self.outstanding,
+                status_topic=None if self.embedded else status_topic(self.commands.prefix, state.hardware_id),
+                listens=self.link.listens(state.topic),
+                definition=self.live.definitions.get(state.definition),
             )
         )
 

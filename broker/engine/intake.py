@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import msgspec
@@ -65,7 +65,7 @@ class Intake:
         self.registry = registry
         self.dispatch = dispatch
         self.link = link
-        self.embedded = embedded
+        self.embedded = dispatch.embedded = embedded
         registry.presence = dispatch.presence
         self.on_unmatched: Callable[[str], None] = lambda _: None
         self.on_unfit: Callable[[str], None] = lambda _: None
@@ -234,6 +234,7 @@ class Intake:
             self._take_status(message, device)
         elif answer is None or isinstance(answer, Malformed):
             self.unmatched(message, device, "malformed")
+            self._heard(device, message)  # the device is there, even if its answer cannot be read
         else:
             self._take_answer(message, device, answer)
             # After the answer: it may close the command, which coming online would otherwise send again.
@@ -243,10 +244,14 @@ class Intake:
         if self.embedded and message.token is not OWN:
             return  # with the embedded server, presence is the connection, not a message
         try:
-            online, session = decode_status(message.payload)
+            online, session, unfit = decode_status(message.payload)
         except Malformed:
             self.unmatched(message, device, "malformed")
             return
+        if unfit:
+            self._left_out(message, device, unfit)
+            if not online and device.session is not None:
+                return  # it may be the late last will of an older session
         if message.retain:
             # A retained `online` may be a year old. It shows only that the device existed at some time.
             self.registry.heard(device, Presence.UNKNOWN if online else Presence.OFFLINE, session)
@@ -325,6 +330,8 @@ class Intake:
             note=answer.progress.note if answer.progress else None,
         )
         decision = decide(state, request)
+        if answer.unfit:
+            self._left_out(message, device, answer.unfit, state.id)
         if decision.verdict is Verdict.RECORD:
             self.commands.apply(state, decision, f"device:{device.id}")
             self.check_result(state, answer)
@@ -349,10 +356,25 @@ class Intake:
     def unmatched(
         self, message: Message, device: DeviceState | None, reason: str, command_id: str | None = None
     ) -> None:
-        """Counts a message that matches no command, and keeps it outside the log for the operator.
+        """Counts a message that matches no command, and keeps it outside the log for the operator."""
+        self._keep(message, device, reason, command_id)
+        self._of_no_use = reason
+        if reason == "promise_broken":
+            logger.error("delivery.promise_broken", command_id=command_id)
+        logger.info("answer.unmatched", reason=reason, topic=message.topic[:200], command_id=command_id)
 
-        The first `KEPT_BYTES` bytes of its payload are kept.
-        """
+    def _left_out(
+        self, message: Message, device: DeviceState, parts: Sequence[str], command_id: str | None = None
+    ) -> None:
+        """Counts and keeps a message of which parts could not be used. It counts without them."""
+        for part in parts:
+            self._keep(message, device, f"unfit_{part}", command_id)
+        logger.warning("answer.part_left_out", parts=list(parts), topic=message.topic[:200])
+
+    def _keep(
+        self, message: Message, device: DeviceState | None, reason: str, command_id: str | None
+    ) -> None:
+        """Keeps the first `KEPT_BYTES` bytes of the payload."""
         entry = (
             self.writer.now(),
             None if device is None else device.project,
@@ -366,7 +388,3 @@ class Intake:
         keep = limits.unmatched_per_device, limits.unmatched_in_all
         self.writer.note(lambda sql: log.add_unmatched(sql, [entry], *keep))
         self.on_unmatched(reason)
-        self._of_no_use = reason
-        if reason == "promise_broken":
-            logger.error("delivery.promise_broken", command_id=command_id)
-        logger.info("answer.unmatched", reason=reason, topic=message.topic[:200], command_id=command_id)

@@ -14,8 +14,9 @@ from litestar.params import FromPath, JSONBody
 from msgspec import UNSET, Meta, UnsetType
 
 from broker.domain.errors import invalid
-from broker.domain.explain import Explanation, Said, with_answers
+from broker.domain.explain import Explanation
 from broker.domain.lifecycle import CommandState, State
+from broker.domain.said import Said, with_answers
 from broker.engine.registry import check_name
 from broker.engine.repairs import Which
 from broker.http.edge.answers import Json

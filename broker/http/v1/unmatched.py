@@ -13,8 +13,8 @@ from litestar import Router, get
 from litestar.params import QueryParameter
 from msgspec import Meta
 
-from broker.domain.explain import Said
 from broker.domain.lifecycle import CommandState
+from broker.domain.said import UNUSABLE, Said
 from broker.engine.registry import check_name
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
@@ -34,6 +34,9 @@ Reason = Literal[
     "nothing_in_flight",
     "ambiguous",
     "malformed",
+    "unfit_at",
+    "unfit_progress",
+    "unfit_session",
 ]
 ByDevice = Annotated[
     str | None,
@@ -69,7 +72,8 @@ async def list_unmatched(
 ) -> UnmatchedList:
     """List unmatched answers
 
-    Answers of devices that matched no command, in the key's project, newest first. The last 100 of each
+    Answers of devices that matched no command, in the key's project, newest first. An answer that counted,
+    but of which a part was left out (`unfit_…`), is listed too. The last 100 of each
     device are kept. An admin key gets those of all projects and of unknown devices.
     """
     caller = request.user
@@ -101,12 +105,22 @@ async def list_unmatched(
 
 
 def of_command(sql: Sql, state: CommandState) -> list[Said]:
-    """The unmatched answers that the command's own device sent for it, oldest first."""
+    """The kept messages of the command's own device that explain its state, oldest first.
+
+    These named the command, or were of no use and came since it was handed over. If it was not handed over,
+    since the presence of the device last changed: one of them may have been meant to say `online`.
+    """
+    since = state.handed_over_at
+    if since is None:
+        device = devices_view.by_name(sql, [state.device_id]).get(state.device_id)
+        since = 0 if device is None or device.seen_at is None else device.seen_at
+    reasons = tuple(UNUSABLE)
     rows = sql.execute(
-        "SELECT at, reason FROM unmatched WHERE device_id = ? AND command_id = ? ORDER BY id",
-        (state.device_id, state.id),
+        "SELECT at, reason, topic FROM unmatched WHERE device_id = ? AND (command_id = ? OR (at >= ? AND "
+        f"reason IN ({', '.join('?' for _ in reasons)}))) ORDER BY id",
+        (state.device_id, state.id, since, *reasons),
     ).fetchall()
-    return [Said(at=at, reason=reason) for at, reason in rows]
+    return [Said(at=at, reason=reason, topic=topic) for at, reason, topic in rows]
 
 
 def _shown(row: Any) -> Unmatched:

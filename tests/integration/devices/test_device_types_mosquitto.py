@@ -118,7 +118,7 @@ async def test_a_tasmota_plug_is_switched_and_its_answers_are_read(mosquitto: Se
 
 async def test_a_home_assistant_switch_is_switched_and_its_answers_are_read(mosquitto: Server) -> None:
     async with met(mosquitto, "home_assistant_switch", home_assistant_switch, "set") as broker:
-        assert decode_status(await broker.hear("status")) == (True, None)
+        assert decode_status(await broker.hear("status")) == (True, None, ())
         for command in ("turn_on", "turn_off", "turn_on"):
             assert await broker.tell(command) == Answer(status="executed")
 

@@ -211,8 +211,8 @@ def test_an_answer_is_decoded(said: Any, understood: Answer) -> None:
         {"status": "executed", "id": ""},
         {"status": "executed", "id": "a/b"},
         {"status": "executed", "id": "me"},
-        {"status": "executed", "at": "yesterday"},
-        {"status": "executed", "at": 0},
+        {"status": "progress", "progress": {"percent": "50"}},
+        {"status": "EXECUTED"},
         b'{"status":"executed","result":NaN}',
         b'{"status":"executed","result":1e999}',
         b'{"status":"executed","result":' + b"[" * 30_000,
@@ -227,6 +227,55 @@ def test_an_invalid_answer_is_malformed(said: Any) -> None:
         answer(said)
 
     assert refused.value.reason
+
+
+UNFIT: list[tuple[Any, tuple[str, ...]]] = [
+    ({"at": 1700000000}, ("at",)),
+    ({"at": "2026-11-20T09:30:00+0000"}, ("at",)),
+    ({"at": "yesterday"}, ("at",)),
+    ({"at": {"sec": [1]}}, ("at",)),
+    ({"progress": 100}, ("progress",)),
+    ({"progress": {"percent": 101}}, ("progress",)),
+    ({"progress": "done", "at": False}, ("at", "progress")),
+    ({"progress": {"percent": 100}}, ()),
+    ({"progress": None, "at": None}, ()),
+]
+
+
+@pytest.mark.parametrize(("beside", "unfit"), UNFIT)
+@pytest.mark.parametrize("encode", [msgspec.json.encode, msgspec.msgpack.encode], ids=["json", "msgpack"])
+def test_a_part_that_only_informs_and_is_unfit_is_left_out_and_named(
+    beside: Any, unfit: tuple[str, ...], encode: Any
+) -> None:
+    said = {"id": "c", "status": "executed", "result": {"n": 1}} | beside
+
+    assert answer(encode(said)) == Answer(id="c", status="executed", result={"n": 1}, unfit=unfit)
+
+
+def test_a_number_out_of_range_in_a_part_that_only_informs_does_not_spoil_the_answer() -> None:
+    assert answer(b'{"status":"executed","at":1e999}').unfit == ("at",)
+    assert answer(b'{"status":"executed","progress":' + b"9" * 5_000 + b"}").unfit == ("progress",)
+
+
+@pytest.mark.parametrize("tail", [b"\0", b"\0\0", b"\n\0", b" \r\n", b"\0\n"])
+def test_a_trailing_nul_or_white_space_is_no_fault(tail: bytes) -> None:
+    executed = Answer(id="c", status="executed")
+
+    assert answer(b'{"id":"c","status":"executed"}' + tail) == executed
+    assert answer(msgspec.msgpack.encode({"id": "c", "status": "executed"}) + tail) == executed
+    assert answer(msgspec.msgpack.encode({"status": "executed", "result": 0})).result == {"value": 0}
+    assert answer(b"ok" + tail) == Answer(status="executed")
+    assert decode_status(b"online" + tail) == (True, None, ())
+    assert decode_status(b'{"status":"offline","session":"s"}' + tail) == (False, "s", ())
+
+
+@pytest.mark.parametrize("session", [5, True, [], {}, "x" * 129, "ä" * 65])
+def test_a_session_that_is_no_short_text_is_left_out_and_named(session: Any) -> None:
+    for word in ("online", "offline"):
+        payload = msgspec.json.encode({"status": word, "session": session})
+        assert decode_status(payload) == (word == "online", None, ("session",))
+    longest = msgspec.json.encode({"status": "online", "session": "x" * 128})
+    assert decode_status(longest) == (True, "x" * 128, ())
 
 
 def test_an_answer_is_assigned_by_its_id_or_else_by_correlation_data() -> None:
@@ -315,7 +364,7 @@ def test_any_bytes_are_a_status_or_malformed(payload: bytes) -> None:
     ],
 )
 def test_a_status_is_decoded(payload: bytes, status: tuple[bool, str | None]) -> None:
-    assert decode_status(payload) == status
+    assert decode_status(payload) == (*status, ())
 
 
 def test_topics_name_the_device() -> None:

@@ -21,7 +21,7 @@ from broker.domain.events import (
     Published,
     TimedOut,
 )
-from broker.domain.explain import SAID, TIMED_OUT, Explanation, Said, Situation, explain, with_answers
+from broker.domain.explain import TIMED_OUT, Explanation, Situation, explain
 from broker.domain.lanes import Flight, Lane, Member, Presence
 from broker.domain.lifecycle import State
 from devices.clock import parse_rfc3339, rfc3339
@@ -98,22 +98,29 @@ def codes(explanation: Explanation) -> list[str]:
 # --- not handed over yet
 
 
+TOPIC = "iotee/dev/lamp-1/rls"
+BY_ITSELF: dict[str, Any] = {"online": "connection", "topic": TOPIC}
+CONNECTS = f"(it is online while it is connected and subscribed to {TOPIC})"
 WAITS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         {"presence": Presence.OFFLINE, "offline_since": T - 60_000},
-        {"code": "offline", "since": at(-60_000)},
-        f"the device has been offline since {at(-60_000)}",
+        {"code": "offline", "since": at(-60_000), **BY_ITSELF},
+        f"the device has been offline since {at(-60_000)} {CONNECTS}",
     ),
     (
         {"presence": Presence.NEVER, "offline_since": T - 60_000},
-        {"code": "offline", "since": at(-60_000)},
-        f"the device has been offline since {at(-60_000)}",
+        {"code": "offline", "since": at(-60_000), **BY_ITSELF},
+        f"the device has been offline since {at(-60_000)} {CONNECTS}",
     ),
-    ({"presence": Presence.OFFLINE}, {"code": "offline", "since": None}, "the device is offline"),
+    (
+        {"presence": Presence.OFFLINE},
+        {"code": "offline", "since": None, **BY_ITSELF},
+        f"the device is offline {CONNECTS}",
+    ),
     (
         {"presence": Presence.NEVER},
-        {"code": "never_heard"},
-        "the device has not been heard since it was registered, or since the broker was started",
+        {"code": "never_heard", **BY_ITSELF},
+        f"the device has not been heard since it was registered, or since the broker was started {CONNECTS}",
     ),
     ({"link_up": False}, {"code": "link_down"}, "the MQTT server cannot be reached"),
 ]
@@ -132,6 +139,48 @@ def test_a_command_that_waits_for_a_device_or_server_expires_if_nothing_changes(
     assert endless.summary == f"Not handed over yet: {text}."
     assert endless.next == {"action": "hand_over"}
     assert (limited.command_id, limited.state) == (COMMAND, "pending")
+
+
+def test_a_held_command_names_the_topic_on_which_its_device_must_say_online() -> None:
+    found = why(member(**REQUIRED), presence=Presence.NEVER, status_topic="iotee/dev/lamp-1/status")
+
+    assert found.reasons == [{"code": "never_heard", "online": "status", "topic": "iotee/dev/lamp-1/status"}]
+    assert "(it must publish `online` on iotee/dev/lamp-1/status)" in found.summary
+
+
+def test_a_command_whose_topic_its_device_does_not_read_names_the_topic() -> None:
+    found = why(member(**REQUIRED), listens=False)
+
+    assert found.reasons == [{"code": "no_subscriber", "topic": TOPIC}]
+    assert why(member(presence="none"), listens=False).reasons == []
+
+
+def test_attempts_that_met_no_subscriber_are_shown() -> None:
+    flight = Flight(unheard=1, unheard_at=T + 500, due_at=T + 1_500)
+    found = why(member(*sent(), flight=flight, **REQUIRED), now=600)
+
+    assert found.reasons[-1] == {"code": "no_subscriber", "at": at(500), "topic": TOPIC}
+    assert f"At {at(500)} the MQTT server had no subscriber for {TOPIC}." in found.summary
+    assert found.next == {"action": "hand_over", "at": at(1_500)}
+
+
+def test_a_device_that_drops_its_connection_is_shown_before_and_after_the_end() -> None:
+    kind = {"max_attempts": 3, **REQUIRED}
+    dropping = why(member(*sent(2), flight=Flight(dropped=2, voided=2), **kind), presence=Presence.OFFLINE)
+    used_up = member(*sent(6), TimedOut(reason="no_answer"), **kind)
+    forgotten = why(used_up, forgotten=True, definition=definition(**kind))
+    tried = why(member(*sent(3), TimedOut(reason="no_answer"), **kind), definition=definition(**kind))
+
+    assert dropping.reasons[-1] == {"code": "drops_connection", "count": 2}
+    assert forgotten.reasons[-1] == {"code": "drops_connection", "count": 3}
+    assert "drops_connection" not in codes(tried)
+
+
+def test_an_exhausted_command_is_given_up_even_if_its_device_is_offline() -> None:
+    flying = Flight(open=True, written_at=T)
+    found = why(member(*sent(6), flight=flying, max_attempts=3, **REQUIRED), presence=Presence.OFFLINE)
+
+    assert found.next == {"action": "give_up", "at": at(10_000)}
 
 
 def test_a_type_without_presence_does_not_wait_for_its_device() -> None:
@@ -362,10 +411,12 @@ def test_the_next_attempt_follows_when_the_device_is_back() -> None:
     endless = why(member(*sent(), **REQUIRED), **gone)
     limited = why(member(*sent(), first=created(ttl_ms=300_000), **REQUIRED), **gone)
 
-    away = f"the device has been offline since {at(1_000)}, and the next attempt follows when it is back"
+    away = f"the device has been offline since {at(1_000)} {CONNECTS}, "
+    away += "and the next attempt follows when it is back"
     assert endless.summary.endswith(f"; {away}.")
     assert limited.summary.endswith(f"; {away}, and at {at(300_000)} it is given up.")
-    assert endless.reasons[1:] == limited.reasons[1:] == [{"code": "offline", "since": at(1_000)}]
+    offline = {"code": "offline", "since": at(1_000), **BY_ITSELF}
+    assert endless.reasons[1:] == limited.reasons[1:] == [offline]
     assert endless.next == {"action": "hand_over"}
     assert limited.next == {"action": "give_up", "at": at(300_000)}
 
@@ -545,18 +596,6 @@ def test_a_timeout_says_that_the_outcome_is_unknown(reason: Any) -> None:
     expected = {"code": "timed_out", "at": AT, "reason": reason, "attempts": 2, "by": None}
     assert found.reasons == [expected]
     assert found.next is None
-
-
-@pytest.mark.parametrize("reason", list(SAID))
-def test_contradicting_answers_of_the_device_are_added(reason: str) -> None:
-    said = [Said(at=T + n, reason=reason) for n in (1_000, 2_000)] + [Said(at=T, reason="malformed")]
-    plain = ended(PUBLISHED, DONE)
-
-    found = with_answers(plain, said)
-
-    assert found.summary == f"{plain.summary} But {SAID[reason]} (last at {at(2_000)})."
-    assert found.reasons == [*plain.reasons, {"code": reason, "count": 2, "at": at(2_000)}]
-    assert with_answers(plain, []) == plain
 
 
 def test_a_command_closed_while_its_state_was_read_gives_just_closed() -> None:
