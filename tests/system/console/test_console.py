@@ -22,12 +22,13 @@ PHONE = {"width": 390, "height": 844}
 HOSTILE = """</script><img src=x onerror="alert(1)"><svg onload=alert(2)>'"`${alert(3)}\u202e{{7*7}}"""
 
 
-def faults(page: Page) -> list[str]:
-    """What axe holds against the page, by WCAG 2.2 A and AA."""
+WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+
+
+def faults(page: Page, rules: list[str]) -> list[str]:
+    """Violations that axe finds: of all rules for WCAG 2.2 A and AA, or of some rules."""
     page.evaluate(AXE)
-    found = page.evaluate(
-        """() => axe.run(document, { runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"] })"""
-    )
+    found = page.evaluate("only => axe.run(document, { runOnly: only, resultTypes: ['violations'] })", rules)
     return [
         f"{each['id']}: {node['target']} {node['failureSummary']}"
         for each in found["violations"]
@@ -55,7 +56,7 @@ def test_a_command_is_sent_from_the_form_and_watched_to_its_end(console: Console
     said = console.broker.http("GET", f"/v1/commands/{command_id}/explain").json()["summary"]
     until(lambda: explained(page) == said, lambda: explained(page))
     rows = page.locator(".waterfall .what").all_inner_texts()
-    assert rows == ["in lane", "attempt 1", "on the device", "result"]
+    assert rows == ["in lane", "attempt 1", "on device", "result"]
     events = page.get_by_role("tabpanel").locator("tbody tr td:first-child").all_inner_texts()
     assert events == ["created", "published", "acknowledged", "executed"]
     assert page.locator(".row.selected .s-executed").count() == 1
@@ -338,7 +339,7 @@ def test_a_form_follows_the_schema_and_says_what_is_wrong(console: Console) -> N
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_on_any_page_keeps_anybody_out(console: Console, scheme: str) -> None:
-    """axe: names, roles, contrast, focus; on a screen and on a phone."""
+    """axe: names, roles, contrast, focus, on a screen and on a phone; in the dark only contrast differs."""
     broker = console.broker
     failed = broker.create("door-7", "unlock", params={"jam": True})
     broker.reaches(failed, "failed")
@@ -355,10 +356,10 @@ def test_nothing_on_any_page_keeps_anybody_out(console: Console, scheme: str) ->
     )
     for size in (WIDE, PHONE) if scheme == "light" else (WIDE,):
         tab = console.tab(admin, "dark" if scheme == "dark" else "light", size)
-        for path in pages if size is WIDE else pages[:3]:
+        for path in pages if size is WIDE else pages[:2]:
             page = tab.open(path)
             page.locator("main :is(.row, table, .failure, .empty):visible").first.wait_for()
             page.locator(".skeleton").first.wait_for(state="detached")
-            if wrong := faults(page):
+            if wrong := faults(page, WCAG if scheme == "light" else ["color-contrast"]):
                 found[f"{path} {scheme} {size['width']}"] = wrong
     assert json.dumps(found, indent=1) == "{}"

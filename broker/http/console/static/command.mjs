@@ -189,10 +189,10 @@ export function Lane({ lane, own = null }) {
     <span class="dim">${waits(each, place, lane)}</span></li>`)}</ol>`;
 }
 
-const ACTIONS = { hand_over: "is handed over", back_off: "waits for an answer, then pauses", hold: "waits for an answer, then is held", give_up: "is given up", expire: "expires" };
+const ACTIONS = { hand_over: "next attempt", back_off: "no answer yet, next attempt after", hold: "no answer yet, held from", give_up: "times out", expire: "expires" };
 
 function waits(each, place, lane) {
   if (each.state === "pending" && place >= lane.window) return `behind ${lane.open[place - 1].type} (${place} before it)`;
   if (!each.next) return "";
-  return `${ACTIONS[each.next.action] ?? each.next.action}${each.next.at ? ` at ${moment(Date.parse(each.next.at))}` : ""}`;
+  return `${ACTIONS[each.next.action] ?? each.next.action}${each.next.at ? `: ${moment(Date.parse(each.next.at))}` : ""}`;
 }

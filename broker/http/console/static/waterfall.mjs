@@ -14,7 +14,7 @@ const END_WORDS = {
 };
 
 /**
- * Bars: {row, kind, from, to, open, words, late}. Rows: `in lane`, `attempt n`, `on the device`, `result`.
+ * Bars: {row, kind, from, to, open, words, late}. Rows: `in lane`, `attempt n`, `on device`, `result`.
  * `until`: ms, where what is open ends for now.
  */
 export function bars(events, until) {
@@ -38,11 +38,11 @@ export function bars(events, until) {
     } else if (event.type === "acknowledged" || event.type === "progressed") {
       if (ran === null) {
         const next = events.slice(index + 1).find((each) => CLOSED.has(each.type)) ?? null;
-        add("on the device", next?.type === "timed_out" ? "lost" : "run", at(event), next && at(next), { late: event.data.late, words: `the device has it; ${facts}` });
+        add("on device", next?.type === "timed_out" ? "lost" : "run", at(event), next && at(next), { late: event.data.late, words: `the device has it; ${facts}` });
         ran = next && at(next);
         if (next === null) ran = until;
       }
-      if (event.type === "progressed") add("on the device", "tick", at(event), at(event), { words: `${event.data.percent ?? ""} ${event.data.note ?? "progress"}; ${facts}` });
+      if (event.type === "progressed") add("on device", "tick", at(event), at(event), { words: `${event.data.percent ?? ""} ${event.data.note ?? "progress"}; ${facts}` });
     }
     if (CLOSED.has(event.type)) {
       add("result", `end-${event.type}`, at(event), at(event), { late: event.data.late, words: `${END_WORDS[event.type]}${event.data.late ? ", late" : ""}; ${facts}` });
