@@ -235,9 +235,9 @@ class Metrics:
         counter.inc()
         seconds.observe((self.now_ms() - since_ms) / 1_000)
 
-    def refused(self, code: str) -> None:
-        """Counts a refusal. `code`: an error code of the contract, so the label has few values."""
-        self._refusals.labels(code).inc()
+    def refused(self, code: str, count: int = 1) -> None:
+        """Counts refusals. `code`: an error code of the contract, so the label has few values."""
+        self._refusals.labels(code).inc(count)
 
     def _unmatched_answer(self, reason: str) -> None:
         self._unmatched.labels(reason).inc()

@@ -45,9 +45,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     commands_per_minute: PerMinute = 0
     history_retention_sec: Retention = 2_592_000
     body_bytes: Annotated[int, Meta(ge=1_024)] = 262_144
+    body_values: Annotated[int, Meta(ge=1_024)] = 80_000
     default_ttl_sec: Annotated[int, Meta(ge=1, le=31_536_000)] = 300
     idempotency_sec: Annotated[int, Meta(ge=86_400)] = 604_800
     send_slots: Annotated[int, Meta(ge=1, le=100)] = 100
+    qos0_per_device: Count = 100
+    qos0_per_project: Count = 2_000
+    qos0_in_all: Count = 10_000
+    qos0_bytes: Annotated[int, Meta(ge=1_048_576)] = 16_777_216
     unmatched_per_device: Annotated[int, Meta(ge=1)] = 100
     unmatched_in_all: Annotated[int, Meta(ge=1)] = 10_000
     webhooks_per_project: Annotated[int, Meta(ge=0, le=1_000)] = 20

@@ -18,7 +18,7 @@ from broker.engine.commands import Caller, Commands, Order
 from devices.names import is_name
 from devices.types import Definition
 
-PART = 500
+PART = 100
 
 Outcome = str | Refusal  # the command's id, or why the device got no command
 Checked = tuple[msgspec.Raw, Definition] | Refusal

@@ -24,6 +24,7 @@ from broker.domain.lifecycle import ANSWERS, CommandState, Request
 from broker.engine.commands import Commands
 from broker.engine.dispatch import Dispatch
 from broker.engine.registry import Registry
+from broker.engine.waiting import Waiting
 from broker.log import sqlite as log
 from broker.seams import Link, Message
 from devices.types import AnswerStatus
@@ -39,7 +40,8 @@ from devices.wire import (
 
 logger = structlog.get_logger()
 
-BATCH = 1_000
+BATCH = 100  # taken in at a stretch: more would hold the loop up
+QOS0_AT_ONCE = 32  # QoS 0 messages of an external MQTT server in one batch
 KEPT_BYTES = 1_024
 # QoS 0 messages have no receive window, so this many may wait. More are dropped, which QoS 0 allows.
 MOST_UNACKNOWLEDGEABLE = 10_000
@@ -70,6 +72,7 @@ class Intake:
         self.on_unmatched: Callable[[str], None] = lambda _: None
         self.on_unfit: Callable[[str], None] = lambda _: None
         self._queue: deque[Message] = deque()
+        self._waiting = Waiting(commands.limits)
         self._wake = asyncio.Event()
         self._backlog_until = 0
         self._sessions = 0  # MQTT sessions of our link so far
@@ -89,12 +92,27 @@ class Intake:
         self.dispatch.link_down()
 
     def message(self, message: Message) -> None:
-        if not message.qos and len(self._queue) >= MOST_UNACKNOWLEDGEABLE:
+        arrived = msgspec.structs.replace(message, arrived_at=self.writer.now())
+        if message.qos:
+            self._queue.append(arrived)
+        elif not (self._room_here(arrived) if self.embedded else self._room_waiting(arrived)):
             self.on_unmatched("overrun")
             self.link.puback(message)
             return
-        self._queue.append(msgspec.structs.replace(message, arrived_at=self.writer.now()))
         self._wake.set()
+
+    def _room_here(self, message: Message) -> bool:
+        """Our own server bounds the rate of each client, and this keeps the order with presence."""
+        if len(self._queue) >= MOST_UNACKNOWLEDGEABLE:
+            return False
+        self._queue.append(message)
+        return True
+
+    def _room_waiting(self, message: Message) -> bool:
+        place = parse_topic(self.commands.prefix, message.topic)
+        name = "" if place is None else place[0]
+        device = self.live.device(name)
+        return self._waiting.put("" if device is None else device.project, name, message)
 
     # Presence from the embedded server goes through the same queue, so that it stays in order with answers.
 
@@ -114,10 +132,12 @@ class Intake:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._queue:
+            while self._queue or self._waiting:
                 await self._take_batch()
+                await asyncio.sleep(0)  # a batch may need no other wait, and everybody else has a turn too
 
     async def _take_batch(self) -> None:
+        self._queue.extend(self._waiting.take(QOS0_AT_ONCE - len(self._queue)))
         batch = list(islice(self._queue, BATCH))
         places = [
             parse_topic(self.commands.prefix, message.topic) if message.foreign is None else None

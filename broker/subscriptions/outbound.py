@@ -28,7 +28,11 @@ Network = IPv4Network | IPv6Network
 Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
 
 URL_CHARS = 2_048
-BODY_BYTES = 65_536  # read of a response body at most: it is not used, and must not fill the memory
+# What one response may cost. Its body is not used: it is read only so that the connection can be used again.
+ANSWER_BYTES = 32_768  # head, 1xx responses and body together
+PIECE_BYTES = 1_024  # read at a time: in so few bytes, even the smallest chunks take 3 ms
+PIECES_AT_ONCE = 2  # pieces that may be handled in one turn of the loop, of all responses together
+CHUNKS = 64
 KEPT_CONNECTIONS = 64
 KEPT_SEC = 15.0  # idle connections are closed after this time, so the name is looked up again
 LOOKUPS = 64
@@ -191,10 +195,11 @@ class HttpOutbound:
             headers=[(key.encode(), value.encode()) for key, value in fields.items()],
             content=body,
         ) as response:
-            size = 0
-            async for chunk in response.aiter_stream():
-                if (size := size + len(chunk)) > BODY_BYTES:
-                    break
+            with suppress(httpcore2.NetworkError, httpcore2.ProtocolError):
+                chunks = 0
+                async for _ in response.aiter_stream():
+                    if (chunks := chunks + 1) > CHUNKS:
+                        break
             found = (value for key, value in response.headers if key.lower() == b"retry-after")
             after = next(found, None)
             return Answer(
@@ -213,6 +218,7 @@ class _Guarded(httpcore2.AsyncNetworkBackend):
         self._outbound = outbound
         self._tls = tls
         self._network = httpcore2.AnyIOBackend()
+        self._turn = asyncio.Semaphore(PIECES_AT_ONCE)
 
     async def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, *more: Any, **options: Any
@@ -220,7 +226,8 @@ class _Guarded(httpcore2.AsyncNetworkBackend):
         failure: Exception | None = None
         for address in await self._outbound.addresses(host, port, tls=self._tls):
             try:
-                return await self._network.connect_tcp(address, port, timeout, *more, **options)
+                stream = await self._network.connect_tcp(address, port, timeout, *more, **options)
+                return _Slow(stream, self._turn)
             except httpcore2.ConnectError as error:
                 failure = error
         assert failure is not None, "there was an address"
@@ -228,6 +235,43 @@ class _Guarded(httpcore2.AsyncNetworkBackend):
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+
+class _Slow(httpcore2.AsyncNetworkStream):
+    """A connection whose responses are read in small pieces, and only up to a limit.
+
+    A receiver may answer with thousands of tiny chunks or 1xx responses. The HTTP parser handles all that was
+    read in one go, so a large piece would stop the loop. `turn` is common to all connections.
+    """
+
+    def __init__(self, stream: httpcore2.AsyncNetworkStream, turn: asyncio.Semaphore) -> None:
+        self._stream = stream
+        self._turn = turn
+        self._left = ANSWER_BYTES
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self._left <= 0:
+            raise httpcore2.RemoteProtocolError(f"the answer is longer than {ANSWER_BYTES} bytes")
+        data = await self._stream.read(min(max_bytes, PIECE_BYTES), timeout)
+        self._left -= len(data)
+        async with self._turn:
+            await asyncio.sleep(0)
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._left = ANSWER_BYTES  # a new request
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.AsyncNetworkStream:
+        return _Slow(await self._stream.start_tls(ssl_context, server_hostname, timeout), self._turn)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
 
 
 class _Lookups:

@@ -21,7 +21,7 @@ from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
 from broker.http.v1.commands import CommandName, IdempotencyKey, KeyHeader, fingerprints, one_key
-from broker.http.v1.fanout import BODY_BYTES, Devices, count_refusals
+from broker.http.v1.fanout import BODY_BYTES, Devices, answers
 from broker.http.v1.views import STATUS, Status
 from broker.log import erasing
 from broker.seams import Sql
@@ -82,7 +82,7 @@ class HistoryRecord(msgspec.Struct, frozen=True, kw_only=True):
 @post(
     "/send",
     status_code=200,
-    opt=needs("devices:write", body_bytes=BODY_BYTES),
+    opt=needs("devices:write", body_bytes=BODY_BYTES, many="device_ident"),
     responses=documented(413, 415),
 )
 async def send_app_command(
@@ -102,14 +102,13 @@ async def send_app_command(
     )
     same = fingerprints(SEND, msgspec.structs.replace(data, device_ident=UNSET, idempotency_key=UNSET))
     found = await request.services.fanout.send(request.user, data.device_ident, order, same)
-    count_refusals(request.services, found)
-    return Json({ident: _sent(outcome) for ident, outcome in found.items()})
+    return Json(await answers(request.services, found, _sent))
 
 
 @post(
     "/history",
     status_code=200,
-    opt=needs("devices:read", body_bytes=BODY_BYTES),
+    opt=needs("devices:read", body_bytes=BODY_BYTES, many="device_idents"),
     responses=documented(413, 415),
 )
 async def app_command_history(

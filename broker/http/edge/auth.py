@@ -19,8 +19,10 @@ from broker.engine.keys import SCOPES
 from broker.engine.registry import OF_DEVICE
 from broker.http.edge.errors import body_fault
 from broker.http.edge.services import Services, served
+from broker.settings import Limits
 from devices.names import RESERVED, is_name
 
+PIECE_BYTES = 65_536
 FILTERS_BY_NAME = frozenset({"device", "type", "command"})
 OPERATOR = Caller(actor="operator:local", project=None, scopes=frozenset(SCOPES))
 
@@ -61,25 +63,55 @@ class Call(Request[Caller, Any, State]):
 
         Raises:
             HTTPException: 415, if the content type is not JSON.
-            Refusal: invalid_request, if the body is not valid; it names the field.
+            Refusal: invalid_request, if the body is not valid; it names the field. too_large.
         """
         if header(self, b"content-type").partition(b";")[0].strip().lower() != b"application/json":
             raise HTTPException(status_code=415)
         field = self.route_handler.parsed_data_field
         assert field is not None, "only asked for by a handler that has `data`"
+        body = await self.body()
         try:
-            return msgspec.json.decode(await self.body(), type=field.annotation)
+            check_size(body, self.services.limits, self.route_handler.opt.get("many", ""))
+            return msgspec.json.decode(body, type=field.annotation)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise body_fault(error) from error
 
 
-def needs(scope: str, *, device: bool = False, body_bytes: int = 0) -> dict[str, str | bool | int]:
+def needs(
+    scope: str, *, device: bool = False, body_bytes: int = 0, many: str = ""
+) -> dict[str, str | bool | int]:
     """The options of a route.
 
     `scope`: the scope that a key needs. `device`: a device's token is accepted too. `body_bytes`: the
-    largest body, if it is larger than the usual limit.
+    largest body, if it is larger than the usual limit. `many`: the field with many names that such a body is
+    for; the rest of the body has the usual limit.
     """
-    return {"scope": scope, "device": device, "body_bytes": body_bytes}
+    return {"scope": scope, "device": device, "body_bytes": body_bytes, "many": many}
+
+
+def check_size(body: bytes, limits: Limits, many: str) -> None:
+    """Judges what a body would cost before it is decoded.
+
+    Decoding takes time per value, not per byte: 4 MB of `[],` are a million lists, and stop the loop for
+    seconds. Commas and brackets are counted, because that is fast; in a text they count too.
+
+    Raises:
+        Refusal: too_large.
+        msgspec.DecodeError: it is not JSON.
+    """
+    values = 0
+    for start in range(0, len(body), PIECE_BYTES):
+        piece = body[start : start + PIECE_BYTES]
+        values += piece.count(b",") + piece.count(b"[") + piece.count(b"{")
+        if values > limits.body_values:
+            raise Refusal("too_large", f"the body holds more than {limits.body_values} values")
+    if many and len(body) > limits.body_bytes:
+        names = msgspec.json.decode(body, type=dict[str, msgspec.Raw]).get(many, msgspec.Raw())
+        rest = len(body) - len(bytes(names))
+        if rest > limits.body_bytes:
+            raise Refusal(
+                "too_large", f"the body beside {many}: {rest} bytes; at most {limits.body_bytes} are allowed"
+            )
 
 
 async def authorize(request: Request[Any, Any, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Annotated, TypeVar
 
 import msgspec
 from litestar import Response, Router, post
@@ -20,6 +22,9 @@ from broker.http.edge.errors import ErrorDetail, documented, error_body
 from broker.http.edge.services import Services
 from broker.http.v1.commands import CommandBody, KeyHeader, collapse_key, fingerprints, list_commands, one_key
 
+T = TypeVar("T")
+
+AT_ONCE = 500
 ROUTE = "POST /v1/commands"
 MOST_DEVICES = 10_000
 BODY_BYTES = 4_194_304  # enough for 10,000 names of 64 characters and the parameters
@@ -48,7 +53,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 @post(
     "/commands",
     status_code=200,
-    opt=needs("devices:write", body_bytes=BODY_BYTES),
+    opt=needs("devices:write", body_bytes=BODY_BYTES, many="devices"),
     responses=documented(413, 415),
     tags=["Commands"],
 )
@@ -73,14 +78,22 @@ async def send_commands(
     )
     same = fingerprints(ROUTE, msgspec.structs.replace(data, devices=UNSET, idempotency_key=UNSET))
     found = await services.fanout.send(request.user, data.devices, order, same)
-    count_refusals(services, found)
-    return Json({name: _sent(outcome) for name, outcome in found.items()})
+    return Json(await answers(services, found, _sent))
 
 
-def count_refusals(services: Services, found: Mapping[str, fanout.Outcome]) -> None:
-    for outcome in found.values():
-        if isinstance(outcome, Refusal):
-            services.metrics.refused(outcome.kind)
+async def answers(
+    services: Services, found: Mapping[str, fanout.Outcome], shown: Callable[[fanout.Outcome], T]
+) -> dict[str, T]:
+    """The answer for each device. Counts the refusals. Others get their turn in between: this may be long."""
+    refused = Counter(outcome.kind for outcome in found.values() if isinstance(outcome, Refusal))
+    for kind, count in refused.items():
+        services.metrics.refused(kind, count)
+    made: dict[str, T] = {}
+    for number, (name, outcome) in enumerate(found.items(), 1):
+        made[name] = shown(outcome)
+        if number % AT_ONCE == 0:
+            await asyncio.sleep(0)
+    return made
 
 
 def _sent(outcome: fanout.Outcome) -> Outcome:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import pytest
 
 from broker.settings import Limits
 from tests.integration.http.support import READ, Broker, error_of, register, running
 from tests.integration.http.test_commands import ids, send, state_is
+from tests.stretches import LONGEST_SEC, Stretches
 
 
 @pytest.fixture
@@ -287,3 +289,35 @@ async def test_a_repeated_request_supersedes_nothing(broker: Broker) -> None:
     wrong = {"type": "blink", "collapse_key": "a/b"}
     error = error_of(await client.post("/v1/devices/lamp-1/commands", json=wrong), 400, "invalid_request")
     assert error["details"]["field"] == "collapse_key"
+
+
+async def test_a_body_that_costs_much_is_refused_before_it_is_decoded(broker: Broker) -> None:
+    client = await broker.someone()
+    lists = b'{"devices": ["lamp-1"], "type": "blink", "params": [%s[]]}' % (b"[]," * 1_300_000)
+    names = b'{"devices": [%s""], "type": "blink"}' % (b'"",' * 1_300_000)
+    text = b'{"devices": ["lamp-1"], "type": "blink", "params": "%s"}' % (b"x" * 4_000_000)
+    app = b'{"device_ident": ["lamp-1"], "name": "blink", "data": "%s"}' % (b"x" * 4_000_000)
+    async with Stretches() as longest:
+        for path, body in (
+            ("/v1/commands", lists),
+            ("/v1/commands", names),
+            ("/v1/commands", text),
+            ("/v1/app/command/send", app),
+        ):
+            answer = await client.post(path, content=body, headers={"content-type": "application/json"})
+            error_of(answer, 413, "too_large")
+    assert longest.cpu_sec < LONGEST_SEC
+
+
+async def test_a_large_fan_out_holds_the_loop_up_for_no_more_than_a_moment(broker: Broker) -> None:
+    client = await broker.someone()
+    known = await lamps(client, 600)
+    devices = known + [f"{'unknown-' * 7}{n:08}" for n in range(9_400)]
+    body = {"devices": devices, "type": "blink", "params": "x" * 60_000, "idempotency_key": "k"}
+    content = msgspec.json.encode(body)
+    async with Stretches() as longest:
+        headers = {"content-type": "application/json"}
+        answer = await client.post("/v1/commands", content=content, headers=headers)
+        assert answer.status_code == 200
+    assert len(answer.json()) == 10_000
+    assert longest.cpu_sec < LONGEST_SEC

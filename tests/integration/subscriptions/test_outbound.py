@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from broker.subscriptions.outbound import HttpOutbound, Refused, is_public, target_of
 from tests.integration.subscriptions.receiver import Receiver, receiving
+from tests.stretches import LONGEST_SEC, Stretches
 
 HERE = "127.0.0.0/8"
 NAME = "hooks.example"
@@ -99,23 +100,38 @@ async def test_a_server_that_does_not_answer_times_out(receiver: Receiver) -> No
     assert (answer.status, answer.error) == (None, "no answer within 0.2 s")
 
 
-async def test_an_endless_answer_is_cut_off() -> None:
+HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "again", "status"),
+    [
+        (HEAD, b"1000\r\n" + b"x" * 4_096 + b"\r\n", 200),
+        (HEAD, b"1\r\nx\r\n" * 2_000, 200),
+        (b"", b"HTTP/1.1 100 \r\n\r\n" * 1_000, None),
+        (b"HTTP/1.1 200 OK\r\n", b"a:\r\n" * 4_000, None),
+    ],
+    ids=["large chunks", "tiny chunks", "1xx responses", "headers"],
+)
+async def test_an_endless_answer_is_cut_off_and_holds_the_loop_up_for_no_more_than_a_moment(
+    head: bytes, again: bytes, status: int | None
+) -> None:
     async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
-        try:
+        with suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(head)
             while True:
-                writer.write(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+                writer.write(again)
                 await writer.drain()
-        except ConnectionError:
-            writer.close()
+        writer.close()
 
     server = await asyncio.start_server(endless, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with server, outbound(HERE) as out:
-        answer = await out.post(f"http://127.0.0.1:{port}/", {}, b"", 20)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+    async with server, outbound(HERE) as out, Stretches() as longest:
+        answers = await asyncio.gather(*(out.post(url, {}, b"", 60) for _ in range(20)))
 
-    assert answer.status == 200
+    assert {answer.status for answer in answers} == {status}
+    assert longest.cpu_sec < LONGEST_SEC
 
 
 async def test_a_refused_connection_and_a_non_http_answer_are_errors_and_no_exceptions(

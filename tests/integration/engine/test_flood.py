@@ -1,0 +1,37 @@
+"""What one device may send, and what it costs everybody else."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from broker.seams import Message
+from tests.integration.core_support import running, until
+from tests.stretches import LONGEST_SEC, Stretches
+
+
+async def test_a_flood_with_qos_0_neither_delays_another_project_nor_holds_the_loop_up(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as bench:
+        intake = bench.core.intake
+        intake.embedded = False
+        dropped: list[str] = []
+        intake.on_unmatched = dropped.append
+        await bench.device()
+        command = await bench.order()
+        await until(lambda: bench.state(command.id) == "published")
+        async with Stretches() as longest:
+            for n in range(20_000):
+                intake.message(Message(topic=f"iotee/dev/loud-{n % 40}/ack", payload=b"{", qos=0))
+                if n == 19_000:
+                    text = b'{"id": "%s", "status": "executed"}' % command.id.encode()
+                    intake.message(Message(topic="iotee/dev/lamp-1/ack", payload=text))
+                if n % 500 == 0:
+                    await asyncio.sleep(0)
+            before = len(dropped)
+            await until(lambda: bench.state(command.id) == "executed")
+            assert len(dropped) - before < 500  # it did not wait behind the flood
+            await until(lambda: not len(intake._waiting))
+        assert dropped.count("overrun") > 15_000
+        assert longest.cpu_sec < LONGEST_SEC
