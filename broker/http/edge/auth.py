@@ -106,8 +106,8 @@ def check_size(body: bytes, limits: Limits, many: str) -> None:
         if values > limits.body_values:
             raise Refusal("too_large", f"the body holds more than {limits.body_values} values")
     if many and len(body) > limits.body_bytes:
-        names = msgspec.json.decode(body, type=dict[str, msgspec.Raw]).get(many, msgspec.Raw())
-        rest = len(body) - len(bytes(names))
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        rest = sum(len(bytes(value)) for name, value in fields.items() if name != many)
         if rest > limits.body_bytes:
             raise Refusal(
                 "too_large", f"the body beside {many}: {rest} bytes; at most {limits.body_bytes} are allowed"
