@@ -21,10 +21,10 @@ from broker.domain.events import Error, Evidence
 from broker.domain.fleet import DeviceState
 from broker.domain.lanes import Member, Presence, candidates
 from broker.domain.lifecycle import ANSWERS, CommandState, Request
+from broker.domain.waiting import Room, Waiting
 from broker.engine.commands import Commands
 from broker.engine.dispatch import Dispatch
 from broker.engine.registry import Registry
-from broker.engine.waiting import Waiting
 from broker.log import sqlite as log
 from broker.seams import Link, Message
 from devices.types import AnswerStatus
@@ -72,7 +72,10 @@ class Intake:
         self.on_unmatched: Callable[[str], None] = lambda _: None
         self.on_unfit: Callable[[str], None] = lambda _: None
         self._queue: deque[Message] = deque()
-        self._waiting = Waiting(commands.limits)
+        most = commands.limits
+        self._waiting: Waiting[Message] = Waiting(
+            Room(most.qos0_per_device, most.qos0_per_project, most.qos0_in_all, most.qos0_bytes)
+        )
         self._wake = asyncio.Event()
         self._backlog_until = 0
         self._sessions = 0  # MQTT sessions of our link so far
@@ -112,7 +115,8 @@ class Intake:
         place = parse_topic(self.commands.prefix, message.topic)
         name = "" if place is None else place[0]
         device = self.live.device(name)
-        return self._waiting.put("" if device is None else device.project, name, message)
+        project = "" if device is None else device.project
+        return self._waiting.put(project, name, message, len(message.payload))
 
     # Presence from the embedded server goes through the same queue, so that it stays in order with answers.
 

@@ -7,25 +7,35 @@ its own. What is beyond a bound is dropped, which QoS 0 allows.
 from __future__ import annotations
 
 from collections import deque
+from typing import Generic, NamedTuple, TypeVar
 
-from broker.seams import Message
-from broker.settings import Limits
+T = TypeVar("T")
 
 
-class _Project:
+class Room(NamedTuple):
+    """How many messages may wait: of a device, of a project, in all. `size`: bytes in all; of a project a
+    quarter."""
+
+    per_device: int
+    per_project: int
+    in_all: int
+    size: int
+
+
+class _Project(Generic[T]):
     def __init__(self) -> None:
-        self.devices: dict[str, deque[Message]] = {}
+        self.devices: dict[str, deque[tuple[T, int]]] = {}
         self.turns: deque[str] = deque()  # devices with messages; the first one is next
         self.count = 0
         self.size = 0
 
 
-class Waiting:
+class Waiting(Generic[T]):
     """Messages of one device keep their order."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._projects: dict[str, _Project] = {}
+    def __init__(self, most: Room) -> None:
+        self._most = most
+        self._projects: dict[str, _Project[T]] = {}
         self._turns: deque[str] = deque()
         self._size = 0
         self._count = 0
@@ -33,19 +43,19 @@ class Waiting:
     def __len__(self) -> int:
         return self._count
 
-    def put(self, project: str, device: str, message: Message) -> bool:
+    def put(self, project: str, device: str, message: T, size: int) -> bool:
         """Returns False if there is no room: the message is dropped."""
-        limits, size = self._limits, len(message.payload)
+        most = self._most
         room = self._projects.get(project)
         if room is not None:
             of_device = len(room.devices.get(device, ()))
             if (
-                of_device >= limits.qos0_per_device
-                or room.count >= limits.qos0_per_project
-                or room.size + size > limits.qos0_bytes // 4
+                of_device >= most.per_device
+                or room.count >= most.per_project
+                or room.size + size > most.size // 4
             ):
                 return False
-        if self._count >= limits.qos0_in_all or self._size + size > limits.qos0_bytes:
+        if self._count >= most.in_all or self._size + size > most.size:
             return False
         if room is None:
             room = self._projects[project] = _Project()
@@ -53,26 +63,25 @@ class Waiting:
         if device not in room.devices:
             room.devices[device] = deque()
             room.turns.append(device)
-        room.devices[device].append(message)
+        room.devices[device].append((message, size))
         room.count, room.size = room.count + 1, room.size + size
         self._count, self._size = self._count + 1, self._size + size
         return True
 
-    def take(self, most: int) -> list[Message]:
+    def take(self, most: int) -> list[T]:
         """Removes and returns up to `most` messages: one of each project in turn."""
         return [self._next() for _ in range(min(most, self._count))]
 
-    def _next(self) -> Message:
+    def _next(self) -> T:
         project = self._turns.popleft()
         room = self._projects[project]
         device = room.turns.popleft()
         queue = room.devices[device]
-        message = queue.popleft()
+        message, size = queue.popleft()
         if queue:
             room.turns.append(device)
         else:
             del room.devices[device]
-        size = len(message.payload)
         room.count, room.size = room.count - 1, room.size - size
         self._count, self._size = self._count - 1, self._size - size
         if room.count:
