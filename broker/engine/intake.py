@@ -21,9 +21,9 @@ from broker.domain.events import Error, Evidence
 from broker.domain.fleet import DeviceState
 from broker.domain.lanes import Member, Presence, candidates
 from broker.domain.lifecycle import ANSWERS, CommandState, Request
-from broker.domain.waiting import Room, Waiting
 from broker.engine.commands import Commands
 from broker.engine.dispatch import Dispatch
+from broker.engine.quotas import waiting_room
 from broker.engine.registry import Registry
 from broker.log import sqlite as log
 from broker.seams import Link, Message
@@ -43,8 +43,6 @@ logger = structlog.get_logger()
 BATCH = 100  # taken in at a stretch: more would hold the loop up
 QOS0_AT_ONCE = 32  # QoS 0 messages of an external MQTT server in one batch
 KEPT_BYTES = 1_024
-# QoS 0 messages have no receive window, so this many may wait. More are dropped, which QoS 0 allows.
-MOST_UNACKNOWLEDGEABLE = 10_000
 OWN = object()  # `Message.token` of presence messages that come from our own MQTT server
 # Reason code (MQTT 5) and reason string of the PUBACK for a message that could not be used.
 SAYS = {
@@ -72,10 +70,7 @@ class Intake:
         self.on_unmatched: Callable[[str], None] = lambda _: None
         self.on_unfit: Callable[[str], None] = lambda _: None
         self._queue: deque[Message] = deque()
-        most = commands.limits
-        self._waiting: Waiting[Message] = Waiting(
-            Room(most.qos0_per_device, most.qos0_per_project, most.qos0_in_all, most.qos0_bytes)
-        )
+        self._waiting = waiting_room(commands.limits)
         self._wake = asyncio.Event()
         self._backlog_until = 0
         self._sessions = 0  # MQTT sessions of our link so far
@@ -96,27 +91,18 @@ class Intake:
 
     def message(self, message: Message) -> None:
         arrived = msgspec.structs.replace(message, arrived_at=self.writer.now())
-        if message.qos:
+        # Our own server bounds the rate of each client, and there QoS 0 keeps its order with presence.
+        if not message.qos and not self.embedded:
+            name, _ = parse_topic(self.commands.prefix, message.topic) or ("", "")
+            device = self.live.device(name)
+            project = "" if device is None else device.project
+            room = self._waiting.put(project, name, arrived, len(message.payload))
+        elif room := bool(message.qos) or len(self._queue) < self.commands.limits.qos0_in_all:
             self._queue.append(arrived)
-        elif not (self._room_here(arrived) if self.embedded else self._room_waiting(arrived)):
+        if not room:
             self.on_unmatched("overrun")
             self.link.puback(message)
-            return
         self._wake.set()
-
-    def _room_here(self, message: Message) -> bool:
-        """Our own server bounds the rate of each client, and this keeps the order with presence."""
-        if len(self._queue) >= MOST_UNACKNOWLEDGEABLE:
-            return False
-        self._queue.append(message)
-        return True
-
-    def _room_waiting(self, message: Message) -> bool:
-        place = parse_topic(self.commands.prefix, message.topic)
-        name = "" if place is None else place[0]
-        device = self.live.device(name)
-        project = "" if device is None else device.project
-        return self._waiting.put(project, name, message, len(message.payload))
 
     # Presence from the embedded server goes through the same queue, so that it stays in order with answers.
 

@@ -10,9 +10,16 @@ from collections.abc import Mapping, Sequence
 from broker.domain.errors import Refusal
 from broker.domain.fleet import DeviceState
 from broker.domain.lanes import Lane, Member
+from broker.domain.waiting import Room, Waiting
+from broker.seams import Message
 from broker.settings import Limits, ProjectLimits, limits_of
 
 MINUTE_MS = 60_000
+
+
+def waiting_room(most: Limits) -> Waiting[Message]:
+    """Where messages with QoS 0 wait that come through an external MQTT server."""
+    return Waiting(Room(most.qos0_per_device, most.qos0_per_project, most.qos0_in_all, most.qos0_bytes))
 
 
 class Quotas:
