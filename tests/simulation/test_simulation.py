@@ -57,7 +57,7 @@ def test_a_planted_bug_is_found(bug: Bug) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_an_hour_without_the_mqtt_server_loses_no_command(seed: int) -> None:
     """Commands in every state wait. The server keeps the answers from before its restart, so none of them is
-    late. A device that answered while the server was away may come back after the drain; its answer is late."""
+    late. A device that answered while the server was away may come back after the drain, and is late."""
     gone_at = ""
 
     async def main(loop: SimLoop) -> World:
