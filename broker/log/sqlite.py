@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from broker.domain.events import NAMES, SCHEMA, Recorded, decode, encode
-from broker.log import chain
+from broker.log import chain, shape
 from broker.log.chain import Row
 from broker.log.erasing import Excused, bound
 from broker.seams import Sql, UnknownFormat
@@ -70,7 +70,11 @@ class Head(NamedTuple):
 
 
 def create(sql: Sql, log_id: str, cursor_key: str) -> None:
-    """Creates the missing tables. An existing log keeps its id and its cursor key."""
+    """Creates the missing tables. An existing log keeps its id and its cursor key.
+
+    Raises:
+        UnknownFormat: the file has rows, views or triggers that no release writes.
+    """
     for statement in TABLES.split(";"):
         if statement.strip():
             sql.execute(statement)
@@ -78,6 +82,8 @@ def create(sql: Sql, log_id: str, cursor_key: str) -> None:
         "INSERT OR IGNORE INTO meta VALUES ('log_id', ?), ('cursor_key', ?), ('format', ?)",
         (log_id, cursor_key, str(FORMAT)),
     )
+    if (fault := shape.fault(sql, TABLES)) is not None:
+        raise UnknownFormat(f"this is not a log that Ordain wrote: {fault}")
 
 
 def check_format(sql: Sql, shown: object) -> None:
@@ -164,7 +170,8 @@ def all_rows(sql: Sql, after: int = 0, page: int = 5_000) -> Iterator[Row]:
 def stream(sql: Sql, name: str, until: int = LAST) -> list[Row]:
     """The rows of one stream up to a position, ascending by version."""
     found = sql.execute(
-        f"SELECT {COLUMNS} FROM events WHERE stream = ? AND position <= ? ORDER BY version", (name, until)
+        f"SELECT {COLUMNS} FROM events WHERE stream = ? AND position BETWEEN 1 AND ? ORDER BY version",
+        (name, until),
     )
     return [Row(*row) for row in found.fetchall()]
 
@@ -176,13 +183,13 @@ def device_stream(sql: Sql, name: str, until: int) -> list[Row]:
     hundred thousand of those.
     """
     found = sql.execute(
-        f"SELECT {COLUMNS} FROM events INDEXED BY events_devices WHERE stream = ? AND position <= ? "
-        "AND type IN ('registered', 'changed', 'token_rotated', 'deleted')",
+        f"SELECT {COLUMNS} FROM events INDEXED BY events_devices WHERE stream = ? "
+        "AND position BETWEEN 1 AND ? AND type IN ('registered', 'changed', 'token_rotated', 'deleted')",
         (name, until),
     ).fetchall()
     found += sql.execute(
-        f"SELECT {COLUMNS} FROM events INDEXED BY events_stream WHERE stream = ? AND position <= ? "
-        "AND type IN ('online', 'offline') ORDER BY version DESC LIMIT 1",
+        f"SELECT {COLUMNS} FROM events INDEXED BY events_stream WHERE stream = ? "
+        "AND position BETWEEN 1 AND ? AND type IN ('online', 'offline') ORDER BY version DESC LIMIT 1",
         (name, until),
     ).fetchall()
     return sorted(Row(*row) for row in found)
@@ -234,11 +241,17 @@ class Walk:
         self.fault: str | None = None
         self.later = 0  # see `Verified`
         self._recorded_at = 0
+        self._begun = False
         self._stream = ""  # streams up to this name have all their versions
 
     def step(self, sql: Sql, page: int) -> bool:
         """Checks the next `page` rows; after the last row, the next `page` streams. False at the end or at a
-        fault."""
+        fault. The first step checks the form of the file."""
+        if not self._begun:
+            self._begun = True
+            self.fault = shape.fault(sql, TABLES) or shape.integrity(sql)
+            if self.fault is not None:
+                return False
         excused: Excused | None = None
         batch = rows(sql, self.rows, page)
         for row in batch:
@@ -269,7 +282,7 @@ class Walk:
 
 
 def verify(sql: Sql, progress: Callable[[int], None] = lambda _: None) -> Verified:
-    """Checks the whole chain: positions, digests, hashes, versions, times, erasures.
+    """Checks the form of the file and the whole chain: positions, digests, hashes, versions, times, erasures.
 
     A copy that `ordain replay` made also holds the later erasures that excuse its rows without data.
     `progress` is called every 8,192 rows with the number of good rows.

@@ -125,7 +125,7 @@ async def test_a_changed_checkpoint_is_refused(bench: Bench, tmp_path: Path) -> 
         bench.core.grants.mint(state, bench.writer.now()),
         other,
     ):
-        with pytest.raises(Refused, match="no checkpoint"):
+        with pytest.raises(Refused, match="not a checkpoint"):
             checkpoint.read(wrong.encode())
 
 
