@@ -29,9 +29,10 @@ from tests.simulation.network import Connection, Inbox, ServerKind, SimMqttServe
 
 LISTENER = ServerKind(name="listener", mqtt5=True, retains=False, keeps_sessions=False)
 BOUNDS = MqttLimits(tick_sec=1.0, packets_per_sec=10_000)
-KEEPALIVE_SEC = 20
-# How late the end of a dead connection may be noticed: 1.5 keepalives, two ticks, and what was on its way.
-NOTICED_SEC = 1.5 * KEEPALIVE_SEC + 5.0
+# With the shorter one the listener is the first to notice a dead connection, with the longer one the device.
+KEEPALIVES_SEC = (20, 120)
+# How late after 1.5 keepalives that may be: two ticks, and what was on its way.
+LATE_SEC = 5.0
 WINDOWS = (1, 2, 20)
 LONGEST = 1 << 20
 
@@ -247,6 +248,7 @@ class PipePort(SimDevicePort):
         super().__init__(server, hardware_id, subscriptions)
         self.version = server.random.choice((4, 5))
         self.window = server.random.choice(WINDOWS)
+        self.keepalive = server.random.choice(KEEPALIVES_SEC)
         self.pending: dict[int, tuple[Outgoing, bool, Done]] = {}
         self._observed = Observed(lambda: self.version)
         self._late: list[tuple[Outgoing, bool, Done]] = []
@@ -267,7 +269,7 @@ class PipePort(SimDevicePort):
                 password=self.password().encode(),
                 version=self.version,
                 clean=self.clean or self.version == 5,
-                keepalive=KEEPALIVE_SEC,
+                keepalive=self.keepalive,
                 will=will,
                 properties=properties,
             )
@@ -293,7 +295,7 @@ class PipePort(SimDevicePort):
                 self._say(p.Subscribe(1, [p.Filter(each, 1) for each in self.subscriptions]))
         elif isinstance(packet, p.Granted):
             self._up = True
-            self.inbox.later(KEEPALIVE_SEC / 2, self._ping, self._connection)
+            self.inbox.later(self.keepalive / 2, self._ping, self._connection)
             self.came_up()
         elif isinstance(packet, Publish):
             token = (self._connection, packet.packet_id)
@@ -310,7 +312,7 @@ class PipePort(SimDevicePort):
     def _ping(self, connection: Connection | None) -> None:
         if connection is not None and connection is self._connection:
             self._say(p.Ping())
-            self.inbox.later(KEEPALIVE_SEC / 2, self._ping, connection)
+            self.inbox.later(self.keepalive / 2, self._ping, connection)
 
     def lost(self, connection: Connection, why: str) -> None:
         if connection is self._connection:
@@ -432,7 +434,7 @@ class PipeNet(SimMqttServer):
 
     def _judge(self, wire: Wire) -> None:
         since = wire.deaf_since or 0.0
-        if self.loop.time() > since + NOTICED_SEC:
+        if self.loop.time() > since + 1.5 * wire.client.keepalive + LATE_SEC:
             late = self.loop.time() - since
             self.found.append(f"M4: {wire.client.client_id} was gone for {late:.0f} s before it was noticed")
 
