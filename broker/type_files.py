@@ -5,7 +5,9 @@ Files are read once, at start. A file must not change a shipped type, because de
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from broker.settings import BadSetting
 from devices.types import BadType, DeviceType, load_type, shipped_types
@@ -27,16 +29,29 @@ def load_types(directory: str) -> dict[str, DeviceType]:
         raise BadSetting(f"types = {directory!r}: must be a directory to read: {error.strerror}") from error
     came_from = dict.fromkeys(types, "Ordain itself")
     for path in files:
-        kind = load_type(path)
-        if kind.name in types:
-            right = f"another name: a type of this name comes from {came_from[kind.name]}"
-            raise BadType(str(path), "name", kind.name, right)
-        _check_suffixes(str(path), kind, types)
+        kind = load_beside(path, types, came_from)
         types[kind.name], came_from[kind.name] = kind, path.name
     return types
 
 
-def _check_suffixes(file: str, kind: DeviceType, others: dict[str, DeviceType]) -> None:
+def load_beside(
+    path: Path, types: Mapping[str, DeviceType], came_from: Mapping[str, str] = MappingProxyType({})
+) -> DeviceType:
+    """The type of one file, if it can be used together with these other types. `came_from`: their files.
+
+    Raises:
+        BadType: the file is wrong, or does not fit to the others.
+    """
+    kind = load_type(path)
+    if kind.name in types:
+        source = came_from.get(kind.name, "Ordain itself")
+        right = f"another name: a type of this name comes from {source}"
+        raise BadType(str(path), "name", kind.name, right)
+    _check_suffixes(str(path), kind, types)
+    return kind
+
+
+def _check_suffixes(file: str, kind: DeviceType, others: Mapping[str, DeviceType]) -> None:
     """Checks that no topic suffix is used for commands and answers at once: the broker would receive its own
     commands as answers.
 

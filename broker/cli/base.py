@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from cyclopts import Parameter
 
-from broker.operations.asking import Client
+from broker.operations.asking import REFUSED, Client, Failed
 from broker.private_socket import SocketClient, answers
 from broker.settings import Settings, load
 
@@ -22,7 +22,13 @@ Config = Annotated[
     str | None, Parameter(name="--config", help="TOML file with the broker's settings; else ORDAIN_CONFIG.")
 ]
 Data = Annotated[str | None, Parameter(name="--data", help="Data directory; else ORDAIN_DATA, else ./data.")]
-Json = Annotated[bool, Parameter(name="--json", negative="", help="JSON on standard output.")]
+Json = Annotated[
+    bool,
+    Parameter(
+        name="--json", negative="", help="JSON on standard output; an error is JSON on standard error."
+    ),
+]
+Yes = Annotated[bool, Parameter(name="--yes", negative="", help="Do not ask before it is done.")]
 Text = Annotated[str | None, Parameter(negative="")]
 
 
@@ -71,6 +77,32 @@ def finished(work: Coroutine[Any, Any, T]) -> T:
 async def pause(seconds: float) -> None:
     """Sleeps. It may block, because a command is alone in its process."""
     time.sleep(seconds)  # noqa: ASYNC251
+
+
+def confirm(question: str, *, yes: bool, anyone: bool = True) -> None:
+    """Asks on standard error before something is erased, unless `yes` was given.
+
+    `anyone` False: where standard input is not a terminal it does not ask, because the command named exactly
+    what to erase.
+
+    Raises:
+        Failed: the answer is not yes.
+    """
+    if yes or not (anyone or sys.stdin.isatty()):
+        return
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if (answer := sys.stdin.readline()).strip().lower() not in ("y", "yes"):
+        if not answer.endswith("\n"):
+            print(file=sys.stderr)
+        raise Failed(REFUSED, "nothing was done; answer y, or give --yes")
+
+
+def print_fields(values: Mapping[str, object]) -> None:
+    """Prints one thing, a line for each field. What is not a text is shown as JSON."""
+    width = max(map(len, values))
+    for name, value in values.items():
+        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        print(f"{name:{width}}  {text}")
 
 
 def print_json(value: object) -> None:

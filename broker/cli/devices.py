@@ -1,13 +1,27 @@
-"""`ordain devices`: devices are registered and listed."""
+"""`ordain devices`: registers, lists, shows and deletes devices, and gives them new tokens."""
 
 from __future__ import annotations
 
-from cyclopts import App
+from typing import Annotated, Any
+from urllib.parse import quote
 
-from broker.cli.base import Config, Data, Json, Text, ask, print_json, print_table
-from broker.operations.asking import call, pages
+from cyclopts import App, Parameter
 
-devices = App(name="devices", help="Devices: add, list.")
+from broker.cli.base import (
+    Config,
+    Data,
+    Json,
+    Text,
+    Yes,
+    ask,
+    confirm,
+    print_fields,
+    print_json,
+    print_table,
+)
+from broker.operations.asking import Client, call, pages
+
+devices = App(name="devices", help="Devices: add, list, show, delete, give a new token.")
 
 
 @devices.command(name="add")
@@ -45,10 +59,84 @@ def add_device(
 
 @devices.command(name="list")
 def list_devices(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """List all devices, newest first."""
+    """List all devices, newest first, with their presence."""
     found = ask(data, config, lambda client, _: pages(client, "/v1/devices"))
     if as_json:
         print_json(found)
         return
-    rows = [(d["id"], d["hardware_id"], d["type"], d["project"], d["created_at"]) for d in found]
-    print_table(("id", "hardware id", "type", "project", "created"), rows)
+    names = ("id", "hardware_id", "type", "project", "presence", "last_seen_at", "created_at")
+    rows = [tuple(each[name] or "" for name in names) for each in found]
+    print_table(("id", "hardware id", "type", "project", "presence", "last seen", "created"), rows)
+
+
+@devices.command(name="show")
+def show_device(device: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
+    """Show one device, and its open commands.
+
+    Parameters
+    ----------
+    device
+        The device's id or hardware id.
+    """
+
+    async def asking(client: Client, serving: bool) -> dict[str, Any]:
+        found: dict[str, Any] = await call(client, "GET", _path(device))
+        lane = await call(client, "GET", f"{_path(device)}/lane")
+        return found | {"open_commands": [each["id"] for each in lane["open"]]}
+
+    found = ask(data, config, asking)
+    (print_json if as_json else print_fields)(found)
+
+
+@devices.command(name="token")
+def give_token(device: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
+    """Give a device a new token. Prints only the token, and only this once. The old one stops working.
+
+    Parameters
+    ----------
+    device
+        The device's id or hardware id.
+    """
+    made = ask(data, config, lambda client, _: call(client, "POST", f"{_path(device)}/token"))
+    if as_json:
+        print_json(made)
+    else:
+        print(made["device_token"])
+
+
+@devices.command(name="delete")
+def delete_device(
+    device: str,
+    /,
+    *,
+    force: Annotated[bool, Parameter(negative="")] = False,
+    yes: Yes = False,
+    data: Data = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Delete a device permanently. Its names cannot be used again. On a terminal it asks first.
+
+    Parameters
+    ----------
+    device
+        The device's id or hardware id.
+    force
+        Also if it has open commands: they are cancelled, or timed out if they were handed over.
+    """
+
+    async def deleting(client: Client, serving: bool) -> dict[str, Any]:
+        found = await call(client, "GET", _path(device))
+        confirm(f"Delete {found['hardware_id']} ({found['id']}) permanently?", yes=yes, anyone=False)
+        gone: dict[str, Any] = await call(client, "DELETE", _path(device) + ("?force=true" if force else ""))
+        return gone
+
+    gone = ask(data, config, deleting)
+    if as_json:
+        print_json(gone)
+    else:
+        print(f"{gone['id']} deleted")
+
+
+def _path(device: str) -> str:
+    return f"/v1/devices/{quote(device, safe='')}"

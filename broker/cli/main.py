@@ -4,7 +4,8 @@ A command is one line in COMMANDS. Its module is imported only when the command 
 be quick: this module and `broker.cli.base` import nothing that most commands do not need.
 
 Exit codes: 0 done; 1 refused, not executed, or a fault found; 2 the command line or a setting is wrong;
-3 the broker or its log cannot be reached. Errors are one sentence on standard error.
+3 the broker or its log cannot be reached. Errors are one sentence on standard error; with
+--json they are JSON there, `{"error": {"code", "message"}}`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+import msgspec
 from cyclopts import App, CycloptsError
 
 from broker import __version__
 from broker.domain.errors import Unavailable
-from broker.operations.asking import DONE, UNREACHABLE, USAGE, Failed
+from broker.operations.asking import DONE, REFUSED, UNREACHABLE, USAGE, Failed
 from broker.seams import Broken, Full
 from broker.settings import BadSetting
 
@@ -26,7 +28,8 @@ from broker.settings import BadSetting
 COMMANDS = {
     "serve": ("broker.cli.serve:serve", "Run the broker until SIGTERM or Ctrl-C."),
     "keys": ("broker.cli.keys:keys", "API keys: make, list, revoke."),
-    "devices": ("broker.cli.devices:devices", "Devices: add, list."),
+    "devices": ("broker.cli.devices:devices", "Devices: add, list, show, delete, give a new token."),
+    "commands": ("broker.cli.commands:commands", "Commands: list, show, cancel, retry."),
     "send": (
         "broker.cli.commands:send",
         "Send one command. Without --wait, prints its id as soon as it is durable.",
@@ -67,6 +70,12 @@ COMMANDS = {
         "broker.cli.doctor:doctor",
         "Check everything a broker depends on, and say how to correct problems. A broker may run or not.",
     ),
+    "types": ("broker.cli.set_up:types", "Device types: check a file."),
+    "mqtt": ("broker.cli.set_up:mqtt", "An MQTT server of your own: its password file."),
+    "completion": (
+        "broker.cli.set_up:completion",
+        "Print a script that lets a shell complete commands and options.",
+    ),
     "simulate": (
         "broker.cli.simulate:simulate",
         "Run simulated devices against a running broker, and report what happened to each command.",
@@ -82,6 +91,10 @@ EXPECTED_IF_LOADED = (
     ("broker.world", "InUse"),
     ("devices.types", "BadType"),
 )
+
+
+# The `code` of an error in JSON that is not the broker's own answer.
+NAMED = {REFUSED: "refused", USAGE: "usage", UNREACHABLE: "unavailable"}
 
 
 def main() -> None:
@@ -130,7 +143,7 @@ def run(arguments: list[str]) -> int:
             raise
         if not isinstance(one, expected):
             raise
-        return _error(one)
+        return _error(one, as_json="--json" in arguments)
     return DONE
 
 
@@ -143,12 +156,21 @@ def _first(group: BaseException) -> BaseException:
     return _first(group.exceptions[0]) if isinstance(group, BaseExceptionGroup) else group
 
 
-def _error(error: BaseException) -> int:
-    """Prints the error in one line and returns the exit code."""
+def _error(error: BaseException, *, as_json: bool) -> int:
+    """Prints the error in one line, as a sentence or as JSON, and returns the exit code."""
     message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         message = ": ".join([*([str(error.filename)] if error.filename else []), error.strerror])
-    print("ordain:", " ".join(message.split()), file=sys.stderr)
+    message, code = " ".join(message.split()), _exit_code(error)
+    if as_json:
+        answer = error.error if isinstance(error, Failed) else None
+        shown = {"error": answer or {"code": NAMED[code], "message": message}}
+        message = msgspec.json.encode(shown).decode()
+    print(message if as_json else f"ordain: {message}", file=sys.stderr)
+    return code
+
+
+def _exit_code(error: BaseException) -> int:
     if isinstance(error, Failed):
         return error.code
     types = sys.modules.get("devices.types")

@@ -8,23 +8,43 @@ from urllib.parse import quote
 from cyclopts import App, Parameter
 
 from broker.cli.base import Config, Data, Json, ask, print_json, print_table
-from broker.operations.asking import call, pages
+from broker.operations.asking import Client, call, pages
 
 webhooks = App(name="webhooks", help="Webhooks: list, pause, resume, redrive.")
 
 
 @webhooks.command(name="list")
 def list_webhooks(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
-    """List all webhooks, newest first, with their lag and the reason if they are stopped."""
-    found = ask(data, config, lambda client, _: pages(client, "/v1/webhooks"))
+    """List all webhooks, newest first, with their lag, and why they are stopped or deliveries fail."""
+
+    async def asking(client: Client, serving: bool) -> list[dict[str, Any]]:
+        hooks = await pages(client, "/v1/webhooks")
+        for each in hooks:
+            path = f"/v1/webhooks/{each['id']}/deliveries"
+            failed = await pages(client, path, {"outcome": "failed"}, 1) if each["failing"] else []
+            each["last_failure"] = failed[0] if failed else None
+        return hooks
+
+    found = ask(data, config, asking)
     if as_json:
         print_json(found)
         return
     rows = [
-        (each["id"], each["project"], each["state"], str(each["lag"]), each["url"], each["reason"] or "")
+        (each["id"], each["project"], each["state"], str(each["lag"]), each["url"], _why(each))
         for each in found
     ]
     print_table(("id", "project", "state", "lag", "url", "reason"), rows)
+
+
+def _why(webhook: dict[str, Any]) -> str:
+    reasons = [webhook["reason"]] if webhook["reason"] else []
+    if failing := webhook["failing"]:
+        reasons.append(
+            f"position {failing['position']} failed {failing['attempts']} times since {failing['since']}"
+        )
+    if last := webhook["last_failure"]:
+        reasons.append(last["error"] or f"it answered {last['status']}")
+    return ": ".join(reasons)
 
 
 @webhooks.command(name="pause")

@@ -102,16 +102,21 @@ class Erasures:
             Unavailable: the log could not be written.
         """
         writer = self._writer
-        await self._commands.ready()
-        now = writer.now()
-        cutoff = now - now % DAY_MS - older_than_days * DAY_MS
-        count = await writer.storage.read(lambda sql: commands_view.closed_before(sql, cutoff))
+        cutoff, count = await self.purgeable(older_than_days)
         writer.tick()  # so that every command closed before this event has an earlier `closed_at`
         position, at = self._record(Erased(cutoff=cutoff, count=count), "", caller.actor)
         self._live.forget_purged(cutoff, at)
         writer.also(lambda sql: _begin(sql, position, cutoff, at))
         writer.then(self._carry_out, lambda: self._live.remember_purged(cutoff, at))
         await writer.barrier()
+        return Purged(cutoff, count)
+
+    async def purgeable(self, older_than_days: int) -> Purged:
+        """What such a purge would erase now. Nothing changes."""
+        await self._commands.ready()
+        now = self._writer.now()
+        cutoff = now - now % DAY_MS - older_than_days * DAY_MS
+        count = await self._writer.storage.read(lambda sql: commands_view.closed_before(sql, cutoff))
         return Purged(cutoff, count)
 
     def _record(self, event: Erased, project: str, actor: str) -> tuple[int, int]:

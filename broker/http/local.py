@@ -1,4 +1,5 @@
-"""Routes for the operator of this machine: API keys, grant signing keys, and publishing an event again.
+"""Routes for the operator of this machine: API keys, grant signing keys, publishing an event again, and
+what a purge would erase.
 
 Only the app on the private socket has these routes.
 """
@@ -10,6 +11,7 @@ from litestar import Router, get, post
 from litestar.params import FromPath, JSONBody
 
 from broker.engine.grants import GrantKey
+from broker.http.compat.iotee import PurgeBody
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.v1 import keys
 from broker.http.v1.views import Time
@@ -59,6 +61,19 @@ async def publish_event(request: Call, data: JSONBody[EventBody]) -> EventView:
     return EventView(topic=await request.services.mqtt_events.again(data.position))
 
 
+class PreviewView(msgspec.Struct, frozen=True, kw_only=True):
+    """What a purge would erase: `commands` closed commands, all created before `cutoff_date`."""
+
+    cutoff_date: Time
+    commands: int
+
+
+@post("/purge/preview", status_code=200)
+async def preview_purge(request: Call, data: JSONBody[PurgeBody]) -> PreviewView:
+    found = await request.services.erasures.purgeable(data.older_than_days)
+    return PreviewView(cutoff_date=rfc3339(found.cutoff), commands=found.commands)
+
+
 def _grant_key(request: Call, key: GrantKey) -> GrantKeyView:
     return GrantKeyView(
         kid=key.kid,
@@ -76,6 +91,7 @@ routes = Router(
         rotate_grant_key,
         retire_grant_key,
         publish_event,
+        preview_purge,
     ],
     before_request=authorize,
     opt=needs("admin"),

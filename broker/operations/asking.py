@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
+from urllib.parse import urlencode
 
 DONE, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
 POLL_SEC = 0.1
 
 
 class Failed(Exception):
-    """The command line could not do what was asked. `code` is the exit code."""
+    """The command line could not do what was asked. `code` is the exit code. `error`: what the broker
+    answered, with its `code` and `message`; None if it was not asked."""
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str, error: dict[str, Any] | None = None) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.error = code, error
 
 
 class Answer(Protocol):
@@ -42,16 +46,20 @@ async def call(client: Client, method: str, path: str, body: object = None) -> A
     answer = response.json()
     if response.is_error:
         code = UNREACHABLE if response.status_code >= 500 else REFUSED
-        raise Failed(code, answer["error"]["message"])
+        raise Failed(code, answer["error"]["message"], answer["error"])
     return answer
 
 
-async def pages(client: Client, path: str) -> list[dict[str, Any]]:
-    """All items of a paged list of `/v1`."""
+async def pages(
+    client: Client, path: str, filters: Mapping[str, str | None] = MappingProxyType({}), most: int = 0
+) -> list[dict[str, Any]]:
+    """The first `most` items of a paged list of `/v1`; 0: all. A filter of None is left out."""
     found: list[dict[str, Any]] = []
+    query: dict[str, str | int] = {key: value for key, value in filters.items() if value is not None}
     cursor: str | None = ""
-    while cursor is not None:
-        page = await call(client, "GET", f"{path}?limit=100" + (f"&cursor={cursor}" if cursor else ""))
+    while cursor is not None and (not most or len(found) < most):
+        query["limit"] = min(100, most - len(found)) if most else 100
+        page = await call(client, "GET", f"{path}?{urlencode(query)}")
         found += page["data"]
-        cursor = page["next_cursor"]
+        cursor = query["cursor"] = page["next_cursor"]
     return found

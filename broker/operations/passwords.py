@@ -58,9 +58,9 @@ def _keep(path: Path, tokens: dict[str, str]) -> None:
         file.write(msgspec.json.encode(tokens))
 
 
-def password_file(directory: Path, mqtt_url: str) -> str:
-    """All devices as lines `user:digest`, and the user of `mqtt_url` if it has a password. See
-    mosquitto_passwd(1).
+def passwords(directory: Path, mqtt_url: str) -> dict[str, str]:
+    """The digests of all devices' tokens by user name, and of the user of `mqtt_url` if that has a password.
+    In the form of mosquitto_passwd(1).
 
     Raises:
         Broken: there is no log, or it cannot be read.
@@ -69,7 +69,7 @@ def password_file(directory: Path, mqtt_url: str) -> str:
     broker = parse_url(mqtt_url) if mqtt_url else None
     if broker is not None and broker.username and broker.password:
         users[broker.username] = token_digest(broker.password, SystemEntropy(), ROUNDS)
-    return "".join(f"{name}:{digest}\n" for name, digest in users.items())
+    return users
 
 
 def _digests(directory: Path) -> dict[str, str]:

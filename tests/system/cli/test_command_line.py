@@ -148,7 +148,7 @@ def test_devices_are_added_and_listed(broker: Broker) -> None:
 
 
 def test_a_command_is_sent_with_its_parameters_and_waited_for(broker: Broker) -> None:
-    pairs = ("for_sec=5", "name=Front door", 'users=["a", "b"]', "note=", "version=1.2.3")
+    pairs = ("for_sec:=5", "name=Front door", 'users:=["a", "b"]', "note=", "version=1.10", "pin=0042")
     with running(door(broker)):
         done = broker.ordain("send", "door-7", "lock", *pairs, "--wait", "--json")
         short = broker.ordain("send", "door-7", "lock", "--wait")
@@ -156,7 +156,8 @@ def test_a_command_is_sent_with_its_parameters_and_waited_for(broker: Broker) ->
 
     assert done.returncode == 0, done.stderr
     command = json.loads(done.stdout)
-    params = {"for_sec": 5, "name": "Front door", "users": ["a", "b"], "note": "", "version": "1.2.3"}
+    params = {"for_sec": 5, "name": "Front door", "users": ["a", "b"], "note": "", "version": "1.10"}
+    params["pin"] = "0042"
     assert (command["state"], command["params"], command["result"]) == ("executed", params, {"got": params})
     assert (short.returncode, short.stdout.split(maxsplit=1)[1]) == (0, 'executed {"got":{}}\n')
     refused(failed, 1, "failed")
@@ -170,6 +171,13 @@ def test_send_errors_name_the_fault(broker: Broker) -> None:
     refused(broker.ordain("send", "door-8", "lock"), 1, "door-8")
     refused(broker.ordain("send", "door-7", "fly"), 1, "fly")
     refused(broker.ordain("send", "door-7"), 2, "COMMAND")
+    typed = broker.ordain(
+        "send", "door-7", "start_recording", "max_duration_sec=60", "upload_immediately=false", "--json"
+    )
+    params = {"max_duration_sec": 60, "upload_immediately": False}
+    assert json.loads(typed.stdout)["params"] == params, typed.stderr
+    refused(broker.ordain("send", "door-7", "start_recording", "max_duration_sec=x"), 1, "max_duration_sec")
+    refused(broker.ordain("send", "door-7", "start_recording", "metadata:={"), 2, "not JSON")
     waited = broker.ordain("send", "door-7", "stop_recording", "--wait", "--timeout", "0.2")
     refused(waited, 1, "pending", "0.2 s")
 

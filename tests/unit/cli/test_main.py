@@ -20,7 +20,9 @@ import pytest
 from cyclopts import App
 from docstring_parser import parse
 
+from broker.cli.commands import parameters, typed
 from broker.cli.main import COMMANDS
+from broker.operations.asking import Failed
 from broker.private_socket import SOCKET
 
 # Neither the help nor a command that asks a running broker may import these: they are what made a start slow.
@@ -42,6 +44,13 @@ ASKING = (
     ["grants", "retire", "k1"],
     ["devices", "add", "door-7", "--type", "generic"],
     ["devices", "list"],
+    ["devices", "show", "door-7"],
+    ["devices", "token", "door-7"],
+    ["devices", "delete", "door-7"],
+    ["commands", "list", "--state", "failed"],
+    ["commands", "show", "cmd_1"],
+    ["commands", "cancel", "cmd_1"],
+    ["commands", "retry", "cmd_1"],
     ["send", "door-7", "lock", "for_sec=5", "--wait"],
     ["explain", "cmd_1"],
     ["diff", "1", "2"],
@@ -53,7 +62,10 @@ ASKING = (
     ["webhooks", "redrive", "hook_1", "--from", "1"],
 )
 # These look at files, run for long, or are the broker: they may load what they need.
-OWN_WORK = {"backup", "doctor", "log", "projections", "replay", "restore", "serve", "simulate"}
+OWN_WORK = {
+    "backup", "completion", "doctor", "log", "mqtt", "projections", "replay", "restore", "serve", "simulate",
+    "types",
+}  # fmt: skip
 LOOK = "import json, sys; from broker.cli.main import run; c = run(sys.argv[1:]); sys.stdout.flush(); "
 LOOK += "print(json.dumps([c, sorted(sys.modules)]), file=sys.stderr)"
 
@@ -142,6 +154,59 @@ def test_the_line_of_a_command_in_the_help_is_the_first_of_its_own_help(name: st
     text = found.help if isinstance(found, App) else found.__doc__
 
     assert parse(text or "").short_description == COMMANDS[name][1]
+
+
+SCHEMA = {
+    "properties": {
+        "count": {"type": "integer"},
+        "share": {"type": ["number", "null"]},
+        "open": {"type": "boolean"},
+        "level": {"enum": [1, 2, 3]},
+        "pin": {"type": "string"},
+        "either": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+        "users": {"type": "array"},
+        "free": {},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("count", "5", 5),
+        ("count", "0042", "0042"),
+        ("count", "five", "five"),
+        ("share", "1.10", 1.1),
+        ("share", "null", None),
+        ("open", "true", True),
+        ("open", "yes", "yes"),
+        ("level", "2", 2),
+        ("pin", "0042", "0042"),
+        ("pin", "42", "42"),
+        ("pin", "true", "true"),
+        ("either", "42", "42"),
+        ("users", '["a"]', ["a"]),
+        ("free", "1.10", "1.10"),
+        ("other", "1.10", "1.10"),
+    ],
+)
+def test_a_parameter_is_a_text_unless_the_schema_allows_none(key: str, text: str, value: object) -> None:
+    assert typed(SCHEMA, key, text) == value
+    assert typed(None, key, text) == text
+    assert typed({"additionalProperties": {"type": "number"}}, "n", "1.5") == 1.5
+
+
+def test_a_parameter_with_a_colon_is_always_json() -> None:
+    given = ('users:=["a", "b"]', "level:=3", "note:=null", 'text:="1"', "pin=0042", "url=http://h/?a=b")
+
+    assert parameters(given) == (
+        {"pin": "0042", "url": "http://h/?a=b"},
+        {"users": ["a", "b"], "level": 3, "note": None, "text": "1"},
+    )
+    for wrong in (("nonsense",), ("=5",), (":=5",), ("a:=b",), ("a=1", "a=2"), ("a=1", "a:=2")):
+        with pytest.raises(Failed) as refused:
+            parameters(wrong)
+        assert refused.value.code == 2
 
 
 def target(name: str) -> object:
