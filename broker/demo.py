@@ -53,9 +53,18 @@ class Demo:
             token = await self._token(name, kind)
             if token is not None:
                 devices.append((name, token, kind))
-        prefix = self._core.settings.prefix
+        settings = self._core.settings
+        jwks = f"{base}/.well-known/jwks.json"
         async with asyncio.TaskGroup() as group:
-            running = run_demo(url, devices, prefix=prefix, memory_dir=self._home, tls=tls)
+            running = run_demo(
+                url,
+                devices,
+                prefix=settings.prefix,
+                memory_dir=self._home,
+                tls=tls,
+                jwks=jwks,
+                issuer=settings.issuer,
+            )
             group.create_task(running)
             await self._wait_for([name for name, _, _ in devices])
             say(self._welcome(base, [name for name, _, _ in devices], await self._secret_key()))

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
+import json
 import logging
 import random
 import secrets
 import socket
 import ssl
 import time
+import urllib.request
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal
 
 import aiomqtt
 
 from devices.core import Core, Effect, Send
-from devices.grant import GrantVerifier
+from devices.grant import GrantVerifier, keys_from_jwks
 from devices.memory import Memory, RamMemory
 from devices.mqtt_url import parse_url
 from devices.tls import trust
@@ -36,6 +39,10 @@ silent.setLevel(logging.CRITICAL)
 # Older unsent answers are dropped. The memory still has them, and sends them when the command comes again.
 MAX_UNSENT = 1_000
 KEEPALIVE_SEC = 15
+KEYS_AGAIN_SEC = 300
+KEYS_RETRY_SEC = 2
+KEYS_WITHIN_SEC = 10
+KEYS_BYTES = 65_536
 RECONNECT_FIRST_SEC = 0.5
 RECONNECT_CAP_SEC = 30
 FAREWELL_SEC = 2
@@ -69,14 +76,20 @@ Handler = Callable[[Call], Awaitable[Any]]
 
 
 class Agent:
-    """A device that connects as `hardware_id` with its token.
+    """A device that connects as `hardware_id` with its token, and executes only commands with a grant.
 
     `url` is `mqtt://host:port` or `mqtts://host:port`; a user and a password in it are not used. `tls`: how
     an `mqtts` server is verified, else by the system's authorities. `session` is part of its status messages.
     The broker uses it to ignore the last will of an older session.
 
+    `jwks` holds the public keys of grants: the address of the broker's `/.well-known/jwks.json`, which is
+    read before the first connection and every 5 minutes, or the document itself. `verifier` replaces it, for
+    a device with a secret (HS256). With `grants="none"` everyone who may publish on the MQTT server can make
+    the device act: only for device types whose commands carry no grant.
+
     Raises:
-        ValueError: the URL is wrong. The message never contains a password.
+        ValueError: the URL is wrong, or grants are required and there are no keys. The message never contains
+            a password.
     """
 
     def __init__(
@@ -88,6 +101,9 @@ class Agent:
         prefix: str = "iotee",
         device_type: DeviceType | None = None,
         memory: Memory | None = None,
+        grants: Literal["required", "none"] = "required",
+        jwks: str | Mapping[str, Any] | None = None,
+        issuer: str = "ordain",
         verifier: GrantVerifier | None = None,
         session: str | None = None,
         clean_session: bool = False,
@@ -101,6 +117,12 @@ class Agent:
         self._idempotent: dict[str, bool] = {}
         kind = device_type or shipped_types()["generic"]
         self._bare = kind.payload == "bare"
+        self._jwks = jwks if isinstance(jwks, str) and verifier is None else None
+        _check_grants(grants, kind, jwks, verifier)
+        if verifier is None and jwks is not None:
+            keys = {} if isinstance(jwks, str) else keys_from_jwks(jwks)
+            verifier = GrantVerifier(keys, issuer, hardware_id, time.time)
+        self._verifier = verifier
         self._memory = RamMemory() if memory is None else memory
         self._core = Core(
             hardware_id,
@@ -134,13 +156,33 @@ class Agent:
 
     async def _run(self) -> None:
         self._apply(self._core.recover(_now_ms()))
+        if self._jwks is not None:
+            while not await self._read_keys(self._jwks):  # noqa: ASYNC110 - the other side is a server
+                await asyncio.sleep(KEYS_RETRY_SEC)
         async with asyncio.TaskGroup() as tasks:
+            if self._jwks is not None:
+                tasks.create_task(self._keep_keys(self._jwks))
             tasks.create_task(self._work())
             tasks.create_task(self._stay_connected())
             try:
                 await asyncio.Future()
             finally:
                 self._leaving = True
+
+    async def _keep_keys(self, address: str) -> None:
+        while True:
+            await asyncio.sleep(KEYS_AGAIN_SEC)
+            await self._read_keys(address)
+
+    async def _read_keys(self, address: str) -> bool:
+        """Reads the keys of grants; returns whether that worked. Otherwise the old ones stay."""
+        assert self._verifier is not None
+        try:
+            self._verifier.use(keys_from_jwks(await asyncio.to_thread(_fetched, address)))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            log.warning("device.no_keys: %s: %s: %s", self._hardware_id, address, error)
+            return False
+        return True
 
     def _apply(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -248,6 +290,31 @@ class Agent:
                     self._unsent.popleft()
                 self._leave_if_asked()
             await self._something_to_send.wait()
+
+
+def _check_grants(
+    grants: str, kind: DeviceType, jwks: str | Mapping[str, Any] | None, verifier: GrantVerifier | None
+) -> None:
+    if grants not in ("required", "none"):
+        raise ValueError(f"grants = {grants!r}: must be 'required' or 'none'")
+    given = jwks is not None or verifier is not None
+    if grants == "none" and given:
+        raise ValueError("grants='none' takes no jwks and no verifier: grants would not be verified")
+    if grants == "required" and kind.payload == "bare":
+        raise ValueError(f"commands of the type {kind.name} carry no grant: say grants='none'")
+    if grants == "required" and not given:
+        raise ValueError(
+            "grants are required, and there are no keys to verify them: give jwks, such as "
+            "'http://127.0.0.1:8080/.well-known/jwks.json', or say grants='none'"
+        )
+    if isinstance(jwks, str) and not jwks.startswith(("http://", "https://")):
+        raise ValueError(f"jwks = {jwks[:200]!r}: must be an http or https address")
+
+
+def _fetched(address: str) -> Any:
+    """Raises OSError or ValueError."""
+    with urllib.request.urlopen(address, timeout=KEYS_WITHIN_SEC) as answer:  # noqa: S310 - http only, see above
+        return json.loads(answer.read(KEYS_BYTES))
 
 
 def _now_ms() -> int:

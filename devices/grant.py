@@ -27,6 +27,21 @@ LEEWAY_SEC = 30
 MIN_SECRET_BYTES = 32
 MAX_TOKEN_CHARS = 8_192
 
+# The points of small order on Ed25519, without the sign bit, also in their forms that are not reduced. A
+# signature under such a key can be made without a private key. Source: RFC 8032, section 5.1; libsodium.
+SMALL_ORDER = frozenset(
+    bytes.fromhex(text)
+    for text in (
+        "00" * 32,
+        "01" + "00" * 31,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    )
+)
+
 Key = Ed25519PublicKey | bytes
 
 
@@ -81,7 +96,7 @@ def keys_from_jwks(document: Mapping[str, Any]) -> dict[str, Key]:
     """The Ed25519 signature keys of a JWKS, by `kid`. Keys of other kinds are ignored.
 
     Raises:
-        ValueError: the JWKS is malformed, or two keys have the same `kid`.
+        ValueError: the JWKS is malformed, two keys have the same `kid`, or a key is of small order.
     """
     entries = document.get("keys")
     if not isinstance(entries, list):
@@ -97,7 +112,10 @@ def keys_from_jwks(document: Mapping[str, Any]) -> dict[str, Key]:
             raise ValueError("an Ed25519 key needs `kid` and `x`")
         if kid in keys:
             raise ValueError(f"two keys have the kid {kid!r}")
-        keys[kid] = Ed25519PublicKey.from_public_bytes(_unbase64(x))
+        raw = _unbase64(x)
+        if raw[:-1] + bytes([raw[-1] & 0x7F] if raw else []) in SMALL_ORDER:
+            raise ValueError(f"the key {kid!r} is a point of small order: anyone can sign for it")
+        keys[kid] = Ed25519PublicKey.from_public_bytes(raw)
     return keys
 
 

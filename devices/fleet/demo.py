@@ -25,18 +25,25 @@ async def run_demo(
     memory_dir: Path | None = None,
     work_sec: float = 0.4,
     tls: Tls | None = None,
+    jwks: str | None = None,
+    issuer: str = "ordain",
 ) -> None:
     """Runs the devices (hardware_id, token, type) until cancelled. With `memory_dir`, their memory survives
-    restarts."""
+    restarts. With `jwks` they verify grants."""
     async with asyncio.TaskGroup() as tasks:
         for hardware_id, token, type_name in devices:
             memory = SqliteMemory(memory_dir / f"{hardware_id}.sqlite3") if memory_dir else RamMemory()
+            kind = shipped_types()[type_name]
+            signed = jwks is not None and kind.payload != "bare"
             agent = Agent(
                 hardware_id,
                 token,
                 url,
                 prefix=prefix,
-                device_type=shipped_types()[type_name],
+                device_type=kind,
+                grants="required" if signed else "none",
+                jwks=jwks if signed else None,
+                issuer=issuer,
                 memory=memory,
                 clean_session=clean_session,
                 tls=tls,

@@ -25,7 +25,7 @@ import asyncio, importlib.util, sys
 from devices.agent import Agent, Call
 
 assert importlib.util.find_spec("broker") is None
-agent = Agent("door-7", sys.argv[1], sys.argv[2])
+agent = Agent("door-7", sys.argv[1], sys.argv[2], grants="none")
 
 @agent.command("lock")
 async def lock(call: Call) -> object:

@@ -5,28 +5,22 @@ answer again after a reconnect until the MQTT server has acknowledged it.
 """
 
 import asyncio
-import json
 import os
-import time
-import urllib.request
 from pathlib import Path
 
 from devices.agent import Agent, Call
-from devices.grant import GrantVerifier, keys_from_jwks
 from devices.memory import SqliteMemory
 
 DEVICE = os.environ.get("DEVICE", "door-7")
 MQTT_URL = os.environ.get("MQTT_URL", "mqtt://127.0.0.1:1883")
 ORDAIN_URL = os.environ.get("ORDAIN_URL", "http://127.0.0.1:8080")
 
-# Read them again when a key was rotated: until then, grants of a new key are refused.
-jwks = json.load(urllib.request.urlopen(f"{ORDAIN_URL}/.well-known/jwks.json"))
 agent = Agent(
     DEVICE,
     os.environ["TOKEN"],
     MQTT_URL,
     memory=SqliteMemory(Path(f"{DEVICE}.db")),
-    verifier=GrantVerifier(keys_from_jwks(jwks), "ordain", DEVICE, time.time),
+    jwks=f"{ORDAIN_URL}/.well-known/jwks.json",  # the keys that sign grants; read again every 5 minutes
 )
 
 

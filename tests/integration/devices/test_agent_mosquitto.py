@@ -107,7 +107,9 @@ def new_agent(mosquitto: Server, tmp_path: Path) -> Callable[[list[Any]], Agent]
     list."""
 
     def new(executed: list[Any]) -> Agent:
-        agent = Agent("ABC", "token", mosquitto.url, memory=SqliteMemory(tmp_path / "device.sqlite3"))
+        agent = Agent(
+            "ABC", "token", mosquitto.url, memory=SqliteMemory(tmp_path / "device.sqlite3"), grants="none"
+        )
 
         @agent.command("count")
         async def count(call: Call) -> dict[str, int]:
@@ -204,7 +206,7 @@ async def test_a_command_that_could_not_be_stored_is_not_acknowledged_to_the_ser
             raise sqlite3.OperationalError("database or disk is full")
 
     executed = list[Any]()
-    broken = Agent("ABC", "token", mosquitto.url, memory=FullDisk())
+    broken = Agent("ABC", "token", mosquitto.url, memory=FullDisk(), grants="none")
 
     @broken.command("count")
     async def count(call: Call) -> None:
@@ -242,7 +244,7 @@ async def test_a_failing_handler_is_answered_and_the_device_goes_on(
 async def test_an_answer_given_without_a_connection_is_sent_when_it_returns(
     mosquitto: Server,
 ) -> None:
-    agent = Agent("ABC", "token", mosquitto.url)
+    agent = Agent("ABC", "token", mosquitto.url, grants="none")
     connection_lost = asyncio.Event()
 
     @agent.command("slow")

@@ -43,7 +43,9 @@ def door(broker: Broker) -> Callable[[], Agent]:
     token = made(broker.ordain("devices", "add", "door-7", "--type", "generic"))
 
     def make() -> Agent:
-        agent = Agent("door-7", token, f"mqtt://127.0.0.1:{broker.mqtt_port}", clean_session=True)
+        agent = Agent(
+            "door-7", token, f"mqtt://127.0.0.1:{broker.mqtt_port}", clean_session=True, grants="none"
+        )
 
         @agent.command("lock")
         async def lock(call: Call) -> object:

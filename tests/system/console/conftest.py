@@ -90,7 +90,7 @@ class Console:
 
 
 def agent(broker: Broker, name: str, token: str) -> Agent:
-    made = Agent(name, token, f"mqtt://127.0.0.1:{broker.mqtt_port}")
+    made = Agent(name, token, f"mqtt://127.0.0.1:{broker.mqtt_port}", grants="none")
 
     @made.command("unlock")
     async def unlock(call: Call) -> dict[str, Any]:

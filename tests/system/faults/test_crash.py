@@ -56,7 +56,9 @@ def test_after_a_crash_the_reference_device_executes_a_repeated_command_once(
     calls: list[tuple[str, int]] = []
 
     def agent() -> Agent:
-        agent = Agent("door-7", "", mosquitto.url, memory=SqliteMemory(tmp_path / "door.sqlite3"))
+        agent = Agent(
+            "door-7", "", mosquitto.url, memory=SqliteMemory(tmp_path / "door.sqlite3"), grants="none"
+        )
 
         @agent.command("lock")
         async def lock(call: Call) -> dict[str, int]:

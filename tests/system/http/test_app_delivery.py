@@ -23,7 +23,9 @@ class Door:
         self.done: list[Any] = []
 
     def __call__(self) -> Agent:
-        agent = Agent("door-7", self.token, self.url, memory=SqliteMemory(self.home / "door-7.db"))
+        agent = Agent(
+            "door-7", self.token, self.url, memory=SqliteMemory(self.home / "door-7.db"), grants="none"
+        )
 
         @agent.command("unlock")
         async def unlock(call: Call) -> None:

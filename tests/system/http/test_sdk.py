@@ -49,7 +49,7 @@ def client(broker: Broker, language: str, url: str = "") -> Sdk:
 
 
 def agent(broker: Broker, hardware_id: str, token: str) -> Agent:
-    made = Agent(hardware_id, token, f"mqtt://127.0.0.1:{broker.mqtt_port}")
+    made = Agent(hardware_id, token, f"mqtt://127.0.0.1:{broker.mqtt_port}", grants="none")
 
     @made.command("unlock")
     async def unlock(call: Call) -> dict[str, Any]:

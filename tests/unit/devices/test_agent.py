@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from devices.agent import Agent
 from devices.clock import rfc3339
 from devices.core import MAX_WAITING, Core, Effect, Run, Send
 from devices.grant import TYPE, GrantVerifier, params_hash
@@ -315,3 +316,18 @@ def test_in_any_sequence_no_command_runs_twice_and_all_run_in_order(steps: list[
             running = command
 
     assert ran == order[: len(ran)]
+
+
+def test_an_agent_without_keys_for_grants_refuses_to_start() -> None:
+    with pytest.raises(ValueError, match="grants are required"):
+        Agent("ABC", "token", "mqtt://127.0.0.1")
+    with pytest.raises(ValueError, match="http or https"):
+        Agent("ABC", "token", "mqtt://127.0.0.1", jwks="file:///etc/passwd")
+    with pytest.raises(ValueError, match="takes no jwks"):
+        Agent("ABC", "token", "mqtt://127.0.0.1", grants="none", jwks={"keys": []})
+    with pytest.raises(ValueError, match="carry no grant"):
+        Agent(
+            "ABC", "token", "mqtt://127.0.0.1", device_type=shipped_types()["iotee_device"], jwks="http://a"
+        )
+    Agent("ABC", "token", "mqtt://127.0.0.1", grants="none")
+    Agent("ABC", "token", "mqtt://127.0.0.1", jwks={"keys": []})

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devices.grant import (
+    SMALL_ORDER,
     TYPE,
     GrantRefused,
     GrantVerifier,
@@ -288,3 +289,17 @@ def test_a_device_secret_is_the_key_decoded_from_its_text() -> None:
 
 def accepted(token: str, by: GrantVerifier) -> bool:
     return by.verify(token, command_id="cmd_1", command="lock", params=PARAMS).sub == "cmd_1"
+
+
+def test_a_key_of_small_order_is_refused() -> None:
+    for raw in SMALL_ORDER:
+        for sign in (0, 0x80):
+            point = raw[:-1] + bytes([raw[-1] | sign])
+            entry = {
+                "kty": "OKP",
+                "crv": "Ed25519",
+                "kid": "k",
+                "x": base64.urlsafe_b64encode(point).decode(),
+            }
+            with pytest.raises(ValueError, match="small order"):
+                keys_from_jwks({"keys": [entry]})
