@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Final, Self
@@ -19,13 +19,13 @@ from urllib.parse import quote, urlsplit
 import httpx2
 
 from broker.client_types import (
-    ERRORS,
     AppError,
     Command,
     CommandError,
     Conflict,
     DeviceDeleted,
     Event,
+    Explanation,
     Forbidden,
     Gone,
     HistoryParams,
@@ -33,15 +33,20 @@ from broker.client_types import (
     InvalidRequest,
     NotFound,
     NotSent,
+    Place,
     QueueFull,
     RateLimited,
     Record,
+    Retried,
     SendParams,
     Sent,
     Timeout,
     TooLarge,
     Unauthorized,
     Unavailable,
+    failure,
+    is_temporary,
+    position,
 )
 
 __all__ = [
@@ -53,6 +58,7 @@ __all__ = [
     "Conflict",
     "DeviceDeleted",
     "Event",
+    "Explanation",
     "Forbidden",
     "Gone",
     "HistoryParams",
@@ -63,17 +69,20 @@ __all__ = [
     "QueueFull",
     "RateLimited",
     "Record",
+    "Retried",
     "SendParams",
     "Sent",
     "Timeout",
     "TooLarge",
     "Unauthorized",
     "Unavailable",
+    "position",
 ]
 
 DEVICES_PER_CALL: Final = 10_000
 # The broker writes to each stream at least every 15 s. After three times that the connection counts as lost.
 QUIET_SEC: Final = 45.0
+WITHOUT_GRANT: Final = {"grant": "false"}  # a grant is for the device, and signing it takes time
 CLOSED: Final = frozenset({"executed", "failed", "timed_out", "expired", "cancelled"})
 
 # It does not repeat the URL, because a part of it could be a password.
@@ -163,15 +172,16 @@ class App:
                 raise error
             await self._pause(failures, floor)
 
-    async def _stream(self, position: int | None, query: dict[str, str]) -> AsyncGenerator[Event, None]:
-        """The events after `position`, or from now on if it is None. Reconnects after a lost connection."""
+    async def _stream(self, after: str | None, query: dict[str, str]) -> AsyncGenerator[Event, None]:
+        """The events after a place, or from now on if it is None. Reconnects after a lost connection."""
+        place = None if after is None else Place(after)
         failures, opened, reconnect_sec = 0, False, 0.0
         timeout = httpx2.Timeout(self._timeout_sec, read=max(QUIET_SEC, self._timeout_sec))
         while True:
             headers = {"Accept": "text/event-stream"}
-            if position is not None:
-                query = {**query, "after": str(position)}
-                headers["Last-Event-ID"] = str(position)
+            if place is not None:
+                query = {**query, "after": place.text}
+                headers["Last-Event-ID"] = place.text
             floor = reconnect_sec
             try:
                 async with self._http.stream(
@@ -186,13 +196,14 @@ class App:
                     async for message in httpx2.EventSource(answer, max_event_size=None):
                         if message.retry is not None:
                             reconnect_sec = floor = message.retry / 1_000
+                        if not Place.SAID.fullmatch(message.id):
+                            continue
+                        before, place = place, Place(message.id)
+                        if before is not None:
+                            place = place.following(before)
                         # An id without data is no event; it only gives the stream's position.
-                        if message.id.isdecimal() and int(message.id) > (
-                            -1 if position is None else position
-                        ):
-                            position = int(message.id)
-                            if message.data:
-                                yield json.loads(message.data)
+                        if message.data and (before is None or place.position > before.position):
+                            yield json.loads(message.data)
                 failures += 1
             except (httpx2.TransportError, AppError) as broken:
                 error = broken if isinstance(broken, AppError) else unreachable(broken)
@@ -257,7 +268,7 @@ class Commands:
     def events(
         self,
         *,
-        after: int | None = None,
+        after: int | str | Event | None = None,
         device: str | None = None,
         type: str | None = None,
         event: str | None = None,
@@ -266,17 +277,78 @@ class Commands:
         """Yields every event of the project as it is recorded, in order, each one once. It does not end by
         itself: leave the loop to stop it.
 
-        `after` is a position: 0 for all events in the log, an event's `id` for the events after it, None for
-        events from now on. Filters: `device`, `type` (a command's name), `event` (such as `executed`) and
-        `command` (an id). After a lost connection it reconnects and continues where it was. Only if the first
-        connection fails, it gives up after `retries`.
+        `after`: 0 for all events in the log; an event, or the text that `position(event)` gives, for the
+        events after it; None for events from now on. Store that text to continue later: unlike a bare `id`,
+        it also names the log, and after a restore from a backup you get `Gone` instead of a gap.
+
+        Filters: `device`, `type` (a command's name), `event` (such as `executed`) and `command` (an id).
+        After a lost connection it reconnects and continues where it was. Only if the first connection fails,
+        it gives up after `retries`.
 
         Raises:
             AppError: the broker refuses the stream. `Gone`: the events after that position are no longer
-                stored.
+                stored, or the broker's log was restored or replaced: read the state again. `NotFound`: there
+                is no such device or command.
         """
         query = {"device": device, "type": type, "event": event, "command": command}
-        return self._app._stream(after, {key: value for key, value in query.items() if value is not None})
+        start = position(after) if isinstance(after, Mapping) else after
+        text = None if start is None else str(start)
+        return self._app._stream(text, {key: value for key, value in query.items() if value is not None})
+
+    async def get(self, command_id: str) -> Command:
+        """The command as it is now, without its grant.
+
+        Raises:
+            NotFound: there is no such command.
+            AppError: the broker refused the request, or no try got an answer.
+        """
+        command: Command = await self._app._request("GET", _path(command_id), query=WITHOUT_GRANT)
+        return command
+
+    async def cancel(self, command_id: str) -> Command:
+        """Cancels a command that was never handed over. Cancelling it again changes nothing.
+
+        Raises:
+            Conflict: the device may already have it; the message names the state.
+            NotFound: there is no such command.
+            AppError: the broker refused the request, or no try got an answer.
+        """
+        device = (await self.get(command_id))["device_id"]
+        cancelled: Command = await self._app._request(
+            "DELETE", f"/v1/devices/{device}/commands/{quote(command_id, safe='')}"
+        )
+        return cancelled
+
+    async def retry(self, command_id: str, idempotency_key: str | None = None) -> Retried:
+        """Sends a command again that failed, timed out, expired or was cancelled; returns the new command.
+
+        Without `idempotency_key` one is generated.
+
+        Raises:
+            Conflict: the command is in another state; `DeviceDeleted`: its device was deleted.
+            NotFound: there is no such command.
+            AppError: it is not known whether a new command exists. Call `retry` again with the error's
+                `idempotency_key`: it creates nothing twice.
+        """
+        key = idempotency_key or secrets.token_urlsafe(16)
+        try:
+            retried: Retried = await self._app._request(
+                "POST", f"{_path(command_id)}/retry", {"idempotency_key": key}
+            )
+        except AppError as error:
+            error.idempotency_key = key
+            raise
+        return retried
+
+    async def explain(self, command_id: str) -> Explanation:
+        """Why the command is in its state, and what happens next.
+
+        Raises:
+            NotFound: there is no such command.
+            AppError: the broker refused the request, or no try got an answer.
+        """
+        explained: Explanation = await self._app._request("GET", f"{_path(command_id)}/explain")
+        return explained
 
     async def wait(self, command_id: str, timeout: float | None = None) -> Command:
         """Waits until a command is closed and returns it. Its `state` is then executed, failed, timed_out,
@@ -290,7 +362,7 @@ class Commands:
             NotFound: there is no such command.
             AppError: the broker refused the request, or no try got an answer.
         """
-        path = f"/v1/commands/{quote(command_id, safe='')}"
+        path = _path(command_id)
         try:
             async with asyncio.timeout(timeout) as limit:
                 created = await self._app._request("GET", f"{path}/events", query={"limit": "1"})
@@ -298,7 +370,7 @@ class Commands:
                 async with aclosing(self.events(after=position, command=command_id)) as events:
                     async for event in events:
                         if event["type"].split(".")[2] in CLOSED:
-                            command: Command = await self._app._request("GET", path)
+                            command = await self.get(command_id)
                             if command["state"] in CLOSED:
                                 return command
         except TimeoutError:
@@ -306,6 +378,10 @@ class Commands:
                 raise
             raise Timeout("timeout", f"{command_id} was not closed within {timeout} s") from None
         raise AssertionError("the event stream ended")
+
+
+def _path(command_id: str) -> str:
+    return f"/v1/commands/{quote(command_id, safe='')}"
 
 
 def batches(devices: Sequence[str]) -> list[Sequence[str]]:
@@ -320,22 +396,5 @@ def ceiling(failures: int, base_sec: float, cap_sec: float) -> float:
     return min(cap_sec, base_sec * 2.0 ** min(failures - 1, 32))
 
 
-def failure(status: int, retry_after: str | None, body: bytes) -> AppError:
-    """The error for an HTTP answer. The answer can also come from a proxy, in another form."""
-    try:
-        said = json.loads(body)["error"]
-        code, message, details = str(said["code"]), str(said["message"]), said.get("details")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        code, message, details = f"http_{status}", f"status {status}, without an error of the broker", None
-    kind = Unavailable if status >= 500 else ERRORS.get(code, AppError)
-    seconds = float(retry_after) if retry_after and retry_after.isdecimal() else None
-    return kind(code, message, status=status, details=details, retry_after=seconds)
-
-
 def unreachable(broken: httpx2.TransportError) -> Unavailable:
     return Unavailable("unavailable", f"no answer: {str(broken) or type(broken).__name__}")
-
-
-def is_temporary(error: AppError) -> bool:
-    """True if the same request can succeed later."""
-    return isinstance(error, Unavailable) or error.status in (408, 429)

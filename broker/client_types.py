@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from typing import Any, Final, Literal, NotRequired, TypedDict
 
@@ -12,12 +14,19 @@ StateName = Literal[
 
 
 class SendParams(TypedDict):
-    """The parameters of `send`. `data`: any JSON. A repeated call with the same key creates nothing twice."""
+    """The parameters of `send`. `data`: any JSON. A repeated call with the same key creates nothing twice.
+
+    `ttl_sec`: seconds after which the command is no longer delivered. Absent: what the device's type says,
+    else it waits for ever; None: it waits for ever. `collapse_key`: cancels pending commands of the device
+    that have the same key.
+    """
 
     name: str
     device_ident: Sequence[str]
     data: NotRequired[Any]
     idempotency_key: NotRequired[str]
+    ttl_sec: NotRequired[int | None]
+    collapse_key: NotRequired[str]
 
 
 class Sent(TypedDict):
@@ -61,7 +70,7 @@ class CommandError(TypedDict):
 
 
 class Command(TypedDict):
-    """A command as `/v1` shows it. Times are RFC 3339 in UTC."""
+    """A command as `/v1` shows it. Times are RFC 3339 in UTC. `get` and `wait` ask for no `grant_token`."""
 
     id: str
     device_id: str
@@ -82,8 +91,28 @@ class Command(TypedDict):
     retry_of: str | None
 
 
+class Retried(Command):
+    """The new command of a retry. `may_repeat`: the old one timed out, so its device may have executed it."""
+
+    may_repeat: bool
+
+
+class Explanation(TypedDict):
+    """The reason for a command's state: a sentence (`summary`), and for programs `reasons`, each with `code`.
+
+    `next`: what happens next by itself, `{action, at?}`; None: nothing.
+    """
+
+    command_id: str
+    state: StateName
+    summary: str
+    reasons: list[dict[str, Any]]
+    next: dict[str, Any] | None
+
+
 class Event(TypedDict):
-    """A CloudEvent. `id`: its position in the log. `subject`: the id of its command or device.
+    """A CloudEvent. `id`: its position in the log. `source`: that log. `subject`: the id of its command or
+    device.
 
     `type`: `ordain.command.<event>.v1` or `ordain.device.<event>.v1`. `version`: its number among the events
     of its subject, from 1. `erased`: true if the data was erased. `data` always names device and command.
@@ -102,6 +131,11 @@ class Event(TypedDict):
     version: int
     erased: NotRequired[bool]
     data: dict[str, Any]
+
+
+def position(event: Event) -> str:
+    """Where an event is: `<log id>:<position>`. Store it, and pass it as `after` to continue."""
+    return f"{event['source'].rpartition('/')[2]}:{event['id']}"
 
 
 class AppError(Exception):
@@ -195,3 +229,44 @@ ERRORS: Final[dict[str, type[AppError]]] = {
     "rate_limit_exceeded": RateLimited,
     "queue_full": QueueFull,
 }
+
+
+class Place:
+    """A place in a log, as text and as a position. `log_id` None: the caller gave only a number."""
+
+    SAID: Final = re.compile(r"(?:(log_[0-9a-z]+):)?([0-9]+)")
+
+    def __init__(self, text: str) -> None:
+        found = self.SAID.fullmatch(text)
+        self.text = text
+        self.log_id = found[1] if found else None
+        self.position = int(found[2]) if found else -1
+
+    def following(self, before: Place) -> Place:
+        """This place, or `before` if the broker repeats what was already seen.
+
+        Raises:
+            Gone: it lies in another log, so its position says nothing about the events in between.
+        """
+        if None not in (self.log_id, before.log_id) and self.log_id != before.log_id:
+            raise Gone("gone", f"the broker's log was replaced: {before.text} belongs to another log")
+        if self.position == before.position:
+            return self if before.log_id is None else before
+        return self if self.position > before.position else before
+
+
+def failure(status: int, retry_after: str | None, body: bytes) -> AppError:
+    """The error for an HTTP answer. The answer can also come from a proxy, in another form."""
+    try:
+        said = json.loads(body)["error"]
+        code, message, details = str(said["code"]), str(said["message"]), said.get("details")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        code, message, details = f"http_{status}", f"status {status}, without an error of the broker", None
+    kind = Unavailable if status >= 500 else ERRORS.get(code, AppError)
+    seconds = float(retry_after) if retry_after and retry_after.isdecimal() else None
+    return kind(code, message, status=status, details=details, retry_after=seconds)
+
+
+def is_temporary(error: AppError) -> bool:
+    """True if the same request can succeed later."""
+    return isinstance(error, Unavailable) or error.status in (408, 429)

@@ -19,6 +19,8 @@ from broker.core import Core
 from broker.http.app import create_app
 from broker.http.edge.services import Services
 from broker.http.edge.streams import Streams
+from broker.http.edge.tickets import Tickets
+from broker.http.edge.waits import Waits
 from broker.metrics import Metrics
 from broker.private_socket import TIMEOUT_SEC, answers, socket_path
 from broker.seams import Sql
@@ -44,10 +46,17 @@ def services(core: Core, shown: Settings | None = None) -> Services:
     metrics.watch(core)
     sent = metrics.subscribers("sse", lambda: streams.lag)
     streams = Streams(core.feed, core.log_id, core.settings.limits.streams_per_project, sent.inc)
-    metrics.watch_streams(lambda: streams.open)
+    waits = Waits(core.feed, core.settings.limits.waits_per_project)
+    tickets = Tickets(core.writer, core.keys)
+    metrics.watch_streams(lambda: streams.open, lambda: waits.open, lambda: tickets.unused)
     told = metrics.subscribers("mqtt", lambda: core.mqtt_events.lag if core.settings.mqtt_events else 0)
     core.mqtt_events.sent = told.inc
-    core.keys.revoked = streams.revoked
+
+    def revoked(actor: str) -> None:
+        streams.revoked(actor)
+        waits.revoked(actor)
+
+    core.keys.revoked = revoked
     return Services(
         commands=core.commands,
         repairs=core.repairs,
@@ -61,6 +70,8 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         mqtt_events=core.mqtt_events,
         webhooks=core.webhooks,
         streams=streams,
+        waits=waits,
+        tickets=tickets,
         dispatch=core.dispatch,
         intake=core.intake,
         pull=core.pull,

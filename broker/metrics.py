@@ -203,9 +203,15 @@ class Metrics:
         self._subscriber_lag.labels(kind).set_function(lag)
         return self._subscriber_events.labels(kind)
 
-    def watch_streams(self, look: Callable[[], float]) -> None:
-        gauge = Gauge("ordain_event_streams", "Event streams that are open", registry=self.registry)
-        gauge.set_function(look)
+    def watch_streams(
+        self, streams: Callable[[], float], waits: Callable[[], float], tickets: Callable[[], float]
+    ) -> None:
+        for name, text, look in (
+            ("event_streams", "Event streams that are open", streams),
+            ("waiting_requests", "Requests that wait until a command is closed", waits),
+            ("unused_tickets", "Tickets for event streams that nobody used yet", tickets),
+        ):
+            Gauge(f"ordain_{name}", text, registry=self.registry).set_function(look)
 
     def watch_listener(
         self, figures: Mapping[str, tuple[str, Callable[[], float]]], refusals: Mapping[int, int]

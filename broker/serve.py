@@ -163,7 +163,8 @@ async def _http(
         try:
             yield
         finally:
-            parts.streams.close()  # uvicorn would wait for open streams
+            parts.streams.close()  # uvicorn would wait for open streams, and for waiting requests
+            parts.waits.close()
             for server in servers:
                 server.should_exit = True
     (directory / SOCKET).unlink(missing_ok=True)

@@ -10,11 +10,12 @@ import tomllib
 from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from devices.allowed import reason
 from devices.mqtt_url import Endpoint, parse_endpoint, parse_url, parted
 from devices.names import is_name
 
@@ -57,6 +58,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     unmatched_in_all: Annotated[int, Meta(ge=1)] = 10_000
     webhooks_per_project: Annotated[int, Meta(ge=0, le=1_000)] = 20
     streams_per_project: Annotated[int, Meta(ge=1)] = 2_000
+    waits_per_project: Annotated[int, Meta(ge=0)] = 2_000
 
 
 class MqttLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -226,10 +228,8 @@ def _table(where: str, name: str, table: Any, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         right, _, path = str(error).partition(" - at `$.")
         key = path.rstrip("`")
+        right = reason(kind, f".{key}", right)
         shown = "" if key == "mqtt_url" else f" = {table[key]!r}"
-        allowed = get_args(get_type_hints(kind).get(key))
-        if right.startswith("Invalid enum value") and allowed:
-            right = f"must be one of {', '.join(allowed)}"
     raise BadSetting(f"{where}{above}{key}{shown}: {right}")
 
 

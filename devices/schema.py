@@ -6,6 +6,7 @@ Pure. Schemas never fetch anything. Error messages of a schema never contain the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -87,3 +88,11 @@ def bad_params(error: jsonschema_rs.ValidationError, params: dict[str, Any]) -> 
     if extra is not None:
         path, value = [*path, extra], value.get(extra)
     return BadParams(".".join(["params", *map(str, path)]), value, reason)
+
+
+def no_schema(where: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """What is wrong with a schema: (key, value, what would be right); nothing if it is one."""
+    try:
+        compiled(schema)
+    except ValueError as error:
+        yield where, schema, str(error)

@@ -20,11 +20,12 @@ import jsonschema_rs
 import msgspec
 from msgspec import UNSET, Meta
 
+from devices.allowed import reason
 from devices.names import is_name
 from devices.schema import MAX_DEPTH as MAX_DEPTH
 from devices.schema import MAX_SIGNED_INTEGER as MAX_SIGNED_INTEGER
 from devices.schema import BadParams as BadParams
-from devices.schema import bad_params, compiled, misfit, unsignable
+from devices.schema import bad_params, compiled, misfit, no_schema, unsignable
 
 PayloadFormat = Literal["bare", "json", "msgpack"]
 AnswerStatus = Literal["acknowledged", "executed", "failed", "progress"]
@@ -235,6 +236,8 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """The checked parameters with the schema's defaults; absent means `{}`. Raises `BadParams`."""
         own = self.command(command)
         given = {} if params is UNSET else params
+        if self.payload == "bare" and given != {}:
+            raise BadParams("params", given, f"{command} takes none: its text is fixed; leave them out")
         if reason := unsignable(given):
             raise BadParams("params", given, reason)
         if not isinstance(given, dict):
@@ -296,6 +299,7 @@ def _convert(file: str, where: str, table: Any, kind: type[T]) -> T:
         right, _, path = str(error).partition(" - at `")
         key = path.removeprefix("$.").removeprefix("$").removesuffix("`").partition("[")[0]
         value = table.get(key) if isinstance(table, dict) else table
+        right = reason(kind, path.removeprefix("$").removesuffix("`"), right)
         raise BadType(file, (where + key).removesuffix("."), value, right) from error
 
 
@@ -311,6 +315,8 @@ def _contradictions(device_type: DeviceType) -> Iterator[tuple[str, Any, str]]:
         yield "commands", {}, "needs at least one [commands.<name>], or `open = true`"
     if bare and t.open:
         yield "open", True, "a bare type needs a `text` for each command, so it cannot be open"
+    if bare and t.any_params:
+        yield "any_params", True, "a bare payload has no place for parameters"
     if bare and t.carries_ids:
         yield "carries_ids", True, "a bare payload has no place for an id"
     if bare and t.grants not in (None, "none"):
@@ -343,13 +349,15 @@ def _wrong_command(name: str, command: CommandType, t: DeviceType) -> Iterator[t
         yield where + "text", command.text, "only commands of bare types have a text"
     if len((command.text or "").encode()) > t.max_payload_bytes:
         yield where + "text", command.text, f"must not exceed max_payload_bytes ({t.max_payload_bytes})"
+    if t.payload == "bare" and command.params is not None:
+        yield where + "params", command.params, "a bare payload has no place for parameters"
     yield from _wrong_suffixes(where, command.command_suffix or t.command_suffix, t)
     yield from _wrong_end(where, command.completes_on or t.completes_on, t)
     yield from _wrong_answers(where, command.answers or {})
     if command.params is not None:
         yield from _wrong_schema(where + "params", command, command.params)
     if command.result is not None:
-        yield from _no_schema(where + "result", command.result)
+        yield from no_schema(where + "result", command.result)
 
 
 def _wrong_end(where: str, completes_on: CompletesOn, t: DeviceType) -> Iterator[tuple[str, Any, str]]:
@@ -370,7 +378,7 @@ def _wrong_answers(where: str, answers: dict[str, AnswerStatus]) -> Iterator[tup
 
 
 def _wrong_schema(where: str, command: CommandType, schema: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    wrong_schema = list(_no_schema(where, schema))
+    wrong_schema = list(no_schema(where, schema))
     yield from wrong_schema
     if wrong_schema or command.validator is None:
         return
@@ -379,13 +387,6 @@ def _wrong_schema(where: str, command: CommandType, schema: dict[str, Any]) -> I
             if wrong.instance_path[:1] == [key]:
                 right = f"the default does not match its own schema: {wrong.message}"
                 yield f"{where}.properties.{key}.default", value, right
-
-
-def _no_schema(where: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    try:
-        compiled(schema)
-    except ValueError as error:
-        yield where, schema, str(error)
 
 
 def _wrong_suffixes(where: str, suffix: str, t: DeviceType) -> Iterator[tuple[str, Any, str]]:

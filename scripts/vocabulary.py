@@ -40,6 +40,8 @@ FIELDS = (
     Row("what the device gave back", "result", "", ""),
     Row("why it failed", "error", "error", ""),
     Row("when its time runs out", "expires_at", "", ""),
+    Row("how long it may wait for the device", "", "", "ttl_sec"),
+    Row("which pending ones it replaces", "", "", "collapse_key"),
     Row("the grant", "grant_token", "", ""),
     Row("hand-overs so far", "attempts", "", ""),
     Row("what it was made from", "retry_of", "", ""),

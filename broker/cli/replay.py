@@ -110,6 +110,11 @@ def _span(sql: sqlite3.Connection, first: str, last: str | None) -> tuple[int, i
 
 def _point(sql: sqlite3.Connection, flag: str, text: str, head: int, *, before: bool) -> int:
     """The position of the last event before a point (`before`), or at the point or before it."""
+    whose, colon, number = text.rpartition(":")
+    if colon and whose.startswith("log_"):
+        if whose != log.meta(sql, "log_id"):
+            raise Failed(USAGE, f"{flag} = {text}: belongs to another log than {log.meta(sql, 'log_id')}")
+        text = number
     if text.isascii() and text.isdecimal():
         if int(text) > head:
             raise Failed(USAGE, f"{flag} = {text}: the log ends at position {head}")

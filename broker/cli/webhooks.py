@@ -68,7 +68,7 @@ def redrive_webhook(
     webhook: str,
     /,
     *,
-    position: Annotated[int, Parameter(name="--from")],
+    position: Annotated[str, Parameter(name="--from")],
     data: Data = None,
     config: Config = None,
     as_json: Json = False,
@@ -78,7 +78,7 @@ def redrive_webhook(
     Parameters
     ----------
     position
-        The first position in the log to send.
+        The first position in the log to send: a number, or `<log id>:<number>`.
     """
     _change(data, config, as_json, "POST", webhook, "/redrive", {"from": position})
 

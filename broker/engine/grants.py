@@ -1,6 +1,7 @@
 """Signs grants: tokens that let one device execute one command with exactly these parameters.
 
-A grant is signed each time a command is handed over or shown, and never stored. Format and claims:
+A grant is signed for each hand-over. One that is shown may be some time old: lists would else sign every row
+at every read. Grants are kept in memory only, never stored. Format and claims:
 contract, section 4; RFC 7519, RFC 8037. Private keys and device secrets are kept beside the log and
 must never enter an event.
 """
@@ -8,6 +9,7 @@ must never enter an event.
 from __future__ import annotations
 
 import base64
+from typing import NamedTuple
 
 import jwt
 import msgspec
@@ -24,7 +26,7 @@ from devices.grant import TYPE, params_hash
 from devices.wire import Unsendable
 
 LIFE_SEC = 86_400
-LATELY = 1_024
+KEPT = 4_096  # grants in memory, about 700 bytes each
 
 
 class Secrets:
@@ -71,6 +73,15 @@ class GrantKey(msgspec.Struct, frozen=True, kw_only=True):
     retired_at: int | None = None
 
 
+class Made(NamedTuple):
+    """A signed grant: with which key, and from when to when it is valid, in seconds."""
+
+    key: Ed25519PrivateKey | bytes
+    iat: int
+    exp: int
+    token: str
+
+
 class Grants:
     """The signing key in use, and older keys whose grants may still be valid. Call `load` first."""
 
@@ -78,7 +89,7 @@ class Grants:
         self.issuer = issuer
         self._writer, self._live, self._secrets = writer, live, secrets
         self._keys: dict[str, GrantKey] = {}
-        self._lately: Recent[tuple[str, str, int, int], tuple[object, str]] = Recent(LATELY)
+        self._made: Recent[str, Made] = Recent(KEPT)  # by command id
 
     async def load(self) -> None:
         """Reads keys and secrets; makes a first key if there is none."""
@@ -110,17 +121,12 @@ class Grants:
         Raises:
             Unsendable: the type uses HS256 and the device has no secret.
         """
-        now = now_ms // 1_000
-        exp = now + LIFE_SEC
-        for end in (state.expires_at, state.closed_at):
-            if end is not None:
-                exp = min(exp, end // 1_000)
+        now, exp = now_ms // 1_000, _end(state, now_ms)
         kid, key, algorithm = self._signer(state)
         # The answer to a create and a hand-over in the same second carry the same grant: sign it once.
-        made = (kid, state.id, now, exp)
-        found = self._lately.get(made)
-        if found is not None and found[0] == key:
-            return found[1]
+        known = self._made.get(state.id)
+        if known is not None and known[:3] == (key, now, exp):
+            return known.token
         claims = {
             "iss": self.issuer,
             "aud": state.hardware_id,
@@ -133,7 +139,7 @@ class Grants:
             "phs": params_hash(msgspec.json.decode(state.params)),
         }
         token = jwt.encode(claims, key, algorithm=algorithm, headers={"typ": TYPE, "kid": kid})
-        self._lately.put(made, (key, token))
+        self._made.put(state.id, Made(key, now, exp, token))
         return token
 
     def _signer(self, state: CommandState) -> tuple[str, Ed25519PrivateKey | bytes, str]:
@@ -145,9 +151,18 @@ class Grants:
         return state.device_id, secret, "HS256"
 
     def shown(self, state: CommandState, now_ms: int) -> str | None:
-        """A grant to show in an answer; None if the device has no secret to sign it with."""
+        """A grant to show in an answer; None if the device has no secret to sign it with.
+
+        It is one that was signed before, while half of its life is left. The grant of a closed command ended
+        with it, so that one does not age.
+        """
+        now, end, known = now_ms // 1_000, _end(state, now_ms), self._made.get(state.id)
         try:
-            return self.mint(state, now_ms)
+            key = self._signer(state)[1]
+            if known is None or known.exp > end or known.key != key:
+                return self.mint(state, now_ms)
+            fresh = now < (known.iat + known.exp) / 2
+            return known.token if fresh or end <= now else self.mint(state, now_ms)
         except Unsendable:
             return None
 
@@ -202,6 +217,12 @@ class Grants:
         now, entropy = self._writer.now(), self._writer.entropy
         private = Ed25519PrivateKey.from_private_bytes(entropy.token(32))
         return GrantKey(kid=new_id("key", now, entropy), private=private, created_at=now)
+
+
+def _end(state: CommandState, now_ms: int) -> int:
+    """When a grant signed now ends, in seconds: after 24 h, or earlier with its command."""
+    ends = (end // 1_000 for end in (state.expires_at, state.closed_at) if end is not None)
+    return min([now_ms // 1_000 + LIFE_SEC, *ends])
 
 
 def jwk(key: GrantKey) -> dict[str, str]:

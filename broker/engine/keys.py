@@ -17,6 +17,7 @@ from broker.engine.registry import check_name
 from broker.engine.writer import Writer
 from broker.seams import Sql
 
+OF_KEY = "sk_live_"
 SCOPES = ("devices:read", "devices:write", "events:read", "admin")
 
 
@@ -80,6 +81,12 @@ class Keys:
         """The project of a key, for admin keys too. It is the default project of what the key creates."""
         return next((key.project for key in self._by_digest.values() if f"key:{key.id}" == actor), None)
 
+    def is_revoked(self, actor: str) -> bool:
+        """Whether the actor is a key that was revoked; the operator of this machine has no key."""
+        return any(
+            key.revoked_at is not None and f"key:{key.id}" == actor for key in self._by_digest.values()
+        )
+
     def all(self) -> list[Key]:
         return sorted(self._by_digest.values(), key=lambda key: key.id)
 
@@ -98,7 +105,7 @@ class Keys:
             raise invalid("scopes", "at least one is needed")
         await self.writer.room()
         now = self.writer.now()
-        secret = new_secret("sk_live_", self.writer.entropy)
+        secret = new_secret(OF_KEY, self.writer.entropy)
         key = Key(
             id=new_id("key", now, self.writer.entropy),
             project=project,

@@ -11,12 +11,20 @@ export type StateName =
   | "expired"
   | "cancelled";
 
-/** The parameters of `send`. `data`: any JSON. A repeated call with the same key creates nothing twice. */
+/**
+ * The parameters of `send`. `data`: any JSON. A repeated call with the same key creates nothing twice.
+ *
+ * `ttl_sec`: seconds after which the command is no longer delivered. Absent: what the device's type says, else it
+ * waits for ever; null: it waits for ever. `collapse_key`: cancels pending commands of the device that have the same
+ * key.
+ */
 export interface SendParams {
   name: string;
   device_ident: readonly string[];
   data?: unknown;
   idempotency_key?: string;
+  ttl_sec?: number | null;
+  collapse_key?: string;
 }
 
 /** `sent` true: the command is durable and is delivered when the device is online. False: no command was created. */
@@ -38,7 +46,7 @@ export interface HistoryRecord {
   status: Status;
 }
 
-/** A command as `/v1` shows it. Times are RFC 3339 in UTC. */
+/** A command as `/v1` shows it. Times are RFC 3339 in UTC. `get` and `wait` ask for no `grant_token`. */
 export interface Command {
   id: string;
   device_id: string;
@@ -59,8 +67,25 @@ export interface Command {
   retry_of: string | null;
 }
 
+/** The new command of a retry. `may_repeat`: the old one timed out, so its device may have executed it. */
+export interface Retried extends Command {
+  may_repeat: boolean;
+}
+
 /**
- * A CloudEvent. `id`: its position in the log. `subject`: the id of its command or device. `type`:
+ * The reason for a command's state: a sentence (`summary`), and for programs `reasons` with a `code` each. `next`: what
+ * happens next by itself; null: nothing.
+ */
+export interface Explanation {
+  command_id: string;
+  state: StateName;
+  summary: string;
+  reasons: { code: string; [more: string]: any }[];
+  next: { action: string; at?: string } | null;
+}
+
+/**
+ * A CloudEvent. `id`: its position in the log. `source`: the log. `subject`: the id of its command or device. `type`:
  * `ordain.command.<event>.v1` or `ordain.device.<event>.v1`. `version`: its number among the events of its subject,
  * from 1. `erased`: true if the data was erased. `data` always names device and command.
  */
@@ -80,12 +105,15 @@ export interface Event {
   data: any;
 }
 
+/** Where an event is, with its log: `<log id>:<position>`. Store it, and pass it as `after` to continue. */
+export function position(event: Event): string;
+
 /**
  * `type`: a command's name. `event`: such as `executed`. `command`: an id. `signal`: stops the stream.
  * `onConnection`: called with true when the stream connects and with false when it breaks.
  */
 export interface EventFilters {
-  after?: number | null;
+  after?: number | string | Event | null;
   device?: string;
   type?: string;
   event?: string;
@@ -135,11 +163,31 @@ export class Commands {
    * Yields every event of the project as it is recorded, in order, each one once. It does not end by itself: leave
    * the loop to stop it.
    *
-   * `after` is a position: 0 for all events in the log, an event's `id` for the events after it; without it, events
-   * from now on. After a lost connection it reconnects and continues where it was. Only if the first connection
+   * `after`: 0 for all events in the log; an event, or the text that `position(event)` gives, for the events after it;
+   * without it, events from now on. Store that text to continue later: unlike a bare `id`, it also names the log, and
+   * after a restore from a backup you get `Gone` instead of a gap. After a lost connection it reconnects and continues where it was. Only if the first connection
    * fails, it gives up after `retries`.
    */
   events(filters?: EventFilters): AsyncGenerator<Event, void, void>;
+
+  /** The command as it is now, without its grant. Throws `NotFound` if there is none. */
+  get(commandId: string): Promise<Command>;
+
+  /**
+   * Cancels a command that was never handed over. Cancelling it again changes nothing. Throws `Conflict` if the device
+   * may already have it; the message names the state.
+   */
+  cancel(commandId: string): Promise<Command>;
+
+  /**
+   * Sends a command again that failed, timed out, expired or was cancelled; resolves to the new command. Without
+   * `idempotencyKey` one is generated. After an error whose outcome is unknown, call `retry` again with the error's
+   * `idempotencyKey`: it creates nothing twice.
+   */
+  retry(commandId: string, idempotencyKey?: string | null): Promise<Retried>;
+
+  /** Why the command is in its state, and what happens next. */
+  explain(commandId: string): Promise<Explanation>;
 
   /**
    * Waits until a command is closed and resolves to it. Its `state` is then executed, failed, timed_out, expired or

@@ -5,7 +5,10 @@
 const DEVICES_PER_CALL = 10_000;
 // The broker writes to each stream at least every 15 s. After three times that the connection counts as lost.
 const QUIET_SEC = 45;
+const WITHOUT_GRANT = { grant: "false" }; // a grant is for the device, and signing it takes time
 const CLOSED = new Set(["executed", "failed", "timed_out", "expired", "cancelled"]);
+// `<log id>:<position>`; an older broker says only the position.
+const PLACE = /^(?:(log_[0-9a-z]+):)?(\d+)$/;
 const LONGEST_TIMER_MS = 2 ** 31 - 1;
 
 /** The base class of all errors of the SDK. */
@@ -55,6 +58,11 @@ const WRONG_URL =
 /** True for a URL of scheme, host, port and path, and nothing else. */
 function isBase(url) {
   return /^https?:\/\/[^\s@?#\\]+$/.test(String(url)) && URL.canParse(String(url));
+}
+
+/** Where an event is, with its log: `<log id>:<position>`. Store it, and pass it as `after` to continue. */
+export function position(event) {
+  return `${event.source.split("/").pop()}:${event.id}`;
 }
 
 /** A client of one broker and one project. */
@@ -115,8 +123,9 @@ export class App {
     }
   }
 
-  /** The events after `position`, or from now on if it is null. Reconnects after a lost connection. */
-  async *#stream(position, query, signal, onConnection = () => {}) {
+  /** The events after a place, or from now on if it is null. Reconnects after a lost connection. */
+  async *#stream(after, query, signal, onConnection = () => {}) {
+    let place = after === null ? null : placeOf(after);
     let failures = 0;
     let opened = false;
     let reconnectSec = 0;
@@ -130,9 +139,9 @@ export class App {
       let floor = reconnectSec;
       try {
         heard();
-        const known = position === null ? {} : { after: String(position) };
+        const known = place === null ? {} : { after: place.text };
         const headers = { Accept: "text/event-stream" };
-        if (position !== null) headers["Last-Event-ID"] = String(position);
+        if (place !== null) headers["Last-Event-ID"] = place.text;
         const asked = { query: { ...query, ...known }, headers, signal: link.signal };
         const answer = await this.#fetch("GET", "/v1/events", asked);
         if (!answer.ok) throw failure(answer, await answer.text());
@@ -144,14 +153,14 @@ export class App {
         onConnection(true);
         for await (const message of messages(answer.body, heard)) {
           if (message.retry !== undefined) reconnectSec = floor = message.retry / 1_000;
+          if (message.id === undefined) continue;
+          const before = place;
+          place = following(placeOf(message.id), before);
           // An id without data is no event; it only gives the stream's position.
-          if (message.id !== undefined && message.id > (position ?? -1)) {
-            position = message.id;
-            if (message.data) {
-              clearTimeout(quiet); // the caller may take any time to handle the event
-              yield parsed(message.data);
-              heard();
-            }
+          if (message.data && (before === null || place.position > before.position)) {
+            clearTimeout(quiet); // the caller may take any time to handle the event
+            yield parsed(message.data);
+            heard();
           }
         }
         failures += 1;
@@ -211,11 +220,39 @@ export class Commands {
 
   events({ after = null, device, type, event, command, signal, onConnection } = {}) {
     const filters = Object.entries({ device, type, event, command }).filter(([, value]) => value != null);
-    return this.#stream(after, Object.fromEntries(filters), signal, onConnection);
+    const start = typeof after === "object" && after !== null ? position(after) : after;
+    return this.#stream(start === null ? null : String(start), Object.fromEntries(filters), signal, onConnection);
+  }
+
+  async get(commandId) {
+    return await this.#get(commandId);
+  }
+
+  #get(commandId, signal) {
+    return this.#request("GET", pathOf(commandId), { query: WITHOUT_GRANT, signal });
+  }
+
+  async cancel(commandId) {
+    const { device_id: device } = await this.#get(commandId);
+    return await this.#request("DELETE", `/v1/devices/${device}/commands/${encodeURIComponent(commandId)}`);
+  }
+
+  async retry(commandId, idempotencyKey = null) {
+    const key = idempotencyKey ?? newKey();
+    try {
+      return await this.#request("POST", `${pathOf(commandId)}/retry`, { body: { idempotency_key: key } });
+    } catch (error) {
+      if (error instanceof AppError) error.idempotencyKey = key;
+      throw error;
+    }
+  }
+
+  async explain(commandId) {
+    return await this.#request("GET", `${pathOf(commandId)}/explain`);
   }
 
   async wait(commandId, timeout = null) {
-    const path = `/v1/commands/${encodeURIComponent(commandId)}`;
+    const path = pathOf(commandId);
     const { abort, signal } = linked();
     const ms = timeout === null ? LONGEST_TIMER_MS : Math.min(timeout * 1_000, LONGEST_TIMER_MS);
     const late = new Timeout("timeout", `${commandId} was not closed within ${timeout} s`);
@@ -225,7 +262,7 @@ export class Commands {
       const after = created.data[0].position;
       for await (const event of this.events({ after, command: commandId, signal })) {
         if (CLOSED.has(event.type.split(".")[2])) {
-          const command = await this.#request("GET", path, { signal });
+          const command = await this.#get(commandId, signal);
           if (CLOSED.has(command.state)) return command;
         }
       }
@@ -256,10 +293,29 @@ async function* messages(body, heard) {
         yield { ...message, data: message.data.join("\n") };
         message = { data: [] };
       } else if (field === "data") message.data.push(text);
-      else if (field === "id" && /^\d+$/.test(text)) message.id = Number(text);
+      else if (field === "id" && PLACE.test(text)) message.id = text;
       else if (field === "retry" && /^\d+$/.test(text)) message.retry = Number(text);
     }
   }
+}
+
+/** A place in a log, as text and as a position. `log` undefined: the caller gave only a number. */
+function placeOf(text) {
+  const [, log, number] = PLACE.exec(text) ?? [];
+  return { text, log, position: number === undefined ? -1 : Number(number) };
+}
+
+/**
+ * The place after a new message: that of the message, or `before` if the broker repeats what was already seen. Throws
+ * `Gone` if it lies in another log, because its position then says nothing about the events in between.
+ */
+function following(place, before) {
+  if (before === null) return place;
+  if (place.log && before.log && place.log !== before.log) {
+    throw new Gone("gone", `the broker's log was replaced: ${before.text} belongs to another log`);
+  }
+  if (place.position === before.position) return before.log ? before : place;
+  return place.position > before.position ? place : before;
 }
 
 /** Splits the devices into one list per request. A wrong type is passed on; the broker refuses it. */
@@ -270,6 +326,10 @@ function batches(devices) {
     parts.push(devices.slice(first, first + DEVICES_PER_CALL));
   }
   return parts;
+}
+
+function pathOf(commandId) {
+  return `/v1/commands/${encodeURIComponent(commandId)}`;
 }
 
 /** A random idempotency key. crypto.randomUUID is not used: browsers offer it only on HTTPS pages. */

@@ -13,7 +13,8 @@ from typing import Literal
 import msgspec
 
 from broker import __version__
-from broker.domain.cloudevents import Entry, Wanted, cloud_event
+from broker.domain.cloudevents import CloudEvent, Entry, Wanted, cloud_event
+from broker.engine.ids import new_id
 from broker.engine.writer import Writer
 from broker.seams import Answer, Outbound
 from broker.subscriptions.feed import Feed, Subscription
@@ -27,6 +28,7 @@ PARALLEL = 16  # requests of one endpoint at a time, each for a different device
 SHARED = 128  # requests of all endpoints together, not counting the first of each endpoint
 GONE = 410
 ASKED_TO_WAIT = (429, 503)
+TEST = "ordain.webhook.test.v1"
 
 
 class Secret(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -88,8 +90,12 @@ def delivery(
     log_id: str, entry: Entry, secrets: Sequence[str], timestamp_sec: int
 ) -> tuple[dict[str, str], bytes]:
     """Headers and body of a delivery, in the format of Standard Webhooks; not signed without a secret."""
-    body = msgspec.json.encode(cloud_event(log_id, entry))
-    id = f"{log_id}_{entry.position}"
+    id, body = f"{log_id}_{entry.position}", msgspec.json.encode(cloud_event(log_id, entry))
+    return signed(id, body, secrets, timestamp_sec), body
+
+
+def signed(id: str, body: bytes, secrets: Sequence[str], timestamp_sec: int) -> dict[str, str]:
+    """The headers of a request to a webhook."""
     headers = {
         "content-type": "application/cloudevents+json",
         "user-agent": f"Ordain/{__version__}",
@@ -98,7 +104,7 @@ def delivery(
     }
     if secrets:
         headers["webhook-signature"] = signature(secrets, id, timestamp_sec, body)
-    return headers, body
+    return headers
 
 
 class Sender:
@@ -140,6 +146,37 @@ class Sender:
         )
         self.tell(made)
         return made, answer
+
+    async def test(self, endpoint: Endpoint, actor: str) -> Attempt:
+        """Sends an event that did not happen, signed as all others are. It is not in the log."""
+        writer = self.writer
+        at, id = writer.now(), new_id("test", writer.now(), writer.entropy)
+        event = CloudEvent(
+            id=id,
+            source=f"/ordain/{self.log_id}",
+            type=TEST,
+            subject=endpoint.id,
+            time=rfc3339(at),
+            project=endpoint.project,
+            actor=actor,
+            schema=1,
+            version=1,
+            data={"webhook_id": endpoint.id},
+        )
+        secrets, body = [secret.value for secret in endpoint.signing(at)], msgspec.json.encode(event)
+        headers = signed(id, body, secrets, writer.clock.wall_ms() // 1_000)
+        answer = await self.outbound.post(endpoint.url, headers, body, self._timeout_sec)
+        return Attempt(
+            position=0,
+            type="test",
+            device_id="",
+            command_id=None,
+            attempt=None,
+            at=at,
+            duration_ms=writer.now() - at,
+            status=answer.status,
+            error=answer.error,
+        )
 
 
 class Worker:

@@ -341,6 +341,21 @@ class Webhooks:
             known.resending = False
         return attempt
 
+    async def test(self, caller: Caller, id: str) -> Attempt:
+        """Sends a test event now, whatever the webhook's state and filters. Nothing else changes.
+
+        Raises:
+            Refusal: not_found; rate_limit_exceeded, while another resend or test is under way.
+        """
+        known = self.seen(caller, id)
+        if known.resending:
+            raise Refusal("rate_limit_exceeded", f"webhook {id} is still sending another event")
+        known.resending = True
+        try:
+            return await self.sender.test(known.endpoint, caller.actor)
+        finally:
+            known.resending = False
+
     @asynccontextmanager
     async def _worker_stopped(self, caller: Caller, id: str) -> AsyncIterator[Webhook]:
         """Stops the webhook's worker during a change; the change is durable before it starts again."""

@@ -38,9 +38,13 @@ def refusal(status: int, code: str, message: str = "so it is", **more: object) -
     return {"error": {"code": code, "message": message, **more}}
 
 
-def event(position: int, type: str = "executed", **data: object) -> bytes:
+LOG, OTHER_LOG = "log_" + "1" * 26, "log_" + "2" * 26
+
+
+def event(position: int, type: str = "executed", log: str | None = None, **data: object) -> bytes:
     told = {"id": str(position), "type": f"ordain.command.{type}.v1", "subject": "cmd_1", "data": data}
-    return f"id: {position}\ndata: {json.dumps(told, ensure_ascii=False)}\n\n".encode()
+    where = position if log is None else f"{log}:{position}"
+    return f"id: {where}\ndata: {json.dumps(told, ensure_ascii=False)}\n\n".encode()
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,43 @@ async def test_a_device_list_of_a_wrong_type_is_sent_and_refused_by_the_broker(
     assert script.asked[0].body["device_ident"] == wrong
 
 
+async def test_a_ttl_and_a_collapse_key_are_sent_as_given(language: str) -> None:
+    more = {"ttl_sec": 60, "collapse_key": "door"}
+    async with server(answer(200, SENT)) as script:
+        await sdk(language, script.url).send(SEND | more)
+    assert {key: script.asked[0].body[key] for key in more} == more
+
+
+async def test_one_command_is_read_and_explained(language: str) -> None:
+    async with server(answer(200, {"id": "cmd_/1"})) as script:
+        read = await sdk(language, script.url).call("get", "cmd_/1")
+        explained = await sdk(language, script.url).call("explain", "cmd_/1")
+    assert read.answer == explained.answer == {"id": "cmd_/1"}
+    assert [(asked.method, asked.path, asked.query) for asked in script.asked] == [
+        ("GET", "/v1/commands/cmd_%2F1", {"grant": "false"}),
+        ("GET", "/v1/commands/cmd_%2F1/explain", {}),
+    ]
+
+
+async def test_cancel_names_the_commands_device(language: str) -> None:
+    async with server(
+        answer(200, {"id": "cmd_1", "device_id": "dev_1"}), answer(409, refusal(409, "conflict"))
+    ) as script:
+        outcome = await sdk(language, script.url).call("cancel", "cmd_1")
+    assert outcome.error["name"] == "Conflict"
+    assert (script.asked[1].method, script.asked[1].path) == ("DELETE", "/v1/devices/dev_1/commands/cmd_1")
+
+
+async def test_a_retry_is_repeated_with_the_same_key_and_its_error_has_that_key(language: str) -> None:
+    async with server(CUT, answer(201, {"id": "cmd_2"}), CUT) as script:
+        retried = await sdk(language, script.url).call("retry", "cmd_1")
+        failed = await sdk(language, script.url, retries=0).call("retry", "cmd_1", "mine")
+    assert retried.answer == {"id": "cmd_2"}
+    assert {asked.path for asked in script.asked} == {"/v1/commands/cmd_1/retry"}
+    first, again, mine = (asked.body["idempotency_key"] for asked in script.asked)
+    assert first == again != mine == "mine" == failed.error["idempotency_key"]
+
+
 async def test_history_sends_its_parameters_unchanged(language: str) -> None:
     asked = {"name": "reboot", "device_idents": ["a"], "start": "2026-03-01T00:00:00.000Z"}
     async with server(answer(200, {"a": []})) as script:
@@ -249,6 +290,30 @@ async def test_a_live_stream_remembers_its_start_position(language: str) -> None
     first, second = script.asked
     assert (first.query, first.headers.get("last-event-id")) == ({}, None)
     assert (second.query, second.headers["last-event-id"]) == ({"after": "41"}, "41")
+
+
+@pytest.mark.parametrize("after", [4, "4", f"{LOG}:4", {"id": "4", "source": f"/ordain/{LOG}"}])
+async def test_a_stream_resumes_with_the_log_that_its_position_belongs_to(
+    language: str, after: object
+) -> None:
+    async with server(
+        [STREAM, f"id: {LOG}:4\n\n".encode()],
+        [STREAM, event(5, log=LOG), event(5, log=LOG)],
+        [STREAM, event(5, log=LOG), event(8, log=LOG)],
+    ) as script:
+        outcome = await sdk(language, script.url).events(2, after=after)
+    assert outcome.positions == [5, 8]
+    first = "4" if after in (4, "4") else f"{LOG}:4"
+    assert [asked.query["after"] for asked in script.asked] == [first, f"{LOG}:4", f"{LOG}:5"]
+    assert [asked.headers["last-event-id"] for asked in script.asked] == [first, f"{LOG}:4", f"{LOG}:5"]
+
+
+async def test_a_replaced_log_ends_a_stream_instead_of_a_gap(language: str) -> None:
+    async with server([STREAM, event(5, log=LOG)], [STREAM, event(6, log=OTHER_LOG)]) as script:
+        outcome = await sdk(language, script.url).events(2, after=0)
+    assert outcome.positions == [5]
+    assert outcome.error["name"] == "Gone"
+    assert f"{LOG}:5" in outcome.error["message"]
 
 
 async def test_a_stream_that_was_open_is_retried_without_limit(language: str) -> None:

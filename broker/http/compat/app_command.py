@@ -14,15 +14,27 @@ from litestar.params import JSONBody
 from msgspec import UNSET, Meta, UnsetType
 
 from broker.domain.errors import Refusal, invalid
-from broker.engine.commands import Order
+from broker.engine.commands import MAX_TTL_SEC, Order
 from broker.engine.fanout import Outcome
 from broker.engine.registry import check_name
 from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
-from broker.http.v1.commands import CommandName, IdempotencyKey, KeyHeader, fingerprints, one_key
+from broker.http.v1.commands import (
+    COLLAPSES,
+    CollapseKey,
+    CommandName,
+    IdempotencyKey,
+    KeyHeader,
+    Wait,
+    closed,
+    collapse_key,
+    fingerprints,
+    one_key,
+)
 from broker.http.v1.fanout import BODY_BYTES, Devices, answers
-from broker.http.v1.views import STATUS, Status
+from broker.http.v1.reading import find, shown
+from broker.http.v1.views import STATUS, Command, Status
 from broker.log import erasing
 from broker.seams import Sql
 from projections import commands as commands_view
@@ -52,6 +64,11 @@ class SendBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         IdempotencyKey | UnsetType,
         Meta(description="A repeated request with the same key sends only the commands that are missing."),
     ] = UNSET
+    ttl_sec: Annotated[
+        Annotated[int, Meta(ge=1, le=MAX_TTL_SEC, examples=[60])] | UnsetType | None,
+        Meta(description="Seconds until it expires. Absent: what the device's type says; null: never."),
+    ] = UNSET
+    collapse_key: Annotated[CollapseKey | UnsetType, Meta(description=COLLAPSES)] = UNSET
 
 
 class AppSent(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +77,9 @@ class AppSent(msgspec.Struct, frozen=True, kw_only=True):
     ]
     command_id: str | UnsetType = UNSET
     error: Annotated[str | UnsetType, Meta(description="The reason why it was not sent, for people.")] = UNSET
+    command: Annotated[
+        Command | UnsetType, Meta(description="With `wait`: the command as it is at the end of the wait.")
+    ] = UNSET
 
 
 class HistoryBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,23 +106,36 @@ class HistoryRecord(msgspec.Struct, frozen=True, kw_only=True):
     responses=documented(413, 415),
 )
 async def send_app_command(
-    request: Call, data: JSONBody[SendBody], idempotency_key: KeyHeader = None
+    request: Call, data: JSONBody[SendBody], idempotency_key: KeyHeader = None, wait: Wait = None
 ) -> Response[dict[str, AppSent]]:
     """Send a command from an app
 
-    Sends one command to each device; the answer has one member for each ident. The command never expires,
-    unless the device's type sets an expiry: an offline device receives it when it comes back.
+    Sends one command to each device; the answer has one member for each ident. Without `ttl_sec` the command
+    never expires, unless the device's type sets an expiry: an offline device receives it when it comes back.
+
+    With `wait`, for one device only, the answer comes when the command is closed, or after that time with
+    202. It then has the member `command`.
     """
     check_name("name", data.name)
+    if wait is not None and len(data.device_ident) != 1:
+        raise invalid("wait", "is possible for one device only")
     order = Order(
         device="",
         type=data.name,
         params=data.data,
+        ttl_sec=data.ttl_sec,
+        collapse_key=collapse_key(data.collapse_key),
         idempotency_key=one_key(data.idempotency_key, idempotency_key),
     )
     same = fingerprints(SEND, msgspec.structs.replace(data, device_ident=UNSET, idempotency_key=UNSET))
     found = await request.services.fanout.send(request.user, data.device_ident, order, same)
-    return Json(await answers(request.services, found, _sent))
+    sent = await answers(request.services, found, _sent)
+    [(ident, first), *_] = sent.items()
+    if wait is None or first.command_id is UNSET:
+        return Json(sent)
+    state = await closed(request, await find(request, first.command_id), wait)
+    answer = msgspec.structs.replace(first, command=shown(request, state))
+    return Json({ident: answer}, status_code=200 if state.closed else 202)
 
 
 @post(

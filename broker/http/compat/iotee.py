@@ -22,8 +22,9 @@ from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
 from broker.http.v1 import views
-from broker.http.v1.commands import CommandName, KeyHeader, find, one_key
+from broker.http.v1.commands import CommandName, KeyHeader, one_key
 from broker.http.v1.devices import find_device
+from broker.http.v1.reading import find
 from broker.http.v1.repairs import MAY_REPEAT
 from broker.http.v1.views import CommandError, Time
 from broker.seams import Sql
@@ -199,7 +200,10 @@ async def send_device_command(
 async def list_commands_of_device(
     request: Call, device: FromPath[str], limit: Limit = 100, offset: Offset = 0
 ) -> CommandRecords:
-    """List the commands of a device, newest first"""
+    """List the commands of a device
+
+    Newest first. The `offset` counts from the newest command, so pages shift while new commands arrive.
+    """
     caller = request.user
 
     def work(sql: Sql) -> list[CommandState]:
@@ -211,7 +215,10 @@ async def list_commands_of_device(
 
 @get("/commands", opt=needs("admin"), responses=documented())
 async def list_all_commands(request: Call, limit: Limit = 100, offset: Offset = 0) -> CommandRecords:
-    """List the commands of all devices, newest first"""
+    """List the commands of all devices
+
+    Newest first, of all projects.
+    """
     wanted = Filter(project=request.user.project)
     storage = request.services.commands.writer.storage
     found = await storage.read(lambda sql: commands_view.newest(sql, wanted, limit, offset))
@@ -220,7 +227,10 @@ async def list_all_commands(request: Call, limit: Limit = 100, offset: Offset = 
 
 @get("/commands/{command_id:str}", opt=needs("devices:read"), responses=documented(404))
 async def get_command_record(request: Call, command_id: FromPath[str]) -> CommandRecord:
-    """Read a command by its id"""
+    """Read a command by its id
+
+    Ids are the same as under `/v1`.
+    """
     return _record(await find(request, command_id))
 
 

@@ -6,18 +6,22 @@ before any body is read. It must not wait for I/O, except when it looks up a dev
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from difflib import get_close_matches
 from typing import Any, cast
 
 import msgspec
 from litestar import Request
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
+from litestar.params import QueryParameter
 
 from broker.domain.errors import Refusal, Unavailable, invalid
 from broker.engine.commands import Caller
-from broker.engine.keys import SCOPES
+from broker.engine.keys import OF_KEY, SCOPES
 from broker.engine.registry import OF_DEVICE
 from broker.http.edge.errors import body_fault
+from broker.http.edge.positions import is_position
 from broker.http.edge.services import Services, served
 from broker.settings import Limits
 from devices.names import RESERVED, is_name
@@ -66,7 +70,7 @@ class Call(Request[Caller, Any, State]):
             Refusal: invalid_request, if the body is not valid; it names the field. too_large.
         """
         if header(self, b"content-type").partition(b";")[0].strip().lower() != b"application/json":
-            raise HTTPException(status_code=415)
+            raise HTTPException("a body must be JSON: Content-Type: application/json", status_code=415)
         field = self.route_handler.parsed_data_field
         assert field is not None, "only asked for by a handler that has `data`"
         body = await self.body()
@@ -74,7 +78,7 @@ class Call(Request[Caller, Any, State]):
             check_size(body, self.services.limits, self.route_handler.opt.get("many", ""))
             return msgspec.json.decode(body, type=field.annotation)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise body_fault(error) from error
+            raise body_fault(error, field.annotation) from error
 
 
 def needs(
@@ -128,6 +132,9 @@ async def authorize(request: Request[Any, Any, Any]) -> None:
     options, secret = request.route_handler.opt, _secret(request)
     if app.local:
         caller: Caller | None = OPERATOR
+    elif options.get("ticket") and (ticket := request.query_params.get("ticket")) is not None:
+        if (caller := services.tickets.use(ticket)) is None:
+            raise Refusal("unauthorized", "ticket: it is unknown, used or expired; fetch a new one")
     elif secret.startswith(OF_DEVICE):
         caller = await services.registry.caller(secret, str(request.path_params.get("device", "")))
     else:
@@ -149,7 +156,8 @@ async def authorize(request: Request[Any, Any, Any]) -> None:
 
 
 def check_address(request: Request[Any, Any, Any]) -> None:
-    """Checks that path parameters are names and that each query parameter has one value, not null.
+    """Checks that path parameters are names, and that each query parameter is known and has one value, not
+    null. An unknown one is refused: a filter with a typing error would show everything.
 
     Reserved names such as `me` are allowed in a path: they have routes of their own.
 
@@ -157,12 +165,15 @@ def check_address(request: Request[Any, Any, Any]) -> None:
         Refusal: invalid_request.
     """
     for field, value in request.scope["path_params"].items():
-        if not is_name(value) and value not in RESERVED:
+        if not is_name(value) and value not in RESERVED and not (field == "position" and is_position(value)):
             raise invalid(field, "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63}", value)
     if request.scope["query_string"]:
         given: set[str] = set()
+        known = _query_names(request.route_handler)
         for name, value in request.query_params.multi_items():
-            field = name or "query"
+            field = name[:80] or "query"
+            if name not in known:
+                raise invalid(field, _unknown(name, known))
             if field in given:
                 raise invalid(field, "is given more than once")
             if "\ufffd" in value:
@@ -173,13 +184,39 @@ def check_address(request: Request[Any, Any, Any]) -> None:
             given.add(field)
 
 
+def _query_names(handler: Any) -> tuple[str, ...]:
+    """The query parameters of a route; found once and kept with its options."""
+    known: tuple[str, ...] | None = handler.opt.get("query_names")
+    if known is None:
+        parameters = {
+            name: field.kwarg_definition
+            for name, field in handler.parsed_fn_signature.parameters.items()
+            if isinstance(field.kwarg_definition, QueryParameter)
+        }
+        known = handler.opt["query_names"] = tuple(
+            sorted(given.name or name for name, given in parameters.items())
+        )
+    return known
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    if not known:
+        return "is not known here: this path takes no query parameters"
+    near = get_close_matches(name, known, n=1)
+    hint = f"; did you mean `{near[0]}`?" if near else "."
+    return f"is not known here{hint} Known here: {', '.join(known)}"
+
+
 def header(request: Request[Any, Any, Any], name: bytes) -> bytes:
     """A header, read from the scope: building Litestar's headers costs more than the rest of `authorize`."""
     return next((value for key, value in request.scope["headers"] if key == name), b"")
 
 
 def _secret(request: Request[Any, Any, Any]) -> str:
-    scheme, _, secret = header(request, b"authorization").partition(b" ")
-    if scheme.lower() != b"bearer":
-        secret = header(request, b"x-api-key")
-    return secret.strip().decode("latin-1")
+    """The key or token of a request. A proxy may use one of the two headers for a secret of its own, so a
+    value that has our form goes first."""
+    scheme, _, bearer = header(request, b"authorization").partition(b" ")
+    given = bearer if scheme.lower() == b"bearer" else b"", header(request, b"x-api-key")
+    secrets = [each.strip().decode("latin-1") for each in given]
+    ours = (each for each in secrets if each.startswith((OF_KEY, OF_DEVICE)))
+    return next(ours, secrets[0] or secrets[1])

@@ -22,6 +22,7 @@ from broker.domain.errors import Refusal, Unavailable, invalid
 from broker.http.edge.answers import Json
 from broker.http.edge.services import Services, served
 from broker.seams import Broken, Full
+from devices.allowed import reason as right
 
 logger = structlog.get_logger()
 
@@ -54,7 +55,7 @@ BY_STATUS = {
     404: ("not_found", "there is nothing at this path"),
     405: ("method_not_allowed", "this path does not support this method"),
     413: ("too_large", "the body is too large"),
-    415: ("unsupported_media_type", "a body must be JSON: Content-Type: application/json"),
+    415: ("unsupported_media_type", "the body must be JSON"),
 }
 DOCUMENTED = {
     400: "`invalid_request`: `details.field` names what is wrong, `details.reason` says why.",
@@ -62,7 +63,8 @@ DOCUMENTED = {
     403: "`forbidden`: the key lacks the scope.",
     404: "`not_found`: it does not exist, or it belongs to another project.",
     409: "`conflict` or `idempotency_conflict`: the message gives the reason.",
-    410: "`gone`: the command created with this idempotency key was erased.",
+    410: "`gone`: the command created with this idempotency key was erased, or a position belongs to another "
+    "log: the broker's log was restored or replaced.",
     413: "`too_large`: the body or the parameters are too large.",
     415: "`unsupported_media_type`: a body must be `application/json`.",
     429: "`queue_full`: too many open commands, or `rate_limit_exceeded`: too many requests in a minute; "
@@ -70,7 +72,7 @@ DOCUMENTED = {
     503: "`unavailable`: the log cannot be written now. The outcome is unknown; send the request again.",
 }
 # Handler parameters whose name in Python differs from their name in the API.
-RENAMED = {"in_state": "state"}
+RENAMED = {"in_state": "state", "with_grant": "grant"}
 _NAMED = re.compile(r"Object (?:(contains unknown)|missing required) field `(.*)`", re.DOTALL)
 
 
@@ -166,13 +168,15 @@ def unavailable(_: Request[Any, Any, Any], error: Exception) -> Response[ErrorBo
 def by_status(request: Request[Any, Any, Any], error: HTTPException) -> Response[ErrorBody]:
     """Answers an exception that Litestar raised itself."""
     if isinstance(error, ValidationException):
-        return refused(request, _parameter_fault(error))
+        return refused(request, _parameter_fault(request, error))
     code, message = BY_STATUS.get(error.status_code, BY_STATUS[400])
     if error.status_code >= 500:
         logger.warning("http.broken_off", detail=error.detail, path=request.scope["path"])
         code, message = "internal", "the request could not be served"
     else:
         _services(request).metrics.refused(code)
+    if error.status_code == 415 and error.detail:
+        message = error.detail
     details = {"field": "request", "reason": error.detail} if code == "invalid_request" else None
     # Litestar lists the methods of a path in random order.
     allow = (error.headers or {}).get("allow")
@@ -201,7 +205,7 @@ def _services(request: Request[Any, Any, Any]) -> Services:
     return served(request.scope).services
 
 
-def _parameter_fault(error: ValidationException) -> Refusal:
+def _parameter_fault(request: Request[Any, Any, Any], error: ValidationException) -> Refusal:
     """A refusal for the first fault that Litestar found in the parameters of a request."""
     faults = error.extra if isinstance(error.extra, list) else []
     first = faults[0] if faults and isinstance(faults[0], dict) else {}
@@ -209,16 +213,23 @@ def _parameter_fault(error: ValidationException) -> Refusal:
         return invalid("body", "is required")
     reason = str(first.get("message", error.detail)).partition(" - at `")[0]
     field = str(first.get("key", "request"))
+    parameter = request.route_handler.parsed_fn_signature.parameters.get(field)
+    if parameter is not None:
+        reason = right(parameter.annotation, "", reason)
     return invalid(RENAMED.get(field, field), reason)
 
 
-def body_fault(error: Exception) -> Refusal:
-    """A refusal that names the wrong field of a body, taken from the decoder's message."""
+def body_fault(error: Exception, kind: Any) -> Refusal:
+    """A refusal that names the wrong field of a body, taken from the decoder's message.
+
+    `kind`: the type that the body should have.
+    """
     if isinstance(error, RecursionError):
         return invalid("body", "is nested too deeply")
     if not isinstance(error, msgspec.ValidationError):
         return invalid("body", f"is not JSON in UTF-8: {str(error)[:200]}")
     reason, _, path = str(error).partition(" - at `$")
+    reason = right(kind, path.removesuffix("`"), reason)
     field = path.removesuffix("`").removeprefix(".")
     if named := _NAMED.fullmatch(reason):
         field = ".".join(filter(None, [field, named[2]]))

@@ -65,7 +65,10 @@ async def readyz(request: Call) -> Response[Health | ErrorBody]:
 
 @get("/metrics", security=[{}], media_type="text/plain")
 async def read_metrics(request: Call) -> Response[bytes]:
-    """Read the metrics, in the Prometheus text format"""
+    """Read the metrics
+
+    In the Prometheus text format.
+    """
     return Response(request.services.metrics.text(), media_type=metrics.CONTENT_TYPE)
 
 

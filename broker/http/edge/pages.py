@@ -20,7 +20,12 @@ T = TypeVar("T")
 
 Limit = Annotated[int, QueryParameter(ge=1, le=100, description="The largest number of items in a page.")]
 Cursor = Annotated[
-    str | None, QueryParameter(description="The `next_cursor` of the previous page, unchanged.")
+    str | None,
+    QueryParameter(
+        description="The `next_cursor` of the previous page, unchanged. A cursor is good only for the list "
+        "and the filters that gave it; any other is refused (400).",
+        schema_extra={"pattern": "^[A-Za-z0-9_-]{32}$"},
+    ),
 ]
 
 

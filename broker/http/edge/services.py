@@ -18,6 +18,8 @@ from broker.engine.registry import Registry
 from broker.engine.repairs import Repairs
 from broker.engine.verification import Verification
 from broker.http.edge.streams import Streams
+from broker.http.edge.tickets import Tickets
+from broker.http.edge.waits import Waits
 from broker.metrics import Metrics
 from broker.seams import Link
 from broker.settings import Limits, Settings
@@ -46,6 +48,8 @@ class Services:
     mqtt_events: MqttEvents
     webhooks: Webhooks
     streams: Streams
+    waits: Waits
+    tickets: Tickets
     dispatch: Dispatch
     intake: Intake
     pull: Pull

@@ -17,13 +17,14 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 from broker.domain.cloudevents import Entry, Wanted, encoded
 from broker.domain.errors import Refusal, Unavailable
 from broker.engine.commands import Caller
+from broker.http.edge.positions import full
 from broker.subscriptions.feed import Feed, Subscription
 
 PING_SEC = 15.0
 PIECE_BYTES = 65_536
 # The first message has an id but no data: it tells the client the current position. If a stream that began
 # "now" breaks before its first event, the client continues from this position, not from a later "now".
-BEGIN = b"retry: 3000\nid: %d\n\n"
+BEGIN = b"retry: 3000\nid: %b\n\n"
 PING = b": ping\n"
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 # In JSON a line break is only white space between tokens. In an event stream it would end the field.
@@ -94,7 +95,7 @@ class Streams:
         gone = asyncio.create_task(_gone(receive, subscription))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            await _say(send, BEGIN % after)
+            await _say(send, BEGIN % full(self._log_id, after).encode())
             await self._follow(subscription, send)
             await _say(send, b"", more=False)
         finally:
@@ -122,10 +123,10 @@ class Streams:
 
     def _pieces(self, entries: list[Entry]) -> Iterator[tuple[bytes, int]]:
         """The bytes of each write, and the position of the last event in it."""
-        piece = bytearray()
+        piece, log_id = bytearray(), self._log_id.encode()
         for entry in entries:
             data = encoded(self._log_id, entry).translate(ONE_LINE)
-            piece += b"id: %d\ndata: %b\n\n" % (entry.position, data)
+            piece += b"id: %b:%d\ndata: %b\n\n" % (log_id, entry.position, data)
             if len(piece) >= PIECE_BYTES:
                 yield bytes(piece), entry.position
                 piece.clear()

@@ -20,7 +20,7 @@ from litestar.routes import HTTPRoute
 
 from broker import __version__
 from broker.http.compat import app_command, iotee
-from broker.http.edge import health
+from broker.http.edge import health, positions
 from broker.http.edge.auth import Call
 from broker.http.edge.errors import ErrorBody
 from broker.http.schema import asyncapi
@@ -84,6 +84,54 @@ REPLAYED = {
 }
 
 
+OPEN = {"description": "With `wait`: the time is over, and the command is still open."}
+SERVER_SENT_EVENTS = {
+    "schema": {
+        "type": "string",
+        "description": "Server-sent events, without end. First `retry` (ms) and an `id` without data: where "
+        "the stream begins. Then of each event an `id`, `<log id>:<position>`, and `data`: the `CloudEvent` "
+        "as JSON in one line. A comment (`: ping`) comes every 15 seconds.",
+    },
+    "example": "retry: 3000\nid: log_01m8cqbeg7f7wt8w78c3j004rx:16\n\n"
+    'id: log_01m8cqbeg7f7wt8w78c3j004rx:17\ndata: {"specversion":"1.0","id":"17", …}\n\n: ping\n',
+}
+SIGNED = {
+    "webhook-id": "The same for each attempt: remember it, and handle an event once.",
+    "webhook-timestamp": "When it was sent, in seconds since 1970. Refuse what is older than five minutes.",
+    "webhook-signature": "`v1,` and the Base64 of HMAC-SHA256 over `<id>.<timestamp>.<body>`; several during "
+    "a rotation of the secret, separated by spaces.",
+}
+# What the broker sends to the webhooks of its users.
+OUTGOING = {
+    "event": {
+        "post": {
+            "operationId": "receive_event",
+            "tags": ["Webhooks"],
+            "summary": "An event, sent to your webhook",
+            "description": "Sent at least once, in order for each device. Signed as the Standard Webhooks "
+            "specification says.",
+            "security": [],
+            "parameters": [
+                {"name": name, "in": "header", "required": True, "schema": {"type": "string"}}
+                | {"description": text}
+                for name, text in SIGNED.items()
+            ],
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "application/cloudevents+json": {"schema": {"$ref": "#/components/schemas/CloudEvent"}}
+                },
+            },
+            "responses": {
+                "2XX": {"description": "Taken. Every other answer, a redirect too, is a failure."},
+                "410": {"description": "Nothing more is sent to this webhook."},
+                "429": {"description": "Sent again after `Retry-After`; 503 likewise."},
+            },
+        }
+    }
+}
+
+
 @get("/openapi.json", include_in_schema=False)
 async def description() -> Response[bytes]:
     return Response(document(), media_type="application/json")
@@ -110,6 +158,12 @@ def document() -> bytes:
                 "key": SecurityScheme(
                     type="apiKey", name="X-API-Key", security_scheme_in="header", description="The same."
                 ),
+                "ticket": SecurityScheme(
+                    type="apiKey",
+                    name="ticket",
+                    security_scheme_in="query",
+                    description="From `POST /v1/events/ticket`; for one event stream.",
+                ),
             }
         ),
         security=[{"bearer": []}, {"key": []}],
@@ -130,6 +184,7 @@ def document() -> bytes:
     )
     for path, operation in _operations(schema):
         _finish(path, operation, handlers[operation["operationId"]], schema["components"]["schemas"])
+    schema["webhooks"] = OUTGOING
     used = {tag for _, operation in _operations(schema) for tag in operation["tags"]}
     schema["tags"] = [{"name": tag, "description": text} for tag, text in TAGS.items() if tag in used]
     return msgspec.json.encode(schema)
@@ -167,6 +222,8 @@ def _finish(path: str, operation: dict[str, Any], handler: HTTPRouteHandler, sch
     if scope := handler.opt.get("scope"):
         scopes = [scope, *handler.opt.get("also", ())]
         operation["security"] = [{"bearer": scopes}, {"key": scopes}]
+        if handler.opt.get("ticket"):
+            operation["security"].append({"ticket": []})
     for parameter in operation.get("parameters", []):
         _finish_parameter(parameter)
     body = operation.get("requestBody", {})
@@ -176,8 +233,10 @@ def _finish(path: str, operation: dict[str, Any], handler: HTTPRouteHandler, sch
     answers = operation["responses"]
     if "201" in answers and (path in (v1.CREATE, iotee.CREATE) or path.endswith("/retry")):
         answers["200"] = REPLAYED | {"content": answers["201"]["content"]}
+    if any(parameter["name"] == "wait" for parameter in operation.get("parameters", [])):
+        answers["202"] = OPEN | {"content": answers.get("201", answers["200"])["content"]}
     if path == "GET /v1/events":
-        answers["200"]["content"][events.STREAM] = {"schema": {"type": "string"}}
+        answers["200"]["content"][events.STREAM] = SERVER_SENT_EVENTS
     for status, answer in answers.items():
         if not answer.get("headers"):
             answer["headers"] = ANSWER_HEADERS.get(status, {})
@@ -195,13 +254,15 @@ def _finish_parameter(parameter: dict[str, Any]) -> None:
     kinds = [kind for kind in schema.pop("oneOf", []) if kind != {"type": "null"}]
     for kind in kinds:
         schema |= kind
+    if "anyOf" in schema:
+        del schema["type"]
     if "enum" in schema:
         schema |= {"type": "string", "enum": [value for value in schema["enum"] if value is not None]}
     for bound in {"minimum", "maximum"} & schema.keys():
         schema[bound] = int(schema[bound])
     schema.pop("description", None)
     if parameter["in"] == "path":
-        schema["pattern"] = NAME_PATTERN
+        schema["pattern"] = NAME_PATTERN if parameter["name"] != "position" else positions.PATTERN
         parameter.setdefault("description", PATH_PARAMETERS.get(parameter["name"], ""))
     for silent in ("deprecated", "allowEmptyValue", "allowReserved"):
         parameter.pop(silent, None)

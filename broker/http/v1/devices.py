@@ -85,7 +85,7 @@ async def register(request: Call, data: JSONBody[DeviceBody]) -> Device:
     return _issued(request, await request.services.registry.register(request.user, new))
 
 
-@get("/", opt=needs("devices:read"), responses=documented())
+@get("/", opt=needs("devices:read"), responses=documented(410))
 async def list_devices(
     request: Call, limit: Limit = 20, cursor: Cursor = None, as_of: AsOf = None
 ) -> DeviceList:
@@ -112,7 +112,7 @@ async def list_devices(
     )
 
 
-@get("/{device:str}", opt=needs("devices:read"), responses=documented(404))
+@get("/{device:str}", opt=needs("devices:read"), responses=documented(404, 410))
 async def get_device(request: Call, device: FromPath[str], as_of: AsOf = None) -> Device:
     """Read a device
 

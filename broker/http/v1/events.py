@@ -9,33 +9,44 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Request, Response, Router, get
+from litestar import Request, Response, Router, get, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import HeaderParameter, QueryParameter
 from msgspec import Meta
 
 from broker.domain.cloudevents import BARE_TYPES, EVENTS, CloudEvent, Wanted, cloud_event
-from broker.domain.errors import Refusal, invalid
+from broker.domain.errors import Refusal, invalid, not_found
 from broker.engine.registry import check_name
+from broker.http.edge import positions
 from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize, header, needs
 from broker.http.edge.errors import ErrorBody, documented
 from broker.http.edge.pages import cut
+from broker.http.edge.services import Services
 from broker.http.edge.streams import Stream
-from broker.http.v1.views import NAME
+from broker.http.v1.views import NAME, Time
+from broker.log import sqlite as log
+from broker.seams import Sql
 from broker.subscriptions.feed import Feed
+from devices.clock import rfc3339
+from projections import devices as devices_view
 
 STREAM = "text/event-stream"
 
+POSITION = {"pattern": positions.PATTERN}
 After = Annotated[
-    int | None,
+    str | None,
     QueryParameter(
-        ge=0, description="Only events after this position. The position of an event is its `id`."
+        description="Only events after this position. The position of an event is its `id`. Written "
+        "`<log id>:<position>`, it is refused (410) after the log was restored or replaced.",
+        schema_extra=POSITION,
     ),
 ]
 Cursor = Annotated[
-    int | None,
-    QueryParameter(ge=0, description="The same as `after`: the `next_cursor` of the previous page."),
+    str | None,
+    QueryParameter(
+        description="The same as `after`: the `next_cursor` of the previous page.", schema_extra=POSITION
+    ),
 ]
 Limit = Annotated[int, QueryParameter(ge=1, le=1_000, description="The largest number of events in a page.")]
 ByDevice = Annotated[
@@ -63,19 +74,27 @@ ByProject = Annotated[
         schema_extra=NAME,
     ),
 ]
+# Described as a security scheme.
+ByTicket = Annotated[str | None, QueryParameter(include_in_schema=False)]
 LastEventId = Annotated[
     str | None,
     HeaderParameter(
         name="Last-Event-ID",
         description="For a stream: only events after this position. It takes precedence over `after`.",
-        schema_extra={"pattern": "^[0-9]{1,19}$"},
+        schema_extra=POSITION,
     ),
 ]
-ANSWERS = documented(410, 429) | {
+ANSWERS = documented(404, 410, 429) | {
+    404: ResponseSpec(
+        ErrorBody,
+        generate_examples=False,
+        description="`not_found`: a stream was asked for a device or command that does not exist.",
+    ),
     410: ResponseSpec(
         ErrorBody,
         generate_examples=False,
-        description="`gone`: the events after this position are no longer stored.",
+        description="`gone`: the events after this position are no longer stored, or the position belongs "
+        "to another log: the broker's log was restored or replaced.",
     ),
     429: ResponseSpec(
         ErrorBody,
@@ -95,7 +114,26 @@ class CloudEventList(msgspec.Struct, frozen=True, kw_only=True):
     ]
 
 
-@get("/events", opt=needs("events:read"), responses=ANSWERS, tags=["Events"])
+class TicketView(msgspec.Struct, frozen=True, kw_only=True):
+    """A ticket for one event stream, valid for 60 seconds."""
+
+    ticket: Annotated[str, Meta(description="`tkt_…`. For `GET /v1/events?ticket=`.")]
+    expires_at: Time
+
+
+@post("/events/ticket", status_code=201, opt=needs("events:read"), responses=documented(), tags=["Events"])
+async def create_ticket(request: Call) -> TicketView:
+    """Get a ticket for an event stream
+
+    The browser's `EventSource` cannot send a key. It opens `GET /v1/events?ticket=…` with a ticket instead. A
+    ticket has the rights of the key that got it, for one connection. To reconnect, get a new ticket and
+    continue with `after` and the last id.
+    """
+    ticket, expires_at = request.services.tickets.issue(request.user)
+    return TicketView(ticket=ticket, expires_at=rfc3339(expires_at))
+
+
+@get("/events", opt=needs("events:read") | {"ticket": True}, responses=ANSWERS, tags=["Events"])
 async def list_events(
     request: Call,
     after: After = None,
@@ -107,6 +145,7 @@ async def list_events(
     command: ByCommand = None,
     project: ByProject = None,
     last_event_id: LastEventId = None,
+    ticket: ByTicket = None,
 ) -> Response[CloudEventList]:
     """Follow events
 
@@ -114,8 +153,8 @@ async def list_events(
     in log order and only after they are durable. A page begins after `after`, or with the first event. With a
     filter a page can be short or even empty although `has_more` is true.
 
-    With `Accept: text/event-stream` the answer is an endless stream: `id` is the position, `data` is the
-    CloudEvent, and a comment comes every 15 seconds. The stream begins after `Last-Event-ID`, else after
+    With `Accept: text/event-stream` the answer is an endless stream: `id` is `<log id>:<position>`, `data` is
+    the CloudEvent, and a comment comes every 15 seconds. The stream begins after `Last-Event-ID`, else after
     `after`, else with the next event that is recorded. It first sends an `id` without data: the position
     where it begins. After a lost connection, continue from the last `id`: no event is missed, and none comes
     twice.
@@ -123,21 +162,37 @@ async def list_events(
     """
     wanted = _wanted(request, device, type, event, command, project)
     services = request.services
-    seen = None if last_event_id is None else _position(last_event_id)
+    places = [
+        None if text is None else _parsed(services, field, text)
+        for field, text in (("Last-Event-ID", last_event_id), ("after", after), ("cursor", cursor))
+    ]
     if not _wants_stream(request):
-        start = _place(services.feed, after, cursor)
+        start = _place(services.feed, *places[1:])
         return Json(await _page(request, wanted, services.feed.kept_after if start is None else start, limit))
-    if seen is not None:
-        start = _seen(services.feed, "Last-Event-ID", seen)
+    if places[0] is not None:
+        start = _seen(services.feed, "Last-Event-ID", places[0])
     else:
-        start = _place(services.feed, after, cursor)
+        start = _place(services.feed, *places[1:])
+    await _check_exists(request, wanted)
     return Stream(
         services.streams,
         request.user,
         wanted,
         services.feed.head if start is None else start,
-        lambda: authorize(request),
+        lambda: _check_again(request, ticket),
     )
+
+
+async def _check_again(request: Call, ticket: str | None) -> None:
+    """Checks the key again just before the stream opens. A ticket is used up by then, so its key is checked.
+
+    Raises:
+        Refusal: unauthorized.
+    """
+    if ticket is None:
+        await authorize(request)
+    elif not request.services.tickets.good(request.user):
+        raise Refusal("unauthorized", "ticket: its key was revoked")
 
 
 async def _page(request: Call, wanted: Wanted, after: int, limit: int) -> CloudEventList:
@@ -150,7 +205,7 @@ async def _page(request: Call, wanted: Wanted, after: int, limit: int) -> CloudE
     return CloudEventList(
         data=[cloud_event(services.log_id, entry) for entry in page],
         has_more=reached < head,
-        next_cursor=str(reached) if reached < head else None,
+        next_cursor=positions.full(services.log_id, reached) if reached < head else None,
     )
 
 
@@ -187,10 +242,34 @@ def _place(feed: Feed, after: int | None, cursor: int | None) -> int | None:
     return None if start is None else _seen(feed, field, start)
 
 
-def _position(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise invalid("Last-Event-ID", "must be the id of an event: its position, a whole number", text)
-    return int(text)
+def _parsed(services: Services, field: str, text: str) -> int:
+    position = positions.parsed(field, text, services.log_id, services.feed.head)
+    if position is None:
+        raise invalid(field, positions.RULE, text)
+    return position
+
+
+async def _check_exists(request: Call, wanted: Wanted) -> None:
+    """Checks that the device and the command of a stream's filters exist: a stream of nothing would wait for
+    ever. A page of nothing ends at once, so it is not checked.
+
+    Raises:
+        Refusal: not_found, also if they belong to another project.
+    """
+    caller = request.user
+
+    def work(sql: Sql) -> None:
+        if wanted.device is not None:
+            device = devices_view.by_name(sql, [wanted.device]).get(wanted.device)
+            if device is None or not caller.sees(device.project):
+                raise not_found("device", wanted.device)
+        if wanted.command_id is not None:
+            first = next(iter(log.stream(sql, wanted.command_id)), None)
+            if first is None or not caller.sees(first.project):
+                raise not_found("command", wanted.command_id)
+
+    if wanted.device is not None or wanted.command_id is not None:
+        await request.services.commands.writer.storage.read(work)
 
 
 def _seen(feed: Feed, field: str, position: int) -> int:
@@ -207,4 +286,4 @@ def _seen(feed: Feed, field: str, position: int) -> int:
     return position
 
 
-routes = Router("/v1", route_handlers=[list_events], before_request=authorize)
+routes = Router("/v1", route_handlers=[list_events, create_ticket], before_request=authorize)

@@ -20,7 +20,8 @@ from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import ErrorDetail, documented, error_body
 from broker.http.edge.services import Services
-from broker.http.v1.commands import CommandBody, KeyHeader, collapse_key, fingerprints, list_commands, one_key
+from broker.http.v1.commands import CommandBody, KeyHeader, collapse_key, fingerprints, one_key
+from broker.http.v1.reading import list_commands
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ async def send_commands(
         params=data.params,
         ttl_sec=services.limits.default_ttl_sec if data.ttl_sec is UNSET else data.ttl_sec,
         idempotency_key=one_key(data.idempotency_key, idempotency_key),
-        collapse_key=collapse_key(data),
+        collapse_key=collapse_key(data.collapse_key),
     )
     same = fingerprints(ROUTE, msgspec.structs.replace(data, devices=UNSET, idempotency_key=UNSET))
     found = await services.fanout.send(request.user, data.devices, order, same)

@@ -66,7 +66,7 @@ class LaneView(msgspec.Struct, frozen=True, kw_only=True):
     ]
 
 
-@get("/{device:str}/lane", opt=needs("devices:read"), responses=documented(404))
+@get("/{device:str}/lane", opt=needs("devices:read"), responses=documented(404, 410))
 async def read_lane(request: Call, device: FromPath[str], as_of: AsOf = None) -> LaneView:
     """Read the lane of a device
 

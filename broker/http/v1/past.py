@@ -18,6 +18,7 @@ from broker.domain.errors import invalid, not_found
 from broker.domain.lanes import Presence
 from broker.domain.lifecycle import CommandState
 from broker.engine.commands import Caller
+from broker.http.edge import positions
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
 from broker.http.edge.pages import Cursor, Limit, Pager
@@ -31,28 +32,36 @@ from projections import devices as devices_view
 from projections import past
 from projections.past import Then
 
-PATTERN = {
-    "pattern": "^([0-9]{1,18}|[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]{1,9})?"
-    "(Z|[+-][0-9]{2}:[0-9]{2}))$"
+# A position, or a time that exists: a pattern alone would also allow the 31st of February.
+PLACE = {
+    "anyOf": [
+        {"type": "string", "pattern": positions.PATTERN},
+        {
+            "type": "string",
+            "format": "date-time",
+            "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]{1,9})?"
+            "(Z|[+-][0-9]{2}:[0-9]{2})$",
+        },
+    ]
 }
 AsOf = Annotated[
     str | None,
     QueryParameter(
         description="Read a past state: after this log position, or after all events recorded at or before "
-        "this RFC 3339 time. Grants are not shown.",
-        schema_extra=PATTERN,
+        "this RFC 3339 time. 400 if it lies beyond the end of the log or in the future. Grants are not "
+        "shown.",
+        schema_extra=PLACE,
     ),
 ]
 POINT = "A log position or an RFC 3339 time"
 Start = Annotated[
     str | None,
     QueryParameter(
-        name="from", description=f"{POINT}; the beginning of the log if absent.", schema_extra=PATTERN
+        name="from", description=f"{POINT}; the beginning of the log if absent.", schema_extra=PLACE
     ),
 ]
-End = Annotated[str | None, QueryParameter(description=f"{POINT}; now if absent.", schema_extra=PATTERN)]
+End = Annotated[str | None, QueryParameter(description=f"{POINT}; now if absent.", schema_extra=PLACE)]
 Place = Callable[[Sql], int]
-LONGEST_POSITION = 18  # digits
 
 
 class ChangedCommand(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="command"):
@@ -84,10 +93,13 @@ async def place_of(request: Call, text: str, field: str = "as_of") -> Place:
 
     Raises:
         Refusal: invalid_request, if the text is neither a position nor a time, or the time lies in the
-            future. The returned function raises it if the position lies beyond the end of the log.
+            future; gone, if the position belongs to another log. The returned function raises
+            invalid_request if the position lies beyond the end of the log.
     """
-    if text.isascii() and text.isdigit() and len(text) <= LONGEST_POSITION:
-        return lambda sql: _reached(sql, int(text), field)
+    services = request.services
+    position = positions.parsed(field, text, services.log_id, services.feed.head)
+    if position is not None:
+        return lambda sql: _reached(sql, position, field)
     try:
         at = parse_rfc3339(text)
     except ValueError:
@@ -150,7 +162,7 @@ def device(then: Then) -> Device:
     return views.device(then.state, known(then))
 
 
-@get("/diff", opt=needs("devices:read"), responses=documented())
+@get("/diff", opt=needs("devices:read"), responses=documented(410))
 async def read_diff(
     request: Call,
     since: Start = None,

@@ -23,8 +23,9 @@ from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
 from broker.http.v1 import unmatched
-from broker.http.v1.commands import IdempotencyKey, KeyHeader, find, one_key, shown
+from broker.http.v1.commands import IdempotencyKey, KeyHeader, one_key
 from broker.http.v1.past import find_command
+from broker.http.v1.reading import find, shown
 from broker.http.v1.views import Command, Name
 from broker.seams import Sql
 
@@ -79,7 +80,7 @@ class CancelBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ] = None
 
 
-class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
+class CancelledCommands(msgspec.Struct, frozen=True, kw_only=True):
     """The cancelled commands."""
 
     cancelled: Annotated[list[str], Meta(description="Their ids, in order of creation.")]
@@ -134,7 +135,7 @@ async def retry_command(
     opt=needs("devices:write"),
     responses=documented(404, 413, 415),
 )
-async def cancel_commands(request: Call, data: JSONBody[CancelBody]) -> Cancelled:
+async def cancel_commands(request: Call, data: JSONBody[CancelBody]) -> CancelledCommands:
     """Cancel many commands
 
     Cancels every command that matches the filters and was never handed over. Other commands do not change.
@@ -152,7 +153,7 @@ async def cancel_commands(request: Call, data: JSONBody[CancelBody]) -> Cancelle
         created_by = f"key:{created_by}"
     which = Which(device=data.device, type=data.type, created_by=created_by)
     ids = await request.services.repairs.cancel_many(request.user, which, data.reason)
-    return Cancelled(cancelled=ids, count=len(ids))
+    return CancelledCommands(cancelled=ids, count=len(ids))
 
 
 @post(

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from broker.http.edge.positions import PATTERN
 from broker.http.v1.devices import Title
 from broker.http.v1.views import Name, Time
 from broker.subscriptions.webhook_worker import Attempt
@@ -91,10 +92,10 @@ class RedriveBody(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"position": "from"}
 ):
     position: Annotated[
-        int,
+        Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=PATTERN)],
         Meta(
-            ge=1,
-            description="All events that match the webhook are sent again from this position on.",
+            description="All events that match the webhook are sent again from this position on: a number, "
+            "or `<log id>:<position>`.",
             examples=[1],
         ),
     ]
@@ -156,6 +157,18 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     attempt: Annotated[
         int | None, Meta(description="The number of the attempt for this event, from 1; null for a resend.")
     ]
+    at: Time
+    duration_ms: int
+    status: Annotated[
+        int | None, Meta(description="The HTTP status; null if no answer came, and `error` says why.")
+    ]
+    error: str | None
+
+
+class TestDelivery(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome of a test event."""
+
+    outcome: Literal["delivered", "failed"]
     at: Time
     duration_ms: int
     status: Annotated[

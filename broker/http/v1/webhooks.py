@@ -14,6 +14,7 @@ from msgspec import UNSET, UnsetType
 
 from broker.domain.errors import Refusal, invalid
 from broker.engine.registry import NAME_RULE
+from broker.http.edge import positions
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
 from broker.http.edge.pages import Cursor, Limit, Pager, cut
@@ -25,12 +26,14 @@ from broker.http.v1.webhook_views import (
     DeliveryList,
     RedriveBody,
     RotateBody,
+    TestDelivery,
     WebhookBody,
     WebhookChange,
     WebhookList,
     WebhookView,
 )
 from broker.subscriptions.webhooks import Webhook
+from devices.clock import rfc3339
 from devices.names import is_name
 
 ByOutcome = Annotated[
@@ -148,7 +151,10 @@ async def resume_webhook(request: Call, webhook: FromPath[str]) -> WebhookView:
 
 
 @post(
-    "/{webhook:str}/redrive", status_code=200, opt=needs("devices:write"), responses=documented(404, 413, 415)
+    "/{webhook:str}/redrive",
+    status_code=200,
+    opt=needs("devices:write"),
+    responses=documented(404, 410, 413, 415),
 )
 async def redrive_webhook(request: Call, webhook: FromPath[str], data: JSONBody[RedriveBody]) -> WebhookView:
     """Send again from a position
@@ -156,7 +162,25 @@ async def redrive_webhook(request: Call, webhook: FromPath[str], data: JSONBody[
     Sends all events that match the webhook again from this position on, in order. The ids do not change, so
     receivers can recognise events they already have.
     """
-    return _shown(request, await request.services.webhooks.redrive(request.user, webhook, data.position))
+    position = _position(request, "from", str(data.position))
+    return _shown(request, await request.services.webhooks.redrive(request.user, webhook, position))
+
+
+@post("/{webhook:str}/test", status_code=200, opt=needs("devices:write"), responses=documented(404, 429))
+async def test_webhook(request: Call, webhook: FromPath[str]) -> TestDelivery:
+    """Send a test event
+
+    Sends an event of the type `ordain.webhook.test.v1` now, signed as all others are, also to a paused
+    webhook. The answer contains the outcome. It is not an event of the log, and the webhook does not change.
+    """
+    made = await request.services.webhooks.test(request.user, webhook)
+    return TestDelivery(
+        outcome=views.outcome(made),
+        at=rfc3339(made.at),
+        duration_ms=made.duration_ms,
+        status=made.status,
+        error=made.error,
+    )
 
 
 @get("/{webhook:str}/deliveries", opt=needs("devices:write"), responses=documented(404))
@@ -171,9 +195,9 @@ async def list_deliveries(
 
     Newest first. Only the last 1,000 attempts since the broker started are kept.
     """
-    known = request.services.webhooks.seen(request.user, webhook)
     pager = Pager(request.services.cursor_key, "deliveries", webhook, outcome)
     before = pager.after(cursor)
+    known = request.services.webhooks.seen(request.user, webhook)
     found = [
         (number, attempt)
         for number, attempt in reversed(known.attempts)
@@ -191,7 +215,7 @@ async def list_deliveries(
     "/{webhook:str}/deliveries/{position:str}/resend",
     status_code=200,
     opt=needs("devices:write"),
-    responses=documented(404, 409, 429),
+    responses=documented(404, 409, 410, 429),
 )
 async def resend_delivery(request: Call, webhook: FromPath[str], position: FromPath[str]) -> Delivery:
     """Send one event again
@@ -199,7 +223,7 @@ async def resend_delivery(request: Call, webhook: FromPath[str], position: FromP
     Sends any event of the project once, now. The answer contains the outcome. 409 while the normal delivery
     of this event is still to come.
     """
-    number = int(position[:18]) if position.isdecimal() else 0
+    number = _position(request, "position", position)
     return views.delivery(await request.services.webhooks.resend(request.user, webhook, number))
 
 
@@ -224,6 +248,11 @@ async def _chosen(
     return {"events": tuple(dict.fromkeys(events)), "device_id": device_id, "command": type}
 
 
+def _position(request: Call, field: str, text: str) -> int:
+    services = request.services
+    return positions.parsed(field, text, services.log_id, services.feed.head) or 0
+
+
 def _check_names(**given: Any) -> None:
     for field, value in given.items():
         if isinstance(value, str) and not is_name(value):
@@ -246,6 +275,7 @@ routes = Router(
         rotate_webhook_secret,
         resume_webhook,
         redrive_webhook,
+        test_webhook,
         list_deliveries,
         resend_delivery,
     ],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import jwt
 import msgspec
 import pytest
 
@@ -138,6 +139,46 @@ async def test_a_public_key_used_as_a_secret_signs_no_grant(tmp_path: Path) -> N
         confused = verifier(core, {key.kid: key.private.public_key().public_bytes_raw()})
 
         assert verdict(confused, await minted(core)) == "wrong_algorithm"
+
+
+async def test_a_shown_grant_is_signed_once_and_again_at_half_its_life(tmp_path: Path) -> None:
+    async with running(tmp_path) as core:
+        await device(core, "generic")
+        state = (await core.commands.create(ME, Order(device="lock-1", type="open", ttl_sec=600))).state
+        now = core.writer.now()
+        first = core.grants.shown(state, now)
+        assert first is not None
+
+        assert core.grants.shown(state, now + 299_000) == first
+        later = core.grants.shown(state, now + 301_000)
+        assert later not in (None, first)
+        assert core.grants.mint(state, now + 302_000) not in (first, later)  # each hand-over has its own
+
+
+async def test_the_grant_of_a_closed_command_ends_with_it_and_is_signed_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as core:
+        await device(core, "generic")
+        created = (await core.commands.create(ME, Order(device="lock-1", type="open"))).state
+        open_for_a_day = core.grants.shown(created, core.writer.now())
+        closed = await core.commands.cancel(ME, created.id)
+        assert closed.closed_at is not None
+
+        shown = core.grants.shown(closed, closed.closed_at + 60_000)
+        assert shown not in (None, open_for_a_day)
+        claims = jwt.decode(shown or "", options={"verify_signature": False})
+        assert claims["exp"] == closed.closed_at // 1_000
+        assert core.grants.shown(closed, closed.closed_at + 86_400_000) == shown
+
+
+async def test_after_a_rotation_no_old_grant_is_shown(tmp_path: Path) -> None:
+    async with running(tmp_path) as core:
+        await device(core, "generic")
+        state = (await core.commands.create(ME, Order(device="lock-1", type="open"))).state
+        old = core.grants.shown(state, core.writer.now())
+        new = await core.grants.rotate()
+        shown = core.grants.shown(state, core.writer.now())
+        assert shown not in (None, old)
+        assert jwt.get_unverified_header(shown or "")["kid"] == new.kid
 
 
 async def test_a_new_token_brings_a_new_secret_that_survives_a_restart(tmp_path: Path) -> None:

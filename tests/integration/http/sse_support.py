@@ -52,14 +52,14 @@ class Reader:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """All complete CloudEvents. Asserts that each SSE id equals its event's id."""
+        """All complete CloudEvents. Asserts that each SSE id names its event's log and position."""
         found = []
         for block in self.text.split("\n\n")[1:-1]:  # the first block holds only the start position
             fields = [line.partition(": ") for line in block.split("\n")]
             assert [name for name, _, _ in fields if name not in ("", "retry")] == ["id", "data"]
             values = {name: value for name, _, value in fields}
             event = json.loads(values["data"])
-            assert event["id"] == values["id"]
+            assert values["id"] == f"{event['source'].removeprefix('/ordain/')}:{event['id']}"
             found.append(event)
         return found
 

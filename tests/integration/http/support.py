@@ -50,7 +50,7 @@ class Broker:
         self.core = core
         self.link = link
         parts = services(core)
-        self.streams = parts.streams
+        self.streams, self.waits = parts.streams, parts.waits
         self.app: ASGIApp = create_app(parts)
         self.private: ASGIApp = create_app(parts, local=True)
 

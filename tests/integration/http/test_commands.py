@@ -104,6 +104,20 @@ async def test_the_grant_names_this_device_and_command_and_verifies_with_the_pub
     assert claims["cmd"] == "blink"
 
 
+async def test_grants_are_left_out_of_reads_that_do_not_want_them(broker: Broker) -> None:
+    client = await broker.someone()
+    await register(client)
+    command = await send(client)
+    one, of_device = f"/v1/commands/{command['id']}", f"/v1/devices/lamp-1/commands/{command['id']}"
+
+    for path in (one, of_device):
+        assert (await client.get(path)).json() == command
+        assert (await client.get(f"{path}?grant=false")).json() == command | {"grant_token": None}
+    for path in ("/v1/commands", "/v1/devices/lamp-1/commands"):
+        assert (await client.get(path)).json()["data"] == [command]
+        assert (await client.get(f"{path}?grant=false")).json()["data"] == [command | {"grant_token": None}]
+
+
 async def test_a_read_only_key_sees_no_grant(broker: Broker) -> None:
     client = await broker.someone()
     await register(client)

@@ -52,7 +52,7 @@ async def test_a_page_continues_where_the_last_one_ended_until_the_end_of_the_lo
             if not page["has_more"]:
                 break
             assert len(page["data"]) == 2
-            assert page["next_cursor"] == page["data"][-1]["id"]
+            assert page["next_cursor"] == f"{broker.core.log_id}:{page['data'][-1]['id']}"
             query["after"] = page["next_cursor"]
         assert page["next_cursor"] is None
         assert kinds(seen) == ["registered", *["created"] * 5]
@@ -186,6 +186,59 @@ async def test_a_position_before_the_retention_is_gone(tmp_path: Path) -> None:
         assert kinds(kept) == ["created"]
 
 
+OTHER_LOG = "log_" + "0" * 26
+
+
+async def test_a_position_of_another_log_is_gone_and_the_answer_says_where_to_go_on(tmp_path: Path) -> None:
+    async with running(tmp_path) as broker:
+        client = await broker.someone()
+        await register(client)
+        await send(client)
+        for accept in ("application/json", "text/event-stream"):
+            for query, last, field in (
+                (f"after={OTHER_LOG}:1", None, "after"),
+                (f"cursor={OTHER_LOG}:1", None, "cursor"),
+                (f"after={OTHER_LOG}:999", None, "after"),
+                ("", f"{OTHER_LOG}:1", "Last-Event-ID"),
+            ):
+                headers = {"Accept": accept} | ({} if last is None else {"Last-Event-ID": last})
+                error = error_of(await client.get(f"/v1/events?{query}", headers=headers), 410, "gone")
+                now = f"{broker.core.log_id}:{broker.core.feed.head}"
+                assert error["details"] == {"field": field, "log_id": broker.core.log_id, "position": now}
+                assert now in error["message"]
+
+
+async def test_a_position_of_this_log_is_accepted_with_and_without_its_log(tmp_path: Path) -> None:
+    async with running(tmp_path) as broker:
+        key = await key_of(broker)
+        client = broker.client(key)
+        await register(client)
+        before = broker.core.feed.head
+        command = await send(client)
+        for after in (str(before), f"{broker.core.log_id}:{before}"):
+            for query in ({"after": after}, {"cursor": after}):
+                page = (await client.get("/v1/events", params=query)).json()
+                assert [event["subject"] for event in page["data"]] == [command]
+            async with reading(broker.app, key, "after=0", last_event_id=after) as reader:
+                assert [event["subject"] for event in await reader.has(1)] == [command]
+
+
+async def test_a_stream_of_an_unknown_device_or_command_is_not_found(tmp_path: Path) -> None:
+    async with running(tmp_path) as broker:
+        ours, theirs = await broker.someone(), await broker.someone("other")
+        device = await register(ours)
+        command = await send(ours)
+        await ours.delete("/v1/devices/lamp-1?force=true")
+        stream = {"Accept": "text/event-stream"}
+        for query in ("device=nobody", "command=cmd_nothing"):
+            error_of(await ours.get(f"/v1/events?{query}", headers=stream), 404, "not_found")
+        key = await key_of(broker)
+        for query in ("device=lamp-1", f"device={device['id']}", f"command={command}"):
+            error_of(await theirs.get(f"/v1/events?{query}", headers=stream), 404, "not_found")
+            async with reading(broker.app, key, f"{query}&after=0") as reader:  # deleted, but it has events
+                assert await reader.has(1)
+
+
 # --- streams ---------------------------------------------------------------------------------------
 
 
@@ -202,7 +255,7 @@ async def test_a_stream_continues_from_history_into_live_events(tmp_path: Path) 
         assert reader.status == 200
         assert reader.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert reader.headers["cache-control"] == "no-store"
-        assert reader.text.startswith("retry: 3000\nid: 0\n\n")
+        assert reader.text.startswith(f"retry: 3000\nid: {broker.core.log_id}:0\n\n")
         assert kinds(events) == ["registered", "created", "created"]
         assert [event["subject"] for event in events[1:]] == [first, second]
         assert events == (await client.get("/v1/events")).json()["data"]
@@ -271,7 +324,7 @@ async def test_a_silent_stream_is_pinged(tmp_path: Path, monkeypatch: pytest.Mon
         await register(client)
         async with reading(broker.app, key) as reader:
             await until(lambda: reader.text.count(": ping\n") >= 3)
-            assert reader.text.startswith("retry: 3000\nid: 2\n\n: ping\n")
+            assert reader.text.startswith(f"retry: 3000\nid: {broker.core.log_id}:2\n\n: ping\n")
             await send(client)
             assert len(await reader.has(1)) == 1
 

@@ -62,6 +62,22 @@ async def test_a_key_works_in_either_header(broker: Broker) -> None:
         assert (await broker.client().get("/v1/devices", headers=headers)).status_code == 200
 
 
+async def test_a_key_is_honoured_when_the_other_header_holds_a_secret_of_a_proxy(broker: Broker) -> None:
+    _, secret = await broker.core.keys.create("acme", READ, None)
+    for headers in (
+        {"Authorization": "Bearer eyJhbGciOi.of.the-proxy", "X-API-Key": secret},
+        {"Authorization": "Basic dXNlcjpwYXNz", "X-API-Key": secret},
+        {"Authorization": "Bearer ", "X-API-Key": secret},
+        {"Authorization": f"Bearer {secret}", "X-API-Key": "of-the-gateway"},
+    ):
+        assert (await broker.client().get("/v1/devices", headers=headers)).status_code == 200, headers
+    for headers in (
+        {"Authorization": "Bearer sk_live_unknown", "X-API-Key": secret},  # ours, and wrong
+        {"Authorization": "Bearer other", "X-API-Key": "another"},
+    ):
+        error_of(await broker.client().get("/v1/devices", headers=headers), 401, "unauthorized")
+
+
 async def test_a_revoked_key_stops_working_at_once(broker: Broker) -> None:
     key, secret = await broker.core.keys.create("acme", READ, None)
     client = broker.client(secret)

@@ -66,18 +66,33 @@ async def test_a_time_means_the_state_after_the_last_event_at_or_before_it(broke
     assert await get(client, f"{path}?as_of={shifted}") == done
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v1/commands",
-        "/v1/commands/cmd_1",
-        "/v1/devices/lamp-1/commands",
-        "/v1/devices/lamp-1/commands/cmd_1",
-        "/v1/devices/lamp-1/lane",
-        "/v1/devices",
-        "/v1/devices/lamp-1",
-    ],
-)
+PATHS = [
+    "/v1/commands",
+    "/v1/commands/cmd_1",
+    "/v1/devices/lamp-1/commands",
+    "/v1/devices/lamp-1/commands/cmd_1",
+    "/v1/devices/lamp-1/lane",
+    "/v1/devices",
+    "/v1/devices/lamp-1",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_point_may_name_its_log_and_another_logs_is_gone(broker: Broker, path: str) -> None:
+    client = await broker.someone()
+    await register(client)
+    await client.post("/v1/devices/lamp-1/commands", json={"type": "blink"})
+    head, log_id = broker.core.writer.durable, broker.core.log_id
+
+    plain = await client.get(f"{path}?as_of={head}")
+    full = await client.get(f"{path}?as_of={log_id}:{head}")
+    gone = await client.get(f"{path}?as_of=log_{'0' * 26}:{head}")
+
+    assert (full.status_code, full.json()) == (plain.status_code, plain.json())
+    assert error_of(gone, 410, "gone")["details"]["position"] == f"{log_id}:{head}"
+
+
+@pytest.mark.parametrize("path", PATHS)
 async def test_an_invalid_or_future_point_is_refused(broker: Broker, path: str) -> None:
     client = await broker.someone()
     await register(client)
@@ -202,6 +217,7 @@ async def test_a_diff_has_pages_and_refuses_points_in_the_wrong_order(broker: Br
         (f"from={end}&to=1", "from"),
         (f"from=1&to={end + 1}", "to"),
         (f"from=x&to={end}", "from"),
+        (f"from=log_x:1&to={end}", "from"),
         ("from=", "from"),
         ("to=", "to"),
     ):

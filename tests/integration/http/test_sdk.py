@@ -14,6 +14,7 @@ import pytest
 
 from broker import client_types
 from broker.domain.cloudevents import CloudEvent
+from broker.domain.explain import Explanation
 from broker.http.compat import app_command
 from broker.http.edge.errors import STATUS
 from broker.http.v1 import views
@@ -56,6 +57,7 @@ def test_the_types_declare_exactly_the_modules_exports() -> None:
         name: set(re.findall(r"^  (?:readonly )?(\w+)[(:]", body, re.MULTILINE)) - {"constructor"}
         for name, body in classes
     }
+    declared |= {name: set() for name in re.findall(r"^export function (\w+)\(", TYPES, re.MULTILINE)}
     assert declared == exported
 
 
@@ -67,6 +69,7 @@ def test_the_types_declare_exactly_the_modules_exports() -> None:
         (client_types.SendParams, "SendParams", app_command.SendBody),
         (client_types.HistoryParams, "HistoryParams", app_command.HistoryBody),
         (client_types.Record, "HistoryRecord", app_command.HistoryRecord),
+        (client_types.Explanation, "Explanation", Explanation),
     ],
 )
 def test_both_languages_have_the_brokers_fields(

@@ -370,6 +370,26 @@ async def test_attempts_are_listed_newest_first_with_their_outcome(
     assert 'ordain_subscriber_lag_events{kind="webhook"} 1.0' in metrics
 
 
+async def test_a_test_event_is_signed_and_changes_nothing(broker: Broker, receiver: Receiver) -> None:
+    client = await broker.someone()
+    made = await hook(client, receiver, events=["failed"])
+    path = f"/v1/webhooks/{made['id']}"
+    await client.patch(path, json={"enabled": False})
+    before, head = (await client.get(path)).json(), broker.core.feed.head
+
+    tested = (await client.post(f"{path}/test")).json()
+
+    [got] = receiver.got
+    event = Webhook(made["secret"]).verify(got.body, got.headers)
+    assert (event["type"], event["subject"]) == ("ordain.webhook.test.v1", made["id"])
+    assert event["id"] == got.headers["webhook-id"]
+    assert set(tested) == {"outcome", "at", "duration_ms", "status", "error"}
+    assert (tested["outcome"], tested["status"], tested["error"]) == ("delivered", 204, None)
+    assert ((await client.get(path)).json(), broker.core.feed.head) == (before, head)
+    assert (await client.get(f"{path}/deliveries")).json()["data"] == []
+    error_of(await (await broker.someone("other")).post(f"{path}/test"), 404, "not_found")
+
+
 async def test_one_event_is_resent_and_a_range_is_redriven_from_a_position(
     broker: Broker, receiver: Receiver
 ) -> None:
@@ -394,13 +414,19 @@ async def test_one_event_is_resent_and_a_range_is_redriven_from_a_position(
     assert (last.body, last.headers["webhook-id"]) == (got[1].body, got[1].headers["webhook-id"])
     await settled(client, made)
 
-    head = broker.core.feed.head
-    for wrong in (0, -1, head + 2, 2**60):
+    head, log_id, other = broker.core.feed.head, broker.core.log_id, "log_" + "0" * 26
+    full = await client.post(f"{path}/deliveries/{log_id}:{old}/resend")
+    assert full.json()["position"] == old
+    assert (await client.post(f"{path}/redrive", json={"from": f"{log_id}:{head}"})).json()["cursor"] == head
+    await settled(client, made)
+    error_of(await client.post(f"{path}/redrive", json={"from": f"{other}:{old}"}), 410, "gone")
+    error_of(await client.post(f"{path}/deliveries/{other}:{old}/resend"), 410, "gone")
+    for wrong in (0, -1, head + 2, 2**60, "0", "x", f"{log_id}:{head + 2}"):
         error = error_of(await client.post(f"{path}/redrive", json={"from": wrong}), 400, "invalid_request")
         assert error["details"]["field"] == "from"
     for position in (0, head + 1, 2**60):
         error_of(await client.post(f"{path}/deliveries/{position}/resend"), 404, "not_found")
-    assert len(receiver.got) == 5
+    assert len(receiver.got) == 7
 
 
 async def test_an_event_still_waiting_for_delivery_cannot_be_resent(

@@ -6,6 +6,7 @@ The cases are generated from the description, so a new route is tested as soon a
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -128,16 +129,17 @@ def wrong_bodies(operation: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
 def wrong_texts(schema: dict[str, Any]) -> Iterator[str]:
     """Wrong values of a query parameter, URL-encoded."""
     yield "%FF"
-    if schema["type"] == "integer":
+    kind = schema.get("type")
+    if kind == "integer":
         yield from ("x", "", "1.5", "9" * 400, "null", "true", "0x1", "+1")
         yield from (
             str(schema[key] + step) for key, step in (("minimum", -1), ("maximum", 1)) if key in schema
         )
-    elif schema["type"] == "boolean":
+    elif kind == "boolean":
         yield from ("x", "", "2", "null")
     elif "enum" in schema:
         yield from ("nonsense", "", "null")
-    elif "pattern" in schema:
+    elif "pattern" in schema or "anyOf" in schema:
         yield from ("", "a%20b", "x" * 65, "%00", "%C3%A9")
 
 
@@ -207,6 +209,48 @@ def test_a_wrong_value_is_named_and_changes_nothing(label: str, here: Served) ->
                 found.append((fault, answer.status_code, answer.text[:300]))
     assert not found, "\n".join(map(str, found))
     assert here.position() == before
+
+
+def needs_a_key(label: str) -> bool:
+    return bool(OPERATIONS[label].get("security") != [{}])
+
+
+@pytest.mark.parametrize("label", [label for label in OPERATIONS if needs_a_key(label)])
+def test_an_unknown_query_parameter_is_named_with_the_nearest_known_one(label: str, here: Served) -> None:
+    method, _, template = label.partition(" ")
+    parameters = OPERATIONS[label].get("parameters", [])
+    known = [each["name"] for each in parameters if each["in"] == "query"]
+    before = here.position()
+    with here.client() as client:
+        for wrong in ("colour", *(f"{name}x" for name in known)):
+            answer = client.request(method, here.path(template), params={wrong: "1"})
+            details = answer.json()["error"]["details"]
+            assert (answer.status_code, details["field"]) == (400, wrong), answer.text
+            assert all(name in details["reason"] for name in known)
+            assert wrong == "colour" or f"did you mean `{wrong[:-1]}`?" in details["reason"]
+    assert here.position() == before
+
+
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_a_wrong_word_of_a_list_is_answered_with_the_whole_list(label: str, here: Served) -> None:
+    method, _, template = label.partition(" ")
+    with here.client() as client:
+        for parameter in OPERATIONS[label].get("parameters", []):
+            if "enum" in parameter["schema"]:
+                answer = client.request(method, here.path(template), params={parameter["name"]: "nonsense"})
+                reason = answer.json()["error"]["details"]["reason"]
+                bare = [word for word in parameter["schema"]["enum"] if "." not in word]
+                assert all(word in reason for word in bare), answer.text
+
+
+@pytest.mark.parametrize("label", [label for label, found in OPERATIONS.items() if "requestBody" in found])
+def test_a_compressed_body_is_refused(label: str, here: Served) -> None:
+    method, _, template = label.partition(" ")
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    with here.client() as client:
+        answer = client.request(method, here.path(template), content=gzip.compress(b"{}"), headers=headers)
+    assert answer.status_code == 415
+    assert "Content-Encoding" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("label", [label for label, found in OPERATIONS.items() if "requestBody" in found])

@@ -125,6 +125,16 @@ def test_recorder_names_the_wrong_parameter(command: str, params: Any, field: st
     assert refused.value.reason
 
 
+def test_a_bare_command_takes_no_parameters() -> None:
+    lock = shipped("iotee_device")
+
+    assert lock.check_params("lock") == lock.check_params("lock", {}) == {}
+    wrong: tuple[Any, ...] = ({"a": 1}, None, [], False, 0, "")
+    for params in wrong:
+        with pytest.raises(BadParams, match="params: lock takes none"):
+            lock.check_params("lock", params)
+
+
 def test_a_missing_parameter_is_named() -> None:
     with pytest.raises(BadParams, match=r"params\.level: is required"):
         load_type(JSON).check_params("dim", {})
@@ -212,6 +222,8 @@ def test_a_command_inherits_missing_options_from_its_type() -> None:
         ('grants = "EdDSA"\n' + BARE, "grants"),
         ('grants = "HS256"\n' + BARE, "grants"),
         ("open = true\n" + BARE, "open"),
+        ("any_params = true\n" + BARE, "any_params"),
+        (BARE + '[commands.open.params]\ntype = "object"\n', "commands.open.params"),
         ("max_in_flight = 2\n" + BARE, "max_in_flight"),
         ('presence = "none"\ncompletes_on = "published"\n' + BARE, "commands.open.completes_on"),
         (BARE.replace('done = "executed"', 'done = "finished"'), "answers"),
@@ -237,6 +249,20 @@ def test_the_error_names_file_key_value_and_what_is_allowed(tmp_path: Path) -> N
 
     with pytest.raises(BadType, match=r"lamp\.toml: max_in_flight = 101: .*100"):
         load_type(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ('name = "x"\npayload = "xml"\n[commands.a]\n', "bare, json, msgpack (got 'xml')"),
+        ('name = "x"\ntransports = ["mqtt", "fax"]\n[commands.a]\n', "heartbeat, mqtt, relay (got 'fax')"),
+        ('name = "x"\n[commands.a]\ncompletes_on = 1\n', "executed, published"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_all_allowed_ones(text: str, allowed: str) -> None:
+    with pytest.raises(BadType) as refused:
+        load_type(text)
+    assert refused.value.right == f"must be one of {allowed}"
 
 
 def test_a_missing_file_is_an_invalid_type(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""Tickets: what a page gives instead of a key when it opens an event stream.
+
+The browser's `EventSource` cannot send headers, and a key must not be in a URL, where proxies log it. A
+ticket may be there: it is good for one connection and for a minute. Tickets are kept in memory only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from broker.engine.commands import Caller
+from broker.engine.ids import new_secret
+from broker.engine.keys import Keys
+from broker.engine.writer import Writer
+
+OF_TICKET = "tkt_"
+LIFE_MS = 60_000
+MOST = 10_000  # unused tickets; one more drops the oldest
+
+
+class Ticket(NamedTuple):
+    caller: Caller
+    expires_at: int  # Unix time in ms
+
+
+class Tickets:
+    def __init__(self, writer: Writer, keys: Keys) -> None:
+        self._writer, self._keys = writer, keys
+        self._unused: dict[str, Ticket] = {}
+
+    @property
+    def unused(self) -> int:
+        return len(self._unused)
+
+    def issue(self, caller: Caller) -> tuple[str, int]:
+        """A new ticket with the caller's rights, and when it expires (Unix time in ms)."""
+        now = self._writer.now()
+        while self._unused:
+            oldest = next(iter(self._unused))
+            if self._unused[oldest].expires_at > now and len(self._unused) < MOST:
+                break
+            del self._unused[oldest]
+        secret = new_secret(OF_TICKET, self._writer.entropy)
+        self._unused[secret] = Ticket(caller, now + LIFE_MS)
+        return secret, now + LIFE_MS
+
+    def use(self, secret: str) -> Caller | None:
+        """The caller of a ticket, which is then used up; None if it is unknown, used or expired, or if its
+        key was revoked."""
+        ticket = self._unused.pop(secret, None)
+        if ticket is None or ticket.expires_at <= self._writer.now() or not self.good(ticket.caller):
+            return None
+        return ticket.caller
+
+    def good(self, caller: Caller) -> bool:
+        """Whether the key behind a ticket is still good."""
+        return not self._keys.is_revoked(caller.actor)
