@@ -13,6 +13,7 @@ import pytest
 
 from broker.cli.main import COMMANDS, run
 from tests.conftest import program, unused_port
+from tests.integration.mqtt.test_link import certificate
 from tests.system.conftest import NewBroker
 from tests.system.support import (
     ORDAIN,
@@ -178,6 +179,35 @@ def test_the_password_file_lets_devices_canary_and_broker_into_a_mosquitto_of_on
         for _ in range(2):  # the canary keeps its tokens: the file stays right
             checked = broker.ordain("doctor", "--canary")
             assert "no device can use another's topics" in checked.stdout, checked.stdout
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_private_authority_of_an_mqtt_server_holds_for_link_demo_and_doctor(
+    new_broker: NewBroker, tmp_path: Path
+) -> None:
+    certificate(tmp_path)
+    port, passwords = unused_port(), tmp_path / "passwd"
+    url = f"mqtts://ordain:secret@127.0.0.1:{port}"
+    (tmp_path / "mosquitto.conf").write_text(
+        f"user root\nlistener {port} 127.0.0.1\npassword_file {passwords}\nallow_anonymous false\n"
+        f"certfile {tmp_path}/cert.pem\nkeyfile {tmp_path}/key.pem\n"
+    )
+    (tmp_path / "config.toml").write_text(f'mqtt_url = "{url}"\nmqtt_ca = "{tmp_path}/cert.pem"\n')
+    config = ("--config", str(tmp_path / "config.toml"))
+    broker = new_broker(*config, "--mqtt-url", url, "--demo").start()
+    until(lambda: len(as_json(broker, "devices", "list")) == 3 or None)
+    assert broker.ordain("mqtt", "passwd-file", "--to", str(passwords), *config).returncode == 0
+
+    server = subprocess.Popen([program("mosquitto"), "-c", str(tmp_path / "mosquitto.conf")])
+    try:
+        broker.run.err.wait("event=mqtt.link_up")
+        sent = broker.ordain("send", "demo_lock", "lock", "--wait", "--ttl", "0", "--timeout", "300")
+        assert "executed" in sent.stdout, sent.stderr
+        assert "no client connects without a password" in broker.ordain("doctor", *config).stdout
+        untrusted = broker.ordain("doctor").stdout
+        assert "could not be checked" in untrusted
     finally:
         server.kill()
         server.wait()
