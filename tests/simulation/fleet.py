@@ -124,6 +124,9 @@ class Device:
         self._names_session = self._random.random() < 0.5
         self._clean = self._random.random() < 0.5
         self._checks_grants = self._random.random() < 0.3
+        self._subscribes_late = self._random.random() < 0.3  # says `online` first
+        # drops its connection on every command, until the faults end
+        self.drops = self._random.random() < 0.06
         self._unsent: dict[int, Send] = {}
         self._sent = itertools.count()
         self._core: Core
@@ -206,6 +209,7 @@ class Device:
             port.password, port.refused = lambda: self.token, self._refused
         else:
             self.port = SimDevicePort(self._server, self.hardware_id, topics)
+        self.port.subscribes_at_once = not self._subscribes_late
         self.connect()
         self._do(self._core.recover(self._now()))
         if "heartbeat" in self.transports:
@@ -277,6 +281,9 @@ class Device:
         return self._clock.true_ms()
 
     def _received(self, message: Message) -> None:
+        if self.drops:
+            self.port.drop()
+            return
         self._do(self._core.receive(self._now(), message.topic, message.payload))
 
     def _do(self, effects: list[Effect]) -> None:

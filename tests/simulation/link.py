@@ -14,6 +14,7 @@ from tests.simulation.loop import current_node
 from tests.simulation.network import Connection, Inbox, Routed, SimMqttServer
 
 Done = Callable[[Receipt], None]
+SUBSCRIBES_LATE_SEC = 0.05
 
 
 class Client:
@@ -26,6 +27,7 @@ class Client:
         self.client_id = client_id
         self.subscriptions = subscriptions
         self.clean = True
+        self.subscribes_at_once = True
         self.will: tuple[str, bytes] | None = None
         self.inbox = Inbox(server.loop)
         self._wanted = False
@@ -214,6 +216,11 @@ class SimDevicePort(Client):
     ) -> bool:
         return self._write(Outgoing(topic=topic, payload=payload), retain, done)
 
+    def drop(self) -> None:
+        """Breaks the connection. The port connects again by itself."""
+        if self._connection is not None:
+            self._connection.close("the device dropped it")
+
     def disconnect(self) -> None:
         """Disconnects cleanly, so that no will is sent. For broken connections see
         `SimMqttServer.connection`."""
@@ -221,6 +228,12 @@ class SimDevicePort(Client):
 
     def came_up(self) -> None:
         self._on_up()
+        if not self.subscribes_at_once:
+            self.inbox.later(SUBSCRIBES_LATE_SEC, self.subscribe, self._connection)
+
+    def subscribe(self, connection: Connection | None) -> None:
+        if connection is not None and connection is self._connection:
+            connection.to_server.send("", self.server.subscribed, connection)
 
     def went_down(self, why: str) -> None:
         self._on_down(why)

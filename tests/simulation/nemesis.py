@@ -49,6 +49,7 @@ class Nemesis:
             self._forge_report: 2,
             self._babble: 2,
             self._fill_disk: 2,
+            self._call_on_a_full_disk: 3,
             self._refuse_publishes: 1,
             self._rotate_token: 1,
             self._delete_device: 1,
@@ -79,6 +80,7 @@ class Nemesis:
             phone.whims = False
             phone.start()
         for device in self._world.devices:
+            device.drops = False
             device.start()
             if not device.port.up:
                 device.connect()
@@ -107,6 +109,32 @@ class Nemesis:
         used = sum(len(file.data) for file in self._disk.files.values())
         self._disk.capacity = used + self._random.randrange(40_000)
         self._later(2, 60, lambda: setattr(self._disk, "capacity", None))
+
+    def _call_on_a_full_disk(self) -> None:
+        """A device comes online and leaves again while nothing can be recorded."""
+        device = self._device()
+        node = device.node
+        if node is None or "mqtt" not in device.transports:
+            return
+        device.say_goodbye()
+
+        def call() -> None:
+            self._disk.capacity = sum(len(file.data) for file in self._disk.files.values())
+            if device.node is node and not device.port.up:
+                device.connect()
+            self._later(1, 10, leave)
+
+        def leave() -> None:
+            if device.node is node:
+                device.say_goodbye()
+            self._later(0.1, 10, lambda: setattr(self._disk, "capacity", None))
+            self._later(10, 60, come_back)
+
+        def come_back() -> None:
+            if device.node is node and not device.port.up:
+                device.connect()
+
+        self._later(5, 30, call)
 
     def _step_clock(self) -> None:
         far = 86_400_000 if self._random.random() < 0.1 else 300_000

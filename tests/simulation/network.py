@@ -239,12 +239,20 @@ class SimMqttServer:
         connection.to_client.send("", client.inbox.post, client.connected, connection)
         if not early:
             self._resend(session, resent, first_again)
+        if client.subscribes_at_once:
+            self.subscribed(connection)
+        return connection
+
+    def subscribed(self, connection: Connection) -> None:
+        """Handles a SUBSCRIBE to all topics of the client."""
+        session, client = connection.session, connection.client
+        if session.connection is not connection:
+            return
         session.filters = client.subscriptions
         for topic, payload in self.retained.items():
             if any(_matches(filter_, topic) for filter_ in session.filters):
                 self._deliver(session, _Waiting(Message(topic=topic, payload=payload, retain=True), None))
         self._tell_presence(client, online=True)
-        return connection
 
     def closed(self, connection: Connection, graceful: bool) -> None:
         session, client = connection.session, connection.client

@@ -291,12 +291,13 @@ class PipePort(SimDevicePort):
             if packet.reason:
                 if packet.reason in (5, 0x87):
                     self.refused()
+            elif self.subscribes_at_once:
+                self.subscribe(self._connection)
             else:
-                self._say(p.Subscribe(1, [p.Filter(each, 1) for each in self.subscriptions]))
+                self._begin()
         elif isinstance(packet, p.Granted):
-            self._up = True
-            self.inbox.later(self.keepalive / 2, self._ping, self._connection)
-            self.came_up()
+            if self.subscribes_at_once:
+                self._begin()
         elif isinstance(packet, Publish):
             token = (self._connection, packet.packet_id)
             correlation = packet.properties.get("correlation")
@@ -308,6 +309,15 @@ class PipePort(SimDevicePort):
             done(Receipt(written=True, reason=packet.reason))
             if self._late:
                 self._publish(*self._late.pop(0))
+
+    def _begin(self) -> None:
+        self._up = True
+        self.inbox.later(self.keepalive / 2, self._ping, self._connection)
+        self.came_up()
+
+    def subscribe(self, connection: Connection | None) -> None:
+        if connection is self._connection:
+            self._say(p.Subscribe(1, [p.Filter(each, 1) for each in self.subscriptions]))
 
     def _ping(self, connection: Connection | None) -> None:
         if connection is not None and connection is self._connection:

@@ -18,6 +18,7 @@ from broker.domain.decisions import Cell, Verdict, decide
 from broker.domain.events import Erased
 from broker.domain.lanes import Flight, Lane, Member, Presence
 from broker.domain.lifecycle import CommandState, Input, Request, State
+from broker.engine import dispatch as dispatching
 from broker.engine.attempts import Attempts
 from broker.engine.commands import Accepted, Caller, Commands, Order, conflict
 from broker.engine.dispatch import Dispatch
@@ -210,6 +211,14 @@ def _lease_forgotten(
 ) -> Flight:
     """After a restart, treats commands fetched by heartbeat or relay as if they went by MQTT."""
     return _recovered(msgspec.structs.replace(state, transport="mqtt"), definition, now, uniform)
+
+
+def _never_exhausted(member: Member) -> bool:
+    return False
+
+
+def _no_pause(definition: Definition, tried: int) -> int:
+    return 0
 
 
 def _take_their_word(state: CommandState | None, request: Request, cell: Cell) -> Cell:
@@ -439,6 +448,15 @@ BUGS = (
         name="presence ignored",
         caught_by=frozenset({"D9"}),
         patches=((lanes, "reachable", _always_there),),
+    ),
+    Bug(
+        name="attempts that end by going offline are not bounded",
+        caught_by=frozenset({"D12"}),
+        patches=(
+            (attempts, "is_exhausted", _never_exhausted),
+            (dispatching, "is_exhausted", _never_exhausted),
+            (attempts, "drop_pause_ms", _no_pause),
+        ),
     ),
     Bug(
         name="id-less lanes never shut",

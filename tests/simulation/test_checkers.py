@@ -399,6 +399,18 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
         lambda: Story().defined(completes_on="published").sent().log(A, "executed", evidence="mqtt_puback"),
         "D10: cmd_a was completed before the MQTT server accepted it",
     ),
+    "D12 more counting attempts than twice the maximum": (
+        lambda: (
+            Story()
+            .defined(max_attempts=1)
+            .created()
+            .published(attempt=1)
+            .published(attempt=2)
+            .published(attempt=3, counts=False)
+            .published(attempt=4)
+        ),
+        "D12: cmd_a has 3 counting attempts, at most 2 are allowed",
+    ),
     "A3 an answer to what was before": (
         lambda: (
             Story()

@@ -14,7 +14,7 @@ from tests.simulation.checkers import hooks as checkers_hooks
 from tests.simulation.checkers import streams as checkers_streams
 from tests.simulation.checkers.erasing import e1, e2, e3
 from tests.simulation.checkers.many import one_each, r10
-from tests.simulation.checkers.presence import a3, a5, d9, d10, r8
+from tests.simulation.checkers.presence import a3, a5, d9, d10, d12, r8
 from tests.simulation.checkers.pull import a6, d11, r9
 from tests.simulation.facts import (
     ANSWER_EVENT,
@@ -356,6 +356,7 @@ CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
     "D9": d9,
     "D10": d10,
     "D11": d11,
+    "D12": d12,
     "A1": a1,
     "A2": a2,
     "A3": a3,

@@ -94,6 +94,15 @@ def d10(facts: Facts) -> Iterator[str]:
                 yield f"{command_id} was completed before the MQTT server accepted it"
 
 
+def d12(facts: Facts) -> Iterator[str]:
+    """The log holds at most twice `max_attempts` counting attempts of a command, whatever ended them."""
+    for command_id, rows in facts.commands.items():
+        most = 2 * facts.definition(command_id).get("max_attempts", 5)
+        counted = sum(row["type"] == "published" and data(row).get("counts", True) for row in rows)
+        if counted > most:
+            yield f"{command_id} has {counted} counting attempts, at most {most} are allowed"
+
+
 def a3(facts: Facts) -> Iterator[str]:
     """An answer without id is assigned only to a command that was sent before the device gave the answer.
 
