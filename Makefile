@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
 
-.PHONY: help setup run test test-all test-ends check fix docs bench simulate soak dist lock clean mosquitto browser
+.PHONY: help setup run test test-all test-ends check fix docs bench simulate soak dist lock clean mosquitto browser api-tools
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -14,7 +14,7 @@ setup: .venv/runtime ## create .venv with all packages that `ordain` needs, pinn
 run: .venv/runtime ## run the broker, an MQTT server and a few simulated devices until Ctrl-C
 	@exec .venv/bin/ordain serve --demo
 
-test: .venv/dev mosquitto browser check ## run everything that a change must pass: check, then all tests
+test: .venv/dev mosquitto browser api-tools check ## run everything that a change must pass: check, then all tests
 	@.venv/bin/pytest
 
 test-all: mosquitto browser ## run all tests with every Python from 3.11 on that this machine has
@@ -70,3 +70,6 @@ mosquitto:
 
 browser:
 	@scripts/setup-browser
+
+api-tools: .venv/dev
+	@scripts/setup-api-tools || echo "without them some tests are skipped" >&2
