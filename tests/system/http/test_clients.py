@@ -1,4 +1,4 @@
-"""The API descriptions as other tools read them: generated clients type-check, and linters find no error."""
+"""The API descriptions as other tools read them: generated clients type-check, and linters find no error.
 
 The npm tools are installed by `scripts/setup-api-tools`, with the versions of `npm/package-lock.json`.
 """
