@@ -216,8 +216,22 @@ def new_file(directory: Path) -> sqlite3.Connection:
         OSError: the file cannot be created, or it exists already.
     """
     path = directory / DATABASE
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    create(path)
     return sqlite3.connect(path, isolation_level=None)
+
+
+def part_of(path: Path) -> Path:
+    """A name in the same directory that nobody can foresee, for a file that is not complete yet."""
+    return path.with_name(f"{path.name}.{os.urandom(8).hex()}.part")
+
+
+def create(path: Path) -> None:
+    """Creates an empty file that only the owner can read. It never follows a link and never replaces a file.
+
+    Raises:
+        OSError: it cannot be created, or it exists already.
+    """
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
 
 
 def back_up(sql: sqlite3.Connection, to: Path) -> None:
@@ -231,7 +245,7 @@ def back_up(sql: sqlite3.Connection, to: Path) -> None:
         OSError: the file cannot be created.
     """
     # Create the file with mode 0600 before SQLite does, so that others can never read it.
-    os.close(os.open(to, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
+    create(to)
     try:
         sql.execute("PRAGMA query_only = OFF")  # VACUUM INTO needs this, although it writes only the new file
         sql.execute("VACUUM INTO ?", (str(to),))

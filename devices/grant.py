@@ -26,6 +26,7 @@ TYPE = "grant+jwt"
 LEEWAY_SEC = 30
 MIN_SECRET_BYTES = 32
 MAX_TOKEN_CHARS = 8_192
+LAST_SEC = 2**53  # a larger number of seconds cannot be compared with a clock
 
 # The points of small order on Ed25519, without the sign bit, also in their forms that are not reduced. A
 # signature under such a key can be made without a private key. Source: RFC 8032, section 5.1; libsodium.
@@ -60,9 +61,12 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
     aud: Annotated[str, Meta(description="The device's hardware id.")]
     sub: Annotated[str, Meta(description="The command's id.")]
     jti: Annotated[str, Meta(description="The command's id again, the same for each hand-over.")]
-    iat: Annotated[int, Meta(description="When it was made, in seconds since 1970.")]
-    nbf: Annotated[int, Meta(description="Not valid before.")]
-    exp: Annotated[int, Meta(description="Not valid from then on: the command's end, at most 24 hours.")]
+    iat: Annotated[int, Meta(ge=0, le=LAST_SEC, description="When it was made, in seconds since 1970.")]
+    nbf: Annotated[int, Meta(ge=0, le=LAST_SEC, description="Not valid before.")]
+    exp: Annotated[
+        int,
+        Meta(ge=0, le=LAST_SEC, description="Not valid from then on: the command's end, at most 24 hours."),
+    ]
     cmd: Annotated[str, Meta(description="The command's type.")]
     phs: Annotated[
         str,

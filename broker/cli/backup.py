@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from broker.cli.base import Config, Data, Json, print_json, settings_of
 from broker.operations import backup as backups
@@ -28,8 +32,18 @@ def backup(to: Path, /, *, data: Data = None, config: Config = None, as_json: Js
     _say(made, f"{to}: ", as_json)
 
 
-def restore(source: Path, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
+def restore(
+    source: Path,
+    /,
+    *,
+    yes: Annotated[bool, Parameter(negative="")] = False,
+    data: Data = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
     """Restore a backup into a data directory that has no log.
+
+    Shows the API keys in the backup and asks: whoever has one of them has access to the restored log.
 
     Commands that were open at the time of the backup are open again, with their old ids. The restored log
     does not know what happened since then. A device that remembers command ids does not execute a command
@@ -39,13 +53,32 @@ def restore(source: Path, /, *, data: Data = None, config: Config = None, as_jso
     ----------
     source
         A file that `ordain backup` created.
+    yes
+        Do not ask.
     """
     directory = Path(settings_of(config, data=data).data)
     try:
+        backups.inspect(source)
+        if not yes:
+            _ask(source)
         found = backups.restore(source, directory)
     except Refused as error:
         raise Failed(REFUSED, str(error)) from error
     _say(found, f"{directory}: ", as_json)
+
+
+def _ask(source: Path) -> None:
+    """Raises Failed: nobody can be asked, or the answer is not yes."""
+    keys = backups.keys_in(source)
+    print(f"{source} brings {len(keys)} API keys that will be valid:", file=sys.stderr)
+    for key in keys:
+        name = "" if key.name is None else f"  {key.name[:64]!r}"
+        print(f"  {key.id}  project {key.project}  scopes {key.scopes}{name}", file=sys.stderr)
+    if not sys.stdin.isatty():
+        raise Failed(REFUSED, "restore asks before it makes these keys valid; say --yes")
+    print("Restore it? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Failed(REFUSED, "nothing was restored")
 
 
 def _say(made: Backup, where: str, as_json: bool) -> None:

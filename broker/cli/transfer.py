@@ -120,8 +120,11 @@ def redecide_command(source: Path, /, *, as_json: Json = False) -> None:
         command, events = transfer.read_command(source)
         since = min(event.position for event in events if event.stream == command)
         steps = list(redecide(events, since))
-    except (Refused, ValueError, KeyError) as error:
-        raise Failed(REFUSED, f"{source}: {error}") from error
+    except Refused as error:
+        raise Failed(REFUSED, str(error)) from error
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        why = f"{type(error).__name__}: {error}"[:200]
+        raise Failed(REFUSED, f"{source}: its events do not follow from each other ({why})") from error
     for recorded, asked, fault in steps:
         shown = {"position": recorded.position, "recorded_at": rfc3339(recorded.recorded_at)}
         shown |= {"command_id": recorded.stream, "type": recorded.type, "input": asked.value, "fault": fault}

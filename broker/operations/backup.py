@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from broker.log import sqlite as log
-from broker.world import DATABASE, back_up, open_file, open_for_reading, rename_log
+from broker.world import DATABASE, back_up, open_file, open_for_reading, part_of, rename_log
 
 
 class Refused(Exception):
@@ -40,9 +40,9 @@ def take(directory: Path, to: Path) -> Backup:
         Broken: there is no log, or it cannot be read.
         OSError: the file cannot be written.
     """
-    if to.exists():
+    if os.path.lexists(to):
         raise Refused(f"{to} already exists; name a new file")
-    part = to.with_name(f"{to.name}.part")
+    part = part_of(to)
     try:
         with closing(open_for_reading(directory)) as sql:
             back_up(sql, part)
@@ -70,7 +70,7 @@ def restore(file: Path, directory: Path) -> Backup:
         raise Refused(f"{directory} already has a log; restore into another directory")
     found = inspect(file)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = directory / f"{DATABASE}.part"
+    part = part_of(there)
     try:
         # SQLite copies the database, because a plain file copy would miss pages that are still in the WAL.
         with closing(open_file(file)) as sql:
@@ -81,6 +81,32 @@ def restore(file: Path, directory: Path) -> Backup:
     finally:
         part.unlink(missing_ok=True)
     return found._replace(log_id=log_id)
+
+
+class Brought(NamedTuple):
+    """An API key that a restored log would accept. `scopes` are separated by commas."""
+
+    id: str
+    project: str
+    scopes: str
+    name: str | None
+
+
+def keys_in(file: Path) -> list[Brought]:
+    """The valid API keys in a backup. Whoever has one of them has access to the restored log.
+
+    Raises:
+        Refused: the backup is damaged.
+        Broken: the file is not a backup.
+    """
+    with closing(open_file(file)) as sql:
+        try:
+            found = sql.execute(
+                "SELECT id, project, scopes, name FROM api_keys WHERE revoked_at IS NULL ORDER BY created_at"
+            )
+            return [Brought(*row) for row in found.fetchall()]
+        except sqlite3.DatabaseError as error:
+            raise Refused(f"{file} is damaged: {error}") from error
 
 
 def inspect(file: Path) -> Backup:

@@ -14,15 +14,24 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from broker.domain.events import SYSTEM, Created, Recorded, definition_stream, device_stream
+from broker.domain.events import (
+    SYSTEM,
+    Created,
+    Recorded,
+    Registered,
+    definition_stream,
+    device_stream,
+    subject_kind,
+)
 from broker.log import chain, lines
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.lines import Header
 from broker.operations.backup import Refused
 from broker.seams import Sql
-from broker.world import DATABASE, SystemEntropy, open_for_reading
+from broker.world import DATABASE, SystemEntropy, create, open_for_reading, part_of
 from devices.clock import rfc3339
+from devices.names import is_name
 from projections import devices, follower
 from projections.commands import HIDDEN, veiled
 
@@ -105,9 +114,10 @@ def new_file(path: Path | None) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    part = path.with_name(f"{path.name}.part")
+    part = part_of(path)
     try:
-        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        create(part)
+        with open(part, "r+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -215,10 +225,9 @@ def bring_in(source: Path, directory: Path, reached: Callable[[int, int], None])
     with open(source, "rb") as file:
         header = _header(source, file)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        part = directory / f"{DATABASE}.import"
-        part.unlink(missing_ok=True)
+        part = part_of(there)
         try:
-            os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            create(part)
             with closing(sqlite3.connect(part, isolation_level=None)) as sql:
                 moved = _fill(sql, source, file, header, reached)
             with open(part, "rb") as made:
@@ -260,6 +269,8 @@ def _fill(
         # A row without data needs an `erased` event, which comes later: `verify` checks that at the end.
         if (fault := chain.fault(row, previous, position + 1, erased=True)) is not None:
             raise Refused(f"{source}, line {number}: {fault}")
+        if (fault := _unfit(row)) is not None:
+            raise Refused(f"{source}, line {number}: {fault}")
         position, previous = row.position, row.hash
         page.append(row)
         if len(page) == PAGE:
@@ -273,9 +284,33 @@ def _fill(
         )
     if (fault := log.verify(sql).fault) is not None:
         raise Refused(f"{source}: {fault}")
-    follower.renew(sql)
+    try:
+        follower.renew(sql)
+    except (ValueError, TypeError, LookupError, AssertionError, sqlite3.Error) as error:
+        raise Refused(f"{source}: its events do not follow from each other: {error}") from error
     sql.execute("COMMIT")
     return Moved(header.log_id, position, position, previous)
+
+
+def _unfit(row: Row) -> str | None:
+    """Why a broker could not have recorded this row: an identifier is not one, or its event has no sense."""
+    names = [("project", row.project)] if row.project else []
+    names += [] if row.device_id is None else [("device_id", row.device_id)]
+    if subject_kind(row.stream) != "broker":
+        names.append(("stream", row.stream.removeprefix("device/")))
+    if row.data is not None:
+        try:
+            event = log.recorded(row).event
+        except (ValueError, TypeError, RecursionError) as error:
+            return f"it is no event of a log: {error}"
+        if isinstance(event, Registered):
+            names += [("hardware_id", event.hardware_id), ("device_type", event.device_type)]
+        elif isinstance(event, Created):
+            names.append(("type", event.type))
+    for field, name in names:
+        if not is_name(name):
+            return f"{field} = {name[:64]!r} is no identifier: it must match [A-Za-z0-9][A-Za-z0-9_-]{{0,63}}"
+    return None
 
 
 def opened(directory: Path) -> sqlite3.Connection:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from broker.domain.events import ERASURES, Erased, Recorded
-from broker.log import lines, sqlite
+from broker.log import chain, lines, sqlite
 from broker.operations import transfer
 from broker.operations.backup import Refused
 from broker.operations.transfer import Moved, Only
@@ -172,6 +174,46 @@ def test_an_incomplete_or_changed_file_is_refused_and_nothing_is_left(
     assert said in str(refused.value)
     assert "bad.jsonl" in str(refused.value)
     assert not list((tmp_path / "other").glob("*"))
+
+
+def rechained(found: list[bytes], at: int, **changed: Any) -> list[bytes]:
+    """The file with one row changed and every later hash made to fit, as a forger would write it."""
+    rows, previous = [lines.as_row(line) for line in found[1:]], chain.GENESIS
+    made = []
+    for row in rows:
+        if row.position == at:
+            row = row._replace(**changed)
+            assert row.data is not None
+            assert row.salt is not None
+            row = row._replace(digest=chain.digest(row.salt, row.data))
+        previous = chain.link(previous, *row[:9], row.digest)
+        made.append(lines.as_line(row._replace(hash=previous)))
+    header = lines.header(found[0])
+    return [lines.header_line(msgspec.structs.replace(header, hash=previous)), *made]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"device_id": "../a"}, "device_id = '../a' is no identifier"),
+        ({"project": "a b"}, "project = 'a b' is no identifier"),
+        ({"stream": "device/a/b"}, "stream = 'a/b' is no identifier"),
+        ({"type": "unheard"}, "it is no event of a log"),
+        ({"data": b"{}"}, "it is no event of a log"),
+        ({"data": b"[" * 100_000}, "it is no event of a log"),
+    ],
+)
+def test_a_row_that_no_broker_records_is_not_imported(
+    data: Path, tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    exported(data, tmp_path / "log.jsonl")
+    found = (tmp_path / "log.jsonl").read_bytes().splitlines()
+    at = next(row.position for row in map(lines.as_row, found[1:]) if row.type == "registered")
+    forged = rechained(found, at, **changed)
+    (tmp_path / "bad.jsonl").write_bytes(b"".join(line + b"\n" for line in forged))
+
+    with pytest.raises(Refused, match=re.escape(f"line {at + 1}: {said}")):
+        brought_in(tmp_path / "bad.jsonl", tmp_path / "other")
 
 
 def test_no_existing_file_is_overwritten(data: Path, tmp_path: Path) -> None:

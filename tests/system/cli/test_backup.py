@@ -45,7 +45,7 @@ def test_a_restored_log_continues_its_open_commands(new_broker: NewBroker, tmp_p
     assert broker.ordain("backup", str(tmp_path / "b")).returncode == 0
     lost = broker.create("lamp-1", "off")
     assert broker.end() == 0
-    done = ordain("restore", str(tmp_path / "b"), data=tmp_path / "new")
+    done = ordain("restore", "--yes", str(tmp_path / "b"), data=tmp_path / "new")
     assert done.returncode == 0, done.stderr
     again = new_broker(data=tmp_path / "new").start()
     again.key = broker.key
@@ -56,7 +56,9 @@ def test_a_restored_log_continues_its_open_commands(new_broker: NewBroker, tmp_p
 
 def test_a_restored_log_gets_a_new_log_id(broker: Broker, tmp_path: Path) -> None:
     made = json.loads(broker.ordain("backup", str(tmp_path / "b"), "--json").stdout)
-    found = json.loads(ordain("restore", str(tmp_path / "b"), "--json", data=tmp_path / "new").stdout)
+    found = json.loads(
+        ordain("restore", "--yes", str(tmp_path / "b"), "--json", data=tmp_path / "new").stdout
+    )
     assert found["log_id"].startswith("log_")
     assert found["log_id"] != made["log_id"]
     assert (found["position"], found["hash"]) == (made["position"], made["hash"])
@@ -69,7 +71,7 @@ def test_a_live_database_file_is_restored_with_all_answered_commands(
     broker.device("lamp-1")
     last = broker.create("lamp-1", "on")
     assert (broker.data / "ordain.db-wal").stat().st_size > 0
-    done = ordain("restore", str(broker.data / "ordain.db"), data=tmp_path / "new")
+    done = ordain("restore", "--yes", str(broker.data / "ordain.db"), data=tmp_path / "new")
     assert done.returncode == 0, done.stderr
     again = new_broker(data=tmp_path / "new").start()
     again.key = broker.key
@@ -83,7 +85,7 @@ def test_no_existing_file_is_overwritten(broker: Broker, tmp_path: Path) -> None
     refused(broker.ordain("backup", str(there)), 1, str(there), "already exists")
     assert there.read_text() == "mine"
     assert broker.ordain("backup", str(tmp_path / "b")).returncode == 0
-    refused(broker.ordain("restore", str(tmp_path / "b")), 1, "already has a log")
+    refused(broker.ordain("restore", "--yes", str(tmp_path / "b")), 1, "already has a log")
 
 
 @pytest.mark.parametrize("damage", ["a changed row", "cut off", "no database"])
@@ -99,8 +101,28 @@ def test_a_damaged_backup_is_refused_and_no_log_is_created(
             sql.execute("UPDATE events SET actor = 'somebody' WHERE type = 'created'")
     else:
         file.write_bytes(file.read_bytes()[:20_000] if damage == "cut off" else b"nothing of the kind")
-    done = ordain("restore", str(file), data=new)
+    done = ordain("restore", "--yes", str(file), data=new)
     assert done.returncode != 0
     assert str(file) in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (new / "ordain.db").exists()
+
+
+def test_restore_shows_the_keys_that_will_be_valid_and_needs_a_yes(broker: Broker, tmp_path: Path) -> None:
+    made = broker.ordain("keys", "create", "--project", "acme", "--scope", "devices:write", "--name", "door")
+    assert made.returncode == 0
+    assert broker.ordain("backup", str(tmp_path / "b")).returncode == 0
+    done = ordain("restore", str(tmp_path / "b"), data=tmp_path / "new")
+    assert done.returncode == 1
+    assert "project acme  scopes devices:write  'door'" in done.stderr
+    assert "--yes" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_link_at_the_target_is_not_followed(broker: Broker, tmp_path: Path) -> None:
+    broker.device("lamp-1")
+    (tmp_path / "b").symlink_to(tmp_path / "elsewhere")
+    for command in (("backup",), ("log", "export", "--to"), ("log", "checkpoint", "--to")):
+        refused(broker.ordain(*command, str(tmp_path / "b")), 1, "already exists")
+    assert sorted(path.name for path in tmp_path.glob("b*")) == ["b"]
+    assert not (tmp_path / "elsewhere").exists()

@@ -303,3 +303,9 @@ def test_a_key_of_small_order_is_refused() -> None:
             }
             with pytest.raises(ValueError, match="small order"):
                 keys_from_jwks({"keys": [entry]})
+
+
+def test_times_that_no_clock_can_reach_are_refused() -> None:
+    for field in ("iat", "nbf", "exp"):
+        for value in (10**400, -(10**400), 2**53 + 1, -1):
+            assert refused(minted(claims(**{field: value}))) == "malformed"
