@@ -26,7 +26,7 @@ from broker.private_socket import TIMEOUT_SEC, answers, socket_path
 from broker.seams import Sql
 from broker.settings import BadSetting, Settings
 from broker.type_files import load_types
-from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy, there_is_a_log
+from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy, pepper_of, there_is_a_log
 
 if TYPE_CHECKING:  # `ordain serve` needs no HTTP client of this kind, and it takes 0.05 s to load
     import httpx2
@@ -56,7 +56,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         streams.revoked(actor)
         waits.revoked(actor)
 
-    core.keys.revoked = revoked
+    core.keys.ended = revoked
     return Services(
         commands=core.commands,
         repairs=core.repairs,
@@ -127,7 +127,9 @@ async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient
                 yield client, True
         return
     try:
-        core = Core(storage, SystemClock(), SystemEntropy(), load_types(settings.types), settings)
+        pepper = pepper_of(directory, settings.key_pepper_file)
+        types = load_types(settings.types)
+        core = Core(storage, SystemClock(), SystemEntropy(), types, settings, pepper=pepper)
         await core.open(embedded=False)
         await _check_prefix(core)
         async with core.running(None):

@@ -35,11 +35,13 @@ from broker.seams import Clock, Entropy, Link, Message, Outbound, Outgoing, Rece
 from broker.settings import Settings
 from broker.subscriptions.feed import Feed
 from broker.subscriptions.mqtt import MqttEvents
-from broker.subscriptions.webhooks import NoWayOut, Webhooks
+from broker.subscriptions.webhook_worker import NoWayOut
+from broker.subscriptions.webhooks import Webhooks
 from devices.types import DeviceType
 from projections import follower
 
 CLOCK_WATCH_SEC = 1.0
+KEY_USES_SEC = 60.0
 HOUSEKEEPING_SEC = 3_600.0
 KEYS_AT_ONCE, KEYS_PAUSE_SEC = 500, 0.05
 
@@ -71,6 +73,7 @@ class Core:
         types: dict[str, DeviceType],
         settings: Settings,
         outbound: Outbound | None = None,
+        pepper: bytes | None = None,
     ) -> None:
         self.storage = storage
         self.settings = settings
@@ -83,7 +86,7 @@ class Core:
         self.repairs = Repairs(self.commands)
         self.erasures = Erasures(self.commands)
         self.registry = Registry(self.commands)
-        self.keys = Keys(self.writer)
+        self.keys = Keys(self.writer, pepper)
         self.verification = Verification(self.writer)
         self.grants = Grants(self.writer, self.live, self.registry.secrets, settings.issuer)
         self.webhooks = Webhooks(
@@ -158,6 +161,8 @@ class Core:
             self.erasures.run(),
             self.verification.run(),
             self._every(CLOCK_WATCH_SEC, self._watch_clock),
+            self._every(CLOCK_WATCH_SEC, self.keys.tick),
+            self._every(KEY_USES_SEC, self.keys.save_uses),
             self._forget_keys(),
         ]
 
@@ -183,6 +188,8 @@ class Core:
                 yield group
                 self.webhooks.save()
                 self.mqtt_events.save()
+                if self.writer.open:
+                    self.keys.save_uses()
                 await self.writer.drain()
             finally:
                 for task in tasks:

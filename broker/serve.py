@@ -36,7 +36,7 @@ from broker.private_socket import SOCKET, listen
 from broker.settings import BadSetting, Settings, address
 from broker.subscriptions.outbound import HttpOutbound
 from broker.type_files import load_types
-from broker.world import SqliteStorage, SystemClock, SystemEntropy
+from broker.world import SqliteStorage, SystemClock, SystemEntropy, pepper_of
 from devices.mqtt_url import joined, parse_url
 from devices.tls import trust
 
@@ -98,7 +98,8 @@ async def _serve(
 ) -> None:
     types = load_types(settings.types)
     outbound = HttpOutbound(settings.webhook_allow)
-    core = Core(storage, SystemClock(), SystemEntropy(), types, settings, outbound)
+    pepper = pepper_of(Path(settings.data), settings.key_pepper_file)
+    core = Core(storage, SystemClock(), SystemEntropy(), types, settings, outbound, pepper)
     embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
     await core.open(embedded=embedded)
     await refuse_replay(core)

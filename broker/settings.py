@@ -37,13 +37,17 @@ Retention = Annotated[int, Meta(ge=1, le=3_153_600_000)]
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits on requests, stored data and messages in flight; `…_bytes` in bytes, `…_sec` in seconds.
 
-    `commands_per_minute` 0: no limit.
+    `…_per_minute…` 0: no limit. A project's table may set the commands, a key its own limits.
     """
 
     queue_per_name: Queue = 100
     queue_per_device: Queue = 1_000
     params_bytes: Bytes = 65_536
     commands_per_minute: PerMinute = 0
+    commands_per_minute_per_key: PerMinute = 0
+    commands_per_minute_per_device: PerMinute = 0
+    requests_per_minute_per_key: PerMinute = 0
+    requests_per_minute_per_device: PerMinute = 0
     history_retention_sec: Retention = 2_592_000
     body_bytes: Annotated[int, Meta(ge=1_024)] = 262_144
     body_values: Annotated[int, Meta(ge=1_024)] = 80_000
@@ -102,6 +106,8 @@ class ProjectLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     queue_per_device: Queue | UnsetType = UNSET
     params_bytes: Bytes | UnsetType = UNSET
     commands_per_minute: PerMinute | UnsetType = UNSET
+    commands_per_minute_per_key: PerMinute | UnsetType = UNSET
+    commands_per_minute_per_device: PerMinute | UnsetType = UNSET
     history_retention_sec: Retention | UnsetType = UNSET
 
 
@@ -125,6 +131,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     mqtt_events: bool = True
     prefix: str = "iotee"
     issuer: str = "ordain"
+    key_pepper_file: str = ""
     types: str = ""
     tls_certificate: str = ""
     tls_key: str = ""

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from broker.domain.events import Created, Executed, Failed, decode, subject_kind
+from broker.domain.fleet import DeviceSet
 from broker.domain.lifecycle import NO_RESULT, CommandState, State
 from broker.log.chain import Row
 from broker.log.erasing import Purge, bound, purges
 from broker.seams import Sql
+from projections.devices import in_set
 
 TABLES = (
     """CREATE TABLE IF NOT EXISTS commands (
@@ -101,9 +103,11 @@ def get_many(sql: Sql, command_ids: Iterable[str]) -> dict[str, CommandState]:
 
 
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
-    """The filter of a list; None means any. `before`: only commands created before this position (cursor)."""
+    """The filter of a list; None means any. `before`: only commands created before this position (cursor).
+    `within`: only commands of these devices."""
 
     project: str | None = None
+    within: DeviceSet | None = None
     device_id: str | None = None
     type: str | None = None
     states: tuple[State, ...] | None = None
@@ -112,7 +116,8 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
 
 def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[CommandState]:
     """Commands by position of creation, newest first. New commands do not change the following pages."""
-    where, values = ["1"], list[Any]()
+    condition, of_set = in_set(wanted.within, "c.device_id")
+    where, values = [condition], list[Any](of_set)
     for column, value in (
         ("project", wanted.project),
         ("device_id", wanted.device_id),

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from broker.domain.fleet import DeviceState
+from broker.domain.fleet import DeviceSet, DeviceState
 from broker.seams import Sql
 
 TABLES = (
@@ -73,9 +73,28 @@ def by_name(sql: Sql, names: Iterable[str]) -> dict[str, DeviceState]:
     return found
 
 
-def newest(sql: Sql, project: str | None, before: int | None, limit: int) -> list[DeviceState]:
+# Condition on a column of device ids. '~' sorts after every character that a name may have.
+IN_SET = """{} IN (SELECT device_id FROM names WHERE name IN (SELECT value FROM json_each(?)) UNION
+    SELECT d.id FROM json_each(?) p CROSS JOIN names n ON n.name >= p.value AND n.name < p.value || '~'
+    CROSS JOIN devices d ON d.id = n.device_id AND d.hardware_id = n.name)"""
+
+
+def in_set(devices: DeviceSet | None, column: str) -> tuple[str, list[str]]:
+    """An SQL condition that a column of device ids is in a set, and its values. None: every device is."""
+    if devices is None:
+        return "1", []
+    encoded = [
+        msgspec.json.encode(part, order="sorted").decode() for part in (devices.names, devices.prefixes)
+    ]
+    return IN_SET.format(column), encoded
+
+
+def newest(
+    sql: Sql, project: str | None, before: int | None, limit: int, within: DeviceSet | None = None
+) -> list[DeviceState]:
     """Devices that are not deleted, newest first."""
-    where, values = ["NOT deleted"], []
+    condition, values = in_set(within, "id")
+    where = ["NOT deleted", condition]
     if project is not None:
         where.append("project = ?")
         values.append(project)

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import msgspec
 
+from broker.domain.fleet import DeviceSet
 from broker.domain.lifecycle import CLOSED, State
 from broker.log import sqlite as log
 from broker.seams import Sql
 from projections.commands import HIDDEN
+from projections.devices import in_set
 
 MOST_POSITIONS = 500_000  # of the log
 MOST_CLOSED = 50_000  # closed commands that are counted
@@ -47,19 +49,36 @@ class Figures(NamedTuple):
     executed: list[int]
 
 
+class _Of(NamedTuple):
+    """Whose commands are counted: of one project, or with None of all; and a condition on their devices."""
+
+    project: str | None
+    condition: str
+    values: list[str]
+
+    def where(self) -> tuple[str, list[str]]:
+        if self.project is None:
+            return self.condition, self.values
+        return f"c.project = ? AND {self.condition}", [self.project, *self.values]
+
+
 _times = msgspec.json.Decoder(_Times).decode
 
 
-def figures(sql: Sql, project: str | None, since: int, until: int, pieces: int) -> Figures:
-    """The figures of one project; None: of all. `since` and `until` in ms; `pieces`: how many equal parts."""
+def figures(
+    sql: Sql, project: str | None, since: int, until: int, pieces: int, within: DeviceSet | None = None
+) -> Figures:
+    """The figures of one project; None: of all. `since` and `until` in ms; `pieces`: how many equal parts.
+    `within`: of these devices only."""
+    of = _Of(project, *in_set(within, "c.device_id"))
     first = max(log.place(sql, since - 1), log.head(sql).position - MOST_POSITIONS)
     if first > 0:
         row = sql.execute("SELECT recorded_at FROM events WHERE position = ?", (first,)).fetchone()
         since = max(since, row[0])
     ends = sql.execute(
-        f"SELECT c.state, c.closed_at, c.project FROM commands c INDEXED BY commands_closed "
-        f"WHERE c.closed_at >= ? AND NOT {HIDDEN} ORDER BY c.closed_at DESC LIMIT ?",
-        (since, MOST_CLOSED),
+        "SELECT c.state, c.closed_at, c.project FROM commands c INDEXED BY commands_closed "
+        f"WHERE c.closed_at >= ? AND {of.condition} AND NOT {HIDDEN} ORDER BY c.closed_at DESC LIMIT ?",
+        (since, *of.values, MOST_CLOSED),
     ).fetchall()
     if len(ends) == MOST_CLOSED:
         since = ends[-1][1]
@@ -68,47 +87,43 @@ def figures(sql: Sql, project: str | None, since: int, until: int, pieces: int) 
     for state, at, whose in ends:
         if project in (None, whose):
             closed[min(pieces - 1, max(0, at - since) * pieces // length)][state] += 1
-    states = dict.fromkeys((state.value for state in State if state is not State.NONE), 0) | _open(
-        sql, project
-    )
+    states = dict.fromkeys((state.value for state in State if state is not State.NONE), 0) | _open(sql, of)
     for state in CLOSED:
         states[state.value] = sum(counts[state.value] for counts in closed)
-    return Figures(
-        since, states, _created(sql, project, since, length, pieces), closed, *_took(sql, project, since)
-    )
+    return Figures(since, states, _created(sql, of, since, length, pieces), closed, *_took(sql, of, since))
 
 
-def _open(sql: Sql, project: str | None) -> dict[str, int]:
-    whose, values = ("", ()) if project is None else ("WHERE c.project = ?", (project,))
+def _open(sql: Sql, of: _Of) -> dict[str, int]:
+    whose, values = of.where()
     found = sql.execute(
-        f"SELECT c.state, count(*) FROM lanes l JOIN commands c ON c.position = l.position {whose} "
+        f"SELECT c.state, count(*) FROM lanes l JOIN commands c ON c.position = l.position WHERE {whose} "
         "GROUP BY c.state",
         values,
     )
     return dict(found.fetchall())
 
 
-def _created(sql: Sql, project: str | None, since: int, length: int, pieces: int) -> list[int]:
+def _created(sql: Sql, of: _Of, since: int, length: int, pieces: int) -> list[int]:
     edges = [log.place(sql, since - 1 + length * piece // pieces) for piece in range(pieces)]
     edges.append(log.head(sql).position)
-    values: tuple[str, ...] = ()
-    if project is None:
+    values: list[str] = []
+    if of.project is None:
         query = f"{PROJECTS} SELECT count(*) FROM p JOIN commands c ON c.project = p.project"
         query = f"{query} AND c.position > ? AND c.position <= ?"
     else:
-        query = "SELECT count(*) FROM commands WHERE project = ? AND position > ? AND position <= ?"
-        values = (project,)
+        whose, values = of.where()
+        query = f"SELECT count(*) FROM commands c WHERE {whose} AND c.position > ? AND c.position <= ?"
     return [
         sql.execute(query, (*values, low, high)).fetchone()[0] if low < high else 0
         for low, high in pairwise(edges)
     ]
 
 
-def _took(sql: Sql, project: str | None, since: int) -> tuple[list[int], list[int]]:
-    whose, values = ("", ()) if project is None else ("AND c.project = ? ", (project,))
+def _took(sql: Sql, of: _Of, since: int) -> tuple[list[int], list[int]]:
+    whose, values = of.where()
     found = sql.execute(
         "SELECT c.summary FROM commands c INDEXED BY commands_closed WHERE c.closed_at >= ? "
-        f"AND c.state = 'executed' {whose}AND NOT {HIDDEN} ORDER BY c.closed_at DESC LIMIT ?",
+        f"AND c.state = 'executed' AND {whose} AND NOT {HIDDEN} ORDER BY c.closed_at DESC LIMIT ?",
         (since, *values, MOST_TIMED),
     )
     acknowledged, executed = [], []

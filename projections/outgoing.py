@@ -11,6 +11,7 @@ from broker.domain.cloudevents import Entry, Wanted
 from broker.domain.events import CommandEvent, DeviceEvent, decode
 from broker.seams import Sql
 from projections.commands import HIDDEN
+from projections.devices import in_set
 
 # Limits of one read, because it blocks the reading thread: rows that are scanned, and bytes of data.
 SCANNED = 5_000
@@ -36,7 +37,8 @@ def page(sql: Sql, wanted: Wanted, after: int, until: int, limit: int) -> tuple[
     """
     reached = until if wanted.command_id is not None else min(until, after + SCANNED)
     clauses, values = _where(wanted)
-    found = sql.execute(PAGE.format(clauses), (after, reached, *values, limit))
+    condition, more = in_set(wanted.within, "e.device_id")
+    found = sql.execute(PAGE.format(f"{clauses} AND {condition}"), (after, reached, *values, *more, limit))
     entries: list[Entry] = []
     taken = 0
     while (row := found.fetchone()) is not None:

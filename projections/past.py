@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from broker.domain.events import SYSTEM, device_stream, subject_kind
-from broker.domain.fleet import DeviceState, evolve_device
+from broker.domain.fleet import DeviceSet, DeviceState, evolve_device
 from broker.domain.lifecycle import CommandState, State, evolve
 from broker.log import sqlite as log
 from broker.seams import Sql
 from projections.commands import HIDDEN, Filter, get
+from projections.devices import in_set
 
 # Limits of one read: rows that are scanned, and commands that are folded. A search for a rare state in a
 # long history takes several pages.
@@ -72,6 +73,8 @@ def commands(sql: Sql, wanted: Filter, position: int, limit: int) -> tuple[list[
     That position is None at the end. A page may have fewer than `limit` commands and not be the last.
     """
     where, values = _where(wanted.project, position, wanted.before)
+    condition, more = in_set(wanted.within, "device_id")
+    where, values = f"{where} AND {condition}", [*values, *more]
     if wanted.device_id is not None:
         where, values = (
             where.replace("project", "+project") + " AND device_id = ?",
@@ -122,9 +125,18 @@ def device(sql: Sql, device_id: str, position: int) -> Then | None:
     return None if state is None else _then(state, _started(sql, position))
 
 
-def devices(sql: Sql, project: str | None, position: int, before: int | None, limit: int) -> list[Then]:
+def devices(
+    sql: Sql,
+    project: str | None,
+    position: int,
+    before: int | None,
+    limit: int,
+    within: DeviceSet | None = None,
+) -> list[Then]:
     """The devices that were registered and not deleted at that position, newest first."""
     where, values = _where(project, position, before)
+    condition, more = in_set(within, "id")
+    where, values = f"{where} AND {condition}", [*values, *more]
     rows = sql.execute(
         f"SELECT body FROM devices WHERE {where} AND (deleted = 0 OR deleted > ?) "
         "ORDER BY position DESC LIMIT ?",
@@ -164,7 +176,13 @@ def _then(state: DeviceState, started: int) -> Then:
 
 
 def changes(
-    sql: Sql, project: str | None, start: int, end: int, after: int, limit: int
+    sql: Sql,
+    project: str | None,
+    start: int,
+    end: int,
+    after: int,
+    limit: int,
+    within: DeviceSet | None = None,
 ) -> tuple[list[Change], int | None]:
     """The commands and devices that have events after `start` up to `end`, in order of their first one.
 
@@ -172,10 +190,11 @@ def changes(
     of the page before, or `start` for the first page.
     """
     reached = min(end, after + SCANNED)
+    condition, values = in_set(within, "device_id")
     rows = sql.execute(
         "SELECT position, stream, version, project FROM events WHERE position > ? AND position <= ? "
-        "ORDER BY position",
-        (after, reached),
+        f"AND {condition} ORDER BY position",
+        (after, reached, *values),
     ).fetchall()
     found: list[Change] = []
     for position, stream, version, of in rows:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Annotated, Any
 from urllib.parse import quote
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from broker.cli.base import Config, Data, Json, Text, ask, print_json, print_table
 from broker.operations.asking import call
 
-keys = App(name="keys", help="API keys: make, list, revoke.")
+SPAN = re.compile(r"([0-9]{1,6})([mhd])")
+UNITS = {"m": 60, "h": 3_600, "d": 86_400}
+
+Several = Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)]
+
+keys = App(name="keys", help="API keys: make, list, show, revoke.")
 grants = App(name="grants", help="Keys that sign grants: list, rotate, retire.")
 
 
@@ -20,6 +26,11 @@ def create_key(
     project: str,
     scope: list[str],
     name: Text = None,
+    expires: Text = None,
+    device: Several = None,
+    device_prefix: Several = None,
+    commands_per_minute: int | None = None,
+    requests_per_minute: int | None = None,
     data: Data = None,
     config: Config = None,
     as_json: Json = False,
@@ -34,8 +45,24 @@ def create_key(
         devices:read, devices:write, events:read or admin; may be given several times.
     name
         A note about the key's purpose.
+    expires
+        When it stops working: an RFC 3339 time, or a time from now such as 90d, 12h or 30m.
+    device
+        Limit the key to this device (id or hardware id); may be given several times.
+    device_prefix
+        Limit the key to devices whose hardware id begins so; may be given several times.
+    commands_per_minute
+        The most commands the key may send in a minute; 0 for no limit, whatever the settings say.
+    requests_per_minute
+        The most requests the key may make in a minute; 0 for no limit, whatever the settings say.
     """
-    body = {"project": project, "scopes": scope, "name": name}
+    body: dict[str, object] = {"project": project, "scopes": scope, "name": name}
+    body |= {"commands_per_minute": commands_per_minute, "requests_per_minute": requests_per_minute}
+    if expires is not None:
+        span = SPAN.fullmatch(expires)
+        body |= {"expires_in_sec": int(span[1]) * UNITS[span[2]]} if span else {"expires_at": expires}
+    body |= {} if device is None else {"devices": device}
+    body |= {} if device_prefix is None else {"device_prefixes": device_prefix}
     made = ask(data, config, lambda client, _: call(client, "POST", "/local/keys", body), make=True)
     if as_json:
         print_json(made)
@@ -56,12 +83,26 @@ def list_keys(*, data: Data = None, config: Config = None, as_json: Json = False
             k["project"],
             " ".join(k["scopes"]),
             k["name"] or "",
+            k["state"],
             k["created_at"],
-            k["revoked_at"] or "",
+            k["expires_at"] or "",
+            k["last_used_at"] or "",
         )
         for k in found
     ]
-    print_table(("id", "project", "scopes", "name", "created", "revoked"), rows)
+    print_table(("id", "project", "scopes", "name", "state", "created", "expires", "last used"), rows)
+
+
+@keys.command(name="show")
+def show_key(key_id: str, /, *, data: Data = None, config: Config = None, as_json: Json = False) -> None:
+    """Show one key: its scopes, limits and devices, and when it was last used. Never its secret."""
+    found = ask(data, config, lambda client, _: call(client, "GET", f"/local/keys/{quote(key_id, safe='')}"))
+    if as_json:
+        print_json(found)
+        return
+    for field, value in found.items():
+        shown = " ".join(value) if isinstance(value, list) else value
+        print(f"{field.replace('_', ' ')}: {'-' if shown is None else shown}")
 
 
 @keys.command(name="revoke")

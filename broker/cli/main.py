@@ -27,7 +27,7 @@ from broker.settings import BadSetting
 # Name -> the function or App behind it, and its line in `ordain --help`, which is the first line of its help.
 COMMANDS = {
     "serve": ("broker.cli.serve:serve", "Run the broker until SIGTERM or Ctrl-C."),
-    "keys": ("broker.cli.keys:keys", "API keys: make, list, revoke."),
+    "keys": ("broker.cli.keys:keys", "API keys: make, list, show, revoke."),
     "devices": ("broker.cli.devices:devices", "Devices: add, list, show, delete, give a new token."),
     "commands": ("broker.cli.commands:commands", "Commands: list, show, cancel, retry."),
     "send": (

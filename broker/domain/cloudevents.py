@@ -13,6 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from broker.domain import events
 from broker.domain.events import NAMES, CommandEvent, DeviceEvent, Recorded, subject_kind
+from broker.domain.fleet import DeviceSet
 from devices.clock import rfc3339
 
 SECRET = frozenset({"token_digest"})
@@ -83,10 +84,11 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """The filter of a subscriber; None means any.
 
     `device`: id or hardware id; no two devices share a name. `command_id`: one command. `command`: the
-    command's name. `event`: the bare type, such as `executed`.
+    command's name. `event`: the bare type, such as `executed`. `within`: only these devices.
     """
 
     project: str | None = None
+    within: DeviceSet | None = None
     device: str | None = None
     command_id: str | None = None
     command: str | None = None
@@ -99,6 +101,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
             and self.command_id in (None, entry.stream)
             and self.command in (None, entry.command)
             and self.event in (None, entry.type)
+            and (self.within is None or self.within.covers(entry.device_id, entry.hardware_id))
         )
 
 

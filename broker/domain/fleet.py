@@ -1,4 +1,4 @@
-"""The state of a device: the fold of the events in its stream. Pure."""
+"""The state of a device: the fold of the events in its stream; and sets of devices. Pure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from typing import Any
 import msgspec
 
 from broker.domain.events import Changed, Deleted, Offline, Online, Recorded, Registered, TokenRotated
+
+
+class DeviceSet(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The devices that an API key is limited to: those with one of these names (id or hardware id), and those
+    whose hardware id begins with a prefix. They need not be registered yet."""
+
+    names: frozenset[str] = frozenset()
+    prefixes: tuple[str, ...] = ()
+
+    def covers(self, device_id: str, hardware_id: str) -> bool:
+        return device_id in self.names or hardware_id in self.names or hardware_id.startswith(self.prefixes)
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

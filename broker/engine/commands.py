@@ -18,7 +18,7 @@ from broker.domain import lanes
 from broker.domain.decisions import Decision, Verdict, decide
 from broker.domain.errors import Refusal, invalid, not_found
 from broker.domain.events import CommandEvent, Created, Defined, definition_stream
-from broker.domain.fleet import DeviceState
+from broker.domain.fleet import DeviceSet, DeviceState
 from broker.domain.lanes import Member
 from broker.domain.lifecycle import CommandState, Input, Request, State, evolve
 from broker.engine.ids import new_id
@@ -32,15 +32,24 @@ MAX_TTL_SEC = 31_536_000
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """Who makes a request. `project` None: all projects (an admin). `device_id`: set if a device asks."""
+    """Who makes a request. `project` None: all projects (an admin). `device_id`: set if a device asks.
+
+    `devices`: the key is limited to these devices. The rates are the key's own limits; None: the settings'.
+    """
 
     actor: str
     project: str | None
     scopes: frozenset[str] = frozenset()
     device_id: str | None = None
+    devices: DeviceSet | None = None
+    commands_per_minute: int | None = None
+    requests_per_minute: int | None = None
 
-    def sees(self, project: str) -> bool:
-        return self.project is None or self.project == project
+    def sees(self, found: DeviceState | CommandState) -> bool:
+        """Whether a device, or a command of a device, is one that the caller may know of."""
+        device_id = found.id if isinstance(found, DeviceState) else found.device_id
+        within = self.devices is None or self.devices.covers(device_id, found.hardware_id)
+        return within and self.project in (None, found.project)
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,10 +158,10 @@ class Commands:
         """A device of the caller's project by id or hardware id, from memory: call `ready` first.
 
         Raises:
-            Refusal: not_found; also for a device of another project and for a deleted one.
+            Refusal: not_found; also for a device that the caller may not see and for a deleted one.
         """
         device = self.live.device(name)
-        if device is None or not caller.sees(device.project) or device.deleted_at is not None:
+        if device is None or not caller.sees(device) or device.deleted_at is not None:
             raise not_found("device", name)
         return device
 
@@ -171,7 +180,8 @@ class Commands:
         old = [] if retry_of is None else [retry_of]
         await self.ready([order.device], old)
         device = self.device(caller, order.device)
-        key = (device.project, order.idempotency_key or "", "")
+        # A key with a device set has its idempotency keys to itself: a conflict would name a foreign command.
+        key = (device.project, order.idempotency_key or "", "" if caller.devices is None else caller.actor)
         if order.idempotency_key is not None:
             await self.ready([order.device], old, [key])
             device = self.device(caller, order.device)
@@ -233,9 +243,9 @@ class Commands:
         if lane is not None:
             superseded = lanes.collapsing(lane, order.collapse_key)
             self.quotas.check_queue(device, lane, order.type, superseded)
-        self.quotas.take(device.project, self.writer.now())
+        taken = self.quotas.take_command(caller.actor, caller.commands_per_minute, device, self.writer.now())
         state = self._accept(caller, device, order, params, definition, retry_of, superseded)
-        self.writer.then(lambda: None, lambda: self.quotas.give_back(device.project))
+        self.writer.then(lambda: None, lambda: self.quotas.give_back(taken))
         return state
 
     def _accept(
@@ -367,13 +377,13 @@ class Commands:
         return await self.request(caller, command_id, Request(input=Input.ABANDON, reason=reason))
 
     def seen(self, caller: Caller, command_id: str) -> CommandState:
-        """A command of the caller's project, from memory: call `ready` first.
+        """A command that the caller may see, from memory: call `ready` first.
 
         Raises:
-            Refusal: not_found; also for a command of another project.
+            Refusal: not_found; also for a command that the caller may not see.
         """
         state = self.live.command(command_id)
-        if state is None or not caller.sees(state.project):
+        if state is None or not caller.sees(state):
             raise not_found("command", command_id)
         return state
 

@@ -65,7 +65,7 @@ class Fanout:
         if key is None:
             return
         devices = [device for name in names if (device := live.device(name)) is not None]
-        keys = [(device.project, key, device.id) for device in devices if caller.sees(device.project)]
+        keys = [(device.project, key, device.id) for device in devices if caller.sees(device)]
         await commands.ready(names, keys=keys)
         if ids := [first[1] for each in keys if (first := live.keys.get(each)) is not None]:
             await commands.ready(names, ids, keys)

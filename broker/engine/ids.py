@@ -33,6 +33,11 @@ def secret_digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+def peppered_digest(secret: str, pepper: bytes) -> str:
+    """HMAC-SHA256 of a secret, hex: who can write to the log's file, but has no pepper, cannot add a key."""
+    return hmac.digest(pepper, secret.encode(), "sha256").hex()
+
+
 def token_digest(token: str, entropy: Entropy, rounds: int = 1) -> str:
     """A device token's digest in the format of Mosquitto's password file; Ordain and Mosquitto both use it.
 

@@ -104,7 +104,8 @@ class Registry:
         """Registers a device; returns its token and secret, which are shown only once.
 
         Raises:
-            Refusal: invalid_request, or conflict if a name is taken.
+            Refusal: invalid_request; forbidden, if the key is limited to other devices; conflict, if a name
+                is taken.
             Unavailable: the log could not be written.
         """
         device_id = new.id or new_id("dev", self.writer.now(), self.writer.entropy)
@@ -114,6 +115,8 @@ class Registry:
             raise invalid("hardware_id", "ordain and service are reserved MQTT user names", new.hardware_id)
         if new.type not in self.types:
             raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", new.type)
+        if caller.devices is not None and not caller.devices.covers(device_id, new.hardware_id):
+            raise Refusal("forbidden", f"this key is limited to devices that {new.hardware_id} is not one of")
         await self.commands.ready([device_id, new.hardware_id])
         for name in (device_id, new.hardware_id):
             if self.live.device(name) is not None:
@@ -212,7 +215,7 @@ class Registry:
         """A device of the caller's project by id or hardware id. The caller may stage until its next `await`.
 
         Raises:
-            Refusal: not_found; also for a device of another project and for a deleted one.
+            Refusal: not_found; also for a device that the caller may not see and for a deleted one.
         """
         await self.commands.ready([name])
         return self.commands.device(caller, name)

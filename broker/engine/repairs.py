@@ -95,7 +95,7 @@ class Repairs:
 
 def _fits(caller: Caller, which: Which, device_id: str | None, state: CommandState) -> bool:
     return (
-        caller.sees(state.project)
+        caller.sees(state)
         and device_id in (None, state.device_id)
         and which.type in (None, state.type)
         and which.created_by in (None, state.actor)

@@ -17,6 +17,7 @@ from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call
 from broker.http.edge.cors import allowing
 from broker.http.edge.errors import HANDLERS
+from broker.http.edge.rates import rate_headers
 from broker.http.edge.services import SERVED, Served, Services
 from broker.http.schema import openapi
 
@@ -87,7 +88,12 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 cached = any(name == b"cache-control" for name, _ in message["headers"])
-                message["headers"] = [*message["headers"], *HEADERS, *([] if cached else [NO_STORE])]
+                message["headers"] = [
+                    *message["headers"],
+                    *HEADERS,
+                    *([] if cached else [NO_STORE]),
+                    *rate_headers(services, request),
+                ]
                 if methods_asked and status == 405:
                     message["status"] = status = 204
                     message["headers"] = [each for each in message["headers"] if each[0] not in OF_A_BODY]

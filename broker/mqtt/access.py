@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Collection
 from typing import NamedTuple
 
+from broker.domain.fleet import DeviceSet
 from broker.mqtt.packets import Connect, Reason
 from devices.names import is_name
 
@@ -19,10 +20,17 @@ LONGEST_SHOWN = 64
 
 
 class Scope(NamedTuple):
-    """What a service may see: one project, or with None all. `valid` says whether its key still works."""
+    """What a service may see: one project, or with None all; and of it only `devices`, if that is set.
+    `valid` says whether its key still works."""
 
     project: str | None
     valid: Callable[[], bool]
+    devices: DeviceSet | None = None
+
+    def sees(self, project: str, device_id: str, hardware_id: str) -> bool:
+        return self.project in (None, project) and (
+            self.devices is None or self.devices.covers(device_id, hardware_id)
+        )
 
 
 # (hardware id, token; None: a client certificate has shown who it is) -> None, or for the log why it may not

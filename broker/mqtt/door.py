@@ -111,7 +111,7 @@ async def _listening(
         core.feed,
         access.events,
         lambda: core.log_id,
-        core.mqtt_events.projects.get,
+        core.mqtt_events.devices.get,
         stalled_sec=bounds.stalled_sec,
         filters=bounds.filters,
     )
@@ -167,7 +167,7 @@ async def _check_service(core: Core, secret: str) -> Scope | None:
         return caller is not None and "events:read" in caller.scopes
 
     caller = core.keys.caller(secret)
-    return Scope(caller.project, valid) if caller is not None and valid() else None
+    return Scope(caller.project, valid, caller.devices) if caller is not None and valid() else None
 
 
 @asynccontextmanager

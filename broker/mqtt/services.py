@@ -15,6 +15,7 @@ from functools import partial
 import structlog
 
 from broker.domain.cloudevents import Entry, Wanted, encoded
+from broker.domain.fleet import DeviceSet
 from broker.mqtt import packets as p
 from broker.mqtt.access import Scope, fits, is_filter, shown
 from broker.mqtt.packets import Publish, Reason
@@ -27,7 +28,7 @@ logger = structlog.get_logger()
 IDLE_SEC = 0.5
 PINNED = 10_000
 Log = Callable[..., None]
-Group = tuple[str | None, str, str]  # project, name, filter
+Group = tuple[str | None, DeviceSet | None, str, str]  # project, devices, name, filter
 
 
 class Grant:
@@ -69,7 +70,9 @@ class Cursor:
 
     async def run(self) -> None:
         feed = self._owner.feed
-        with feed.subscribed(Wanted(project=self.scope.project), feed.head) as subscription:
+        with feed.subscribed(
+            Wanted(project=self.scope.project, within=self.scope.devices), feed.head
+        ) as subscription:
             while True:
                 if self._again:
                     self._again.sort(key=lambda entry: entry.position)
@@ -147,7 +150,8 @@ class Cursor:
 
 
 class Services:
-    """`events` is what topics of events begin with; `project_of` says whose a device is, if it is known.
+    """`events` is what topics of events begin with; `device_of` gives project, id and hardware id of
+    the device with a hardware id, if it is known.
 
     `told` counts what was sent.
     """
@@ -157,7 +161,7 @@ class Services:
         feed: Feed,
         events: str,
         log_id: Callable[[], str],
-        project_of: Callable[[str], str | None],
+        device_of: Callable[[str], tuple[str, str, str] | None],
         *,
         stalled_sec: float = 30.0,
         filters: int = 100,
@@ -167,7 +171,7 @@ class Services:
         self.log_id = log_id
         self.stalled_sec = stalled_sec
         self.told = 0
-        self._project_of = project_of
+        self._device_of = device_of
         self._most_filters = filters
         self._own: dict[Connection, Cursor] = {}
         self._groups: dict[Group, Cursor] = {}
@@ -197,7 +201,7 @@ class Services:
             cursor = self._own.get(connection) or self._begin(peer.scope)
             self._own[connection] = cursor
         else:
-            key = peer.scope.project, group, topic
+            key = peer.scope.project, peer.scope.devices, group, topic
             cursor = self._groups.get(key) or self._begin(peer.scope)
             self._groups[key] = cursor
         cursor.filters[topic] = Grant(qos, numbers)
@@ -231,7 +235,7 @@ class Services:
         if group is None:
             self._own[connection].filters.pop(topic, None)
         else:
-            self._leave_groups(connection, lambda key: key[1:] == (group, topic))
+            self._leave_groups(connection, lambda key: key[2:] == (group, topic))
         return Reason.SUCCESS
 
     def left(self, connection: Connection) -> None:
@@ -270,11 +274,11 @@ class Services:
         """One message to every service that may hear it, beside their places in the log."""
         if not outgoing.topic.startswith(self.events):
             return False
-        project = self._project_of(outgoing.topic[len(self.events) :].split("/")[0])
+        device = self._device_of(outgoing.topic[len(self.events) :].split("/")[0])
         heard = False
         for cursor in (*self._own.values(), *self._groups.values()):
             grant = cursor.grant_of(outgoing.topic)
-            if grant is not None and cursor.members and cursor.scope.project in (None, project):
+            if grant is not None and cursor.members and device is not None and cursor.scope.sees(*device):
                 heard = True
                 self.send(cursor.members[0], outgoing.topic, outgoing.payload, grant, lambda receipt: None)
         return heard

@@ -75,7 +75,8 @@ class MqttEvents:
         self.log_id = ""
         self.wanted: Callable[[], bool] = lambda: True
         self.sent: Callable[[int], None] = lambda _: None
-        self.projects: Recent[str, str] = Recent()  # hardware id → project, of recently published devices
+        # hardware id → project, id and hardware id, of recently published devices
+        self.devices: Recent[str, tuple[str, str, str]] = Recent()
         self._writer = writer
         self._feed = feed
         self._prefix = prefix
@@ -133,7 +134,7 @@ class MqttEvents:
 
     def message(self, entry: Entry) -> Outgoing:
         """The MQTT message of one command event."""
-        self.projects.put(entry.hardware_id, entry.project)
+        self.devices.put(entry.hardware_id, (entry.project, entry.device_id, entry.hardware_id))
         return Outgoing(
             topic=f"{self._prefix}/evt/{entry.hardware_id}/{entry.command_id}",
             payload=encoded(self.log_id, entry),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from broker import __version__
 from broker.domain.cloudevents import CloudEvent, Entry, Wanted, cloud_event
+from broker.domain.fleet import DeviceSet
+from broker.engine.commands import Caller
 from broker.engine.ids import new_id
 from broker.engine.writer import Writer
 from broker.seams import Answer, Outbound
@@ -31,6 +33,16 @@ ASKED_TO_WAIT = (429, 503)
 TEST = "ordain.webhook.test.v1"
 
 
+class NoWayOut:
+    """The `Outbound` of a broker without outgoing HTTP: it refuses every URL."""
+
+    async def fault(self, url: str) -> str | None:
+        return "cannot be reached from here"
+
+    async def post(self, url: str, headers: Any, body: bytes, timeout_sec: float) -> Answer:
+        return Answer(error="nothing can be sent from here")
+
+
 class Secret(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`until`: this secret was replaced, and still signs beside the new one until this time, ms."""
 
@@ -41,6 +53,8 @@ class Secret(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The configuration and state of one webhook. `events`: event types without prefix; empty: all. Times in
     ms.
+
+    `devices`: the devices that the key which made it was limited to.
 
     `state`: `paused` until it is resumed, `gone` after a 410; `reason` says why.
     """
@@ -55,8 +69,13 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     events: tuple[str, ...] = ()
     device_id: str | None = None
     command: str | None = None
+    devices: DeviceSet | None = None
     state: State = "active"
     reason: str | None = None
+
+    def seen_by(self, caller: Caller) -> bool:
+        """A key with a device set sees only the webhooks that were made with the same set."""
+        return caller.project in (None, self.project) and caller.devices in (None, self.devices)
 
     def signing(self, now: int) -> tuple[Secret, ...]:
         """The newest secret first."""
@@ -118,9 +137,9 @@ class Sender:
         self.shared = 0
         self._timeout_sec = timeout_sec
 
-    async def entry(self, project: str, position: int) -> Entry | None:
+    async def entry(self, endpoint: Endpoint, position: int) -> Entry | None:
         """Reads the event from the log just before it is sent, because erased data must not be sent."""
-        wanted = Wanted(project=project)
+        wanted = Wanted(project=endpoint.project, within=endpoint.devices)
         found, _ = await self.writer.storage.read(
             lambda sql: outgoing.page(sql, wanted, position - 1, position, 1)
         )
@@ -239,6 +258,7 @@ class Worker:
         endpoint = self._endpoint
         wanted = Wanted(
             project=endpoint.project,
+            within=endpoint.devices,
             device=endpoint.device_id,
             command=endpoint.command,
             event=endpoint.events[0] if len(endpoint.events) == 1 else None,
@@ -268,7 +288,7 @@ class Worker:
 
     async def _deliver(self, pending: Pending, *, extra: bool) -> None:
         try:
-            entry = await self._sender.entry(self._endpoint.project, pending.position)
+            entry = await self._sender.entry(self._endpoint, pending.position)
             assert entry is not None, "positions of the log are never removed"
             made, answer = await self._sender.send(self._endpoint, entry, pending.attempts + 1)
             self._judge(pending, made, answer)

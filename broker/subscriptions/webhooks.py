@@ -21,7 +21,7 @@ from broker.domain.errors import Refusal, Unavailable, invalid, not_found
 from broker.engine.commands import Caller
 from broker.engine.ids import new_id
 from broker.engine.writer import Writer
-from broker.seams import Answer, Entropy, Outbound, Sql
+from broker.seams import Entropy, Outbound, Sql
 from broker.subscriptions.feed import Feed
 from broker.subscriptions.webhook_queue import Pending, Progress, fresh
 from broker.subscriptions.webhook_worker import Attempt, Endpoint, Secret, Sender, Worker
@@ -33,16 +33,6 @@ AGAIN_SEC = 5.0
 ATTEMPTS = 1_000
 SECRETS = 3
 SECRET_BYTES = 32
-
-
-class NoWayOut:
-    """The `Outbound` of a broker without outgoing HTTP: it refuses every URL."""
-
-    async def fault(self, url: str) -> str | None:
-        return "cannot be reached from here"
-
-    async def post(self, url: str, headers: Any, body: bytes, timeout_sec: float) -> Answer:
-        return Answer(error="nothing can be sent from here")
 
 
 class Webhook:
@@ -185,7 +175,7 @@ class Webhooks:
 
     def all(self, caller: Caller) -> list[Webhook]:
         """The webhooks that the caller may see, newest first."""
-        found = [known for known in self._kept.values() if caller.sees(known.endpoint.project)]
+        found = (known for known in self._kept.values() if known.endpoint.seen_by(caller))
         return sorted(found, key=lambda known: known.endpoint.id, reverse=True)
 
     def seen(self, caller: Caller, id: str) -> Webhook:
@@ -195,7 +185,7 @@ class Webhooks:
             Refusal: not_found.
         """
         known = self._kept.get(id)
-        if known is None or not caller.sees(known.endpoint.project):
+        if known is None or not known.endpoint.seen_by(caller):
             raise not_found("webhook", id)
         return known
 
@@ -219,6 +209,7 @@ class Webhooks:
             url=url,
             created_at=now,
             created_by=caller.actor,
+            devices=caller.devices,
             secrets=(Secret(value=secret),),
             **fields,
         )
@@ -332,7 +323,7 @@ class Webhooks:
             raise Refusal("rate_limit_exceeded", f"webhook {id} is still resending another event")
         known.resending = True
         try:
-            entry = await self.sender.entry(known.endpoint.project, position) if position > 0 else None
+            entry = await self.sender.entry(known.endpoint, position) if position > 0 else None
             if entry is None:
                 raise not_found("event at position", str(position))
             attempt, _ = await self.sender.send(known.endpoint, entry, None)

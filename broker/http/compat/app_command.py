@@ -164,7 +164,7 @@ async def app_command_history(
         firsts: dict[int, int] = {}  # history retention of a project in seconds: first position to read
         room = MOST_RECORDS
         for ident, device in devices_view.by_name(sql, data.device_idents).items():
-            if not caller.sees(device.project):
+            if not caller.sees(device):
                 continue
             kept_sec = commands.quotas.of(device.project).history_retention_sec
             if kept_sec not in firsts:

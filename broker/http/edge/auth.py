@@ -124,7 +124,8 @@ async def authorize(request: Request[Any, Any, Any]) -> None:
     It is not a Litestar guard, because Litestar copies the handler for guards on each request.
 
     Raises:
-        Refusal: unauthorized, forbidden (the key lacks the scope), invalid_request (path or query is wrong).
+        Refusal: unauthorized, forbidden (the key lacks the scope), rate_limit_exceeded, invalid_request (path
+            or query is wrong).
         Unavailable: the request would write, and the log cannot be written now.
     """
     app = served(request.scope)
@@ -151,7 +152,11 @@ async def authorize(request: Request[Any, Any, Any]) -> None:
                 raise Refusal("forbidden", f"this key does not have the scope {each}", {"scope": each})
     if request.scope["method"] != "GET" and not scope.endswith(":read") and not services.commands.writer.open:
         raise Unavailable("the log cannot be written now")
-    request.scope["user"] = caller
+    if request.scope.get("user") is None:  # a stream asks twice
+        request.scope["user"] = caller
+        quotas = services.commands.quotas
+        rates = quotas.of_request(caller.actor, caller.requests_per_minute)
+        quotas.take(rates, services.commands.writer.now())
     check_address(request)
 
 

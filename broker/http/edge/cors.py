@@ -18,7 +18,12 @@ PREFLIGHT = [
     ),
     (b"access-control-max-age", b"600"),
 ]
-SHOWN = [(b"access-control-expose-headers", b"retry-after, idempotent-replayed, location")]
+SHOWN = [
+    (
+        b"access-control-expose-headers",
+        b"retry-after, idempotent-replayed, location, ratelimit, ratelimit-policy",
+    )
+]
 
 
 def allowing(app: ASGIApp, origins: Collection[str]) -> ASGIApp:

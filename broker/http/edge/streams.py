@@ -66,7 +66,7 @@ class Streams:
             subscription.end()
 
     def revoked(self, actor: str) -> None:
-        """Ends the streams of a key that was revoked. `actor`: `key:` and the key's id."""
+        """Ends the streams of a key that was revoked or has expired. `actor`: `key:` and the key's id."""
         for subscription, caller in self._open.items():
             if caller.actor == actor:
                 subscription.end()

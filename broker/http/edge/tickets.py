@@ -46,7 +46,7 @@ class Tickets:
 
     def use(self, secret: str) -> Caller | None:
         """The caller of a ticket, which is then used up; None if it is unknown, used or expired, or if its
-        key was revoked."""
+        key was revoked or has expired."""
         ticket = self._unused.pop(secret, None)
         if ticket is None or ticket.expires_at <= self._writer.now() or not self.good(ticket.caller):
             return None
@@ -54,4 +54,4 @@ class Tickets:
 
     def good(self, caller: Caller) -> bool:
         """Whether the key behind a ticket is still good."""
-        return not self._keys.is_revoked(caller.actor)
+        return not self._keys.has_ended(caller.actor)

@@ -93,15 +93,15 @@ async def list_devices(
 
     Devices of the key's project, newest first. An admin key gets the devices of all projects.
     """
-    project = request.user.project
+    project, within = request.user.project, request.user.devices
     pager = Pager(request.services.cursor_key, "devices", project, *([] if as_of is None else [as_of]))
     before = pager.after(cursor)
     place = None if as_of is None else await past.place_of(request, as_of)
 
     def work(sql: Sql) -> Sequence[DeviceState | Then]:
         if place is not None:
-            return past_view.devices(sql, project, place(sql), before, limit + 1)
-        return devices_view.newest(sql, project, before, limit + 1)
+            return past_view.devices(sql, project, place(sql), before, limit + 1, within)
+        return devices_view.newest(sql, project, before, limit + 1, within)
 
     page, more = cut(await request.services.commands.writer.storage.read(work), limit)
     last = page[-1] if more else None
@@ -167,10 +167,10 @@ def find_device(sql: Sql, caller: Caller, name: str) -> DeviceState:
     """A device by its id or hardware id.
 
     Raises:
-        Refusal: not_found, also if the device was deleted or belongs to a project the caller cannot see.
+        Refusal: not_found, also if the device was deleted or the caller may not see it.
     """
     device = devices_view.by_name(sql, [name]).get(name)
-    if device is None or not caller.sees(device.project) or device.deleted_at is not None:
+    if device is None or not caller.sees(device) or device.deleted_at is not None:
         raise not_found("device", name)
     return device
 

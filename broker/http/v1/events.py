@@ -149,9 +149,9 @@ async def list_events(
 ) -> Response[CloudEventList]:
     """Follow events
 
-    Events of the key's project, or of all projects for an admin key. Each event is a CloudEvent. Events come
-    in log order and only after they are durable. A page begins after `after`, or with the first event. With a
-    filter a page can be short or even empty although `has_more` is true.
+    Events of the devices that the key may see; of all projects for an admin key. Each event is a CloudEvent.
+    Events come in log order and only after they are durable. A page begins after `after`, or with the first
+    event. With a filter a page can be short or even empty although `has_more` is true.
 
     With `Accept: text/event-stream` the answer is an endless stream: `id` is `<log id>:<position>`, `data` is
     the CloudEvent, and a comment comes every 15 seconds. The stream begins after `Last-Event-ID`, else after
@@ -226,7 +226,14 @@ def _wanted(
     bare = None if event is None else BARE_TYPES.get(event)
     if event is not None and bare is None:
         raise invalid("event", f"must be one of {', '.join(EVENTS)}", event)
-    return Wanted(project=own or project, device=device, command_id=command, command=type_name, event=bare)
+    return Wanted(
+        project=own or project,
+        within=request.user.devices,
+        device=device,
+        command_id=command,
+        command=type_name,
+        event=bare,
+    )
 
 
 def _wants_stream(request: Request[Any, Any, Any]) -> bool:
@@ -254,18 +261,20 @@ async def _check_exists(request: Call, wanted: Wanted) -> None:
     ever. A page of nothing ends at once, so it is not checked.
 
     Raises:
-        Refusal: not_found, also if they belong to another project.
+        Refusal: not_found, also if the caller may not see them.
     """
     caller = request.user
 
     def work(sql: Sql) -> None:
         if wanted.device is not None:
             device = devices_view.by_name(sql, [wanted.device]).get(wanted.device)
-            if device is None or not caller.sees(device.project):
+            if device is None or not caller.sees(device):
                 raise not_found("device", wanted.device)
         if wanted.command_id is not None:
             first = next(iter(log.stream(sql, wanted.command_id)), None)
-            if first is None or not caller.sees(first.project):
+            device_id = "" if first is None else first.device_id or ""
+            device = devices_view.by_name(sql, [device_id]).get(device_id)
+            if device is None or not caller.sees(device):
                 raise not_found("command", wanted.command_id)
 
     if wanted.device is not None or wanted.command_id is not None:

@@ -128,13 +128,13 @@ def find_command(
     """A command. With `device_id`, it must belong to that device; with `position`, its state at that point.
 
     Raises:
-        Refusal: not_found, also if the caller cannot see its project, or it was created after `position`.
+        Refusal: not_found, also if the caller may not see it, or it was created after `position`.
     """
     if position is None:
         state = commands_view.get(sql, command_id)
     else:
         state = past.command(sql, command_id, position)
-    if state is None or not caller.sees(state.project) or device_id not in (None, state.device_id):
+    if state is None or not caller.sees(state) or device_id not in (None, state.device_id):
         raise not_found("command", command_id)
     return state
 
@@ -143,11 +143,11 @@ def find_device(sql: Sql, caller: Caller, name: str, position: int) -> Then:
     """A device in its state at a position, by its id or hardware id.
 
     Raises:
-        Refusal: not_found, also if the caller cannot see its project, or at that position it was not yet
+        Refusal: not_found, also if the caller may not see it, or at that position it was not yet
             registered or already deleted.
     """
     now = devices_view.by_name(sql, [name]).get(name)
-    then = None if now is None or not caller.sees(now.project) else past.device(sql, now.id, position)
+    then = None if now is None or not caller.sees(now) else past.device(sql, now.id, position)
     if then is None or then.state.deleted_at is not None:
         raise not_found("device", name)
     return then
@@ -175,7 +175,7 @@ async def read_diff(
     Commands and devices that differ between two points of the log, in order of their first change. A page can
     be shorter than `limit` without being the last; check `has_more`.
     """
-    project = request.user.project
+    project, within = request.user.project, request.user.devices
     start_of = await place_of(request, "0" if since is None else since, "from")
     end_of = _head if to is None else await place_of(request, to, "to")
     pager = Pager(request.services.cursor_key, "diff", project, since, to)
@@ -185,7 +185,7 @@ async def read_diff(
         start, end = start_of(sql), end_of(sql)
         if start > end:
             raise invalid("from", f"must not lie after `to`, which is position {end}", since)
-        return past.changes(sql, project, start, end, start if after is None else after, limit)
+        return past.changes(sql, project, start, end, start if after is None else after, limit, within)
 
     found, resume = await request.services.commands.writer.storage.read(work)
     shown = [_change(change) for change in found]

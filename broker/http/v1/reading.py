@@ -180,7 +180,7 @@ async def find(
         device_id = None
         if device is not None:
             known = devices_view.by_name(sql, [device]).get(device)
-            if known is None or not caller.sees(known.project):
+            if known is None or not caller.sees(known):
                 raise not_found("device", device)
             device_id = known.id
         return find_command(sql, caller, command_id, device_id, None if place is None else place(sql))
@@ -219,11 +219,12 @@ async def _list(
         elif device is not None:
             # An unknown device in a filter gives an empty list. A deleted device's commands are found.
             known = devices_view.by_name(sql, [device]).get(device)
-            if known is None or not caller.sees(known.project):
+            if known is None or not caller.sees(known):
                 return [], None
             device_id = known.id
         wanted = Filter(
             project=caller.project,
+            within=caller.devices,
             device_id=device_id,
             type=type_name,
             states=_states(status, state),

@@ -64,12 +64,12 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 async def read_stats(request: Call, window: Window = 300) -> Stats:
     """Read figures of the last seconds
 
-    Of the key's project; for an admin key, of all projects. Erased commands are not counted.
+    Of the key's devices; for an admin key, of all projects. Erased commands are not counted.
     """
-    writer, project = request.services.commands.writer, request.user.project
+    writer, caller = request.services.commands.writer, request.user
     until = writer.now()
     found = await writer.storage.read(
-        lambda sql: figures(sql, project, until - window * 1_000, until, PIECES)
+        lambda sql: figures(sql, caller.project, until - window * 1_000, until, PIECES, caller.devices)
     )
     length = max(1, until - found.since)
     edges = [found.since + length * piece // PIECES for piece in range(PIECES + 1)]

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from broker import __version__
 from broker.domain.events import SYSTEM, Started, decode
+from broker.domain.fleet import DeviceSet
 from broker.domain.lanes import Presence
 from broker.engine.commands import Caller
 from broker.engine.verification import Report
@@ -27,6 +28,7 @@ from broker.seams import Sql
 from broker.settings import Settings, listened
 from devices.clock import rfc3339
 from devices.mqtt_url import parse_url
+from projections.devices import in_set
 
 
 class ListenerView(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,12 +162,12 @@ class _Found(NamedTuple):
 async def read_system(request: Call) -> System:
     """Read the state of the broker
 
-    Counts the devices and commands of the key's project; for an admin key, those of all projects.
+    Counts the devices that the key may see and their commands; for an admin key, those of all projects.
     """
-    services, project = request.services, request.user.project
+    services, project, within = request.services, request.user.project, request.user.devices
     writer, live, settings = services.commands.writer, services.commands.live, services.settings
     online = {device_id for device_id, known in live.presence.items() if known is Presence.ONLINE}
-    found = await writer.storage.read(lambda sql: _find(sql, project, online))
+    found = await writer.storage.read(lambda sql: _find(sql, project, within, online))
     kind = "none" if found.started is None else found.started.mqtt
     now = writer.now()
     return System(
@@ -284,9 +286,14 @@ def _caller(caller: Caller) -> CallerView:
     )
 
 
-def _find(sql: Sql, project: str | None, online: set[str]) -> _Found:
-    whose, values = ("", ()) if project is None else (" AND project = ?", (project,))
-    ids = sql.execute(f"SELECT id FROM devices WHERE NOT deleted{whose}", values).fetchall()
+def _find(sql: Sql, project: str | None, within: DeviceSet | None, online: set[str]) -> _Found:
+    whose, values = ("", []) if project is None else (" AND project = ?", [project])
+    condition, more = in_set(within, "id")
+    ids = sql.execute(
+        f"SELECT id FROM devices WHERE NOT deleted{whose} AND {condition}", (*values, *more)
+    ).fetchall()
+    condition, more = in_set(within, "c.device_id")
+    whose, values = f"{whose} AND {condition}", [*values, *more]
     open_commands = sql.execute(
         f"SELECT count(*) FROM lanes l JOIN commands c ON c.position = l.position WHERE 1{whose}", values
     ).fetchone()[0]

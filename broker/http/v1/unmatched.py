@@ -84,16 +84,17 @@ async def list_unmatched(
 
     def work(sql: Sql) -> list[Any]:
         wanted: dict[str, Any] = {"project = ?": project, "reason = ?": reason, "id < ?": before}
+        condition, values = devices_view.in_set(caller.devices, "device_id")
         if device is not None:
             known = devices_view.by_name(sql, [device]).get(device)
-            if known is None or not caller.sees(known.project):
+            if known is None or not caller.sees(known):
                 return []
             wanted["device_id = ?"] = known.id
         where = {clause: value for clause, value in wanted.items() if value is not None}
         return sql.execute(
             "SELECT id, at, device_id, reason, topic, command_id, payload FROM unmatched "
-            f"WHERE {' AND '.join(where) or '1'} ORDER BY id DESC LIMIT ?",
-            (*where.values(), limit + 1),
+            f"WHERE {' AND '.join([*where, condition])} ORDER BY id DESC LIMIT ?",
+            (*where.values(), *values, limit + 1),
         ).fetchall()
 
     page, more = cut(await request.services.commands.writer.storage.read(work), limit)

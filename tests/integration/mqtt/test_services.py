@@ -58,7 +58,7 @@ async def house(tmp_path: Path, **limits: Any) -> AsyncIterator[House]:
             bench.core.feed,
             "iotee/evt/",
             lambda: "log_x",
-            lambda name: PROJECT,
+            lambda name: (PROJECT, name, name),
             stalled_sec=limits.get("stalled_sec", 30),
         )
         async with listening(Owner(), check_service=check, services=services, **limits) as server:

@@ -38,6 +38,7 @@ HELP = (["--help"], ["--version"])
 ASKING = (
     ["keys", "create", "--project", "acme", "--scope", "admin"],
     ["keys", "list"],
+    ["keys", "show", "key_1"],
     ["keys", "revoke", "key_1"],
     ["grants", "list"],
     ["grants", "rotate"],

@@ -23,7 +23,7 @@ def taken(quotas: Quotas, at: int, count: int, project: str = "acme") -> int:
     allowed = 0
     for _ in range(count):
         try:
-            quotas.take(project, at)
+            quotas.take(quotas.of_command("operator:local", None, project, None), at)
         except Refusal:
             continue
         allowed += 1
@@ -33,7 +33,7 @@ def taken(quotas: Quotas, at: int, count: int, project: str = "acme") -> int:
 def wait_sec(quotas: Quotas, at: int, project: str = "acme") -> int:
     """Seconds until the next allowed command, as the refusal says."""
     with pytest.raises(Refusal) as refusal:
-        quotas.take(project, at)
+        quotas.take(quotas.of_command("operator:local", None, project, None), at)
     assert refusal.value.kind == "rate_limit_exceeded"
     assert refusal.value.retry_after_sec is not None
     assert refusal.value.details == {"retry_after_sec": refusal.value.retry_after_sec}
