@@ -281,7 +281,7 @@ def list_commands(
     """
     if limit < 0:
         raise Failed(USAGE, f"--limit = {limit}: must not be negative")
-    filters = {"device": device, "state": state, "status": status, "type": type}
+    filters = {"device": device, "state": state, "status": status, "type": type, "grant": "false"}
     found = ask(data, config, lambda client, _: pages(client, "/v1/commands", filters, limit))
     if as_json:
         print_json(found)

@@ -28,6 +28,7 @@ from structlog.testing import capture_logs
 
 from broker.mqtt.client.link import MqttLink
 from broker.seams import Message, Outgoing, Receipt
+from devices.agent import Agent
 from devices.mqtt_url import joined, parse_url, parted
 from devices.tls import trust
 from tests.conftest import MINIMAL, Mosquitto, program, unused_port
@@ -747,6 +748,13 @@ async def test_a_server_that_hangs_up_on_a_connect_is_tried_with_the_other_versi
         assert "before its CONNACK" in logs[0]["why"]
         assert seen[:4] == ["5", "5", "5", "3.1.1"]
     assert fixed.told == []
+
+
+@pytest.mark.parametrize("url", ["http://host", "mqtt://u:p@ss#hidden@host", "mqtt://host/hidden", "hidden"])
+def test_an_agent_refuses_a_wrong_url_without_showing_it(url: str) -> None:
+    with pytest.raises(ValueError, match="URL") as refused:
+        Agent("door", "dtok_x", url)
+    assert "hidden" not in str(refused.value)
 
 
 def test_the_text_of_a_url_hides_its_password() -> None:
