@@ -1,6 +1,6 @@
-"""Who may say and hear what on the listener: names, passwords, certificates, topics. Pure but for its checks.
+"""Authentication and topic rules of the listener: names, passwords, certificates. Pure but for its checks.
 
-It only judges. Until it has said yes, nothing may happen to what belongs to the client id that was claimed.
+It only judges. Before it has accepted a CONNECT, the state of the claimed client id must not be touched.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from broker.mqtt.packets import Connect, Reason
 from devices.names import is_name
 
 SERVICE_USER = "service"
-# One text, so that it cannot be told apart what is wrong.
+# One text for all reasons: a stranger must not learn whether the user exists.
 NOT_LET_IN = "unknown user or wrong password"
 LONGEST_SHOWN = 64
 
 
 class Scope(NamedTuple):
-    """What a service may see: one project, or with None all; and of it only `devices`, if that is set.
-    `valid` says whether its key still works."""
+    """What a service may see: one project, or all with None; with `devices`, only events of these devices.
+
+    `valid` says whether its key is still valid.
+    """
 
     project: str | None
     valid: Callable[[], bool]
@@ -33,18 +35,18 @@ class Scope(NamedTuple):
         )
 
 
-# (hardware id, token; None: a client certificate has shown who it is) -> None, or for the log why it may not
-# come in.
+# (hardware id, token) -> None if the device is accepted, else the reason, for the log. Token None: the device
+# has shown a client certificate.
 CheckDevice = Callable[[str, str | None], Awaitable[str | None]]
-# An API key -> what it may see; None: no such key, or not for events.
+# API key -> what it may see; None: the key is unknown or has no scope for events.
 CheckService = Callable[[str], Awaitable[Scope | None]]
 
 
 class Peer(NamedTuple):
-    """Who is at the other end, and what they may do. `name` is their place among the connections.
+    """An authenticated client. `name`: its key among the connections.
 
-    A device's is its hardware id. A service's holds a colon, which no hardware id can.
-    `commands`: the topics a device may hear; `answers`: those it may say something on.
+    The name of a device is its hardware id. The name of a service contains a colon; a hardware id cannot.
+    `commands`: the topics that a device receives. `answers`: the topics that it may publish on.
     """
 
     name: str
@@ -54,8 +56,10 @@ class Peer(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """Why somebody is not let in: an MQTT 5 reason code and a text for whoever builds the device. `exact`:
-    for the log, where the text must not tell a stranger all."""
+    """A refused CONNECT: an MQTT 5 reason code and a text for the developer of the device.
+
+    `exact`: the reason for the log, if a stranger must not learn it.
+    """
 
     reason: int
     text: str
@@ -63,7 +67,7 @@ class Refused(NamedTuple):
 
 
 class Access(NamedTuple):
-    """The rules, for one prefix. `check_service` None: no services."""
+    """The rules for one prefix. `check_service` None: services are not accepted."""
 
     prefix: str
     check_device: CheckDevice
@@ -73,10 +77,10 @@ class Access(NamedTuple):
     status: str = "status"
 
     async def judge(self, connect: Connect, certified: str | None, number: int) -> Peer | Refused:
-        """Who this is, or why they are not let in. `certified`: whom a client certificate names.
+        """Judges a CONNECT. `certified`: the hardware id in the client certificate.
 
-        `number` makes a name for a service that has none. What is refused before the password is looked at
-        depends on nothing but the CONNECT itself, so that it tells strangers nothing.
+        `number` makes a name for a service without a client id. A refusal before the password check depends
+        only on the CONNECT itself, so it tells a stranger nothing about devices.
         """
         if connect.user == SERVICE_USER and certified is None:
             return await self._service(connect, number)
@@ -87,7 +91,7 @@ class Access(NamedTuple):
 
     @property
     def events(self) -> str:
-        """What the topics of events begin with."""
+        """The start of all event topics."""
         return f"{self.prefix}/evt/"
 
     async def _service(self, connect: Connect, number: int) -> Peer | Refused:
@@ -99,7 +103,7 @@ class Access(NamedTuple):
         if scope is None:
             exact = "the password of a service must be a valid API key with events:read"
             return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN, exact)
-        # By its key as well, so that no project's service takes over another's.
+        # The key is part of the name, so that a service cannot take over one of another project.
         key = hashlib.sha256(password.encode()).hexdigest()[:16]
         client_id = connect.client_id or f"{SERVICE_USER}-{number}"
         return Peer(f"{SERVICE_USER}:{key}:{client_id}", scope=scope)
@@ -128,7 +132,7 @@ class Access(NamedTuple):
 
 
 def _text(password: bytes | None) -> str | None:
-    """A password as a text; None if it is none. A NUL would be cut off by what compares in C."""
+    """A password as text; None if it is not text. A password with NUL is refused: C code would cut it off."""
     if password is None or b"\0" in password:
         return None
     try:
@@ -138,10 +142,11 @@ def _text(password: bytes | None) -> str | None:
 
 
 def fits(topic_filter: str, topic: str) -> bool:
-    """Does a filter cover a topic? Source: MQTT 5.0, section 4.7. No topic here begins with $."""
+    """Whether a filter covers a topic. Source: MQTT 5.0, section 4.7. Topics here never begin with $."""
     if topic_filter == topic:
         return True
-    wanted, found = topic_filter.split("/"), topic.split("/")
+    found = topic.split("/")
+    wanted = topic_filter.split("/", len(found) + 1)  # a filter may have thousands of levels
     for index, level in enumerate(wanted):
         if level == "#":
             return True
@@ -151,15 +156,16 @@ def fits(topic_filter: str, topic: str) -> bool:
 
 
 def is_filter(text: str) -> bool:
-    """Wildcards stand alone in their level, and # only at the end."""
-    levels = text.split("/")
-    return text != "" and all(
-        level == "+" or (level == "#" and index == len(levels) - 1) or not {"+", "#"} & set(level)
-        for index, level in enumerate(levels)
-    )
+    """Whether this is a valid filter. A wildcard must be alone in its level, and # must be the last one.
+
+    It may have 65,535 characters, so no step here is a loop over them in Python.
+    """
+    levels = f"/{text.replace('/', '//')}/"  # now each level has slashes of its own
+    hashes = text.count("#")
+    return text != "" and text.count("+") == levels.count("/+/") and hashes == levels.endswith("/#/")
 
 
 def shown(name: object) -> str:
-    """A name that a stranger chose, for a log line: short, and without anything that could forge one."""
+    """A name that a stranger chose, for a log line: short and in ASCII, so that it cannot forge a line."""
     text = str(name)
     return ascii(text[:LONGEST_SHOWN])[1:-1] + ("…" if len(text) > LONGEST_SHOWN else "")

@@ -1,7 +1,7 @@
-"""Who comes in, and when: every CONNECT is judged in a task of its own, within a bounded time.
+"""Authenticates clients: every CONNECT is judged in a task of its own, within a bounded time.
 
-A refusal takes as long for a name that exists as for one that does not. It must never answer "not authorised"
-because something of ours failed: after that some clients never try again.
+A refusal takes the same time for known and unknown names. An error of the broker must never be answered with
+"not authorised": after that code some clients never try again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Judged = Callable[[Connection, Connect, Peer | Refused], None]
 
 
 class Admission:
-    """`damped` counts how often a client had to wait because another one uses its name."""
+    """`damped` counts the times a client had to wait because another one uses its name."""
 
     def __init__(self, access: Access, bounds: MqttLimits) -> None:
         self.damped = 0
@@ -35,18 +35,27 @@ class Admission:
         self._bounds = bounds
         self._loop = asyncio.get_running_loop()
         self._turn = asyncio.Semaphore(bounds.admitted_at_once)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[Connection, asyncio.Task[None]] = {}
         self._users: dict[Connection, str] = {}
         self._rivals: dict[str, tuple[int, float]] = {}
 
     def begin(self, connection: Connection, connect: Connect, here: Container[str], judged: Judged) -> None:
-        """`here` are the names of those who are connected; `judged` is called once, unless all ends."""
+        """Judges a CONNECT. `here`: the names of the connected clients.
+
+        `judged` is called once, unless the connection or the broker ends before.
+        """
         task = asyncio.create_task(self._admit(connection, connect, here, judged))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[connection] = task
+        task.add_done_callback(lambda _: self._tasks.pop(connection, None))
+
+    def left(self, connection: Connection) -> None:
+        """The connection ended: its CONNECT must not use up a turn of others."""
+        task = self._tasks.get(connection)
+        if task is not None:
+            task.cancel()
 
     def bar(self, user: str) -> None:
-        """What a device was let in by is not valid any more; its token may have been checked already."""
+        """The token or certificate of a device is not valid any more. It may have been checked already."""
         for connection, claimed in self._users.items():
             connection.barred = connection.barred or claimed == user
 
@@ -57,7 +66,7 @@ class Admission:
         }
 
     async def close(self) -> None:
-        tasks = list(self._tasks)
+        tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         if tasks:
@@ -92,7 +101,7 @@ class Admission:
             return Refused(Reason.UNAVAILABLE, "not available now; try again later")
 
     async def _damp(self, name: str) -> None:
-        """Two clients under one name throw each other out: each time it takes a little longer."""
+        """Two clients with one name disconnect each other. Each time, the new one waits a little longer."""
         now = self._loop.time()
         times, last = self._rivals.get(name, (0, 0.0))
         times = times + 1 if now < last + RIVALS_WITHIN_SEC else 1

@@ -1,7 +1,7 @@
 """MQTT packets from and to bytes: versions 3.1.1 and 5, both directions, all properties. Pure.
 
-`decode` raises nothing but `BadPacket`, whatever the bytes are. It judges what one packet says by itself;
-what is allowed at which moment is the session's to judge. Source: OASIS MQTT 3.1.1 and 5.0, chapters 2 and 3.
+`decode` raises no exception but `BadPacket`, for any bytes. It checks one packet alone; the session checks
+what is allowed at which moment. Source: OASIS MQTT 3.1.1 and 5.0, chapters 2 and 3.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from broker.mqtt import packets as p
 from broker.mqtt.packets import BadPacket, Packet, Properties, Reason
 
-# Bounds on what one packet may make us do; a longer list is refused as too large.
+# Bounds for the lists in one packet. A packet with a longer list is refused.
 MOST_FILTERS, MOST_PROPERTIES = 100, 100
 _NAMES = {number: (name, form, places) for name, (number, form, places) in p.PROPERTIES.items()}
 
@@ -24,6 +24,11 @@ class Splitter:
         self._data = bytearray()
         self._at = 0
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that `next` has not returned."""
+        return len(self._data) - self._at
+
     def put(self, data: bytes) -> None:
         if self._at:
             del self._data[: self._at]
@@ -31,10 +36,10 @@ class Splitter:
         self._data += data
 
     def next(self) -> tuple[int, bytes] | None:
-        """The next whole packet: its first byte and its body. None: there is none yet.
+        """The next whole packet: its first byte and its body. None if it has not arrived whole.
 
         Raises:
-            BadPacket: its length is none, or too large.
+            BadPacket: its length field is invalid, or larger than `longest`.
         """
         data, at = self._data, self._at + 1
         end = len(data)
@@ -49,9 +54,8 @@ class Splitter:
         else:
             at += 1
         if length > self.longest:
-            raise BadPacket(
-                f"a packet of {length} bytes; at most {self.longest} are allowed", Reason.TOO_LARGE
-            )
+            text = f"a packet of {length} bytes; at most {self.longest} are allowed"
+            raise BadPacket(text, Reason.TOO_LARGE)
         if at + length > end:
             return None
         first = data[self._at]
@@ -60,10 +64,10 @@ class Splitter:
 
 
 def decode(first: int, body: bytes, version: int) -> Packet:
-    """The packet of this first byte and body; `version` is 4 or 5, and a CONNECT says its own.
+    """Decodes one packet. `version` is 4 (MQTT 3.1.1) or 5; a CONNECT contains its own version.
 
     Raises:
-        BadPacket: the bytes are not what that version of the protocol allows.
+        BadPacket: this version of the protocol does not allow these bytes.
     """
     kind, flags, five = first >> 4, first & 0x0F, version == 5
     if kind == p.PUBLISH:
@@ -80,13 +84,11 @@ def decode(first: int, body: bytes, version: int) -> Packet:
     elif kind == p.CONNECT:
         packet = _connect(reader)
     elif kind == p.SUBSCRIBE:
-        packet = p.Subscribe(
-            reader.packet_id(), properties=reader.properties(kind), filters=_filters(reader, kind)
-        )
+        mid, properties = reader.packet_id(), reader.properties(kind)
+        packet = p.Subscribe(mid, _filters(reader, kind), properties)
     elif kind == p.UNSUBSCRIBE:
-        packet = p.Unsubscribe(
-            reader.packet_id(), properties=reader.properties(kind), topics=_filters(reader, kind)
-        )
+        mid, properties = reader.packet_id(), reader.properties(kind)
+        packet = p.Unsubscribe(mid, _filters(reader, kind), properties)
     elif kind == p.DISCONNECT or (kind == p.AUTH and five):
         packet = p.Goodbye(kind, *reader.reason_and_properties(kind))
     elif kind == p.CONNACK:
@@ -123,19 +125,16 @@ def _publish(flags: int, body: bytes, five: bool) -> p.Publish:
             reader = _Reader(body, five, at)
             properties, at = reader.properties(p.PUBLISH), reader.at
     if "+" in topic or "#" in topic or not (topic or "alias" in properties):
-        raise BadPacket(
-            f"topic {topic[:64]!r} in a PUBLISH", Reason.BAD_TOPIC if topic else Reason.PROTOCOL_ERROR
-        )
+        reason = Reason.BAD_TOPIC if topic else Reason.PROTOCOL_ERROR
+        raise BadPacket(f"topic {topic[:64]!r} in a PUBLISH", reason)
     return p.Publish(topic, body[at:], qos, mid, flags & 8 != 0, flags & 1 != 0, properties)
 
 
 def _connect(reader: _Reader) -> p.Connect:
     name, version, flags = reader.text(), reader.byte(), reader.byte()
     if (name, version) not in (("MQTT", 4), ("MQTT", 5)):
-        known = name in ("MQTT", "MQIsdp")
-        raise BadPacket(
-            f"protocol {name[:16]!r} version {version}", Reason.WRONG_VERSION if known else Reason.MALFORMED
-        )
+        reason = Reason.WRONG_VERSION if name in ("MQTT", "MQIsdp") else Reason.MALFORMED
+        raise BadPacket(f"protocol {name[:16]!r} version {version}", reason)
     reader.five = version == 5
     willing, qos = bool(flags & 4), flags >> 3 & 3
     if flags & 1 or qos > 2 or (not willing and flags & 0x38):
@@ -158,7 +157,7 @@ def _connect(reader: _Reader) -> p.Connect:
 
 
 def _filters(reader: _Reader, kind: int) -> list[Any]:
-    """What a SUBSCRIBE or an UNSUBSCRIBE lists: filters with options, or topics alone."""
+    """The list of a SUBSCRIBE (filters with options) or of an UNSUBSCRIBE (filters only)."""
     found: list[Any] = []
     while reader.at < len(reader.data):
         topic = reader.text()
@@ -178,7 +177,7 @@ def _filters(reader: _Reader, kind: int) -> list[Any]:
 
 
 class _Reader:
-    """Reads one body from `at` on; every method raises `BadPacket` where the bytes end too early."""
+    """Reads one body from `at` on. Every method raises `BadPacket` if the bytes end too early."""
 
     def __init__(self, data: bytes, five: bool, at: int = 0) -> None:
         self.data = data
@@ -221,7 +220,7 @@ class _Reader:
         return value
 
     def reason_and_properties(self, kind: int) -> tuple[int, Properties]:
-        """What acknowledgements, DISCONNECT and AUTH end with; left out, it means success."""
+        """The end of acknowledgements, DISCONNECT and AUTH. If both are left out, it means success."""
         if not self.five or self.at == len(self.data):
             return 0, {}
         reason = self.byte()
@@ -276,7 +275,7 @@ def _decoded(text: bytes) -> str:
 
 
 def _varint(data: bytes | bytearray, at: int, end: int) -> tuple[int, int] | None:
-    """(a number of one to four bytes, where it ends), or None if it is cut off."""
+    """A number of one to four bytes, and the index after it. None if it is cut off."""
     value = shift = 0
     for each in range(at, end):
         value |= (data[each] & 0x7F) << shift
@@ -289,7 +288,7 @@ def _varint(data: bytes | bytearray, at: int, end: int) -> tuple[int, int] | Non
 
 
 def encode(packet: Packet, version: int) -> bytes:
-    """The packet on the wire, as this version writes it; what that version has no place for is left out."""
+    """The bytes of a packet in this version. Fields that the version does not have are left out."""
     five = version == 5
     if isinstance(packet, p.Publish):
         return encode_publish(packet, five)

@@ -1,4 +1,4 @@
-"""What the listener counts, for metrics: every bound has its figure here."""
+"""The metrics of the listener: every bound has one here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ Figures = dict[str, tuple[str, Callable[[], float]]]
 COUNTED = {
     "let_in": "Clients let in",
     "turned_away": "Connections closed at once because there were too many",
+    "not_begun": "Connections closed during the TLS handshake or the PROXY header",
     "taken_over": "Connections closed because their client id came again",
     "sent": "Messages sent to devices, or put in their queue",
     "refused_by_device": "Messages that a device answered with a PUBACK of 0x80 or more",

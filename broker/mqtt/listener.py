@@ -1,8 +1,8 @@
-"""Devices connect here: who is connected, what reaches whom, and when what they say is acknowledged.
+"""The MQTT server for devices: connections, routing, presence, and the PUBACKs to devices.
 
-It is a `Link` without a server behind it: what it sends goes straight to the device, and a device's PUBACK
-means that what it said is durable. Nothing is kept for anybody who is away. It must never acknowledge
-what it was not told to, nor touch what belongs to a client id before the password is right.
+It is a `Link` without another server behind it. A PUBACK to a device means that its message is durable.
+Nothing is stored for clients that are not connected. It must never send a PUBACK before `puback` was called,
+and never touch the state of a client id before its password was checked.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import structlog
 
 from broker.mqtt import packets as p
 from broker.mqtt.access import Access, Peer, Refused, shown
 from broker.mqtt.admission import Admission
-from broker.mqtt.crowd import Crowd, Had
+from broker.mqtt.crowd import Crowd, Had, Watch
 from broker.mqtt.often import Often
 from broker.mqtt.packets import Publish, Reason
 from broker.mqtt.routes import Routes, message_of
@@ -30,14 +30,15 @@ from broker.settings import MqttLimits
 logger = structlog.get_logger()
 
 Done = Callable[[Receipt], None]
+MESSAGE_COST = 1_000  # bytes of memory that a waiting message takes beside its topic and payload
 
 
 class Events(LinkEvents, Presence, Protocol):
-    """Whom the listener tells: messages, and which devices are there."""
+    """The receiver of messages and of presence."""
 
 
 class Listener:
-    """`counts` are figures for metrics, by name. `unacknowledged`: bytes of messages without our PUBACK."""
+    """`counts`: metrics by name. `unacknowledged`: bytes of memory of messages without our PUBACK."""
 
     up = False
     direct = True
@@ -58,13 +59,13 @@ class Listener:
         self.admission = Admission(access, bounds)
         self._held: dict[Connection, None] = {}
         self._arrivals = 0
-        self._sweeping: asyncio.TimerHandle | None = None
+        self._watch = Watch(self.crowd, bounds, self.admission.forget)
 
-    # --- what its owner does with it ---
+    # --- called by its owner ---
 
     @property
     def connected(self) -> int:
-        """How many devices are connected."""
+        """The number of connected devices."""
         return sum(":" not in name for name in self.peers)
 
     @property
@@ -72,19 +73,18 @@ class Listener:
         return len(self.crowd.all)
 
     def connection(self, address: str | None = None, certified: str | None = None) -> Connection:
-        """The protocol of a new connection; give it a transport."""
+        """The protocol for a new connection."""
         return Connection(self, self.bounds, address=address, certified=certified)
 
     def start(self) -> None:
         self.up = True
-        self._sweep()
+        self._watch.tick()
         self._events.link_up()
 
     async def close(self) -> None:
-        """Says goodbye to everybody. From here on nobody is told of anything."""
+        """Disconnects all clients. No event is reported any more."""
         self.up = False
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        self._watch.stop()
         await self.admission.close()
         await self.services.close()
         for connection in list(self.crowd.all):
@@ -95,19 +95,19 @@ class Listener:
             await asyncio.sleep(0.01)
         for connection in list(self.crowd.all):
             connection.transport.abort()
-        await asyncio.sleep(0)  # the aborted ones are told in the next turn
+        await asyncio.sleep(0)  # asyncio calls connection_lost in the next turn
 
     def disconnect(self, hardware_id: str, why: str = "its token is not valid any more") -> None:
-        """Ends a device's connection, and any on its way in whose token may have been checked before."""
+        """Ends a device's connection, and refuses one whose token was checked before it became invalid."""
         self.admission.bar(hardware_id)
-        connection_of = self.peers.get(hardware_id)
-        if connection_of is not None:
-            self._end(connection_of, Reason.ADMINISTRATIVE, why)
+        connection = self.peers.get(hardware_id)
+        if connection is not None:
+            self._end(connection, Reason.ADMINISTRATIVE, why)
 
     # --- the link ---
 
     def listens(self, topic: str) -> bool:
-        """Is the device there for what is sent to this topic?"""
+        """Whether a device is subscribed to this topic."""
         return topic in self._routes
 
     def publish(self, outgoing: Outgoing, done: Done) -> bool:
@@ -153,17 +153,23 @@ class Listener:
                 each.held = False
                 self._loop.call_soon(each.work)
 
-    # --- what the connections tell ---
+    # --- called by the sockets and connections ---
+
+    def knocks(self, address: str, *, many: bool) -> bool:
+        """Whether there is room for a new connection, before its TLS handshake. See `Crowd.knocks`."""
+        return self.crowd.knocks(address, many=many) or self._turn_away(address)
 
     def came(self, connection: Connection) -> bool:
-        if self.crowd.add(connection) and self.up:
-            return True
+        return (self.crowd.add(connection) and self.up) or self._turn_away(connection.address)
+
+    def _turn_away(self, address: str) -> Literal[False]:
         self.counts["turned_away"] += 1
-        self._log("mqtt.turned_away", address=connection.address, connections=self.connections)
+        self._log("mqtt.turned_away", address=address, connections=self.connections)
         return False
 
     def gone(self, connection: Connection) -> None:
         self.crowd.drop(connection)
+        self.admission.left(connection)
         self._held.pop(connection, None)
 
     def slowed(self) -> None:
@@ -185,7 +191,7 @@ class Listener:
         else:
             self._closed(connection, effect)
 
-    # --- coming in ---
+    # --- CONNECT ---
 
     def _judged(self, connection: Connection, connect: p.Connect, verdict: Peer | Refused) -> None:
         if connection.session.state != "judged":
@@ -228,13 +234,13 @@ class Listener:
         connection.session.accept(self._loop.time(), assigned_id=assigned, shared=service)
         connection.flush()
 
-    # --- what clients say ---
+    # --- messages ---
 
     def _said(self, connection: Connection, publish: Publish) -> None:
         peer = connection.peer
         assert peer is not None
         if peer.scope is not None:
-            self.counts["discarded"] += 1  # a service says nothing to anybody
+            self.counts["discarded"] += 1  # a service may only subscribe
             connection.session.acknowledge(publish.packet_id)
             return
         had, packet_id, dup = connection.had, publish.packet_id, publish.dup
@@ -247,7 +253,7 @@ class Listener:
                 self._drop(connection, publish)
                 return
             connection.waiting_0 += 1
-        size = len(publish.payload) + len(publish.topic)
+        size = len(publish.payload) + len(publish.topic) + MESSAGE_COST
         self.unacknowledged += size
         foreign = None if publish.topic in peer.answers else peer.name
         if foreign is not None:
@@ -276,7 +282,7 @@ class Listener:
             self._log("mqtt.qos0_dropped", peer=self._name(connection), topic=shown(publish.topic))
 
     def _deny(self, connection: Connection, action: str, topic: str) -> None:
-        """Logged once a connection, because a client can do it often."""
+        """Logs one line per connection, because a client can cause it often."""
         if not connection.denied:
             connection.denied = True
             peer, where = self._name(connection), connection.address
@@ -285,7 +291,7 @@ class Listener:
     def _taken(self, connection: Connection, taken: Taken) -> None:
         reason = taken.reason
         if reason is not None and reason >= Reason.UNSPECIFIED:
-            # The device's own word: it is not the MQTT server that refused.
+            # The device refused the message, not the MQTT server.
             self.counts["refused_by_device"] += 1
             why = f"0x{reason:02x} {shown(taken.text)}".strip()
             self._log("mqtt.device_refused", peer=self._name(connection), why=why)
@@ -334,7 +340,7 @@ class Listener:
         elif there and not connection.routes:
             self._events.device_offline(peer.name)
 
-    # --- going ---
+    # --- the end ---
 
     def _end(self, connection: Connection, reason: int, why: str) -> None:
         connection.session.close(reason, why)
@@ -367,27 +373,6 @@ class Listener:
             self._events.device_offline(peer.name)
         if closed.will and will is not None:
             self._events.message(Message(topic=will.topic, payload=will.payload, qos=will.qos, token=None))
-
-    # --- time ---
-
-    def _sweep(self) -> None:
-        """Once a tick: silence, stalled connections, keys that were taken away."""
-        now, bounds = self._loop.time(), self.bounds
-        for connection in list(self.crowd.all):
-            if connection.session.state == "closed":
-                connection.transport.abort()  # it had a tick to take our last words
-                continue
-            connection.session.tick(now)
-            stalled = connection.stalled_at
-            if stalled is not None and now >= stalled + bounds.stalled_sec:
-                connection.session.close(Reason.QUOTA, "it does not read what it is sent")
-            peer = connection.peer
-            if peer is not None and peer.scope is not None and not peer.scope.valid():
-                connection.session.close(Reason.ADMINISTRATIVE, "its key was revoked")
-            if connection.session.effects or connection.session.out:
-                connection.flush()
-        self.admission.forget()
-        self._sweeping = self._loop.call_later(bounds.tick_sec, self._sweep)
 
     def _name(self, connection: Connection) -> str:
         return connection.peer.name if connection.peer is not None else connection.address

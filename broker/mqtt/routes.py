@@ -1,4 +1,4 @@
-"""Which connection each topic leads to. A device hears its own topics only, whatever its filters cover."""
+"""Which connection each topic is delivered to. A device gets its own topics only, whatever its filters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from broker.seams import Outgoing
 
 
 class Routes:
-    """Topics of devices that somebody is subscribed to."""
+    """The topics of devices that a connection is subscribed to."""
 
     def __init__(self) -> None:
         self._to: dict[str, Connection] = {}
@@ -21,7 +21,7 @@ class Routes:
         return self._to.get(topic)
 
     def grant(self, connection: Connection, peer: Peer, wanted: Filter, most: int) -> int:
-        """The code of the SUBACK for one filter; `renew` makes it count."""
+        """The SUBACK code for one filter. It takes effect with `renew`."""
         topic = wanted.topic
         if topic.startswith("$share/"):
             return Reason.NO_SHARED
@@ -35,9 +35,9 @@ class Routes:
         return connection.filters[topic]
 
     def renew(self, connection: Connection, commands: frozenset[str]) -> tuple[bool, bool]:
-        """Leads the device's topics to it as its filters say now.
+        """Routes the device's topics as its filters say now.
 
-        Returns whether it heard any before, and whether it hears one more now.
+        Returns whether it had any topic before, and whether it has one more now.
         """
         before, connection.routes = connection.routes, {}
         filters = connection.filters
@@ -51,7 +51,7 @@ class Routes:
         return bool(before), bool(connection.routes.keys() - before.keys())
 
     def drop(self, connection: Connection) -> bool:
-        """The device is gone; returns whether it heard any topic."""
+        """Removes the routes of a connection that ended. Returns whether it had any."""
         heard, connection.routes = connection.routes, {}
         for topic in heard:
             del self._to[topic]
@@ -59,7 +59,7 @@ class Routes:
 
 
 def message_of(outgoing: Outgoing, qos: int) -> Publish:
-    """What is sent, with all that MQTT 5 has a place for."""
+    """The PUBLISH for a device, with its MQTT 5 properties."""
     properties: Properties = {}
     if outgoing.expiry_sec is not None:
         properties["expiry"] = outgoing.expiry_sec

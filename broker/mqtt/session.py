@@ -1,9 +1,9 @@
-"""One MQTT connection as its server sees it: bytes in, effects and bytes out. Pure.
+"""The server side of one MQTT connection: bytes in, effects and bytes out. Pure.
 
-It knows the protocol: versions, packet ids, both flow windows, keepalive, reason codes. Who may come in, who
-hears what and when a message is durable is for its owner to say. It never gives a PUBACK that it was not told
-to give, never sends more than the client allows, and ends with exactly one `Closed`.
-`now` is in seconds, of a clock that never steps.
+It handles the protocol: versions, packet ids, both flow windows, keepalive, reason codes. Its owner decides
+about authentication, topics, and when a message is durable. The session sends a PUBACK only when its owner
+allows it, never sends more than the client's limits, and ends with exactly one `Closed`. `now` is in seconds
+of a clock that never steps.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ _CONNACK_311 = {Reason.WRONG_VERSION: 1, Reason.WRONG_CLIENT_ID: 2, Reason.NOT_A
 _UNAVAILABLE_311 = 3
 _SUCCESS = {p.PUBACK: b"\x40\x02", p.PUBREC: b"\x50\x02"}
 _KEEPALIVE_GRACE = 1.5  # MQTT-3.1.2-24
+_FRAME = 1 / 8  # what a WebSocket frame costs, in packets: some clients cut one packet into several frames
 _ANYTHING = 268_435_460  # the largest packet there can be
 
 
 class Taken(NamedTuple):
-    """What became of a message to the client: its PUBACK's reason and text; None: it will never be known."""
+    """The end of a message to the client: reason code and text of its PUBACK. None: no PUBACK will come."""
 
     tag: Any
     reason: int | None
@@ -32,8 +33,8 @@ class Taken(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """The end. `will`: its last will is due. `by_us`: we ended it, for this reason. `unanswered`: the packet
-    ids of what it said and got no PUBACK for."""
+    """The connection ended. `will`: its will must be published. `by_us`: the server ended it, for `reason`.
+    `unanswered`: packet ids of the client's messages without a PUBACK."""
 
     reason: int
     text: str
@@ -46,7 +47,7 @@ Effect = p.Connect | Publish | p.Subscribe | p.Unsubscribe | Taken | Closed
 
 
 class _Heard:
-    """A message of the client without our answer: `answer` is (reason, text) once it may be given."""
+    """A message of the client without a PUBACK. `answer`: (reason, text), once the owner allowed it."""
 
     __slots__ = ("answer", "publish")
 
@@ -62,10 +63,10 @@ class _Queued(NamedTuple):
 
 
 class Session:
-    """`state`: new (no CONNECT yet), judged (its owner decides on it), open, closed.
+    """`state`: new (no CONNECT yet), judged (the owner decides about the CONNECT), open, closed.
 
-    After each call its owner takes `effects` and `out`. `paused` says that what comes now is not looked at;
-    at `resume_at`, if there is one, `work` goes on, else `accept` or `acknowledge` makes it possible.
+    After each call the owner takes `effects` and `out`. While `paused`, received packets wait. The owner must
+    call `work` again: at `resume_at` if it is set, else after `accept` or `acknowledge`.
     """
 
     def __init__(self, limits: MqttLimits, now: float) -> None:
@@ -78,22 +79,19 @@ class Session:
         self.paused = False
         self.resume_at: float | None = None
         self.duplicates = 0
-        self.heard_at = now  # when the last whole packet came
+        self.heard_at = now  # when the last whole packet arrived
         self._limits = limits
         self._splitter = Splitter(limits.connect_bytes)
         self._heard: dict[int, _Heard] = {}
-        self._unreleased: dict[int, None] = {}  # QoS 2: PUBREC given, PUBREL still to come
+        self._unreleased: dict[int, None] = {}  # QoS 2: PUBREC sent, PUBREL not received
         self._in_flight: dict[int, tuple[Any, float]] = {}
         self._queue: list[_Queued] = []
         self._last_id = 0
         self._window = limits.in_flight
         self._largest = _ANYTHING
+        self._wants_session = False
         self._tells_problems = True
         self._paid_until = now - limits.burst_sec
-
-    @property
-    def unacknowledged(self) -> int:
-        return len(self._heard)
 
     @property
     def in_flight(self) -> int:
@@ -101,7 +99,7 @@ class Session:
 
     @property
     def room(self) -> bool:
-        """Would a message be sent at once?"""
+        """Whether a message would be sent at once."""
         return len(self._in_flight) < self._window
 
     # --- from the network ---
@@ -110,9 +108,16 @@ class Session:
         if self.state != "closed":
             self._splitter.put(data)
             self.work(now)
+        most = self._limits.connect_bytes
+        if self.state == "judged" and self._splitter.waiting > most:
+            self.close(Reason.TOO_LARGE, f"more than {most} bytes before the CONNACK")
+
+    def frame(self, now: float) -> None:
+        """Counts a WebSocket frame, which costs time even if it is empty."""
+        self._pay(_FRAME / self._limits.packets_per_sec, now)
 
     def work(self, now: float) -> None:
-        """Handles the whole packets that have come, as many as windows, rate and one turn allow."""
+        """Handles the packets that have arrived, as many as windows, rate and one turn allow."""
         self.resume_at = None
         try:
             for _ in range(self._limits.packets_at_once):
@@ -126,39 +131,39 @@ class Session:
                 first, body = cut
                 packet = decode(first, body, self.version)
                 if type(packet) is p.Ack and packet.packet_id in self._in_flight:
-                    self._acknowledged(packet, now)  # as many as we asked for: they cost nothing
+                    self._acknowledged(packet, now)  # not charged: the server caused them
                 else:
-                    self._pay(len(body), now)
+                    limits = self._limits
+                    self._pay(max(1 / limits.packets_per_sec, len(body) / limits.bytes_per_sec), now)
                     self._handle(packet, now)
             self.paused, self.resume_at = True, now
         except BadPacket as error:
             self.close(error.reason, str(error))
 
     def lost(self) -> None:
-        """The connection has ended without a word."""
+        """The connection ended without a DISCONNECT."""
         self._end(Reason.UNSPECIFIED, "the connection was lost", will=True, by_us=False)
 
-    def tick(self, now: float) -> None:
-        """Ends what has been silent for too long."""
+    def tick(self, now: float, *, read: bool = True) -> None:
+        """Ends a connection that has been silent for too long. `read`: its owner reads from it."""
         if self.state == "new" and now >= self.heard_at + self._limits.connect_sec:
             self.close(Reason.UNSPECIFIED, f"no CONNECT within {self._limits.connect_sec:g} s")
         if self.state != "open":
             return
-        if self.paused:
-            self.heard_at = now  # it is us who do not listen
+        if self.paused or not read:
+            self.heard_at = now  # the client may have sent something that was not read
         elif self.keepalive and now >= self.heard_at + _KEEPALIVE_GRACE * self.keepalive:
-            self.close(
-                Reason.KEEPALIVE, f"nothing was heard for 1.5 times the keepalive of {self.keepalive} s"
-            )
+            text = f"no packet for 1.5 times the keepalive of {self.keepalive} s"
+            self.close(Reason.KEEPALIVE, text)
         elif not self.keepalive and self._in_flight:
             _, sent_at = next(iter(self._in_flight.values()))
             if now >= max(sent_at, self.heard_at) + self._limits.unanswered_sec:
                 self.close(Reason.KEEPALIVE, f"no PUBACK within {self._limits.unanswered_sec:g} s")
 
-    # --- what its owner decides ---
+    # --- decisions of the owner ---
 
     def accept(self, now: float, *, assigned_id: str | None = None, shared: bool = False) -> None:
-        """Lets the client in. `shared`: it may share subscriptions with others, and number them."""
+        """Accepts the CONNECT. `shared`: shared subscriptions and subscription identifiers are available."""
         self.state, self.heard_at = "open", now
         self._splitter.longest = self._limits.packet_bytes
         self._paid_until = now - self._limits.burst_sec
@@ -179,11 +184,13 @@ class Session:
                 connack.properties["server_keepalive"] = self.keepalive
             if assigned_id is not None:
                 connack.properties["assigned_id"] = assigned_id
-        self._say(connack)
-        self.work(now)
+        if self._say(connack):
+            self.work(now)
+        else:
+            self._end(Reason.TOO_LARGE, "its maximum packet size is too small", will=False, by_us=True)
 
     def refuse(self, reason: int, text: str) -> None:
-        """Turns the client away; nothing of it may have any effect."""
+        """Refuses the CONNECT. None of the client's packets has an effect, its will neither."""
         if self.version == 5:
             self._say(p.Connack(reason, properties={"reason_string": text}))
         else:
@@ -191,7 +198,7 @@ class Session:
         self._end(reason, text, will=False, by_us=True)
 
     def close(self, reason: int, text: str) -> None:
-        """Ends the connection. On MQTT 3.1.1 the client is not told why: there is no packet for it."""
+        """Ends the connection. MQTT 3.1.1 has no packet that tells the client why."""
         if self.state == "judged" or (self.state == "new" and reason == Reason.WRONG_VERSION):
             self.refuse(reason, text)
         elif self.state in ("new", "open"):
@@ -202,8 +209,8 @@ class Session:
     def publish(
         self, publish: Publish, tag: Any, now: float, expires_at: float | None = None
     ) -> Literal["sent", "queued", "too large", "full"]:
-        """Sends a message, or keeps it until the client's window allows. QoS 0 is sent at once, and never
-        heard of again; of the others `Taken` says what became of them."""
+        """Sends a message, or queues it until the client's window allows it. QoS 0 is sent at once and has no
+        PUBACK; each other message that is sent or queued ends with one `Taken`, which has its `tag`."""
         assert self.state == "open"
         if publish.qos and len(self._in_flight) >= self._window:
             if len(self._queue) >= self._limits.queued:
@@ -213,7 +220,7 @@ class Session:
         return "sent" if self._send(publish, tag, now) else "too large"
 
     def acknowledge(self, packet_id: int, reason: int = Reason.SUCCESS, text: str = "") -> None:
-        """What the client said is dealt with. Its PUBACK goes out when those before it have theirs."""
+        """Allows the PUBACK of a message. It is sent after the PUBACKs of all messages before it."""
         heard = self._heard.get(packet_id)
         if heard is None or self.state != "open":
             return
@@ -253,9 +260,8 @@ class Session:
             return True
         return False
 
-    def _pay(self, size: int, now: float) -> None:
-        """Each packet takes a piece of time; a client that has used up its burst is not read until then."""
-        cost = max(1 / self._limits.packets_per_sec, size / self._limits.bytes_per_sec)
+    def _pay(self, cost: float, now: float) -> None:
+        """`cost` in seconds. A client that has used up its burst is not read until it has waited so long."""
         self._paid_until = max(self._paid_until, now - self._limits.burst_sec) + cost
 
     def _handle(self, packet: Packet, now: float) -> None:
@@ -272,11 +278,11 @@ class Session:
             self._unreleased.pop(packet.packet_id, None)
             self._answer(p.PUBCOMP, packet.packet_id, 0 if known else Reason.UNKNOWN_ID, "")
         elif isinstance(packet, p.Ack) and packet.kind == p.PUBACK:
-            return  # of a message that is not in flight: nothing to do, and no harm
+            return  # the message is not in flight: such a PUBACK is harmless
         elif isinstance(packet, p.Goodbye) and packet.kind == p.DISCONNECT:
-            if packet.properties.get("session_expiry"):
+            if packet.properties.get("session_expiry") and not self._wants_session:
                 raise BadPacket("a session expiry in DISCONNECT where CONNECT had 0", Reason.PROTOCOL_ERROR)
-            self._end(packet.reason, "it said goodbye", will=packet.reason != 0, by_us=False)
+            self._end(packet.reason, "the client sent DISCONNECT", will=packet.reason != 0, by_us=False)
         else:
             raise BadPacket("a packet that a client may not send here", Reason.PROTOCOL_ERROR)
 
@@ -284,19 +290,18 @@ class Session:
         if not isinstance(packet, p.Connect):
             raise BadPacket("the first packet is not CONNECT", Reason.PROTOCOL_ERROR)
         properties = packet.properties
-        self.state, self.version, self.keepalive, self.will = (
-            "judged",
-            packet.version,
-            packet.keepalive,
-            packet.will,
-        )
+        self.state, self.will = "judged", packet.will
+        self.version, self.keepalive = packet.version, packet.keepalive
         self._window = min(properties.get("receive_maximum", self._window), self._window)
         self._largest = properties.get("maximum_packet", _ANYTHING)
+        self._wants_session = properties.get("session_expiry", 0) > 0
         self._tells_problems = properties.get("problem_info", 1) == 1
         if "auth_method" in properties:
             self.refuse(Reason.BAD_AUTH_METHOD, "only user name and password, or a client certificate")
         elif packet.will is not None and packet.version == 5 and packet.will.qos == 2:
             self.refuse(Reason.QOS, "a will may have QoS 0 or 1")
+        elif packet.version == 4 and not packet.client_id and not packet.clean:  # MQTT-3.1.3-8
+            self.refuse(Reason.WRONG_CLIENT_ID, "without a client id, the session must be a clean one")
         else:
             self.effects.append(packet)
 
@@ -309,7 +314,8 @@ class Session:
                 raise BadPacket("QoS 2; the maximum is 1", Reason.QOS)
             answer_to = properties.get("response_topic", "")
             if "subscription_id" in properties or "+" in answer_to or "#" in answer_to:
-                raise BadPacket("a PUBLISH with what a client may not set", Reason.PROTOCOL_ERROR)
+                text = "a subscription identifier, or a response topic with a wildcard, in a PUBLISH"
+                raise BadPacket(text, Reason.PROTOCOL_ERROR)
         if packet.qos:
             if (known := self._heard.get(mid)) is not None:
                 if (known.publish.topic, known.publish.payload) != (packet.topic, packet.payload):
@@ -317,6 +323,8 @@ class Session:
                 self.duplicates += 1
                 return
             if mid in self._unreleased:
+                if packet.qos != 2:
+                    raise BadPacket(f"packet id {mid} is in use", Reason.PROTOCOL_ERROR)
                 self._answer(p.PUBREC, mid, 0, "")
                 return
             if self.version == 5 and len(self._heard) >= self._limits.receive_maximum:
@@ -334,8 +342,10 @@ class Session:
         self.effects.append(Taken(tag, packet.reason, packet.properties.get("reason_string", "")))
         while self._queue and len(self._in_flight) < self._window:
             waiting = self._queue.pop(0)
-            late = waiting.expires_at is not None and now >= waiting.expires_at
-            if late or not self._send(waiting.publish, waiting.tag, now):
+            left = None if waiting.expires_at is None else waiting.expires_at - now
+            if left is not None:
+                waiting.publish.properties["expiry"] = max(1, int(left))  # MQTT-3.3.2-6
+            if (left is not None and left <= 0) or not self._send(waiting.publish, waiting.tag, now):
                 self.effects.append(Taken(waiting.tag, None))
 
     def _send(self, publish: Publish, tag: Any, now: float) -> bool:
@@ -350,7 +360,7 @@ class Session:
         return True
 
     def _next_id(self) -> int:
-        """One that is not in flight. There are 65,535, and the window is far smaller."""
+        """An id that is not in flight. There are 65,535, and the window is smaller."""
         while True:
             self._last_id = self._last_id % 0xFFFF + 1
             if self._last_id not in self._in_flight:
@@ -363,14 +373,16 @@ class Session:
         told = text and self._tells_problems
         self._say(p.Ack(kind, packet_id, reason, {"reason_string": text} if told else {}))
 
-    def _say(self, packet: p.Connack | p.Ack | p.Granted | p.Goodbye) -> None:
-        """A text that would make a packet larger than the client allows is left out (MQTT-3.1.2-24)."""
+    def _say(self, packet: p.Connack | p.Ack | p.Granted | p.Goodbye) -> bool:
+        """Sends it, if it is not larger than the client allows, else without its text (MQTT-3.1.2-24)."""
         data = encode(packet, self.version)
         if len(data) > self._largest:
             packet.properties.pop("reason_string", None)
             data = encode(packet, self.version)
-        if len(data) <= self._largest:
-            self.out.append(data)
+        if len(data) > self._largest:
+            return False
+        self.out.append(data)
+        return True
 
     def _end(self, reason: int, text: str, *, will: bool, by_us: bool) -> None:
         if self.state == "closed":

@@ -1,4 +1,4 @@
-"""asyncio around one session: its transport, when it is read, when it is given up.
+"""The asyncio protocol around one session: it reads, pauses, writes and closes its transport.
 
 It passes bytes and effects on and decides nothing. The transport may be TCP, TLS, a WebSocket, or a
 simulated pipe.
@@ -16,10 +16,10 @@ from broker.settings import MqttLimits
 
 
 class Owner(Protocol):
-    """Whom the connections belong to. It never writes to a transport itself."""
+    """The owner of the connections. It never writes to a transport itself."""
 
     def came(self, connection: Connection) -> bool:
-        """False: there is no room for it."""
+        """Returns False if there is no room for it."""
         ...
 
     def tell(self, connection: Connection, effect: Effect) -> None: ...
@@ -27,17 +27,18 @@ class Owner(Protocol):
     def gone(self, connection: Connection) -> None: ...
 
     def slowed(self) -> None:
-        """A client is not read for a while, because it says too much."""
+        """A client is not read for a while, because it is over its rate."""
         ...
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection. `peer` is who it is, once it is let in.
+    """The connection of one client. `peer`: the client, once it is authenticated.
 
-    `arrival` numbers the CONNECTs as they came; `filters` are what it subscribed to, with the granted QoS;
-    `routes` which topics lead to it. `had` are packet ids that an earlier connection of the same device had
-    no PUBACK for; None: not known. `identify` says whom a client certificate names. `waiting_0` counts its
-    QoS 0 messages that were not taken in yet.
+    `arrival`: the number of its CONNECT. `filters`: its subscriptions, with the granted QoS. `routes`: the
+    topics that are delivered to it. `had`: packet ids without a PUBACK from earlier connections of the
+    device; None if not known. `identify` returns the name in a client certificate. `waiting_0`: the number
+    of its QoS 0 messages that the intake has not taken. `held`: not read, because too many bytes of all
+    clients wait for the log. `dropped`: the number of its QoS 0 messages that were dropped.
     """
 
     __slots__ = (
@@ -70,10 +71,15 @@ class Connection(asyncio.Protocol):
         self.routes: dict[str, int] = {}
         self.had: set[int] | None = None
 
-    # --- what asyncio calls ---
+    @property
+    def reading(self) -> bool:
+        """Whether the transport is read."""
+        return self._reading
+
+    # --- called by asyncio ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio's
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's classes do not inherit from asyncio's
         if not self.address:
             peer = transport.get_extra_info("peername")
             self.address = str(peer[0]) if isinstance(peer, tuple) else "local"
@@ -100,10 +106,10 @@ class Connection(asyncio.Protocol):
         self.flush()
         self._owner.gone(self)
 
-    # --- what its owner calls ---
+    # --- called by its owner ---
 
     def work(self) -> None:
-        """Goes on with what came and could not be handled yet."""
+        """Handles received packets that had to wait."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -112,7 +118,7 @@ class Connection(asyncio.Protocol):
         self.flush()
 
     def flush(self) -> None:
-        """Tells what happened, sends what is to be said, and hangs up after the last of it."""
+        """Reports the effects, writes the output, and closes the transport if the session is closed."""
         session = self.session
         while session.effects:
             effects, session.effects = session.effects, []

@@ -1,15 +1,17 @@
-"""The listening sockets of the listener: TCP and TLS, with or without a proxy's header before the first byte.
+"""The listening sockets for MQTT: TCP and TLS, with or without a PROXY header before the first byte.
 
-From the addresses of `trusted_proxies` every connection must begin with a PROXY header of version 2, which
-says where the client is; it is read byte for byte from the socket, before TLS begins. From anywhere else a
-header is no MQTT, and ends the connection.
+Connections from the addresses of `trusted_proxies` must begin with a PROXY header of version 2. It contains
+the address of the client, and is read from the socket before TLS begins. From other addresses a header is not
+MQTT and ends the connection.
+
+Connections with TLS or through a proxy are accepted here, one task each: so their handshakes are bounded like
+all connections that are not authenticated, and each gets the certificates that are valid now.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 import struct
 from collections.abc import Callable, Coroutine, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -18,6 +20,7 @@ from typing import Any, Literal
 import structlog
 
 from broker.mqtt.listener import Listener
+from broker.mqtt.often import Often
 from broker.mqtt.shell import Connection
 from broker.mqtt.tls import Certificates, identity
 from devices.mqtt_url import Endpoint
@@ -34,11 +37,11 @@ FAMILIES = {0x11: 4, 0x21: 16}
 
 
 class NotProxied(Exception):
-    """A trusted proxy sent something else than a PROXY header of version 2."""
+    """A trusted proxy did not send a PROXY header of version 2."""
 
 
 class Sockets:
-    """Listens on `endpoints` for one listener, until closed. For port 0 they say then which it is."""
+    """Listens on `endpoints` for one listener, until closed. After `open`, their ports are the real ones."""
 
     def __init__(
         self,
@@ -57,37 +60,32 @@ class Sockets:
         self._servers: list[asyncio.Server] = []
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._often = Often(asyncio.get_running_loop().time)
 
     async def open(self) -> None:
-        """Raises:
-        OSError: an address is taken or not ours; the message names it.
+        """Starts to listen.
+
+        Raises:
+            OSError: an address is in use or not available; the message names it.
         """
         try:
             for number, endpoint in enumerate(self.endpoints):
                 bound = _bound(endpoint)
                 self._sockets.append(bound)
                 self.endpoints[number] = endpoint._replace(port=bound.getsockname()[1])
-                await self._serve(bound, self._context(endpoint))
+                await self._serve(bound, tls=endpoint.tls)
         except OSError:
             await self.close()
             raise
         if self.certificates is not None:
             self._spawn(self._watch(self.certificates))
 
-    async def _serve(self, bound: socket.socket, context: ssl.SSLContext | None) -> None:
-        if self._trusted:
-            self._spawn(self._accept(bound, context))
+    async def _serve(self, bound: socket.socket, *, tls: bool) -> None:
+        if self._trusted or tls:
+            self._spawn(self._accept(bound, tls=tls))
             return
         loop = asyncio.get_running_loop()
-        wait = self._listener.bounds.connect_sec if context is not None else None
-        self._servers.append(
-            await loop.create_server(
-                self._protocol(None), sock=bound, ssl=context, backlog=BACKLOG, ssl_handshake_timeout=wait
-            )
-        )
-
-    def _context(self, endpoint: Endpoint) -> ssl.SSLContext | None:
-        return self.certificates.for_mqtt if endpoint.tls and self.certificates is not None else None
+        self._servers.append(await loop.create_server(self._protocol(None), sock=bound, backlog=BACKLOG))
 
     def _protocol(self, address: str | None) -> Callable[[], Connection]:
         def make() -> Connection:
@@ -98,7 +96,7 @@ class Sockets:
         return make
 
     async def close(self) -> None:
-        """Nobody new comes in; who is there stays."""
+        """Stops to listen. Open connections stay open."""
         for server in self._servers:
             server.close()
         tasks = list(self._tasks)
@@ -119,37 +117,47 @@ class Sockets:
             await asyncio.sleep(LOOK_SEC)
             certificates.look()
 
-    # --- behind a proxy ---
+    # --- TLS and proxies ---
 
-    async def _accept(self, bound: socket.socket, context: ssl.SSLContext | None) -> None:
+    async def _accept(self, bound: socket.socket, *, tls: bool) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                client, address = await loop.sock_accept(bound)
+                client, found = await loop.sock_accept(bound)
             except OSError as error:
-                logger.warning("mqtt.not_accepted", why=str(error))
+                self._often.warn("mqtt.not_accepted", {"why": str(error)})
                 await asyncio.sleep(NO_FILES_LEFT_SEC)
                 continue
-            if len(self._tasks) >= self._listener.bounds.strangers:
+            peer = str(found[0])
+            proxied = self._is_trusted(peer)
+            if self._listener.knocks(peer, many=proxied):
+                client.setblocking(False)
+                self._spawn(self._begin(client, peer, tls=tls, proxied=proxied))
+            else:
                 client.close()
-                continue
-            client.setblocking(False)
-            self._spawn(self._begin(client, str(address[0]), context))
 
-    async def _begin(self, client: socket.socket, address: str, context: ssl.SSLContext | None) -> None:
+    async def _begin(self, client: socket.socket, peer: str, *, tls: bool, proxied: bool) -> None:
+        """Reads the PROXY header and makes the TLS handshake of one connection."""
         loop = asyncio.get_running_loop()
-        wait = self._listener.bounds.connect_sec
+        wait, address, begun = self._listener.bounds.connect_sec, peer, False
+        context = self.certificates.for_mqtt if tls and self.certificates is not None else None
         try:
-            if self._is_trusted(address):
+            if proxied:
                 async with asyncio.timeout(wait):
-                    address = await _proxied(client) or address
+                    address = await _proxied(client) or peer
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await loop.connect_accepted_socket(
                 self._protocol(address), client, ssl=context, ssl_handshake_timeout=wait if context else None
             )
-        except (OSError, NotProxied, ssl.SSLError) as error:
-            logger.info("mqtt.proxy_failed", address=address, why=str(error) or "nothing came in time")
-            client.close()
+            begun = True
+        except (OSError, NotProxied) as error:  # a time-out and an error of TLS are OSErrors
+            self._listener.counts["not_begun"] += 1
+            why = str(error) or f"nothing came within {wait:g} s"
+            self._often.warn("mqtt.not_begun", {"address": address, "why": why})
+        finally:
+            self._listener.crowd.answered(peer)
+            if not begun:
+                client.close()
 
     def _is_trusted(self, address: str) -> bool:
         found: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
@@ -159,12 +167,12 @@ class Sockets:
 
 
 async def _proxied(client: socket.socket) -> str | None:
-    """The client's address in a PROXY header; None if the proxy speaks for itself (a health check).
+    """The client's address in a PROXY header. None if the proxy connects for itself (a health check).
 
     Source: the PROXY protocol, version 2, section 2.2.
 
     Raises:
-        NotProxied: it is no such header.
+        NotProxied: the bytes are not such a header.
     """
     head = await _exactly(client, 16)
     signature, command, family, length = struct.unpack("!12sBBH", head)
@@ -194,7 +202,7 @@ def _bound(endpoint: Endpoint) -> socket.socket:
     found = socket.socket(family)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # A peer that is gone without a word, and has no keepalive of MQTT's, is noticed by the system's.
+        # With MQTT keepalive 0, only TCP keepalive shows that the peer has vanished.
         found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         found.setblocking(False)
         found.bind(where)

@@ -1,6 +1,7 @@
-"""Certificates of our own doors: MQTT and HTTP with TLS 1.2 or 1.3, read again when their files change.
+"""The certificates for MQTT and HTTP with TLS 1.2 or 1.3, read again when their files change.
 
-A connection that is open keeps what it began with. A broken new file changes nothing but a line in the log.
+Open connections keep the certificate that they began with. If a new file cannot be used, the old ones stay in
+use and the log says why.
 """
 
 from __future__ import annotations
@@ -15,40 +16,32 @@ logger = structlog.get_logger()
 
 
 class Certificates:
-    """One certificate and key; `client_ca` is whose client certificates are believed, if there are any.
+    """One certificate and its key. `client_ca`: the file with the CAs of client certificates, or empty.
 
     Raises:
         OSError: a file cannot be read.
-        ssl.SSLError: it holds no certificate, or the key is of another.
+        ssl.SSLError: a file has no certificate, or the key does not belong to it.
     """
 
     def __init__(self, certificate: str, key: str, client_ca: str = "") -> None:
         self._certificate = certificate
         self._key = key or certificate
         self._client_ca = client_ca
-        self._contexts = [self._context([]), self._context(["mqtt"])]
+        self.for_http = self._context([])
+        self.for_mqtt = self._context(["mqtt"])  # another object after each change
         self._stamp = self._stamps()
 
-    @property
-    def for_http(self) -> ssl.SSLContext:
-        return self._contexts[0]
-
-    @property
-    def for_mqtt(self) -> ssl.SSLContext:
-        return self._contexts[1]
-
     def look(self, *, again: bool = False) -> None:
-        """Reads the files again if they have changed, or in any case."""
+        """Reads the files again if they have changed, or with `again` in any case."""
         stamps = self._stamps()
         if stamps == self._stamp and not again:
             return
         self._stamp = stamps
         try:
-            self._context(["mqtt"])  # a half-written pair must not reach the contexts in use
-            for context in self._contexts:
-                context.load_cert_chain(self._certificate, self._key)
-                if self._client_ca:
-                    context.load_verify_locations(self._client_ca)
+            # A new context, because a CA cannot be removed from one; and half-written files fail here.
+            fresh = self._context(["mqtt"])
+            self.for_http.load_cert_chain(self._certificate, self._key)  # the HTTP server keeps its context
+            self.for_mqtt = fresh
         except (OSError, ssl.SSLError) as error:
             logger.error("tls.not_reloaded", certificate=self._certificate, why=str(error))
         else:
@@ -77,7 +70,7 @@ class Certificates:
 
 
 def identity(certificate: dict[str, Any] | None, field: Literal["cn", "san"]) -> str | None:
-    """Whom a verified client certificate names: its common name, or its first DNS name. None: nobody."""
+    """The hardware id in a verified client certificate: its common name, or its first DNS name, or None."""
     if not certificate:
         return None
     if field == "san":

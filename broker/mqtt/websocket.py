@@ -1,8 +1,7 @@
 """MQTT over WebSocket, on the HTTP port at /mqtt: browsers and Node as devices and services.
 
-The HTTP protocol hands over a connection whose request asked for a WebSocket at exactly this path; from
-here on it is the listener's. Only the subprotocol `mqtt` in binary frames is spoken, without compression.
-Source: MQTT 5.0, section 6.
+The HTTP protocol hands over connections that asked for a WebSocket at exactly this path. Only the subprotocol
+`mqtt` is accepted, in binary frames and without compression. Source: MQTT 5.0, section 6.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from broker.mqtt.listener import Listener
 from broker.mqtt.shell import Connection
 
 SUBPROTOCOL = "mqtt"
-# So much is unpacked in one turn of the loop: a frame may be six bytes, and each costs the same.
+# Bytes that are unpacked in one turn of the loop. A frame may have six bytes, and each costs the same time.
 SLICE = 2_048
 WRONG_DATA = 1_003
 
 
 class _Transport(asyncio.Transport):
-    """What the MQTT connection writes to: frames on the real transport."""
+    """The transport of the MQTT connection: it writes frames to the real transport."""
 
     def __init__(self, socket: WebSocket) -> None:
         super().__init__()
@@ -65,7 +64,7 @@ class _Transport(asyncio.Transport):
 
 
 class WebSocket(asyncio.Protocol):
-    """One WebSocket connection. `origins` are the pages that may open one, beside our own."""
+    """One WebSocket connection. `origins`: the origins that may open one, beside the server's own."""
 
     def __init__(self, listener: Listener, origins: Collection[str]) -> None:
         self.transport: asyncio.Transport
@@ -106,7 +105,7 @@ class WebSocket(asyncio.Protocol):
             try:
                 self.transport.write(self._ws.send(event))
             except ProtocolError:
-                self.transport.close()  # the other side has closed already
+                self.transport.close()  # the client has closed the WebSocket already
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -119,7 +118,7 @@ class WebSocket(asyncio.Protocol):
             self._work()
 
     def _work(self) -> None:
-        """Unpacks a slice of what came. The rest waits for the next turn, and more is not read meanwhile."""
+        """Unpacks a slice of the received bytes. The rest waits for the next turn of the loop."""
         if self._reading and self._waiting:
             data = bytes(self._waiting[:SLICE])
             del self._waiting[:SLICE]
@@ -127,7 +126,11 @@ class WebSocket(asyncio.Protocol):
                 self._ws.receive_data(data)
                 for event in self._ws.events():
                     self._take(event)
-            except ProtocolError:
+            except (ProtocolError, UnicodeError) as error:  # a header may be not ASCII
+                hint = getattr(error, "event_hint", None)
+                if self._connection is None:
+                    status = hint.status_code if isinstance(hint, RejectConnection) else 400
+                    self._refuse(status, "invalid_request", "this is not a WebSocket handshake of version 13")
                 self.transport.close()
                 return
         if self._waiting and self._reading:
@@ -139,11 +142,15 @@ class WebSocket(asyncio.Protocol):
                 self.transport.resume_reading()
 
     def _take(self, event: object) -> None:
-        if isinstance(event, BytesMessage):
-            if self._connection is not None:
-                self._connection.data_received(bytes(event.data))
-        elif isinstance(event, Ping):
+        connection = self._connection
+        if isinstance(event, BytesMessage) and connection is not None:
+            if event.frame_finished:
+                connection.session.frame(self._loop.time())
+            connection.data_received(bytes(event.data))
+        elif isinstance(event, Ping) and connection is not None:
             self.transport.write(self._ws.send(event.response()))
+            connection.session.frame(self._loop.time())
+            connection.data_received(b"")  # the session may want to be read later
         elif isinstance(event, Request):
             self._open(event)
         elif isinstance(event, CloseConnection):
@@ -156,16 +163,20 @@ class WebSocket(asyncio.Protocol):
     def _open(self, request: Request) -> None:
         why = self._fault(request)
         if why is not None:
-            body = b'{"error":{"code":"%s","message":"%s"}}' % (why[1].encode(), why[2].encode())
-            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-            headers.append((b"connection", b"close"))
-            self.send(RejectConnection(status_code=why[0], headers=headers, has_body=True))
-            self.send(RejectData(data=body))
-            self.transport.close()
+            self._refuse(*why)
             return
         self.send(AcceptConnection(subprotocol=SUBPROTOCOL))
         self._connection = self._listener.connection()
         self._connection.connection_made(_Transport(self))
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        """Answers the handshake with an HTTP error."""
+        body = b'{"error":{"code":"%s","message":"%s"}}' % (code.encode(), message.encode())
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers += [(b"connection", b"close"), (b"sec-websocket-version", b"13")]
+        self.send(RejectConnection(status_code=status, headers=headers, has_body=True))
+        self.send(RejectData(data=body))
+        self.transport.close()
 
     def _fault(self, request: Request) -> tuple[int, str, str] | None:
         headers = {name.lower(): value for name, value in request.extra_headers}
@@ -179,7 +190,7 @@ class WebSocket(asyncio.Protocol):
 
 
 def upgrades(listener: Listener, origins: Collection[str]) -> Callable[..., asyncio.Protocol]:
-    """What uvicorn makes for an upgrade; it names its own settings, which are not needed here."""
+    """The protocol factory for uvicorn. It ignores the settings that uvicorn passes."""
 
     def make(**_: object) -> asyncio.Protocol:
         return WebSocket(listener, origins)

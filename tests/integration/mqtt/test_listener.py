@@ -520,6 +520,57 @@ async def test_unacknowledged_bytes_of_all_are_bounded_and_nothing_is_lost() -> 
         assert server.listener.unacknowledged == 0
 
 
+async def test_small_messages_that_wait_count_by_what_they_cost() -> None:
+    owner = Owner(takes=False)
+    async with listening(owner, unacknowledged_bytes=65_536, receive_maximum=200) as server:
+        async with raw(server) as client:
+            client.say(*(said(b"x", each) for each in range(1, 101)))
+            await owner.until(lambda: server.listener.counts["held"] == 1)
+            for message in owner.messages:
+                server.listener.puback(message)
+            await owner.until(lambda: len(owner.messages) == 100)
+
+
+async def test_a_device_that_is_held_is_not_cut_as_silent() -> None:
+    owner = Owner(takes=False)
+    async with listening(owner, unacknowledged_bytes=65_536) as server:
+        async with raw(server, keepalive=1) as client:
+            client.say(*(said(b"x" * 50_000, each) for each in (1, 2)))
+            await owner.until(lambda: server.listener.counts["held"] == 1)
+            loop = asyncio.get_running_loop()
+            until = loop.time() + 1.8
+            await owner.until(lambda: loop.time() > until)
+            for message in owner.messages:
+                server.listener.puback(message)
+            assert isinstance(await client.hear(), p.Ack)
+
+
+async def test_a_client_that_hangs_up_before_its_verdict_uses_up_no_turn() -> None:
+    owner = Owner()
+    owner.may_answer.clear()
+    async with listening(owner, admitted_at_once=1, admit_within_sec=30.0) as server:
+        async with raw(server, greeting=False) as first:
+            first.say(connect())
+            await owner.asked.wait()
+        await owner.until(lambda: server.listener.connections == 0)
+        owner.may_answer.set()
+        async with device(server, "gate"):
+            assert server.connected == 1
+        assert server.listener.counts["let_in"] == 1
+
+
+async def test_many_connections_are_looked_at_in_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.mqtt.crowd.LOOKED_AT_ONCE", 2)
+    owner = Owner()
+    async with listening(owner, connect_sec=0.2) as server:
+        clients = [await asyncio.open_connection(server.host, server.port) for _ in range(5)]
+        async with asyncio.timeout(DEADLINE_SEC):
+            for reader, writer in clients:
+                assert await reader.read() == b""
+                writer.close()
+        assert server.listener.connections == 0
+
+
 async def test_connections_are_bounded_in_all_and_those_of_strangers_too() -> None:
     owner = Owner()
     async with listening(owner, connections=3, strangers=2) as server:

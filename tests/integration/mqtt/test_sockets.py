@@ -190,6 +190,42 @@ async def test_a_certificate_is_read_again_when_it_changes_and_a_broken_one_is_n
             assert await subject(server) == "second"
 
 
+async def test_a_client_ca_that_was_removed_is_not_accepted_any_more(authority: Authority) -> None:
+    other = Authority(authority.home, "another")
+    pair = authority.issue("door", file="device")
+    certificates = Certificates(*authority.issue("server"), client_ca=authority.file)
+    owner = Owner()
+    async with listening(owner, endpoints=TLS, certificates=certificates) as server:
+        settings: dict[str, Any] = {"username": None, "password": None}
+        settings["tls_context"] = authority.client(pair)
+        async with device(server, **settings):
+            assert server.connected == 1
+        Path(authority.file).write_bytes(Path(other.file).read_bytes())
+        certificates.look()
+        with pytest.raises((aiomqtt.MqttError, ssl.SSLError)):
+            async with device(server, **settings):
+                pytest.fail("it was let in")
+        await owner.until(lambda: server.listener.counts["not_begun"] == 1)
+
+
+async def test_connections_in_a_tls_handshake_are_bounded_and_end_in_time(authority: Authority) -> None:
+    owner = Owner()
+    certificates = Certificates(*authority.issue("server"))
+    async with listening(
+        owner, endpoints=TLS, certificates=certificates, strangers_per_address=3, connect_sec=1.0
+    ) as server:
+        silent = [await asyncio.open_connection(server.host, server.port) for _ in range(5)]
+        async with asyncio.timeout(DEADLINE_SEC):
+            for reader, writer in silent:
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+                writer.close()
+        assert server.listener.counts["turned_away"] == 2
+        assert server.listener.counts["not_begun"] == 3
+        async with device(server, tls_context=authority.client()):
+            assert server.connected == 1
+
+
 # --- behind a proxy
 
 
@@ -320,7 +356,7 @@ async def upgrade(port: int, path: str = "/mqtt", protocol: str = "mqtt", *more:
     lines = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: Upgrade", "Upgrade: websocket"]
     lines += ["Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", *more]
     lines += [f"Sec-WebSocket-Protocol: {protocol}"] if protocol else []
-    writer.write("\r\n".join([*lines, "", ""]).encode())
+    writer.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
     return Raw(reader, writer, 5)
 
 
@@ -334,6 +370,7 @@ async def upgrade(port: int, path: str = "/mqtt", protocol: str = "mqtt", *more:
         ("/mqtt", "mqtt", "https://evil.example.org", b"403"),
         ("/mqtt", "", "", b"400"),
         ("/mqtt", "graphql-ws", "", b"400"),
+        ("/mqtt", "mqtt\xe9", "", b"400"),
     ],
 )
 async def test_only_mqtt_from_known_pages_is_upgraded(
@@ -393,6 +430,43 @@ async def test_a_flood_of_tiny_frames_does_not_stop_the_loop() -> None:
             longest = max(longest, loop.time() - before)
         assert longest < 1.0
         assert loop.time() > since
+        client.writer.transport.abort()
+        await owner.until(lambda: server.listener.connections == 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status"),
+    [
+        ({"Sec-WebSocket-Version": "8"}, b"426"),
+        ({"Sec-WebSocket-Key": None}, b"400"),
+        ({"Host": "xn--0"}, b"400"),
+    ],
+)
+async def test_a_wrong_websocket_handshake_is_answered(wrong: dict[str, str | None], status: bytes) -> None:
+    headers = {"Host": "localhost", "Connection": "Upgrade", "Upgrade": "websocket"}
+    headers |= {"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    lines = [f"{name}: {value}" for name, value in (headers | wrong).items() if value is not None]
+    async with listening(Owner()) as server, over_http(server.listener) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write("\r\n".join(["GET /mqtt HTTP/1.1", *lines, "", ""]).encode())
+        async with asyncio.timeout(DEADLINE_SEC):
+            answer = await reader.read()
+        assert answer.split()[1] == status
+        assert b'{"error":{"code":"invalid_request"' in answer
+        writer.close()
+
+
+@pytest.mark.parametrize("opcode", [2, 9], ids=["empty", "ping"])
+async def test_websocket_frames_beyond_the_rate_slow_their_client_down(opcode: int) -> None:
+    owner = Owner()
+    async with (
+        listening(owner, packets_per_sec=100, burst_sec=0.1) as server,
+        over_http(server.listener) as port,
+    ):
+        client = await upgrade(port)
+        await client.reader.readuntil(b"\r\n\r\n")
+        client.writer.write(frame(b"", opcode) * 10_000)
+        await owner.until(lambda: server.listener.counts["slowed"] > 0)
         client.writer.transport.abort()
         await owner.until(lambda: server.listener.connections == 0)
 

@@ -132,9 +132,9 @@ def test_a_client_without_problem_information_gets_codes_only() -> None:
 
 
 def test_a_reason_string_too_long_for_the_client_is_left_out() -> None:
-    speaker = Speaker().connected(properties={"maximum_packet": 20})
+    speaker = Speaker().connected(properties={"maximum_packet": 40})
     speaker.say(said(b"a", 3))
-    speaker.acknowledge(3, Reason.BAD_FORMAT, "a text of more than twenty bytes")
+    speaker.acknowledge(3, Reason.BAD_FORMAT, "a text of more than forty bytes, with code and id")
     assert speaker.sent(p.Ack) == [p.Ack(p.PUBACK, 3, Reason.BAD_FORMAT)]
 
 
@@ -392,3 +392,75 @@ def test_after_the_end_nothing_is_read_sent_or_reported(version: int) -> None:
     speaker.look()
     assert speaker.heard == []
     assert len(speaker.told(Closed)) == 1
+
+
+# --- what a client may not make us do
+
+
+def test_bytes_that_come_before_the_connack_are_bounded() -> None:
+    speaker = Speaker(limits=limits(connect_bytes=1_000))
+    speaker.say(p.Connect(client_id="door"), said(b"x" * 900))
+    assert speaker.closed is None
+    speaker.raw(b"x" * 100)
+    assert [connack.reason for connack in speaker.sent(p.Connack)] == [Reason.TOO_LARGE]
+
+
+def test_a_client_that_cannot_take_the_connack_is_disconnected() -> None:
+    speaker = Speaker().connected(properties={"maximum_packet": 10})
+    assert (speaker.session.state, speaker.heard) == ("closed", [])
+    speaker = Speaker().connected(properties={"maximum_packet": 60})
+    assert speaker.session.state == "open"
+
+
+def test_an_mqtt_3_client_without_a_client_id_needs_a_clean_session() -> None:
+    for clean, code in ((False, [2]), (True, [])):
+        speaker = Speaker(version=4)
+        speaker.say(p.Connect(client_id="", version=4, clean=clean))
+        assert [connack.reason for connack in speaker.sent(p.Connack)] == code
+
+
+def test_a_disconnect_may_change_the_session_expiry_only_if_there_was_one() -> None:
+    for asked, reason in ((0, Reason.PROTOCOL_ERROR), (60, Reason.SUCCESS)):
+        speaker = Speaker().connected(properties={"session_expiry": asked})
+        speaker.say(p.Goodbye(properties={"session_expiry": 5}))
+        assert speaker.closed is not None
+        assert speaker.closed.reason == reason
+
+
+def test_a_client_that_is_not_read_is_not_called_silent() -> None:
+    speaker = Speaker().connected(keepalive=10)
+    speaker.session.tick(speaker.now + 100, read=False)
+    speaker.session.tick(speaker.now + 114)
+    speaker.look()
+    assert speaker.closed is None
+    speaker.session.tick(speaker.now + 115)
+    speaker.look()
+    assert speaker.closed is not None
+
+
+def test_a_packet_id_of_qos_2_is_not_taken_for_qos_1_before_its_pubrel() -> None:
+    speaker = Speaker(version=4).connected()
+    speaker.say(said(b"a", 1, qos=2))
+    speaker.acknowledge(1)
+    speaker.say(said(b"b", 1, qos=1))
+    assert speaker.closed is not None
+    assert speaker.closed.reason == Reason.PROTOCOL_ERROR
+
+
+def test_the_expiry_of_a_message_counts_the_time_that_it_waited() -> None:
+    speaker = Speaker().connected(properties={"receive_maximum": 1})
+    speaker.publish()
+    assert speaker.publish(properties={"expiry": 30}, expires_at=speaker.now + 30) == "queued"
+    speaker.now += 10
+    speaker.say(p.Ack(p.PUBACK, 1))
+    assert speaker.sent(p.Publish)[-1].properties == {"expiry": 20}
+
+
+def test_websocket_frames_without_a_packet_are_rate_limited() -> None:
+    speaker = Speaker(limits=limits(packets_per_sec=10, burst_sec=1)).connected()
+    frames = 0
+    while not speaker.session.paused and frames < 1_000:
+        frames += 1
+        speaker.session.frame(speaker.now)
+        speaker.raw(b"")
+    assert 75 <= frames <= 85

@@ -120,7 +120,7 @@ class Sessions(RuleBasedStateMachine):
     @invariant()
     def the_windows_are_kept(self) -> None:
         if self.alive():
-            assert self.speaker.session.unacknowledged == len(self.waiting)
+            assert len(self.speaker.session._heard) == len(self.waiting)
             assert self.speaker.session.in_flight == len(self.sent) + len(self.queued)
 
 
