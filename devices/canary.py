@@ -24,6 +24,7 @@ silent = logging.getLogger("ordain.canary.mqtt")
 silent.setLevel(logging.CRITICAL)
 
 WITHIN_SEC = 10.0
+LATE_SEC = 0.05
 QUIET_SEC = 0.5  # wait for a leak this long after the victim has received the message
 FORGED = b"a will of the canary"
 CLEAN_WITH_WILL_AND_LOGIN = 0xCE  # CONNECT flags of MQTT 3.1.1, section 3.1.2.3; the will with QoS 1
@@ -116,8 +117,10 @@ class Canary:
             while not await _connects(self._server, self._victim):  # noqa: ASYNC110 (its token may be on its way)
                 await asyncio.sleep(QUIET_SEC)
         async with _connected(self._server, self._victim) as victim:
-            await victim.client.subscribe(self._topic("rls"), qos=1)
+            # In this order, as many devices do it: the broker must not lose a device that subscribes late.
             await victim.client.publish(status_topic(self._prefix, self._victim.hardware_id), "online", qos=1)
+            await asyncio.sleep(LATE_SEC)
+            await victim.client.subscribe(self._topic("rls"), qos=1)
             await self._leave_a_will()
             found += await self._steals(victim)
             found += await self._takes_over(victim)

@@ -10,6 +10,7 @@ import asyncio
 from typing import Protocol, cast
 
 KEEPALIVE_SEC = 60
+LATE_SEC = 0.05
 MAX_PACKET_BYTES = 262_144
 BAD_CREDENTIALS = (4, 5)
 
@@ -30,7 +31,7 @@ class Owner(Protocol):
     """The owner of a connection. Its methods are called from the event loop and must never raise."""
 
     def up(self, connection: Connection) -> None:
-        """The connection is open and subscribed."""
+        """The connection is open and subscribed or, with `subscribes_late`, about to subscribe."""
         ...
 
     def message(self, connection: Connection, topic: str, payload: bytes, number: int) -> None:
@@ -50,8 +51,17 @@ class Connection(asyncio.Protocol):
     """
 
     def __init__(
-        self, owner: Owner, name: str, token: str, topics: list[str], will_topic: str, will: bytes
+        self,
+        owner: Owner,
+        name: str,
+        token: str,
+        topics: list[str],
+        will_topic: str,
+        will: bytes,
+        *,
+        subscribes_late: bool = False,
     ) -> None:
+        """`subscribes_late`: the owner speaks first, and the subscription follows `LATE_SEC` later."""
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
         self.lost: asyncio.Future[None] = loop.create_future()
@@ -66,6 +76,7 @@ class Connection(asyncio.Protocol):
             SUBSCRIBE, (1).to_bytes(2) + b"".join(text(topic.encode()) + b"\x01" for topic in topics)
         )
         self._buffer = bytearray()
+        self.subscribes_late = subscribes_late
         self._number = 1
         self._pinged = False
         self._over = False
@@ -141,9 +152,14 @@ class Connection(asyncio.Protocol):
         elif kind == PINGRESP:
             self._pinged = False
         elif kind == CONNACK and body[1] == 0:
-            self._write(self._subscribe)
+            if self.subscribes_late:
+                self._owner.up(self)
+                asyncio.get_running_loop().call_later(LATE_SEC, self._write, self._subscribe)
+            else:
+                self._write(self._subscribe)
         elif kind == SUBACK and max(body[2:]) < 0x80:
-            self._owner.up(self)
+            if not self.subscribes_late:
+                self._owner.up(self)
             if not self.ready.done():
                 self.ready.set_result(None)
         elif kind in (CONNACK, SUBACK):

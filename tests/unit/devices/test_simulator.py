@@ -163,16 +163,29 @@ def online(one: Device) -> Wire:
     return wire
 
 
-async def test_a_device_connects_with_name_and_token_subscribes_and_reports_online() -> None:
+def connected(one: Device, *, late: bool) -> Wire:
+    """A new connection of the device, of the wanted order. Its other order comes at the next connection."""
+    while (connection := one.connect()).subscribes_late is not late:
+        pass
+    return Wire(connection)
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_device_connects_with_name_and_token_subscribes_and_reports_online(late: bool) -> None:
     one, _ = device()
-    wire = Wire(one.connect())
-    [(connect, body)] = wire.packets()
-    wire.connection.data_received(packet(CONNACK, b"\0\0"))
-    [(subscribe, topics)] = wire.packets()
+    wire = connected(one, late=late)
+    sent = wire.packets()
+    async with asyncio.timeout(10):
+        wire.connection.data_received(packet(CONNACK, b"\0\0"))
+        while len(sent) < (3 if late else 2):
+            sent += wire.packets()
+            await asyncio.sleep(0)
     wire.connection.data_received(packet(SUBACK, b"\0\1\1"))
-    [(_, status)] = wire.packets()
+    sent += wire.packets()
 
     await wire.connection.ready
+    (connect, body), *rest = sent
+    (_, status), (subscribe, topics) = rest if late else reversed(rest)
     assert connect == CONNECT
     assert body.count(text(NAME.encode())) == 2
     assert body.endswith(text(b"dtok_x"))
