@@ -135,12 +135,16 @@ class Commands:
     # --- looking up ---
 
     async def ready(
-        self, names: Iterable[str] = (), command_ids: Iterable[str] = (), keys: Iterable[Key] = ()
+        self,
+        names: Iterable[str] = (),
+        command_ids: Iterable[str] = (),
+        keys: Iterable[Key] = (),
+        project: str | None = None,
     ) -> None:
         """Returns when the log can be written and the named items are in memory, as far as they exist.
 
         The caller may decide and stage until its next `await`. If the live state was reloaded meanwhile,
-        everything is read again.
+        everything is read again. `project`: see `Live.bring`.
 
         Raises:
             Unavailable: the log cannot be written now.
@@ -149,7 +153,7 @@ class Commands:
         while True:
             await self.writer.room()
             epoch = self.live.epoch
-            await self.live.bring(self.writer.storage, names, command_ids)
+            await self.live.bring(self.writer.storage, names, command_ids, project)
             await self.live.bring_keys(self.writer.storage, keys)
             if self.writer.open and self.live.epoch == epoch:
                 return
@@ -178,7 +182,7 @@ class Commands:
             Unavailable: the log could not be written.
         """
         old = [] if retry_of is None else [retry_of]
-        await self.ready([order.device], old)
+        await self.ready([order.device], old, project=caller.project)
         device = self.device(caller, order.device)
         # A key with a device set has its idempotency keys to itself: a conflict would name a foreign command.
         key = (device.project, order.idempotency_key or "", "" if caller.devices is None else caller.actor)
@@ -360,7 +364,7 @@ class Commands:
             Refusal: not_found; conflict, which names the state.
             Unavailable: the log could not be written.
         """
-        await self.ready(command_ids=[command_id])
+        await self.ready(command_ids=[command_id], project=caller.project)
         state = self.seen(caller, command_id)
         decision = decide(state, msgspec.structs.replace(request, now=self.writer.now(), by=caller.actor))
         if decision.event is not None:

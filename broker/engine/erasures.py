@@ -79,7 +79,7 @@ class Erasures:
             Refusal: not_found; conflict, if the command was handed over and is not closed.
             Unavailable: the log could not be written.
         """
-        await self._commands.ready(command_ids=[command_id])
+        await self._commands.ready(command_ids=[command_id], project=caller.project)
         state = self._commands.seen(caller, command_id)
         request = Request(input=Input.DELETE, now=self._writer.now(), by=caller.actor)
         decision = decide(state, request)

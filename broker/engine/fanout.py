@@ -61,7 +61,7 @@ class Fanout:
         """Reads everything that the part's decisions need into memory; valid until the next `await`."""
         commands, live = self._commands, self._commands.live
         names = [name for name in part if is_name(name)]
-        await commands.ready(names)
+        await commands.ready(names, project=caller.project)
         if key is None:
             return
         devices = [device for name in names if (device := live.device(name)) is not None]

@@ -49,9 +49,13 @@ def token_digest(token: str, entropy: Entropy, rounds: int = 1) -> str:
 
 
 def is_token(token: str, digest: str) -> bool:
-    """True if the digest is that of this token. Compares in constant time."""
+    """True if the digest is that of this token. Compares in constant time.
+
+    A token with a NUL is never right: HMAC fills its key up with NULs, so `abc` and `abc\\0` have one digest.
+    """
     _, _, rounds, salt, wanted = digest.split("$")
-    return hmac.compare_digest(_base64(_pbkdf2(token, base64.b64decode(salt), int(rounds))), wanted)
+    found = _base64(_pbkdf2(token, base64.b64decode(salt), int(rounds)))
+    return hmac.compare_digest(found, wanted) and "\0" not in token
 
 
 def _pbkdf2(token: str, salt: bytes, rounds: int) -> bytes:

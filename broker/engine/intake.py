@@ -300,11 +300,9 @@ class Intake:
             state, evidence = found.state, "inferred"
         else:
             known = self.live.command(answer.id)
-            if known is not None and known.device_id != device.id:
-                self.unmatched(message, device, "wrong_device", answer.id)
-                return
-            if known is None:
-                self.unmatched(message, device, "unknown", answer.id)
+            if known is None or known.device_id != device.id:
+                ours = known is not None and known.project == device.project
+                self.unmatched(message, device, "wrong_device" if ours else "unknown", answer.id)
                 return
             state = known
         if (word := bare_word(message.payload)) is not None:

@@ -235,10 +235,22 @@ class Live:
             lane = self.lane(device_id)
             lane.shut_until = max(lane.shut_until, at + _longest_late(without_ids))
 
-    async def bring(self, storage: Storage, names: Iterable[str], command_ids: Iterable[str] = ()) -> None:
-        """Reads devices (by id or hardware id) and commands into memory, unless they are there already."""
-        missing_names = {name for name in names if self.device(name) is None}
-        missing_ids = {command_id for command_id in command_ids if self.command(command_id) is None}
+    async def bring(
+        self,
+        storage: Storage,
+        names: Iterable[str],
+        command_ids: Iterable[str] = (),
+        project: str | None = None,
+    ) -> None:
+        """Reads devices (by id or hardware id) and commands into memory, unless they are there already.
+
+        `project`: what belongs to another project is read although it is there. So the time that it takes
+        does not tell whether it exists.
+        """
+        missing_names = {name for name in names if _foreign(self.device(name), project)}
+        missing_ids = {
+            command_id for command_id in command_ids if _foreign(self.command(command_id), project)
+        }
         if not missing_names and not missing_ids:
             return
 
@@ -267,6 +279,10 @@ class Live:
         for key, first in (await storage.read(work)).items():
             if self.keys.get(key) is None:
                 self.keys.put(key, first)
+
+
+def _foreign(found: DeviceState | CommandState | None, project: str | None) -> bool:
+    return found is None or project not in (None, found.project)
 
 
 def _definition(body: bytes) -> Definition:

@@ -76,7 +76,7 @@ class Pull:
             Refusal: not_found; too_large, if the merged attributes exceed `params_bytes`.
             Unavailable: the log could not be written.
         """
-        await self.commands.ready([self.name(caller, name)])
+        await self.commands.ready([self.name(caller, name)], project=caller.project)
         device = self.device(caller, name)
         if attributes:
             self._keep(caller, device, attributes)
@@ -182,7 +182,7 @@ class Pull:
             if "command id" in fault.reason:
                 raise not_found("command", command_id) from fault
             raise invalid("error" if status == "failed" else "result", fault.reason) from fault
-        await self.commands.ready([self.name(caller, name)], [command_id])
+        await self.commands.ready([self.name(caller, name)], [command_id], project=caller.project)
         device = self.device(caller, name)
         state = self.commands.seen(caller, command_id)
         if state.device_id != device.id:

@@ -40,7 +40,7 @@ class Repairs:
             Unavailable: the log could not be written.
         """
         commands = self._commands
-        await commands.ready(command_ids=[command_id])
+        await commands.ready(command_ids=[command_id], project=caller.project)
         old = commands.seen(caller, command_id)
         await commands.ready([old.device_id])
         device = commands.live.device(old.device_id)
@@ -65,7 +65,7 @@ class Repairs:
             Unavailable: the log could not be written; some commands may have been cancelled.
         """
         commands = self._commands
-        await commands.ready([] if which.device is None else [which.device])
+        await commands.ready([] if which.device is None else [which.device], project=caller.project)
         device_id = None if which.device is None else commands.device(caller, which.device).id
         # Newest first: then no command moves to the front of its lane and is handed over meanwhile.
         found = sorted(

@@ -171,7 +171,7 @@ async def send_device_command(
     commands, caller = request.services.commands, request.user
     key, fingerprint = one_key(UNSET, idempotency_key), b""
     if key is not None:
-        await commands.ready([device])
+        await commands.ready([device], project=caller.project)
         device_id = commands.device(caller, device).id
         body = msgspec.json.encode(data, order="sorted")
         fingerprint = hashlib.sha256(b"\0".join([CREATE.encode(), device_id.encode(), body])).digest()

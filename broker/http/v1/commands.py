@@ -106,7 +106,7 @@ async def create_command(
     key = one_key(data.idempotency_key, idempotency_key)
     fingerprint = b""
     if key is not None:
-        await commands.ready([device])
+        await commands.ready([device], project=caller.project)
         same = fingerprints(CREATE, msgspec.structs.replace(data, idempotency_key=UNSET))
         fingerprint = same(commands.device(caller, device).id)
     order = Order(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typeid import TypeID
 
-from broker.engine.ids import new_id, new_secret, secret_digest
+from broker.engine.ids import is_token, new_id, new_secret, secret_digest, token_digest
 from devices.names import is_name
 from tests.integration.core_support import SeededEntropy, T
 
@@ -49,3 +49,10 @@ def test_a_secret_names_its_purpose_and_only_its_digest_is_stored() -> None:
     assert len(secret) == len("sk_live_") + 43
     assert secret_digest(secret) == hashlib.sha256(secret.encode()).hexdigest()
     assert secret_digest(secret) != secret_digest(other)
+
+
+def test_a_token_with_a_nul_is_not_the_token() -> None:
+    digest = token_digest("dtok_a", SeededEntropy())
+    assert is_token("dtok_a", digest)
+    assert not is_token("dtok_a\0", digest)
+    assert not is_token("dtok_a\0\0", digest)
