@@ -22,7 +22,7 @@ from broker.domain.fleet import DeviceSet, DeviceState
 from broker.domain.lanes import Member
 from broker.domain.lifecycle import CommandState, Input, Request, State, evolve
 from broker.engine.ids import new_id
-from broker.engine.live import Key, Live, Recent
+from broker.engine.live import Ids, Key, Live, Recent
 from broker.engine.quotas import Quotas
 from broker.engine.writer import Writer
 from devices.types import BadParams, Definition, DeviceType, UnknownCommand
@@ -135,11 +135,7 @@ class Commands:
     # --- looking up ---
 
     async def ready(
-        self,
-        names: Iterable[str] = (),
-        command_ids: Iterable[str] = (),
-        keys: Iterable[Key] = (),
-        project: str | None = None,
+        self, names: Ids = (), command_ids: Ids = (), keys: Iterable[Key] = (), project: str | None = None
     ) -> None:
         """Returns when the log can be written and the named items are in memory, as far as they exist.
 

@@ -26,6 +26,7 @@ from projections import lanes as lanes_view
 
 K = TypeVar("K")
 V = TypeVar("V")
+Ids = Iterable[str]
 Key = tuple[str, str, str]  # project, idempotency key, scope
 
 KEPT = 20_000
