@@ -167,21 +167,7 @@ class GrantVerifier:
         key = self._keys.get(kid) if isinstance(kid, str) else None
         if key is None:
             raise GrantRefused("unknown_key", f"there is no key with the kid {kid!r:.80}")
-        algorithm = "HS256" if isinstance(key, bytes) else "EdDSA"
-        if header.get("alg") != algorithm:
-            raise GrantRefused(
-                "wrong_algorithm", f"alg is {header.get('alg')!r:.40}, this key is for {algorithm}"
-            )
-        if "crit" in header or "b64" in header:
-            raise GrantRefused("malformed", "the header needs JWS extensions, which are not supported")
-        try:
-            payload = jwt.PyJWS([algorithm]).decode(token, key, algorithms=[algorithm])
-        except jwt.InvalidSignatureError:
-            raise GrantRefused("bad_signature", "the signature does not match the token") from None
-        except jwt.InvalidTokenError as error:
-            raise GrantRefused("malformed", f"not a signed token: {error}") from error
-        assert isinstance(payload, bytes)
-        return payload
+        return signed_payload(token, key)
 
     def _check_time(self, claims: Claims) -> None:
         now = self._now()
@@ -206,6 +192,38 @@ class GrantVerifier:
             raise GrantRefused("changed_parameters", "the parameters are not those that were granted")
 
 
+def signed_payload(token: str, key: Key) -> bytes:
+    """The payload of a JWS in compact form (RFC 7515), if this key signed it with the algorithm of its kind.
+
+    PyJWT also takes base64url with padding. Here a token has only one spelling, so that nobody can change it
+    and keep it valid.
+
+    Raises:
+        GrantRefused: it is not such a token, or the signature is not this key's.
+    """
+    parts = token.split(".")
+    if len(parts) != 3:
+        raise GrantRefused("malformed", f"a token has three parts, this one has {len(parts)}")
+    header = _object("header", parts[0])
+    for name, part in (("payload", parts[1]), ("signature", parts[2])):
+        _part(name, part)
+    algorithm = "HS256" if isinstance(key, bytes) else "EdDSA"
+    if header.get("alg") != algorithm:
+        raise GrantRefused(
+            "wrong_algorithm", f"alg is {header.get('alg')!r:.40}, this key is for {algorithm}"
+        )
+    if "crit" in header or "b64" in header:
+        raise GrantRefused("malformed", "the header needs JWS extensions, which are not supported")
+    try:
+        payload = jwt.PyJWS([algorithm]).decode(token, key, algorithms=[algorithm])
+    except jwt.InvalidSignatureError:
+        raise GrantRefused("bad_signature", "the signature does not match the token") from None
+    except jwt.PyJWTError as error:
+        raise GrantRefused("malformed", f"not a signed token: {error}") from error
+    assert isinstance(payload, bytes)
+    return payload
+
+
 def _claims(payload: bytes) -> Claims:
     found = _strict_json("payload", payload)
     missing = [name for name in Claims.__struct_fields__ if name not in found]
@@ -218,10 +236,18 @@ def _claims(payload: bytes) -> Claims:
 
 
 def _object(name: str, segment: str) -> dict[str, Any]:
+    return _strict_json(name, _part(name, segment))
+
+
+def _part(name: str, text: str) -> bytes:
+    """Decodes one part of a token. Raises `GrantRefused` for every spelling but the one of RFC 7515."""
     try:
-        return _strict_json(name, _unbase64(segment))
-    except binascii.Error as error:
-        raise GrantRefused("malformed", f"the {name} is not base64url") from error
+        raw = _unbase64(text)
+    except ValueError:
+        raw = b""
+    if base64.urlsafe_b64encode(raw).rstrip(b"=").decode() != text:
+        raise GrantRefused("malformed", f"the {name} is not base64url without padding")
+    return raw
 
 
 def _strict_json(name: str, raw: bytes) -> dict[str, Any]:
