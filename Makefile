@@ -4,7 +4,8 @@ PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
 
-.PHONY: help setup run test test-all test-ends check fix docs bench simulate soak dist lock clean mosquitto browser api-tools
+.PHONY: help setup run test test-all test-ends check fix docs bench simulate soak dist sbom fuzz audit lock clean \
+	mosquitto browser api-tools
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +49,16 @@ soak: .venv/dev mosquitto ## long runs: 100,000 queued commands, memory over 400
 dist: .venv/dev ## the packages ordain and ordain-device, into dist/
 	@.venv/bin/python -m scripts.dist
 
+sbom: .venv/dev ## the list of components of a broker (CycloneDX), into dist/
+	@.venv/bin/python -m scripts.sbom
+
+FUZZ ?= 600
+fuzz: .venv/dev ## search for input that breaks a rule, FUZZ seconds for each target
+	@nice -n 19 .venv/bin/python -m scripts.fuzz --seconds $(FUZZ)
+
+audit: .venv/dev ## search for known mistakes in the code and known vulnerabilities of the packages
+	@.venv/bin/python -m scripts.audit
+
 lock: ## write the newest allowed dependencies into the lock files (needs uv)
 	uv lock --upgrade
 	uv export --quiet --frozen --no-emit-project --no-header --no-default-groups --group build -o requirements.lock
@@ -55,7 +66,7 @@ lock: ## write the newest allowed dependencies into the lock files (needs uv)
 	uv export --quiet --frozen --no-header --only-group setup -o scripts/setup-uv.lock
 
 clean: ## remove .venv and the caches of tools; never data
-	rm -rf .venv .venvs .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venvs .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz dist
 
 .venv/runtime: pyproject.toml requirements.lock scripts/setup
 	@scripts/setup requirements.lock

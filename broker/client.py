@@ -216,7 +216,7 @@ class App:
 
     async def _pause(self, failures: int, floor: float) -> None:
         most = ceiling(failures, self._backoff_sec, self._backoff_cap_sec)
-        await asyncio.sleep(floor + random.uniform(0.0, most))  # noqa: S311 - jitter, no secret
+        await asyncio.sleep(floor + random.uniform(0.0, most))  # noqa: S311 # nosec B311 - jitter
 
 
 def _is_base(url: str) -> bool:

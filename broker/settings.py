@@ -5,8 +5,8 @@ Unknown keys are refused. An error names the file or variable, the key, the valu
 
 from __future__ import annotations
 
+import math
 import re
-import tomllib
 from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from devices import toml
 from devices.allowed import reason
 from devices.mqtt_url import Endpoint, parse_endpoint, parse_url, parted
 from devices.names import is_name
@@ -172,11 +173,11 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
     place = config or environment.get(CONFIG) or ""
     if place:
         try:
-            values |= tomllib.loads(Path(place).read_text("utf-8-sig"))
+            values |= toml.parse(Path(place).read_text("utf-8-sig"))
         except OSError as error:
             raise BadSetting(f"{place}: cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise BadSetting(f"{place}: is not TOML: {error}") from error
+        except ValueError as error:
+            raise BadSetting(f"{place}: cannot be read as TOML: {error}") from error
     values |= {key: environment[name] for key, name in ENVIRONMENT.items() if environment.get(name)}
     values |= {key: value for key, value in flags.items() if value is not None}
     settings = _converted(place, values)
@@ -230,14 +231,26 @@ def _table(where: str, name: str, table: Any, kind: type[T]) -> T:
     for key in table:
         if key not in known:
             raise BadSetting(f"{where}{above}{key}: unknown key; known are: {', '.join(known)}")
+        if (wrong := _useless(table[key])) is not None:
+            raise BadSetting(f"{where}{above}{key} = {table[key]!r}: {wrong}")
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
         right, _, path = str(error).partition(" - at `$.")
-        key = path.rstrip("`")
-        right = reason(kind, f".{key}", right)
+        right = reason(kind, f".{path}".rstrip("`"), right)
+        key = path.rstrip("`").partition("[")[0]
         shown = "" if key == "mqtt_url" else f" = {table[key]!r}"
     raise BadSetting(f"{where}{above}{key}{shown}: {right}")
+
+
+def _useless(value: Any) -> str | None:
+    """Why no setting can use a value that TOML allows; None if one may."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    texts = value if isinstance(value, list) else [value]
+    if any(isinstance(text, str) and "\0" in text for text in texts):
+        return "must not contain U+0000"
+    return None
 
 
 def listened(settings: Settings) -> list[Endpoint]:

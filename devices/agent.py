@@ -220,7 +220,7 @@ class Agent:
                 return
             ceiling = min(RECONNECT_CAP_SEC, RECONNECT_FIRST_SEC * 2 ** min(self._failures, 16))
             self._failures += 1
-            await asyncio.sleep(random.uniform(ceiling / 4, ceiling))  # noqa: S311 - jitter, no secret
+            await asyncio.sleep(random.uniform(ceiling / 4, ceiling))  # noqa: S311 # nosec B311 - jitter
 
     async def _one_connection(self) -> None:
         self._connections += 1
@@ -313,7 +313,7 @@ def _check_grants(
 
 def _fetched(address: str) -> Any:
     """Raises OSError or ValueError."""
-    with urllib.request.urlopen(address, timeout=KEYS_WITHIN_SEC) as answer:  # noqa: S310 - http only, see above
+    with urllib.request.urlopen(address, timeout=KEYS_WITHIN_SEC) as answer:  # noqa: S310 # nosec B310 - http only
         return json.loads(answer.read(KEYS_BYTES))
 
 

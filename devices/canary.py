@@ -111,7 +111,7 @@ class Canary:
 
     async def _breaches(self) -> list[str]:
         found = await strangers(self._server)
-        if await _connects(self._server, self._thief._replace(token="wrong")):  # noqa: S106 (it is meant to be)
+        if await _connects(self._server, self._thief._replace(token="wrong")):  # noqa: S106 # nosec B106
             found.append("a device connects with a wrong password")
         async with asyncio.timeout(WITHIN_SEC):
             while not await _connects(self._server, self._victim):  # noqa: ASYNC110 (its token may be on its way)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import tomllib
 from collections.abc import Iterator
 from functools import cache, cached_property
 from importlib import resources
@@ -20,6 +19,7 @@ import jsonschema_rs
 import msgspec
 from msgspec import UNSET, Meta
 
+from devices import toml
 from devices.allowed import reason
 from devices.names import is_name
 from devices.schema import MAX_DEPTH as MAX_DEPTH
@@ -256,8 +256,8 @@ def load_type(source: Path | str) -> DeviceType:
     file = str(source) if isinstance(source, Path) else "(text)"
     try:
         text = source.read_text("utf-8-sig") if isinstance(source, Path) else source.removeprefix("\ufeff")
-        table = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        table = toml.parse(text)
+    except (OSError, ValueError) as error:
         raise BadType(file, "(file)", None, f"cannot be read as TOML: {error}") from error
     commands = table.pop("commands", {})
     if not isinstance(commands, dict):

@@ -1,7 +1,7 @@
-"""`make fuzz`: feeds every door that takes input from outside with bytes, led by coverage (Atheris, libFuzzer).
+"""`make fuzz`: feeds every door that takes input from outside with bytes, led by coverage (Atheris).
 
-Exits with 1 if a target failed; it prints the input, which belongs into `tests/fuzz/corpus`. What it learned is
-kept in `.fuzz`, so that the next run goes on from there.
+Exits with 1 if a target failed, and prints the input. What it learned is kept in `.fuzz`, so that the next
+run goes on from there; `tests/fuzz/corpus.py` takes the best of it into the tests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / ".fuzz"
-LONGEST = 4_096
+FILES = ("settings", "types", "imports")  # their inputs are files, so they may be longer
 INSTRUMENTED = ["broker", "devices", "projections", "jwt", "tomllib", "rfc8785"]
 NAMES = ("packets", "answers", "topics", "grants", "cursors", "settings", "types", "imports")
 
@@ -26,7 +26,9 @@ def main() -> int:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # the process of one target
     asked = parser.parse_args()
     if importlib.util.find_spec("atheris") is None:
-        print("atheris is not made for this Python or machine; it is for Linux on x86_64, Python 3.11 to 3.14")
+        print(
+            "atheris is not made for this Python or machine; it is for Linux on x86_64, Python 3.11 to 3.14"
+        )
         return 2
     if unknown := [name for name in asked.targets if name not in NAMES]:
         parser.error(f"unknown target {unknown[0]!r}; known are: {', '.join(NAMES)}")
@@ -53,7 +55,7 @@ def succeeds(name: str, seconds: int) -> bool:
 
 def run(name: str, seconds: int) -> None:
     """Fuzzes in this process, and ends it."""
-    import atheris
+    import atheris  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
     with atheris.instrument_imports(include=INSTRUMENTED):
         from tests.fuzz.corpus import read
@@ -65,7 +67,12 @@ def run(name: str, seconds: int) -> None:
         (learned / f"seed-{number}").write_bytes(data)
     quoted = ("".join(f"\\x{byte:02x}" for byte in word) for word in WORDS[name])
     words.write_text("".join(f'"{word}"\n' for word in quoted))
-    options = [f"-max_total_time={seconds}", f"-max_len={LONGEST}", f"-dict={words}", f"-artifact_prefix={found}"]
+    options = [
+        f"-max_total_time={seconds}",
+        f"-max_len={4_096 if name in FILES else 512}",
+        f"-dict={words}",
+        f"-artifact_prefix={found}",
+    ]
     atheris.Setup([sys.argv[0], str(learned), *options, "-timeout=60", "-rss_limit_mb=2048"], TARGETS[name])
     atheris.Fuzz()
 

@@ -88,7 +88,7 @@ def completion(shell: Literal["bash", "zsh", "fish"], /, *, as_json: Json = Fals
     """
     from broker.cli.main import application  # it imports this module when it is used
 
-    script = application().generate_completion(prog_name="ordain", shell=shell)
+    script = application().generate_completion(prog_name="ordain", shell=shell)  # nosec B604 - a name, nothing is run
     if as_json:
         print_json({"shell": shell, "script": script})
     else:

@@ -202,7 +202,7 @@ class Mosquitto:
         files. Started as any other user, also one without a name, it ignores the line.
         """
         places = {
-            "password_file": "passwd",
+            "password_file": "passwd",  # nosec B105 - the name of a file
             "acl_file": "acl",
             "persistence_location": f"{self._home.resolve()}/",
         }

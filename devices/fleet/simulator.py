@@ -152,7 +152,7 @@ class Fleet:
                     device.token, device.token_is_new = await self._door.new_token(device.name), True
             shortest, longest = BACKOFF_SEC
             ceiling = min(longest, shortest * 2 ** min(failures, 10))
-            await asyncio.sleep(device.away_sec or random.uniform(shortest, ceiling))
+            await asyncio.sleep(device.away_sec or random.uniform(shortest, ceiling))  # nosec B311
 
     async def _open(self, device: Device) -> Connection:
         connection = device.connect()
@@ -246,7 +246,7 @@ class Simulation:
             return self.fleet.online
 
     async def _send_all(self, names: list[str]) -> None:
-        chooser = random.Random(self.plan.faults.seed)
+        chooser = random.Random(self.plan.faults.seed)  # nosec B311
         orders = ((number, chooser.choice(names)) for number in range(self.plan.commands))
         start = time.monotonic()
 

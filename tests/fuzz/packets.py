@@ -14,6 +14,11 @@ FROM_SERVER = (
 )  # fmt: skip
 
 
+def kept(rule: bool, sentence: str) -> None:
+    """Raises `AssertionError` with the sentence if a rule does not hold."""
+    assert rule, sentence
+
+
 def packets(data: bytes) -> None:
     """First byte: the version, how the owner behaves, and whether a good CONNECT comes first."""
     choice, stream = data[0] if data else 0, data[1:]
@@ -27,8 +32,8 @@ def packets(data: bytes) -> None:
 def coded(stream: bytes, version: int) -> None:
     """What can be read is written so that it reads the same, however the stream was cut."""
     splitter, cut = Splitter(65_536), []
-    for byte in stream:
-        splitter.put(bytes((byte,)))
+    for at in range(0, len(stream), 3):
+        splitter.put(stream[at : at + 3])
         try:
             while (each := splitter.next()) is not None:
                 cut.append(each)
@@ -46,7 +51,7 @@ def coded(stream: bytes, version: int) -> None:
         try:
             packet = decode(first, body, version)
         except BadPacket as bad:
-            assert 0x80 <= bad.reason <= 0xFF
+            kept(0x80 <= bad.reason <= 0xFF, "no reason code of MQTT 5")
             continue
         spoken = packet.version if isinstance(packet, p.Connect) else version
         again = Splitter(1_000_000)

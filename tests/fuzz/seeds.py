@@ -109,17 +109,53 @@ def _names(*kinds: type) -> list[bytes]:
 
 
 _JSON = [b"null", b"true", b"1e999", b"1" + b"0" * 30, b"NaN", b'"\\ud800"', b"[" * 80, b'{"a":' * 80]
-_TOML = [b" = ", b"[[", b"1979-05-27T07:32:00Z", b"nan", b"inf", b"0x" + b"f" * 20, b'"""', b"\\u0000", b"9" * 20]
+_TOML = [
+    b" = ",
+    b"[[",
+    b"1979-05-27T07:32:00Z",
+    b"nan",
+    b"inf",
+    b"0x" + b"f" * 20,
+    b'"""',
+    b"\\u0000",
+    b"9" * 20,
+    b"0x" + b"f" * 4_000,
+    b"[" * 500,
+    b"[1]",
+]
 WORDS: dict[str, list[bytes]] = {
-    "packets": [b"\x00\x04MQTT", b"\x10", b"\xff\xff\xff\x7f", b"$share/g/#", b"\x21\x00\x01", b"\x27\0\0\0\x02"],
-    "answers": [*_JSON, *_names(wire.AnswerMessage, wire.Progress, wire.CommandMessage), b"\xc4\x01a", b"\xd6\xff\0\0\0\0"],
+    "packets": [
+        b"\x00\x04MQTT",
+        b"\x10",
+        b"\xff\xff\xff\x7f",
+        b"$share/g/#",
+        b"\x21\x00\x01",
+        b"\x27\0\0\0\x02",
+    ],
+    "answers": [
+        *_JSON,
+        *_names(wire.AnswerMessage, wire.Progress, wire.CommandMessage),
+        b"\xc4\x01a",
+        b"\xd6\xff\0\0\0\0",
+    ],
     "topics": [b"iotee/dev/", b"$share/", b"$SYS", b"/+/", b"/#", b"\n"],
-    "grants": [*_JSON, *(name.encode() for name in (*GRANTED, "alg", "typ", "kid", "crit", "b64", "keys", "none"))],
+    "grants": [
+        *_JSON,
+        *(name.encode() for name in (*GRANTED, "alg", "typ", "kid", "crit", "b64", "keys", "none")),
+    ],
     "cursors": [b"AAAA", b"=", b"==", b"_", b"-"],
     "settings": [*_TOML, *_names(Settings, Limits, MqttLimits), b"[projects.a]"],
-    "types": [*_TOML, *_names(DeviceType, CommandType), b"[commands.x]", b"$ref", b"pattern", b"properties", b"default"],
+    "types": [
+        *_TOML,
+        *_names(DeviceType, CommandType),
+        b"[commands.x]",
+        b"$ref",
+        b"pattern",
+        b"properties",
+        b"default",
+    ],
     "imports": [*_JSON, *_names(lines.Line, lines.Header), b"erased", b"created", b"defined", b"registered"],
-}  # fmt: skip
+}
 SEEDS = {
     "packets": packets,
     "answers": answers,

@@ -319,3 +319,16 @@ def test_a_definition_from_an_older_log_is_read() -> None:
     del old["grant_algorithm"], old["result_schema"]
 
     assert msgspec.convert(old, Definition) == load_type(JSON).definition("dim")
+
+
+@pytest.mark.parametrize("number", ["9" * 5_000, "0x" + "f" * 5_000, "9223372036854775808"])
+def test_a_number_of_more_than_64_bits_is_refused(number: str) -> None:
+    for line in (f"max_attempts = {number}", f"[commands.lock.params.properties.x]\nmaximum = {number}"):
+        with pytest.raises(BadType, match="64 bits"):
+            load_type(f'name = "x"\nopen = true\n{line}')
+
+
+def test_a_deeply_nested_file_is_refused() -> None:
+    for levels in (200, 5_000):
+        with pytest.raises(BadType, match="nested"):
+            load_type('name = "x"\nopen = true\ntitle = ' + "[" * levels + "]" * levels)

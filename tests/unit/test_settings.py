@@ -1,0 +1,58 @@
+"""Settings that are wrong: the error names the file, the key and the value, and says what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from broker.settings import BadSetting, load
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "ordain.toml"
+    file.write_text(text)
+    with pytest.raises(BadSetting) as refusal:
+        load({}, {}, str(file))
+    assert len(str(refusal.value)) < 500
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("trusted_proxies = [1]", "trusted_proxies = [1]: Expected `str`"),
+        (
+            'mqtt_listen = ["127.0.0.1:1883", ["x"]]',
+            "mqtt_listen = ['127.0.0.1:1883', ['x']]: Expected `str`",
+        ),
+        ("cors_origins = [{a = 1}]", "cors_origins = [{'a': 1}]: Expected `str`"),
+        ("[projects.acme]\nparams_bytes = [1]", "projects.acme.params_bytes = [1]: Expected `int`"),
+    ],
+)
+def test_a_wrong_item_of_a_list_names_the_list(tmp_path: Path, text: str, named: str) -> None:
+    assert named in refused(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "value", ["9" * 5_000, "0x" + "f" * 5_000, "9223372036854775808", "-9223372036854775809"]
+)
+def test_a_number_of_more_than_64_bits_is_refused(tmp_path: Path, value: str) -> None:
+    assert "64 bits" in refused(tmp_path, f"[limits]\nqueue_per_name = {value}")
+    assert "64 bits" in refused(tmp_path, f"mqtt_listen = [{{a = {value}}}]")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, value: str) -> None:
+    assert "webhook_timeout_sec" in refused(tmp_path, f"webhook_timeout_sec = {value}")
+    assert "mqtt_limits.burst_sec" in refused(tmp_path, f"[mqtt_limits]\nburst_sec = {value}")
+
+
+def test_a_deeply_nested_file_is_refused(tmp_path: Path) -> None:
+    assert "nested" in refused(tmp_path, "data = " + "[" * 5_000 + "]" * 5_000)
+    assert "nested" in refused(tmp_path, "data = " + "[" * 200 + "]" * 200)
+
+
+@pytest.mark.parametrize("key", ["data", "types", "tls_key", "mqtt_ca"])
+def test_a_text_with_a_nul_is_refused(tmp_path: Path, key: str) -> None:
+    assert f"{key} = 'a\\x00b'" in refused(tmp_path, f'{key} = "a\\u0000b"')
