@@ -232,15 +232,18 @@ def _table(where: str, name: str, table: Any, kind: type[T]) -> T:
         if key not in known:
             raise BadSetting(f"{where}{above}{key}: unknown key; known are: {', '.join(known)}")
         if (wrong := _useless(table[key])) is not None:
-            raise BadSetting(f"{where}{above}{key} = {table[key]!r}: {wrong}")
+            raise BadSetting(f"{where}{above}{key}{_shown(key, table)}: {wrong}")
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
         right, _, path = str(error).partition(" - at `$.")
         right = reason(kind, f".{path}".rstrip("`"), right)
         key = path.rstrip("`").partition("[")[0]
-        shown = "" if key == "mqtt_url" else f" = {table[key]!r}"
-    raise BadSetting(f"{where}{above}{key}{shown}: {right}")
+    raise BadSetting(f"{where}{above}{key}{_shown(key, table)}: {right}")
+
+
+def _shown(key: str, table: dict[str, Any]) -> str:
+    return "" if key == "mqtt_url" else f" = {table[key]!r:.200}"
 
 
 def _useless(value: Any) -> str | None:

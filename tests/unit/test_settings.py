@@ -53,6 +53,11 @@ def test_a_deeply_nested_file_is_refused(tmp_path: Path) -> None:
     assert "nested" in refused(tmp_path, "data = " + "[" * 200 + "]" * 200)
 
 
+def test_an_mqtt_url_is_never_shown(tmp_path: Path) -> None:
+    for value in ('"mqtt://u:secret\\u0000@host"', '["mqtt://u:secret@host"]'):
+        assert "secret" not in refused(tmp_path, f"mqtt_url = {value}")
+
+
 @pytest.mark.parametrize("key", ["data", "types", "tls_key", "mqtt_ca"])
 def test_a_text_with_a_nul_is_refused(tmp_path: Path, key: str) -> None:
     assert f"{key} = 'a\\x00b'" in refused(tmp_path, f'{key} = "a\\u0000b"')
