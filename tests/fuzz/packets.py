@@ -89,7 +89,7 @@ class Owner:
         self.session.lost()
         self.looks()
         assert self.closed == 1, "a session ends once"
-        assert self.session.unacknowledged == self.session.in_flight == 0
+        assert self.session.in_flight == 0
 
     def looks(self) -> None:
         while self.session.effects:
@@ -105,11 +105,12 @@ class Owner:
             kind = cut[0] >> 4
             assert kind in FROM_SERVER, f"a server never sends {packet}"
             assert kind != p.DISCONNECT or self.session.version == 5
-        assert self.session.unacknowledged <= max(LIMITS.unacknowledged, LIMITS.receive_maximum)
+        assert len(self.waiting) <= max(LIMITS.unacknowledged, LIMITS.receive_maximum)
 
     def takes(self, effect: object) -> None:
         if isinstance(effect, Closed):
             self.closed += 1
+            assert list(effect.unanswered) == self.waiting, "a message without its PUBACK is not named"
         elif isinstance(effect, p.Connect):
             if self.choice & 0x40:
                 self.session.refuse(p.Reason.NOT_AUTHORIZED, "no")
@@ -117,7 +118,8 @@ class Owner:
                 self.session.accept(self.now, shared=bool(self.choice & 0x80))
         elif isinstance(effect, p.Publish) and effect.qos:
             self.waiting.append(effect.packet_id)
-            if not self.choice & 0x10 or len(self.waiting) == LIMITS.unacknowledged:
+            late = self.choice & 0x10 and len(self.waiting) < LIMITS.unacknowledged
+            if self.session.state == "open" and not late:
                 for mid in reversed(self.waiting):
                     self.session.acknowledge(mid)
                 self.waiting.clear()
