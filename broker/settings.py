@@ -44,6 +44,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     queue_per_name: Queue = 100
     queue_per_device: Queue = 1_000
     params_bytes: Bytes = 65_536
+    attributes_bytes: Bytes = 4_096
     commands_per_minute: PerMinute = 0
     commands_per_minute_per_key: PerMinute = 0
     commands_per_minute_per_device: PerMinute = 0

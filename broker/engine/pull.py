@@ -73,7 +73,7 @@ class Pull:
         `attributes`: values that the device sent with its heartbeat; they are merged into its attributes.
 
         Raises:
-            Refusal: not_found; too_large, if the merged attributes exceed `params_bytes`.
+            Refusal: not_found; too_large, if the merged attributes exceed `attributes_bytes`.
             Unavailable: the log could not be written.
         """
         await self.commands.ready([self.name(caller, name)], project=caller.project)
@@ -91,7 +91,7 @@ class Pull:
         encoded = msgspec.json.encode(merged, order="sorted")
         if encoded == msgspec.json.encode(device.attributes, order="sorted"):
             return
-        most = self.commands.limits.params_bytes
+        most = self.commands.limits.attributes_bytes
         if len(encoded) > most:
             raise Refusal("too_large", f"attributes: {len(encoded)} bytes in all; at most {most} are allowed")
         self.registry.record(Changed(attributes=merged), device.id, device, device.project, caller.actor)
