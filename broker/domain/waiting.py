@@ -7,6 +7,7 @@ its own. What is beyond a bound is dropped, which QoS 0 allows.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -20,6 +21,17 @@ class Room(NamedTuple):
     per_project: int
     in_all: int
     size: int
+
+
+def first(queue: Iterable[T], most: int, size: int, size_of: Callable[[T], int]) -> list[T]:
+    """The first messages of a queue: at most `most`, with at most `size` bytes in all, but at least one."""
+    found: list[T] = []
+    for message in queue:
+        size -= size_of(message)
+        if found and (size < 0 or len(found) == most):
+            break
+        found.append(message)
+    return found
 
 
 class _Project(Generic[T]):

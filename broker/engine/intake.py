@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 
 import msgspec
 import structlog
@@ -21,6 +20,7 @@ from broker.domain.events import Error, Evidence
 from broker.domain.fleet import DeviceState
 from broker.domain.lanes import Member, Presence, candidates
 from broker.domain.lifecycle import ANSWERS, CommandState, Request
+from broker.domain.waiting import first
 from broker.engine.commands import Commands
 from broker.engine.dispatch import Dispatch
 from broker.engine.quotas import waiting_room
@@ -40,7 +40,7 @@ from devices.wire import (
 
 logger = structlog.get_logger()
 
-BATCH = 100  # taken in at a stretch: more would hold the loop up
+BATCH, BATCH_BYTES = 100, 65_536  # taken in without a pause: more would block the event loop too long
 QOS0_AT_ONCE = 32  # QoS 0 messages of an external MQTT server in one batch
 KEPT_BYTES = 1_024
 OWN = object()  # `Message.token` of presence messages that come from our own MQTT server
@@ -128,7 +128,7 @@ class Intake:
 
     async def _take_batch(self) -> None:
         self._queue.extend(self._waiting.take(QOS0_AT_ONCE - len(self._queue)))
-        batch = list(islice(self._queue, BATCH))
+        batch = first(self._queue, BATCH, BATCH_BYTES, lambda message: len(message.payload))
         places = [
             parse_topic(self.commands.prefix, message.topic) if message.foreign is None else None
             for message in batch

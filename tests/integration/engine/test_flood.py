@@ -35,3 +35,18 @@ async def test_a_flood_with_qos_0_neither_delays_another_project_nor_holds_the_l
             await until(lambda: not len(intake._waiting))
         assert dropped.count("overrun") > 15_000
         assert longest.cpu_sec < LONGEST_SEC
+
+
+async def test_large_answers_together_do_not_hold_the_loop_up(tmp_path: Path) -> None:
+    async with running(tmp_path) as bench:
+        await bench.device()
+        command = await bench.order()
+        await until(lambda: bench.state(command.id) == "published")
+        large = b'{"id":"unknown","status":"executed","result":[' + b",".join([b"{}"] * 20_000) + b"]}"
+        kept: list[str] = []
+        bench.core.intake.on_unmatched = kept.append
+        async with Stretches() as longest:
+            for _ in range(40):
+                bench.core.intake.message(Message(topic="iotee/dev/lamp-1/ack", payload=large))
+            await until(lambda: len(kept) == 40)
+        assert longest.cpu_sec < LONGEST_SEC

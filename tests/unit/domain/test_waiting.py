@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.domain.waiting import Room, Waiting
+from broker.domain.waiting import Room, Waiting, first
 
 ROOM = Room(per_device=5, per_project=8, in_all=12, size=1_000)
 
@@ -35,3 +35,11 @@ def test_bytes_are_bounded_too() -> None:
     assert not waiting.put("f", "a", "x", 200)
     waiting.take(12)
     assert waiting.put("loud", "a", "x", 200)
+
+
+def test_the_first_messages_are_bounded_by_count_and_size_and_are_at_least_one() -> None:
+    queue = ["aa", "b", "cccc", "d"]
+    assert first(queue, 3, 100, len) == ["aa", "b", "cccc"]
+    assert first(queue, 9, 6, len) == ["aa", "b"]
+    assert first(queue, 9, 1, len) == ["aa"]
+    assert first([], 9, 1, len) == []
