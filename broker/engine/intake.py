@@ -124,7 +124,7 @@ class Intake:
             self._wake.clear()
             while self._queue or self._waiting:
                 await self._take_batch()
-                await asyncio.sleep(0)  # a batch may need no other wait, and everybody else has a turn too
+                await asyncio.sleep(0)  # lets other tasks run: a batch may contain no other wait
 
     async def _take_batch(self) -> None:
         self._queue.extend(self._waiting.take(QOS0_AT_ONCE - len(self._queue)))

@@ -1,6 +1,6 @@
-"""Which MQTT server the devices connect to: our own in this process, a Mosquitto as our child, or another's.
+"""Opens the MQTT server for devices: the listener in this process, a supervised Mosquitto, or another server.
 
-Whoever serves opens one door and learns how to reach it; what differs behind it stays here.
+The caller gets a link and an address; the differences between the three stay in this module.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EVERY = 1_000_000_000
 
 
 class Door(NamedTuple):
-    """What devices connect to: `devices_url` says where. `listener` is there where it is our own."""
+    """The MQTT server of the devices. `devices_url`: its address. `listener`: only if it is Ordain's own."""
 
     link: Link
     devices_url: str
@@ -55,12 +55,12 @@ async def mqtt_door(
     certificates: Certificates | None,
     tls: Tls | None,
 ) -> AsyncIterator[Door]:
-    """The MQTT server of these settings, and the core's link to it, for as long as it is needed.
+    """Runs the MQTT server of these settings, and the core's link to it.
 
-    After `stop` it is not waited for. `tls`: for the link to an external server.
+    If `stop` is set, it does not wait for Mosquitto to start. `tls`: for the link to an external server.
 
     Raises:
-        BadSetting: it cannot listen, or Mosquitto is not there.
+        BadSetting: an address cannot be listened on, or Mosquitto is not installed.
     """
     if settings.mqtt_url:
         async with _linked(settings, core, types, settings.mqtt_url, tls) as link:
@@ -132,7 +132,7 @@ async def _listening(
 
     core.attach(listener)
     core.registry.entitled = entitled
-    core.mqtt_events.wanted = lambda: False  # services hear each from their own place in the log
+    core.mqtt_events.wanted = lambda: False  # each service has its own position in the log
     listener.start()
     try:
         await sockets.open()
@@ -147,9 +147,9 @@ async def _listening(
 
 
 async def _check_device(core: Core, hardware_id: str, token: str | None) -> str | None:
-    """By its token, or, where a client certificate has shown who it is, only that it is there.
+    """Checks the token of a device; with None (client certificate), only that the device exists.
 
-    Returns None if the device may come in, else the reason, for the log only.
+    Returns None if the device is accepted, else the reason, for the log only.
     """
     right = token is None or await core.registry.authenticate(hardware_id, token) is not None
     await core.live.bring(core.storage, [hardware_id])
@@ -163,7 +163,7 @@ async def _check_device(core: Core, hardware_id: str, token: str | None) -> str 
 
 async def _check_service(core: Core, secret: str) -> Scope | None:
     def valid() -> bool:
-        caller = core.keys.caller(secret)  # each time: a key may be revoked
+        caller = core.keys.caller(secret)  # looked up each time: a key may be revoked
         return caller is not None and "events:read" in caller.scopes
 
     caller = core.keys.caller(secret)
@@ -187,7 +187,7 @@ async def _mosquitto(
     )
     devices = await core.storage.read(lambda sql: devices_view.newest(sql, None, None, EVERY))
     core.registry.entitled = child.admit
-    core.mqtt_events.wanted = lambda: False  # its users are the devices alone
+    core.mqtt_events.wanted = lambda: False  # only devices have users there
     async with asyncio.TaskGroup() as group:
         ready = asyncio.Event()
         running = group.create_task(child.run(devices, ready))
@@ -210,7 +210,7 @@ def _answer_suffixes(types: dict[str, DeviceType]) -> set[str]:
 
 
 def _acl(prefix: str, types: dict[str, DeviceType]) -> str:
-    """Each device its own topics only, as our own listener has it. Form: mosquitto.conf(5)."""
+    """Allows each device only its own topics, like the listener. Format: mosquitto.conf(5)."""
     written = sorted(_answer_suffixes(types))
     lines = [f"user {LINK_USER}", f"topic readwrite {prefix}/#"]
     lines += [f"pattern read {prefix}/dev/%u/{suffix}" for suffix in sorted(_command_suffixes(types))]

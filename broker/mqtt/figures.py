@@ -14,8 +14,8 @@ COUNTED = {
     "taken_over": "Connections closed because their client id came again",
     "sent": "Messages sent to devices, or put in their queue",
     "refused_by_device": "Messages that a device answered with a PUBACK of 0x80 or more",
-    "denied": "Uses of a topic that is not the client's",
-    "discarded": "Messages of services, which may say nothing",
+    "denied": "Publishes and subscriptions on topics that are not the client's",
+    "discarded": "Messages of services, which may only subscribe",
     "dropped_qos_0": "Messages of QoS 0 lost because too many waited",
     "held": "Times a client was not read because too many bytes waited for the log",
     "slowed": "Times a client was not read because it was over its rate",
@@ -23,7 +23,7 @@ COUNTED = {
 
 
 def figures(listener: Listener) -> Figures:
-    """Name -> (what it is, how to look). Names that end in `_total` only grow."""
+    """Name -> (description, how to read it). Names that end in `_total` only grow."""
     counts = listener.counts
 
     def count(name: str) -> Callable[[], float]:

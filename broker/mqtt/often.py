@@ -1,4 +1,4 @@
-"""Log lines that strangers can cause: a few a period of each kind, then a count of the rest."""
+"""Log lines that strangers can cause: at most `LINES` of each event per period, then a count of the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINES, PERIOD_SEC = 10, 10.0
 
 
 class Often:
-    """`clock` is in seconds and never steps."""
+    """`clock`: seconds of a clock that never steps."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

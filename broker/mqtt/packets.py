@@ -8,12 +8,12 @@ import msgspec
 
 CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE = range(1, 9)
 SUBACK, UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT, AUTH = range(9, 16)
-WILL = 0  # not a packet: the place of a will's properties in the table below
+WILL = 0  # not a packet type: it stands for the properties of a will in the table below
 
 Properties = dict[str, Any]
 _ANSWERS = (CONNACK, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBACK, UNSUBACK, DISCONNECT, AUTH)
-# Property -> its identifier, how it is written (a width in bytes or a kind), where it may stand.
-# Source: MQTT 5.0, table 2-4. The values of "user" and "subscription_id" are lists: they may come often.
+# Property -> its identifier, its encoding (a width in bytes, or a kind), the packets that may contain it.
+# Source: MQTT 5.0, table 2-4. "user" and "subscription_id" may be repeated: their values are lists.
 PROPERTIES: dict[str, tuple[int, int | str, tuple[int, ...]]] = {
     "format": (0x01, 1, (PUBLISH, WILL)),
     "expiry": (0x02, 4, (PUBLISH, WILL)),
@@ -59,7 +59,7 @@ class Reason:
 
 
 class BadPacket(Exception):
-    """The bytes break the protocol. `reason` is the MQTT 5 reason code that says how."""
+    """The bytes violate the protocol. `reason`: the MQTT 5 reason code."""
 
     def __init__(self, text: str, reason: int = Reason.MALFORMED) -> None:
         super().__init__(text)

@@ -1,7 +1,7 @@
-"""Services on the listener: each hears the events of its project, in order and at least once while connected.
+"""Services on the listener: each gets the events of its project, in order and at least once while connected.
 
-Every service, and every group that shares a subscription, has a place in the log of its own. What happened
-while a service was away it reads over HTTP; nothing is kept for it here, and nobody waits for a slow one.
+Every service, and every group with a shared subscription, has its own position in the log. Nothing is stored
+for a service that is not connected: it reads the missing events over HTTP. A slow service delays only itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Group = tuple[str | None, DeviceSet | None, str, str]  # project, devices, name,
 
 
 class Grant:
-    """One filter as it was granted."""
+    """A granted filter: its QoS and its subscription identifiers."""
 
     __slots__ = ("numbers", "qos")
 
@@ -42,10 +42,10 @@ class Grant:
 
 
 class Cursor:
-    """One place in the log, and who is told from there: a service, or the members of a group.
+    """One position in the log, and the connections that get the events from there: one service, or a group.
 
-    An event goes to one member. All events of a command go to the same one, as long as it is there; what a
-    member that left has not acknowledged goes to another, before anything newer of that command.
+    An event is sent to one member. All events of a command are sent to the same member while it is connected.
+    Events that a member did not acknowledge before it left are sent to another one, before newer events.
     """
 
     def __init__(self, owner: Services, scope: Scope) -> None:
@@ -62,7 +62,7 @@ class Cursor:
         self._news.set()
 
     def grant_of(self, topic: str) -> Grant | None:
-        """What a topic is sent with: the highest QoS and all numbers of the filters that cover it."""
+        """The highest QoS and all subscription identifiers of the filters that cover a topic."""
         found = [grant for each, grant in self.filters.items() if fits(each, topic)]
         if not found:
             return None
@@ -87,7 +87,7 @@ class Cursor:
                         break
 
     async def _tell(self, entry: Entry, subscription: Subscription) -> bool:
-        """False: what was read may have been erased meanwhile, and is to be read again."""
+        """Returns False if the entry must be read again, because it may have been erased meanwhile."""
         if entry.command_id is None:
             return True
         topic = f"{self._owner.events}{entry.hardware_id}/{entry.command_id}"
@@ -104,7 +104,7 @@ class Cursor:
         return True
 
     async def _room(self, command_id: str) -> tuple[bool, Connection]:
-        """The member for a command, once it can take a message; and whether that had to be waited for."""
+        """Waits for a member that can take a message of a command: (whether it had to wait, the member)."""
         loop = asyncio.get_running_loop()
         since, waited = loop.time(), False
         while True:
@@ -150,10 +150,9 @@ class Cursor:
 
 
 class Services:
-    """`events` is what topics of events begin with; `device_of` gives project, id and hardware id of
-    the device with a hardware id, if it is known.
+    """The services of one listener. `events`: the start of all event topics. `told` counts sent events.
 
-    `told` counts what was sent.
+    `device_of` returns project, id and hardware id of the device with a hardware id, if it is known.
     """
 
     def __init__(
@@ -219,7 +218,7 @@ class Services:
         try:
             await cursor.run()
         except Exception:
-            # Its members lose their connection and come again; nobody else notices.
+            # Its members lose their connection and reconnect. Other services are not affected.
             logger.exception("mqtt.events_failed")
             for member in list(cursor.members):
                 member.session.close(Reason.UNSPECIFIED, "events cannot be read now")
@@ -239,7 +238,7 @@ class Services:
         return Reason.SUCCESS
 
     def left(self, connection: Connection) -> None:
-        """A service is gone; what it had and did not acknowledge its groups have back already."""
+        """A service has disconnected. Its groups got its unacknowledged events back already."""
         own = self._own.pop(connection, None)
         if own is not None and own.task is not None:
             own.task.cancel()
@@ -257,8 +256,8 @@ class Services:
 
     def send(
         self, member: Connection, topic: str, payload: bytes, grant: Grant, taken: Callable[[Receipt], None]
-    ) -> None:
-        """`taken` hears what became of it, but for QoS 0."""
+    ) -> bool:
+        """Returns False if the event cannot be sent. `taken` gets the receipt, except for QoS 0."""
         properties: p.Properties = {"format": 1, "content_type": "application/cloudevents+json"}
         if grant.numbers:
             properties["subscription_id"] = grant.numbers
@@ -266,12 +265,17 @@ class Services:
         outcome = member.session.publish(message, taken, asyncio.get_running_loop().time())
         if outcome == "too large":
             logger.warning("mqtt.event_too_large", topic=topic, bytes=len(payload))
-            return
+        if outcome not in ("sent", "queued"):
+            return False
         self.told += 1
         member.flush()
+        return True
 
     def pass_on(self, outgoing: Outgoing) -> bool:
-        """One message to every service that may hear it, beside their places in the log."""
+        """Sends one message to every service that may see it, outside of the order of the log.
+
+        Returns whether it was sent to any of them.
+        """
         if not outgoing.topic.startswith(self.events):
             return False
         device = self._device_of(outgoing.topic[len(self.events) :].split("/")[0])
@@ -279,8 +283,8 @@ class Services:
         for cursor in (*self._own.values(), *self._groups.values()):
             grant = cursor.grant_of(outgoing.topic)
             if grant is not None and cursor.members and device is not None and cursor.scope.sees(*device):
-                heard = True
-                self.send(cursor.members[0], outgoing.topic, outgoing.payload, grant, lambda receipt: None)
+                member = cursor.members[0]
+                heard |= self.send(member, outgoing.topic, outgoing.payload, grant, lambda receipt: None)
         return heard
 
     async def close(self) -> None:
