@@ -44,8 +44,9 @@ class Flight:
     attempts recorded as counting that do not count after all. `refused`: number of attempts that the MQTT
     server refused. `dropped`: number of attempts that ended because the device went offline.
 
-    For attempts that met no subscriber: `unheard` is their number in a row, `unheard_at` the time of the
-    last one. `hastened`: a live message of the device has ended one of the pauses between them.
+    For attempts that met no subscriber: `missed` is their number, `unheard` their number in a row,
+    `unheard_at` the time of the last one. `hastened`: a live message of the device has ended one of the
+    pauses between them.
     """
 
     open: bool = False
@@ -59,6 +60,7 @@ class Flight:
     voided: int = 0
     refused: int = 0
     dropped: int = 0
+    missed: int = 0
     unheard: int = 0
     unheard_at: int | None = None
     hastened: bool = False
@@ -321,21 +323,24 @@ def candidates(lane: Lane, arrived_at: int) -> list[Member]:
 
     A timed-out command is a candidate for `late_answer_sec`. `arrived_at`: when the answer reached the
     intake, ms; it may have waited there. A command handed over after that is no candidate. Nor is one
-    whose first bytes are not written yet, although the log already has its `published`.
+    of which the device has nothing yet, although the log already has its `published`.
     """
     found = [
         member
         for member in lane.members.values()
         if member.state.state in (State.PUBLISHED, State.ACKNOWLEDGED) and not _unwritten(member, arrived_at)
     ]
-    return found + [member for member in lane.late.values() if arrived_at < late_until(member)]
+    return found + [
+        member
+        for member in lane.late.values()
+        if arrived_at < late_until(member) and not _unwritten(member, arrived_at)
+    ]
 
 
 def _unwritten(member: Member, at: int) -> bool:
     state, flight = member.state, member.flight
-    return at < (state.published_at or at) or (
-        state.attempts == 1 and flight.open and flight.written_at is None
-    )
+    unwritten = flight.open and flight.written_at is None
+    return at < (state.published_at or at) or state.attempts <= flight.refused + flight.missed + unwritten
 
 
 def late_until(member: Member) -> int:

@@ -40,6 +40,7 @@ class Attempts:
         flight = member.flight
         if reason == NO_SUBSCRIBER:
             flight.unheard_at = self._writer.now()
+            flight.missed += 1
             self.end(member, Input.NO_SUBSCRIBER)
             return
         flight.unheard, flight.hastened = 0, False

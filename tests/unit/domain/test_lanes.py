@@ -185,6 +185,22 @@ def test_a_command_handed_over_after_an_answer_without_id_is_no_candidate() -> N
     assert lanes.candidates(found, T - 1) == []
 
 
+@pytest.mark.parametrize("end", [(), (TimedOut(reason="no_answer"),)], ids=["open", "timed out"])
+def test_a_command_that_reached_nobody_is_no_candidate_of_an_answer_without_id(
+    end: tuple[Event, ...],
+) -> None:
+    """A device that comes back sends its old answers again, and they must not close the next command."""
+
+    def found(flight: Flight) -> list[str]:
+        made = member("a", PUBLISHED, Published(attempt=2), *end, flight=flight, **BARE)
+        held = Lane(DEVICE, {}, {"a": made}) if end else lane(made)
+        return [candidate.state.id for candidate in lanes.candidates(held, T + 1)]
+
+    assert found(Flight(missed=2)) == found(Flight(missed=1, refused=1)) == []
+    assert found(Flight(missed=1, open=True)) == []
+    assert found(Flight(missed=1, open=True, written_at=T)) == found(Flight(missed=1)) == ["a"]
+
+
 # --- timers
 
 
