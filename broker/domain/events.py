@@ -273,12 +273,16 @@ def decode(type_name: str, data: bytes, schema: int = SCHEMA) -> Event:
     """Decodes the output of `encode` of this or any earlier release.
 
     Raises:
-        ValueError: the type or schema is from a later release, or the data does not fit the type.
+        ValueError: the type or schema is from a later release, the data does not fit the type, or it is
+            nested too deeply.
     """
     decoder = _decoders.get(type_name)
     if decoder is None or schema > SCHEMA:
         raise ValueError(f"event type {type_name!r} schema {schema} is not known to this release")
-    return decoder.decode(data)
+    try:
+        return decoder.decode(data)
+    except RecursionError:
+        raise ValueError("the data is nested too deeply") from None
 
 
 def device_stream(device_id: str) -> str:

@@ -36,6 +36,7 @@ from projections import devices, follower
 from projections.commands import HIDDEN, veiled
 
 PAGE = 5_000
+LAST_TIME = 253_402_300_799_999  # the end of the year 9999, in ms: later times cannot be shown
 Reached = Callable[[int], None]
 
 
@@ -243,6 +244,8 @@ def _header(source: Path, file: BinaryIO) -> Header:
         header = lines.header(file.readline())
     except ValueError as error:
         raise Refused(f"{source}: {error}") from error
+    if not is_name(header.log_id):
+        raise Refused(f"{source}: log_id = {header.log_id[:64]!r} is no identifier")
     if header.only or header.command is not None:
         what = ", ".join(header.only) or f"command {header.command}"
         raise Refused(f"{source} is only part of a log ({what}): it cannot be imported")
@@ -274,10 +277,10 @@ def _fill(
         position, previous = row.position, row.hash
         page.append(row)
         if len(page) == PAGE:
-            sql.executemany(log.INSERT, page)
+            _put(sql, source, page)
             page.clear()
             reached(position, header.position)
-    sql.executemany(log.INSERT, page)
+    _put(sql, source, page)
     if (position, previous) != (header.position, header.hash if header.position else previous):
         raise Refused(
             f"{source} ends at position {position}; its first line says that the log had {header.position}"
@@ -292,8 +295,18 @@ def _fill(
     return Moved(header.log_id, position, position, previous)
 
 
+def _put(sql: sqlite3.Connection, source: Path, page: list[Row]) -> None:
+    try:
+        sql.executemany(log.INSERT, page)
+    except sqlite3.IntegrityError:
+        raise Refused(
+            f"{source}: up to position {page[-1].position}, two events of a stream have the same version"
+        ) from None
+
+
 def _unfit(row: Row) -> str | None:
     """Why a broker could not have recorded this row: an identifier is not one, or its event has no sense."""
+    times = [("recorded_at", row.recorded_at)]
     names = [("project", row.project)] if row.project else []
     names += [] if row.device_id is None else [("device_id", row.device_id)]
     if subject_kind(row.stream) != "broker":
@@ -301,15 +314,19 @@ def _unfit(row: Row) -> str | None:
     if row.data is not None:
         try:
             event = log.recorded(row).event
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             return f"it is no event of a log: {error}"
         if isinstance(event, Registered):
             names += [("hardware_id", event.hardware_id), ("device_type", event.device_type)]
         elif isinstance(event, Created):
             names.append(("type", event.type))
+            times += [("expires_at", event.expires_at or 0), ("ttl_ms", event.ttl_ms or 0)]
     for field, name in names:
         if not is_name(name):
             return f"{field} = {name[:64]!r} is no identifier: it must match [A-Za-z0-9][A-Za-z0-9_-]{{0,63}}"
+    for field, time in times:
+        if not 0 <= time <= LAST_TIME:
+            return f"{field} = {time} is not in the years 1970 to 9999"
     return None
 
 

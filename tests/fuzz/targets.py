@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from devices import wire
 from devices.grant import TYPE, GrantRefused, GrantVerifier, Key, keys_from_jwks, params_hash
 from devices.names import is_name
 from devices.types import AnswerStatus, BadParams, BadType, Definition
+from projections import follower
 from tests.fuzz.packets import kept, packets
 from tests.golden.write import HERE as GOLDEN
 
@@ -235,6 +237,16 @@ def imports(data: bytes) -> None:
         transfer.bring_in(source, into, lambda done, total: None)
     except Refused as refused:
         str(refused).encode(errors="backslashreplace")
+    else:
+        with closing(transfer.opened(into)) as sql:
+            transfer.stats(sql)
+            assert follower.fault(sql, lambda position: None) is None
+            transfer.export(sql, into / "again.jsonl", transfer.Only(), lambda position: None)
+        rows = [
+            list(map(lines.as_row, file.read_bytes().splitlines()[1:]))
+            for file in (source, into / "again.jsonl")
+        ]
+        assert rows[0] == rows[1], "an imported log is exported otherwise"
     finally:
         for file in into.glob("*"):
             file.unlink()

@@ -201,6 +201,7 @@ def rechained(found: list[bytes], at: int, **changed: Any) -> list[bytes]:
         ({"type": "unheard"}, "it is no event of a log"),
         ({"data": b"{}"}, "it is no event of a log"),
         ({"data": b"[" * 100_000}, "it is no event of a log"),
+        ({"recorded_at": 2**62}, "recorded_at = 4611686018427387904"),
     ],
 )
 def test_a_row_that_no_broker_records_is_not_imported(
@@ -213,6 +214,54 @@ def test_a_row_that_no_broker_records_is_not_imported(
     (tmp_path / "bad.jsonl").write_bytes(b"".join(line + b"\n" for line in forged))
 
     with pytest.raises(Refused, match=re.escape(f"line {at + 1}: {said}")):
+        brought_in(tmp_path / "bad.jsonl", tmp_path / "other")
+
+
+def test_two_events_of_a_stream_with_the_same_version_are_not_imported(data: Path, tmp_path: Path) -> None:
+    exported(data, tmp_path / "log.jsonl")
+    found = (tmp_path / "log.jsonl").read_bytes().splitlines()
+    second = next(row for row in map(lines.as_row, found[1:]) if row.version == 2)
+    forged = rechained(found, second.position, version=1)
+    (tmp_path / "bad.jsonl").write_bytes(b"".join(line + b"\n" for line in forged))
+
+    with pytest.raises(Refused, match="same version"):
+        brought_in(tmp_path / "bad.jsonl", tmp_path / "other")
+    assert not (tmp_path / "other" / DATABASE).exists()
+
+
+@pytest.mark.parametrize("field", ["expires_at", "ttl_ms"])
+def test_a_command_whose_times_are_beyond_the_calendar_is_not_imported(
+    data: Path, tmp_path: Path, field: str
+) -> None:
+    exported(data, tmp_path / "log.jsonl")
+    found = (tmp_path / "log.jsonl").read_bytes().splitlines()
+    row = next(row for row in map(lines.as_row, found[1:]) if row.type == "created" and row.data is not None)
+    said = json.loads(row.data or b"") | {field: 2**62}
+    forged = rechained(found, row.position, data=json.dumps(said).encode())
+    (tmp_path / "bad.jsonl").write_bytes(b"".join(line + b"\n" for line in forged))
+
+    with pytest.raises(Refused, match=f"{field} = 4611686018427387904"):
+        brought_in(tmp_path / "bad.jsonl", tmp_path / "other")
+
+
+def test_an_export_of_a_command_with_data_nested_too_deeply_is_refused(data: Path, tmp_path: Path) -> None:
+    row = next(row for row in everything(data)[0] if row.type == "created" and row.data is not None)
+    deep = b'{"params":' + b"[" * 5_000 + b"]" * 5_000 + b"," + (row.data or b"")[1:]
+    header = lines.Header(log_id="log_1", position=row.position, hash=row.hash, command=row.stream)
+    text = lines.header_line(header) + b"\n" + lines.as_line(row._replace(data=deep)) + b"\n"
+    (tmp_path / "bad.jsonl").write_bytes(text)
+
+    with pytest.raises(Refused, match="nested too deeply"):
+        transfer.read_command(tmp_path / "bad.jsonl")
+
+
+def test_a_log_id_that_is_no_identifier_is_not_imported(data: Path, tmp_path: Path) -> None:
+    exported(data, tmp_path / "log.jsonl")
+    first, rest = (tmp_path / "log.jsonl").read_bytes().split(b"\n", 1)
+    header = json.loads(first) | {"log_id": "log_1\0"}
+    (tmp_path / "bad.jsonl").write_bytes(json.dumps(header).encode() + b"\n" + rest)
+
+    with pytest.raises(Refused, match="log_id"):
         brought_in(tmp_path / "bad.jsonl", tmp_path / "other")
 
 
