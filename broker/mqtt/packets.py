@@ -158,3 +158,10 @@ class Goodbye(msgspec.Struct):
 
 
 Packet = Connect | Connack | Publish | Ack | Subscribe | Unsubscribe | Granted | Ping | Goodbye
+
+
+def weight(packet: Packet) -> int:
+    """What a packet counts for the rate of its client: a filter costs as much time as a packet."""
+    if isinstance(packet, Subscribe):
+        return len(packet.filters)
+    return len(packet.topics) if isinstance(packet, Unsubscribe) else 1

@@ -119,8 +119,9 @@ class Session:
     def work(self, now: float) -> None:
         """Handles the packets that have arrived, as many as windows, rate and one turn allow."""
         self.resume_at = None
+        limits, left = self._limits, self._limits.packets_at_once
         try:
-            for _ in range(self._limits.packets_at_once):
+            while left > 0:
                 if not self._may_read(now):
                     return
                 cut = self._splitter.next()
@@ -131,10 +132,12 @@ class Session:
                 first, body = cut
                 packet = decode(first, body, self.version)
                 if type(packet) is p.Ack and packet.packet_id in self._in_flight:
+                    left -= 1
                     self._acknowledged(packet, now)  # not charged: the server caused them
                 else:
-                    limits = self._limits
-                    self._pay(max(1 / limits.packets_per_sec, len(body) / limits.bytes_per_sec), now)
+                    weight = p.weight(packet)
+                    left -= weight
+                    self._pay(max(weight / limits.packets_per_sec, len(body) / limits.bytes_per_sec), now)
                     self._handle(packet, now)
             self.paused, self.resume_at = True, now
         except BadPacket as error:
@@ -153,8 +156,7 @@ class Session:
         if self.paused or not read:
             self.heard_at = now  # the client may have sent something that was not read
         elif self.keepalive and now >= self.heard_at + _KEEPALIVE_GRACE * self.keepalive:
-            text = f"no packet for 1.5 times the keepalive of {self.keepalive} s"
-            self.close(Reason.KEEPALIVE, text)
+            self.close(Reason.KEEPALIVE, f"no packet for 1.5 times the keepalive of {self.keepalive} s")
         elif not self.keepalive and self._in_flight:
             _, sent_at = next(iter(self._in_flight.values()))
             if now >= max(sent_at, self.heard_at) + self._limits.unanswered_sec:
@@ -314,8 +316,7 @@ class Session:
                 raise BadPacket("QoS 2; the maximum is 1", Reason.QOS)
             answer_to = properties.get("response_topic", "")
             if "subscription_id" in properties or "+" in answer_to or "#" in answer_to:
-                text = "a subscription identifier, or a response topic with a wildcard, in a PUBLISH"
-                raise BadPacket(text, Reason.PROTOCOL_ERROR)
+                raise BadPacket("a property that a client may not set in a PUBLISH", Reason.PROTOCOL_ERROR)
         if packet.qos:
             if (known := self._heard.get(mid)) is not None:
                 if (known.publish.topic, known.publish.payload) != (packet.topic, packet.payload):
@@ -328,8 +329,7 @@ class Session:
                 self._answer(p.PUBREC, mid, 0, "")
                 return
             if self.version == 5 and len(self._heard) >= self._limits.receive_maximum:
-                maximum = self._limits.receive_maximum
-                raise BadPacket(f"more than {maximum} messages without PUBACK", Reason.TOO_MANY)
+                raise BadPacket(f"more than {len(self._heard)} messages without PUBACK", Reason.TOO_MANY)
             if len(self._unreleased) > self._limits.unacknowledged:
                 raise BadPacket("too many messages without PUBREL", Reason.TOO_MANY)
             self._heard[mid] = _Heard(packet)

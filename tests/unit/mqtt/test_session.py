@@ -464,3 +464,15 @@ def test_websocket_frames_without_a_packet_are_rate_limited() -> None:
         speaker.session.frame(speaker.now)
         speaker.raw(b"")
     assert 75 <= frames <= 85
+
+
+def test_each_filter_counts_as_a_packet_for_the_rate_and_for_one_turn() -> None:
+    filters = [p.Filter(f"a/{n}", 1) for n in range(50)]
+    speaker = Speaker(limits=limits(packets_at_once=100)).connected()
+    speaker.say(*(p.Subscribe(n, filters) for n in range(1, 6)))
+    assert len(speaker.told(p.Subscribe)) == 2
+    assert speaker.session.resume_at == speaker.now
+    speaker = Speaker(limits=limits(packets_per_sec=100, burst_sec=1)).connected()
+    speaker.say(*(p.Unsubscribe(n, [each.topic for each in filters]) for n in range(1, 6)))
+    assert len(speaker.told(p.Unsubscribe)) == 3
+    assert speaker.session.resume_at == pytest.approx(speaker.now + 0.5)
