@@ -161,7 +161,9 @@ Packet = Connect | Connack | Publish | Ack | Subscribe | Unsubscribe | Granted |
 
 
 def weight(packet: Packet) -> int:
-    """What a packet counts for the rate of its client: a filter costs as much time as a packet."""
+    """What a packet counts for the rate of its client: a filter, or 8 user properties, count as one."""
+    if isinstance(packet, Publish):
+        return 1 + len(packet.properties.get("user", ())) // 8
     if isinstance(packet, Subscribe):
         return len(packet.filters)
     return len(packet.topics) if isinstance(packet, Unsubscribe) else 1

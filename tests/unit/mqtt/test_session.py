@@ -476,3 +476,9 @@ def test_each_filter_counts_as_a_packet_for_the_rate_and_for_one_turn() -> None:
     speaker.say(*(p.Unsubscribe(n, [each.topic for each in filters]) for n in range(1, 6)))
     assert len(speaker.told(p.Unsubscribe)) == 3
     assert speaker.session.resume_at == pytest.approx(speaker.now + 0.5)
+
+
+def test_many_user_properties_count_as_more_packets() -> None:
+    speaker = Speaker(limits=limits(packets_at_once=100)).connected()
+    speaker.say(*(said(b"x", qos=0, properties={"user": [("", "")] * 99}) for _ in range(20)))
+    assert len(speaker.told(p.Publish)) == 8
