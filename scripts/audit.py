@@ -19,7 +19,8 @@ ASK_WITHIN_SEC = 600
 
 
 def main() -> int:
-    code = passes("ruff", "check", "--select", "S", *ROOMS)
+    # pyproject.toml selects the S rules, and says which of them are left out and why
+    code = passes("ruff", "check", *ROOMS)
     code |= passes("bandit", "--quiet", "--configfile", "pyproject.toml", "--recursive", *ROOMS)
     return code or max(vulnerable(lock) for lock in LOCKS)
 

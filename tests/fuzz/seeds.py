@@ -87,20 +87,41 @@ def settings() -> list[bytes]:
         b"[limits]\nqueue_per_name = 5\n[mqtt_limits]\nburst_sec = 1.0\n[projects.acme]\nparams_bytes = 100\n"
     )
     given = [b"127.0.0.1:80", b"mqtts://[::1]:8883,mqtt://h:1", b"mqtts://user:pw%40@host:8883/?v=5", b"info"]
-    return [b" " + file, *(bytes((place,)) + text for place, text in enumerate(given))]
+    once_wrong = [
+        b"trusted_proxies = [1]",
+        b"x = " + b"9" * 5_000,
+        b"x = " + b"[" * 5_000,
+        b'data = "a\\u0000b"',
+    ]
+    return [
+        b" " + file,
+        *(b" " + text for text in once_wrong),
+        *(bytes((place,)) + text for place, text in enumerate(given)),
+    ]
 
 
 def types() -> list[bytes]:
     shipped = sorted((resources.files("devices") / "shipped").iterdir(), key=lambda file: file.name)
     renamed = [file.read_bytes() for file in shipped if file.name.endswith(".toml")]
-    return [text.replace(b'name = "', b'name = "my', 1) for text in renamed]
+    once_wrong = [
+        b'name = "x"\nopen = true\nmax_attempts = ' + digits
+        for digits in (b"9" * 5_000, b"0x" + b"f" * 5_000)
+    ]
+    return [*once_wrong, *(text.replace(b'name = "', b'name = "my', 1) for text in renamed)]
 
 
 def imports() -> list[bytes]:
     rows = golden_rows()[:8]
     header = lines.header_line(lines.Header(log_id="log_1", position=8, hash=rows[-1].hash))
     file = b"\n".join([header, *map(lines.as_line, rows), b""])
-    changes = [b"\x40", b"\x40\x05\x08\x02{}", b"\x40\x09\x02\x08executed", b"\x08\x01\x03\x01\x02"]
+    changes = [
+        b"\x40",
+        b"\x40\x02\x01\x01\x01",
+        b"\x40\x40\x04\x08\x40" + bytes(7),
+        b"\x40\x05\x08\x02{}",
+        b"\x40\x09\x02\x08executed",
+        b"\x08\x01\x03\x01\x02",
+    ]
     return [b"\0" + file, *(b"\1" + change for change in changes)]
 
 

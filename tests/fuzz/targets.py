@@ -6,7 +6,9 @@ breaks a rule. It decides everything from its bytes, so an input that fails once
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
@@ -168,7 +170,10 @@ def cursors(data: bytes) -> None:
 
 @cache
 def scratch() -> Path:
-    return Path(tempfile.mkdtemp(prefix="ordain-fuzz-"))
+    """A directory for the files of this process; removed when it ends."""
+    made = tempfile.mkdtemp(prefix="ordain-fuzz-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
 
 
 def settings(data: bytes) -> None:

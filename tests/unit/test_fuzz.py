@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import tomllib
+from typing import Any
 
 import pytest
 
@@ -32,17 +34,46 @@ def test_every_target_has_seeds_words_and_kept_inputs() -> None:
     assert [name for name in NAMES if not read(name)] == []
 
 
+def inputs(name: str) -> list[bytes]:
+    draw, kept, many = random.Random(name), [*SEEDS[name](), *read(name)], 400
+    chosen = kept
+    if name in SLOW:
+        chosen, many = [*SEEDS[name](), *draw.sample(read(name), min(20, len(read(name))))], 20
+    return [*chosen, *(changed(draw, draw.choice(kept), WORDS[name]) for _ in range(many))]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_kept_input_and_no_change_of_one_breaks_a_rule(name: str) -> None:
-    draw, kept = random.Random(name), [*SEEDS[name](), *read(name)]
-    many = 20 if name in SLOW else 400
-    chosen = (
-        kept if name not in SLOW else [*SEEDS[name](), *draw.sample(read(name), min(20, len(read(name))))]
-    )
-    inputs = [*chosen, *(changed(draw, draw.choice(kept), WORDS[name]) for _ in range(many))]
-
-    for data in inputs:
+    for data in inputs(name):
         try:
             TARGETS[name](data)
         except Exception as error:
             pytest.fail(f"{type(error).__name__} for {data!r}: {error}")
+
+
+# A target -> what is broken, and how.
+BUGS: list[tuple[str, str, Any]] = [
+    ("packets", "broker.mqtt.codec._text", lambda value: b"\0\0"),
+    ("packets", "broker.mqtt.session.Session._end", lambda *given, **more: None),
+    ("answers", "devices.wire.parse_rfc3339", lambda text: {}[text]),
+    ("topics", "tests.fuzz.targets.fits", lambda wanted, topic: wanted.endswith("#") or wanted == topic),
+    ("grants", "devices.grant.GrantVerifier._check_purpose", lambda *given: None),
+    ("cursors", "broker.http.edge.pages.Pager.after", lambda pager, cursor: 0),
+    ("settings", "broker.settings._useless", lambda value: value["x"]),
+    ("types", "devices.types.toml.parse", tomllib.loads),
+    ("imports", "broker.operations.transfer._unfit", lambda row: None),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "broken"), BUGS, ids=[place for _, place, _ in BUGS])
+def test_a_planted_bug_is_found(name: str, place: str, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, broken)
+
+    def breaks(data: bytes) -> bool:
+        try:
+            TARGETS[name](data)
+        except Exception:
+            return True
+        return False
+
+    assert any(map(breaks, inputs(name)))
