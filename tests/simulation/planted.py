@@ -320,7 +320,7 @@ def _one_more(self: Session, packet: Packet) -> None:
     self._window += 1
 
 
-def _never_silent(self: Session, now: float) -> None:
+def _never_silent(self: Session, now: float, *, read: bool = True) -> None:
     """Waits for ever."""
 
 
