@@ -18,6 +18,7 @@ import uvloop
 from broker.core import Core
 from broker.http.app import create_app
 from broker.http.edge.services import Services
+from broker.http.edge.strangers import Strangers
 from broker.http.edge.streams import Streams
 from broker.http.edge.tickets import Tickets
 from broker.http.edge.waits import Waits
@@ -48,6 +49,9 @@ def services(core: Core, shown: Settings | None = None) -> Services:
     streams = Streams(core.feed, core.log_id, core.settings.limits.streams_per_project, sent.inc)
     waits = Waits(core.feed, core.settings.limits.waits_per_project)
     tickets = Tickets(core.writer, core.keys)
+    limits = (shown or core.settings).limits
+    strangers = Strangers(limits.strangers, limits.strangers_per_address)
+    metrics.watch_strangers(lambda: strangers.open, strangers.limit, lambda: strangers.closed)
     metrics.watch_streams(lambda: streams.open, lambda: waits.open, lambda: tickets.unused)
     told = metrics.subscribers("mqtt", lambda: core.mqtt_events.lag if core.settings.mqtt_events else 0)
     core.mqtt_events.sent = told.inc
@@ -72,6 +76,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         streams=streams,
         waits=waits,
         tickets=tickets,
+        strangers=strangers,
         dispatch=core.dispatch,
         intake=core.intake,
         pull=core.pull,

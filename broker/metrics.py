@@ -43,6 +43,7 @@ STAGES_SEC = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 FAST_SEC = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 ATTEMPTS = (1, 2, 3, 4, 5, 10, 100)
 RECENT_COMMITS = 256
+TEXT_MS = 1_000  # a stranger may ask as often as it likes, and to render takes milliseconds of the loop
 BATCHES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
 
 
@@ -107,6 +108,8 @@ class Metrics:
             buckets=ATTEMPTS,
             registry=self.registry,
         )
+        self._text: bytes | None = None
+        self._text_at = 0
         self.listener: Listening | None = None
         self.recent_commits_ms = deque[int](maxlen=RECENT_COMMITS)
         self._wrongs()
@@ -213,6 +216,13 @@ class Metrics:
         ):
             Gauge(f"ordain_{name}", text, registry=self.registry).set_function(look)
 
+    def watch_strangers(self, count: Callable[[], float], limit: int, closed: Callable[[], float]) -> None:
+        what = "HTTP connections on which no key was accepted yet"
+        Gauge("ordain_http_strangers", what, registry=self.registry).set_function(count)
+        Gauge("ordain_http_strangers_limit", "How many there may be", registry=self.registry).set(limit)
+        what = "Such connections closed for a newer one"
+        self.registry.register(_Counted("ordain_http_strangers_closed_total", what, closed))
+
     def watch_listener(
         self, figures: Mapping[str, tuple[str, Callable[[], float]]], refusals: Mapping[int, int]
     ) -> None:
@@ -220,8 +230,12 @@ class Metrics:
         self.listener = Listening(figures, refusals)
         self.registry.register(_Listener(figures, refusals))
 
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
+    def text(self, *, fresh: bool = False) -> bytes:
+        """All metrics in Prometheus' text format; rendered at most once a second, except if `fresh`."""
+        now = self.now_ms()
+        if fresh or self._text is None or now >= self._text_at + TEXT_MS:
+            self._text, self._text_at = generate_latest(self.registry), now
+        return self._text
 
     # --- calls of other parts ---
 
@@ -287,6 +301,16 @@ class Metrics:
 
     def _observe(self, stage: str, ms: int) -> None:
         self._stages.labels(stage).observe(ms / 1_000)
+
+
+class _Counted(Collector):
+    """A counter that another part keeps."""
+
+    def __init__(self, name: str, what: str, look: Callable[[], float]) -> None:
+        self._name, self._what, self._look = name, what, look
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(self._name, self._what, value=self._look())
 
 
 class _Listener(Collector):

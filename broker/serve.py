@@ -14,6 +14,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -25,7 +26,7 @@ from broker import supervisor
 from broker.control import refuse_replay, remember_prefix, services
 from broker.core import Core
 from broker.demo import Demo
-from broker.http.app import create_app
+from broker.http.app import create_app, metrics_app
 from broker.http.edge.protocol import Bounded
 from broker.http.edge.services import Services
 from broker.mqtt.door import Door, mqtt_door
@@ -33,7 +34,7 @@ from broker.mqtt.figures import figures
 from broker.mqtt.tls import Certificates
 from broker.mqtt.websocket import upgrades
 from broker.private_socket import SOCKET, listen
-from broker.settings import BadSetting, Settings, address
+from broker.settings import METRICS, BadSetting, Settings, address, within_files
 from broker.subscriptions.outbound import HttpOutbound
 from broker.type_files import load_types
 from broker.world import SqliteStorage, SystemClock, SystemEntropy, pepper_of
@@ -67,6 +68,13 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
     # Each stream and each device uses an open file. The usual limit of 1,024 files is too small.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most != resource.RLIM_INFINITY and (settings := within_files(wanted := settings, most)) != wanted:
+        logger.warning(
+            "limits.lowered",
+            open_files=most,
+            mqtt_connections=settings.mqtt_limits.connections,
+            http_strangers=settings.limits.strangers,
+        )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -78,9 +86,12 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
         listening = [sockets.enter_context(_bound("http", settings.http))]
         if settings.https:
             listening.append(sockets.enter_context(_bound("https", settings.https)))
+        scraped = None
+        if settings.metrics not in METRICS:
+            scraped = sockets.enter_context(_bound("metrics", settings.metrics))
         storage = await SqliteStorage.open(Path(settings.data))
         try:
-            await _serve(settings, storage, listening, certificates, tls, demo, say, stop)
+            await _serve(settings, storage, listening, scraped, certificates, tls, demo, say, stop)
         finally:
             await storage.close()
     logger.info("broker.ended")
@@ -90,6 +101,7 @@ async def _serve(
     settings: Settings,
     storage: SqliteStorage,
     listening: list[socket.socket],
+    scraped: socket.socket | None,
     certificates: Certificates | None,
     tls: ssl.SSLContext | None,
     demo: bool,
@@ -111,8 +123,10 @@ async def _serve(
             parts = services(core, settings)
             if door.listener is not None:
                 parts.metrics.watch_listener(figures(door.listener), door.listener.refusals)
-            async with _http(parts, listening, Path(settings.data), door, certificates):
+            async with _http(parts, listening, scraped, Path(settings.data), door, certificates):
                 base = f"http://{joined(*listening[0].getsockname()[:2])}"
+                if scraped is not None:
+                    logger.info("metrics.serving", at=joined(*scraped.getsockname()[:2]))
                 logger.info("broker.serving", http=base, data=settings.data, log=core.log_id)
                 helpers = []
                 if demo:
@@ -143,11 +157,12 @@ async def _demo(core: Core, settings: Settings, url: str, base: str, say: Callab
 async def _http(
     parts: Services,
     listening: list[socket.socket],
+    scraped: socket.socket | None,
     directory: Path,
     door: Door,
     certificates: Certificates | None,
 ) -> AsyncIterator[None]:
-    """Runs the public app on its address and the operator's app on the private socket.
+    """Runs the public app on its addresses, the operator's on the private socket, and metrics at `scraped`.
 
     At the end, open requests may finish for up to GRACE_SEC.
     """
@@ -155,18 +170,22 @@ async def _http(
     websockets = None if door.listener is None else upgrades(door.listener, parts.settings.cors_origins)
     public = create_app(parts)
     keep = parts.settings.http_keep_alive_sec
-    servers = [_uvicorn(create_app(parts, local=True), keep), _uvicorn(public, keep, websockets)]
+    public_http = partial(Bounded, strangers=parts.strangers)
+    served = [(private, _uvicorn(create_app(parts, local=True), keep, Bounded))]
+    served.append((listening[0], _uvicorn(public, keep, public_http, websockets)))
     if len(listening) > 1 and certificates is not None:
-        servers.append(_uvicorn(public, keep, websockets, certificates))
+        served.append((listening[1], _uvicorn(public, keep, public_http, websockets, certificates)))
+    if scraped is not None:
+        served.append((scraped, _uvicorn(metrics_app(parts), keep, public_http)))
     async with asyncio.TaskGroup() as group:
-        for server, listener in zip(servers, (private, *listening), strict=True):
+        for listener, server in served:
             group.create_task(server.serve(sockets=[listener]))
         try:
             yield
         finally:
             parts.streams.close()  # uvicorn would wait for open streams, and for waiting requests
             parts.waits.close()
-            for server in servers:
+            for _, server in served:
                 server.should_exit = True
     (directory / SOCKET).unlink(missing_ok=True)
 
@@ -174,13 +193,14 @@ async def _http(
 def _uvicorn(
     app: ASGIApp,
     keep_alive_sec: int,
+    protocol: Callable[..., asyncio.Protocol],
     websockets: Callable[..., asyncio.Protocol] | None = None,
     certificates: Certificates | None = None,
 ) -> _Server:
     config = uvicorn.Config(
         app,
         loop="none",
-        http=Bounded,
+        http=protocol,  # type: ignore[arg-type] # it is only called
         ws="none" if websockets is None else websockets,  # type: ignore[arg-type] # it is only called
         lifespan="off",
         log_config=None,

@@ -60,6 +60,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     qos0_per_project: Count = 2_000
     qos0_in_all: Count = 10_000
     qos0_bytes: Annotated[int, Meta(ge=1_048_576)] = 16_777_216
+    strangers: Count = 5_000
+    strangers_per_address: Count = 2_500
     unmatched_per_device: Annotated[int, Meta(ge=1)] = 100
     unmatched_in_all: Annotated[int, Meta(ge=1)] = 10_000
     webhooks_per_project: Annotated[int, Meta(ge=0, le=1_000)] = 20
@@ -113,6 +115,21 @@ class ProjectLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     history_retention_sec: Retention | UnsetType = UNSET
 
 
+def within_files(settings: Settings, files: int) -> Settings:
+    """The same settings with bounds of connections that a process with so many open files can hold: three
+    quarters for our own MQTT server, an eighth for HTTP connections without a key, the rest for all else."""
+    http, mqtt = settings.limits, settings.mqtt_limits
+    strangers = min(http.strangers, max(files // 8, 2))
+    per_address = http.strangers_per_address
+    if strangers < http.strangers:
+        per_address = min(per_address, strangers // 2)
+    return msgspec.structs.replace(
+        settings,
+        limits=msgspec.structs.replace(http, strangers=strangers, strangers_per_address=per_address),
+        mqtt_limits=msgspec.structs.replace(mqtt, connections=min(mqtt.connections, max(files * 3 // 4, 1))),
+    )
+
+
 def limits_of(limits: Limits, project: ProjectLimits) -> Limits:
     return msgspec.structs.replace(limits, **msgspec.to_builtins(project))
 
@@ -124,6 +141,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     http: str = "127.0.0.1:8080"
     https: str = ""
     http_keep_alive_sec: Annotated[int, Meta(ge=1, le=3_600)] = 75
+    metrics: str = "open"
     mqtt_listen: str | list[str] = "127.0.0.1:1883"
     mqtt_url: str = ""
     mqtt_ca: str = ""
@@ -161,6 +179,7 @@ ENVIRONMENT = {
     "log_format": "ORDAIN_LOG_FORMAT",
 }
 CONFIG = "ORDAIN_CONFIG"
+METRICS = ("open", "key", "off")
 ORIGIN = re.compile(r"https?://[a-z0-9.\-\[\]:]+")
 
 
@@ -185,6 +204,8 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
     for key in ("http", "https"):
         if key == "http" or settings.https:
             address(key, getattr(settings, key))
+    if settings.metrics not in METRICS and parted(settings.metrics) is None:
+        raise BadSetting(f"metrics = {settings.metrics!r}: must be {', '.join(METRICS)} or HOST:PORT")
     _check_tls(settings, listened(settings))
     _check_mqtt_url(settings)
     for origin in settings.cors_origins:

@@ -9,6 +9,7 @@ from litestar import Litestar
 from litestar.plugins import PluginProtocol
 from litestar.plugins.core import MsgspecDIPlugin
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from broker.http import local as local_routes
 from broker.http import sdk
@@ -51,6 +52,21 @@ def _routes(local: bool) -> Litestar:
         openapi_config=None,
         logging_config=None,
     )
+
+
+def metrics_app(services: Services) -> ASGIApp:
+    """The app on the listener of `metrics = "HOST:PORT"`: `GET /metrics`, and nothing else."""
+
+    async def app(scope: Scope, _: Receive, send: Send) -> None:
+        asked: dict[str, Any] = {**scope}
+        found = asked["path"] == "/metrics" and asked["method"] in ("GET", "HEAD")
+        body = services.metrics.text() if found else b""
+        headers = [(b"content-type", CONTENT_TYPE_LATEST.encode()), (b"content-length", b"%d" % len(body))]
+        status = 200 if found else 404
+        await send({"type": "http.response.start", "status": status, "headers": [*headers, NO_STORE]})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    return app
 
 
 def create_app(services: Services, *, local: bool = False) -> ASGIApp:

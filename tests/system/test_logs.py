@@ -8,6 +8,8 @@ import re
 import socket
 import subprocess
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
@@ -88,3 +90,14 @@ def test_under_systemd_lines_have_a_priority_and_no_time_and_the_manager_is_told
     assert lines
     assert all(re.match(start, line) for line in lines), lines
     assert "timestamp" not in "".join(lines)
+
+
+def test_metrics_can_have_a_listener_of_their_own(tmp_path: Path, new_broker: NewBroker) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('metrics = "127.0.0.1:0"\n')
+    broker = new_broker("--config", str(config)).start()
+    at = broker.run.err.wait("event=metrics.serving").split(" at=")[1].split()[0]
+    assert b"ordain_ready 1.0" in urlopen(f"http://{at}/metrics").read()
+    for url in (f"http://{at}/healthz", f"{broker.url}/metrics"):
+        with pytest.raises(HTTPError, match="404"):
+            urlopen(url)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.settings import BadSetting, load
+from broker.settings import BadSetting, Settings, load, within_files
 
 
 def refused(tmp_path: Path, text: str) -> str:
@@ -61,3 +61,17 @@ def test_an_mqtt_url_is_never_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["data", "types", "tls_key", "mqtt_ca"])
 def test_a_text_with_a_nul_is_refused(tmp_path: Path, key: str) -> None:
     assert f"{key} = 'a\\x00b'" in refused(tmp_path, f'{key} = "a\\u0000b"')
+
+
+def test_metrics_are_one_of_three_words_or_an_address(tmp_path: Path) -> None:
+    assert "HOST:PORT" in refused(tmp_path, 'metrics = "closed"')
+    for value in ("open", "key", "off", "127.0.0.1:9100"):
+        (tmp_path / "right.toml").write_text(f'metrics = "{value}"')
+        assert load({}, {}, str(tmp_path / "right.toml")).metrics == value
+
+
+def test_bounds_of_connections_stay_within_the_limit_of_open_files() -> None:
+    assert within_files(Settings(), 1_048_576) == Settings()
+    few = within_files(Settings(), 1_024)
+    assert few.mqtt_limits.connections + few.limits.strangers < 1_024
+    assert few.limits.strangers_per_address < few.limits.strangers

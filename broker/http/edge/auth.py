@@ -23,6 +23,7 @@ from broker.engine.registry import OF_DEVICE
 from broker.http.edge.errors import body_fault
 from broker.http.edge.positions import is_position
 from broker.http.edge.services import Services, served
+from broker.http.edge.strangers import PASSED
 from broker.settings import Limits
 from devices.names import RESERVED, is_name
 
@@ -118,8 +119,8 @@ def check_size(body: bytes, limits: Limits, many: str) -> None:
             )
 
 
-async def authorize(request: Request[Any, Any, Any]) -> None:
-    """Runs before every route that needs a key.
+async def authorize(request: Request[Any, Any, Any], scope: str = "") -> None:
+    """Runs before every route that needs a key. `scope`: empty for the one of the route.
 
     It is not a Litestar guard, because Litestar copies the handler for guards on each request.
 
@@ -142,7 +143,9 @@ async def authorize(request: Request[Any, Any, Any]) -> None:
         caller = services.keys.caller(secret)
     if caller is None:
         raise Refusal("unauthorized", "a valid key is needed: Authorization: Bearer <key>, or X-API-Key")
-    scope = options["scope"]
+    if (passed := cast(dict[str, Any], request.scope).get(PASSED)) is not None:
+        passed()
+    scope = scope or options["scope"]
     if caller.device_id is not None:
         if not options.get("device"):
             raise Refusal("forbidden", "a device's token serves its heartbeat and its own commands only")

@@ -9,11 +9,18 @@ from litestar import Response, Router, get
 from litestar.openapi.datastructures import ResponseSpec
 
 from broker import metrics
+from broker.domain.errors import Refusal
 from broker.http.edge.answers import Json
-from broker.http.edge.auth import Call
+from broker.http.edge.auth import Call, authorize
 from broker.http.edge.errors import ErrorBody, answer
+from broker.http.edge.services import served
 
 NOT_READY = {503: ResponseSpec(ErrorBody, generate_examples=False, description="`unavailable`: not ready.")}
+
+NO_METRICS = {
+    status: ResponseSpec(ErrorBody, generate_examples=False, description=f"`{code}`: see `metrics`.")
+    for status, code in ((401, "unauthorized"), (403, "forbidden"), (404, "not_found"))
+}
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -63,13 +70,19 @@ async def readyz(request: Call) -> Response[Health | ErrorBody]:
     return Json(Health("ready"))
 
 
-@get("/metrics", security=[{}], media_type="text/plain")
+@get("/metrics", security=[{}], responses=NO_METRICS, media_type="text/plain")
 async def read_metrics(request: Call) -> Response[bytes]:
     """Read the metrics
 
-    In the Prometheus text format.
+    In the Prometheus text format, at most a second old. The setting `metrics` says who may: anybody (`open`),
+    a key with the scope `admin` (`key`), or nobody here (`off`, or a listener of its own).
     """
-    return Response(request.services.metrics.text(), media_type=metrics.CONTENT_TYPE)
+    services, local = request.services, served(request.scope).local
+    if not local and services.settings.metrics == "key":
+        await authorize(request, "admin")
+    elif not local and services.settings.metrics != "open":
+        raise Refusal("not_found", "there is nothing at this path")
+    return Response(services.metrics.text(fresh=local), media_type=metrics.CONTENT_TYPE)
 
 
 @get("/.well-known/jwks.json", security=[{}])

@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 
 from broker.http.edge.errors import error_body
 from broker.http.edge.heads import Fault, asks_to_upgrade, fault_of, is_websocket
+from broker.http.edge.strangers import PASSED, Strangers
 
 HEAD_BYTES = 65_536
 HEAD_SEC = 10.0
@@ -44,8 +45,10 @@ class Bounded(HttpToolsProtocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        strangers: Strangers | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self._strangers = strangers  # None: the private socket
         self._last = False  # no request after this one is read: it asked for another protocol
         self._leaving = False  # the WebSocket's protocol gets the connection
         self._part: Literal["head", "body"] | None = "head"
@@ -59,10 +62,21 @@ class Bounded(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self._strangers is not None:
+            self._strangers.add(self, self.client[0] if self.client else "")
         self._time()
+
+    def passed(self) -> None:
+        """This connection is no stranger's any more."""
+        if self._strangers is not None:
+            self._strangers.remove(self)
+
+    def end(self) -> None:
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self.passed()
         for timer in filter(None, (self._timer, self._stall)):
             timer.cancel()
 
@@ -97,6 +111,7 @@ class Bounded(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope[PASSED] = self.passed  # type: ignore[literal-required]
         self._enter("head")
 
     def on_headers_complete(self) -> None:
@@ -143,6 +158,7 @@ class Bounded(HttpToolsProtocol):
         if self._leaving and rest:  # a WebSocket client sends nothing before the 101
             self._refuse(MALFORMED)
         elif self._leaving:
+            self.passed()  # the MQTT server has its own bounds
             self.handle_websocket_upgrade()
 
     def _enter(self, part: Literal["head", "body"] | None) -> None:

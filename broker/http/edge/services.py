@@ -17,6 +17,7 @@ from broker.engine.pull import Pull
 from broker.engine.registry import Registry
 from broker.engine.repairs import Repairs
 from broker.engine.verification import Verification
+from broker.http.edge.strangers import Strangers
 from broker.http.edge.streams import Streams
 from broker.http.edge.tickets import Tickets
 from broker.http.edge.waits import Waits
@@ -50,6 +51,7 @@ class Services:
     streams: Streams
     waits: Waits
     tickets: Tickets
+    strangers: Strangers
     dispatch: Dispatch
     intake: Intake
     pull: Pull

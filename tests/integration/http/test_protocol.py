@@ -18,6 +18,7 @@ from uvicorn.server import ServerState
 
 from broker.http.edge import protocol
 from broker.http.edge.protocol import Bounded
+from broker.http.edge.strangers import Strangers
 from tests.integration.core_support import until
 from tests.integration.http.support import Broker, register, running
 
@@ -345,3 +346,34 @@ async def test_any_other_upgrade_is_not_taken_over(taking: Server) -> None:
             got, _, body = await answer(reader)
             assert got == status, (request, body)
             assert await ended(reader) == b"", request
+
+
+async def test_the_oldest_connection_without_a_key_is_closed_for_a_new_one(broker: Broker) -> None:
+    state, strangers = ServerState(), Strangers(10, 2)
+    config = Config(broker.app, ws="none", lifespan="off", log_config=None)
+
+    def made() -> Bounded:
+        return Bounded(config, state, {}, strangers=strangers)
+
+    _, key = await broker.core.keys.create("acme", ("devices:read",), None)
+    with_key = (
+        GET.replace(b"/healthz", b"/v1/devices") + b"Authorization: Bearer " + key.encode() + b"\r\n\r\n"
+    )
+    loop = asyncio.get_running_loop()
+    async with await loop.create_server(made, "127.0.0.1", 0) as server, asyncio.timeout(DEADLINE_SEC):
+        async with connected(server) as known:
+            known[1].write(with_key)
+            assert (await answer(known[0]))[0] == 200
+            async with connected(server) as silent, connected(server) as wrong:
+                wrong[1].write(with_key.replace(key.encode(), b"key_x"))
+                assert (await answer(wrong[0]))[0] == 401
+                assert strangers.open == 2
+                async with connected(server) as newest:
+                    newest[1].write(GET + b"\r\n")
+                    assert (await answer(newest[0]))[0] == 200
+                    with suppress(ConnectionResetError):
+                        assert await silent[0].read() == b""
+                    known[1].write(with_key)
+                    assert (await answer(known[0]))[0] == 200
+                    assert (strangers.open, strangers.closed) == (2, 1)
+        await until(lambda: strangers.open == 0)

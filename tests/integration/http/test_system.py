@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import httpx2
 import jsonschema_rs
 import pytest
 
+from broker.control import services
+from broker.http.app import create_app
+from broker.settings import Settings
 from tests.integration.http.support import Broker, error_of, register, running
 
 
@@ -170,3 +174,26 @@ async def test_answers_match_the_openapi_description(broker: Broker, description
     await check("GET", "/readyz", "/readyz")
     await check("GET", "/healthz", "/healthz")
     await check("GET", "/.well-known/jwks.json", "/.well-known/jwks.json")
+
+
+async def test_metrics_are_rendered_at_most_once_a_second(broker: Broker) -> None:
+    metrics = services(broker.core).metrics
+    first = metrics.text()
+    metrics.refused("not_found")
+    if metrics.now_ms() < metrics._text_at + 1_000:
+        assert metrics.text() == first
+    assert metrics.text(fresh=True) != first
+
+
+async def test_metrics_may_need_an_admin_key_or_be_off(broker: Broker) -> None:
+    _, admin = await broker.core.keys.create("acme", ("admin",), None)
+    _, reader = await broker.core.keys.create("acme", ("devices:read",), None)
+    for mode, status in (("key", [401, 403, 200]), ("off", [404, 404, 404]), ("127.0.0.1:9100", [404] * 3)):
+        parts = services(broker.core, Settings(metrics=mode))
+        transport = httpx2.ASGITransport(app=cast(Any, create_app(parts)))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://ordain") as client:
+            keys = [{}, *({"Authorization": f"Bearer {key}"} for key in (reader, admin))]
+            assert [(await client.get("/metrics", headers=each)).status_code for each in keys] == status
+        operator = httpx2.ASGITransport(app=cast(Any, create_app(parts, local=True)))
+        async with httpx2.AsyncClient(transport=operator, base_url="http://ordain") as client:
+            assert (await client.get("/metrics")).status_code == 200
