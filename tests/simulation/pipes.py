@@ -254,8 +254,9 @@ class PipePort(SimDevicePort):
         self._late: list[tuple[Outgoing, bool, Done]] = []
 
     def _dial(self) -> None:
+        before = self._connection
         super()._dial()
-        if self._connection is None:
+        if self._connection is None or self._connection is before:
             return
         self._observed = Observed(lambda: self.version)
         will = None
