@@ -223,6 +223,12 @@ class Metrics:
         what = "Such connections closed for a newer one"
         self.registry.register(_Counted("ordain_http_strangers_closed_total", what, closed))
 
+    def watch_lookups(self, under_way: Callable[[], float], refused: Callable[[], float]) -> None:
+        what = "Host names of webhooks that are being looked up"
+        Gauge("ordain_webhook_lookups", what, registry=self.registry).set_function(under_way)
+        what = "Lookups refused because too many were under way"
+        self.registry.register(_Counted("ordain_webhook_lookups_refused_total", what, refused))
+
     def watch_listener(
         self, figures: Mapping[str, tuple[str, Callable[[], float]]], refusals: Mapping[int, int]
     ) -> None:

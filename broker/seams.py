@@ -7,6 +7,7 @@ Production (`broker/world.py`) and simulation implement them differently. No oth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -188,6 +189,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     status: int | None = None
     error: str | None = None
     retry_after: str | None = None
+
+
+# The project that the requests of this task are made for: its lookups of host names have a bound.
+of_project: ContextVar[str] = ContextVar("of_project", default="")
 
 
 class Outbound(Protocol):

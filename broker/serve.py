@@ -109,7 +109,7 @@ async def _serve(
     stop: asyncio.Event,
 ) -> None:
     types = load_types(settings.types)
-    outbound = HttpOutbound(settings.webhook_allow)
+    outbound = HttpOutbound(settings.webhook_allow, limits=settings.limits)
     pepper = pepper_of(Path(settings.data), settings.key_pepper_file)
     core = Core(storage, SystemClock(), SystemEntropy(), types, settings, outbound, pepper)
     embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
@@ -121,6 +121,7 @@ async def _serve(
             if not settings.mqtt_url:
                 settings = msgspec.structs.replace(settings, mqtt_listen=door.devices_url)
             parts = services(core, settings)
+            parts.metrics.watch_lookups(lambda: outbound.lookups.under_way, lambda: outbound.lookups.refused)
             if door.listener is not None:
                 parts.metrics.watch_listener(figures(door.listener), door.listener.refusals)
             async with _http(parts, listening, scraped, Path(settings.data), door, certificates):

@@ -64,6 +64,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     strangers_per_address: Count = 2_500
     unmatched_per_device: Annotated[int, Meta(ge=1)] = 100
     unmatched_in_all: Annotated[int, Meta(ge=1)] = 10_000
+    lookups: Count = 256
+    lookups_per_project: Count = 8
     webhooks_per_project: Annotated[int, Meta(ge=0, le=1_000)] = 20
     streams_per_project: Annotated[int, Meta(ge=1)] = 2_000
     waits_per_project: Annotated[int, Meta(ge=0)] = 2_000

@@ -209,7 +209,7 @@ async def _target(settings: Settings, into: str, log_id: str, secret: str | None
 
             yield publish
     else:
-        outbound = HttpOutbound(settings.webhook_allow)
+        outbound = HttpOutbound(settings.webhook_allow, limits=settings.limits)
         secrets = [] if secret is None else [secret]
         try:
 

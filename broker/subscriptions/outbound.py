@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 
 import httpcore2
 
-from broker.seams import Answer
+from broker.seams import Answer, of_project
+from broker.settings import Limits
 from devices.mqtt_url import joined
 
 Address = IPv4Address | IPv6Address
@@ -35,7 +36,8 @@ PIECES_AT_ONCE = 2  # pieces that may be handled in one turn of the loop, of all
 CHUNKS = 64
 KEPT_CONNECTIONS = 64
 KEPT_SEC = 15.0  # idle connections are closed after this time, so the name is looked up again
-LOOKUPS = 64
+FAILED_SEC = 10.0  # so long a name without an address is not looked up again
+FAILED_NAMES = 1_000
 ADDRESSES = 4
 # Letters, digits, dots and dashes, or an IPv6 address. Any other host is an attack or needs IDNA.
 HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
@@ -123,9 +125,12 @@ class HttpOutbound:
         allow: Iterable[str] = (),
         lookup: Lookup | None = None,
         verify: ssl.SSLContext | None = None,
+        limits: Limits | None = None,
     ) -> None:
+        bounds = limits or Limits()
         self._allow = networks(allow)
-        self._lookup = lookup or _Lookups()
+        self.lookups = Lookups(bounds.lookups, bounds.lookups_per_project)
+        self._lookup = lookup or self.lookups
         # One pool per scheme, because plain http is allowed only to some addresses.
         self._pools = {
             tls: httpcore2.AsyncConnectionPool(
@@ -274,30 +279,69 @@ class _Slow(httpcore2.AsyncNetworkStream):
         return self._stream.get_extra_info(info)
 
 
-class _Lookups:
+class Lookups:
     """Looks host names up with the system's resolver, each name at most once at a time.
 
     Each lookup runs in a daemon thread: a name server that never answers must delay neither other lookups nor
-    the end of the process.
+    the end of the process. A project's lookups beyond `per_project` wait for each other. Beyond `in_all`
+    they fail at once. A name without an address is not looked up again for some seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, in_all: int, per_project: int, resolve: Callable[..., Any] = socket.getaddrinfo
+    ) -> None:
+        self._in_all = in_all
+        self._per_project = per_project
+        self._resolve = resolve
+        self._turns: dict[str, asyncio.Semaphore] = {}
         self._under_way: dict[tuple[str, int], asyncio.Future[Sequence[str]]] = {}
+        self._failed: dict[tuple[str, int], float] = {}
+        self.refused = 0
+
+    @property
+    def under_way(self) -> int:
+        return len(self._under_way)
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
-        key = (host, port)
-        found = self._under_way.get(key)
-        if found is None:
-            if len(self._under_way) >= LOOKUPS:
+        key, loop = (host, port), asyncio.get_running_loop()
+        if (found := self._known(key, loop)) is None:
+            turn = self._turns.setdefault(of_project.get(), asyncio.Semaphore(self._per_project))
+            await turn.acquire()
+            if (found := self._known(key, loop)) is not None:
+                turn.release()
+            elif len(self._under_way) >= self._in_all:
+                turn.release()
+                self.refused += 1
                 raise OSError("too many names are being looked up")
-            found = self._under_way[key] = asyncio.get_running_loop().create_future()
-            found.add_done_callback(lambda _: self._under_way.pop(key))
-            threading.Thread(target=self._work, args=(host, port, found), daemon=True).start()
+            else:
+                found = self._under_way[key] = loop.create_future()
+                found.add_done_callback(lambda done: self._ended(key, turn, done))
+                threading.Thread(target=self._work, args=(host, port, found), daemon=True).start()
         return await asyncio.shield(found)
+
+    def _known(
+        self, key: tuple[str, int], loop: asyncio.AbstractEventLoop
+    ) -> asyncio.Future[Sequence[str]] | None:
+        if (until := self._failed.get(key)) is not None:
+            if loop.time() < until:
+                raise OSError("the name had no address some seconds ago")
+            del self._failed[key]
+        return self._under_way.get(key)
+
+    def _ended(
+        self, key: tuple[str, int], turn: asyncio.Semaphore, done: asyncio.Future[Sequence[str]]
+    ) -> None:
+        # Here, not when the request ends: the thread runs until the resolver gives up.
+        del self._under_way[key]
+        turn.release()
+        if not done.cancelled() and not done.result():
+            if len(self._failed) >= FAILED_NAMES:
+                del self._failed[next(iter(self._failed))]
+            self._failed[key] = done.get_loop().time() + FAILED_SEC
 
     def _work(self, host: str, port: int, future: asyncio.Future[Sequence[str]]) -> None:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = self._resolve(host, port, type=socket.SOCK_STREAM)
             addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
         except (OSError, UnicodeError):
             addresses = []

@@ -18,7 +18,7 @@ from broker.domain.fleet import DeviceSet
 from broker.engine.commands import Caller
 from broker.engine.ids import new_id
 from broker.engine.writer import Writer
-from broker.seams import Answer, Outbound
+from broker.seams import Answer, Outbound, of_project
 from broker.subscriptions.feed import Feed, Subscription
 from broker.subscriptions.webhook_queue import GIVE_UP_MS, Pending, Progress, Window, hold_ms, signature
 from devices.clock import rfc3339
@@ -151,6 +151,7 @@ class Sender:
         # Wall-clock time, because receivers compare it with their own clock and refuse a large difference.
         headers, body = delivery(self.log_id, entry, secrets, writer.clock.wall_ms() // 1_000)
         at = writer.now()
+        of_project.set(endpoint.project)
         answer = await self.outbound.post(endpoint.url, headers, body, self._timeout_sec)
         made = Attempt(
             position=entry.position,
@@ -184,6 +185,7 @@ class Sender:
         )
         secrets, body = [secret.value for secret in endpoint.signing(at)], msgspec.json.encode(event)
         headers = signed(id, body, secrets, writer.clock.wall_ms() // 1_000)
+        of_project.set(endpoint.project)
         answer = await self.outbound.post(endpoint.url, headers, body, self._timeout_sec)
         return Attempt(
             position=0,

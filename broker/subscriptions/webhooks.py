@@ -21,7 +21,7 @@ from broker.domain.errors import Refusal, Unavailable, invalid, not_found
 from broker.engine.commands import Caller
 from broker.engine.ids import new_id
 from broker.engine.writer import Writer
-from broker.seams import Entropy, Outbound, Sql
+from broker.seams import Entropy, Outbound, Sql, of_project
 from broker.subscriptions.feed import Feed
 from broker.subscriptions.webhook_queue import Pending, Progress, fresh
 from broker.subscriptions.webhook_worker import Attempt, Endpoint, Secret, Sender, Worker
@@ -196,7 +196,7 @@ class Webhooks:
             Refusal: invalid_request (url), conflict: the project already has the allowed number of webhooks.
             Unavailable: the log cannot be written.
         """
-        await self._check(url)
+        await self._check(url, project)
         await self.writer.room()
         if sum(known.endpoint.project == project for known in self._kept.values()) >= self._per_project:
             raise Refusal(
@@ -226,8 +226,7 @@ class Webhooks:
             Unavailable: the log cannot be written.
         """
         if "url" in fields:
-            self.seen(caller, id)
-            await self._check(fields["url"])
+            await self._check(fields["url"], self.seen(caller, id).endpoint.project)
         async with self._worker_stopped(caller, id) as known:
             known.endpoint = msgspec.structs.replace(known.endpoint, **fields)
             if "events" in fields:  # the new filter may match events that the old one skipped
@@ -371,7 +370,8 @@ class Webhooks:
             raise Unavailable("the log cannot be written now")
         await self.writer.barrier()
 
-    async def _check(self, url: str) -> None:
+    async def _check(self, url: str, project: str) -> None:
+        of_project.set(project)
         fault = await self.sender.outbound.fault(url)
         if fault is not None:
             raise invalid("url", fault, url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -15,12 +16,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from broker.subscriptions.outbound import HttpOutbound, Refused, is_public, target_of
+from broker.seams import of_project
+from broker.subscriptions.outbound import HttpOutbound, Lookups, Refused, is_public, target_of
+from tests.integration.core_support import until
 from tests.integration.subscriptions.receiver import Receiver, receiving
 from tests.stretches import LONGEST_SEC, Stretches
 
 HERE = "127.0.0.0/8"
 NAME = "hooks.example"
+LONGEST_WAIT_SEC = 60
 
 
 class Names:
@@ -336,3 +340,35 @@ def test_an_unsupported_url_is_refused_with_a_reason(url: str, why: str) -> None
 def test_a_plain_url_is_parsed() -> None:
     assert target_of("https://xn--bcher-kva.example") == (True, "xn--bcher-kva.example", 443, "/")
     assert target_of("http://[2606:4700::1]:81/a%20b?c=d&e") == (False, "2606:4700::1", 81, "/a%20b?c=d&e")
+
+
+async def test_names_of_one_project_that_never_resolve_delay_no_other_project() -> None:
+    released = threading.Event()
+    asked: list[str] = []
+
+    def resolve(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        asked.append(host)
+        if host.startswith("never"):
+            released.wait(LONGEST_WAIT_SEC)
+            raise OSError
+        return [(0, 0, 0, "", ("93.184.215.14", port))]
+
+    lookups = Lookups(in_all=10, per_project=3, resolve=resolve)
+
+    async def look(project: str, host: str) -> object:
+        of_project.set(project)
+        return await lookups(host, 443)
+
+    try:
+        stuck = [asyncio.create_task(look("bad", f"never-{number}.example")) for number in range(20)]
+        await until(lambda: lookups.under_way == 3)
+        assert await asyncio.create_task(look("good", "fine.example")) == ["93.184.215.14"]
+        for task in stuck[1:]:
+            task.cancel()
+    finally:
+        released.set()
+    assert await stuck[0] == []
+    await until(lambda: lookups.under_way == 0)
+    with pytest.raises(OSError, match="some seconds ago"):
+        await asyncio.create_task(look("good", "never-0.example"))
+    assert len(asked) == 4
