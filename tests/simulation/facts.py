@@ -72,6 +72,11 @@ class Facts:
         commit = self.commit_of(row)
         return commit.seq if commit else NEVER
 
+    def not_durable(self, row: Row) -> int:
+        """The last `seq` at which the row was seen not to be durable; 0 if there was none."""
+        index = bisect_left(self._heads, row["position"])
+        return self._commits[index - 1].seq if index else 0
+
     def state_at(self, command_id: str, position: int) -> str:
         """The state of a command when the event at this position was recorded."""
         state = "none"

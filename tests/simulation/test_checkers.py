@@ -268,6 +268,14 @@ RIGHT: dict[str, Callable[[], Story]] = {
     "D9 a retained word made it open again": lambda: (
         Story().defined(presence="required").log("device/dev_1", "offline").status().sent()
     ),
+    "D9 a retained word came in the same commit": lambda: (
+        Story()
+        .defined(presence="required")
+        .status()
+        .log("device/dev_1", "online", durable=False)
+        .log("device/dev_1", "offline")
+        .sent()
+    ),
 }
 
 WRONG: dict[str, tuple[Callable[[], Story], str]] = {

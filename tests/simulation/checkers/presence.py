@@ -68,7 +68,8 @@ def _needs_presence(facts: Facts, row: Row) -> bool:
 
 def _retained_since(facts: Facts, row: Row, online: Row | None) -> bool:
     hardware_id = data(facts.created[row["stream"]]).get("hardware_id")
-    since = facts.durable(online) if online else 0
+    # Both may have been taken in one commit: a message that came before that commit may be the later one.
+    since = facts.not_durable(online) if online else 0
     return any(
         record.what == "delivery"
         and record.retain
