@@ -130,6 +130,7 @@ class Core:
         await self.feed.open()
         self.dispatch = Dispatch(self.commands, self.grants, self.link)
         self.intake = Intake(self.commands, self.registry, self.dispatch, self.link, embedded=embedded)
+        self.dispatch.settle, self.registry.told.settled = self.registry.told.settle, self.dispatch.pump
         self.pull = Pull(self.registry, self.grants, self.dispatch, self.intake)
         writer.reload = self._reload
         writer.resumed = self._resumed
@@ -158,6 +159,7 @@ class Core:
             self.writer.run(),
             self.deadlines.run(),
             self.intake.run(),
+            self.registry.told.run(),
             self.erasures.run(),
             self.verification.run(),
             self._every(CLOCK_WATCH_SEC, self._watch_clock),
@@ -190,6 +192,7 @@ class Core:
                 self.mqtt_events.save()
                 if self.writer.open:
                     self.keys.save_uses()
+                    self.registry.told.settle_all()
                 await self.writer.drain()
             finally:
                 for task in tasks:

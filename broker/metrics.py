@@ -144,6 +144,11 @@ class Metrics:
             "Answers to commands that expired or were cancelled before any hand-over; must stay 0",
             registry=self.registry,
         )
+        self._folded = Counter(
+            "ordain_device_events_folded_total",
+            "What devices said beyond their rate of events; the newest is recorded later",
+            registry=self.registry,
+        )
         self._subscriber_events, self._subscriber_lag = _of_subscribers(self.registry)
 
     def watch(self, core: Core) -> None:
@@ -152,6 +157,7 @@ class Metrics:
         writer.listeners.append(self._committed)
         core.intake.on_unmatched = self._unmatched_answer
         writer.on_refused_note = self._refused_notes.inc
+        core.registry.told.on_folded = self._folded.inc
         core.intake.on_unfit = lambda device_type: self._unfit.labels(device_type).inc()
         # Each series starts at 0: Prometheus' rate() misses the first increase of a new series.
         for event_type in TYPES:

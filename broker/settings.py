@@ -69,6 +69,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     webhooks_per_project: Annotated[int, Meta(ge=0, le=1_000)] = 20
     streams_per_project: Annotated[int, Meta(ge=1)] = 2_000
     waits_per_project: Annotated[int, Meta(ge=0)] = 2_000
+    device_events_per_sec: Annotated[int, Meta(ge=1, le=1_000)] = 1
+    device_events_burst: Count = 30
 
 
 class MqttLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

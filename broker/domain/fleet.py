@@ -46,6 +46,63 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     last_position: int = 0
 
 
+class News(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device said last of its presence and its attributes, and is not recorded yet. `actor`: who sent
+    the attributes."""
+
+    presence: Online | Offline | None = None
+    attributes: dict[str, Any] | None = None
+    actor: str = ""
+
+    def then(self, newer: News) -> News:
+        """Both together; of each part the newer one counts."""
+        presence = newer.presence or self.presence
+        if newer.attributes is None:
+            return msgspec.structs.replace(self, presence=presence)
+        return News(presence=presence, attributes=newer.attributes, actor=newer.actor)
+
+    def applied(self, device: DeviceState) -> DeviceState:
+        """The device as it is once this is recorded. Its version, position and times do not change."""
+        if self.presence is not None:
+            online = isinstance(self.presence, Online)
+            device = msgspec.structs.replace(device, online=online, session=self.presence.session)
+        if self.attributes is not None:
+            device = msgspec.structs.replace(device, attributes=self.attributes)
+        return device
+
+    def events(self, device: DeviceState) -> list[tuple[Online | Offline | Changed, str]]:
+        """The events that record this, each with its actor; none for what the device's state says already."""
+        found: list[tuple[Online | Offline | Changed, str]] = []
+        if self.presence is not None and changes_presence(device, self.presence):
+            found.append((self.presence, f"device:{device.id}"))
+        if self.attributes is not None and not same_attributes(self.attributes, device.attributes):
+            found.append((Changed(attributes=self.attributes), self.actor))
+        return found
+
+
+def changes_presence(device: DeviceState, event: Online | Offline) -> bool:
+    """An `offline` while the device is offline changes nothing, nor an `online` of the same session."""
+    if isinstance(event, Offline):
+        return device.online
+    return not device.online or event.session != device.session
+
+
+def same_attributes(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Compares them as JSON: in Python 1, 1.0 and True are equal."""
+    return msgspec.json.encode(one, order="sorted") == msgspec.json.encode(other, order="sorted")
+
+
+def spend(used_until: int, now: int, per_sec: int, burst: int) -> int | None:
+    """Takes one event from a rate of `per_sec` with a burst (generic cell rate algorithm, ITU-T I.371).
+
+    `used_until`: the time (ms) until which the rate is used up. Returns its new value; None if the rate does
+    not allow an event at `now` (ms).
+    """
+    gap = -(-1_000 // per_sec)
+    until = max(used_until, now) + gap
+    return None if until - now > burst * gap else until
+
+
 def evolve_device(state: DeviceState | None, recorded: Recorded) -> DeviceState:
     """The state of the device after one more event.
 

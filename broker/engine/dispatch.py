@@ -7,6 +7,7 @@ after that event is durable. All that can end an attempt (receipt, timer, presen
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import structlog
@@ -61,6 +62,8 @@ class Dispatch:
         self._untaken: list[tuple[_Send, int]] = []
         self._undrained: dict[str, None] = {}  # commands whose timer fired before the drain ended
         self._drain = Drain()
+        # Records the presence that waits for its event, before a hand-over that was decided on it.
+        self.settle: Callable[[str], bool] = lambda device_id: True
         commands.changed = self.changed
 
     # --- state changes ---
@@ -211,6 +214,8 @@ class Dispatch:
             return
         presence = self.live.presence.get(device_id, Presence.NEVER)
         found = lanes.due(lane, presence, now, free, self.drained(now, device_id), self.link.listens)
+        if found and not self.settle(device_id):
+            return  # the device must be read from the log first; then its lane is pumped again
         for member in found:
             self._hand_over(lane, member, presence, now)
         if len(found) == free:

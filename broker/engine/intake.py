@@ -235,7 +235,7 @@ class Intake:
         if message.foreign is not None:
             self.unmatched(message, self.live.device(message.foreign), "wrong_device")
             return
-        device = self.live.device(place[0]) if place is not None else None
+        device = self.registry.told.newest(place[0]) if place is not None else None
         if device is None or place is None or device.hardware_id != place[0] or device.deleted_at is not None:
             if message.token is OWN:
                 return  # the device was deleted since the embedded server queued this
@@ -248,7 +248,7 @@ class Intake:
         else:
             self._take_answer(message, device, answer)
             # After the answer: it may close the command, which coming online would otherwise send again.
-            self._heard(self.live.device(place[0]) or device, message)
+            self._heard(self.registry.told.newest(place[0]) or device, message)
 
     def _take_status(self, message: Message, device: DeviceState) -> None:
         if self.embedded and message.token is not OWN:

@@ -13,8 +13,8 @@ import msgspec
 from broker.domain import lanes
 from broker.domain.decisions import Verdict, decide
 from broker.domain.errors import Refusal, invalid, not_found
-from broker.domain.events import Changed, Error
-from broker.domain.fleet import DeviceState
+from broker.domain.events import Error
+from broker.domain.fleet import DeviceState, News, same_attributes
 from broker.domain.lanes import Lane, Member
 from broker.domain.lifecycle import ANSWERS, CommandState, Input, Request, State
 from broker.engine.commands import Caller, conflict
@@ -86,15 +86,12 @@ class Pull:
         return [fetched for fetched in taken if self._may_leave(fetched.state, now)]
 
     def _keep(self, caller: Caller, device: DeviceState, attributes: dict[str, Any]) -> None:
-        """Records changed attributes. Equal ones record no event, so that heartbeats do not grow the log."""
-        merged = device.attributes | attributes
-        encoded = msgspec.json.encode(merged, order="sorted")
-        if encoded == msgspec.json.encode(device.attributes, order="sorted"):
-            return
-        most = self.commands.limits.attributes_bytes
-        if len(encoded) > most:
-            raise Refusal("too_large", f"attributes: {len(encoded)} bytes in all; at most {most} are allowed")
-        self.registry.record(Changed(attributes=merged), device.id, device, device.project, caller.actor)
+        """Takes in changed attributes. Equal ones record no event, so that heartbeats do not grow the log."""
+        newest = self.registry.told.newest(device.id) or device
+        merged = newest.attributes | attributes
+        if not same_attributes(merged, newest.attributes):
+            self.registry.check_attributes(merged)
+            self.registry.told.tell(device.id, News(attributes=merged, actor=caller.actor))
 
     def _take(self, caller: Caller, device: DeviceState, transport: PullTransport) -> list[Fetched]:
         """Stages the hand-over of all due commands. Never awaits."""

@@ -1,4 +1,4 @@
-"""Limits of projects, API keys and devices: queued commands, and commands and requests per minute.
+"""Limits of projects, API keys and devices: queued commands, rates of commands, requests and device events.
 
 One project, key or device cannot flood the others. In memory only: after a restart everybody has their full
 rate again.
@@ -6,18 +6,27 @@ rate again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from broker.domain.errors import Refusal
-from broker.domain.fleet import DeviceState
+from broker.domain.errors import Refusal, Unavailable
+from broker.domain.events import DeviceEvent
+from broker.domain.fleet import DeviceState, News, spend
 from broker.domain.lanes import Lane, Member
 from broker.domain.waiting import Room, Waiting
+from broker.engine.live import Live
+from broker.engine.writer import Writer
 from broker.seams import Message
 from broker.settings import Limits, ProjectLimits, limits_of
 
 MINUTE_MS = 60_000
 MOST_KEPT = 10_000  # buckets; beyond it the full ones are forgotten
+FLUSH_SEC = 0.5  # how often what devices said is recorded, as far as their rates allow
+FLUSH_DEVICES = 500
+
+Record = Callable[[DeviceEvent, str, DeviceState, str, str], DeviceState]
+Ready = Callable[[list[str]], Awaitable[None]]
 
 Policy = Literal["project", "key", "device", "requests"]
 WHAT: dict[Policy, str] = {
@@ -135,3 +144,108 @@ class Quotas:
         for bucket in buckets:
             if bucket in self._taken:
                 self._taken[bucket] -= MINUTE_MS
+
+
+class Told:
+    """What devices say of themselves (presence, attributes), recorded within a rate per device.
+
+    Beyond the rate, the newest of each waits in memory; what it replaced is never recorded. So a device that
+    connects and leaves, or changes its attributes, all the time does not fill the log. Delivery uses what
+    waits at once: `newest` has it, and a hand-over first records it.
+
+    `record(event, device_id, before, project, actor)` stages an event and returns the new state. `ready`: see
+    `Commands.ready`. `settled(device_id)` is called after `run` has recorded what waited.
+    """
+
+    def __init__(self, writer: Writer, live: Live, limits: Limits, ready: Ready, record: Record) -> None:
+        self.writer = writer
+        self.live = live
+        self._per_sec, self._burst = limits.device_events_per_sec, limits.device_events_burst
+        self._ready = ready
+        self.settled: Callable[[str], None] = lambda device_id: None
+        self.on_folded: Callable[[], None] = lambda: None
+        self._record = record
+        self._news: dict[str, News] = {}  # device id: what is not recorded yet
+        self._used_until: dict[str, int] = {}  # device id: see `spend`
+        self._kept = MOST_KEPT
+        self._wake = asyncio.Event()
+
+    def __contains__(self, device_id: str) -> bool:
+        return device_id in self._news
+
+    def newest(self, name: str) -> DeviceState | None:
+        """A device in memory, by id or hardware id, with what is not recorded yet."""
+        device = self.live.device(name)
+        news = None if device is None else self._news.get(device.id)
+        return device if device is None or news is None else news.applied(device)
+
+    def tell(self, device_id: str, news: News) -> None:
+        """Takes in what a device said. Beyond its rate, the newest is recorded as soon as the rate allows."""
+        self._news[device_id] = self._news.get(device_id, News()).then(news)
+        if not self._settle_in_time(device_id):
+            self.on_folded()
+            self._wake.set()
+
+    def settle(self, device_id: str) -> bool:
+        """Records what is not recorded yet of a device. False: the device is not in memory.
+
+        Raises:
+            Unavailable: the log cannot be written now.
+        """
+        news = self._news.get(device_id)
+        if news is None:
+            return True
+        device = self.live.device(device_id)
+        if device is None:
+            return False
+        for event, actor in news.events(device) if device.deleted_at is None else ():
+            device = self._record(event, device_id, device, device.project, actor)
+        del self._news[device_id]
+        self.writer.then(lambda: None, lambda: self._tell_again(device_id, news))
+        return True
+
+    def _tell_again(self, device_id: str, news: News) -> None:
+        """The commit of these events failed: nobody will say it again."""
+        self._news[device_id] = news.then(self._news.get(device_id, News()))
+        self._wake.set()
+
+    def _settle_in_time(self, device_id: str) -> bool:
+        """`settle`, if the rate of the device allows."""
+        now = self.writer.now()
+        until = spend(self._used_until.get(device_id, 0), now, self._per_sec, self._burst)
+        if until is None or not self.settle(device_id):
+            return False
+        self._used_until[device_id] = until
+        if len(self._used_until) > self._kept:
+            self._used_until = {name: each for name, each in self._used_until.items() if each > now}
+            self._kept = max(MOST_KEPT, 2 * len(self._used_until))
+        return True
+
+    def settle_all(self) -> None:
+        """At a clean stop: records what waits, beyond the rate too."""
+        for device_id in list(self._news):
+            self.settle(device_id)
+
+    async def run(self) -> None:
+        """Records what waits, for ever, as soon as the rate of each device allows."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._news:
+                await asyncio.sleep(FLUSH_SEC)
+                await self._flush()
+
+    async def _flush(self) -> None:
+        waiting = list(self._news)
+        for first in range(0, len(waiting), FLUSH_DEVICES):
+            some = waiting[first : first + FLUSH_DEVICES]
+            await self.writer.opened()
+            try:
+                await self._ready(some)
+            except Unavailable:
+                return  # the next try is in `FLUSH_SEC`
+            for device_id in some:
+                if self.live.device(device_id) is None:
+                    self._news.pop(device_id, None)  # its registration was never committed
+                elif device_id in self._news and self._settle_in_time(device_id):
+                    self.settled(device_id)

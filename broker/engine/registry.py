@@ -25,12 +25,13 @@ from broker.domain.events import (
     TokenRotated,
     device_stream,
 )
-from broker.domain.fleet import DeviceState, evolve_device
+from broker.domain.fleet import DeviceState, News, changes_presence, evolve_device
 from broker.domain.lanes import Presence
 from broker.domain.lifecycle import Input, Request
 from broker.engine.commands import Caller, Commands
 from broker.engine.grants import Secrets
 from broker.engine.ids import is_token, new_id, new_secret, token_digest
+from broker.engine.quotas import Told
 from broker.seams import Sql
 from devices.names import is_name
 from projections import devices as devices_view
@@ -74,6 +75,7 @@ class Registry:
     """`presence(device_id, presence)` is called when the presence of a device changes.
 
     `entitled(device)` is called when a device's token is created, replaced or becomes invalid.
+    `told` has what devices said of themselves and is not recorded yet.
     """
 
     def __init__(self, commands: Commands) -> None:
@@ -85,8 +87,17 @@ class Registry:
         self.presence: Callable[[str, Presence], None] = lambda device_id, presence: None
         self._system_version = 0
         self.entitled: Callable[[DeviceState], None] = lambda device: None
+        self.told = Told(commands.writer, commands.live, commands.limits, commands.ready, self._append)
 
     def record(
+        self, event: DeviceEvent, device_id: str, before: DeviceState | None, project: str, actor: str
+    ) -> DeviceState:
+        """Records an event of a device, after what still waits for its own event."""
+        if device_id in self.told and self.told.settle(device_id):
+            before = self.live.device(device_id)
+        return self._append(event, device_id, before, project, actor)
+
+    def _append(
         self, event: DeviceEvent, device_id: str, before: DeviceState | None, project: str, actor: str
     ) -> DeviceState:
         version = 1 if before is None else before.version + 1
@@ -101,12 +112,22 @@ class Registry:
 
     # --- requests ---
 
+    def check_attributes(self, attributes: dict[str, Any]) -> None:
+        """Checks their size.
+
+        Raises:
+            Refusal: too_large.
+        """
+        size, most = len(msgspec.json.encode(attributes)), self.commands.limits.attributes_bytes
+        if size > most:
+            raise Refusal("too_large", f"attributes: {size} bytes in all; at most {most} are allowed")
+
     async def register(self, caller: Caller, new: NewDevice) -> Issued:
         """Registers a device; returns its token and secret, which are shown only once.
 
         Raises:
-            Refusal: invalid_request; forbidden, if the key is limited to other devices; conflict, if a name
-                is taken.
+            Refusal: invalid_request; too_large, if the attributes exceed `attributes_bytes`; forbidden, if
+                the key is limited to other devices; conflict, if a name is taken.
             Unavailable: the log could not be written.
         """
         device_id = new.id or new_id("dev", self.writer.now(), self.writer.entropy)
@@ -116,6 +137,7 @@ class Registry:
             raise invalid("hardware_id", "ordain and service are reserved MQTT user names", new.hardware_id)
         if new.type not in self.types:
             raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", new.type)
+        self.check_attributes(new.attributes)
         if caller.devices is not None and not caller.devices.covers(device_id, new.hardware_id):
             raise Refusal("forbidden", f"this key is limited to devices that {new.hardware_id} is not one of")
         await self.commands.ready([device_id, new.hardware_id])
@@ -140,11 +162,13 @@ class Registry:
         """Changes the fields that are set in `change`; unset fields keep their value.
 
         Raises:
-            Refusal: not_found, or invalid_request.
+            Refusal: not_found; invalid_request; too_large, if the attributes exceed `attributes_bytes`.
             Unavailable: the log could not be written.
         """
         if isinstance(change.device_type, str) and change.device_type not in self.types:
             raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", change.device_type)
+        if change.attributes is not msgspec.UNSET:
+            self.check_attributes(change.attributes)
         device = await self.find(caller, name)
         if change != Changed():
             device = self.record(change, device.id, device, device.project, caller.actor)
@@ -278,12 +302,13 @@ class Registry:
                 self.presence(device_id, Presence.UNKNOWN)
 
     def heard(self, device: DeviceState, presence: Presence, session: str | None) -> None:
-        """Takes in the presence of a device. Records an event if it came online or went offline."""
+        """Takes in the presence of a device, whose `newest` state is given. There is an event if it came
+        online or went offline, within its rate; delivery reacts at once."""
         known = self.live.presence.get(device.id)
-        if presence is Presence.ONLINE and (not device.online or session != device.session):
-            self.record(Online(session=session), device.id, device, device.project, f"device:{device.id}")
-        elif presence is Presence.OFFLINE and device.online:
-            self.record(Offline(session=session), device.id, device, device.project, f"device:{device.id}")
+        if presence in (Presence.ONLINE, Presence.OFFLINE):
+            event = (Online if presence is Presence.ONLINE else Offline)(session=session)
+            if changes_presence(device, event):
+                self.told.tell(device.id, News(presence=event))
         if presence is Presence.ONLINE is known and session != device.session:
             # A new session while online: the device was away unnoticed, so open attempts are lost.
             self.presence(device.id, Presence.OFFLINE)

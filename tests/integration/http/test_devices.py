@@ -208,3 +208,16 @@ async def test_a_device_of_another_project_costs_the_same_statements_as_a_missin
             assert (await neighbour.get(path, params={"device": device})).json()["data"] == []
             asked.append(list(statements))
         assert asked[0] == asked[1] != []
+
+
+async def test_attributes_are_bounded_in_a_registration_and_in_a_change(broker: Broker) -> None:
+    client = await broker.someone()
+    most = {"x": "y" * (4_096 - len('{"x":""}'))}
+    over = {"x": most["x"] + "y"}
+    body = {"hardware_id": "lamp-1", "type": "generic"}
+
+    error_of(await client.post("/v1/devices", json=body | {"attributes": over}), 413, "too_large")
+    assert (await client.get("/v1/devices/lamp-1")).status_code == 404
+    await register(client, "lamp-1", attributes=most)
+    error_of(await client.patch("/v1/devices/lamp-1", json={"attributes": over}), 413, "too_large")
+    assert (await client.get("/v1/devices/lamp-1")).json()["attributes"] == most
