@@ -249,7 +249,8 @@ class Listener:
         if had and packet_id in had:
             had.discard(packet_id)
         if not packet_id:
-            if connection.waiting_0 >= self.bounds.unacknowledged:
+            full = self.unacknowledged > self.bounds.unacknowledged_bytes
+            if full or connection.waiting_0 >= self.bounds.unacknowledged:
                 self._drop(connection, publish)
                 return
             connection.waiting_0 += 1

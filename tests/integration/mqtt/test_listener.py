@@ -786,3 +786,18 @@ async def test_mosquittos_own_tools_are_served(version: str) -> None:
         async with asyncio.timeout(DEADLINE_SEC):
             assert await tool.wait() == 0
         assert owner.payloads == [b"ok"]
+
+
+async def test_qos_0_of_many_clients_is_bounded_in_bytes_of_all() -> None:
+    owner = Owner(takes=False)
+    async with listening(owner, unacknowledged_bytes=65_536) as server:
+        async with raw(server) as first, raw(server, name="gate") as second:
+            first.say(*(said(b"x" * 40_000, qos=0, packet_id=0) for _ in range(2)))
+            await owner.until(lambda: len(owner.messages) == 2)
+            second.say(said(b"x" * 40_000, topic="iotee/dev/gate/ack", qos=0, packet_id=0), p.Ping())
+            assert isinstance(await second.hear(), p.Ping)
+            assert server.listener.counts["dropped_qos_0"] == 1
+            assert len(owner.messages) == 2
+            for message in owner.messages:
+                server.listener.puback(message)
+            assert server.listener.unacknowledged == 0
