@@ -69,7 +69,7 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if most != resource.RLIM_INFINITY and (settings := within_files(wanted := settings, most)) != wanted:
-        logger.warning(
+        logger.info(
             "limits.lowered",
             open_files=most,
             mqtt_connections=settings.mqtt_limits.connections,

@@ -160,8 +160,8 @@ async def delete_device(request: Call, device: FromPath[str], force: Force = Fal
     with `force`: commands that were never handed over are cancelled; the others become `timed_out`, because
     the device may have executed them.
 
-    Its connection to Ordain's own MQTT server ends at once. At an external MQTT server an open connection lasts
-    until that server ends it, for example by its dynamic security.
+    Its connection to Ordain's own MQTT server ends at once. At an external MQTT server an open connection
+    lasts until that server ends it, for example by its dynamic security.
     """
     return _shown(request, await request.services.registry.delete(request.user, device, force=force))
 

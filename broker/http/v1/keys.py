@@ -128,9 +128,9 @@ async def get_key(request: Call, key_id: FromPath[str]) -> KeyView:
 async def revoke_key(request: Call, key_id: FromPath[str]) -> KeyView:
     """Revoke an API key
 
-    Requests with this key are refused at once; its event streams, waiting requests and connections to Ordain's
-    own MQTT server end. A client of an external MQTT server keeps its session until that server ends it. The
-    key's commands are not affected. A second call changes nothing.
+    Requests with this key are refused at once; its event streams, waiting requests and connections to
+    Ordain's own MQTT server end. A client of an external MQTT server keeps its session until that server
+    ends it. The key's commands are not affected. A second call changes nothing.
     """
     keys = request.services.keys
     return _shown(keys, await keys.revoke(key_id))
