@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, MutableMapping
 from typing import IO, Any
@@ -11,6 +12,11 @@ import structlog
 
 from broker.settings import Settings
 
+SECRET = re.compile(
+    r"(sk_live_|dtok_|whsec_)[\w+/=-]{8,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]+"  # the last one: a JWT
+)
+# C0, DEL and C1, line separators, and characters that change the direction of the text after them.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Level -> priority of syslog(3). A line that begins with <N> gets this priority: sd-daemon(3).
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
@@ -24,7 +30,7 @@ def configure(settings: Settings, environment: Mapping[str, str]) -> None:
     steps: list[Any] = [structlog.processors.add_log_level]
     if not journal:
         steps.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
-    steps.append(structlog.processors.format_exc_info)
+    steps += [structlog.processors.format_exc_info, safe]
     if settings.log_format == "json":
         steps += [_in_order, structlog.processors.JSONRenderer(ensure_ascii=False)]
     else:
@@ -37,6 +43,21 @@ def configure(settings: Settings, environment: Mapping[str, str]) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
+
+
+def safe(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Masks what looks like a key, a token or a grant in all values, and escapes control characters.
+
+    Values come from strangers too: a terminal must not obey them, and a line must stay one line.
+    """
+    for name, value in line.items():
+        if isinstance(value, str | bytes | list | tuple | dict | BaseException):
+            text = value if isinstance(value, str) else str(value)
+            text = SECRET.sub(lambda found: (found[1] or "eyJ") + "…", text)
+            parts = [CONTROL.sub(lambda found: ascii(found[0])[1:-1], part) for part in text.split("\n")]
+            text = ("\n" if name == "exception" else "\\n").join(parts)
+            line[name] = text if isinstance(value, str) or text != str(value) else value
+    return line
 
 
 def is_journal(environment: Mapping[str, str], stream: IO[str]) -> bool:

@@ -171,7 +171,7 @@ def by_status(request: Request[Any, Any, Any], error: HTTPException) -> Response
         return refused(request, _parameter_fault(request, error))
     code, message = BY_STATUS.get(error.status_code, BY_STATUS[400])
     if error.status_code >= 500:
-        logger.warning("http.broken_off", detail=error.detail, path=request.scope["path"])
+        logger.warning("http.broken_off", detail=error.detail, path=request.scope["path"][:64])
         code, message = "internal", "the request could not be served"
     else:
         _services(request).metrics.refused(code)
