@@ -32,7 +32,7 @@ from broker.engine.verification import Verification
 from broker.engine.writer import CLOCK_STEP_MS, Writer
 from broker.log import sqlite as log
 from broker.seams import Clock, Entropy, Link, Message, Outbound, Outgoing, Receipt, Sql, Storage
-from broker.settings import Settings
+from broker.settings import Settings, differing
 from broker.subscriptions.feed import Feed
 from broker.subscriptions.mqtt import MqttEvents
 from broker.subscriptions.webhook_worker import NoWayOut
@@ -180,7 +180,8 @@ class Core:
             tasks = [group.create_task(task) for task in self.tasks()]
             try:
                 if mqtt is not None:
-                    await self.registry.started(__version__, mqtt)
+                    await self._note_restore()
+                    await self.registry.started(__version__, mqtt, differing(self.settings))
                     # Start these only after that commit. The last events of a killed process were read
                     # from the file but may not be synced: after a power cut subscribers would have
                     # events that the log has lost.
@@ -197,6 +198,22 @@ class Core:
             finally:
                 for task in tasks:
                     task.cancel()
+
+    async def _note_restore(self) -> None:
+        """Records that this log was restored from a backup, at its first start after that."""
+
+        def work(sql: Sql) -> dict[str, str]:
+            keys = "('restored_from', 'restore_noted')"
+            return dict(sql.execute(f"SELECT key, value FROM meta WHERE key IN {keys}").fetchall())
+
+        known = await self.storage.read(work)
+        if (old := known.get("restored_from")) is None or known.get("restore_noted") == self.log_id:
+            return
+        self.writer.operated("operator:local", "restored", self.log_id, restored_from=old)
+        log_id = self.log_id
+        self.writer.also(
+            lambda sql: sql.execute("INSERT OR REPLACE INTO meta VALUES ('restore_noted', ?)", (log_id,))
+        )
 
     def not_ready(self) -> list[str]:
         """The reasons why the broker is not ready, as sentences; empty if it is ready."""

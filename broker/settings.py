@@ -231,6 +231,15 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
     return settings
 
 
+def differing(settings: Settings) -> dict[str, Any]:
+    """The settings that differ from the defaults, without a password."""
+    usual = msgspec.to_builtins(Settings())
+    found = {key: value for key, value in msgspec.to_builtins(settings).items() if value != usual[key]}
+    if settings.mqtt_url:
+        found["mqtt_url"] = parse_url(settings.mqtt_url).shown
+    return found
+
+
 def _converted(place: str, values: dict[str, Any]) -> Settings:
     where = f"{place}: " if place else ""
     tables = values.get("projects", {})

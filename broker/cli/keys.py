@@ -1,15 +1,16 @@
-"""`ordain keys` and `ordain grants`: API keys, and the keys that sign grants (never their secrets)."""
+"""`ordain keys`, `ordain grants` and `ordain audit`: API keys, the keys that sign grants, and who
+changed what. Secrets are never shown again."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from cyclopts import App, Parameter
 
 from broker.cli.base import Config, Data, Json, Text, ask, print_json, print_table
-from broker.operations.asking import call
+from broker.operations.asking import Client, call
 
 SPAN = re.compile(r"([0-9]{1,6})([mhd])")
 UNITS = {"m": 60, "h": 3_600, "d": 86_400}
@@ -157,3 +158,40 @@ def _state(key: dict[str, Any]) -> str:
     if key["retired_at"] is not None:
         return "retired"
     return "signing" if key["signing"] else "shown"
+
+
+# --- the audit ---------------------------------------------------------------------------------------
+
+
+def audit(
+    *, key: Text = None, since: Text = None, data: Data = None, config: Config = None, as_json: Json = False
+) -> None:
+    """Show who changed what: every change by a key or the operator, with request id and address.
+
+    Parameters
+    ----------
+    key
+        Only what the key with this id did.
+    since
+        Only from this RFC 3339 time on.
+    """
+
+    async def asking(client: Client, _: bool) -> None:
+        cursor: str | None = ""
+        while cursor is not None:
+            asked = {"key": key, "since": since, "limit": "100", "cursor": cursor}
+            given = {name: value for name, value in asked.items() if value}
+            page = await call(client, "GET", f"/v1/audit?{urlencode(given)}")
+            for entry in page["data"]:
+                if as_json:
+                    print_json(entry)
+                else:
+                    print(_change(entry), flush=True)
+            cursor = page["next_cursor"]
+
+    ask(data, config, asking)
+
+
+def _change(entry: dict[str, Any]) -> str:
+    parts = [entry[field] for field in ("at", "actor", "action", "subject", "request_id", "peer")]
+    return "  ".join([str(entry["position"]), *("-" if part is None else part for part in parts)])

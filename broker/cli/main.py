@@ -42,6 +42,10 @@ COMMANDS = {
         "broker.cli.diff:diff",
         "Show the changes between two points of the log: commands and devices, field by field.",
     ),
+    "audit": (
+        "broker.cli.keys:audit",
+        "Show who changed what: every change by a key or the operator, with request id and address.",
+    ),
     "log": ("broker.cli.log:logs", "The log: read, verify, export, import."),
     "replay": (
         "broker.cli.replay:replay",

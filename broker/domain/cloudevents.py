@@ -16,7 +16,7 @@ from broker.domain.events import NAMES, CommandEvent, DeviceEvent, Recorded, sub
 from broker.domain.fleet import DeviceSet
 from devices.clock import rfc3339
 
-SECRET = frozenset({"token_digest"})
+SECRET = frozenset({"token_digest", "via"})
 # Bare name and full name of each event of a command or device -> the bare name.
 BARE_TYPES = {
     known: name

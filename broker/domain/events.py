@@ -28,6 +28,7 @@ TimeoutReason = Literal["no_answer", "no_result", "ttl", "unsendable", "device_d
 
 SYSTEM = "system"
 ERASURES = "erasures"
+AUDIT = "audit"
 
 
 class Error(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -38,10 +39,23 @@ class Error(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
     details: Any = None
 
 
+class Via(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The HTTP request that caused an event: its id, and the network address it came from."""
+
+    request: str
+    peer: str
+
+
+class Caused(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """An event that a request can cause. `via` is for the audit only; it is never published."""
+
+    via: Via | None = None
+
+
 # --- events of a command; stream: the command's id ----------------------------------------------
 
 
-class Created(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Created(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The request was accepted. Times in ms. `definition`: digest of the device type's definition at that
     time."""
 
@@ -58,7 +72,7 @@ class Created(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, for
     evidence: Evidence = "accepted"
 
 
-class Published(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Published(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The command is handed over: recorded before the first byte is sent; the device may have it from now on.
 
     `attempt`: number of this hand-over, from 1. `counts`: it counts towards max_attempts.
@@ -70,7 +84,7 @@ class Published(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
     evidence: Evidence = "handed_over"
 
 
-class Acknowledged(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Acknowledged(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The device says that it has the command. `at`: time of the device's own clock, as it wrote it."""
 
     late: bool = False
@@ -78,7 +92,7 @@ class Acknowledged(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     evidence: Evidence = "device_ack"
 
 
-class Progressed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Progressed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The device reports progress, 0 to 100 percent."""
 
     percent: int | float | None = None
@@ -88,7 +102,7 @@ class Progressed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     evidence: Evidence = "device_ack"
 
 
-class Executed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Executed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The device executed the command. `result`: JSON."""
 
     result: msgspec.Raw = msgspec.Raw(b"null")
@@ -97,7 +111,7 @@ class Executed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     evidence: Evidence = "device_result"
 
 
-class Failed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Failed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The device reported a failure, or the command can never be sent."""
 
     error: Error
@@ -107,7 +121,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     evidence: Evidence = "device_result"
 
 
-class TimedOut(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class TimedOut(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The command was handed over, and its outcome is unknown. A late answer may still correct this."""
 
     reason: TimeoutReason
@@ -116,13 +130,13 @@ class TimedOut(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     evidence: Evidence = "timer"
 
 
-class Expired(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Expired(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The command expired and was never handed over."""
 
     evidence: Evidence = "timer"
 
 
-class Cancelled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Cancelled(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The command was cancelled and was never handed over."""
 
     by: str
@@ -134,7 +148,7 @@ class Cancelled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
 # --- events of a device; stream: device/<id> -----------------------------------------------------
 
 
-class Registered(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Registered(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """A device was registered. `token_digest`: in the format of Mosquitto's password file."""
 
     hardware_id: str
@@ -144,7 +158,7 @@ class Registered(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     attributes: dict[str, Any] = {}
 
 
-class Changed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Changed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Fields of a device were changed; unset fields keep their value."""
 
     device_type: str | msgspec.UnsetType = msgspec.UNSET
@@ -152,21 +166,21 @@ class Changed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, for
     attributes: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
-class TokenRotated(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class TokenRotated(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     token_digest: str
 
 
-class Online(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Online(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The device came online. `session`: the session id in its status message."""
 
     session: str | None = None
 
 
-class Offline(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Offline(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     session: str | None = None
 
 
-class Deleted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Deleted(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The device was deleted; its names are never used again."""
 
 
@@ -180,10 +194,14 @@ class Defined(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, for
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A broker process began to serve this log. Earlier `online` events are not valid any more."""
+    """A broker process began to serve this log. Earlier `online` events are not valid any more.
+
+    `settings`: those that differ from the defaults.
+    """
 
     release: str
     mqtt: Literal["embedded", "external", "none"]
+    settings: dict[str, Any] = {}
 
 
 class ClockStepped(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -192,13 +210,23 @@ class ClockStepped(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     by_ms: int
 
 
-class Erased(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class Erased(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Stream erasures: the data of these commands, or of all closed commands created before `cutoff` (ms),
     is erased. `count`: how many commands."""
 
     ids: list[str] = []
     cutoff: int | None = None
     count: int = 0
+
+
+class Operated(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Stream audit: something was changed that lies beside the log, such as a key. It never holds a secret.
+
+    `action`: what was done, such as `key.created`. `subject`: the id of what was changed."""
+
+    action: str
+    subject: str
+    details: dict[str, Any] = {}
 
 
 CommandEvent = (
@@ -213,7 +241,7 @@ CommandEvent = (
     | Cancelled
 )  # fmt: skip
 DeviceEvent = Registered | Changed | TokenRotated | Online | Offline | Deleted
-Event = CommandEvent | DeviceEvent | Defined | Started | ClockStepped | Erased
+Event = CommandEvent | DeviceEvent | Defined | Started | ClockStepped | Erased | Operated
 
 TYPES: dict[str, type[Event]] = {
     "created": Created,
@@ -235,6 +263,7 @@ TYPES: dict[str, type[Event]] = {
     "started": Started,
     "clock_stepped": ClockStepped,
     "erased": Erased,
+    "operated": Operated,
 }
 NAMES: dict[type[Event], str] = {cls: name for name, cls in TYPES.items()}
 SCHEMA = 1
@@ -298,6 +327,6 @@ def subject_kind(stream: str) -> Literal["command", "device", "broker"]:
     """The kind of thing that a stream is about; the middle word of the CloudEvent type."""
     if stream.startswith("device/"):
         return "device"
-    if "/" in stream or stream in (SYSTEM, ERASURES):
+    if "/" in stream or stream in (SYSTEM, ERASURES, AUDIT):
         return "broker"
     return "command"

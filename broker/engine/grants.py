@@ -176,7 +176,7 @@ class Grants:
         """All keys, oldest first; the last one signs."""
         return list(self._keys.values())
 
-    async def rotate(self) -> GrantKey:
+    async def rotate(self, actor: str = "operator:local") -> GrantKey:
         """Makes a new signing key. Grants of older keys stay valid until those keys are retired.
 
         Raises:
@@ -185,11 +185,12 @@ class Grants:
         await self._writer.room()
         key = self._new_key()
         self._writer.also(lambda sql: _insert(sql, key))
+        self._writer.operated(actor, "grant_key.rotated", key.kid)
         await self._writer.barrier()
         self._keys[key.kid] = key
         return key
 
-    async def retire(self, kid: str) -> GrantKey:
+    async def retire(self, kid: str, actor: str = "operator:local") -> GrantKey:
         """Removes a key from the JWKS. Devices refuse its grants after they have read the new JWKS.
 
         Retiring a retired key changes nothing.
@@ -209,6 +210,7 @@ class Grants:
             self._writer.also(
                 lambda sql: sql.execute("UPDATE grant_keys SET retired_at = ? WHERE kid = ?", (now, kid))
             )
+            self._writer.operated(actor, "grant_key.retired", kid)
             await self._writer.barrier()
             key = self._keys[kid] = msgspec.structs.replace(key, retired_at=now)
         return key

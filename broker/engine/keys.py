@@ -28,6 +28,7 @@ logger = structlog.get_logger()
 
 OF_KEY = "sk_live_"
 SCOPES = ("devices:read", "devices:write", "events:read", "admin")
+LOCAL = "operator:local"
 State = Literal["active", "revoked", "expired", "unusable"]
 MOST_NAMES, MOST_PREFIXES = 1_000, 100  # of one device set
 
@@ -82,6 +83,7 @@ class Keys:
         self._by_id: dict[str, Key] = {}
         self._used: dict[str, int] = {}  # by id, ms
         self._unsaved: dict[str, None] = {}
+        self._unrecorded: set[str] = set()  # keys whose revocation may not be in the log
         self._ticked = 0
 
     async def load(self) -> None:
@@ -193,7 +195,12 @@ class Keys:
     # --- changing ---
 
     async def create(
-        self, project: str, scopes: tuple[str, ...], name: str | None, terms: Terms | None = None
+        self,
+        project: str,
+        scopes: tuple[str, ...],
+        name: str | None,
+        terms: Terms | None = None,
+        actor: str = LOCAL,
     ) -> tuple[Key, str]:
         """Makes a key; this also creates its project. Returns the key and its secret (`sk_live_…`).
 
@@ -231,6 +238,8 @@ class Keys:
             sql.execute("INSERT INTO key_terms VALUES (?,?,?,NULL)", more)
 
         self.writer.also(work)
+        limits = {name: value for name, value in msgspec.to_builtins(terms).items() if value is not None}
+        self.writer.operated(actor, "key.created", key.id, project, scopes=list(key.scopes), **limits)
         await self.writer.barrier()
         self._keep(key)
         return key, secret
@@ -252,7 +261,7 @@ class Keys:
                 if not is_name(text):
                     raise invalid(field, "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63}", text)
 
-    async def revoke(self, key_id: str) -> Key:
+    async def revoke(self, key_id: str, actor: str = LOCAL) -> Key:
         """Revokes a key for ever. Commands that it created go on. Revoking it again changes nothing.
 
         Raises:
@@ -262,6 +271,9 @@ class Keys:
         key = self.get(key_id)
         await self.writer.room()
         at = key.revoked_at or self.writer.now()
+        if key.revoked_at is None or key_id in self._unrecorded:
+            self._unrecorded.add(key_id)
+            self.writer.operated(actor, "key.revoked", key_id, key.project)
         # The key stops working now. The row is written every time, because an earlier write may have failed.
         key = msgspec.structs.replace(key, revoked_at=at)
         self._keep(key)
@@ -270,6 +282,7 @@ class Keys:
             lambda sql: sql.execute("UPDATE api_keys SET revoked_at = ? WHERE id = ?", (at, key_id))
         )
         await self.writer.barrier()
+        self._unrecorded.discard(key_id)
         return key
 
     # --- in time ---

@@ -32,7 +32,7 @@ from broker.engine.commands import Caller, Commands
 from broker.engine.grants import Secrets
 from broker.engine.ids import is_token, new_id, new_secret, token_digest
 from broker.engine.quotas import Told
-from broker.seams import Sql
+from broker.log import sqlite as log
 from devices.names import is_name
 from projections import devices as devices_view
 
@@ -275,14 +275,16 @@ class Registry:
     # --- presence ---
 
     async def load(self) -> None:
-        self._system_version = await self.writer.storage.read(_system_version)
+        self._system_version = await self.writer.storage.read(lambda sql: log.last_version(sql, SYSTEM))
 
-    async def started(self, release: str, mqtt: Literal["embedded", "external"]) -> None:
+    async def started(
+        self, release: str, mqtt: Literal["embedded", "external"], settings: dict[str, Any]
+    ) -> None:
         """Records that a new process serves this log, and resets presence.
 
         With the embedded server all devices are offline now. With an external one it is unknown.
         """
-        self.record_system(Started(release=release, mqtt=mqtt))
+        self.record_system(Started(release=release, mqtt=mqtt, settings=settings))
         for device in await self.writer.storage.read(devices_view.believed_online):
             self.live.put_device(device)
             if mqtt == "embedded":
@@ -318,8 +320,3 @@ class Registry:
 
     def _gone(self, device_id: str) -> None:
         self.live.presence.pop(device_id, None)
-
-
-def _system_version(sql: Sql) -> int:
-    row = sql.execute("SELECT coalesce(max(version), 0) FROM events WHERE stream = ?", (SYSTEM,)).fetchone()
-    return int(row[0])

@@ -9,12 +9,14 @@ from the log again.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import structlog
 
 from broker.domain.errors import Unavailable
-from broker.domain.events import Event, Recorded
+from broker.domain.events import AUDIT, Caused, Event, Operated, Recorded, Via
 from broker.domain.fleet import DeviceState
 from broker.domain.lifecycle import CommandState
 from broker.log import sqlite as log
@@ -24,6 +26,9 @@ from projections import follower
 from projections.follower import Touched
 
 logger = structlog.get_logger()
+
+# The HTTP request that is being served; None outside of one.
+via: contextvars.ContextVar[Via | None] = contextvars.ContextVar("via", default=None)
 
 BATCH_EVENTS = 1_000
 RETRY_SEC = 1.0
@@ -76,6 +81,7 @@ class Writer:
         # file may not be synced yet.
         self._durable = 0
         self._position = 0  # position of the last staged event
+        self._operated = 0  # version of the last staged event of the stream audit
         self._recorded_at = 0
         self._anchor_wall = clock.wall_ms()
         self._anchor_monotonic = clock.monotonic_ms()
@@ -123,11 +129,16 @@ class Writer:
     ) -> Recorded:
         """Queues one event for the next commit and gives it its position and `recorded_at`.
 
+        An event of an actor that a request caused also says which request that was.
+
         Raises:
             Unavailable: the log cannot be written now.
         """
         if not self.open:
             raise Unavailable("the log cannot be written now")
+        request = via.get()
+        if request is not None and actor != "broker" and isinstance(event, Caused):
+            event = msgspec.structs.replace(event, via=request)
         self._position += 1
         self._recorded_at = self.now()
         recorded = Recorded(
@@ -143,6 +154,17 @@ class Writer:
         self._batch.events.append(recorded)
         self._rouse()
         return recorded
+
+    def operated(self, actor: str, action: str, subject: str, project: str = "", **details: object) -> None:
+        """Queues an event about a change of what lies beside the log; it must be queued with that change.
+
+        Raises:
+            Unavailable: the log cannot be written now.
+        """
+        event = Operated(action=action, subject=subject, details=details)
+        version = self._operated + 1
+        self.stage(AUDIT, version, event, project=project, device_id=None, actor=actor)
+        self._operated = version
 
     def touch_command(self, state: CommandState) -> None:
         self._batch.touched.put(state)
@@ -238,6 +260,7 @@ class Writer:
     async def _reread(self) -> None:
         self._head = await self.storage.read(log.head)
         self._position, self._recorded_at = self._head.position, self._head.recorded_at
+        self._operated = await self.storage.read(lambda sql: log.last_version(sql, AUDIT))
         if self.reload is not None:
             await self.reload()
 

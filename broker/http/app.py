@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -11,6 +12,9 @@ from litestar.plugins.core import MsgspecDIPlugin
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from broker.domain.events import Via
+from broker.engine.ids import new_id
+from broker.engine.writer import via
 from broker.http import local as local_routes
 from broker.http import sdk
 from broker.http.console import pages as console
@@ -21,6 +25,7 @@ from broker.http.edge.errors import HANDLERS
 from broker.http.edge.rates import rate_headers
 from broker.http.edge.services import SERVED, Served, Services
 from broker.http.schema import openapi
+from devices.names import is_name
 
 ROUTES = (*openapi.DESCRIBED, openapi.routes, sdk.routes, console.routes)
 # Answers contain grants and tokens, so no proxy or browser may cache them. The console's files contain
@@ -92,6 +97,8 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
             # Litestar's own answer to OPTIONS omits methods. An unknown method gets 405 with the full list.
             request["method"] = "-"
         since, status = metrics.now_ms(), 0
+        changes = request["method"] != "GET" or request["path"].endswith("/commands/pending")
+        caused = _via(ours, request) if changes else None
 
         def note(status: int) -> None:
             # Requests that match no route share one label: the path is user input and must not become a
@@ -109,6 +116,7 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
                     *HEADERS,
                     *([] if cached else [NO_STORE]),
                     *rate_headers(services, request),
+                    *([] if caused is None else [(b"x-request-id", caused.request.encode())]),
                 ]
                 if methods_asked and status == 405:
                     message["status"] = status = 204
@@ -118,10 +126,26 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
                 message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
 
+        token = via.set(caused)
         try:
             await inner(cast(Scope, request), receive, noting)
         finally:
+            via.reset(token)
             if not status:
                 note(500)
 
     return allowing(app, services.settings.cors_origins)
+
+
+def _via(ours: Served, request: Mapping[str, Any]) -> Via:
+    """The request, for the audit. Its id is the client's `X-Request-Id`, if that is a name, else a new one.
+    The address of the peer is `local` on the private socket."""
+    given = next((value for name, value in request["headers"] if name == b"x-request-id"), b"").decode(
+        "latin-1"
+    )
+    writer = ours.services.commands.writer
+    peer = request.get("client") or ("", 0)
+    return Via(
+        request=given if is_name(given) else new_id("req", writer.now(), writer.entropy),
+        peer="local" if ours.local else str(peer[0]),
+    )

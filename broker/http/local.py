@@ -38,12 +38,12 @@ async def list_grant_keys(request: Call) -> GrantKeyList:
 
 @post("/grants/rotate", status_code=201)
 async def rotate_grant_key(request: Call) -> GrantKeyView:
-    return _grant_key(request, await request.services.grants.rotate())
+    return _grant_key(request, await request.services.grants.rotate(request.user.actor))
 
 
 @post("/grants/{kid:str}/retire", status_code=200)
 async def retire_grant_key(request: Call, kid: FromPath[str]) -> GrantKeyView:
-    return _grant_key(request, await request.services.grants.retire(kid))
+    return _grant_key(request, await request.services.grants.retire(kid, request.user.actor))
 
 
 class EventBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

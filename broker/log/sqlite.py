@@ -178,6 +178,12 @@ def stream(sql: Sql, name: str, until: int = LAST) -> list[Row]:
     return [Row(*row) for row in found.fetchall()]
 
 
+def last_version(sql: Sql, name: str) -> int:
+    """The version of the last event of a stream; 0 if there is none."""
+    found = sql.execute("SELECT coalesce(max(version), 0) FROM events WHERE stream = ?", (name,)).fetchone()
+    return int(found[0])
+
+
 def device_stream(sql: Sql, name: str, until: int) -> list[Row]:
     """The rows of a device's stream that define its state at a position, ascending by version.
 

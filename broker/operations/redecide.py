@@ -104,8 +104,8 @@ class _Then:
 
     def decided(self, recorded: Recorded) -> Step:
         member = self.known.get(recorded.stream)
-        event = recorded.event
-        assert isinstance(event, CommandEvent)
+        assert isinstance(recorded.event, CommandEvent)
+        event = msgspec.structs.replace(recorded.event, via=None)  # the request is not part of a decision
         state = None if member is None else member.state
         definition = None if member is None else member.definition
         request = _request(event, state, definition, recorded.recorded_at)

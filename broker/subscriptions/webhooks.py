@@ -215,7 +215,7 @@ class Webhooks:
         )
         start = self._feed.head + 1
         known = self._kept[endpoint.id] = Webhook(endpoint, Progress(cursor=start, reached=start - 1))
-        await self._durable(endpoint.id)
+        await self._durable(caller, "created", endpoint)
         return known, secret
 
     async def change(self, caller: Caller, id: str, **fields: Any) -> Webhook:
@@ -227,7 +227,7 @@ class Webhooks:
         """
         if "url" in fields:
             await self._check(fields["url"], self.seen(caller, id).endpoint.project)
-        async with self._worker_stopped(caller, id) as known:
+        async with self._worker_stopped(caller, id, "changed", fields=sorted(fields)) as known:
             known.endpoint = msgspec.structs.replace(known.endpoint, **fields)
             if "events" in fields:  # the new filter may match events that the old one skipped
                 known.at_rest = msgspec.structs.replace(known.at_rest, reached=known.at_rest.cursor - 1)
@@ -240,7 +240,7 @@ class Webhooks:
             Refusal: not_found.
             Unavailable: the log cannot be written.
         """
-        async with self._worker_stopped(caller, id) as known:
+        async with self._worker_stopped(caller, id, "paused") as known:
             if known.endpoint.state == "active":
                 reason = f"{caller.actor} paused it"
                 known.endpoint = msgspec.structs.replace(known.endpoint, state="paused", reason=reason)
@@ -253,7 +253,7 @@ class Webhooks:
             Refusal: not_found, conflict: the receiver answered 410 Gone.
             Unavailable: the log cannot be written.
         """
-        async with self._worker_stopped(caller, id) as known:
+        async with self._worker_stopped(caller, id, "resumed") as known:
             endpoint = known.endpoint
             if endpoint.state == "gone":
                 raise Refusal("conflict", f"webhook {id} has ended: {endpoint.reason}; make another one")
@@ -268,7 +268,7 @@ class Webhooks:
             Refusal: not_found, invalid_request: the position would skip undelivered events.
             Unavailable: the log cannot be written.
         """
-        async with self._worker_stopped(caller, id) as known:
+        async with self._worker_stopped(caller, id, "redriven", position=position) as known:
             if not 1 <= position <= known.cursor:
                 raise invalid(
                     "from",
@@ -286,7 +286,7 @@ class Webhooks:
             Unavailable: the log cannot be written.
         """
         secret = new_secret(self.writer.entropy)
-        async with self._worker_stopped(caller, id) as known:
+        async with self._worker_stopped(caller, id, "rotated") as known:
             now = self.writer.now()
             until = now + overlap_sec * 1_000
             old = tuple(
@@ -305,7 +305,7 @@ class Webhooks:
             Refusal: not_found.
             Unavailable: the log cannot be written.
         """
-        async with self._worker_stopped(caller, id) as known:
+        async with self._worker_stopped(caller, id, "deleted") as known:
             del self._kept[id]
         return known
 
@@ -347,7 +347,9 @@ class Webhooks:
             known.resending = False
 
     @asynccontextmanager
-    async def _worker_stopped(self, caller: Caller, id: str) -> AsyncIterator[Webhook]:
+    async def _worker_stopped(
+        self, caller: Caller, id: str, action: str, **details: object
+    ) -> AsyncIterator[Webhook]:
         """Stops the webhook's worker during a change; the change is durable before it starts again."""
         known = self.seen(caller, id)
         async with known.changing:
@@ -359,15 +361,17 @@ class Webhooks:
             self.seen(caller, id)  # another request may have deleted it
             try:
                 yield known
-                await self._durable(id)
+                await self._durable(caller, action, known.endpoint, **details)
             finally:
                 self._dirty[id] = None  # the next save starts the worker again, also after an error
         self._start([id])
 
-    async def _durable(self, id: str) -> None:
-        self._dirty[id] = None
+    async def _durable(self, caller: Caller, action: str, endpoint: Endpoint, **details: object) -> None:
+        """Saves a change and records who made it. Its URL may hold a secret, so it is not recorded."""
+        self._dirty[endpoint.id] = None
         if not self.save():
             raise Unavailable("the log cannot be written now")
+        self.writer.operated(caller.actor, f"webhook.{action}", endpoint.id, endpoint.project, **details)
         await self.writer.barrier()
 
     async def _check(self, url: str, project: str) -> None:

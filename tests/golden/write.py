@@ -99,6 +99,7 @@ async def the_rest(bench: Bench) -> None:
     await bench.core.registry.change(ME, "lamp-2", Changed(name="Hall", attributes={"floor": 2}))
     registry, commands, writer = bench.core.registry, bench.core.commands, bench.writer
     registry.record_system(ClockStepped(by_ms=-3_600_000))
+    writer.operated(ME.actor, "key.revoked", "key_x", "acme")
     device = await registry.find(ME, "lamp-1")
     registry.record(Deleted(), device.id, device, device.project, ME.actor)
     pending = next(m.state for m in bench.live.members.values() if m.state.state == "pending")

@@ -24,9 +24,9 @@ from broker.http.edge import health, positions
 from broker.http.edge.auth import Call
 from broker.http.edge.errors import ErrorBody
 from broker.http.schema import asyncapi
+from broker.http.v1 import audit, events, fanout, keys, lanes, past, pull, repairs, stats, unmatched, webhooks
 from broker.http.v1 import commands as v1
 from broker.http.v1 import devices as v1_devices
-from broker.http.v1 import events, fanout, keys, lanes, past, pull, repairs, stats, unmatched, webhooks
 from broker.http.v1 import system as v1_system
 from devices.names import PATTERN as NAME_PATTERN
 
@@ -46,6 +46,7 @@ DESCRIBED = (
     v1_system.routes,
     stats.routes,
     keys.routes,
+    audit.routes,
     health.routes,
 )
 DESCRIPTION = """Commands for MQTT devices: stored durably, delivered at least once, with their full history.

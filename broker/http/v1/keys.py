@@ -100,7 +100,9 @@ async def create_key(request: Call, data: JSONBody[KeyBody]) -> KeyView:
     A key of a new project creates the project. The secret is shown only once.
     """
     keys = request.services.keys
-    key, secret = await keys.create(data.project, data.scopes, data.name, _terms(keys, data))
+    key, secret = await keys.create(
+        data.project, data.scopes, data.name, _terms(keys, data), request.user.actor
+    )
     return _shown(keys, key, secret)
 
 
@@ -133,7 +135,7 @@ async def revoke_key(request: Call, key_id: FromPath[str]) -> KeyView:
     ends it. The key's commands are not affected. A second call changes nothing.
     """
     keys = request.services.keys
-    return _shown(keys, await keys.revoke(key_id))
+    return _shown(keys, await keys.revoke(key_id, request.user.actor))
 
 
 def _terms(keys: Keys, data: KeyBody) -> Terms:

@@ -37,6 +37,7 @@ AND_NOT_WHEN_ASKING = {"rich"}
 HELP = (["--help"], ["--version"])
 ASKING = (
     ["keys", "create", "--project", "acme", "--scope", "admin"],
+    ["audit"],
     ["keys", "list"],
     ["keys", "show", "key_1"],
     ["keys", "revoke", "key_1"],
