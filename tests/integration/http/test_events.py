@@ -170,18 +170,18 @@ async def test_a_position_before_the_retention_is_gone(tmp_path: Path) -> None:
         await send(client)
 
     def forget(sql: Sql) -> None:
-        sql.execute("INSERT INTO meta VALUES ('kept_after', '2')")
+        sql.execute("INSERT INTO meta VALUES ('kept_after', '3')")
 
     async with running(tmp_path) as broker:
         await broker.core.storage.write(forget)
     async with running(tmp_path) as broker:
         key = await key_of(broker)
         client = broker.client(key)
-        for query in ("after=1", "cursor=0"):
+        for query in ("after=2", "cursor=0"):
             error_of(await client.get(f"/v1/events?{query}"), 410, "gone")
-        stream = {"Accept": "text/event-stream", "Last-Event-ID": "1"}
+        stream = {"Accept": "text/event-stream", "Last-Event-ID": "2"}
         error_of(await client.get("/v1/events", headers=stream), 410, "gone")
-        assert (await client.get("/v1/events?after=2")).status_code == 200
+        assert (await client.get("/v1/events?after=3")).status_code == 200
         kept = (await client.get("/v1/events")).json()["data"]
         assert kinds(kept) == ["created"]
 
@@ -324,7 +324,7 @@ async def test_a_silent_stream_is_pinged(tmp_path: Path, monkeypatch: pytest.Mon
         await register(client)
         async with reading(broker.app, key) as reader:
             await until(lambda: reader.text.count(": ping\n") >= 3)
-            assert reader.text.startswith(f"retry: 3000\nid: {broker.core.log_id}:2\n\n: ping\n")
+            assert reader.text.startswith(f"retry: 3000\nid: {broker.core.log_id}:3\n\n: ping\n")
             await send(client)
             assert len(await reader.has(1)) == 1
 
