@@ -44,7 +44,9 @@ simulate: .venv/dev ## run the real broker under simulated faults, with SEEDS se
 	@.venv/bin/python -m scripts.simulate --seeds $(SEEDS)
 
 soak: .venv/dev mosquitto ## long runs: 100,000 queued commands, memory over 400,000 commands, outages
-	@.venv/bin/python -m scripts.soak
+	@.venv/bin/python -m scripts.soak backlog
+	@.venv/bin/python -m scripts.soak slope
+	@.venv/bin/python -m scripts.soak away
 
 dist: .venv/dev ## the packages ordain and ordain-device, into dist/
 	@.venv/bin/python -m scripts.dist
