@@ -244,7 +244,7 @@ async def until(fact: Callable[[], bool], within_sec: float = 120) -> None:
     """Waits for a fact. Other tasks and the database's thread run meanwhile."""
     async with asyncio.timeout(within_sec):
         while not fact():  # noqa: ASYNC110 (facts are of many kinds)
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(within_sec / 50_000)
 
 
 def new_core(
