@@ -40,6 +40,9 @@ for module in pkgutil.walk_packages(devices.__path__, "devices."):
 print(json.dumps([each.name for each in importlib.metadata.distributions()]))
 """
 
+# A package index may be reached through a proxy whose certificate only the system knows.
+ENVIRONMENT = environment(UV_SYSTEM_CERTS="1")
+
 
 def uv() -> str:
     places = [os.environ["PATH"], str(ROOT / ".uv" / "bin"), str(Path(sys.executable).parent)]
@@ -60,7 +63,7 @@ def wheel_of(packages: Path, name: str) -> Path:
 
 
 def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment(), cwd=cwd)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -116,7 +116,7 @@ async def test_every_operation_is_described_and_every_error_has_the_common_form(
     description: dict[str, Any],
 ) -> None:
     assert description["openapi"].startswith("3.1")
-    assert description["components"]["securitySchemes"].keys() == {"bearer", "key"}
+    assert description["components"]["securitySchemes"].keys() == {"bearer", "key", "ticket"}
     assert description["security"] == [{"bearer": []}, {"key": []}]
     for path, item in description["paths"].items():
         assert not path.startswith("/local")
@@ -134,7 +134,7 @@ async def test_every_operation_is_described_and_every_error_has_the_common_form(
                 assert operation["security"] == [{}]
     create = description["paths"]["/v1/devices/{device}/commands"]["post"]
     assert set(create["responses"]) == {
-        "200", "201", "400", "401", "403", "404", "409", "410", "413", "415", "429", "503",
+        "200", "201", "202", "400", "401", "403", "404", "409", "410", "413", "415", "429", "503",
     }  # fmt: skip
     assert description["components"]["schemas"]["CommandBody"]["additionalProperties"] is False
 

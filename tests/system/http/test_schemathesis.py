@@ -20,7 +20,7 @@ EXAMPLES = int(os.environ.get("EXAMPLES", "15"))
 # Fields that may be refused although they match the schema, because only the broker's state can judge them.
 BEYOND_A_SCHEMA = {
     "cursor", "type", "command", "device_type", "params", "all", "project", "start", "end", "as_of", "from",
-    "to", "url", "device", "after", "Last-Event-ID",
+    "to", "url", "device", "after", "Last-Event-ID", "expires_at",
 }  # fmt: skip
 
 schema = schemathesis.openapi.from_dict(

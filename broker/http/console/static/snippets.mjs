@@ -30,8 +30,8 @@ export function curl(device, body, origin) {
 export function snippets(command, origin) {
   const { type, hardware_id: device, params } = command;
   const ttl = ttlOf(command);
-  const order = { name: type, device_ident: [device], data: params };
-  const pairs = isPlain(params) ? Object.entries(params).map(([name, value]) => shell(`${name}=${JSON.stringify(value)}`)) : [];
+  const order = { name: type, device_ident: [device], data: params, ttl_sec: ttl };
+  const pairs = isPlain(params) ? Object.entries(params).map(([name, value]) => shell(`${name}:=${JSON.stringify(value)}`)) : [];
   const send = ["ordain send", `--ttl ${ttl ?? 0}`, "--", device, type, ...pairs].join(" ");
   return {
     curl: curl(device, { type, params, ttl_sec: ttl }, origin),
