@@ -58,7 +58,9 @@ class Authority:
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         self._key = ec.generate_private_key(ec.SECP256R1())
         constraints = x509.BasicConstraints(ca=True, path_length=None)
+        usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
         mine = self._builder(self._name, self._key).add_extension(constraints, critical=True)
+        mine = mine.add_extension(usage, critical=True)
         self._write(self.file, mine.sign(self._key, hashes.SHA256()))
 
     def issue(self, common: str, *, dns: str | None = None, file: str | None = None) -> tuple[str, str]:
@@ -80,6 +82,10 @@ class Authority:
     def _builder(self, subject: x509.Name, key: Key) -> x509.CertificateBuilder:
         now, day = datetime.now(UTC), timedelta(days=1)
         builder = x509.CertificateBuilder(self._name, subject, key.public_key(), x509.random_serial_number())
+        # Python 3.13 and later refuse a certificate that does not name the key that signed it.
+        signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+        builder = builder.add_extension(signer, critical=False).add_extension(own, critical=False)
         return builder.not_valid_before(now - day).not_valid_after(now + day)
 
     def _write(self, file: str, certificate: x509.Certificate) -> None:
