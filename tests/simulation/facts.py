@@ -37,7 +37,7 @@ ANSWER_EVENT = {
 FROM_DEVICE = frozenset({"device_ack", "device_result", "relay_report"})
 GRACE_MS = 15_000
 NEVER = 1 << 62
-_NO_COMMANDS = ("system", "erasures")
+_NO_COMMANDS = ("system", "erasures", "audit")
 
 
 class Facts:

@@ -54,5 +54,7 @@ def _endpoint(facts: Facts, call: Call) -> Iterator[str]:
 
 def is_wanted(row: Row, events: list[str]) -> bool:
     stream = row["stream"]
-    outward = stream.startswith("device/") or ("/" not in stream and stream not in ("system", "erasures"))
+    outward = stream.startswith("device/") or (
+        "/" not in stream and stream not in ("system", "erasures", "audit")
+    )
     return outward and (not events or row["type"] in events)

@@ -33,7 +33,7 @@ X = base64.urlsafe_b64encode(PUBLIC).rstrip(b"=").decode()
 JWKS = {"keys": [{"kty": "OKP", "crv": "Ed25519", "x": X, "kid": "key_1", "use": "sig", "alg": "EdDSA"}]}
 NOW = int(time.time())
 CLAIMS = {
-    "iss": "ordain", "aud": DEVICE, "sub": "cmd_1", "jti": "cmd_1", "iat": NOW, "nbf": NOW, "exp": NOW + 600,
+    "iss": "ordain", "aud": DEVICE, "sub": "cmd_1", "jti": "cmd_1", "iat": NOW, "nbf": NOW, "exp": NOW + 86_400,
     "cmd": "unlock", "phs": params_hash(COMMAND["params"]),
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ FORGED = {
     "other parameters": grant(phs=params_hash({"for_sec": 6})),
     "another broker": grant(iss="somebody"),
     "expired": grant(exp=NOW - 1, nbf=NOW - 60, iat=NOW - 60),
-    "not valid yet": grant(nbf=NOW + 3_600, iat=NOW + 3_600),
+    "not valid yet": grant(nbf=NOW + 43_200, iat=NOW + 43_200),
     "no end": grant(exp=None),
     "another kind of token": grant(typ="JWT"),
     "no signature": jwt.encode(CLAIMS, "", "none", {"typ": "grant+jwt", "kid": "key_1"}),
