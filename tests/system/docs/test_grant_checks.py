@@ -33,7 +33,8 @@ X = base64.urlsafe_b64encode(PUBLIC).rstrip(b"=").decode()
 JWKS = {"keys": [{"kty": "OKP", "crv": "Ed25519", "x": X, "kid": "key_1", "use": "sig", "alg": "EdDSA"}]}
 NOW = int(time.time())
 CLAIMS = {
-    "iss": "ordain", "aud": DEVICE, "sub": "cmd_1", "jti": "cmd_1", "iat": NOW, "nbf": NOW, "exp": NOW + 86_400,
+    "iss": "ordain", "aud": DEVICE, "sub": "cmd_1", "jti": "cmd_1", "iat": NOW, "nbf": NOW,
+    "exp": NOW + 86_400,
     "cmd": "unlock", "phs": params_hash(COMMAND["params"]),
 }  # fmt: skip
 
