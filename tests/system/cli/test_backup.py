@@ -4,6 +4,7 @@ works."""
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,8 @@ def test_a_restored_log_continues_its_open_commands(new_broker: NewBroker, tmp_p
     assert broker.end() == 0
     done = ordain("restore", "--yes", str(tmp_path / "b"), data=tmp_path / "new")
     assert done.returncode == 0, done.stderr
+    # A backup does not hold the pepper of the keys: the operator keeps a copy of it.
+    shutil.copy(broker.data / "key.pepper", tmp_path / "new" / "key.pepper")
     again = new_broker(data=tmp_path / "new").start()
     again.key = broker.key
     assert again.command(kept)["params"] == {"a": 1}
@@ -73,6 +76,8 @@ def test_a_live_database_file_is_restored_with_all_answered_commands(
     assert (broker.data / "ordain.db-wal").stat().st_size > 0
     done = ordain("restore", "--yes", str(broker.data / "ordain.db"), data=tmp_path / "new")
     assert done.returncode == 0, done.stderr
+    # A backup does not hold the pepper of the keys: the operator keeps a copy of it.
+    shutil.copy(broker.data / "key.pepper", tmp_path / "new" / "key.pepper")
     again = new_broker(data=tmp_path / "new").start()
     again.key = broker.key
     assert again.command(last)["state"] == "pending"
