@@ -211,13 +211,14 @@ def delete(
 def purge(
     *,
     older_than_days: Annotated[int, Parameter(name="--older-than-days")],
+    device_events: Annotated[bool, Parameter(name="--device-events", negative="")] = False,
     dry_run: Annotated[bool, Parameter(name="--dry-run", negative="")] = False,
     yes: Yes = False,
     data: Data = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Erase permanently all closed commands that are older than a number of days.
+    """Erase permanently all closed commands older than a number of days, or old device events.
 
     A command is older if it was created before midnight (UTC) that many days ago. It asks first.
 
@@ -225,28 +226,36 @@ def purge(
     ----------
     older_than_days
         0 to 36500; 0 erases all closed commands created before today.
+    device_events
+        Not commands: the data of presence and attribute events that a newer one had replaced by then.
     dry_run
-        Show how many commands would be erased, and erase none.
+        Show how many would be erased, and erase none.
     """
-    body = {"older_than_days": older_than_days}
+    age = {"older_than_days": older_than_days}
+    preview, path, counted, erased, what = (
+        ("/v1/events/purge", "/v1/events/purge", "erased", "erased", "device events replaced")
+        if device_events
+        else ("/local/purge/preview", "/commands/purge", "commands", "deleted", "commands created")
+    )
 
     async def purging(client: Client, serving: bool) -> dict[str, Any]:
-        found: dict[str, Any] = await call(client, "POST", "/local/purge/preview", body)
+        look = age | {"dry_run": True} if device_events else age
+        found: dict[str, Any] = await call(client, "POST", preview, look)
         if dry_run:
             return found
-        if found["commands"]:
-            what = f"{found['commands']} commands created before {found['cutoff_date']}"
-            confirm(f"Erase {what} permanently?", yes=yes)
-        purged: dict[str, Any] = await call(client, "POST", "/commands/purge", body)
+        if found[counted]:
+            all_of_it = f"{found[counted]} {what} before {found['cutoff_date']}"
+            confirm(f"Erase {all_of_it} permanently?", yes=yes)
+        purged: dict[str, Any] = await call(client, "POST", path, age)
         return purged
 
     purged = ask(data, config, purging)
     if as_json:
         print_json(purged)
     elif dry_run:
-        print(f"{purged['commands']} commands created before {purged['cutoff_date']} would be erased")
+        print(f"{purged[counted]} {what} before {purged['cutoff_date']} would be erased")
     else:
-        print(f"{purged['deleted']} commands created before {purged['cutoff_date']} erased")
+        print(f"{purged[erased]} {what} before {purged['cutoff_date']} erased")
 
 
 # --- ordain commands ---------------------------------------------------------------------------------

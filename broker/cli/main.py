@@ -63,7 +63,7 @@ COMMANDS = {
     ),
     "purge": (
         "broker.cli.commands:purge",
-        "Erase permanently all closed commands that are older than a number of days.",
+        "Erase permanently all closed commands older than a number of days, or old device events.",
     ),
     "backup": (
         "broker.cli.backup:backup",

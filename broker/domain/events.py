@@ -212,9 +212,11 @@ class ClockStepped(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 class Erased(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Stream erasures: the data of these commands, or of all closed commands created before `cutoff` (ms),
-    is erased. `count`: how many commands."""
+    is erased. `positions`: of device events that newer ones replaced, whose data is erased. `count`: how many
+    commands or device events."""
 
     ids: list[str] = []
+    positions: list[int] = []
     cutoff: int | None = None
     count: int = 0
 

@@ -1,4 +1,4 @@
-"""Erases one command, or all closed commands older than a number of days (a purge).
+"""Erases one command, all closed commands older than a number of days (a purge), or old device events.
 
 Each request records one `erased` event. From its commit on, no read returns the erased commands. For one
 command, parameters and results are removed from the log in the same transaction. For a purge they are
@@ -18,7 +18,7 @@ from broker.domain.errors import Unavailable
 from broker.domain.events import ERASURES, Erased
 from broker.domain.lifecycle import Input, Request
 from broker.engine.commands import Caller, Commands, conflict
-from broker.log import erasing
+from broker.log import erasing, replaced
 from broker.log.erasing import Purge
 from broker.seams import Full, Sql
 from projections import commands as commands_view
@@ -33,10 +33,10 @@ AGAIN_SEC = 1.0
 
 
 class Purged(NamedTuple):
-    """The extent of a purge: the number of `commands`, all created before `cutoff` (ms)."""
+    """The extent of a purge: the number of commands or device events, all before `cutoff` (ms)."""
 
     cutoff: int
-    commands: int
+    amount: int
 
 
 class _Step(NamedTuple):
@@ -114,10 +114,40 @@ class Erasures:
     async def purgeable(self, older_than_days: int) -> Purged:
         """What such a purge would erase now. Nothing changes."""
         await self._commands.ready()
-        now = self._writer.now()
-        cutoff = now - now % DAY_MS - older_than_days * DAY_MS
+        cutoff = self._midnight(older_than_days)
         count = await self._writer.storage.read(lambda sql: commands_view.closed_before(sql, cutoff))
         return Purged(cutoff, count)
+
+    async def purge_events(self, caller: Caller, older_than_days: int, *, dry_run: bool) -> Purged:
+        """Erases the data of device events of all projects that newer ones had replaced before midnight (UTC)
+        `older_than_days` days ago. Each step records the positions and erases them in one transaction.
+
+        Raises:
+            Unavailable: the log could not be written; the steps before that one are done.
+        """
+        await self._commands.ready()
+        storage, walk, count = self._writer.storage, replaced.Walk(), 0
+        cutoff = self._midnight(older_than_days)
+        end = await storage.read(lambda sql: erasing.bound(sql, cutoff))
+        while walk.after < end - 1:
+            found = await storage.read(lambda sql: walk.step(sql, end))
+            count += len(found)
+            for first in range(0, 0 if dry_run else len(found), self.batch):
+                await self._erase_events(caller, found[first : first + self.batch])
+        if count and not dry_run:
+            self._carry_out()
+        return Purged(cutoff, count)
+
+    async def _erase_events(self, caller: Caller, positions: list[int]) -> None:
+        await self._writer.room()
+        self._record(Erased(positions=positions, count=len(positions)), "", caller.actor)
+        self._writer.also(lambda sql: erasing.erase_positions(sql, positions))
+        await self._writer.barrier()
+        await asyncio.sleep(self.pause_sec)
+
+    def _midnight(self, days_ago: int) -> int:
+        now = self._writer.now()
+        return now - now % DAY_MS - days_ago * DAY_MS
 
     def _record(self, event: Erased, project: str, actor: str) -> tuple[int, int]:
         recorded = self._writer.stage(

@@ -71,7 +71,7 @@ class PreviewView(msgspec.Struct, frozen=True, kw_only=True):
 @post("/purge/preview", status_code=200)
 async def preview_purge(request: Call, data: JSONBody[PurgeBody]) -> PreviewView:
     found = await request.services.erasures.purgeable(data.older_than_days)
-    return PreviewView(cutoff_date=rfc3339(found.cutoff), commands=found.commands)
+    return PreviewView(cutoff_date=rfc3339(found.cutoff), commands=found.amount)
 
 
 def _grant_key(request: Call, key: GrantKey) -> GrantKeyView:

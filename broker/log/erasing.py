@@ -1,11 +1,16 @@
-"""Erasing on SQLite: removes data and salt from the rows of commands. The digests keep the chain valid.
+"""Erasing on SQLite: removes data and salt from rows of the log. The digests keep the chain valid.
 
-Runs inside the caller's transaction. A row may be erased only if an `erased` event names or covers its
-command, and the command was closed when that event was recorded. `verify` checks this rule with `Excused`.
+Runs inside the caller's transaction. A row of a command may be erased only if an `erased` event names or
+covers its command, and the command was closed when that event was recorded. A row of a device may be erased
+only if an `erased` event names its position, and a newer event of its stream replaced it. `verify` checks
+these rules with `Excused`.
 """
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,6 +21,9 @@ from broker.log.chain import Row
 from broker.seams import Sql
 
 CLOSING = frozenset(state.value for state in CLOSED)
+# The events of a device that newer ones can replace. The others are never erased.
+PRESENCE = ("online", "offline")
+ATTRIBUTES = "changed"
 
 
 class Purge(NamedTuple):
@@ -64,6 +72,12 @@ def erase(sql: Sql, command_id: str) -> int:
     return int(sql.execute("SELECT changes()").fetchone()[0])
 
 
+def erase_positions(sql: Sql, positions: Sequence[int]) -> None:
+    """Removes data and salt from these rows. An `erased` event of the same transaction must name them."""
+    for position in positions:
+        sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE position = ?", (position,))
+
+
 def forget_answers(sql: Sql, which: str, value: object) -> None:
     """Erases the unmatched answers for which `which`, an SQL expression with one parameter, is true."""
     if sql.execute(f"SELECT 1 FROM unmatched WHERE {which} LIMIT 1", (value,)).fetchone() is None:
@@ -102,43 +116,74 @@ class Excused:
     """Tells which rows may have no data.
 
     A command's rows may have none if an `erased` event names the command, or the command was created before
-    the event's cutoff; and the command was closed before that event.
+    the event's cutoff; and the command was closed before that event. A presence or attribute event of a
+    device may have none if an `erased` event names its position, and its stream has a newer one of its kind.
     """
 
-    def __init__(self, sql: Sql) -> None:
-        self._sql = sql
+    def __init__(self) -> None:
         self._named: dict[str, int] = {}  # command: position of the event
         self._cutoffs: list[tuple[int, int]] = []  # cutoff, position of the event
+        self._positions: array[int] = array("q")  # of rows of devices, ascending
         self._known: dict[str, tuple[bool, int]] = {}
-        self._later = [msgspec.convert(each, Erased) for _, each in erased_later(sql)]
+        self._read = 0  # version of the last `erased` event that was read
+        self._later: list[Erased] | None = None
         self.later = 0  # rows that only a later erasure excuses
+
+    def read(self, sql: Sql) -> None:
+        """Takes in the `erased` events that were recorded since the last call. Later calls use `sql`."""
+        self._sql = sql
+        if self._later is None:
+            self._later = [msgspec.convert(each, Erased) for _, each in erased_later(sql)]
         found = sql.execute(
-            "SELECT position, type, data, schema FROM events WHERE stream = ? ORDER BY version", (ERASURES,)
-        )
-        for position, name, data, schema in found.fetchall():
+            "SELECT position, version, type, data, schema FROM events WHERE stream = ? AND version > ? "
+            "ORDER BY version",
+            (ERASURES, self._read),
+        ).fetchall()
+        for position, version, name, data, schema in found:
+            self._read = version
             try:
                 event = decode(name, data or b"{}", schema)
             except (ValueError, TypeError):
                 continue  # someone changed this row; the check of the chain reports it
             if isinstance(event, Erased):
                 self._named |= dict.fromkeys(event.ids, position)
+                self._positions.extend(each for each in event.positions if 0 < each < position)
                 if event.cutoff is not None:
                     self._cutoffs.append((event.cutoff, position))
+        if found:
+            self._positions = array("q", sorted(self._positions))
+            self._known.clear()
 
     def __call__(self, row: Row) -> bool:
+        of_device = subject_kind(row.stream) == "device"
+        excused = self._is_replaced(row) if of_device else self._is_of_erased(row)
+        if not excused and self._excused_later(row):
+            excused, self.later = True, self.later + 1
+        return excused
+
+    def _is_of_erased(self, row: Row) -> bool:
         if row.stream not in self._known:
             self._known[row.stream] = self._judge(row.stream)
         excused, last = self._known[row.stream]
-        if not excused and self._excused_later(row):
-            excused, self.later = True, self.later + 1
         if row.version >= last:
             del self._known[row.stream]  # after its last row a command is dropped, to keep memory small
         return excused
 
+    def _is_replaced(self, row: Row) -> bool:
+        place = bisect_left(self._positions, row.position)
+        if place == len(self._positions) or self._positions[place] != row.position:
+            return False
+        return replaced(self._sql, row)
+
     def _excused_later(self, row: Row) -> bool:
-        """Whether an erasure after the end of a copy names or covers the command. That the command was closed
-        by then is not in the copy."""
-        if not self._later or subject_kind(row.stream) != "command":
+        """Whether an erasure after the end of a copy names or covers the row. Whether its command was closed
+        by then, or a newer event had replaced it, is not in the copy."""
+        if not self._later:
+            return False
+        if subject_kind(row.stream) == "device":
+            kind = row.type in PRESENCE or row.type == ATTRIBUTES
+            return kind and any(row.position in each.positions for each in self._later)
+        if subject_kind(row.stream) != "command":
             return False
         first = "SELECT recorded_at FROM events WHERE stream = ? ORDER BY version LIMIT 1"
         created = self._sql.execute(first, (row.stream,)).fetchone()[0]
@@ -157,3 +202,15 @@ class Excused:
         erased_at = [position for cutoff, position in self._cutoffs if first[3] < cutoff]
         erased_at.append(self._named.get(stream, 0))
         return last[0] < max(erased_at), last[1]
+
+
+def replaced(sql: Sql, row: Row) -> bool:
+    """Whether the row is a presence or attribute event of a device, and a newer one of its kind follows."""
+    if row.type in PRESENCE:
+        newer = "type IN ('online', 'offline')"
+    elif row.type == ATTRIBUTES:
+        newer = "type = 'changed' AND instr(data, '\"attributes\"')"
+    else:
+        return False
+    query = f"SELECT 1 FROM events WHERE stream = ? AND version > ? AND {newer} LIMIT 1"
+    return sql.execute(query, (row.stream, row.version)).fetchone() is not None

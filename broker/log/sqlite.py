@@ -13,7 +13,7 @@ from typing import NamedTuple
 from broker.domain.events import NAMES, SCHEMA, Recorded, decode, encode
 from broker.log import chain, shape
 from broker.log.chain import Row
-from broker.log.erasing import Excused, bound
+from broker.log.erasing import ATTRIBUTES, PRESENCE, Excused, bound
 from broker.seams import Sql, UnknownFormat
 
 TABLES = """
@@ -209,12 +209,14 @@ def place(sql: Sql, at: int) -> int:
 
 
 def recorded(row: Row) -> Recorded:
-    """Decodes a row into its event.
+    """Decodes a row into its event. Only device events that newer ones replaced are decoded without their
+    data: when they are folded, what remains of them is that they happened.
 
     Raises:
         ValueError: the data was erased, or a later release wrote it.
     """
-    if row.data is None:
+    replaced = row.type in (*PRESENCE, ATTRIBUTES)
+    if row.data is None and not replaced:
         raise ValueError(f"the data of position {row.position} was erased")
     return Recorded(
         position=row.position,
@@ -224,7 +226,7 @@ def recorded(row: Row) -> Recorded:
         project=row.project,
         device_id=row.device_id,
         actor=row.actor,
-        event=decode(row.type, row.data, row.schema),
+        event=decode(row.type, row.data or b"{}", row.schema),
     )
 
 
@@ -247,10 +249,15 @@ class Walk:
     def __init__(self) -> None:
         self.rows, self.hash = 0, chain.GENESIS
         self.fault: str | None = None
-        self.later = 0  # see `Verified`
+        self._excused = Excused()
         self._recorded_at = 0
         self._begun = False
         self._stream = ""  # streams up to this name have all their versions
+
+    @property
+    def later(self) -> int:
+        """See `Verified`."""
+        return self._excused.later
 
     def step(self, sql: Sql, page: int) -> bool:
         """Checks the next `page` rows; after the last row, the next `page` streams. False at the end or at a
@@ -260,19 +267,17 @@ class Walk:
             self.fault = shape.fault(sql, TABLES) or shape.integrity(sql)
             if self.fault is not None:
                 return False
-        excused: Excused | None = None
         batch = rows(sql, self.rows, page)
+        if any(row.data is None for row in batch):
+            self._excused.read(sql)
         for row in batch:
-            if row.data is None and excused is None:
-                excused = Excused(sql)
-            may_be_empty = excused is not None and row.data is None and excused(row)
+            may_be_empty = row.data is None and self._excused(row)
             self.fault = chain.fault(row, self.hash, self.rows + 1, may_be_empty)
             if self.fault is None and row.recorded_at < self._recorded_at:
                 self.fault = f"position {row.position} is older than the row before it"
             if self.fault is not None:
                 return False
             self.hash, self.rows, self._recorded_at = row.hash, row.position, row.recorded_at
-        self.later += 0 if excused is None else excused.later
         return bool(batch) or self._streams(sql, page)
 
     def _streams(self, sql: Sql, page: int) -> bool:

@@ -160,8 +160,8 @@ async def measure(directory: Path, commands: int, quiet_sec: float) -> None:
         over.set()
         told("while it is purged", await sending)
         print(
-            f"{purged.commands} commands: answered in {answered * 1_000:.0f} ms, erased in {took:.1f} s "
-            f"({purged.commands / took:.0f}/s); {_memory()} MB of memory, {_size(directory)} MB on the disk"
+            f"{purged.amount} commands: answered in {answered * 1_000:.0f} ms, erased in {took:.1f} s "
+            f"({purged.amount / took:.0f}/s); {_memory()} MB of memory, {_size(directory)} MB on the disk"
         )
     await storage.close()
 

@@ -284,7 +284,7 @@ async def purge_commands(request: Call, data: JSONBody[PurgeBody]) -> PurgedComm
     restart.
     """
     purged = await request.services.erasures.purge(request.user, data.older_than_days)
-    return PurgedCommands(success=True, cutoff_date=rfc3339(purged.cutoff), deleted=purged.commands)
+    return PurgedCommands(success=True, cutoff_date=rfc3339(purged.cutoff), deleted=purged.amount)
 
 
 def _sent(state: CommandState) -> SentCommand:

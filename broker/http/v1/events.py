@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import msgspec
 from litestar import Request, Response, Router, get, post
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import HeaderParameter, QueryParameter
+from litestar.params import HeaderParameter, JSONBody, QueryParameter
 from msgspec import Meta
 
 from broker.domain.cloudevents import BARE_TYPES, EVENTS, CloudEvent, Wanted, cloud_event
 from broker.domain.errors import Refusal, invalid, not_found
+from broker.engine.erasures import MAX_DAYS
 from broker.engine.registry import check_name
 from broker.http.edge import positions
 from broker.http.edge.answers import Json
@@ -295,4 +296,45 @@ def _seen(feed: Feed, field: str, position: int) -> int:
     return position
 
 
-routes = Router("/v1", route_handlers=[list_events, create_ticket], before_request=authorize)
+class EventPurgeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The age of the device events to erase."""
+
+    older_than_days: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=MAX_DAYS,
+            description="Whole days before today (UTC); 0 means everything before today.",
+            examples=[90],
+        ),
+    ]
+    dry_run: Annotated[bool, Meta(description="Only count them.")] = False
+
+
+class PurgedEvents(msgspec.Struct, frozen=True, kw_only=True):
+    """`erased`: how many device events lost their data; with `dry_run`, how many would."""
+
+    cutoff_date: Time
+    erased: int
+
+
+@post("/events/purge", status_code=200, opt=needs("admin"), responses=documented(413, 415), tags=["Events"])
+async def purge_device_events(request: Call, data: JSONBody[EventPurgeBody]) -> PurgedEvents:
+    """Erase old device events
+
+    Erases the data of presence and attribute events, of all projects, that a newer event had replaced before
+    midnight (UTC), `older_than_days` days ago. What a device is now does not change. Registrations and tokens
+    stay, and so does the presence on which a hand-over relied. That the events happened stays in the log.
+
+    The answer comes when all of it is done: minutes for a large log. If the broker stops meanwhile, what was
+    erased stays erased; ask again for the rest.
+    """
+    purged = await request.services.erasures.purge_events(
+        request.user, data.older_than_days, dry_run=data.dry_run
+    )
+    return PurgedEvents(cutoff_date=rfc3339(purged.cutoff), erased=purged.amount)
+
+
+routes = Router(
+    "/v1", route_handlers=[list_events, create_ticket, purge_device_events], before_request=authorize
+)

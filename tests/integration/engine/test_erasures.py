@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -11,8 +12,18 @@ from typing import Any
 import msgspec
 import pytest
 
+from broker.domain.cloudevents import Wanted
 from broker.domain.errors import Refusal, Unavailable
-from broker.domain.events import ERASURES
+from broker.domain.events import (
+    ERASURES,
+    Changed,
+    DeviceEvent,
+    Offline,
+    Online,
+    TokenRotated,
+    device_stream,
+)
+from broker.domain.lanes import Presence
 from broker.domain.lifecycle import CommandState
 from broker.engine import erasures
 from broker.engine.commands import Caller
@@ -23,6 +34,7 @@ from broker.operations.replay import copy_log
 from broker.seams import Full, Sql
 from broker.world import SqliteStorage, new_file, open_for_reading
 from projections import commands as commands_view
+from projections import devices as devices_view
 from projections import follower
 from projections.commands import Filter
 from tests.integration.core_support import (
@@ -510,3 +522,72 @@ def test_no_copy_of_erased_data_stays_on_any_page() -> None:
 
 def content(disk: SimDisk) -> bytes:
     return b"".join(bytes(file.data) for file in disk.files.values())
+
+
+# --- device events
+
+
+async def test_replaced_device_events_lose_their_data_and_all_else_stays(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with running(tmp_path, clock) as bench:
+        device = await bench.device(online=False)
+        stream, registry = device_stream(device.id), bench.core.registry
+
+        def said(*events: DeviceEvent) -> None:
+            for event in events:
+                before = bench.live.devices.get(device.id)
+                registry.record(event, device.id, before, device.project, f"device:{device.id}")
+
+        said(Online(session=SECRET), Offline(session=SECRET), Changed(attributes={"seen": SECRET}))
+        said(Online(session="s-2"), Changed(attributes={"n": 2}, name="lamp"))
+        registry.heard(bench.live.devices.get(device.id) or device, Presence.ONLINE, "s-2")
+        made = await bench.order()
+        await bench.becomes(made.id, "published")  # so the online of the session s-2 stays
+        said(Offline(session="s-2"), TokenRotated(token_digest="$7$new"), Changed(attributes={"n": 3}))
+        await bench.writer.barrier()
+        before = await bench.writer.storage.read(lambda sql: devices_view.by_name(sql, ["lamp-1"]))
+
+        assert (await bench.core.erasures.purge_events(ADMIN, 0, dry_run=False)).amount == 0, (
+            "all is of today"
+        )
+        clock.pass_ms(2 * DAY)
+        assert (await bench.core.erasures.purge_events(ADMIN, 1, dry_run=True)).amount == 3
+        assert with_secret(tmp_path)
+        assert (await bench.core.erasures.purge_events(ADMIN, 1, dry_run=False)).amount == 3
+        assert (await bench.core.erasures.purge_events(ADMIN, 1, dry_run=False)).amount == 0
+        await settled(bench)
+
+        rows = await bench.writer.storage.read(lambda sql: log.stream(sql, stream))
+        empty = [row.version for row in rows if row.data is None]
+        assert [row.type for row in rows if row.version in empty] == ["online", "offline", "changed"]
+        assert empty == [2, 3, 4]
+        assert with_secret(tmp_path) == []
+        assert await bench.writer.storage.read(lambda sql: devices_view.by_name(sql, ["lamp-1"])) == before
+        await sound(bench)
+    async with running(tmp_path, clock) as bench:
+        async with asyncio.timeout(20):
+            entries, _ = await bench.core.feed.page(Wanted(device="lamp-1"), 0, 100)
+        assert [entry.version for entry in entries if entry.stream == stream and entry.event is None] == empty
+        await sound(bench)
+
+
+async def test_a_copy_from_before_the_erasure_of_device_events_verifies(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with running(tmp_path, clock) as bench:
+        device = await bench.device(online=False)
+        for number in range(3):
+            before = bench.live.devices.get(device.id)
+            event = Changed(attributes={"n": number})
+            bench.core.registry.record(event, device.id, before, device.project, "operator:local")
+        await bench.writer.barrier()
+        until_here = bench.writer.durable
+        clock.pass_ms(2 * DAY)
+        assert (await bench.core.erasures.purge_events(ADMIN, 1, dry_run=False)).amount == 2
+
+        def copied(sql: Sql) -> log.Verified:
+            with closing(sqlite3.connect(":memory:")) as target:
+                copy_log(sql, target, until_here)
+                return log.verify(target)
+
+        verified = await bench.writer.storage.read(copied)
+        assert (verified.fault, verified.later) == (None, 2)

@@ -121,6 +121,21 @@ def test_a_purge_asks_first_and_a_dry_run_erases_nothing(new_broker: NewBroker) 
     assert as_json(broker, *purge, "--yes")["deleted"] == 0
 
 
+def test_a_purge_of_device_events_asks_first(broker: Broker) -> None:
+    broker.device("lamp")
+    for number in range(3):
+        changed = broker.operator("PATCH", "/v1/devices/lamp", {"attributes": {"n": number}})
+        assert changed.status_code == 200
+    with closing(sqlite3.connect(broker.data / "ordain.db")) as sql, sql:  # they are from the year 2001
+        sql.execute("UPDATE events SET recorded_at = 1000000000000 + position")
+    purge = ("purge", "--device-events", "--older-than-days", "30")
+
+    assert as_json(broker, *purge, "--dry-run")["erased"] == 2
+    assert "Erase 2 device events replaced before" in asked(broker, "n\n", *purge).stderr
+    assert "2 device events" in asked(broker, "y\n", *purge).stdout
+    assert as_json(broker, *purge)["erased"] == 0
+
+
 def test_the_list_of_webhooks_says_why_deliveries_fail(new_broker: NewBroker, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text('webhook_allow = ["127.0.0.0/8"]')

@@ -58,6 +58,7 @@ ASKING = (
     ["diff", "1", "2"],
     ["delete", "cmd_1"],
     ["purge", "--older-than-days", "3"],
+    ["purge", "--device-events", "--older-than-days", "3"],
     ["webhooks", "list"],
     ["webhooks", "pause", "hook_1"],
     ["webhooks", "resume", "hook_1"],

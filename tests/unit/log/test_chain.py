@@ -12,8 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.domain.events import ERASURES, Acknowledged, Erased, Event, Executed, Published, device_stream
-from broker.log import chain
+from broker.domain.events import (
+    ERASURES,
+    Acknowledged,
+    Changed,
+    Erased,
+    Event,
+    Executed,
+    Offline,
+    Online,
+    Published,
+    TokenRotated,
+    device_stream,
+)
+from broker.log import chain, erasing
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.sqlite import Verified
@@ -201,6 +213,32 @@ def test_a_cutoff_covers_neither_devices_nor_itself(sql: sqlite3.Connection) -> 
     write(sql, [(ERASURES, Erased(cutoff=T + 1_000, count=2), 100)])
     erase(sql, device_stream(DEVICE))
     assert fault(sql) == "position 1 has no data, and no erased event names it"
+
+
+def test_only_a_named_device_event_that_a_newer_one_replaced_may_be_empty(sql: sqlite3.Connection) -> None:
+    stream = device_stream(DEVICE)
+    said: list[Event] = [
+        Online(session="a"), Changed(attributes={"n": 1}), Changed(name="x"), TokenRotated(token_digest="t"),
+        Online(session="b"), Changed(attributes={"n": 2}),
+    ]  # fmt: skip
+    write(sql, [(stream, event, 100) for event in said])
+    first = LAST + 1
+    every = [1, *range(first, first + len(said))]
+
+    for position in every:
+        sql.execute("SAVEPOINT one")
+        erasing.erase_positions(sql, [position])
+        assert fault(sql) == f"position {position} has no data, and no erased event names it"
+        write(sql, [(ERASURES, Erased(positions=every, count=len(every)), 200)])
+        # An empty change does not tell which fields it set. Only the `erased` event vouches for it.
+        may_be_empty = position in (first, first + 1, first + 2)
+        assert (fault(sql) == "none") is may_be_empty, said[position - first]
+        sql.execute("ROLLBACK TO one")
+
+    write(sql, [(ERASURES, Erased(positions=[LAST + 7], count=1), 200), (stream, Online(), 210)])
+    write(sql, [(stream, Offline(), 220)])
+    erasing.erase_positions(sql, [LAST + 8])
+    assert fault(sql).startswith(f"position {LAST + 8} has no data"), "no event names a later position"
 
 
 def test_an_erased_event_itself_cannot_be_erased(sql: sqlite3.Connection) -> None:
