@@ -23,6 +23,7 @@ from broker.http.edge.streams import Streams
 from broker.http.edge.tickets import Tickets
 from broker.http.edge.waits import Waits
 from broker.metrics import Metrics
+from broker.often import Often
 from broker.private_socket import TIMEOUT_SEC, answers, socket_path
 from broker.seams import Sql
 from broker.settings import BadSetting, Settings
@@ -77,6 +78,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         waits=waits,
         tickets=tickets,
         strangers=strangers,
+        often=Often(lambda: core.writer.clock.monotonic_ms() / 1_000),
         dispatch=core.dispatch,
         intake=core.intake,
         pull=core.pull,

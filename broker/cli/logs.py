@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping, MutableMapping
 from typing import IO, Any
 
 import structlog
 
+from broker.often import Often
 from broker.settings import Settings
 
 SECRET = re.compile(
@@ -43,6 +46,25 @@ def configure(settings: Settings, environment: Mapping[str, str]) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
+    logging.getLogger().handlers[:] = [Bridge()]
+
+
+class Bridge(logging.Handler):
+    """Passes what libraries write with Python's own logging to the log of this process.
+
+    So these lines too are masked, escaped and bounded: asyncio writes one for each write to a connection that
+    is gone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._often = Often(time.monotonic)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = {"of": record.name, "message": record.getMessage()[:500]}
+        allowed = self._often.allowed(record.name, line)
+        if allowed is not None:
+            structlog.get_logger().log(record.levelno, "python.log", exc_info=record.exc_info, **allowed)
 
 
 def safe(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -26,6 +26,7 @@ from broker.engine.dispatch import Dispatch
 from broker.engine.quotas import waiting_room
 from broker.engine.registry import Registry
 from broker.log import sqlite as log
+from broker.often import Often, shown
 from broker.seams import Link, Message
 from devices.types import AnswerStatus
 from devices.wire import (
@@ -75,6 +76,7 @@ class Intake:
         self._backlog_until = 0
         self._sessions = 0  # MQTT sessions of our link so far
         self._behind = 0  # messages to take before hand-over goes on after a failed commit
+        self._often = Often(lambda: self.writer.clock.monotonic_ms() / 1_000)
         self._of_no_use: str | None = None  # why the current message was kept as unmatched
 
     # --- called by the link ---
@@ -152,7 +154,7 @@ class Intake:
                 self._take(message, place, answer)
             except Exception:
                 # One bad message must not stop the others. Without a PUBACK it would come again for ever.
-                logger.exception("intake.failed", topic=message.topic[:200])
+                logger.exception("intake.failed", topic=shown(message.topic))
             taken.append((message, SAYS.get(self._of_no_use or "", TAKEN)))
         self.writer.then(lambda: self._puback(taken), lambda: self._again(batch, presence, session))
         if self._behind:
@@ -356,9 +358,8 @@ class Intake:
         definition = self.live.definitions[state.definition]
         fault = definition.result_fault(answer.result) if answer.status == "executed" else None
         if fault is not None:
-            logger.warning(
-                "result.unfit", command_id=state.id, type=definition.device_type, fault=fault[:200]
-            )
+            line = {"command_id": state.id, "type": definition.device_type, "fault": fault[:200]}
+            self._often.warn("result.unfit", line)
             self.on_unfit(definition.device_type)
 
     def unmatched(
@@ -369,7 +370,8 @@ class Intake:
         self._of_no_use = reason
         if reason == "promise_broken":
             logger.error("delivery.promise_broken", command_id=command_id)
-        logger.info("answer.unmatched", reason=reason, topic=message.topic[:200], command_id=command_id)
+        line = {"reason": reason, "topic": shown(message.topic), "command_id": shown(command_id or "-")}
+        self._often.info("answer.unmatched", line)
 
     def _left_out(
         self, message: Message, device: DeviceState, parts: Sequence[str], command_id: str | None = None
@@ -377,7 +379,7 @@ class Intake:
         """Counts and keeps a message of which parts could not be used. It counts without them."""
         for part in parts:
             self._keep(message, device, f"unfit_{part}", command_id)
-        logger.warning("answer.part_left_out", parts=list(parts), topic=message.topic[:200])
+        self._often.warn("answer.part_left_out", {"parts": list(parts), "topic": shown(message.topic)})
 
     def _keep(
         self, message: Message, device: DeviceState | None, reason: str, command_id: str | None

@@ -16,7 +16,6 @@ from devices.names import is_name
 SERVICE_USER = "service"
 # One text for all reasons: a stranger must not learn whether the user exists.
 NOT_LET_IN = "unknown user or wrong password"
-LONGEST_SHOWN = 64
 
 
 class Scope(NamedTuple):
@@ -163,9 +162,3 @@ def is_filter(text: str) -> bool:
     levels = f"/{text.replace('/', '//')}/"  # now each level has slashes of its own
     hashes = text.count("#")
     return text != "" and text.count("+") == levels.count("/+/") and hashes == levels.endswith("/#/")
-
-
-def shown(name: object) -> str:
-    """A name that a stranger chose, for a log line: short and in ASCII, so that it cannot forge a line."""
-    text = str(name)
-    return ascii(text[:LONGEST_SHOWN])[1:-1] + ("…" if len(text) > LONGEST_SHOWN else "")

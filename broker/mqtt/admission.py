@@ -11,9 +11,10 @@ from collections.abc import Callable, Container
 
 import structlog
 
-from broker.mqtt.access import Access, Peer, Refused, shown
+from broker.mqtt.access import Access, Peer, Refused
 from broker.mqtt.packets import Connect, Reason
 from broker.mqtt.shell import Connection
+from broker.often import shown
 from broker.settings import MqttLimits
 
 logger = structlog.get_logger()

@@ -15,15 +15,15 @@ from typing import Literal, Protocol
 import structlog
 
 from broker.mqtt import packets as p
-from broker.mqtt.access import Access, Peer, Refused, shown
+from broker.mqtt.access import Access, Peer, Refused
 from broker.mqtt.admission import Admission
 from broker.mqtt.crowd import Crowd, Had, Watch
-from broker.mqtt.often import Often
 from broker.mqtt.packets import Publish, Reason
 from broker.mqtt.routes import Routes, message_of
 from broker.mqtt.services import Services
 from broker.mqtt.session import Closed, Effect, Taken
 from broker.mqtt.shell import Connection
+from broker.often import Often, shown
 from broker.seams import LinkEvents, Message, Outgoing, Presence, Receipt
 from broker.settings import MqttLimits
 

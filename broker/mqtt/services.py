@@ -17,9 +17,10 @@ import structlog
 from broker.domain.cloudevents import Entry, Wanted, encoded
 from broker.domain.fleet import DeviceSet
 from broker.mqtt import packets as p
-from broker.mqtt.access import Scope, fits, is_filter, shown
+from broker.mqtt.access import Scope, fits, is_filter
 from broker.mqtt.packets import Publish, Reason
 from broker.mqtt.shell import Connection
+from broker.often import shown
 from broker.seams import Outgoing, Receipt
 from broker.subscriptions.feed import Feed, Subscription
 

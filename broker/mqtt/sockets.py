@@ -20,9 +20,9 @@ from typing import Any, Literal
 import structlog
 
 from broker.mqtt.listener import Listener
-from broker.mqtt.often import Often
 from broker.mqtt.shell import Connection
 from broker.mqtt.tls import Certificates, identity
+from broker.often import Often
 from devices.mqtt_url import Endpoint
 
 logger = structlog.get_logger()

@@ -21,6 +21,7 @@ from msgspec import UNSET, Meta, UnsetType
 from broker.domain.errors import Refusal, Unavailable, invalid
 from broker.http.edge.answers import Json
 from broker.http.edge.services import Services, served
+from broker.often import shown
 from broker.seams import Broken, Full
 from devices.allowed import reason as right
 
@@ -71,6 +72,8 @@ DOCUMENTED = {
     "`Retry-After` gives the seconds to wait.",
     503: "`unavailable`: the log cannot be written now. The outcome is unknown; send the request again.",
 }
+# Refusals that get a log line, because they may be an attack.
+TOLD = frozenset({"unauthorized", "forbidden", "rate_limit_exceeded"})
 # Handler parameters whose name in Python differs from their name in the API.
 RENAMED = {"in_state": "state", "with_grant": "grant"}
 _NAMED = re.compile(r"Object (?:(contains unknown)|missing required) field `(.*)`", re.DOTALL)
@@ -155,7 +158,12 @@ def refused(request: Request[Any, Any, Any], error: Refusal) -> Response[ErrorBo
     headers = dict(HEADERS.get(error.kind, {}))
     if error.retry_after_sec is not None:
         headers["Retry-After"] = str(error.retry_after_sec)
-    _services(request).metrics.refused(error.kind)
+    services = _services(request)
+    services.metrics.refused(error.kind)
+    if error.kind in TOLD:
+        client = request.scope["client"]
+        line = {"code": error.kind, "method": request.scope["method"], "path": shown(request.scope["path"])}
+        services.often.info("http.refused", line | {"address": client[0] if client else "local"})
     return Held(body, status_code=STATUS[error.kind], headers=headers)
 
 
@@ -171,7 +179,8 @@ def by_status(request: Request[Any, Any, Any], error: HTTPException) -> Response
         return refused(request, _parameter_fault(request, error))
     code, message = BY_STATUS.get(error.status_code, BY_STATUS[400])
     if error.status_code >= 500:
-        logger.warning("http.broken_off", detail=error.detail, path=request.scope["path"][:64])
+        line = {"detail": shown(error.detail), "path": shown(request.scope["path"])}
+        _services(request).often.info("http.broken_off", line)
         code, message = "internal", "the request could not be served"
     else:
         _services(request).metrics.refused(code)
@@ -186,7 +195,7 @@ def by_status(request: Request[Any, Any, Any], error: HTTPException) -> Response
 
 def failed(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorBody]:
     logger.error(
-        "http.failed", method=request.scope["method"], path=request.scope["path"][:200], exc_info=error
+        "http.failed", method=request.scope["method"], path=shown(request.scope["path"]), exc_info=error
     )
     return answer("internal", "the broker failed unexpectedly; the error was logged")
 

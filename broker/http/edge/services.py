@@ -22,6 +22,7 @@ from broker.http.edge.streams import Streams
 from broker.http.edge.tickets import Tickets
 from broker.http.edge.waits import Waits
 from broker.metrics import Metrics
+from broker.often import Often
 from broker.seams import Link
 from broker.settings import Limits, Settings
 from broker.subscriptions.feed import Feed
@@ -58,6 +59,7 @@ class Services:
     link: Link
     metrics: Metrics
     limits: Limits
+    often: Often
     log_id: str
     cursor_key: bytes
     ready: Callable[[], list[str]]

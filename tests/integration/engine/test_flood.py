@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from structlog.testing import capture_logs
+
 from broker.seams import Message
-from tests.integration.core_support import running, until
+from tests.integration.core_support import ManualClock, running, until
 from tests.stretches import LONGEST_SEC, Stretches
 
 
@@ -50,3 +52,21 @@ async def test_large_answers_together_do_not_hold_the_loop_up(tmp_path: Path) ->
                 bench.core.intake.message(Message(topic="iotee/dev/lamp-1/ack", payload=large))
             await until(lambda: len(kept) == 40)
         assert longest.cpu_sec < LONGEST_SEC
+
+
+async def test_answers_that_match_nothing_get_a_few_short_lines_and_a_count(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with running(tmp_path, clock) as bench:
+        kept: list[str] = []
+        bench.core.intake.on_unmatched = kept.append
+        topic = "iotee/dev/\x1b[2J\n" + "x" * 300 + "/ack"
+        with capture_logs() as lines:
+            for count in (1_000, 1):
+                kept.clear()
+                for _ in range(count):
+                    bench.core.intake.message(Message(topic=topic, payload=b"{"))
+                await until(lambda: len(kept) == count)  # noqa: B023
+                clock.pass_ms(10_000)
+        said = [line for line in lines if line["event"] == "answer.unmatched"]
+        assert [line.get("left_out") for line in said] == [None] * 10 + [990]
+        assert {line["topic"] for line in said} == {"iotee/dev/\\x1b[2J\\n" + "x" * 49 + "…"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from broker.mqtt import packets as p
 from broker.mqtt.access import Scope
@@ -28,6 +29,7 @@ from tests.integration.mqtt.listener_support import (
     listening,
     raw,
 )
+from tests.integration.mqtt.test_link import DEADLINE_SEC
 
 ALL = "iotee/evt/#"
 
@@ -214,6 +216,20 @@ async def test_one_that_does_not_acknowledge_is_cut_and_holds_up_nobody(tmp_path
             last = (await slow.ended())[-1]
             assert isinstance(last, p.Goodbye)
             assert last.reason == Reason.QUOTA
+
+
+async def test_a_service_that_stops_reading_is_cut_and_there_is_one_line_about_it(tmp_path: Path) -> None:
+    async with house(tmp_path, stalled_sec=0.3) as home:
+        with capture_logs() as lines:
+            async with serving(home.server, qos=0) as slow:
+                slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                async with asyncio.timeout(DEADLINE_SEC):
+                    while not lines:
+                        await home.bench.order(params={"text": "x" * 60_000})
+                await home.bench.order()
+                assert not slow.writer.is_closing()
+        (line,) = lines
+        assert (line["event"], line["reason"]) == ("mqtt.closed", "0x97")
 
 
 async def test_a_group_shares_and_all_events_of_a_command_go_to_one_member(tmp_path: Path) -> None:
