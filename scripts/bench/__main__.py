@@ -1,5 +1,5 @@
 """`make bench`: measures this machine. It measures MQTT round trips, full command lives over HTTP, appending
-to the log, one command to ten thousand devices, and devices on our own MQTT server.
+to the log, one command to ten thousand devices, devices on our own MQTT server, and starting.
 
 It prints figures and sets no limits. Absolute figures vary by a third from run to run, so compare the CPU
 time per operation and the ratios. It starts real servers on this machine and stops all of them at the end.
@@ -28,11 +28,12 @@ from scripts.bench import append as bench_append
 from scripts.bench import fanout as bench_fanout
 from scripts.bench import life as bench_life
 from scripts.bench import listener as bench_listener
+from scripts.bench import start as bench_start
 from scripts.bench.processes import mosquitto
 
 Figures = dict[str, list[float]]
 
-PARTS = ("a", "b", "c", "d", "e")
+PARTS = ("a", "b", "c", "d", "e", "f")
 # One command life takes about as long as 5 round trips, or as 10 appended events.
 TRIPS_PER_LIFE, EVENTS_PER_LIFE = 5, 10
 FSYNCS = 20
@@ -65,7 +66,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench",
         description="a: MQTT round trips without a broker; b: full command lives over HTTP; c: log appends; "
-        "d: one command to many devices; e: devices on our own MQTT server, without a broker.",
+        "d: one command to many devices; e: devices on our own MQTT server, without a broker; "
+        "f: starting the command line and the broker.",
     )
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, such as a,c (default: all)")
     parser.add_argument(
@@ -83,7 +85,7 @@ def _options() -> argparse.Namespace:
     given.only = given.only.split(",")
     given.profile = given.profile and given.profile.absolute()  # the broker has another working directory
     if set(given.only) - set(PARTS):
-        parser.error("--only takes a, b, c, d and e, separated by commas")
+        parser.error("--only takes a, b, c, d, e and f, separated by commas")
     if min(given.count, given.rounds, given.devices, given.connections) < 1 or given.count < 100:
         parser.error("--count must be at least 100, the other numbers at least 1")
     return given
@@ -98,6 +100,7 @@ def _parts(given: argparse.Namespace, home: Path) -> dict[str, Callable[[], Coro
         "c": partial(bench_append.appends, _made(home / "c"), rounds, count * EVENTS_PER_LIFE),
         "d": partial(bench_fanout.fan_outs, _made(home / "d"), rounds),
         "e": partial(bench_listener.measured, rounds, count * TRIPS_PER_LIFE, _made(home / "e")),
+        "f": partial(bench_start.starts, _made(home / "f"), rounds),
     }
     return {part: measure for part, measure in all_parts.items() if part in given.only}
 
