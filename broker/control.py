@@ -25,7 +25,7 @@ from broker.http.edge.waits import Waits
 from broker.metrics import Metrics
 from broker.often import Often
 from broker.private_socket import TIMEOUT_SEC, answers, socket_path
-from broker.seams import Sql
+from broker.seams import Put, Sql
 from broker.settings import BadSetting, Settings
 from broker.type_files import load_types
 from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy, pepper_of, there_is_a_log
@@ -166,11 +166,7 @@ async def refuse_replay(core: Core) -> None:
 async def remember_prefix(core: Core) -> None:
     """Stores the topic prefix in the log's file. The command line compares it with its own settings, so that
     it does not create commands for other topics."""
-
-    def work(sql: Sql) -> None:
-        sql.execute("INSERT OR REPLACE INTO meta VALUES ('prefix', ?)", (core.settings.prefix,))
-
-    await core.storage.write(work)
+    await core.writer.prepare(Put("meta", ("prefix", core.settings.prefix)))
 
 
 async def _check_prefix(core: Core) -> None:

@@ -31,7 +31,7 @@ from broker.engine.repairs import Repairs
 from broker.engine.verification import Verification
 from broker.engine.writer import CLOCK_STEP_MS, Writer
 from broker.log import sqlite as log
-from broker.seams import Clock, Entropy, Link, Message, Outbound, Outgoing, Receipt, Sql, Storage
+from broker.seams import Clock, Drop, Entropy, Link, Message, Outbound, Outgoing, Put, Receipt, Sql, Storage
 from broker.settings import Settings, differing
 from broker.subscriptions.feed import Feed
 from broker.subscriptions.mqtt import MqttEvents
@@ -210,10 +210,7 @@ class Core:
         if (old := known.get("restored_from")) is None or known.get("restore_noted") == self.log_id:
             return
         self.writer.operated("operator:local", "restored", self.log_id, restored_from=old)
-        log_id = self.log_id
-        self.writer.also(
-            lambda sql: sql.execute("INSERT OR REPLACE INTO meta VALUES ('restore_noted', ?)", (log_id,))
-        )
+        self.writer.also(Put("meta", ("restore_noted", self.log_id)))
 
     def not_ready(self) -> list[str]:
         """The reasons why the broker is not ready, as sentences; empty if it is ready."""
@@ -259,17 +256,16 @@ class Core:
     async def _forget_some_keys(self) -> int:
         """Deletes at most `KEYS_AT_ONCE` keys in one short transaction; returns how many."""
         before = self.writer.now() - self.settings.limits.idempotency_sec * 1_000
-        gone: list[int] = []
 
-        def work(sql: Sql) -> None:
-            sql.execute(
-                "DELETE FROM idempotency WHERE (project, key, scope) IN (SELECT project, key, scope "
-                "FROM idempotency WHERE created_at < ? AND NOT EXISTS (SELECT 1 FROM commands c JOIN lanes l "
-                "ON l.device_id = c.device_id AND l.position = c.position WHERE c.id = command_id) LIMIT ?)",
+        def work(sql: Sql) -> list[tuple[str, str, str]]:
+            return sql.execute(
+                "SELECT project, key, scope FROM idempotency WHERE created_at < ? AND NOT EXISTS (SELECT 1 "
+                "FROM commands c JOIN lanes l ON l.device_id = c.device_id AND l.position = c.position "
+                "WHERE c.id = command_id) LIMIT ?",
                 (before, KEYS_AT_ONCE),
-            )
-            gone.append(sql.execute("SELECT changes()").fetchone()[0])
+            ).fetchall()
 
-        self.writer.also(work)
+        gone = await self.storage.read(work)
+        self.writer.also(*(Drop("idempotency", key) for key in gone))
         await self.writer.barrier()
-        return gone[-1]
+        return len(gone)

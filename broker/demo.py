@@ -73,7 +73,7 @@ class Demo:
         recorded = asyncio.Event()
         listeners = self._core.writer.listeners
 
-        def heard(_: object) -> None:
+        def heard(*_: object) -> None:
             recorded.set()
 
         listeners.append(heard)

@@ -28,11 +28,11 @@ from prometheus_client.registry import Collector
 from broker import __version__
 from broker.core import Core
 from broker.domain.errors import Kind
-from broker.domain.events import TYPES, Acknowledged, Executed, Failed, Published, Recorded, TimedOut
+from broker.domain.events import TYPES, Acknowledged, Executed, Failed, Pending, Published, TimedOut
 from broker.domain.lanes import Presence
 from broker.engine.live import Live
 from broker.engine.writer import Writer
-from broker.seams import Clock
+from broker.seams import Clock, Placed
 from broker.subscriptions.webhook_worker import Attempt
 from broker.subscriptions.webhooks import Webhooks
 
@@ -276,27 +276,27 @@ class Metrics:
         if reason == "promise_broken":
             self._broken.inc()
 
-    def _committed(self, events: list[Recorded]) -> None:
+    def _committed(self, events: list[Pending], _: Placed) -> None:
         if not events or self._live is None or self._writer is None:
             return
         self._batch.observe(len(events))
-        took_ms = self._writer.now() - events[0].recorded_at
+        took_ms = self._writer.now() - events[0].decided_at
         self._commit.observe(took_ms / 1_000)
         self.recent_commits_ms.append(took_ms)
-        for name, count in Counts(recorded.type for recorded in events).items():
+        for name, count in Counts(pending.type for pending in events).items():
             self._events.labels(name).inc(count)
-        for recorded in events:
-            event = recorded.event
+        for pending in events:
+            event = pending.event
             if isinstance(event, Published):
                 self._hand_overs.labels(event.transport).inc()
             if isinstance(event, Published | Acknowledged | Executed | Failed | TimedOut):
-                self._stage(self._live, recorded)
+                self._stage(self._live, pending)
 
-    def _stage(self, live: Live, recorded: Recorded) -> None:
-        state = live.command(recorded.stream)
+    def _stage(self, live: Live, pending: Pending) -> None:
+        state = live.command(pending.stream)
         if state is None:
             return
-        at, event = recorded.recorded_at, recorded.event
+        at, event = pending.decided_at, pending.event
         if isinstance(event, Published):
             if event.attempt == 1:
                 self._observe("created_to_published", at - state.created_at)
@@ -309,7 +309,7 @@ class Metrics:
                 if state.acknowledged_at is not None:
                     self._observe("acknowledged_to_result", at - state.acknowledged_at)
             if isinstance(event, TimedOut) or (isinstance(event, Executed | Failed) and not event.late):
-                self._attempts.labels(recorded.type).observe(state.attempts)
+                self._attempts.labels(pending.type).observe(state.attempts)
 
     def _observe(self, stage: str, ms: int) -> None:
         self._stages.labels(stage).observe(ms / 1_000)

@@ -22,7 +22,8 @@ import aiosqlite
 
 from broker.engine.ids import new_id
 from broker.log import sqlite as log
-from broker.seams import Broken, Conflict, Full, Sql
+from broker.seams import Batch, Broken, Conflict, Full, Placed, Sql
+from projections.batches import TERM, Latest, carry_out
 
 T = TypeVar("T")
 
@@ -101,6 +102,8 @@ class SqliteStorage:
         self._writer = writer
         self._reader = reader
         self._opened = opened
+        self._latest = Latest()
+        self.term = TERM
 
     @classmethod
     async def open(cls, directory: Path) -> SqliteStorage:
@@ -135,6 +138,16 @@ class SqliteStorage:
                 return cls(writer, reader, opened.pop_all())
         except sqlite3.Error as error:
             raise Broken(f"{path}: {error}") from error
+
+    async def append(self, batch: Batch) -> Placed:
+        known = self._latest.find(batch)
+        if known is None:
+            known = await self._run(self._writer, "BEGIN IMMEDIATE", lambda sql: carry_out(sql, batch))
+            self._latest.keep(batch, known)
+        return known
+
+    async def landed(self, number: int) -> Placed | None:
+        return self._latest.landed(number)
 
     async def write(self, work: Callable[[Sql], T]) -> T:
         return await self._run(self._writer, "BEGIN IMMEDIATE", work)

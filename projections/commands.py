@@ -8,7 +8,7 @@ erased data could be found. Commands that a running purge will erase are hidden 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -24,8 +24,8 @@ from projections.devices import in_set
 TABLES = (
     """CREATE TABLE IF NOT EXISTS commands (
         position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, project TEXT NOT NULL, device_id TEXT NOT NULL,
-        type TEXT NOT NULL, state TEXT NOT NULL, closed_at INTEGER, closed_position INTEGER,
-        summary BLOB NOT NULL)""",
+        type TEXT NOT NULL, state TEXT NOT NULL, version INTEGER NOT NULL,
+        closed_at INTEGER, closed_position INTEGER, summary BLOB NOT NULL)""",
     # With `type` in the index, a history skips other types without reading their rows. With
     # `closed_position`, `past.lane` finds a lane without reading every row of the device.
     "CREATE INDEX IF NOT EXISTS commands_device ON commands (device_id, position, type, closed_position)",
@@ -33,13 +33,11 @@ TABLES = (
     "CREATE INDEX IF NOT EXISTS commands_closed ON commands (closed_at) WHERE closed_at IS NOT NULL",
 )
 KEYS = {"commands": "position"}
-UPSERT = """INSERT INTO commands
-    (position, id, project, device_id, type, state, closed_at, closed_position, summary)
-    VALUES (?,?,?,?,?,?,?,?,?)
-    ON CONFLICT (position) DO UPDATE
-    SET state = excluded.state, closed_at = excluded.closed_at, closed_position = excluded.closed_position,
-        summary = excluded.summary"""
-UPDATE = "UPDATE commands SET state = ?, closed_at = ?, closed_position = ?, summary = ? WHERE position = ?"
+INSERT = """INSERT INTO commands
+    (position, id, project, device_id, type, state, version, closed_at, closed_position, summary)
+    VALUES (?,?,?,?,?,?,?,?,?,?)"""
+UPDATE = """UPDATE commands SET state = ?, version = ?, closed_at = ?, closed_position = ?, summary = ?
+    WHERE id = ? AND version = ?"""
 
 # Condition on a row `c`: a running purge will erase this command (older than its cutoff, closed before it).
 HIDDEN = "EXISTS (SELECT 1 FROM purges p WHERE c.position < p.bound AND c.closed_at < p.at)"
@@ -72,25 +70,29 @@ def folded(row: Any) -> CommandState:
     return msgspec.structs.replace(_decode(known), **content)
 
 
-def write(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> None:
-    """Writes the latest state of each command. Only commands in `opened` may need a new row."""
-    new: list[tuple[Any, ...]] = []
-    known: list[tuple[Any, ...]] = []
-    for s in states:
-        latest = (s.state.value, s.closed_at, s.last_position if s.closed else None, summary(s))
-        if s.id in opened:
-            new.append((s.position, s.id, s.project, s.device_id, s.type, *latest))
-        else:
-            known.append((*latest, s.position))
-    if new:
-        sql.executemany(UPSERT, new)
-    if known:
-        sql.executemany(UPDATE, known)
+def added(s: CommandState, position: int, last: int) -> tuple[Any, ...]:
+    """The values of `INSERT` for a new command. `position`: of its first event; `last`: of its last one."""
+    return (position, s.id, s.project, s.device_id, s.type, *_latest(s, last))
+
+
+def changed(s: CommandState, last: int, over: int) -> tuple[Any, ...]:
+    """The values of `UPDATE` for a command whose row has the version `over`."""
+    return (*_latest(s, last), s.id, over)
+
+
+def _latest(s: CommandState, last: int) -> tuple[Any, ...]:
+    return s.state.value, s.version, s.closed_at, last if s.closed else None, summary(s)
 
 
 def get(sql: Sql, command_id: str) -> CommandState | None:
     row = sql.execute(f"{FOUND} WHERE c.id = ? AND NOT {HIDDEN}", (command_id,)).fetchone()
     return folded(row) if row else None
+
+
+def position(sql: Sql, command_id: str) -> int:
+    """The position of the first event of a command; 0 if it was erased meanwhile."""
+    row = sql.execute("SELECT position FROM commands WHERE id = ?", (command_id,)).fetchone()
+    return 0 if row is None else int(row[0])
 
 
 def get_many(sql: Sql, command_ids: Iterable[str]) -> dict[str, CommandState]:
@@ -132,19 +134,18 @@ def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[Comman
     if wanted.before is not None:
         where.append("c.position < ?")
         values.append(wanted.before)
-    query, latest = f"{FOUND} WHERE {' AND '.join(where)}", "ORDER BY c.position DESC"
+    query = f"""SELECT c.position, {COLUMNS} FROM commands c
+        CROSS JOIN events f ON f.position = c.position WHERE {" AND ".join(where)}"""
     newest, oldest = sql.execute("SELECT max(bound), min(at) FROM purges").fetchone()
     if newest is not None:
         # A purge is running. Below its bound there may be a million hidden rows, which a scan would read.
         # So rows below the bound are found through the open commands and the commands closed since.
-        query = f"""SELECT {COLUMNS.replace("c.summary", "c.position, c.summary")} FROM commands c
-            CROSS JOIN events f ON f.position = c.position WHERE {" AND ".join(where)}"""
         query = f"""{query} AND c.position >= ? UNION ALL {query} AND NOT {HIDDEN} AND c.position IN (
             SELECT position FROM lanes WHERE position < ? UNION
             SELECT position FROM commands WHERE closed_at >= ? AND position < ?)"""
-        values, latest = [*values, newest, *values, newest, oldest, newest], "ORDER BY 1 DESC"
-    found = sql.execute(f"{query} {latest} LIMIT ? OFFSET ?", (*values, limit, offset)).fetchall()
-    return [folded(row[-4:]) for row in found]
+        values = [*values, newest, *values, newest, oldest, newest]
+    found = sql.execute(f"{query} ORDER BY 1 DESC LIMIT ? OFFSET ?", (*values, limit, offset)).fetchall()
+    return [folded(row[1:]) for row in found]
 
 
 class Sent(NamedTuple):
@@ -237,18 +238,26 @@ def closed_before(sql: Sql, cutoff: int) -> int:
     return int(found.fetchone()[0])
 
 
-def purgeable(sql: Sql, purge: Purge, after: int, limit: int) -> list[tuple[int, str]]:
-    """Position and id of the next commands that a purge erases, ascending, from position `after` + 1."""
+class Purgeable(NamedTuple):
+    """A command that a purge erases. `version`: the number of its events."""
+
+    position: int
+    id: str
+    version: int
+
+
+def purgeable(sql: Sql, purge: Purge, after: int, limit: int) -> list[Purgeable]:
+    """The next commands that a purge erases, ascending, from position `after` + 1."""
     found = sql.execute(
-        "SELECT position, id FROM commands WHERE position > ? AND position < ? AND closed_at < ? "
+        "SELECT position, id, version FROM commands WHERE position > ? AND position < ? AND closed_at < ? "
         "ORDER BY position LIMIT ?",
         (after, purge.bound, purge.at, limit),
     )
-    return [(row[0], row[1]) for row in found.fetchall()]
+    return [Purgeable(*row) for row in found.fetchall()]
 
 
-def remove(sql: Sql, command_ids: Iterable[str]) -> None:
-    sql.executemany("DELETE FROM commands WHERE id = ?", [(command_id,) for command_id in command_ids])
+def remove(sql: Sql, command_id: str) -> None:
+    sql.execute("DELETE FROM commands WHERE id = ?", (command_id,))
 
 
 def dump(sql: Sql) -> list[tuple[Any, ...]]:

@@ -12,48 +12,46 @@ from typing import Any
 import msgspec
 
 from broker.domain.fleet import DeviceSet, DeviceState
-from broker.seams import Sql
+from broker.seams import New, Sql
 
 TABLES = (
     """CREATE TABLE IF NOT EXISTS devices (
         id TEXT PRIMARY KEY, position INTEGER NOT NULL UNIQUE, project TEXT NOT NULL,
-        hardware_id TEXT NOT NULL, deleted INTEGER NOT NULL, body BLOB NOT NULL) WITHOUT ROWID""",
+        hardware_id TEXT NOT NULL, deleted INTEGER NOT NULL, version INTEGER NOT NULL,
+        last_position INTEGER NOT NULL, online INTEGER NOT NULL, body BLOB NOT NULL) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS devices_online ON devices (id) WHERE online = 1 AND deleted = 0",
     "CREATE INDEX IF NOT EXISTS devices_project ON devices (project, position)",
     "CREATE TABLE IF NOT EXISTS names (name TEXT PRIMARY KEY, device_id TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS definitions (digest TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
 )
 KEYS = {"devices": "id", "names": "name", "definitions": "digest"}
-UPSERT = """INSERT INTO devices (id, position, project, hardware_id, deleted, body) VALUES (?,?,?,?,?,?)
-    ON CONFLICT (id) DO UPDATE SET deleted = excluded.deleted, body = excluded.body"""
+INSERT = """INSERT INTO devices
+    (id, position, project, hardware_id, deleted, version, last_position, online, body)
+    VALUES (?,?,?,?,?,?,?,?,?)"""
+UPDATE = """UPDATE devices SET deleted = ?, version = ?, last_position = ?, online = ?, body = ?
+    WHERE id = ? AND version = ?"""
 
 _encode = msgspec.json.Encoder(order="deterministic").encode
 _decode = msgspec.json.Decoder(DeviceState).decode
 
 
-def upsert(sql: Sql, states: Iterable[DeviceState]) -> None:
-    """Writes the latest state of each device."""
-    sql.executemany(
-        UPSERT,
-        [(s.id, s.position, s.project, s.hardware_id, _deleted(s), _encode(s)) for s in states],
-    )
+def added(s: DeviceState, position: int, last: int) -> tuple[Any, ...]:
+    """The values of `INSERT` for a new device. `position`: of its first event; `last`: of its last one."""
+    return (s.id, position, s.project, s.hardware_id, *_latest(s, last))
 
 
-def _deleted(state: DeviceState) -> int:
-    return 0 if state.deleted_at is None else state.last_position
+def changed(s: DeviceState, last: int, over: int) -> tuple[Any, ...]:
+    """The values of `UPDATE` for a device whose row has the version `over`."""
+    return (*_latest(s, last), s.id, over)
 
 
-def name(sql: Sql, names: Iterable[tuple[str, str]]) -> None:
-    """Gives names to devices, for ever. Each item is (name, device id).
-
-    Raises (from the storage): Conflict, if a device already has the name.
-    """
-    sql.executemany("INSERT INTO names VALUES (?, ?)", names)
+def _latest(s: DeviceState, last: int) -> tuple[Any, ...]:
+    return 0 if s.deleted_at is None else last, s.version, last, int(s.online), _encode(s)
 
 
-def define(sql: Sql, definitions: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    sql.executemany(
-        "INSERT INTO definitions VALUES (?, ?)", [(digest, _encode(body)) for digest, body in definitions]
-    )
+def defined(digest: str, body: dict[str, Any]) -> New:
+    """The row of a definition."""
+    return New("definitions", (digest, _encode(body)))
 
 
 def definitions(sql: Sql) -> dict[str, bytes]:
@@ -82,7 +80,7 @@ IN_SET = """{} IN (SELECT device_id FROM names WHERE name IN (SELECT value FROM 
 def in_set(devices: DeviceSet | None, column: str) -> tuple[str, list[str]]:
     """An SQL condition that a column of device ids is in a set, and its values. None: every device is."""
     if devices is None:
-        return "1", []
+        return "1 = 1", []
     encoded = [
         msgspec.json.encode(part, order="sorted").decode() for part in (devices.names, devices.prefixes)
     ]
@@ -94,7 +92,7 @@ def newest(
 ) -> list[DeviceState]:
     """Devices that are not deleted, newest first."""
     condition, values = in_set(within, "id")
-    where = ["NOT deleted", condition]
+    where = ["deleted = 0", condition]
     if project is not None:
         where.append("project = ?")
         values.append(project)
@@ -109,14 +107,15 @@ def newest(
     return [_decode(row[0]) for row in found.fetchall()]
 
 
+def position(sql: Sql, device_id: str) -> int:
+    """The position of the first event of a device."""
+    return int(sql.execute("SELECT position FROM devices WHERE id = ?", (device_id,)).fetchone()[0])
+
+
 def believed_online(sql: Sql) -> list[DeviceState]:
     """Devices whose last presence event says online."""
-    # CAST to text, because LIKE never matches a BLOB in Debian's SQLite.
-    found = sql.execute(
-        "SELECT body FROM devices WHERE NOT deleted AND CAST(body AS TEXT) LIKE '%\"online\":true%'"
-    )
-    states = [_decode(row[0]) for row in found.fetchall()]
-    return [state for state in states if state.online]
+    found = sql.execute("SELECT body FROM devices WHERE online = 1 AND deleted = 0 ORDER BY id")
+    return [_decode(row[0]) for row in found.fetchall()]
 
 
 def dump(sql: Sql) -> list[tuple[Any, ...]]:

@@ -17,8 +17,8 @@ from broker.domain.events import Defined, Recorded, Registered, subject_kind
 from broker.domain.fleet import DeviceState, evolve_device
 from broker.domain.lifecycle import FINAL, CommandState, evolve
 from broker.log import sqlite as log
-from broker.seams import Sql
-from projections import commands, devices, lanes
+from broker.seams import New, Newest, SideRow, Sql
+from projections import batches, commands, devices, lanes
 
 PARTS = (commands, lanes, devices)
 PAGE = 5_000
@@ -31,41 +31,50 @@ SHAPE = sha256(
 ).hexdigest()[:16]
 
 
-class Touched(msgspec.Struct, kw_only=True):
-    """The latest state of everything that some events changed.
+class Fold:
+    """The newest state of everything that some events changed.
 
-    `before`, `devices_before`: the states before those events. `opened`: commands that were created or
-    reopened.
+    `commands`, `devices`: those that can still change, by id, from one page of events to the next. `states`
+    and `rows`: what the events since `clear` change in the projections, as a batch has it.
     """
 
-    before: dict[str, CommandState] = {}
-    devices_before: dict[str, DeviceState] = {}
-    commands: dict[str, CommandState] = {}
-    opened: set[str] = set()
-    devices: dict[str, DeviceState] = {}
-    names: dict[str, str] = {}
-    definitions: dict[str, dict[str, Any]] = {}
-
-    def put(self, state: CommandState) -> None:
-        """Stores the new state of a command, and notes whether it was created or reopened."""
-        self.commands[state.id] = state
-        if state.version == 1 or state.reopened:
-            self.opened.add(state.id)
+    def __init__(self) -> None:
+        self.commands: dict[str, CommandState] = {}
+        self.devices: dict[str, DeviceState] = {}
+        self.states: dict[str, Newest] = {}
+        self.rows: list[SideRow] = []
 
     def fold(self, recorded: Recorded) -> None:
         """Folds one event in. The earlier state must be here, unless the event is the first of its stream."""
         kind = subject_kind(recorded.stream)
         if kind == "command":
-            state = self.commands.get(recorded.stream) or self.before.get(recorded.stream)
-            self.put(evolve(state, recorded))
+            state = self.commands.get(recorded.stream)
+            self.commands[recorded.stream] = now = evolve(state, recorded)
+            self._put(now, recorded, now.version == 1 or now.reopened)
         elif kind == "device":
             device_id = recorded.device_id or ""
-            device = self.devices.get(device_id) or self.devices_before.get(device_id)
-            self.devices[device_id] = evolve_device(device, recorded)
+            self.devices[device_id] = device = evolve_device(self.devices.get(device_id), recorded)
+            self._put(device, recorded)
             if isinstance(recorded.event, Registered):
-                self.names |= {device_id: device_id, recorded.event.hardware_id: device_id}
+                for name in dict.fromkeys((device_id, recorded.event.hardware_id)):
+                    self.rows.append(New("names", (name, device_id)))
         elif isinstance(recorded.event, Defined):
-            self.definitions[recorded.stream.removeprefix("type/")] = recorded.event.definition
+            digest = recorded.stream.removeprefix("type/")
+            self.rows.append(devices.defined(digest, recorded.event.definition))
+
+    def _put(self, state: CommandState | DeviceState, recorded: Recorded, opened: bool = False) -> None:
+        at = recorded.position
+        newest = self.states.get(recorded.stream)
+        if newest is None:
+            newest = self.states[recorded.stream] = Newest(state, at, at, recorded.version - 1)
+        newest.state, newest.last, newest.opened = state, at, newest.opened or opened
+
+    def clear(self) -> None:
+        """Forgets what was changed, and the commands that cannot change any more."""
+        for stream, newest in self.states.items():
+            if isinstance(newest.state, CommandState) and newest.state.state in FINAL:
+                del self.commands[stream]
+        self.states, self.rows = {}, []
 
 
 def prepare(sql: Sql) -> None:
@@ -92,16 +101,11 @@ def create(sql: Sql) -> None:
             sql.execute(statement)
 
 
-def write(sql: Sql, touched: Touched) -> None:
-    """Writes the touched states to the projections, in the caller's transaction."""
-    if touched.commands:
-        commands.write(sql, touched.commands.values(), touched.opened)
-        lanes.apply(sql, touched.commands.values(), touched.opened)
-    if touched.devices:
-        devices.upsert(sql, touched.devices.values())
-        devices.name(sql, touched.names.items())
-    if touched.definitions:
-        devices.define(sql, touched.definitions.items())
+def write(sql: Sql, fold: Fold) -> None:
+    """Writes what a fold changed to the projections, in the caller's transaction."""
+    batches.put_states(sql, fold.states.values(), 0)  # the indices of a fold are positions
+    for row in fold.rows:
+        batches.put(sql, row, 0)
 
 
 def rebuild(sql: Sql) -> None:
@@ -119,21 +123,14 @@ def replay(source: Sql, target: Sql, progress: Callable[[int], None] = lambda _:
     `progress` is called with the position after each page.
     """
     create(target)
-    alive: dict[str, CommandState] = {}
-    known: dict[str, DeviceState] = {}
-    after = 0
+    fold, after = Fold(), 0
     while page := log.rows(source, after, PAGE):
         after = page[-1].position
-        touched = Touched(before=alive, devices_before=known)
         for row in page:
             if row.data is not None or subject_kind(row.stream) != "command":
-                touched.fold(log.recorded(row))  # erased commands have no row in any projection
-        write(target, touched)
-        known |= touched.devices
-        alive |= touched.commands
-        for state in touched.commands.values():
-            if state.state in FINAL:
-                del alive[state.id]
+                fold.fold(log.recorded(row))  # erased commands have no row in any projection
+        write(target, fold)
+        fold.clear()
         progress(after)
 
 

@@ -5,7 +5,6 @@ Rows are written in the transaction of the events that open and close commands.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
 from typing import Any
 
 from broker.domain.lifecycle import CommandState
@@ -18,21 +17,10 @@ TABLES = (
         PRIMARY KEY (device_id, position)) WITHOUT ROWID""",
 )
 KEYS = {"lanes": "device_id, position"}
-
-
-def apply(sql: Sql, states: Iterable[CommandState], opened: Container[str]) -> None:
-    """Inserts open commands that are in `opened` (created or reopened), and deletes closed commands."""
-    put: list[tuple[str, int]] = []
-    closed: list[tuple[str, int]] = []
-    for state in states:
-        if state.closed:
-            closed.append((state.device_id, state.position))
-        elif state.id in opened:
-            put.append((state.device_id, state.position))
-    if put:
-        sql.executemany("INSERT OR IGNORE INTO lanes VALUES (?, ?)", put)
-    if closed:
-        sql.executemany("DELETE FROM lanes WHERE device_id = ? AND position = ?", closed)
+INSERT = "INSERT INTO lanes (device_id, position) VALUES (?, ?)"
+REOPEN = """INSERT INTO lanes (device_id, position) SELECT device_id, position FROM commands WHERE id = ?
+    ON CONFLICT DO NOTHING"""
+CLOSE = "DELETE FROM lanes WHERE device_id = ? AND position = (SELECT position FROM commands WHERE id = ?)"
 
 
 def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:

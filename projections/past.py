@@ -22,6 +22,7 @@ from projections.devices import in_set
 # long history takes several pages.
 SCANNED = 5_000
 FOLDED = 500
+ROW = "last_position, body"  # of a device
 
 _device = msgspec.json.Decoder(DeviceState).decode
 
@@ -118,10 +119,10 @@ def lane(sql: Sql, device_id: str, position: int) -> list[CommandState]:
 
 def device(sql: Sql, device_id: str, position: int) -> Then | None:
     """A device as it was, also one that was already deleted; None: it was not registered yet."""
-    row = sql.execute("SELECT body FROM devices WHERE id = ?", (device_id,)).fetchone()
+    row = sql.execute(f"SELECT {ROW} FROM devices WHERE id = ?", (device_id,)).fetchone()
     if row is None:
         return None
-    state = _device_at(sql, _device(row[0]), position)
+    state = _device_at(sql, row, position)
     return None if state is None else _then(state, _started(sql, position))
 
 
@@ -138,12 +139,12 @@ def devices(
     condition, more = in_set(within, "id")
     where, values = f"{where} AND {condition}", [*values, *more]
     rows = sql.execute(
-        f"SELECT body FROM devices WHERE {where} AND (deleted = 0 OR deleted > ?) "
+        f"SELECT {ROW} FROM devices WHERE {where} AND (deleted = 0 OR deleted > ?) "
         "ORDER BY position DESC LIMIT ?",
         (*values, position, limit),
     ).fetchall()
     started = _started(sql, position)
-    states = [_device_at(sql, _device(row[0]), position) for row in rows]
+    states = [_device_at(sql, row, position) for row in rows]
     return [_then(state, started) for state in states if state is not None]
 
 
@@ -152,8 +153,9 @@ def _where(project: str | None, position: int, before: int | None) -> tuple[str,
     return (where, values) if project is None else (where + " AND project = ?", [*values, project])
 
 
-def _device_at(sql: Sql, now: DeviceState, position: int) -> DeviceState | None:
-    if now.last_position <= position:
+def _device_at(sql: Sql, row: Any, position: int) -> DeviceState | None:
+    now = _device(row[1])
+    if row[0] <= position:
         return now
     state = None
     for row in log.device_stream(sql, device_stream(now.id), position):

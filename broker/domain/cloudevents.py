@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from broker.domain import events
-from broker.domain.events import NAMES, CommandEvent, DeviceEvent, Recorded, subject_kind
+from broker.domain.events import NAMES, CommandEvent, DeviceEvent, Pending, subject_kind
 from broker.domain.fleet import DeviceSet
 from devices.clock import rfc3339
 
@@ -105,25 +105,25 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def is_outward(recorded: Recorded) -> bool:
+def is_outward(pending: Pending) -> bool:
     """Is it an event of a command or a device? Events of the broker itself are not published."""
-    return subject_kind(recorded.stream) != "broker"
+    return subject_kind(pending.stream) != "broker"
 
 
-def entry(recorded: Recorded, hardware_id: str, command: str | None) -> Entry:
+def entry(pending: Pending, position: int, recorded_at: int, hardware_id: str, command: str | None) -> Entry:
     """The entry of an event of a command or device. `command`: the command's name, None for a device."""
-    event = recorded.event
+    event = pending.event
     assert isinstance(event, CommandEvent | DeviceEvent), "callers pass only events with `is_outward`"
     return Entry(
-        position=recorded.position,
-        stream=recorded.stream,
-        version=recorded.version,
-        recorded_at=recorded.recorded_at,
-        project=recorded.project,
-        device_id=recorded.device_id or "",
+        position=position,
+        stream=pending.stream,
+        version=pending.version,
+        recorded_at=recorded_at,
+        project=pending.project,
+        device_id=pending.device_id or "",
         hardware_id=hardware_id,
-        actor=recorded.actor,
-        type=recorded.type,
+        actor=pending.actor,
+        type=pending.type,
         command=command,
         event=event,
     )

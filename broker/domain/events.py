@@ -271,14 +271,15 @@ NAMES: dict[type[Event], str] = {cls: name for name, cls in TYPES.items()}
 SCHEMA = 1
 
 
-class Recorded(msgspec.Struct, frozen=True, kw_only=True):
-    """An event with its envelope in the log. `recorded_at`: Unix time in ms, never less than in the event
-    before it."""
+class Pending(msgspec.Struct, frozen=True, kw_only=True):
+    """An event with its envelope, before the log has taken it.
 
-    position: int
+    `decided_at`: the clock of the broker that decided it, Unix time in ms. States and timers follow from it.
+    """
+
     stream: str
     version: int
-    recorded_at: int
+    decided_at: int
     project: str
     device_id: str | None
     actor: str
@@ -287,6 +288,14 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def type(self) -> str:
         return NAMES[type(self.event)]
+
+
+class Recorded(Pending, frozen=True, kw_only=True):
+    """An event as the log has it. Both fields are given by the log: `recorded_at`, Unix time in ms, is never
+    less than in the event before it. It only orders; no state and no timer depends on it."""
+
+    position: int
+    recorded_at: int
 
 
 _encoder = msgspec.json.Encoder()

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from broker.domain.events import Changed, Deleted, Offline, Online, Recorded, Registered, TokenRotated
+from broker.domain.events import Changed, Deleted, Offline, Online, Pending, Registered, TokenRotated
 
 
 class DeviceSet(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -23,8 +23,7 @@ class DeviceSet(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Times in ms. `online`: from the last presence event; not valid once a later `started` is in the log.
 
-    `seen_at`: time of that event. `position`: position of `registered`. `last_position`: position of the
-    last folded event.
+    `seen_at`: time of that event.
     """
 
     id: str
@@ -33,7 +32,6 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     device_type: str
     token_digest: str
     version: int
-    position: int
     created_at: int
     updated_at: int
     name: str | None = None
@@ -43,7 +41,6 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     seen_at: int | None = None
     session: str | None = None
     deleted_at: int | None = None
-    last_position: int = 0
 
 
 class News(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +59,7 @@ class News(msgspec.Struct, frozen=True, kw_only=True):
         return News(presence=presence, attributes=newer.attributes, actor=newer.actor)
 
     def applied(self, device: DeviceState) -> DeviceState:
-        """The device as it is once this is recorded. Its version, position and times do not change."""
+        """The device as it is once this is recorded. Its version and times do not change."""
         if self.presence is not None:
             online = isinstance(self.presence, Online)
             device = msgspec.structs.replace(device, online=online, session=self.presence.session)
@@ -103,35 +100,29 @@ def spend(used_until: int, now: int, per_sec: int, burst: int) -> int | None:
     return None if until - now > burst * gap else until
 
 
-def evolve_device(state: DeviceState | None, recorded: Recorded) -> DeviceState:
+def evolve_device(state: DeviceState | None, pending: Pending) -> DeviceState:
     """The state of the device after one more event.
 
     Raises:
         ValueError: the first event is not `registered`, or the event is not a device event.
     """
-    event, at = recorded.event, recorded.recorded_at
+    event, at = pending.event, pending.decided_at
     if isinstance(event, Registered):
         return DeviceState(
-            id=recorded.device_id or "",
-            project=recorded.project,
+            id=pending.device_id or "",
+            project=pending.project,
             hardware_id=event.hardware_id,
             device_type=event.device_type,
             token_digest=event.token_digest,
-            version=recorded.version,
-            position=recorded.position,
+            version=pending.version,
             created_at=at,
             updated_at=at,
             name=event.name,
             attributes=event.attributes,
-            last_position=recorded.position,
         )
     if state is None:
-        raise ValueError(f"{recorded.type} cannot be the first event of {recorded.stream}")
-    changes: dict[str, object] = {
-        "version": recorded.version,
-        "updated_at": at,
-        "last_position": recorded.position,
-    }
+        raise ValueError(f"{pending.type} cannot be the first event of {pending.stream}")
+    changes: dict[str, object] = {"version": pending.version, "updated_at": at}
     match event:
         case Changed():
             for field in ("device_type", "name", "attributes"):
@@ -145,5 +136,5 @@ def evolve_device(state: DeviceState | None, recorded: Recorded) -> DeviceState:
         case Deleted():
             changes |= {"deleted_at": at, "online": False}
         case _:
-            raise ValueError(f"{recorded.type} is not an event of a device")
+            raise ValueError(f"{pending.type} is not an event of a device")
     return msgspec.structs.replace(state, **changes)

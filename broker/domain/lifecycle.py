@@ -1,7 +1,7 @@
 """The life of a command: its states, every transition, and the two functions that use them.
 
-`decide(state, request)`, in `decisions.py`, says what follows from a request. `evolve(state, recorded)`
-folds a recorded event into the state and never refuses it. Both are pure: time, ids and randomness are
+`decide(state, request)`, in `decisions.py`, says what follows from a request. `evolve(state, pending)`
+folds an event into the state and never refuses it. Both are pure: time, ids and randomness are
 arguments. No other module knows which event may follow which state. README's diagram is drawn from
 `TRANSITIONS` below.
 
@@ -46,9 +46,9 @@ from broker.domain.events import (
     Executed,
     Expired,
     Failed,
+    Pending,
     Progressed,
     Published,
-    Recorded,
     TimedOut,
     Transport,
 )
@@ -109,8 +109,7 @@ PROGRESS_INTERVAL_MS = 1_000
 
 
 class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The fold of a command's events. Times in ms. `position`: position of its `created`.
-    `last_position`: position of the last folded event.
+    """The fold of a command's events. Times in ms.
 
     `counted`: number of attempts that count towards max_attempts; `counting`: the last one does. `reopened`:
     a late answer reopened it after `timed_out`; it then takes no window slot. `pulled`: a heartbeat or relay
@@ -127,7 +126,6 @@ class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     topic: str
     params: msgspec.Raw
     state: State
-    position: int
     version: int
     actor: str
     created_at: int
@@ -158,14 +156,13 @@ class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     superseded_by: str | None = None
     late: bool = False
     reopened: bool = False
-    last_position: int = 0
 
     @property
     def closed(self) -> bool:
         return self.state in CLOSED
 
 
-def evolve(state: CommandState | None, recorded: Recorded) -> CommandState:
+def evolve(state: CommandState | None, pending: Pending) -> CommandState:
     """The state after one more event.
 
     Never refuses an event because of the state, so that old logs stay readable when rules change.
@@ -173,25 +170,25 @@ def evolve(state: CommandState | None, recorded: Recorded) -> CommandState:
     Raises:
         ValueError: the first event is not `created`, or the event is not a command event.
     """
-    event, at = recorded.event, recorded.recorded_at
+    event, at = pending.event, pending.decided_at
     if isinstance(event, Created):
-        return _created(recorded, event)
+        return _created(pending, event)
     if state is None or not isinstance(event, CommandEvent):
-        raise ValueError(f"{recorded.type} cannot be version {recorded.version} of stream {recorded.stream}")
-    found = TRANSITIONS[state.state].get(recorded.type, state.state)
-    changes = _changes(state, event, at) | {"last_position": recorded.position}
+        raise ValueError(f"{pending.type} cannot be version {pending.version} of stream {pending.stream}")
+    found = TRANSITIONS[state.state].get(pending.type, state.state)
+    changes = _changes(state, event, at)
     if found in CLOSED:
         changes["closed_at"] = at
     elif state.state is State.TIMED_OUT:
         changes |= {"reopened": True, "closed_at": None}
-    return msgspec.structs.replace(state, state=found, version=recorded.version, updated_at=at, **changes)
+    return msgspec.structs.replace(state, state=found, version=pending.version, updated_at=at, **changes)
 
 
-def _created(recorded: Recorded, event: Created) -> CommandState:
+def _created(pending: Pending, event: Created) -> CommandState:
     return CommandState(
-        id=recorded.stream,
-        project=recorded.project,
-        device_id=recorded.device_id or "",
+        id=pending.stream,
+        project=pending.project,
+        device_id=pending.device_id or "",
         hardware_id=event.hardware_id,
         type=event.type,
         device_type=event.device_type,
@@ -199,16 +196,14 @@ def _created(recorded: Recorded, event: Created) -> CommandState:
         topic=event.topic,
         params=event.params,
         state=State.PENDING,
-        position=recorded.position,
-        version=recorded.version,
-        actor=recorded.actor,
-        created_at=recorded.recorded_at,
-        updated_at=recorded.recorded_at,
+        version=pending.version,
+        actor=pending.actor,
+        created_at=pending.decided_at,
+        updated_at=pending.decided_at,
         expires_at=event.expires_at,
         ttl_ms=event.ttl_ms,
         retry_of=event.retry_of,
         collapse_key=event.collapse_key,
-        last_position=recorded.position,
     )
 
 

@@ -25,8 +25,10 @@ from broker.engine.ids import new_id
 from broker.engine.live import Ids, Key, Live, Recent
 from broker.engine.quotas import Quotas
 from broker.engine.writer import Writer
+from broker.seams import New
 from devices.types import BadParams, Definition, DeviceType, UnknownCommand
 from devices.wire import command_topic
+from projections import devices as devices_view
 
 MAX_TTL_SEC = 31_536_000
 
@@ -110,11 +112,11 @@ class Commands:
     ) -> CommandState:
         """Stages one event and folds it into the state. The caller has already decided that it may follow."""
         version = 1 if before is None else before.version + 1
-        recorded = self.writer.stage(
+        pending = self.writer.stage(
             command_id, version, event, project=project, device_id=device_id, actor=actor
         )
-        state = evolve(before, recorded)
-        self.writer.touch_command(state)
+        state = evolve(before, pending)
+        self.writer.touch(state, opened=before is None or (before.closed and not state.closed))
         self.changed(self.live.put_command(state, definition))
         return state
 
@@ -308,7 +310,7 @@ class Commands:
             body = msgspec.to_builtins(definition)
             event = Defined(definition=body)
             self.writer.stage(definition_stream(digest), 1, event, project="", device_id=None, actor="broker")
-            self.writer.touch_definition(digest, body)
+            self.writer.also(devices_view.defined(digest, body))
             self.live.definitions[digest] = definition
         return digest
 
@@ -322,7 +324,7 @@ class Commands:
     def keep_key(self, key: Key, fingerprint: bytes, state: CommandState) -> None:
         self.live.keys.put(key, (fingerprint, state.id))
         values = (*key, fingerprint, state.id, state.created_at)
-        self.writer.also(lambda sql: sql.execute("INSERT INTO idempotency VALUES (?,?,?,?,?,?)", values))
+        self.writer.also(New("idempotency", values))
 
     def replayed(self, first: tuple[bytes, str], fingerprint: bytes) -> CommandState:
         """The command that an idempotency key created before, from memory: call `ready` first.

@@ -19,8 +19,8 @@ from broker.domain.events import ERASURES, Erased
 from broker.domain.lifecycle import Input, Request
 from broker.engine.commands import Caller, Commands, conflict
 from broker.log import erasing, replaced
-from broker.log.erasing import Purge
-from broker.seams import Full, Sql
+from broker.log.erasing import Purge as Promised
+from broker.seams import Drop, Erase, EraseEvents, Full, Purge, SideRow, Sql
 from projections import commands as commands_view
 
 logger = structlog.get_logger()
@@ -37,14 +37,6 @@ class Purged(NamedTuple):
 
     cutoff: int
     amount: int
-
-
-class _Step(NamedTuple):
-    """The number of commands erased in one transaction. The next one starts after position `after`;
-    None: the purge is finished."""
-
-    commands: int
-    after: int | None
 
 
 class Erasures:
@@ -89,7 +81,7 @@ class Erasures:
         state = self._commands.apply(state, decision, caller.actor)
         self._record(Erased(ids=[command_id], count=1), state.project, caller.actor)
         self._live.forget(state)
-        self._writer.also(lambda sql: _delete(sql, command_id))
+        self._writer.also(Erase(command_id))
         self._writer.then(lambda: self._carry_out(1), lambda: self._live.remember(state))
         await self._writer.barrier()
 
@@ -104,9 +96,9 @@ class Erasures:
         writer = self._writer
         cutoff, count = await self.purgeable(older_than_days)
         writer.tick()  # so that every command closed before this event has an earlier `closed_at`
-        position, at = self._record(Erased(cutoff=cutoff, count=count), "", caller.actor)
+        at = self._record(Erased(cutoff=cutoff, count=count), "", caller.actor)
         self._live.forget_purged(cutoff, at)
-        writer.also(lambda sql: _begin(sql, position, cutoff, at))
+        writer.also(Purge(writer.at, cutoff, at))
         writer.then(self._carry_out, lambda: self._live.remember_purged(cutoff, at))
         await writer.barrier()
         return Purged(cutoff, count)
@@ -141,7 +133,7 @@ class Erasures:
     async def _erase_events(self, caller: Caller, positions: list[int]) -> None:
         await self._writer.room()
         self._record(Erased(positions=positions, count=len(positions)), "", caller.actor)
-        self._writer.also(lambda sql: erasing.erase_positions(sql, positions))
+        self._writer.also(EraseEvents(tuple(positions)))
         await self._writer.barrier()
         await asyncio.sleep(self.pause_sec)
 
@@ -149,12 +141,12 @@ class Erasures:
         now = self._writer.now()
         return now - now % DAY_MS - days_ago * DAY_MS
 
-    def _record(self, event: Erased, project: str, actor: str) -> tuple[int, int]:
-        recorded = self._writer.stage(
+    def _record(self, event: Erased, project: str, actor: str) -> int:
+        pending = self._writer.stage(
             ERASURES, self._version + 1, event, project=project, device_id=None, actor=actor
         )
         self._version += 1
-        return recorded.position, recorded.recorded_at
+        return pending.decided_at
 
     # --- in the background ---
 
@@ -181,15 +173,29 @@ class Erasures:
                 after = await self._step(pending[0], after)
                 await asyncio.sleep(self.pause_sec)
 
-    async def _step(self, purge: Purge, after: int) -> int | None:
-        done: list[_Step] = []
+    async def _step(self, purge: Promised, after: int) -> int | None:
+        """Erases the next commands of a purge, whole ones, until `batch` rows of the log are reached.
+
+        Returns the position after which the next step begins; None: the purge is finished.
+        """
+        batch = self.batch
+        # What is read here stays as it is: nothing changes a command that a purge covers.
+        found = await self._writer.storage.read(lambda sql: commands_view.purgeable(sql, purge, after, batch))
+        rows, erased, reached = 0, list[SideRow](), after
+        for command in found:
+            rows += command.version
+            erased.append(Erase(command.id))
+            reached = command.position
+            if rows >= batch:
+                break
+        finished = rows < batch
         try:
-            self._writer.also(lambda sql: done.append(_erase_some(sql, purge, after, self.batch)))
+            self._writer.also(*erased, *([Drop("purges", (purge.position,))] if finished else []))
             await self._writer.barrier()
         except Unavailable:
             return after
-        self.erased += done[-1].commands
-        return done[-1].after
+        self.erased += len(erased)
+        return None if finished else reached
 
     async def _forget_old_pages(self) -> None:
         while True:
@@ -204,31 +210,3 @@ class Erasures:
         self.erased += erased
         self._idle.clear()
         self._wake.set()
-
-
-def _delete(sql: Sql, command_id: str) -> None:
-    erasing.erase(sql, command_id)
-    erasing.forget_answers(sql, "command_id = ?", command_id)
-    commands_view.remove(sql, [command_id])
-
-
-def _begin(sql: Sql, position: int, cutoff: int, at: int) -> None:
-    erasing.begin_purge(sql, position, cutoff, at)
-    of_hidden = f"EXISTS (SELECT 1 FROM commands c WHERE c.id = command_id AND {commands_view.HIDDEN})"
-    erasing.forget_answers(sql, f"at < ? OR {of_hidden}", cutoff)
-
-
-def _erase_some(sql: Sql, purge: Purge, after: int, batch: int) -> _Step:
-    """Erases the next commands of a purge: whole commands, until `batch` rows of the log are reached."""
-    rows, ids = 0, list[str]()
-    for position, command_id in commands_view.purgeable(sql, purge, after, batch):
-        rows += erasing.erase(sql, command_id)
-        ids.append(command_id)
-        after = position
-        if rows >= batch:
-            break
-    commands_view.remove(sql, ids)
-    if rows >= batch:
-        return _Step(len(ids), after)
-    erasing.finish_purge(sql, purge.position)
-    return _Step(len(ids), None)

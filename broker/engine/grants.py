@@ -21,7 +21,7 @@ from broker.domain.lifecycle import CommandState
 from broker.engine.ids import new_id
 from broker.engine.live import Live, Recent
 from broker.engine.writer import Writer
-from broker.seams import Sql
+from broker.seams import Change, Drop, New, Put, Sql
 from devices.grant import TYPE, params_hash
 from devices.wire import Unsendable
 
@@ -45,11 +45,7 @@ class Secrets:
     def renew(self, device_id: str) -> str:
         """Stages a new secret of 32 bytes, used as soon as it is durable. Returns it as base64url, once."""
         secret = self._writer.entropy.token(32)
-        self._writer.also(
-            lambda sql: sql.execute(
-                "INSERT OR REPLACE INTO device_secrets VALUES (?, ?)", (device_id, secret)
-            )
-        )
+        self._writer.also(Put("device_secrets", (device_id, secret)))
         self._writer.then(lambda: self._held.update({device_id: secret}))
         return base64.urlsafe_b64encode(secret).decode().rstrip("=")
 
@@ -58,9 +54,7 @@ class Secrets:
             self._held.pop(device_id, None)
 
         if device_id in self._held:
-            self._writer.also(
-                lambda sql: sql.execute("DELETE FROM device_secrets WHERE device_id = ?", (device_id,))
-            )
+            self._writer.also(Drop("device_secrets", (device_id,)))
             self._writer.then(forgotten)
 
 
@@ -103,7 +97,7 @@ class Grants:
         keys, secrets = await storage.read(work)
         if not keys:
             keys = [self._new_key()]
-            await storage.write(lambda sql: _insert(sql, keys[0]))
+            await self._writer.prepare(_row(keys[0]))
         self._keys = {key.kid: key for key in sorted(keys, key=lambda key: (key.created_at, key.kid))}
         self._secrets.take(secrets)
 
@@ -184,7 +178,7 @@ class Grants:
         """
         await self._writer.room()
         key = self._new_key()
-        self._writer.also(lambda sql: _insert(sql, key))
+        self._writer.also(_row(key))
         self._writer.operated(actor, "grant_key.rotated", key.kid)
         await self._writer.barrier()
         self._keys[key.kid] = key
@@ -207,9 +201,7 @@ class Grants:
         if key.retired_at is None:
             await self._writer.room()
             now = self._writer.now()
-            self._writer.also(
-                lambda sql: sql.execute("UPDATE grant_keys SET retired_at = ? WHERE kid = ?", (now, kid))
-            )
+            self._writer.also(Change("grant_keys", (kid,), {"retired_at": now}))
             self._writer.operated(actor, "grant_key.retired", kid)
             await self._writer.barrier()
             key = self._keys[kid] = msgspec.structs.replace(key, retired_at=now)
@@ -240,6 +232,6 @@ def read_key(kid: str, private: bytes, created_at: int, retired_at: int | None) 
     return GrantKey(kid=kid, private=loaded, created_at=created_at, retired_at=retired_at)
 
 
-def _insert(sql: Sql, key: GrantKey) -> None:
+def _row(key: GrantKey) -> New:
     raw = key.private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
-    sql.execute("INSERT INTO grant_keys VALUES (?, ?, ?, NULL)", (key.kid, raw, key.created_at))
+    return New("grant_keys", (key.kid, raw, key.created_at, None))

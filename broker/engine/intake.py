@@ -25,9 +25,8 @@ from broker.engine.commands import Commands
 from broker.engine.dispatch import Dispatch
 from broker.engine.quotas import waiting_room
 from broker.engine.registry import Registry
-from broker.log import sqlite as log
 from broker.often import Often, shown
-from broker.seams import Link, Message
+from broker.seams import Link, Message, Unmatched
 from devices.types import AnswerStatus
 from devices.wire import (
     Answer,
@@ -385,7 +384,8 @@ class Intake:
         self, message: Message, device: DeviceState | None, reason: str, command_id: str | None
     ) -> None:
         """Keeps the first `KEPT_BYTES` bytes of the payload."""
-        entry = (
+        limits = self.commands.limits
+        entry = Unmatched(
             self.writer.now(),
             None if device is None else device.project,
             None if device is None else device.id,
@@ -393,8 +393,8 @@ class Intake:
             message.topic[:256],
             command_id,
             message.payload[:KEPT_BYTES],
+            limits.unmatched_per_device,
+            limits.unmatched_in_all,
         )
-        limits = self.commands.limits
-        keep = limits.unmatched_per_device, limits.unmatched_in_all
-        self.writer.note(lambda sql: log.add_unmatched(sql, [entry], *keep))
+        self.writer.note(entry)
         self.on_unmatched(reason)

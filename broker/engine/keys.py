@@ -21,7 +21,7 @@ from broker.engine.commands import Caller
 from broker.engine.ids import new_id, new_secret, peppered_digest, secret_digest
 from broker.engine.registry import check_name
 from broker.engine.writer import Writer
-from broker.seams import Sql
+from broker.seams import Change, New, Put, Sql
 from devices.names import is_name
 
 logger = structlog.get_logger()
@@ -232,12 +232,7 @@ class Keys:
         )
         values = (key.id, bytes.fromhex(key.digest), project, " ".join(key.scopes), name, now)
         more = (key.id, msgspec.json.encode(terms), key.pepper)
-
-        def work(sql: Sql) -> None:
-            sql.execute("INSERT INTO api_keys VALUES (?,?,?,?,?,?,NULL)", values)
-            sql.execute("INSERT INTO key_terms VALUES (?,?,?,NULL)", more)
-
-        self.writer.also(work)
+        self.writer.also(New("api_keys", (*values, None)), New("key_terms", (*more, None)))
         limits = {name: value for name, value in msgspec.to_builtins(terms).items() if value is not None}
         self.writer.operated(actor, "key.created", key.id, project, scopes=list(key.scopes), **limits)
         await self.writer.barrier()
@@ -278,9 +273,7 @@ class Keys:
         key = msgspec.structs.replace(key, revoked_at=at)
         self._keep(key)
         self.ended(key.actor)
-        self.writer.also(
-            lambda sql: sql.execute("UPDATE api_keys SET revoked_at = ? WHERE id = ?", (at, key_id))
-        )
+        self.writer.also(Change("api_keys", (key_id,), {"revoked_at": at}))
         await self.writer.barrier()
         self._unrecorded.discard(key_id)
         return key
@@ -297,14 +290,10 @@ class Keys:
 
     def save_uses(self) -> None:
         """Stages when keys were last used. Nothing depends on it."""
-        uses = [(self._used[key_id], key_id) for key_id in self._unsaved]
+        # A key from before there were terms has no row.
+        uses = [
+            Put("key_terms", (key_id, b"{}", None, self._used[key_id]), only=("last_used_at",))
+            for key_id in self._unsaved
+        ]
         self._unsaved.clear()
-        if uses:
-            # A key from before there were terms has no row.
-            self.writer.note(
-                lambda sql: sql.executemany(
-                    "INSERT INTO key_terms VALUES (?2, '{}', NULL, ?1) "
-                    "ON CONFLICT (id) DO UPDATE SET last_used_at = ?1",
-                    uses,
-                )
-            )
+        self.writer.note(*uses)

@@ -33,6 +33,7 @@ from broker.engine.grants import Secrets
 from broker.engine.ids import is_token, new_id, new_secret, token_digest
 from broker.engine.quotas import Told
 from broker.log import sqlite as log
+from broker.seams import New
 from devices.names import is_name
 from projections import devices as devices_view
 
@@ -101,12 +102,14 @@ class Registry:
         self, event: DeviceEvent, device_id: str, before: DeviceState | None, project: str, actor: str
     ) -> DeviceState:
         version = 1 if before is None else before.version + 1
-        recorded = self.writer.stage(
+        pending = self.writer.stage(
             device_stream(device_id), version, event, project=project, device_id=device_id, actor=actor
         )
-        device = evolve_device(before, recorded)
-        names = (device.id, device.hardware_id) if before is None else ()
-        self.writer.touch_device(device, names)
+        device = evolve_device(before, pending)
+        self.writer.touch(device)
+        if before is None:
+            for name in dict.fromkeys((device.id, device.hardware_id)):
+                self.writer.also(New("names", (name, device.id)))
         self.live.put_device(device)
         return device
 

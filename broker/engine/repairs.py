@@ -68,14 +68,15 @@ class Repairs:
         await commands.ready([] if which.device is None else [which.device], project=caller.project)
         device_id = None if which.device is None else commands.device(caller, which.device).id
         # Newest first: then no command moves to the front of its lane and is handed over meanwhile.
+        # Commands of one millisecond are in the order of their creation already; a sort keeps it.
         found = sorted(
             (
                 member.state
                 for member in commands.live.members.values()
                 if member.state.state is State.PENDING and _fits(caller, which, device_id, member.state)
             ),
-            key=lambda state: -state.position,
-        )
+            key=lambda state: state.created_at,
+        )[::-1]
         cancelled = []
         for start in range(0, len(found), BATCH):
             await commands.ready()

@@ -16,14 +16,27 @@ import msgspec
 import structlog
 
 from broker.domain.errors import Unavailable
-from broker.domain.events import AUDIT, Caused, Event, Operated, Recorded, Via
+from broker.domain.events import AUDIT, Caused, Event, Operated, Pending, Via
 from broker.domain.fleet import DeviceState
 from broker.domain.lifecycle import CommandState
 from broker.log import sqlite as log
+from broker.log.rows import check
 from broker.log.sqlite import Head
-from broker.seams import Broken, Clock, Conflict, Entropy, Full, Sql, Storage
-from projections import follower
-from projections.follower import Touched
+from broker.seams import (
+    At,
+    Batch,
+    Broken,
+    Clock,
+    Conflict,
+    Drop,
+    Entropy,
+    Full,
+    Newest,
+    Placed,
+    Put,
+    SideRow,
+    Storage,
+)
 
 logger = structlog.get_logger()
 
@@ -35,14 +48,16 @@ RETRY_SEC = 1.0
 CLOCK_STEP_MS = 5_000
 
 
-class _Batch:
-    """Events and rows of one commit, and the callbacks that run after it."""
+Listener = Callable[[list[Pending], Placed], None]
+
+
+class _Staged:
+    """Events, states and rows of one commit, and the callbacks that run after it."""
 
     def __init__(self) -> None:
-        self.events: list[Recorded] = []
-        self.touched = Touched()
-        self.rows: list[Callable[[Sql], object]] = []
-        self.notes: list[Callable[[Sql], object]] = []
+        self.events: list[Pending] = []
+        self.states: dict[str, Newest] = {}  # by id; commands and devices have different ids
+        self.rows: list[SideRow] = []
         self.done: list[Callable[[], None]] = []
         self.failed: list[Callable[[], None]] = []
         self.settled = asyncio.Event()
@@ -50,7 +65,7 @@ class _Batch:
 
     @property
     def empty(self) -> bool:
-        return not (self.events or self.rows or self.notes)
+        return not (self.events or self.rows)
 
 
 class Writer:
@@ -66,12 +81,13 @@ class Writer:
         self.entropy = entropy
         self.reload: Callable[[], Awaitable[None]] | None = None
         self.resumed: Callable[[], None] = lambda: None
-        self.listeners: list[Callable[[list[Recorded]], None]] = []
+        self.listeners: list[Listener] = []
         self.on_refused_note: Callable[[], None] = lambda: None
         self.fatal: BaseException | None = None
         self.open = False
-        self._batch = _Batch()
-        self._in_flight: _Batch | None = None
+        self._batch = _Staged()
+        self._in_flight: _Staged | None = None
+        self._number = 0  # of the last batch
         self._wake = asyncio.Event()
         self._opened = asyncio.Event()
         self._room = asyncio.Event()
@@ -80,9 +96,8 @@ class Writer:
         # The last durable position. Less than `_head` after a failed commit: rows read again from the
         # file may not be synced yet.
         self._durable = 0
-        self._position = 0  # position of the last staged event
         self._operated = 0  # version of the last staged event of the stream audit
-        self._recorded_at = 0
+        self._decided_at = 0  # of the last staged event
         self._anchor_wall = clock.wall_ms()
         self._anchor_monotonic = clock.monotonic_ms()
 
@@ -96,7 +111,7 @@ class Writer:
     def now(self) -> int:
         """Broker time, Unix ms. It never goes back, and a step of the wall clock does not change it."""
         running = self._anchor_wall + self.clock.monotonic_ms() - self._anchor_monotonic
-        return max(self._recorded_at, running)
+        return max(self._decided_at, running)
 
     def wall_step_ms(self) -> int:
         """Wall clock minus broker clock, ms. More than 5 s means that the wall clock was stepped."""
@@ -104,20 +119,20 @@ class Writer:
         return self.clock.wall_ms() - running
 
     def behind_log_ms(self) -> int:
-        """How many ms the clock, counted on from the process start, is before the last recorded event."""
+        """How many ms the clock, counted on from the process start, is before the last event."""
         running = self._anchor_wall + self.clock.monotonic_ms() - self._anchor_monotonic
-        return self._recorded_at - running
+        return self._decided_at - running
 
     def tick(self) -> None:
-        """Events staged after this call get a `recorded_at` at least 1 ms later than all earlier ones."""
-        self._recorded_at += 1
+        """Events staged after this call get a time at least 1 ms later than all earlier ones."""
+        self._decided_at += 1
 
     def reanchor(self) -> bool:
         """Reads the wall clock again, if the process started with a clock before the last event.
 
         Returns False, and changes nothing, if the wall clock is still more than 5 s before that event.
         """
-        if self.clock.wall_ms() < self._recorded_at - CLOCK_STEP_MS:
+        if self.clock.wall_ms() < self._decided_at - CLOCK_STEP_MS:
             return False
         self._anchor_wall, self._anchor_monotonic = self.clock.wall_ms(), self.clock.monotonic_ms()
         return True
@@ -126,8 +141,8 @@ class Writer:
 
     def stage(
         self, stream: str, version: int, event: Event, *, project: str, device_id: str | None, actor: str
-    ) -> Recorded:
-        """Queues one event for the next commit and gives it its position and `recorded_at`.
+    ) -> Pending:
+        """Queues one event for the next commit and gives it its time. The log will give it its position.
 
         An event of an actor that a request caused also says which request that was.
 
@@ -139,21 +154,24 @@ class Writer:
         request = via.get()
         if request is not None and actor != "broker" and isinstance(event, Caused):
             event = msgspec.structs.replace(event, via=request)
-        self._position += 1
-        self._recorded_at = self.now()
-        recorded = Recorded(
-            position=self._position,
+        self._decided_at = self.now()
+        pending = Pending(
             stream=stream,
             version=version,
-            recorded_at=self._recorded_at,
+            decided_at=self._decided_at,
             project=project,
             device_id=device_id,
             actor=actor,
             event=event,
         )
-        self._batch.events.append(recorded)
+        self._batch.events.append(pending)
         self._rouse()
-        return recorded
+        return pending
+
+    @property
+    def at(self) -> At:
+        """The position that the last staged event will get, for a row of the same commit."""
+        return At(len(self._batch.events) - 1)
 
     def operated(self, actor: str, action: str, subject: str, project: str = "", **details: object) -> None:
         """Queues an event about a change of what lies beside the log; it must be queued with that change.
@@ -166,41 +184,45 @@ class Writer:
         self.stage(AUDIT, version, event, project=project, device_id=None, actor=actor)
         self._operated = version
 
-    def touch_command(self, state: CommandState) -> None:
-        self._batch.touched.put(state)
+    def touch(self, state: CommandState | DeviceState, opened: bool = False) -> None:
+        """Queues the state after the last staged event. `opened`: a command was created or reopened."""
+        batch = self._batch
+        index = len(batch.events) - 1
+        newest = batch.states.get(state.id)
+        if newest is None:
+            batch.states[state.id] = Newest(state, index, index, state.version - 1, opened)
+        else:
+            newest.state, newest.last, newest.opened = state, index, newest.opened or opened
 
-    def touch_device(self, state: DeviceState, names: tuple[str, ...] = ()) -> None:
-        self._batch.touched.devices[state.id] = state
-        for name in names:
-            self._batch.touched.names[name] = state.id
-
-    def touch_definition(self, digest: str, body: dict[str, object]) -> None:
-        self._batch.touched.definitions[digest] = body
-
-    def also(self, work: Callable[[Sql], object]) -> None:
+    def also(self, *rows: SideRow) -> None:
         """Queues other rows (such as idempotency keys) for the next commit's transaction.
 
         Raises:
             Unavailable: the log cannot be written now.
+            ValueError: no storage can store a value; nothing was queued.
         """
         if not self.open:
             raise Unavailable("the log cannot be written now")
-        self._batch.rows.append(work)
+        for row in rows:
+            check(row)
+        self._batch.rows.extend(rows)
         self._rouse()
 
-    def note(self, work: Callable[[Sql], object]) -> None:
+    def note(self, *rows: SideRow) -> None:
         """Queues rows that nothing depends on (unmatched answers) for the same transaction.
 
-        If their values cannot be written, they are left out, counted and logged; the batch is committed
-        without them. A full or failing disk still fails the whole batch.
+        A row whose values cannot be stored is left out, counted and logged. A full or failing disk still
+        fails the whole batch.
 
         Raises:
             Unavailable: the log cannot be written now.
         """
-        if not self.open:
-            raise Unavailable("the log cannot be written now")
-        self._batch.notes.append(work)
-        self._rouse()
+        for row in rows:
+            try:
+                self.also(row)
+            except ValueError as error:
+                logger.error("log.note_refused", error=str(error))
+                self.on_refused_note()
 
     def then(self, done: Callable[[], None], failed: Callable[[], None] | None = None) -> None:
         """Calls `done` when everything staged so far is durable, or `failed` if that commit fails."""
@@ -212,7 +234,7 @@ class Writer:
         if failed is not None:
             target.failed.append(failed)
 
-    def _last(self) -> _Batch | None:
+    def _last(self) -> _Staged | None:
         return self._in_flight if self._batch.empty else self._batch
 
     def _rouse(self) -> None:
@@ -257,9 +279,13 @@ class Writer:
         await self._reread()
         self._open()
 
+    async def prepare(self, *rows: SideRow) -> None:
+        """Writes rows at once, before `start`."""
+        await self.storage.append(self._next([], [], list(rows)))
+
     async def _reread(self) -> None:
         self._head = await self.storage.read(log.head)
-        self._position, self._recorded_at = self._head.position, self._head.recorded_at
+        self._decided_at = self._head.recorded_at
         self._operated = await self.storage.read(lambda sql: log.last_version(sql, AUDIT))
         if self.reload is not None:
             await self.reload()
@@ -280,7 +306,7 @@ class Writer:
             await self._wake.wait()
             self._wake.clear()
             while not self._batch.empty:
-                batch, self._batch = self._batch, _Batch()
+                batch, self._batch = self._batch, _Staged()
                 self._in_flight = batch
                 self._room.set()
                 await self._commit(batch)
@@ -290,49 +316,37 @@ class Writer:
         while (batch := self._last()) is not None and self.open:
             await batch.settled.wait()
 
-    async def _commit(self, batch: _Batch) -> None:
-        head, salts = self._head, self.entropy.token(16 * len(batch.events))
+    def _next(self, events: list[Pending], states: list[Newest], rows: list[SideRow]) -> Batch:
+        self._number += 1
+        salts = self.entropy.token(16 * len(events))
+        return Batch(self._number, self.storage.term, events, salts, states, rows)
 
-        refused: list[Exception] = []
-
-        def work(sql: Sql) -> Head:
-            after = log.append(sql, head, batch.events, salts)
-            follower.write(sql, batch.touched)
-            for row in batch.rows:
-                row(sql)
-            for note in batch.notes:
-                try:
-                    note(sql)
-                except log.UNWRITABLE as error:
-                    refused.append(error)
-            return after
-
+    async def _commit(self, batch: _Staged) -> None:
         try:
-            self._head = await self.storage.write(work)
-            self._durable = self._head.position
+            placed = await self.storage.append(
+                self._next(batch.events, list(batch.states.values()), batch.rows)
+            )
+            self._durable = placed.last
         except (Full, Conflict, Broken, *log.UNWRITABLE) as error:
             logger.error("log.commit_failed", error=str(error), events=len(batch.events))
             await self._recover(batch, error)
             return
-        for unwritable in refused:
-            logger.error("log.note_refused", error=str(unwritable))
-            self.on_refused_note()
         self._in_flight = None
         batch.ok = True
         for listener in self.listeners:
-            listener(batch.events)
+            listener(batch.events, placed)
         for done in batch.done:
             done()
         batch.settled.set()
 
-    async def _recover(self, batch: _Batch, error: Exception) -> None:
+    async def _recover(self, batch: _Staged, error: Exception) -> None:
         """Discards the failed batch and everything staged after it, and reads the log again.
 
         Then waits until the log can be written.
         """
         self.open = False
         self._opened.clear()
-        discarded, self._batch = self._batch, _Batch()
+        discarded, self._batch = self._batch, _Staged()
         self._in_flight = None
         self._wake.clear()
         self._room.set()
@@ -350,15 +364,11 @@ class Writer:
         await self._reread()  # before the wait for space: readers must not see discarded events
         while True:
             try:
-                await self.storage.write(_probe)
+                # As many bytes as a small batch: success shows that there is space again.
+                probe: list[SideRow] = [Put("meta", ("probe", "x" * 65_536)), Drop("meta", ("probe",))]
+                await self.storage.append(self._next([], [], probe))
                 break
             except Full:
                 await asyncio.sleep(RETRY_SEC)
         self._open()
-        logger.info("log.writable_again", position=self._head.position)
-
-
-def _probe(sql: Sql) -> None:
-    """Writes as many bytes as a small batch, so that success shows that there is space again."""
-    sql.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", ("x" * 65_536,))
-    sql.execute("DELETE FROM meta WHERE key = 'probe'")
+        logger.info("log.writable_again", position=self._durable)

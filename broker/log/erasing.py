@@ -66,10 +66,9 @@ def finish_purge(sql: Sql, position: int) -> None:
     sql.execute("DELETE FROM purges WHERE position = ?", (position,))
 
 
-def erase(sql: Sql, command_id: str) -> int:
-    """Removes data and salt from every row of a command; returns the number of rows."""
+def erase(sql: Sql, command_id: str) -> None:
+    """Removes data and salt from every row of a command."""
     sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE stream = ?", (command_id,))
-    return int(sql.execute("SELECT changes()").fetchone()[0])
 
 
 def erase_positions(sql: Sql, positions: Sequence[int]) -> None:

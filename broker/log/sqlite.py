@@ -10,11 +10,11 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from broker.domain.events import NAMES, SCHEMA, Recorded, decode, encode
+from broker.domain.events import NAMES, SCHEMA, Pending, Recorded, decode, encode
 from broker.log import chain, shape
 from broker.log.chain import Row
 from broker.log.erasing import ATTRIBUTES, PRESENCE, Excused, bound
-from broker.seams import Sql, UnknownFormat
+from broker.seams import Conflict, Sql, UnknownFormat
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -123,18 +123,19 @@ def head(sql: Sql) -> Head:
     return Head(row[0], row[1], bytes(row[2])) if row else Head()
 
 
-def append(sql: Sql, after: Head, events: Sequence[Recorded], salts: bytes) -> Head:
-    """Appends events that already have their positions. `salts`: 16 bytes for each event.
+def append(sql: Sql, after: Head, events: Sequence[Pending], salts: bytes) -> Head:
+    """Appends events after the head, which is in the same transaction. `salts`: 16 bytes for each event.
 
     Raises:
-        ValueError: a position or time does not follow the head, which is a bug of the caller.
+        Conflict: the time of an event is before that of the last one.
     """
     rows: list[Row] = []
     position, recorded_at, previous = after
     for index, event in enumerate(events):
-        if event.position != position + 1 or event.recorded_at < recorded_at:
-            raise ValueError(f"position {event.position} cannot follow {position}")
-        position, recorded_at = event.position, event.recorded_at
+        position += 1
+        if event.decided_at < recorded_at:
+            raise Conflict(f"position {position} would be older than the event before it")
+        recorded_at = event.decided_at
         data, salt = encode(event.event), salts[index * 16 : index * 16 + 16]
         row_digest = chain.digest(salt, data)
         header = (
@@ -223,6 +224,7 @@ def recorded(row: Row) -> Recorded:
         stream=row.stream,
         version=row.version,
         recorded_at=row.recorded_at,
+        decided_at=row.recorded_at,
         project=row.project,
         device_id=row.device_id,
         actor=row.actor,

@@ -98,7 +98,7 @@ class _Then:
             self.lane.members[state.id] = member
         before, member.state = member.state, state
         if state.closed:
-            lanes.closed(self.lane, member, recorded.recorded_at)
+            lanes.closed(self.lane, member, recorded.decided_at)
         elif before.closed:
             lanes.reopened(self.lane, member)
 
@@ -108,7 +108,7 @@ class _Then:
         event = msgspec.structs.replace(recorded.event, via=None)  # the request is not part of a decision
         state = None if member is None else member.state
         definition = None if member is None else member.definition
-        request = _request(event, state, definition, recorded.recorded_at)
+        request = _request(event, state, definition, recorded.decided_at)
         decision = decide(state, request)
         fault = None
         if decision.event is None:
@@ -116,7 +116,7 @@ class _Then:
         elif decision.event != event:
             fault = f"{request.input.value}: another event would be recorded: {decision.event}"
         elif member is not None:
-            fault = self._untimely(member, event, request, recorded.recorded_at)
+            fault = self._untimely(member, event, request, recorded.decided_at)
         return Step(recorded, request.input, fault)
 
     def _untimely(self, member: Member, event: CommandEvent, request: Request, now: int) -> str | None:

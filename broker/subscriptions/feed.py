@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 from broker.domain.cloudevents import Entry, Wanted, entry, is_outward
-from broker.domain.events import Erased, Recorded, subject_kind
+from broker.domain.events import Erased, Pending, subject_kind
 from broker.engine.live import Live
 from broker.engine.writer import Writer
+from broker.seams import Placed
 from projections import outgoing
 
 LOOKS = 20  # reads per page: a filter that matches few events must not scan a whole log in one request
@@ -120,6 +121,7 @@ class Feed:
         self.kept_after = 0
         self.recent: dict[int, Entry] = {}
         self.erasures = 0  # durable commits that contained an erasure
+        self._told = 0  # the last position that a commit told of
         self._writer = writer
         self._live = live
         # Dicts keep the order of insertion, so a simulation run is the same in every process.
@@ -142,31 +144,35 @@ class Feed:
     def reread(self) -> None:
         """Makes every subscriber continue from the log, for example after a failed commit, whose outcome
         was not reported."""
+        self._told = self.head
         for subscription in self._all():
             subscription.fall_behind()
 
     def _all(self) -> list[Subscription]:
         return [subscription for found in self._subscriptions.values() for subscription in found]
 
-    def _committed(self, events: list[Recorded]) -> None:
-        if any(isinstance(recorded.event, Erased) for recorded in events):
+    def _committed(self, events: list[Pending], placed: Placed) -> None:
+        gap, self._told = placed.first != self._told + 1, placed.last
+        # After a gap only the log has all events: another node recorded some in between.
+        if gap or any(isinstance(pending.event, Erased) for pending in events):
             # Queued entries may contain the erased data; a read of the log leaves it out.
             self.erasures += 1
             self.recent.clear()
             self.reread()
             return
-        for recorded in events if self._subscriptions else ():
-            if not is_outward(recorded):
+        for index, pending in enumerate(events) if self._subscriptions else ():
+            if not is_outward(pending):
                 continue
-            state = self._live.command(recorded.stream)
-            device = state or self._live.devices.get(recorded.device_id or "")
-            if device is None or (state is None and subject_kind(recorded.stream) == "command"):
+            state = self._live.command(pending.stream)
+            device = state or self._live.devices.get(pending.device_id or "")
+            if device is None or (state is None and subject_kind(pending.stream) == "command"):
                 self.reread()  # the device's names are no longer in memory; the log has them
                 return
-            found = self._interested(recorded.project, recorded.device_id, device.hardware_id)
+            found = self._interested(pending.project, pending.device_id, device.hardware_id)
             if not found:
                 continue
-            made = entry(recorded, device.hardware_id, None if state is None else state.type)
+            name = None if state is None else state.type
+            made = entry(pending, placed.first + index, placed.times[index], device.hardware_id, name)
             self._keep(made)
             for subscription in found:
                 if subscription.wanted.fits(made):

@@ -17,7 +17,7 @@ from broker.domain.cloudevents import Entry, Wanted, encoded
 from broker.domain.errors import Unavailable, not_found
 from broker.engine.live import Recent
 from broker.engine.writer import Writer
-from broker.seams import Link, Outgoing, Receipt, Sql
+from broker.seams import Link, Outgoing, Put, Receipt, Sql
 from broker.subscriptions.feed import Feed, Subscription
 
 logger = structlog.get_logger()
@@ -191,11 +191,7 @@ class MqttEvents:
         if checkpoint == self._saved:
             return
         try:
-            self._writer.also(
-                lambda sql: sql.execute(
-                    "INSERT OR REPLACE INTO meta VALUES ('mqtt_events', ?)", (str(checkpoint),)
-                )
-            )
+            self._writer.also(Put("meta", ("mqtt_events", str(checkpoint))))
         except Unavailable:
             return  # the log cannot be written now; the next save stages it again
         self._saved = checkpoint

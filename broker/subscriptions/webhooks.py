@@ -21,7 +21,7 @@ from broker.domain.errors import Refusal, Unavailable, invalid, not_found
 from broker.engine.commands import Caller
 from broker.engine.ids import new_id
 from broker.engine.writer import Writer
-from broker.seams import Entropy, Outbound, Sql, of_project
+from broker.seams import Drop, Entropy, Outbound, Put, Sql, of_project
 from broker.subscriptions.feed import Feed
 from broker.subscriptions.webhook_queue import Pending, Progress, fresh
 from broker.subscriptions.webhook_worker import Attempt, Endpoint, Secret, Sender, Worker
@@ -126,18 +126,13 @@ class Webhooks:
         if not self._dirty:
             return True
         ids, self._dirty = tuple(self._dirty), {}
-        rows = []
         for id in ids:
-            if (kept := self._kept.get(id)) is not None:
+            if (kept := self._kept.get(id)) is None:
+                self.writer.also(Drop("webhooks", (id,)))
+            else:
                 kept.saved = kept.progress
-                rows.append((id, msgspec.json.encode(kept.endpoint), msgspec.json.encode(kept.saved)))
-        deleted = [(id,) for id in ids if id not in self._kept]
-
-        def work(sql: Sql) -> None:
-            sql.executemany("INSERT OR REPLACE INTO webhooks VALUES (?,?,?)", rows)
-            sql.executemany("DELETE FROM webhooks WHERE id = ?", deleted)
-
-        self.writer.also(work)
+                row = (id, msgspec.json.encode(kept.endpoint), msgspec.json.encode(kept.saved))
+                self.writer.also(Put("webhooks", row))
         self.writer.then(lambda: self._start(ids), lambda: self._dirty.update(dict.fromkeys(ids)))
         return True
 

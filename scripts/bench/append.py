@@ -104,11 +104,11 @@ async def _lives(writer: Writer, numbers: Iterator[int]) -> None:
         state: CommandState | None = None
         for version, event in enumerate(events, 1):
             await writer.room()
-            recorded = writer.stage(
+            pending = writer.stage(
                 command_id, version, event, project=PROJECT, device_id=f"dev_{name}", actor=ACTOR
             )
-            state = evolve(state, recorded)
-            writer.touch_command(state)
+            state = evolve(state, pending)
+            writer.touch(state, opened=version == 1)
             await writer.barrier()
 
 

@@ -30,7 +30,7 @@ from broker.settings import Settings
 from broker.world import DATABASE, SqliteStorage, SystemClock, SystemEntropy
 from devices.types import shipped_types
 from projections import follower
-from projections.follower import Touched
+from projections.follower import Fold
 
 DEVICES = 1_000
 CHUNK = 5_000
@@ -73,11 +73,11 @@ async def fill(core: Core, devices: list[DeviceState], commands: int) -> None:
     while written < commands:
         count = min(CHUNK, commands - written)
         head = await core.storage.read(log.head)
-        events, touched = _lives(head.position, head.recorded_at, written, count, devices)
+        events, fold = _lives(head.position, head.recorded_at, written, count, devices)
 
-        def work(sql: Sql, after=head, events=events, touched=touched) -> None:  # type: ignore[no-untyped-def]
+        def work(sql: Sql, after=head, events=events, fold=fold) -> None:  # type: ignore[no-untyped-def]
             log.append(sql, after, events, core.writer.entropy.token(16 * len(events)))
-            follower.write(sql, touched)
+            follower.write(sql, fold)
 
         await core.storage.write(work)
         written += count
@@ -85,8 +85,8 @@ async def fill(core: Core, devices: list[DeviceState], commands: int) -> None:
 
 def _lives(
     position: int, at: int, first: int, count: int, devices: list[DeviceState]
-) -> tuple[list[Recorded], Touched]:
-    events, touched = list[Recorded](), Touched()
+) -> tuple[list[Recorded], Fold]:
+    events, fold = list[Recorded](), Fold()
     for number in range(first, first + count):
         device = devices[number % len(devices)]
         created = Created(
@@ -106,14 +106,15 @@ def _lives(
                     stream=f"cmd_{number:026d}",
                     version=version,
                     recorded_at=at,
+                    decided_at=at,
                     project="bench",
                     device_id=device.id,
                     actor="key:bench",
                     event=event,
                 )
             )
-            touched.fold(events[-1])
-    return events, touched
+            fold.fold(events[-1])
+    return events, fold
 
 
 async def sends(core: Core, devices: list[DeviceState], until: asyncio.Event | float) -> list[float]:

@@ -44,7 +44,7 @@ from broker.world import DATABASE, SystemEntropy
 from devices.clock import rfc3339
 from devices.types import shipped_types
 from projections import follower
-from projections.follower import Touched
+from projections.follower import Fold
 from scripts.bench.processes import broker, mosquitto_server, ordain
 
 SINCE = 1_780_000_000_000  # time of the first event, ms
@@ -86,12 +86,12 @@ def fill(path: Path, commands: int, devices: int) -> None:
     follower.prepare(sql)
     head = log.Head()
     for batch in _batches(commands, devices, draw):
-        touched = Touched()
+        fold = Fold()
         for recorded in batch:
-            touched.fold(recorded)
+            fold.fold(recorded)
         sql.execute("BEGIN")
         head = log.append(sql, head, batch, draw.randbytes(16 * len(batch)))
-        follower.write(sql, touched)
+        follower.write(sql, fold)
         sql.execute("COMMIT")
         if head.position % 1_000_000 < len(batch):
             print(f"{head.position:,} events", flush=True)
@@ -109,6 +109,7 @@ def _batches(commands: int, devices: int, draw: random.Random) -> Iterator[list[
             stream=stream,
             version=version,
             recorded_at=SINCE + position,
+            decided_at=SINCE + position,
             project=PROJECT if device_id else "",
             device_id=device_id,
             actor=ACTOR,

@@ -23,6 +23,7 @@ from broker.domain.events import (
     Error,
     Failed,
     Published,
+    device_stream,
 )
 from broker.log import sqlite as log
 from broker.log.chain import Row
@@ -159,11 +160,23 @@ def folded(sql: Sql) -> dict[str, Any]:
     """Everything the log folds to: the state of every command and device, by id, in plain JSON."""
     found: dict[str, Any] = {}
     states = sorted(commands_view.newest(sql, Filter(), -1), key=lambda state: state.id)
-    found["commands"] = {state.id: msgspec.json.decode(msgspec.json.encode(state)) for state in states}
+    found["commands"] = {
+        state.id: msgspec.json.decode(msgspec.json.encode(state)) | placed(sql, state.id) for state in states
+    }
     rows = sql.execute("SELECT id, body FROM devices ORDER BY id").fetchall()
-    found["devices"] = {row[0]: msgspec.json.decode(row[1]) for row in rows}
+    found["devices"] = {
+        row[0]: msgspec.json.decode(row[1]) | placed(sql, device_stream(row[0])) for row in rows
+    }
     found["open"] = [list(row) for row in follower.dump(sql)["projections.lanes"]]
     return found
+
+
+def placed(sql: Sql, stream: str) -> dict[str, int]:
+    """The positions of the first and the last event of a stream."""
+    first, last = sql.execute(
+        "SELECT min(position), max(position) FROM events WHERE stream = ?", (stream,)
+    ).fetchone()
+    return {"position": first, "last_position": last}
 
 
 if __name__ == "__main__":

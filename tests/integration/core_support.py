@@ -35,7 +35,7 @@ from broker.engine.commands import Accepted, Caller, Order
 from broker.engine.registry import NewDevice
 from broker.log import sqlite as log
 from broker.log.chain import Row
-from broker.seams import Clock, Message, Outbound, Outgoing, Receipt, Sql, Storage
+from broker.seams import Batch, Clock, Message, Outbound, Outgoing, Placed, Receipt, Sql, Storage
 from broker.settings import Limits, Settings
 from broker.world import SqliteStorage, SystemClock
 from devices.types import Definition, DeviceType, shipped_types
@@ -92,6 +92,7 @@ def recorded(event: Event, version: int, at: int = T, stream: str = COMMAND) -> 
         stream=stream,
         version=version,
         recorded_at=at,
+        decided_at=at,
         project=PROJECT,
         device_id=DEVICE,
         actor="key:key_1",
@@ -298,12 +299,19 @@ class Held:
         self.gate.set()
         self.commits = 0
         self.waiting = 0
+        self.term = storage.term
 
-    async def write(self, work: Callable[[Sql], R]) -> R:
+    async def append(self, batch: Batch) -> Placed:
         self.waiting += 1
         await self.gate.wait()
         self.waiting -= 1
         self.commits += 1
+        return await self.storage.append(batch)
+
+    async def landed(self, number: int) -> Placed | None:
+        return await self.storage.landed(number)
+
+    async def write(self, work: Callable[[Sql], R]) -> R:
         return await self.storage.write(work)
 
     async def read(self, work: Callable[[Sql], R]) -> R:

@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeVar
 
 import apsw
 
-from broker.seams import Broken, Conflict, Full, Sql
+from broker.seams import Batch, Broken, Conflict, Full, Placed, Sql
+from projections.batches import TERM, Latest, carry_out
 from tests.simulation.loop import SimLoop, current_node
 
 T = TypeVar("T")
@@ -261,6 +262,8 @@ class SimStorage:
     ) -> None:
         self._loop = loop
         self._disk = disk
+        self._latest = Latest()
+        self.term = TERM
         self._latency = latency
         self._random = loop.rng(f"storage/{disk.epoch}")
         self._on_commit = on_commit
@@ -272,6 +275,16 @@ class SimStorage:
             self._connection = disk.connect(synchronous=synchronous, checkpoint_pages=checkpoint_pages)
         except apsw.Error as error:
             raise _translated(error) from error
+
+    async def append(self, batch: Batch) -> Placed:
+        known = self._latest.find(batch)
+        if known is None:
+            known = await self.write(lambda sql: carry_out(sql, batch))
+            self._latest.keep(batch, known)
+        return known
+
+    async def landed(self, number: int) -> Placed | None:
+        return self._latest.landed(number)
 
     async def write(self, work: Callable[[Sql], T]) -> T:
         outcome: asyncio.Future[T] = self._loop.create_future()

@@ -31,7 +31,7 @@ from broker.mqtt.packets import Packet, Publish
 from broker.mqtt.routes import Routes
 from broker.mqtt.session import Session
 from broker.mqtt.shell import Connection as Shell
-from broker.seams import Message
+from broker.seams import Message, Placed, Put
 from broker.subscriptions.feed import Subscription
 from broker.subscriptions.webhook_queue import Progress, Window
 from broker.subscriptions.webhook_worker import Attempt
@@ -147,9 +147,7 @@ def _none_gives_way(lane: Lane, key: str | None) -> list[Member]:
 def _keep_last(self: Commands, key: Key, fingerprint: bytes, state: CommandState) -> None:
     """Overwrites the key, so that the unique index does not refuse the second command."""
     self.live.keys.put(key, (fingerprint, state.id))
-    values = (*key, fingerprint, state.id, state.created_at)
-    insert = "INSERT OR REPLACE INTO idempotency VALUES (?,?,?,?,?,?)"
-    self.writer.also(lambda sql: sql.execute(insert, values))
+    self.writer.also(Put("idempotency", (*key, fingerprint, state.id, state.created_at)))
 
 
 async def _replay_at_once(self: Commands, first: tuple[bytes, str], fingerprint: bytes) -> Accepted:
@@ -263,7 +261,7 @@ _commit = Writer._commit
 async def _told_first(self: Writer, batch: Any) -> None:
     """Notifies the listeners before the events are durable."""
     for listener in self.listeners:
-        listener(batch.events)
+        listener(batch.events, Placed(self.durable + 1, [each.decided_at for each in batch.events]))
     listeners, self.listeners = self.listeners, []
     try:
         await _commit(self, batch)

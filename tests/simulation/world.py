@@ -333,7 +333,7 @@ class World:
 
     def _compare_live_state(self, sql: Sql) -> None:
         """L6: the state in memory equals the fold of the log."""
-        live, folded = self._core().live, follower.Touched()
+        live, folded = self._core().live, follower.Fold()
         try:
             for row in log.all_rows(sql):
                 if row.data is not None or subject_kind(row.stream) != "command":

@@ -56,9 +56,10 @@ class Waits:
         time = asyncio.get_running_loop().time
         until = time() + sec
         wanted = Wanted(project=state.project, device=state.device_id, command_id=state.id)
-        with self._feed.subscribed(wanted, state.position) as subscription:
+        with self._feed.subscribed(wanted, self._feed.head) as subscription:
             self._open[subscription] = caller
             try:
+                state = await look()  # it may have closed before the subscription began
                 # A late answer may already have corrected the event that closed it, so look each time.
                 while not state.closed and (left := until - time()) > 0:
                     if await subscription.next(left) is None:

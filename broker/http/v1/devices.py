@@ -17,7 +17,7 @@ from broker.engine.commands import Caller
 from broker.engine.registry import Issued, NewDevice
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
-from broker.http.edge.pages import Cursor, Limit, Pager, cut
+from broker.http.edge.pages import Cursor, Limit, Pager
 from broker.http.v1 import past, views
 from broker.http.v1.past import AsOf
 from broker.http.v1.views import Device, DeviceList, Name, TypeName
@@ -98,17 +98,20 @@ async def list_devices(
     before = pager.after(cursor)
     place = None if as_of is None else await past.place_of(request, as_of)
 
-    def work(sql: Sql) -> Sequence[DeviceState | Then]:
+    def work(sql: Sql) -> tuple[Sequence[DeviceState | Then], int | None]:
+        found: Sequence[DeviceState | Then]
         if place is not None:
-            return past_view.devices(sql, project, place(sql), before, limit + 1, within)
-        return devices_view.newest(sql, project, before, limit + 1, within)
+            found = past_view.devices(sql, project, place(sql), before, limit + 1, within)
+        else:
+            found = devices_view.newest(sql, project, before, limit + 1, within)
+        page = found[:limit]
+        return page, devices_view.position(sql, _state(page[-1]).id) if len(found) > limit else None
 
-    page, more = cut(await request.services.commands.writer.storage.read(work), limit)
-    last = page[-1] if more else None
+    page, resume = await request.services.commands.writer.storage.read(work)
     return DeviceList(
         data=[_shown(request, device) for device in page],
-        has_more=more,
-        next_cursor=None if last is None else pager.seal(_state(last).position),
+        has_more=resume is not None,
+        next_cursor=None if resume is None else pager.seal(resume),
     )
 
 

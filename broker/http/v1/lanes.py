@@ -22,6 +22,7 @@ from broker.http.v1.past import AsOf
 from broker.http.v1.views import PresenceName, StateName, Time, presence_of
 from broker.seams import Sql
 from devices.clock import rfc3339
+from projections import commands as commands_view
 from projections import past as past_view
 from projections.past import Then
 
@@ -86,36 +87,37 @@ async def read_lane(request: Call, device: FromPath[str], as_of: AsOf = None) ->
         explanation = await request.services.dispatch.explain(member.state)
         state = member.state
         if not state.closed:
-            shown.append(_command(state, explanation.next))
+            shown.append((state, explanation.next))
     kind = commands.types.get(found.device_type)
     window = members[0].definition.max_in_flight if members else kind.max_in_flight if kind else 1
     presence = presence_of(found, live.presence.get(found.id))
     offline = presence is Presence.OFFLINE and not found.online and found.seen_at is not None
     shut = lane is not None and lane.shut_until > writer.now()
-    answer = LaneView(
+    await writer.barrier()  # from here on every command shown has a position
+    positions = await writer.storage.read(lambda sql: _positions(sql, [state for state, _ in shown]))
+    return LaneView(
         device_id=found.id,
         hardware_id=found.hardware_id,
         presence=presence.value,
         offline_since=rfc3339(found.seen_at) if offline and found.seen_at is not None else None,
-        open=shown,
+        open=[_command(state, positions[state.id], next) for state, next in shown],
         window=window,
         in_flight=sum(member.holds_slot for member in members),
         shut_until=rfc3339(lane.shut_until) if shut and lane is not None else None,
     )
-    await writer.barrier()
-    return answer
 
 
 async def _lane_then(request: Call, name: str, as_of: str) -> LaneView:
     caller, commands = request.user, request.services.commands
     place = await past.place_of(request, as_of)
 
-    def work(sql: Sql) -> tuple[Then, list[CommandState]]:
+    def work(sql: Sql) -> tuple[Then, list[CommandState], dict[str, int]]:
         position = place(sql)
         then = past.find_device(sql, caller, name, position)
-        return then, past_view.lane(sql, then.state.id, position)
+        states = past_view.lane(sql, then.state.id, position)
+        return then, states, _positions(sql, states)
 
-    then, states = await commands.writer.storage.read(work)
+    then, states, positions = await commands.writer.storage.read(work)
     device, kind = then.state, commands.types.get(then.state.device_type)
     members = [Member(state, commands.live.definitions[state.definition]) for state in states]
     window = members[0].definition.max_in_flight if members else kind.max_in_flight if kind else 1
@@ -126,19 +128,23 @@ async def _lane_then(request: Call, name: str, as_of: str) -> LaneView:
         hardware_id=device.hardware_id,
         presence=presence.value,
         offline_since=rfc3339(device.seen_at) if offline and device.seen_at is not None else None,
-        open=[_command(state, None) for state in states],
+        open=[_command(state, positions[state.id], None) for state in states],
         window=window,
         in_flight=sum(member.holds_slot for member in members),
         shut_until=None,
     )
 
 
-def _command(state: CommandState, next: dict[str, Any] | None) -> LaneCommand:
+def _positions(sql: Sql, states: list[CommandState]) -> dict[str, int]:
+    return {state.id: commands_view.position(sql, state.id) for state in states}
+
+
+def _command(state: CommandState, position: int, next: dict[str, Any] | None) -> LaneCommand:
     return LaneCommand(
         id=state.id,
         type=state.type,
         state=state.state.value,  # type: ignore[arg-type]
-        position=state.position,
+        position=position,
         attempts=state.attempts,
         created_at=rfc3339(state.created_at),
         expires_at=None if state.expires_at is None else rfc3339(state.expires_at),

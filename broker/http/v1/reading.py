@@ -233,7 +233,7 @@ async def _list(
         if position is not None:
             return past_view.commands(sql, wanted, position, limit)
         page, more = cut(commands_view.newest(sql, wanted, limit + 1), limit)
-        return page, page[-1].position if more else None
+        return page, commands_view.position(sql, page[-1].id) if more else None
 
     page, resume = await request.services.commands.writer.storage.read(work)
     return CommandList(

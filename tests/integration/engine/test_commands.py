@@ -16,7 +16,7 @@ from broker.domain.events import Changed
 from broker.domain.lanes import Presence
 from broker.engine.commands import Caller, Order
 from broker.log import sqlite as log
-from broker.seams import Message, Receipt
+from broker.seams import Message, New, Receipt
 from broker.settings import Limits
 from broker.world import SqliteStorage
 from projections import follower
@@ -563,7 +563,8 @@ async def test_old_idempotency_keys_of_closed_commands_are_forgotten_a_few_at_a_
         state = await bench.order()
         rows = [("acme", f"key-{n}", "", b"", "cmd_gone", 0) for n in range(KEYS_AT_ONCE + 1)]
         rows.append(("acme", "mine", "", b"", state.id, 0))
-        bench.writer.also(lambda sql: sql.executemany("INSERT INTO idempotency VALUES (?,?,?,?,?,?)", rows))
+        bench.writer.also(*(New("idempotency", row) for row in rows))
+        await bench.writer.barrier()
         assert await bench.core._forget_some_keys() == KEYS_AT_ONCE
         assert await bench.core._forget_some_keys() == 1
         assert await bench.core._forget_some_keys() == 0

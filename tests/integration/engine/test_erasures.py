@@ -31,7 +31,7 @@ from broker.log import erasing
 from broker.log import sqlite as log
 from broker.operations.own_projection import OwnProjection, caught_up
 from broker.operations.replay import copy_log
-from broker.seams import Full, Sql
+from broker.seams import Batch, Full, Placed, Sql
 from broker.world import SqliteStorage, new_file, open_for_reading
 from projections import commands as commands_view
 from projections import devices as devices_view
@@ -265,11 +265,11 @@ async def test_a_delete_whose_commit_failed_erases_nothing(tmp_path: Path) -> No
     class Failing(Held):
         full = False
 
-        async def write(self, work):  # type: ignore[no-untyped-def]
+        async def append(self, batch: Batch) -> Placed:
             if self.full:
                 self.full = False
                 raise Full("no space")
-            return await super().write(work)
+            return await super().append(batch)
 
     storage = Failing(await SqliteStorage.open(tmp_path))
     async with running(storage) as bench:

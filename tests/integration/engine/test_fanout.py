@@ -14,8 +14,8 @@ from broker.engine import fanout
 from broker.engine.commands import Order
 from broker.engine.fanout import Outcome
 from broker.log import sqlite as log
-from broker.seams import Full, Sql, Storage
-from tests.integration.core_support import ME, Bench, Held, R, running, simulated, until
+from broker.seams import Batch, Full, Placed, Storage
+from tests.integration.core_support import ME, Bench, Held, running, simulated, until
 from tests.simulation.disk import SimDisk, SimStorage
 from tests.simulation.loop import Node, SimClock, SimLoop
 
@@ -27,14 +27,14 @@ class FullOnce(Held):
         super().__init__(storage)
         self.commits_left = 1 << 30
 
-    def after_a_commit(self, events: object) -> None:
+    def after_a_commit(self, *_: object) -> None:
         self.commits_left = min(self.commits_left, 1)
 
-    async def write(self, work: Callable[[Sql], R]) -> R:
+    async def append(self, batch: Batch) -> Placed:
         self.commits_left -= 1
         if self.commits_left == 0:
             raise Full("no space")
-        return await super().write(work)
+        return await super().append(batch)
 
 
 PART = 10
@@ -159,7 +159,7 @@ async def test_concurrent_fan_outs_never_exceed_the_batch_size(
     async with running(tmp_path) as bench:
         await lamps(bench)
         sizes: list[int] = []
-        bench.writer.listeners.append(lambda events: sizes.append(len(events)))
+        bench.writer.listeners.append(lambda events, _: sizes.append(len(events)))
 
         await asyncio.gather(*(send(bench, LAMPS, key=f"k{number}") for number in range(20)))
 

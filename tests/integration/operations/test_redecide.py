@@ -116,21 +116,21 @@ def first_fault(command: str, events: Events) -> str:
 
 
 def at(events: Events, command: str, type: str) -> int:
-    return next(each.recorded_at for each in events if (each.stream, each.type) == (command, type))
+    return next(each.decided_at for each in events if (each.stream, each.type) == (command, type))
 
 
 def test_a_command_that_expired_too_early_is_found(tmp_path: Path) -> None:
     command, events = one(tmp_path, "created", "expired")
     early = at(events, command, "expired") - 10
 
-    assert "not at" in first_fault(command, altered(events, command, "expired", recorded_at=early))
+    assert "not at" in first_fault(command, altered(events, command, "expired", decided_at=early))
 
 
 def test_a_result_timeout_that_fired_too_early_is_found(tmp_path: Path) -> None:
     command, events = one(tmp_path, "created", "published", "acknowledged", "timed_out")
     early = at(events, command, "acknowledged") + 1_000
 
-    assert "not at" in first_fault(command, altered(events, command, "timed_out", recorded_at=early))
+    assert "not at" in first_fault(command, altered(events, command, "timed_out", decided_at=early))
 
 
 def test_an_end_before_the_last_attempt_is_found(tmp_path: Path) -> None:

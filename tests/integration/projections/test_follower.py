@@ -72,7 +72,7 @@ def test_the_first_row_that_does_not_follow_from_the_log_is_named(
 
 def test_an_added_row_is_named_and_not_the_row_after_it(kept: sqlite3.Connection) -> None:
     kept.execute(
-        "INSERT INTO commands SELECT 9, 'cmd_x', project, device_id, type, state, closed_at, "
+        "INSERT INTO commands SELECT 9, 'cmd_x', project, device_id, type, state, version, closed_at, "
         "closed_position, summary FROM commands WHERE position = 8"
     )
 

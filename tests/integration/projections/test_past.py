@@ -63,6 +63,7 @@ def come_and_go(sql: sqlite3.Connection) -> None:
             stream=stream,
             version=version + 1,
             recorded_at=head.recorded_at + 10,
+            decided_at=head.recorded_at + 10,
             project="" if stream == SYSTEM else "acme",
             device_id=None if stream == SYSTEM else device_id,
             actor="broker",
@@ -212,7 +213,7 @@ def test_erased_commands_are_absent_from_the_past_too(whole: sqlite3.Connection)
     with closing(sqlite3.connect(":memory:")) as sql:
         whole.backup(sql)
         gone = commands.newest(sql, Filter(states=(State.EXECUTED,)), 1)[0]
-        position = gone.last_position - 1
+        position = log.stream(sql, gone.id)[-1].position - 1
         assert past.command(sql, gone.id, position) is not None
         sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE stream = ?", (gone.id,))
 

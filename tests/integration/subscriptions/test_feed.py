@@ -15,7 +15,7 @@ from broker.domain.cloudevents import Entry, Wanted, cloud_event
 from broker.domain.errors import Unavailable
 from broker.engine.commands import Caller, Order
 from broker.engine.registry import NewDevice
-from broker.seams import Full, Sql, Storage
+from broker.seams import Batch, Full, Placed, Sql, Storage
 from broker.world import SqliteStorage
 from devices.clock import rfc3339
 from tests.integration.core_support import ME, PROJECT, Bench, running, until
@@ -109,18 +109,25 @@ class Doubtful:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self.term = storage.term
         self.doubt = False
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def write(self, work: Callable[[Sql], R]) -> R:
+    async def append(self, batch: Batch) -> Placed:
         await self.gate.wait()
-        found = await self.storage.write(work)
+        found = await self.storage.append(batch)
         if self.doubt:
             self.doubt = False
             self.gate.clear()
             raise Full("no space left")
         return found
+
+    async def landed(self, number: int) -> Placed | None:
+        return await self.storage.landed(number)
+
+    async def write(self, work: Callable[[Sql], R]) -> R:
+        return await self.storage.write(work)
 
     async def read(self, work: Callable[[Sql], R]) -> R:
         return await self.storage.read(work)

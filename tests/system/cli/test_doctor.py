@@ -100,6 +100,7 @@ def test_an_event_with_a_future_time_is_a_clock_fault(broker: Broker) -> None:
             position=head.position + 1,
             version=last.version + 1,
             recorded_at=last.recorded_at + 86_400_000,
+            decided_at=last.recorded_at + 86_400_000,
         )
         log.append(sql, head, [later], bytes(16))
     code, found = findings(broker)

@@ -191,8 +191,8 @@ def purge_everything(data: Path) -> None:
         now = SystemClock().wall_ms() + 1_000
         head = await storage.read(log.head)
         erased = Recorded(
-            position=head.position + 1, stream=ERASURES, version=1, recorded_at=now, project="",
-            device_id=None, actor="operator:cli", event=Erased(cutoff=now, count=1),
+            position=head.position + 1, stream=ERASURES, version=1, recorded_at=now, decided_at=now,
+            project="", device_id=None, actor="operator:cli", event=Erased(cutoff=now, count=1),
         )  # fmt: skip
 
         def work(sql: Sql) -> None:

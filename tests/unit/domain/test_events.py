@@ -105,8 +105,8 @@ def test_a_stream_name_gives_its_subject_kind() -> None:
 
 def test_a_recorded_event_knows_its_type_name() -> None:
     envelope = Recorded(
-        position=1, stream="s", version=1, recorded_at=1, project="p", device_id=None, actor="a",
-        event=events.TimedOut(reason="no_answer"),
+        position=1, stream="s", version=1, recorded_at=1, decided_at=1, project="p", device_id=None,
+        actor="a", event=events.TimedOut(reason="no_answer"),
     )  # fmt: skip
 
     assert envelope.type == "timed_out"

@@ -408,7 +408,7 @@ class Model(RuleBasedStateMachine):
         if not self.core().writer.open or self.disk.capacity is not None:
             return
         kept, verified = self.look()
-        touched = follower.Touched()
+        touched = follower.Fold()
         for row in self.rows:
             touched.fold(log.recorded(row))
         assert verified.fault is None

@@ -1,0 +1,150 @@
+"""Carries out a batch in one transaction of SQLite: events, then states, then the rows beside the log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, assert_never
+
+from broker.domain.fleet import DeviceState
+from broker.log import erasing, rows
+from broker.log import sqlite as log
+from broker.seams import (
+    Batch,
+    Change,
+    Conflict,
+    Drop,
+    Erase,
+    EraseEvents,
+    Fenced,
+    New,
+    Newest,
+    Placed,
+    Purge,
+    Put,
+    SideRow,
+    Sql,
+    Unmatched,
+)
+from projections import commands, devices, lanes
+
+TERM = 1  # with SQLite one node owns everything
+
+
+class Latest:
+    """The last batch of a process and what the log gave it: the same batch is never carried out twice.
+
+    With SQLite this need not be kept in the file, because no batch outlives its process.
+    """
+
+    def __init__(self) -> None:
+        self._batch: Batch | None = None
+        self._placed = Placed(1, ())
+
+    def find(self, batch: Batch) -> Placed | None:
+        """What the log gave this batch; None if it is a new one.
+
+        Raises:
+            Conflict: its number was used for another batch.
+        """
+        if self._batch is None or batch.number > self._batch.number:
+            return None
+        if batch != self._batch:
+            raise Conflict(f"batch {batch.number} was carried out before, with other content")
+        return self._placed
+
+    def keep(self, batch: Batch, placed: Placed) -> None:
+        self._batch, self._placed = batch, placed
+
+    def landed(self, number: int) -> Placed | None:
+        """What the log gave the batch with this number; None if it is not the last one."""
+        return self._placed if self._batch is not None and self._batch.number == number else None
+
+
+def carry_out(sql: Sql, batch: Batch) -> Placed:
+    """Carries out a batch in the caller's transaction.
+
+    Raises:
+        Fenced: the batch is of another term.
+        Conflict: a state is not at the version that the batch expects, or an event is older than the last
+            one. A unique index refuses what else is in the way, as an error of the driver.
+    """
+    if batch.term != TERM:
+        raise Fenced(TERM)
+    head = log.head(sql)
+    first = head.position + 1
+    if batch.events:
+        log.append(sql, head, batch.events, batch.salts)
+        put_states(sql, batch.states, first)
+    for row in batch.rows:
+        put(sql, row, first)
+    return Placed(first, [event.decided_at for event in batch.events])
+
+
+def put_states(sql: Sql, states: Iterable[Newest], first: int) -> None:
+    """Writes states to the projections. `first`: the position of the event with the index 0."""
+    new: list[tuple[Any, ...]] = []
+    known: list[tuple[Any, ...]] = []
+    new_devices: list[tuple[Any, ...]] = []
+    known_devices: list[tuple[Any, ...]] = []
+    opened: list[tuple[str, int]] = []
+    reopened: list[tuple[str]] = []
+    closed: list[tuple[str, str]] = []
+    for newest in states:
+        state, last = newest.state, first + newest.last
+        if isinstance(state, DeviceState):
+            if newest.over == 0:
+                new_devices.append(devices.added(state, first + newest.first, last))
+            else:
+                known_devices.append(devices.changed(state, last, newest.over))
+        elif newest.over == 0:
+            new.append(commands.added(state, first + newest.first, last))
+            if not state.closed:
+                opened.append((state.device_id, first + newest.first))
+        else:
+            known.append(commands.changed(state, last, newest.over))
+            if state.closed:
+                closed.append((state.device_id, state.id))
+            elif newest.opened:
+                reopened.append((state.id,))
+    for text, values in (
+        (commands.INSERT, new),
+        (lanes.INSERT, opened),
+        (lanes.REOPEN, reopened),
+        (lanes.CLOSE, closed),
+        (devices.INSERT, new_devices),
+    ):
+        if values:
+            sql.executemany(text, values)
+    for text, values in ((commands.UPDATE, known), (devices.UPDATE, known_devices)):
+        if values:
+            _change(sql, text, values)
+
+
+def _change(sql: Sql, text: str, values: list[tuple[Any, ...]]) -> None:
+    before = sql.execute("SELECT total_changes()").fetchone()[0]
+    sql.executemany(text, values)
+    changed = sql.execute("SELECT total_changes()").fetchone()[0] - before
+    if changed != len(values):
+        raise Conflict(f"{len(values) - changed} states are not at the version that the batch follows")
+
+
+def put(sql: Sql, row: SideRow, first: int) -> None:
+    """Carries out one row. `first`: the position of the event with the index 0."""
+    match row:
+        case New() | Put() | Change() | Drop():
+            sql.execute(*rows.statement(row, first))
+        case Unmatched():
+            entry = (row.at, row.project, row.device_id, row.reason, row.topic, row.command_id, row.payload)
+            log.add_unmatched(sql, [entry], row.per_device, row.in_all)
+        case Erase():
+            erasing.erase(sql, row.stream)
+            erasing.forget_answers(sql, "command_id = ?", row.stream)
+            commands.remove(sql, row.stream)
+        case EraseEvents():
+            erasing.erase_positions(sql, row.positions)
+        case Purge():
+            erasing.begin_purge(sql, first + row.position.index, row.cutoff, row.at)
+            hidden = f"EXISTS (SELECT 1 FROM commands c WHERE c.id = command_id AND {commands.HIDDEN})"
+            erasing.forget_answers(sql, f"at < ? OR {hidden}", row.cutoff)
+        case _:
+            assert_never(row)
