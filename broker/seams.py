@@ -195,6 +195,10 @@ class Storage(Protocol):
         """The term in which this process owns the log. With SQLite one process owns everything in term 1."""
         ...
 
+    def number(self) -> int:
+        """A number for the next batch, which no batch of this process has had."""
+        ...
+
     async def append(self, batch: Batch) -> Placed: ...
 
     async def landed(self, number: int) -> Placed | None:

@@ -139,6 +139,9 @@ class SqliteStorage:
         except sqlite3.Error as error:
             raise Broken(f"{path}: {error}") from error
 
+    def number(self) -> int:
+        return self._latest.number()
+
     async def append(self, batch: Batch) -> Placed:
         known = self._latest.find(batch)
         if known is None:

@@ -39,6 +39,12 @@ class Latest:
     def __init__(self) -> None:
         self._batch: Batch | None = None
         self._placed = Placed(1, ())
+        self._number = 0
+
+    def number(self) -> int:
+        """The number for the next batch."""
+        self._number += 1
+        return self._number
 
     def find(self, batch: Batch) -> Placed | None:
         """What the log gave this batch; None if it is a new one.

@@ -87,7 +87,6 @@ class Writer:
         self.open = False
         self._batch = _Staged()
         self._in_flight: _Staged | None = None
-        self._number = 0  # of the last batch
         self._wake = asyncio.Event()
         self._opened = asyncio.Event()
         self._room = asyncio.Event()
@@ -317,9 +316,8 @@ class Writer:
             await batch.settled.wait()
 
     def _next(self, events: list[Pending], states: list[Newest], rows: list[SideRow]) -> Batch:
-        self._number += 1
         salts = self.entropy.token(16 * len(events))
-        return Batch(self._number, self.storage.term, events, salts, states, rows)
+        return Batch(self.storage.number(), self.storage.term, events, salts, states, rows)
 
     async def _commit(self, batch: _Staged) -> None:
         try:

@@ -301,6 +301,9 @@ class Held:
         self.waiting = 0
         self.term = storage.term
 
+    def number(self) -> int:
+        return self.storage.number()
+
     async def append(self, batch: Batch) -> Placed:
         self.waiting += 1
         await self.gate.wait()

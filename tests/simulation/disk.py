@@ -276,6 +276,9 @@ class SimStorage:
         except apsw.Error as error:
             raise _translated(error) from error
 
+    def number(self) -> int:
+        return self._latest.number()
+
     async def append(self, batch: Batch) -> Placed:
         known = self._latest.find(batch)
         if known is None:

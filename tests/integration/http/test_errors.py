@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import structlog
 
-from broker.seams import Broken, Full, Sql
+from broker.seams import Batch, Broken, Full, Placed, Sql
 from broker.settings import Limits
 from tests.integration.http.support import Broker, error_of, register, running
 
@@ -227,12 +227,12 @@ async def test_with_a_full_disk_writes_are_unavailable_and_reads_work(
     await register(client)
     full = asyncio.Event()
 
-    async def refuse(work: Callable[[Sql], object]) -> object:
+    async def refuse(batch: Batch) -> Placed:
         full.set()
         raise Full("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(broker.core.storage, "write", refuse)
+        patched.setattr(broker.core.storage, "append", refuse)
         first = await client.post(COMMANDS, json={"type": "blink"})
         assert full.is_set()
         second = await client.post(COMMANDS, json={"type": "blink"})
@@ -273,16 +273,16 @@ async def test_a_refusal_waits_until_its_decision_is_durable(
         client, live = await broker.someone(), broker.core.live
         await register(client)
         storage, gate = broker.core.storage, asyncio.Event()
-        write = storage.write
+        append = storage.append
 
-        async def held(work: Callable[[Sql], Any]) -> Any:
+        async def held(batch: Batch) -> Placed:
             await gate.wait()
             if lost:
                 monkeypatch.undo()
                 raise Full("disk full")
-            return await write(work)
+            return await append(batch)
 
-        monkeypatch.setattr(storage, "write", held)
+        monkeypatch.setattr(storage, "append", held)
         async with asyncio.timeout(120), asyncio.TaskGroup() as group:
             earlier = group.create_task(client.post(COMMANDS, json={"type": "blink"}))
             while not live.members:  # noqa: ASYNC110

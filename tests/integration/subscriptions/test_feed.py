@@ -114,6 +114,9 @@ class Doubtful:
         self.gate = asyncio.Event()
         self.gate.set()
 
+    def number(self) -> int:
+        return self.storage.number()
+
     async def append(self, batch: Batch) -> Placed:
         await self.gate.wait()
         found = await self.storage.append(batch)
