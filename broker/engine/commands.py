@@ -112,11 +112,10 @@ class Commands:
     ) -> CommandState:
         """Stages one event and folds it into the state. The caller has already decided that it may follow."""
         version = 1 if before is None else before.version + 1
-        pending = self.writer.stage(
-            command_id, version, event, project=project, device_id=device_id, actor=actor
-        )
+        stage, touch = self.writer.stage, self.writer.touch
+        pending = stage(command_id, version, event, project=project, device_id=device_id, actor=actor)
         state = evolve(before, pending)
-        self.writer.touch(state, opened=before is None or (before.closed and not state.closed))
+        touch(state, opened=before is None or (before.closed and not state.closed))
         self.changed(self.live.put_command(state, definition))
         return state
 
@@ -323,8 +322,7 @@ class Commands:
 
     def keep_key(self, key: Key, fingerprint: bytes, state: CommandState) -> None:
         self.live.keys.put(key, (fingerprint, state.id))
-        values = (*key, fingerprint, state.id, state.created_at)
-        self.writer.also(New("idempotency", values))
+        self.writer.also(New("idempotency", (*key, fingerprint, state.id, state.created_at)))
 
     def replayed(self, first: tuple[bytes, str], fingerprint: bytes) -> CommandState:
         """The command that an idempotency key created before, from memory: call `ready` first.
