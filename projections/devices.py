@@ -31,7 +31,7 @@ INSERT = """INSERT INTO devices
 UPDATE = """UPDATE devices SET deleted = ?, version = ?, last_position = ?, online = ?, body = ?
     WHERE id = ? AND version = ?"""
 
-_encode = msgspec.json.Encoder(order="deterministic").encode
+body = _encode = msgspec.json.Encoder(order="deterministic").encode
 _decode = msgspec.json.Decoder(DeviceState).decode
 
 

@@ -1,6 +1,7 @@
-"""Fixtures that every room of the tests may use: a free port and a real MQTT server.
+"""Fixtures that every room of the tests may use: a free port, a real MQTT server and a real PostgreSQL.
 
-The server is Mosquitto itself, never a stand-in; without it a test fails and says what to install.
+The servers are Mosquitto and PostgreSQL themselves, never stand-ins; without them a test fails and says what
+to install.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 import structlog
 from hypothesis import settings
+
+from tests.postgres import Postgres
 
 # A time limit in a test ends a hang; it does not judge how fast the machine is.
 settings.register_profile("ordain", deadline=None)
@@ -129,3 +133,23 @@ def mosquitto(tmp_path: Path) -> Iterator[Mosquitto]:
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A running PostgreSQL, one for all tests of this process."""
+    server = Postgres()
+    server.start()
+    yield server
+    server.remove()
+
+
+_databases = count(1)
+
+
+@pytest.fixture
+def database(postgres: Postgres) -> Iterator[str]:
+    """The URL of an empty database."""
+    name = f"test_{next(_databases)}"
+    yield postgres.create(name)
+    postgres.drop(name)

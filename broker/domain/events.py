@@ -29,6 +29,7 @@ TimeoutReason = Literal["no_answer", "no_result", "ttl", "unsendable", "device_d
 SYSTEM = "system"
 ERASURES = "erasures"
 AUDIT = "audit"
+OWNER = "owner"
 
 
 class Error(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -231,6 +232,18 @@ class Operated(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     details: dict[str, Any] = {}
 
 
+class Owned(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Stream owner: from here on this run of a node decides. Its version is the term of all later appends.
+
+    `incarnation`: the run of the process; a node that starts again has another one. `address`: where other
+    nodes reach it.
+    """
+
+    incarnation: str
+    node: str
+    address: str | None = None
+
+
 CommandEvent = (
     Created
     | Published
@@ -243,7 +256,7 @@ CommandEvent = (
     | Cancelled
 )  # fmt: skip
 DeviceEvent = Registered | Changed | TokenRotated | Online | Offline | Deleted
-Event = CommandEvent | DeviceEvent | Defined | Started | ClockStepped | Erased | Operated
+Event = CommandEvent | DeviceEvent | Defined | Started | ClockStepped | Erased | Operated | Owned
 
 TYPES: dict[str, type[Event]] = {
     "created": Created,
@@ -266,6 +279,7 @@ TYPES: dict[str, type[Event]] = {
     "clock_stepped": ClockStepped,
     "erased": Erased,
     "operated": Operated,
+    "owned": Owned,
 }
 NAMES: dict[type[Event], str] = {cls: name for name, cls in TYPES.items()}
 SCHEMA = 1
@@ -338,6 +352,6 @@ def subject_kind(stream: str) -> Literal["command", "device", "broker"]:
     """The kind of thing that a stream is about; the middle word of the CloudEvent type."""
     if stream.startswith("device/"):
         return "device"
-    if "/" in stream or stream in (SYSTEM, ERASURES, AUDIT):
+    if "/" in stream or stream in (SYSTEM, ERASURES, AUDIT, OWNER):
         return "broker"
     return "command"

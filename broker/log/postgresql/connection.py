@@ -1,0 +1,146 @@
+"""Connections to PostgreSQL: how they are made, and what the server's errors mean for the log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TypeAlias
+from urllib.parse import parse_qsl, urlsplit
+
+import asyncpg
+import msgspec
+from asyncpg import exceptions as pg
+
+from broker.log.postgresql.tables import SCHEMA
+from broker.seams import Broken, Conflict, Fenced, Full, Unknown, UnknownFormat
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+OLDEST = 15
+CONNECT_SEC = 5.0
+SETTINGS = {
+    "application_name": "ordain",
+    "search_path": SCHEMA,
+    "default_transaction_isolation": "read committed",
+    "jit": "off",
+    "bytea_output": "hex",
+    # A backend whose client is gone must not hold a snapshot for hours.
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    "idle_in_transaction_session_timeout": "600000",
+}
+# For the connection that appends. Its statements find rows by key, in tables of any size. A plan that was
+# made while a table was small must not be kept when it has grown.
+APPENDING = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where a log is. `shown`: the URL without its password, for people."""
+
+    url: str
+    shown: str
+    password: str | None = None
+
+
+def address(url: str, password: str | None = None) -> Address:
+    """Checks a URL such as `postgresql://user@host/database`. `password` is used if the URL has none.
+
+    Raises:
+        ValueError: it is not of this form; the message does not repeat a password.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("postgresql", "postgres"):
+        raise ValueError("must be postgresql://USER@HOST/DATABASE")
+    options = dict(parse_qsl(parts.query))
+    user, _, hosts = parts.netloc.rpartition("@")
+    hosts = hosts or options.get("host", "")
+    if not hosts:
+        raise ValueError("it names no host: must be postgresql://USER@HOST/DATABASE")
+    if not parts.path.strip("/"):
+        raise ValueError("it names no database: must be postgresql://USER@HOST/DATABASE")
+    name, _, secret = user.partition(":")
+    shown = f"{parts.scheme}://{name}{'@' if name else ''}{hosts}{parts.path}"
+    return Address(url, shown, None if secret or "password" in options else password)
+
+
+async def connect(where: Address, settings: Mapping[str, str] = {}) -> Connection:
+    """A new connection.
+
+    Raises:
+        Unknown: the server cannot be reached now.
+        Broken: it refuses us, or it is not a server that can hold a log.
+    """
+    try:
+        connection: Connection = await asyncpg.connect(
+            where.url,
+            password=where.password,
+            timeout=CONNECT_SEC,
+            server_settings={**SETTINGS, **settings},
+            statement_cache_size=400,
+        )
+    except (pg.InvalidAuthorizationSpecificationError, pg.InvalidCatalogNameError) as error:
+        raise Broken(f"{where.shown}: {error}") from error
+    except ValueError as error:  # of the URL
+        raise Broken(f"{where.shown}: {error}") from error
+    except (OSError, TimeoutError, pg.PostgresError, asyncpg.InterfaceError) as error:
+        raise Unknown(f"{where.shown} cannot be reached: {error or type(error).__name__}") from error
+    if connection.get_server_version().major < OLDEST:
+        connection.terminate()
+        raise Broken(
+            f"{where.shown} is PostgreSQL {connection.get_server_version().major}; "
+            f"the log needs {OLDEST} or later"
+        )
+    # PostgreSQL adds up whole numbers to `numeric`; for us they stay whole numbers.
+    await connection.set_type_codec(
+        "numeric", encoder=str, decoder=_number, schema="pg_catalog", format="text"
+    )
+    return connection
+
+
+def _number(text: str) -> int | float:
+    return float(text) if "." in text or "e" in text else int(text)
+
+
+def end(connection: Connection | None) -> None:
+    """Closes the socket at once. `close` would wait for an answer, and ask the server to cancel."""
+    if connection is not None and not connection.is_closed():
+        connection.terminate()
+
+
+async def goodbye(connection: Connection | None) -> None:
+    """Closes a connection in order, or at once if the server does not answer."""
+    if connection is None or connection.is_closed():
+        return
+    try:
+        async with asyncio.timeout(1):
+            await connection.close()
+    except (TimeoutError, OSError, pg.PostgresError, asyncpg.InterfaceError):
+        connection.terminate()
+
+
+FAILURES = (pg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
+_CONFLICTS = ("23505", "OD002", "OD003", "OD004")
+_BROKEN = ("XX001", "XX002", "58030")
+
+
+def translated(error: BaseException) -> Exception:
+    """An error of the driver as an exception of the seams."""
+    if isinstance(error, ValueError):  # a value that the driver cannot send
+        return ValueError(str(error))
+    if not isinstance(error, pg.PostgresError):
+        return Unknown(str(error) or type(error).__name__)
+    code, text = error.sqlstate or "", str(error)
+    if code in _CONFLICTS:
+        return Conflict(text)
+    if code == "OD001":
+        return Fenced(int(text))
+    if code == "OD005":
+        return UnknownFormat(text)
+    if code in ("53100", "53200"):
+        return Full(text)
+    if code[:2] == "22" or code[:2] == "23":
+        return ValueError(text)
+    if code in _BROKEN or code[:2] in ("42", "3D", "3F", "28"):
+        return Broken(f"{code}: {text}")
+    return Unknown(f"{code}: {text}")

@@ -1,0 +1,278 @@
+"""The log on PostgreSQL (`seams.EventLog`): one statement appends a batch, reads see one snapshot each.
+
+An append is never cancelled: after its deadline the socket is closed, and `landed` asks what became of it.
+What the database once gave as durable must stay: if the last row seen has another hash after a new
+connection, the database has lost it, and this log is broken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from hashlib import sha256
+from typing import Any, TypeVar
+
+import asyncpg
+import structlog
+
+from broker.domain.events import OWNER, Owned, Pending
+from broker.log.postgresql import making
+from broker.log.postgresql.arguments import APPEND, arguments
+from broker.log.postgresql.connection import (
+    APPENDING,
+    FAILURES,
+    Address,
+    Connection,
+    connect,
+    end,
+    goodbye,
+    translated,
+)
+from broker.log.postgresql.reading import Readers, Snapshot
+from broker.log.postgresql.tables import FORMAT
+from broker.seams import Batch, Broken, Conflict, Fenced, Placed, Unknown
+
+T = TypeVar("T")
+
+logger = structlog.get_logger()
+
+ANSWER_SEC = 10.0  # for one statement of ours; a longer silence is a lost connection
+LOOK_SEC = 1.0  # a lost notification is made good by looking
+CHANNEL = "ordain"
+HEAD = "SELECT coalesce(max(position), 0) FROM events"
+END = """SELECT
+    coalesce((SELECT version FROM events WHERE stream = 'owner' ORDER BY version DESC LIMIT 1), 0),
+    coalesce((SELECT coalesce(decided_at, recorded_at) FROM events ORDER BY position DESC LIMIT 1), 0)"""
+SETTLE = "SELECT pg_logical_emit_message(true, 'ordain', '')"
+
+
+class PostgresLog:
+    """One node's connections to a log. `incarnation`: this run of the process; its batches are numbered."""
+
+    def __init__(self, where: Address, incarnation: str, answer_sec: float = ANSWER_SEC) -> None:
+        self.where = where
+        self.incarnation = incarnation
+        self.answer_sec = answer_sec
+        self._readers = Readers(where)
+        self._appending: Connection | None = None
+        self._listening: Connection | None = None
+        self._turn = asyncio.Lock()
+        self._under_way: set[asyncio.Task[Any]] = set()
+        self._warnings: list[str] = []
+        self._seen: tuple[int, bytes] | None = None
+        self._heard = 0
+        self._term = 0
+        self._news = asyncio.Event()
+
+    async def open(self, log_id: str, cursor_key: str) -> None:
+        """Creates the tables, or checks those that are there. Rebuilds the projections if their form changed.
+
+        Raises:
+            Unknown: the server cannot be reached.
+            Broken: it cannot hold a log, or what it has is none.
+            UnknownFormat: another release wrote it.
+        """
+        connection = await connect(self.where)
+        try:
+            await making.prepare(connection, self.where, log_id, cursor_key)
+        except FAILURES as error:
+            raise translated(error) from error
+        finally:
+            await goodbye(connection)
+
+    # --- appending ---
+
+    @property
+    def term(self) -> int:
+        """The term in which this node owns the log; 0: it never did."""
+        return self._term
+
+    async def own(self, node: str, address: str | None, now: int) -> int:
+        """Claims the log for this node: every append of an earlier owner is refused from now on.
+
+        Returns the new term. `now`: the clock of this node, ms.
+
+        Raises:
+            Conflict: another node claimed it at the same moment.
+            Unknown: the server cannot be reached; the claim may be recorded, and then nobody uses it.
+        """
+        term, decided_at = await self._ask(END)
+        claim = Owned(incarnation=self.incarnation, node=node, address=address)
+        event = Pending(
+            stream=OWNER,
+            version=term + 1,
+            decided_at=max(now, decided_at),
+            project="",
+            device_id=None,
+            actor="broker",
+            event=claim,
+        )
+        # Batches of the writer count from 1. This event hides nothing, so its salt may be known.
+        salt = sha256(f"{self.incarnation} {term}".encode()).digest()[:16]
+        try:
+            await self.append(Batch(-term, term, [event], salt, [], []))
+        except Fenced as error:
+            raise Conflict(f"another node claimed term {error.term}") from error
+        self._term = term + 1
+        return self._term
+
+    async def append(self, batch: Batch) -> Placed:
+        """Records a batch, whole or not at all.
+
+        Raises:
+            Conflict, Fenced, Full, ValueError: nothing was recorded.
+            Unknown: it may be recorded: ask `landed`.
+            Broken: the database is damaged, or has lost what it had confirmed.
+        """
+        first, recorded_at, last, head = await self._ask(APPEND, *arguments(batch, self.incarnation, FORMAT))
+        self._seen = (last, head)
+        return Placed(first, [recorded_at] * len(batch.events))
+
+    async def landed(self, number: int) -> Placed | None:
+        """What became of the batch with this number; None: it is not recorded and never will be.
+
+        Raises:
+            Unknown: the server cannot say it now.
+        """
+        text = "SELECT * FROM landed($1, $2)"
+        first, count, recorded_at = await self._ask(text, self.incarnation, number)
+        return None if first is None else Placed(first, [recorded_at] * count)
+
+    async def _ask(self, text: str, *values: object) -> asyncpg.Record:
+        """Runs one statement on the connection of appends. A caller that is cancelled does not stop it."""
+        task = asyncio.ensure_future(self._in_turn(text, values))
+        self._under_way.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited for it has it, or was cancelled
+
+    async def _in_turn(self, text: str, values: Sequence[object]) -> asyncpg.Record:
+        async with self._turn:
+            return await self._answered(text, values)
+
+    async def _answered(self, text: str, values: Sequence[object]) -> asyncpg.Record:
+        connection = await self._connected()
+        self._warnings.clear()
+        answer = asyncio.ensure_future(connection.fetchrow(text, *values))
+        done, _ = await asyncio.wait({answer}, timeout=self.answer_sec)
+        if not done:
+            end(connection)  # not cancelled: a cancelled commit may be visible and still be lost
+            await asyncio.wait({answer})
+        try:
+            row = answer.result()
+        except FAILURES as error:
+            found = translated(error)
+            if isinstance(found, Unknown):
+                end(connection)
+            if not done:
+                found = Unknown(f"{self.where.shown} did not answer within {self.answer_sec:g} s")
+            raise found from error
+        # PostgreSQL warns that a commit is not on its synchronous standbys, and then calls it a success.
+        if self._warnings:
+            end(connection)
+            raise Unknown(self._warnings[0])
+        assert row is not None
+        return row
+
+    async def _connected(self) -> Connection:
+        if self._appending is not None and not self._appending.is_closed():
+            return self._appending
+        connection = await connect(self.where, APPENDING)
+        try:
+            if await connection.fetchval("SELECT pg_is_in_recovery()"):
+                raise Unknown(f"{self.where.shown} is a standby: it only reads")
+            if self._seen is not None:
+                position, known = self._seen
+                found = await connection.fetchval("SELECT hash FROM events WHERE position = $1", position)
+                if found != known:
+                    raise Broken(
+                        f"{self.where.shown} no longer has the event at position {position} that it had "
+                        "confirmed: it was replaced by a copy that lacks it"
+                    )
+        except FAILURES as error:
+            end(connection)
+            raise translated(error) from error
+        except BaseException:
+            end(connection)
+            raise
+        connection.add_log_listener(self._noticed)
+        self._appending = connection
+        return connection
+
+    def _noticed(self, connection: Any, message: asyncpg.PostgresLogMessage) -> None:
+        if str(message.severity_en or message.severity) == "WARNING":
+            self._warnings.append(str(message))
+            logger.warning("log.database_warns", said=str(message))
+
+    # --- reading ---
+
+    async def read(self, work: Callable[[Snapshot], Awaitable[T]]) -> T:
+        """Runs `work` on one snapshot.
+
+        Raises:
+            Unknown: the server cannot be reached now.
+        """
+        return await self._readers.read(work)
+
+    async def appended(self, after: int) -> int:
+        """Waits until the log reaches past a position; returns its last position."""
+        while self._heard <= after:
+            self._news.clear()
+            await self._listen()
+            if self._heard <= after:
+                try:
+                    async with asyncio.timeout(LOOK_SEC):
+                        await self._news.wait()
+                except TimeoutError:
+                    continue
+        return self._heard
+
+    async def _listen(self) -> None:
+        """Connects the listener if needed, and looks at the end of the log: no notification is relied on."""
+        try:
+            if self._listening is None or self._listening.is_closed():
+                self._listening = await connect(self.where)
+                await self._listening.add_listener(CHANNEL, self._notified)
+            async with asyncio.timeout(self.answer_sec):
+                head = await self._listening.fetchval(HEAD)
+                if self._seen is None or head > self._seen[0]:
+                    # Another node's events: they are durable when a commit after them is.
+                    await self._listening.execute(SETTLE)
+        except FAILURES as error:
+            end(self._listening)
+            raise translated(error) from error
+        self._heard = max(self._heard, head)
+
+    def _notified(self, connection: Any, pid: int, channel: str, payload: Any) -> None:
+        self._news.set()
+
+    async def rebuild(self) -> None:
+        """Builds the projections anew from the log.
+
+        Raises:
+            Unknown: the server cannot be reached.
+            ValueError: an event cannot be read.
+        """
+        connection = await connect(self.where)
+        try:
+            async with connection.transaction():
+                await making.rebuild(connection)
+        except FAILURES as error:
+            raise translated(error) from error
+        finally:
+            await goodbye(connection)
+
+    async def forget_old_pages(self) -> bool:
+        """Nothing to do: PostgreSQL removes old row versions itself, some time later (VACUUM)."""
+        return True
+
+    async def close(self) -> None:
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+        await self._readers.close()
+        await goodbye(self._listening)
+        await goodbye(self._appending)

@@ -1,0 +1,531 @@
+"""The log on a real PostgreSQL: what only a server can do wrong, and what must come of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import msgspec
+import pytest
+
+from broker.domain.events import Executed, Published
+from broker.log import chain
+from broker.log import sqlite as log
+from broker.log.chain import Row
+from broker.log.postgresql.connection import address
+from broker.log.postgresql.log import PostgresLog
+from broker.log.postgresql.reading import Snapshot
+from broker.seams import (
+    Batch,
+    Broken,
+    Change,
+    Conflict,
+    Drop,
+    Erase,
+    Fenced,
+    New,
+    Purge,
+    Put,
+    Unknown,
+    UnknownFormat,
+    Unmatched,
+)
+from tests.integration.core_support import DEVICE, PROJECT, T
+from tests.integration.log.author import Author
+from tests.postgres import Postgres
+
+ONE, TWO = "cmd_00000000000000000000000001", "cmd_00000000000000000000000002"
+
+
+@asynccontextmanager
+async def opened(
+    url: str, incarnation: str = "node_1", answer_sec: float = 10.0
+) -> AsyncIterator[PostgresLog]:
+    """A log whose database says that it is `T`."""
+    storage = PostgresLog(address(url), incarnation, answer_sec)
+    await storage.open("log_1", "00" * 32)
+    async with admin(url) as sql:
+        await at(sql, T)
+    try:
+        yield storage
+    finally:
+        await storage.close()
+
+
+@asynccontextmanager
+async def admin(url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+    connection = await asyncpg.connect(url, server_settings={"search_path": "ordain"})
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def at(sql: asyncpg.Connection[asyncpg.Record], now: int) -> None:
+    """Sets the clock of the database."""
+    await sql.execute(f"CREATE OR REPLACE FUNCTION now_ms() RETURNS bigint LANGUAGE sql AS 'SELECT {now}'")
+
+
+async def rows(storage: PostgresLog) -> list[Row]:
+    async def work(sql: Snapshot) -> list[Row]:
+        return [Row(*row) for row in await sql.all(f"SELECT {log.COLUMNS} FROM events ORDER BY position")]
+
+    return await storage.read(work)
+
+
+async def table(storage: PostgresLog, name: str) -> list[tuple[object, ...]]:
+    async def work(sql: Snapshot) -> list[tuple[object, ...]]:
+        return [tuple(row) for row in await sql.all(f"SELECT * FROM {name} ORDER BY 1, 2")]
+
+    return await storage.read(work)
+
+
+# --- appending
+
+
+async def test_the_chain_that_the_database_links_is_the_one_that_the_broker_checks(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        author.register("dev_grüße")
+        author.command(ONE, Published(attempt=1))
+        author.note()
+        first = await storage.append(author.batch())
+        async with admin(database) as sql:
+            await at(sql, T + 700)
+        author.command(ONE, Executed(result=msgspec.Raw('{"text": "Größe \\u0000 😀"}'.encode())))
+        second = await storage.append(author.batch())
+
+        assert (first.first, list(first.times)) == (1, [T] * 4)
+        assert (second.first, list(second.times)) == (5, [T + 700])
+        found = await rows(storage)
+        previous = chain.GENESIS
+        for position, row in enumerate(found, 1):
+            assert chain.fault(row, previous, position, erased=False) is None
+            previous = row.hash
+        assert [(row.stream, row.version) for row in found] == [
+            ("device/dev_grüße", 1), (ONE, 1), (ONE, 2), ("audit", 1), (ONE, 3),
+        ]  # fmt: skip
+
+
+async def test_a_batch_is_recorded_once_however_often_it_is_sent(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        author.command(ONE)
+        batch = author.batch()
+        placed = await storage.append(batch)
+        author.command(TWO)
+        await storage.append(author.batch())
+
+        assert await storage.append(batch) == placed
+        assert await storage.landed(batch.number) == placed
+        author.note()
+        other = msgspec.structs.replace(author.batch(), number=batch.number)
+        with pytest.raises(Conflict, match="another content"):
+            await storage.append(other)
+        assert [row.stream for row in await rows(storage)] == [ONE, TWO]
+
+
+async def test_a_batch_that_was_asked_for_in_vain_can_never_be_recorded(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        author.command(ONE)
+        batch = author.batch()
+        assert await storage.landed(batch.number) is None
+        with pytest.raises(Conflict, match="given up"):
+            await storage.append(batch)
+        assert await storage.landed(batch.number) is None
+        assert await rows(storage) == []
+
+
+async def test_an_append_in_an_older_term_is_fenced(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        async with opened(database, "node_2") as other:
+            assert await storage.own("one", None, T) == 1
+            assert await other.own("two", None, T) == 2
+            assert (storage.term, other.term) == (1, 2)
+        author.command(ONE)
+        with pytest.raises(Fenced) as fenced:
+            await storage.append(author.batch(term=1))
+        assert fenced.value.term == 2
+        assert [row.type for row in await rows(storage)] == ["owned", "owned"]
+
+
+async def test_two_that_claim_at_once_get_different_terms(database: str) -> None:
+    async with opened(database) as first, opened(database, "node_2") as second:
+        claims = (first.own("one", None, T), second.own("two", None, T))
+        found = await asyncio.gather(*claims, return_exceptions=True)
+        terms = sorted(term for term in found if isinstance(term, int))
+        assert terms == [row.version for row in await rows(first)]
+        assert all(isinstance(term, int | Conflict) for term in found)
+
+
+@pytest.mark.parametrize("what", ["version taken", "version skipped", "state changed", "an earlier time"])
+async def test_what_another_writer_did_first_is_a_conflict_and_nothing_is_written(
+    database: str, what: str
+) -> None:
+    ours, theirs = Author(term=0), Author(term=0)
+    async with opened(database) as storage, opened(database, "node_2") as other:
+        for author in (ours, theirs):
+            author.register()
+            author.command(ONE, Published(attempt=1))
+        known = ours.batch()
+        theirs.batch()
+        await storage.append(known)
+        if what == "version taken":
+            theirs.rename("theirs")
+            await other.append(theirs.batch())
+        elif what == "version skipped":
+            ours.rename("lost")
+            ours.batch()
+        elif what == "state changed":
+            async with admin(database) as sql:
+                await sql.execute("UPDATE devices SET version = 7")
+        else:
+            ours.now -= 1
+        before = await rows(storage)
+        ours.rename("ours")
+        ours.command(TWO)
+        ours.row(Put("meta", ("ours", "1")))
+        with pytest.raises(Conflict):
+            await storage.append(ours.batch())
+        assert await rows(storage) == before
+        assert ("ours", "1") not in await table(storage, "meta")
+
+
+async def test_a_clock_ahead_of_the_database_is_refused_by_its_milliseconds(database: str) -> None:
+    author = Author(term=0, now=T + 1_001)
+    async with opened(database) as storage:
+        author.note()
+        with pytest.raises(Conflict, match="1001 ms ahead"):
+            await storage.append(author.batch())
+        author = Author(term=0, now=T + 1_000)
+        author.note()
+        batch = msgspec.structs.replace(author.batch(), number=2)
+        assert list((await storage.append(batch)).times) == [T]
+
+
+async def test_appends_of_many_connections_leave_no_gap_in_the_positions(database: str) -> None:
+    async with opened(database) as storage:
+        logs = [PostgresLog(address(database), f"node_{number}") for number in range(4)]
+
+        async def write(number: int) -> None:
+            author = Author(term=0, seed=number)
+            for turn in range(20):
+                author.command(f"cmd_{number}_{turn}")
+                await logs[number].append(author.batch())
+
+        await asyncio.gather(*(write(number) for number in range(4)))
+        found = await rows(storage)
+        assert [row.position for row in found] == list(range(1, 81))
+        previous = chain.GENESIS
+        for row in found:
+            assert chain.fault(row, previous, row.position, erased=False) is None
+            previous = row.hash
+        for each in logs:
+            await each.close()
+
+
+async def test_rows_beside_the_log_are_written_in_order(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        author.note()
+        key = (PROJECT, "k", "s", b"\x00\xff", ONE, T)
+        author.row(New("idempotency", key), Put("meta", ("a", "1")), Put("meta", ("a", "2")))
+        author.row(Put("meta", ("b", "1")), Drop("meta", ("b",)), Change("meta", ("a",), {"value": "3"}))
+        author.row(Put("key_terms", ("key_1", b"{}", None, 5)))
+        author.row(Put("key_terms", ("key_1", b"{1}", "p", 6), ("last_used_at",)))
+        author.row(Change("meta", ("missing",), {"value": "3"}), Drop("meta", ("missing",)))
+        await storage.append(author.batch())
+
+        assert await table(storage, "idempotency") == [key]
+        meta = {str(row[0]): row[1] for row in await table(storage, "meta")}
+        assert (meta["a"], "b" in meta, "missing" in meta) == ("3", False, False)
+        assert await table(storage, "key_terms") == [("key_1", b"{}", None, 6)]
+        author.note()
+        author.row(New("idempotency", key))
+        with pytest.raises(Conflict):
+            await storage.append(author.batch())
+
+
+async def test_unmatched_answers_are_kept_per_device_and_in_all(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        for number in range(12):
+            device = None if number % 3 == 0 else f"dev_{number % 3}"
+            author.row(Unmatched(T, None, device, "unknown", "t", f"cmd_{number}", b"\x00", 2, 5))
+        await storage.append(author.batch())
+        kept = [row[6] for row in await table(storage, "unmatched")]
+        assert kept == ["cmd_7", "cmd_8", "cmd_9", "cmd_10", "cmd_11"]
+
+
+async def test_erasing_removes_data_and_salt_and_the_chain_still_fits(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        author.command(ONE, Published(attempt=1), Executed(result=msgspec.Raw(b"1")))
+        author.command(TWO)
+        author.row(Unmatched(T, None, DEVICE, "unknown", "t", ONE, b"x", 9, 9))
+        await storage.append(author.batch())
+        author.note("erased")
+        author.row(Erase(ONE))
+        await storage.append(author.batch())
+
+        found = await rows(storage)
+        assert [(row.data is None, row.salt is None) for row in found] == [(True, True)] * 3 + [
+            (False, False)
+        ] * 2
+        assert [row[1] for row in await table(storage, "commands")] == [TWO]
+        assert await table(storage, "unmatched") == []
+
+
+async def test_a_purge_is_bound_by_when_events_were_decided(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        author.command(ONE)
+        await storage.append(author.batch())
+        async with admin(database) as sql:
+            await at(sql, T + 9_000)
+        author.now = T + 1_000
+        author.command(TWO)
+        author.note("erased")
+        author.row(Purge(author.at, T + 500, T + 1_000))
+        await storage.append(author.batch())
+        assert await table(storage, "purges") == [(3, T + 500, 2, T + 1_000)]
+
+
+# --- unknown outcomes
+
+
+async def test_a_caller_that_is_cancelled_does_not_stop_the_append(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage, admin(database) as sql:
+        author.command(ONE)
+        batch = author.batch()
+        async with sql.transaction():
+            await sql.execute(f"SELECT pg_advisory_xact_lock({int.from_bytes(b'ordain')})")
+            caller = asyncio.create_task(storage.append(batch))
+            await waiting(database)
+            caller.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await caller
+        assert (await storage.landed(batch.number)) is not None
+
+
+async def waiting(database: str) -> None:
+    """Returns when a session waits for the lock of appends."""
+    async with admin(database) as sql, asyncio.timeout(60):
+        while not await sql.fetchval(  # noqa: ASYNC110
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        ):
+            await asyncio.sleep(0.01)  # another session's lock gives no sign
+
+
+async def test_a_zombie_append_is_refused_once_its_batch_was_given_up(database: str) -> None:
+    """The server does not notice at once that a client is gone: its statement goes on."""
+    author = Author(term=0)
+    async with opened(database, answer_sec=0.2) as storage, admin(database) as sql:
+        author.command(ONE)
+        batch = author.batch()
+        async with sql.transaction():
+            await sql.execute(f"SELECT pg_advisory_xact_lock({int.from_bytes(b'ordain')})")
+            with pytest.raises(Unknown, match="did not answer"):
+                await storage.append(batch)
+            with pytest.raises(Unknown, match="did not answer"):
+                await storage.landed(batch.number)
+        storage.answer_sec = 10.0
+        placed = await storage.landed(batch.number)  # the first append was first at the lock
+        assert placed is not None
+        assert await storage.append(batch) == placed
+        assert [row.stream for row in await rows(storage)] == [ONE]
+
+
+async def test_a_connection_that_the_server_ended_is_unknown_and_then_made_anew(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage, admin(database) as sql:
+        author.note()
+        await storage.append(author.batch())
+        await sql.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE pid <> pg_backend_pid() AND datname = current_database()"
+        )
+        author.note()
+        batch = author.batch()
+        with pytest.raises(Unknown):
+            await storage.append(batch)
+        assert await storage.landed(batch.number) is None
+        assert len(await rows(storage)) == 1
+
+
+async def test_a_warning_of_the_database_is_not_taken_for_success(database: str) -> None:
+    """PostgreSQL warns when a commit is not on its synchronous standby, and calls it a success."""
+    author = Author(term=0)
+    async with opened(database) as storage, admin(database) as sql:
+        await sql.execute(
+            "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "RAISE WARNING 'canceling wait for synchronous replication'; RETURN NULL; END $$; "
+            "CREATE TRIGGER warn AFTER INSERT ON batches EXECUTE FUNCTION warn()"
+        )
+        author.command(ONE)
+        batch = author.batch()
+        with pytest.raises(Unknown, match="synchronous replication"):
+            await storage.append(batch)
+        await sql.execute("DROP TRIGGER warn ON batches")
+        assert await storage.landed(batch.number) is not None
+
+
+async def test_commits_wait_for_standbys_whatever_the_session_is_told(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage, admin(database) as sql:
+        name = await sql.fetchval("SELECT current_database()")
+        await sql.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
+        await sql.execute(
+            "CREATE TABLE seen (level text); "
+            "CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "INSERT INTO seen VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$; "
+            "CREATE TRIGGER look AFTER INSERT ON batches EXECUTE FUNCTION look()"
+        )
+        author.note()
+        await storage.append(author.batch())
+        await storage.landed(2)
+        assert [row[0] for row in await sql.fetch("SELECT level FROM seen")] == ["on", "on"]
+
+
+async def test_a_database_that_lost_a_confirmed_event_is_broken(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage, admin(database) as sql:
+        author.command(ONE)
+        await storage.append(author.batch())
+        await sql.execute("DELETE FROM events")  # as a standby that was promoted without it
+        await sql.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE pid <> pg_backend_pid() AND datname = current_database()"
+        )
+        author.note()
+        batch = author.batch()
+        with pytest.raises(Unknown):
+            await storage.append(batch)
+        with pytest.raises(Broken, match="position 1"):
+            await storage.landed(batch.number)
+
+
+async def test_a_value_that_cannot_be_stored_fails_and_the_next_batch_does_not(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        author.row(Put("meta", ("nul", "a\0b")))  # the writer checks rows when they are staged
+        with pytest.raises(ValueError):
+            await storage.append(author.batch())
+        author.note()
+        assert (await storage.append(author.batch())).first == 1
+
+
+# --- following and starting
+
+
+async def test_a_follower_wakes_for_events_of_another_node(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage, opened(database, "node_2") as other:
+        waiter = asyncio.create_task(other.appended(0))
+        author.command(ONE)
+        await storage.append(author.batch())
+        async with asyncio.timeout(60):
+            assert await waiter == 1
+            assert await other.appended(0) == 1
+
+
+async def test_a_read_sees_one_state_from_its_first_statement_on(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+
+        async def work(sql: Snapshot) -> tuple[int, int]:
+            first = await sql.one("SELECT count(*) FROM events")
+            author.command(ONE)
+            await storage.append(author.batch())
+            second = await sql.one("SELECT count(*) FROM events WHERE position > ?", (0,))
+            assert first is not None
+            assert second is not None
+            return first[0], second[0]
+
+        assert await storage.read(work) == (0, 0)
+        assert len(await rows(storage)) == 1
+
+
+async def test_a_read_cannot_write_and_an_error_of_it_does_not_harm_the_next(database: str) -> None:
+    async with opened(database) as storage:
+
+        async def writes(sql: Snapshot) -> None:
+            await sql.all("DELETE FROM meta")
+
+        async def fails(sql: Snapshot) -> None:
+            raise LookupError("in the middle")
+
+        with pytest.raises(Unknown, match="read-only"):
+            await storage.read(writes)
+        with pytest.raises(LookupError):
+            await storage.read(fails)
+        assert await rows(storage) == []
+
+
+async def test_a_log_keeps_its_id_and_another_format_is_refused(database: str) -> None:
+    async with opened(database) as storage, admin(database) as sql:
+        again = PostgresLog(address(database), "node_2")
+        await again.open("log_2", "11" * 32)
+        meta = {str(row[0]): row[1] for row in await table(storage, "meta")}
+        assert (meta["log_id"], meta["cursor_key"], meta["format"]) == ("log_1", "00" * 32, "2")
+        await sql.execute("UPDATE meta SET value = '9' WHERE key = 'format'")
+        with pytest.raises(UnknownFormat, match="its format is 9"):
+            await again.open("log_2", "11" * 32)
+        author = Author(term=0)
+        author.note()
+        with pytest.raises(UnknownFormat):
+            await storage.append(author.batch())
+
+
+async def test_rebuilt_projections_are_the_same(database: str) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        author.register()
+        author.command(ONE, Published(attempt=1))
+        await storage.append(author.batch())
+        author.rename("lamp")
+        author.command(ONE, Executed(result=msgspec.Raw(b"1")))
+        author.command(TWO)
+        await storage.append(author.batch())
+        names = ("commands", "lanes", "devices")
+        kept = [await table(storage, name) for name in names]
+
+        await storage.rebuild()
+
+        assert [await table(storage, name) for name in names] == kept
+        assert [row[1] for row in kept[0]] == [ONE, TWO]
+        assert kept[1] == [(DEVICE, 6)]
+
+
+async def test_a_server_that_is_not_there_is_named_without_its_password() -> None:
+    storage = PostgresLog(address("postgresql://me:secret@127.0.0.1:1/log"), "node_1")
+    with pytest.raises(Unknown, match=r"postgresql://me@127.0.0.1:1/log cannot be reached") as refused:
+        await storage.open("log_1", "00" * 32)
+    assert "secret" not in str(refused.value)
+
+
+async def test_after_kill_9_of_the_server_what_was_confirmed_is_there() -> None:
+    server = Postgres()
+    server.start()
+    try:
+        url = server.create("log")
+        author = Author(term=0)
+        batches: list[Batch] = []
+        async with opened(url) as storage:
+            for number in range(20):
+                author.command(f"cmd_{number}")
+                batches.append(author.batch())
+                await storage.append(batches[-1])
+            server.kill()
+            with pytest.raises(Unknown):
+                await storage.landed(20)
+            server.start()
+            assert await storage.landed(20) is not None
+            assert [row.stream for row in await rows(storage)] == [f"cmd_{number}" for number in range(20)]
+    finally:
+        server.remove()
