@@ -245,10 +245,6 @@ class Broken(Exception):
     """The storage failed (I/O error, corrupt file): the outcome of the transaction is unknown."""
 
 
-class Unknown(Exception):
-    """The connection to the storage was lost, or no answer came in time: the outcome is unknown."""
-
-
 class UnknownFormat(Broken):
     """Another release wrote the file, in a format that this one does not read. Nothing was changed."""
 

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -144,12 +143,13 @@ def postgres() -> Iterator[Postgres]:
     server.remove()
 
 
-_databases = count(1)
+@pytest.fixture(scope="session")
+def _database(postgres: Postgres) -> str:
+    return postgres.create("test")
 
 
 @pytest.fixture
-def database(postgres: Postgres) -> Iterator[str]:
+def database(postgres: Postgres, _database: str) -> Iterator[str]:
     """The URL of an empty database."""
-    name = f"test_{next(_databases)}"
-    yield postgres.create(name)
-    postgres.drop(name)
+    yield _database
+    postgres.clear("test")

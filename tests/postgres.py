@@ -104,9 +104,15 @@ class Postgres:
         self._run("createdb", "-h", self.home, "-U", USER, database)
         return self.url(database)
 
-    def drop(self, database: str) -> None:
-        """Removes a database and closes what is connected to it."""
-        self._run("dropdb", "-h", self.home, "-U", USER, "--force", "--if-exists", database)
+    def clear(self, database: str) -> None:
+        """Makes a database as it was when it was new, and closes what is connected to it. A new database
+        would take ten times as long."""
+        self._run(
+            "psql", "-q", "-o", os.devnull, "-h", self.home, "-U", USER, database, "-c",
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+            "WHERE pid <> pg_backend_pid() AND datname = current_database(); "
+            f"DROP SCHEMA IF EXISTS ordain CASCADE; ALTER DATABASE {database} RESET ALL",
+        )  # fmt: skip
 
     def url(self, database: str) -> str:
         return f"postgresql://{USER}@/{database}?host={self.home}"

@@ -14,6 +14,7 @@ import msgspec
 
 from broker.domain.events import (
     ERASURES,
+    OWNER,
     TYPES,
     Cancelled,
     Changed,
@@ -22,6 +23,7 @@ from broker.domain.events import (
     Erased,
     Error,
     Failed,
+    Owned,
     Published,
     device_stream,
 )
@@ -101,6 +103,8 @@ async def the_rest(bench: Bench) -> None:
     registry, commands, writer = bench.core.registry, bench.core.commands, bench.writer
     registry.record_system(ClockStepped(by_ms=-3_600_000))
     writer.operated(ME.actor, "key.revoked", "key_x", "acme")
+    owned = Owned(incarnation="node_x", node="one", address="10.0.0.1:8081")
+    writer.stage(OWNER, 1, owned, project="", device_id=None, actor="broker")
     device = await registry.find(ME, "lamp-1")
     registry.record(Deleted(), device.id, device, device.project, ME.actor)
     pending = next(m.state for m in bench.live.members.values() if m.state.state == "pending")

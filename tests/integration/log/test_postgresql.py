@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from hashlib import sha256
+from typing import Any
 
 import asyncpg
 import msgspec
 import pytest
 
 from broker.domain.events import Executed, Published
-from broker.log import chain
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.postgresql.connection import address
 from broker.log.postgresql.log import PostgresLog
 from broker.log.postgresql.reading import Snapshot
 from broker.seams import (
-    Batch,
     Broken,
     Change,
     Conflict,
@@ -75,6 +75,32 @@ async def rows(storage: PostgresLog) -> list[Row]:
     return await storage.read(work)
 
 
+def text(value: str) -> bytes:
+    return len(value.encode()).to_bytes(4, "big") + value.encode()
+
+
+def number(value: int) -> bytes:
+    return bytes.fromhex("00000008") + value.to_bytes(8, "big")
+
+
+async def linked(storage: PostgresLog) -> None:
+    """Links the rows here, by what the format says, and compares."""
+
+    async def work(sql: Snapshot) -> list[Any]:
+        return await sql.all("SELECT * FROM events ORDER BY position")
+
+    previous = bytes(32)
+    for row in await storage.read(work):
+        salted = b"".join(len(part).to_bytes(4, "big") + part for part in (row["salt"], row["data"]))
+        assert row["digest"] == sha256(salted).digest()
+        header = text("ordain-2") + bytes.fromhex("00000020") + previous + number(row["position"])
+        header += text(row["stream"]) + number(row["version"]) + text(row["type"]) + number(row["schema"])
+        header += number(row["recorded_at"]) + number(row["decided_at"]) + text(row["project"])
+        header += b"\xff" * 4 if row["device_id"] is None else text(row["device_id"])
+        previous = sha256(header + text(row["actor"]) + bytes.fromhex("00000020") + row["digest"]).digest()
+        assert row["hash"] == previous
+
+
 async def table(storage: PostgresLog, name: str) -> list[tuple[object, ...]]:
     async def work(sql: Snapshot) -> list[tuple[object, ...]]:
         return [tuple(row) for row in await sql.all(f"SELECT * FROM {name} ORDER BY 1, 2")]
@@ -100,10 +126,7 @@ async def test_the_chain_that_the_database_links_is_the_one_that_the_broker_chec
         assert (first.first, list(first.times)) == (1, [T] * 4)
         assert (second.first, list(second.times)) == (5, [T + 700])
         found = await rows(storage)
-        previous = chain.GENESIS
-        for position, row in enumerate(found, 1):
-            assert chain.fault(row, previous, position, erased=False) is None
-            previous = row.hash
+        await linked(storage)
         assert [(row.stream, row.version) for row in found] == [
             ("device/dev_grüße", 1), (ONE, 1), (ONE, 2), ("audit", 1), (ONE, 3),
         ]  # fmt: skip
@@ -220,10 +243,7 @@ async def test_appends_of_many_connections_leave_no_gap_in_the_positions(databas
         await asyncio.gather(*(write(number) for number in range(4)))
         found = await rows(storage)
         assert [row.position for row in found] == list(range(1, 81))
-        previous = chain.GENESIS
-        for row in found:
-            assert chain.fault(row, previous, row.position, erased=False) is None
-            previous = row.hash
+        await linked(storage)
         for each in logs:
             await each.close()
 
@@ -341,20 +361,24 @@ async def test_a_zombie_append_is_refused_once_its_batch_was_given_up(database: 
         assert [row.stream for row in await rows(storage)] == [ONE]
 
 
-async def test_a_connection_that_the_server_ended_is_unknown_and_then_made_anew(database: str) -> None:
+async def test_an_append_whose_connection_the_server_ended_is_unknown_and_the_next_one_is_made_anew(
+    database: str,
+) -> None:
     author = Author(term=0)
     async with opened(database) as storage, admin(database) as sql:
         author.note()
-        await storage.append(author.batch())
-        await sql.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE pid <> pg_backend_pid() AND datname = current_database()"
-        )
-        author.note()
         batch = author.batch()
-        with pytest.raises(Unknown):
-            await storage.append(batch)
+        async with sql.transaction():
+            await sql.execute(f"SELECT pg_advisory_xact_lock({int.from_bytes(b'ordain')})")
+            append = asyncio.create_task(storage.append(batch))
+            await waiting(database)
+            await sql.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
+            with pytest.raises(Unknown):
+                await append
         assert await storage.landed(batch.number) is None
+        author = Author(term=0)
+        author.note()
+        await storage.append(msgspec.structs.replace(author.batch(), number=2))
         assert len(await rows(storage)) == 1
 
 
@@ -404,7 +428,7 @@ async def test_a_database_that_lost_a_confirmed_event_is_broken(database: str) -
         )
         author.note()
         batch = author.batch()
-        with pytest.raises(Unknown):
+        with pytest.raises((Unknown, Broken)):  # as it notices its end before or after it is used
             await storage.append(batch)
         with pytest.raises(Broken, match="position 1"):
             await storage.landed(batch.number)
@@ -509,23 +533,17 @@ async def test_a_server_that_is_not_there_is_named_without_its_password() -> Non
     assert "secret" not in str(refused.value)
 
 
-async def test_after_kill_9_of_the_server_what_was_confirmed_is_there() -> None:
-    server = Postgres()
-    server.start()
-    try:
-        url = server.create("log")
-        author = Author(term=0)
-        batches: list[Batch] = []
-        async with opened(url) as storage:
-            for number in range(20):
-                author.command(f"cmd_{number}")
-                batches.append(author.batch())
-                await storage.append(batches[-1])
-            server.kill()
-            with pytest.raises(Unknown):
-                await storage.landed(20)
-            server.start()
-            assert await storage.landed(20) is not None
-            assert [row.stream for row in await rows(storage)] == [f"cmd_{number}" for number in range(20)]
-    finally:
-        server.remove()
+async def test_after_kill_9_of_the_server_what_was_confirmed_is_there(
+    postgres: Postgres, database: str
+) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        for turn in range(20):
+            author.command(f"cmd_{turn}")
+            await storage.append(author.batch())
+        postgres.kill()
+        with pytest.raises(Unknown):
+            await storage.landed(20)
+        postgres.start()
+        assert await storage.landed(20) is not None
+        assert [row.stream for row in await rows(storage)] == [f"cmd_{turn}" for turn in range(20)]
