@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from broker.log_url import Address
+from broker.log_url import address as parse_log_url
 from devices import toml
 from devices.allowed import reason
 from devices.mqtt_url import Endpoint, parse_endpoint, parse_url, parted
@@ -139,9 +141,12 @@ def limits_of(limits: Limits, project: ProjectLimits) -> Limits:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All settings. `mqtt_url` empty: the broker starts its own MQTT server at `mqtt_listen`."""
+    """All settings. `mqtt_url` empty: the broker starts its own MQTT server at `mqtt_listen`. `log` empty:
+    the log is a file in `data`."""
 
     data: str = "./data"
+    log: str = ""
+    log_password_file: str = ""
     http: str = "127.0.0.1:8080"
     https: str = ""
     http_keep_alive_sec: Annotated[int, Meta(ge=1, le=3_600)] = 75
@@ -174,6 +179,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 ENVIRONMENT = {
     "data": "ORDAIN_DATA",
+    "log": "ORDAIN_LOG",
+    "log_password_file": "ORDAIN_LOG_PASSWORD_FILE",
     "http": "ORDAIN_HTTP",
     "mqtt_listen": "ORDAIN_MQTT_LISTEN",
     "mqtt_url": "ORDAIN_MQTT_URL",
@@ -212,6 +219,8 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
         raise BadSetting(f"metrics = {settings.metrics!r}: must be {', '.join(METRICS)} or HOST:PORT")
     _check_tls(settings, listened(settings))
     _check_mqtt_url(settings)
+    if settings.log:
+        log_address(settings, read=False)
     for origin in settings.cors_origins:
         if not ORIGIN.fullmatch(origin):
             raise BadSetting(
@@ -237,7 +246,27 @@ def differing(settings: Settings) -> dict[str, Any]:
     found = {key: value for key, value in msgspec.to_builtins(settings).items() if value != usual[key]}
     if settings.mqtt_url:
         found["mqtt_url"] = parse_url(settings.mqtt_url).shown
+    if settings.log:
+        found["log"] = log_address(settings, read=False).shown
     return found
+
+
+def log_address(settings: Settings, *, read: bool = True) -> Address:
+    """Where the log is, if the setting `log` names a PostgreSQL. `read`: also read the file of its password.
+
+    Raises:
+        BadSetting: the URL is not of its form, or the file cannot be read.
+    """
+    password = None
+    place = settings.log_password_file
+    try:
+        if read and place:
+            password = Path(place).read_text().strip()
+        return parse_log_url(settings.log, password)
+    except OSError as error:
+        raise BadSetting(f"log_password_file = {place!r}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # do not show the URL: it may contain a password
+        raise BadSetting(f"log: {error}") from error
 
 
 def _converted(place: str, values: dict[str, Any]) -> Settings:
@@ -258,7 +287,7 @@ def _converted(place: str, values: dict[str, Any]) -> Settings:
 
 
 def _table(where: str, name: str, table: Any, kind: type[T]) -> T:
-    """Converts one table. An error shows the value, except of `mqtt_url` and of unknown keys: these may
+    """Converts one table. An error shows the value, except of URLs and of unknown keys: these may
     contain secrets."""
     if not isinstance(table, dict):
         raise BadSetting(f"{where}{name} = {table!r}: must be a table, [{name}]")
@@ -278,7 +307,7 @@ def _table(where: str, name: str, table: Any, kind: type[T]) -> T:
 
 
 def _shown(key: str, table: dict[str, Any]) -> str:
-    return "" if key == "mqtt_url" else f" = {table[key]!r:.200}"
+    return "" if key in ("mqtt_url", "log") else f" = {table[key]!r:.200}"
 
 
 def _useless(value: Any) -> str | None:

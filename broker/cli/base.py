@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,7 +22,26 @@ T = TypeVar("T")
 Config = Annotated[
     str | None, Parameter(name="--config", help="TOML file with the broker's settings; else ORDAIN_CONFIG.")
 ]
-Data = Annotated[str | None, Parameter(name="--data", help="Data directory; else ORDAIN_DATA, else ./data.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Place:
+    """The broker that is meant: by its data directory, and by its log if that is not in there."""
+
+    data: Annotated[
+        str | None, Parameter(name="--data", help="Data directory; else ORDAIN_DATA, else ./data.")
+    ] = None
+    log: Annotated[
+        str | None,
+        Parameter(
+            name="--log",
+            help="The log, if it is in PostgreSQL: postgresql://user@host/database; else ORDAIN_LOG.",
+        ),
+    ] = None
+
+
+Data = Place | None
 Json = Annotated[
     bool,
     Parameter(
@@ -32,17 +52,18 @@ Yes = Annotated[bool, Parameter(name="--yes", negative="", help="Do not ask befo
 Text = Annotated[str | None, Parameter(negative="")]
 
 
-def settings_of(config: str | None = None, **flags: str | None) -> Settings:
+def settings_of(config: str | None = None, *, data: Data = None, **flags: str | None) -> Settings:
     """The settings from flags, environment and file.
 
     Raises:
         BadSetting: a setting is wrong.
     """
-    return load(flags, os.environ, config)
+    place = data or Place()
+    return load({"data": place.data, "log": place.log, **flags}, os.environ, config)
 
 
 def ask(
-    data: str | None,
+    data: Data,
     config: str | None,
     work: Callable[[Client, bool], Coroutine[Any, Any, T]],
     *,

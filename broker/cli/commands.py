@@ -377,7 +377,7 @@ def retry_command(
         print(made["id"])
 
 
-def _about(data: str | None, config: str | None, command_id: str, method: str, more: str) -> dict[str, Any]:
+def _about(data: Data, config: str | None, command_id: str, method: str, more: str) -> dict[str, Any]:
     """Asks for a change of one command, under the path of its device."""
     name = quote(command_id, safe="")
 

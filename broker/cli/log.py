@@ -225,7 +225,7 @@ def verify_log(
         raise Failed(REFUSED, fault)
 
 
-def _directory(config: str | None, data: str | None) -> Path:
+def _directory(config: str | None, data: Data) -> Path:
     return Path(settings_of(config, data=data).data)
 
 

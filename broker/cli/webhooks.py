@@ -84,7 +84,7 @@ def redrive_webhook(
 
 
 def _change(
-    data: str | None,
+    data: Data,
     config: str | None,
     as_json: bool,
     method: str,

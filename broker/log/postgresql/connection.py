@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from typing import TypeAlias
-from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
-import msgspec
 from asyncpg import exceptions as pg
 
 from broker.log.postgresql.tables import SCHEMA
+from broker.log_url import Address
 from broker.seams import Broken, Conflict, Fenced, Full, Unknown, UnknownFormat
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -33,35 +32,6 @@ SETTINGS = {
 # For the connection that appends. Its statements find rows by key, in tables of any size. A plan that was
 # made while a table was small must not be kept when it has grown.
 APPENDING = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
-
-
-class Address(msgspec.Struct, frozen=True):
-    """Where a log is. `shown`: the URL without its password, for people."""
-
-    url: str
-    shown: str
-    password: str | None = None
-
-
-def address(url: str, password: str | None = None) -> Address:
-    """Checks a URL such as `postgresql://user@host/database`. `password` is used if the URL has none.
-
-    Raises:
-        ValueError: it is not of this form; the message does not repeat a password.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("postgresql", "postgres"):
-        raise ValueError("must be postgresql://USER@HOST/DATABASE")
-    options = dict(parse_qsl(parts.query))
-    user, _, hosts = parts.netloc.rpartition("@")
-    hosts = hosts or options.get("host", "")
-    if not hosts:
-        raise ValueError("it names no host: must be postgresql://USER@HOST/DATABASE")
-    if not parts.path.strip("/"):
-        raise ValueError("it names no database: must be postgresql://USER@HOST/DATABASE")
-    name, _, secret = user.partition(":")
-    shown = f"{parts.scheme}://{name}{'@' if name else ''}{hosts}{parts.path}"
-    return Address(url, shown, None if secret or "password" in options else password)
 
 
 async def connect(where: Address, settings: Mapping[str, str] = {}) -> Connection:

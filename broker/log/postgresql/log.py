@@ -21,7 +21,6 @@ from broker.log.postgresql.arguments import APPEND, arguments
 from broker.log.postgresql.connection import (
     APPENDING,
     FAILURES,
-    Address,
     Connection,
     connect,
     end,
@@ -30,6 +29,7 @@ from broker.log.postgresql.connection import (
 )
 from broker.log.postgresql.reading import Readers, Snapshot
 from broker.log.postgresql.tables import FORMAT
+from broker.log_url import Address
 from broker.seams import Batch, Broken, Conflict, Fenced, Placed, Unknown
 
 T = TypeVar("T")
@@ -62,6 +62,7 @@ class PostgresLog:
         self._seen: tuple[int, bytes] | None = None
         self._heard = 0
         self._term = 0
+        self._number = 0
         self._news = asyncio.Event()
 
     async def open(self, log_id: str, cursor_key: str) -> None:
@@ -81,6 +82,11 @@ class PostgresLog:
             await goodbye(connection)
 
     # --- appending ---
+
+    def number(self) -> int:
+        """A number for the next batch, which no batch of this run has had."""
+        self._number += 1
+        return self._number
 
     @property
     def term(self) -> int:
@@ -107,10 +113,10 @@ class PostgresLog:
             actor="broker",
             event=claim,
         )
-        # Batches of the writer count from 1. This event hides nothing, so its salt may be known.
+        # This event hides nothing, so its salt may be known.
         salt = sha256(f"{self.incarnation} {term}".encode()).digest()[:16]
         try:
-            await self.append(Batch(-term, term, [event], salt, [], []))
+            await self.append(Batch(self.number(), term, [event], salt, [], []))
         except Fenced as error:
             raise Conflict(f"another node claimed term {error.term}") from error
         self._term = term + 1

@@ -12,7 +12,8 @@ from broker.domain.lifecycle import CommandState
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.postgresql import arguments, tables
-from broker.log.postgresql.connection import Address, Connection
+from broker.log.postgresql.connection import Connection
+from broker.log_url import Address
 from broker.seams import Broken, UnknownFormat
 from projections.follower import Fold
 

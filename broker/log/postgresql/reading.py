@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 from broker.log.postgresql.connection import (
     FAILURES,
-    Address,
     Connection,
     connect,
     end,
     goodbye,
     translated,
 )
+from broker.log_url import Address
 
 T = TypeVar("T")
 

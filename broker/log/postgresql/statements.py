@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from broker.log.rows import columns
-from broker.seams import At, Change, Drop, Erase, New, Purge, Put, SideRow, Unmatched, Value
+from broker.seams import At, Change, Drop, Erase, EraseEvents, New, Purge, Put, SideRow, Unmatched, Value
 
 _json = msgspec.json.Encoder().encode
 
@@ -21,6 +21,10 @@ ERASE = (
     "UPDATE events SET data = NULL, salt = NULL WHERE stream IN (SELECT jsonb_array_elements_text($1))",
     "DELETE FROM commands WHERE id IN (SELECT jsonb_array_elements_text($1))",
     "DELETE FROM unmatched WHERE command_id IN (SELECT jsonb_array_elements_text($1))",
+)
+ERASE_EVENTS = (
+    "UPDATE events SET data = NULL, salt = NULL "
+    "WHERE position IN (SELECT e::bigint FROM jsonb_array_elements($1) l, jsonb_array_elements_text(l) e)"
 )
 PURGE = (
     "SELECT begin_purge($2 + (p->>'position')::bigint, (p->>'cutoff')::bigint, (p->>'at')::bigint) "
@@ -94,6 +98,8 @@ def _row(row: SideRow) -> tuple[_Kind, Any, tuple[Value, ...] | None]:
             return _kind(Drop, table, tuple(key), key_values), _object(tuple(key), key_values), key_values
         case Erase(stream):
             return _Kind(Erase), stream, None
+        case EraseEvents(positions):
+            return _Kind(EraseEvents), positions, None
         case Purge(position, cutoff, at):
             return _Kind(Purge), {"position": position.index, "cutoff": cutoff, "at": at}, None
         case Unmatched():
@@ -124,6 +130,8 @@ def _plain(value: Value) -> object:
 def _texts(kind: _Kind) -> tuple[str, ...]:
     if kind.what is Erase:
         return ERASE
+    if kind.what is EraseEvents:
+        return (ERASE_EVENTS,)
     if kind.what is Purge:
         return (PURGE,)
     if kind.what is Unmatched:

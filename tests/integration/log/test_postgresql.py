@@ -15,9 +15,9 @@ import pytest
 from broker.domain.events import Executed, Published
 from broker.log import sqlite as log
 from broker.log.chain import Row
-from broker.log.postgresql.connection import address
 from broker.log.postgresql.log import PostgresLog
 from broker.log.postgresql.reading import Snapshot
+from broker.log_url import address
 from broker.seams import (
     Broken,
     Change,
