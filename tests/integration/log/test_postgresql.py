@@ -170,8 +170,9 @@ async def test_an_append_in_an_older_term_is_fenced(database: str) -> None:
             assert await other.own("two", None, T) == 2
             assert (storage.term, other.term) == (1, 2)
         author.command(ONE)
+        batch = msgspec.structs.replace(author.batch(term=1), number=storage.number())
         with pytest.raises(Fenced) as fenced:
-            await storage.append(author.batch(term=1))
+            await storage.append(batch)
         assert fenced.value.term == 2
         assert [row.type for row in await rows(storage)] == ["owned", "owned"]
 
