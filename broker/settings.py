@@ -46,6 +46,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     queue_per_name: Queue = 100
     queue_per_device: Queue = 1_000
     params_bytes: Bytes = 65_536
+    params_values: Annotated[int, Meta(ge=100)] = 4_000
     attributes_bytes: Bytes = 4_096
     commands_per_minute: PerMinute = 0
     commands_per_minute_per_key: PerMinute = 0
@@ -54,7 +55,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     requests_per_minute_per_device: PerMinute = 0
     history_retention_sec: Retention = 2_592_000
     body_bytes: Annotated[int, Meta(ge=1_024)] = 262_144
-    body_values: Annotated[int, Meta(ge=1_024)] = 80_000
+    body_values: Annotated[int, Meta(ge=1_024)] = 20_000
     default_ttl_sec: Annotated[int, Meta(ge=1, le=31_536_000)] = 300
     idempotency_sec: Annotated[int, Meta(ge=86_400)] = 604_800
     send_slots: Annotated[int, Meta(ge=1, le=100)] = 100

@@ -22,6 +22,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import Meta
 
 TYPE = "grant+jwt"
+MAX_DEPTH = 64  # deeper parameters are left to the slower encoder
+_PLAIN = frozenset({dict, list, str, int, bool, type(None)})
+_EXACT = 2**53 - 1
 # Tolerance for clock differences, for `iat` and `nbf`. Not for `exp`: a command must not outlive its grant.
 LEEWAY_SEC = 30
 MIN_SECRET_BYTES = 32
@@ -81,10 +84,32 @@ def params_hash(params: Any) -> str:
         ValueError: RFC 8785 cannot represent the parameters.
     """
     try:
-        canonical = rfc8785.dumps(params)
+        canonical = (
+            msgspec.json.encode(params, order="sorted") if _is_plain(params) else rfc8785.dumps(params)
+        )
     except RecursionError as error:
         raise ValueError("parameters nested too deeply") from error
     return base64.urlsafe_b64encode(hashlib.sha256(canonical).digest()).rstrip(b"=").decode()
+
+
+def _is_plain(params: Any) -> bool:
+    """Whether msgspec writes this value as RFC 8785 does, only ten times as fast: there are no fractions, no
+    large numbers, and all keys are in ASCII, which sort alike as bytes and as UTF-16."""
+    level: list[Any] = [params]
+    for _ in range(MAX_DEPTH):
+        kinds = set(map(type, level))
+        if not kinds <= _PLAIN:
+            return False
+        if int in kinds and any(not -_EXACT <= each <= _EXACT for each in level if type(each) is int):
+            return False
+        maps = [each for each in level if type(each) is dict]
+        if not all(type(key) is str and key.isascii() for each in maps for key in each):
+            return False
+        level = [item for each in level if type(each) is list for item in each]
+        level += [item for each in maps for item in each.values()]
+        if not level:
+            return True
+    return False
 
 
 def secret_key(device_secret: str) -> bytes:

@@ -59,18 +59,44 @@ def _no_reference(uri: str) -> Any:
     raise ValueError(f"a schema must not refer to {uri}: external schemas are not fetched")
 
 
-def unsignable(value: Any, depth: int = 0) -> str | None:
-    """Why RFC 8785 cannot represent this JSON value exactly, so no grant can sign it; None if it can."""
-    if isinstance(value, dict | list):
+def holds_more(value: Any, most: int) -> bool:
+    """Whether a JSON value consists of more than `most` values; down to `MAX_DEPTH` levels."""
+    level, held = [value], 1
+    for _ in range(MAX_DEPTH):
+        level = _below(level)
+        held += len(level)
+        if held > most or not level:
+            break
+    return held > most
+
+
+def unsignable(value: Any) -> str | None:
+    """Why RFC 8785 cannot represent this JSON value exactly, so no grant can sign it; None if it can.
+
+    Like `not_json`, it goes level by level.
+    """
+    level = [value]
+    for depth in range(MAX_DEPTH + 1):
+        kinds = set(map(type, level))
+        if float in kinds and not all(math.isfinite(each) for each in level if type(each) is float):
+            return "not a finite number"
+        if int in kinds:
+            numbers = [each for each in level if type(each) is int]
+            if max(numbers) > MAX_SIGNED_INTEGER or min(numbers) < -MAX_SIGNED_INTEGER:
+                return f"integers beyond ±{MAX_SIGNED_INTEGER} are not exact in JSON: send them as text"
+        if not kinds & {dict, list}:
+            break
         if depth == MAX_DEPTH:
             return f"nested deeper than {MAX_DEPTH} levels"
-        items = value.values() if isinstance(value, dict) else value
-        return next((reason for item in items if (reason := unsignable(item, depth + 1))), None)
-    if isinstance(value, float) and not math.isfinite(value):
-        return "not a finite number"
-    if isinstance(value, int) and abs(value) > MAX_SIGNED_INTEGER:
-        return f"integers beyond ±{MAX_SIGNED_INTEGER} are not exact in JSON: send them as text"
+        level = _below(level)
     return None
+
+
+def _below(level: list[Any]) -> list[Any]:
+    """The values in the lists and objects of a level."""
+    lists = chain.from_iterable(each for each in level if type(each) is list)
+    maps = (each for each in level if type(each) is dict)
+    return [*lists, *chain.from_iterable(map(dict.values, maps))]
 
 
 def not_json(value: Any) -> str | None:
@@ -92,8 +118,7 @@ def not_json(value: Any) -> str | None:
         maps = [each for each in level if type(each) is dict]
         if not set(map(type, chain.from_iterable(maps))) <= {str}:
             return "a key is not a text"
-        lists = [each for each in level if type(each) is list]
-        level = [*chain.from_iterable(lists), *chain.from_iterable(map(dict.values, maps))]
+        level = _below(level)
     return None
 
 

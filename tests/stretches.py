@@ -34,6 +34,7 @@ class Stretches:
     ) -> None:
         assert self._handle is not None
         self._handle.cancel()
+        self.cpu_sec = max(self.cpu_sec, time.thread_time() - self._since)
         gc.unfreeze()
 
     def _turn(self) -> None:

@@ -212,17 +212,17 @@ class Commands:
         try:
             known = self._digests.get((kind.name, kind.declared(order.type)))
             definition = kind.definition(order.type) if known is None else known[0]
-            params = kind.check_params(order.type, {} if order.params is msgspec.UNSET else order.params)
+            given = {} if order.params is msgspec.UNSET else order.params
+            self.quotas.check_params(device.project, given, msgspec.json.encode(given))
+            params = kind.check_params(order.type, given)
             encoded = msgspec.json.encode(params)
+            self.quotas.check_params(device.project, params, encoded)
         except UnknownCommand as error:
             raise invalid("type", str(error)) from error
         except BadParams as error:
             raise invalid(error.field, error.reason) from error
         except (ValueError, OverflowError, RecursionError) as error:
             raise invalid("params", f"cannot be encoded as JSON: {error}") from error
-        most = self.quotas.of(device.project).params_bytes
-        if len(encoded) > most:
-            raise Refusal("too_large", f"params: {len(encoded)} bytes; at most {most} are allowed")
         return msgspec.Raw(encoded), definition
 
     def place(

@@ -9,6 +9,7 @@ must never enter an event.
 from __future__ import annotations
 
 import base64
+from hashlib import sha256
 from typing import NamedTuple
 
 import jwt
@@ -84,6 +85,7 @@ class Grants:
         self._writer, self._live, self._secrets = writer, live, secrets
         self._keys: dict[str, GrantKey] = {}
         self._made: Recent[str, Made] = Recent(KEPT)  # by command id
+        self._hashes: Recent[bytes, str] = Recent(KEPT)  # hashes of parameters in grants, by SHA-256
 
     async def load(self) -> None:
         """Reads keys and secrets; makes a first key if there is none."""
@@ -130,11 +132,21 @@ class Grants:
             "nbf": now,
             "exp": exp,
             "cmd": state.type,
-            "phs": params_hash(msgspec.json.decode(state.params)),
+            "phs": self._hash(state),
         }
         token = jwt.encode(claims, key, algorithm=algorithm, headers={"typ": TYPE, "kid": kid})
         self._made.put(state.id, Made(key, now, exp, token))
         return token
+
+    def _hash(self, state: CommandState) -> str:
+        """The hash of the parameters. The commands of a fan-out share it, and every later grant needs it."""
+        params = bytes(state.params)
+        key = sha256(params).digest()
+        found = self._hashes.get(key)
+        if found is None:
+            found = params_hash(msgspec.json.decode(params))
+            self._hashes.put(key, found)
+        return found
 
     def _signer(self, state: CommandState) -> tuple[str, Ed25519PrivateKey | bytes, str]:
         if self._live.definitions[state.definition].grant_algorithm != "HS256":

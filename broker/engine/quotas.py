@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from broker.domain.errors import Refusal, Unavailable
 from broker.domain.events import DeviceEvent
@@ -19,6 +19,7 @@ from broker.engine.live import Live
 from broker.engine.writer import Writer
 from broker.seams import Message
 from broker.settings import Limits, ProjectLimits, limits_of
+from devices.schema import holds_more
 
 MINUTE_MS = 60_000
 MOST_KEPT = 10_000  # buckets; beyond it the full ones are forgotten
@@ -61,6 +62,20 @@ class Quotas:
 
     def of(self, project: str) -> Limits:
         return self._own.get(project, self.limits)
+
+    def check_params(self, project: str, params: Any, encoded: bytes) -> None:
+        """Checks the size of a command's parameters.
+
+        Raises:
+            Refusal: too_large.
+        """
+        limits = self.of(project)
+        if len(encoded) > limits.params_bytes:
+            what = f"{len(encoded)} bytes; at most {limits.params_bytes} are allowed"
+            raise Refusal("too_large", f"params: {what}")
+        if holds_more(params, limits.params_values):
+            what = f"more than {limits.params_values} values; send many values as one text"
+            raise Refusal("too_large", f"params: {what}")
 
     def check_queue(self, device: DeviceState, lane: Lane, name: str, leaving: Sequence[Member]) -> None:
         """Checks that the lane has room for one more command of this name.

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from broker.settings import Limits
+from tests.integration.core_support import until
 from tests.integration.http.support import READ, Broker, error_of, register, running
 from tests.integration.http.test_commands import ids, send, state_is
 from tests.stretches import LONGEST_SEC, Stretches
@@ -320,4 +321,21 @@ async def test_a_large_fan_out_holds_the_loop_up_for_no_more_than_a_moment(broke
         answer = await client.post("/v1/commands", content=content, headers=headers)
         assert answer.status_code == 200
     assert len(answer.json()) == 10_000
+    assert longest.cpu_sec < LONGEST_SEC
+
+
+async def test_a_fan_out_of_many_values_to_devices_that_are_online_does_not_hold_the_loop_up(
+    broker: Broker,
+) -> None:
+    client = await broker.someone()
+    devices = await lamps(client, 100)
+    for name in devices:
+        broker.online(name)
+    body = {"devices": devices, "type": "blink", "params": {"numbers": list(range(3_900))}}
+    content = msgspec.json.encode(body)
+    async with Stretches() as longest:
+        headers = {"content-type": "application/json"}
+        answer = await client.post("/v1/commands", content=content, headers=headers)
+        await until(lambda: len(broker.link.sent) == 100)
+    assert answer.status_code == 200
     assert longest.cpu_sec < LONGEST_SEC

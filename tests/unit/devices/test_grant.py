@@ -10,6 +10,7 @@ from typing import Any
 
 import jwt
 import pytest
+import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
@@ -197,6 +198,18 @@ def test_the_hash_uses_the_canonical_form() -> None:
     found = params_hash({"\ufb33": 2, "😀": 1.0, "€": "\n", "numbers": numbers})
 
     assert found == base64url(hashlib.sha256(canonical.encode()).digest())
+
+
+@given(JSON)
+def test_the_fast_encoder_and_the_one_for_every_value_agree(params: Any) -> None:
+    canonical = base64url(hashlib.sha256(rfc8785.dumps(params)).digest())
+
+    assert params_hash(params) == canonical
+    assert params_hash([True, 2**53 - 1, {"b": '\x00\x1f\x7f\u2028"\\/', "B": None}]) == base64url(
+        hashlib.sha256(
+            b'[true,9007199254740991,{"B":null,"b":"\\u0000\\u001f\x7f\xe2\x80\xa8\\"\\\\/"}]'
+        ).digest()
+    )
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=5), st.randoms(use_true_random=False))
