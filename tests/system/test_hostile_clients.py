@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx2
 
+from broker.settings import MqttLimits
 from tests.conftest import unused_port
 from tests.integration.mqtt.test_sockets import Authority
 from tests.system.conftest import NewBroker
@@ -79,3 +80,23 @@ def test_a_reset_of_a_connection_leaves_no_traceback(new_broker: NewBroker, tmp_
     assert broker.http("GET", "/healthz").status_code == 200
     assert broker.end() == 0
     assert "Traceback" not in broker.run.err.all()
+
+
+def test_a_stream_and_an_mqtt_connection_end_when_their_key_is_revoked(broker: Broker) -> None:
+    made = broker.operator("POST", "/v1/keys", {"project": "default", "scopes": ["events:read"]}).json()
+    name, key = b"service", made["key"].encode()
+    asked = b"GET /v1/events HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\nX-API-Key: %s\r\n\r\n" % key
+    body = b"\x00\x04MQTT\x04\xc2\x00\x00\x00\x00" + b"".join(
+        len(text).to_bytes(2, "big") + text for text in (name, key)
+    )
+    with reset(port_of(broker)) as stream, reset(broker.mqtt_port) as mqtt:
+        stream.sendall(asked)
+        assert stream.recv(12) == b"HTTP/1.1 200"
+        mqtt.sendall(b"\x10" + bytes([len(body)]) + body)
+        assert mqtt.recv(4) == b"\x20\x02\x00\x00"
+        assert broker.operator("DELETE", f"/v1/keys/{made['id']}").status_code == 200
+        while stream.recv(4_096):
+            pass
+        while mqtt.recv(4_096):
+            pass
+    assert MqttLimits().tick_sec <= 1, "the listener looks at the keys of its clients once a tick"
