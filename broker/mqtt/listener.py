@@ -181,9 +181,9 @@ class Listener:
         elif isinstance(effect, Taken):
             self._taken(connection, effect)
         elif isinstance(effect, p.Subscribe):
-            connection.session.granted(effect.packet_id, self._subscribe(connection, effect))
+            connection.session.granted(effect, self._subscribe(connection, effect))
         elif isinstance(effect, p.Unsubscribe):
-            connection.session.released(effect.packet_id, self._unsubscribe(connection, effect))
+            connection.session.granted(effect, self._unsubscribe(connection, effect))
         elif isinstance(effect, p.Connect):
             self._arrivals += 1
             connection.arrival = self._arrivals

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
@@ -12,39 +12,38 @@ WILL = 0  # not a packet type: it stands for the properties of a will in the tab
 
 Properties = dict[str, Any]
 _ANSWERS = (CONNACK, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBACK, UNSUBACK, DISCONNECT, AUTH)
-# Property -> its identifier, its encoding (a width in bytes, or a kind), the packets that may contain it.
+# Property -> its identifier, its form (see `codec`), the packets that may contain it.
 # Source: MQTT 5.0, table 2-4. "user" and "subscription_id" may be repeated: their values are lists.
-PROPERTIES: dict[str, tuple[int, int | str, tuple[int, ...]]] = {
-    "format": (0x01, 1, (PUBLISH, WILL)),
-    "expiry": (0x02, 4, (PUBLISH, WILL)),
+PROPERTIES: dict[str, tuple[int, str, tuple[int, ...]]] = {
+    "format": (0x01, "flag", (PUBLISH, WILL)),
+    "expiry": (0x02, "4 bytes", (PUBLISH, WILL)),
     "content_type": (0x03, "text", (PUBLISH, WILL)),
     "response_topic": (0x08, "text", (PUBLISH, WILL)),
     "correlation": (0x09, "bytes", (PUBLISH, WILL)),
-    "subscription_id": (0x0B, "varint", (PUBLISH, SUBSCRIBE)),
-    "session_expiry": (0x11, 4, (CONNECT, CONNACK, DISCONNECT)),
+    "subscription_id": (0x0B, "varint, not 0", (PUBLISH, SUBSCRIBE)),
+    "session_expiry": (0x11, "4 bytes", (CONNECT, CONNACK, DISCONNECT)),
     "assigned_id": (0x12, "text", (CONNACK,)),
-    "server_keepalive": (0x13, 2, (CONNACK,)),
+    "server_keepalive": (0x13, "2 bytes", (CONNACK,)),
     "auth_method": (0x15, "text", (CONNECT, CONNACK, AUTH)),
     "auth_data": (0x16, "bytes", (CONNECT, CONNACK, AUTH)),
-    "problem_info": (0x17, 1, (CONNECT,)),
-    "will_delay": (0x18, 4, (WILL,)),
-    "response_info_wanted": (0x19, 1, (CONNECT,)),
+    "problem_info": (0x17, "flag", (CONNECT,)),
+    "will_delay": (0x18, "4 bytes", (WILL,)),
+    "response_info_wanted": (0x19, "flag", (CONNECT,)),
     "response_info": (0x1A, "text", (CONNACK,)),
     "server_reference": (0x1C, "text", (CONNACK, DISCONNECT)),
     "reason_string": (0x1F, "text", _ANSWERS),
-    "receive_maximum": (0x21, 2, (CONNECT, CONNACK)),
-    "alias_maximum": (0x22, 2, (CONNECT, CONNACK)),
-    "alias": (0x23, 2, (PUBLISH,)),
-    "maximum_qos": (0x24, 1, (CONNACK,)),
-    "retain_available": (0x25, 1, (CONNACK,)),
+    "receive_maximum": (0x21, "2 bytes, not 0", (CONNECT, CONNACK)),
+    "alias_maximum": (0x22, "2 bytes", (CONNECT, CONNACK)),
+    "alias": (0x23, "2 bytes", (PUBLISH,)),
+    "maximum_qos": (0x24, "flag", (CONNACK,)),
+    "retain_available": (0x25, "flag", (CONNACK,)),
     "user": (0x26, "pair", tuple(range(AUTH + 1))),
-    "maximum_packet": (0x27, 4, (CONNECT, CONNACK)),
-    "wildcards_available": (0x28, 1, (CONNACK,)),
-    "subscription_ids_available": (0x29, 1, (CONNACK,)),
-    "shared_available": (0x2A, 1, (CONNACK,)),
+    "maximum_packet": (0x27, "4 bytes, not 0", (CONNECT, CONNACK)),
+    "wildcards_available": (0x28, "flag", (CONNACK,)),
+    "subscription_ids_available": (0x29, "flag", (CONNACK,)),
+    "shared_available": (0x2A, "flag", (CONNACK,)),
 }
 REPEATED = ("user", "subscription_id")
-NOT_ZERO = ("receive_maximum", "maximum_packet", "alias", "subscription_id")
 
 
 class Reason:
@@ -66,7 +65,7 @@ class BadPacket(Exception):
         self.reason = reason
 
 
-class Will(msgspec.Struct, kw_only=True):
+class Will(msgspec.Struct):
     topic: str
     payload: bytes
     qos: int = 0
@@ -74,9 +73,10 @@ class Will(msgspec.Struct, kw_only=True):
     properties: Properties = {}
 
 
-class Connect(msgspec.Struct, kw_only=True):
+class Connect(msgspec.Struct):
     """`version` is the protocol level: 4 for MQTT 3.1.1, 5. `keepalive` in seconds."""
 
+    kind: ClassVar[int] = CONNECT
     client_id: str
     version: int = 5
     clean: bool = True
@@ -88,12 +88,14 @@ class Connect(msgspec.Struct, kw_only=True):
 
 
 class Connack(msgspec.Struct):
+    kind: ClassVar[int] = CONNACK
     reason: int
     session_present: bool = False
     properties: Properties = {}
 
 
 class Publish(msgspec.Struct):
+    kind: ClassVar[int] = PUBLISH
     topic: str
     payload: bytes
     qos: int = 0
@@ -123,12 +125,14 @@ class Filter(NamedTuple):
 
 
 class Subscribe(msgspec.Struct):
+    kind: ClassVar[int] = SUBSCRIBE
     packet_id: int
     filters: list[Filter]
     properties: Properties = {}
 
 
 class Unsubscribe(msgspec.Struct):
+    kind: ClassVar[int] = UNSUBSCRIBE
     packet_id: int
     topics: list[str]
     properties: Properties = {}

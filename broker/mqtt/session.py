@@ -8,6 +8,8 @@ of a clock that never steps.
 
 from __future__ import annotations
 
+from collections import deque
+from math import inf
 from typing import Any, Literal, NamedTuple
 
 from broker.mqtt import packets as p
@@ -18,7 +20,6 @@ from broker.settings import MqttLimits
 # What MQTT 3.1.1 has instead of a reason code in a CONNACK.
 _CONNACK_311 = {Reason.WRONG_VERSION: 1, Reason.WRONG_CLIENT_ID: 2, Reason.NOT_AUTHORIZED: 5}
 _UNAVAILABLE_311 = 3
-_SUCCESS = {p.PUBACK: b"\x40\x02", p.PUBREC: b"\x50\x02"}
 _KEEPALIVE_GRACE = 1.5  # MQTT-3.1.2-24
 _FRAME = 1 / 8  # what a WebSocket frame costs, in packets: some clients cut one packet into several frames
 _ANYTHING = 268_435_460  # the largest packet there can be
@@ -46,22 +47,6 @@ class Closed(NamedTuple):
 Effect = p.Connect | Publish | p.Subscribe | p.Unsubscribe | Taken | Closed
 
 
-class _Heard:
-    """A message of the client without a PUBACK. `answer`: (reason, text), once the owner allowed it."""
-
-    __slots__ = ("answer", "publish")
-
-    def __init__(self, publish: Publish) -> None:
-        self.publish = publish
-        self.answer: tuple[int, str] | None = None
-
-
-class _Queued(NamedTuple):
-    publish: Publish
-    tag: Any
-    expires_at: float | None
-
-
 class Session:
     """`state`: new (no CONNECT yet), judged (the owner decides about the CONNECT), open, closed.
 
@@ -78,14 +63,15 @@ class Session:
         self.effects: list[Effect] = []
         self.paused = False
         self.resume_at: float | None = None
-        self.duplicates = 0
         self.heard_at = now  # when the last whole packet arrived
         self._limits = limits
         self._splitter = Splitter(limits.connect_bytes)
-        self._heard: dict[int, _Heard] = {}
-        self._unreleased: dict[int, None] = {}  # QoS 2: PUBREC sent, PUBREL not received
-        self._in_flight: dict[int, tuple[Any, float]] = {}
-        self._queue: list[_Queued] = []
+        self._heard: dict[int, Publish] = {}  # messages of the client without a PUBACK
+        self._allowed: dict[int, tuple[int, str]] = {}  # of these, the ones that the owner has acknowledged
+        self._most_heard: float = inf
+        self._unreleased: set[int] = set()  # QoS 2: PUBREC sent, PUBREL not received
+        self._in_flight: dict[int, tuple[Any, float]] = {}  # packet id -> tag, and when it was sent
+        self._queue: deque[tuple[Publish, Any, float | None]] = deque()
         self._last_id = 0
         self._window = limits.in_flight
         self._largest = _ANYTHING
@@ -105,41 +91,41 @@ class Session:
     # --- from the network ---
 
     def receive(self, data: bytes, now: float) -> None:
-        if self.state != "closed":
-            self._splitter.put(data)
-            self.work(now)
+        if self.state == "closed":
+            return
+        self._splitter.put(data)
+        self.work(now)
         most = self._limits.connect_bytes
         if self.state == "judged" and self._splitter.waiting > most:
             self.close(Reason.TOO_LARGE, f"more than {most} bytes before the CONNACK")
 
     def frame(self, now: float) -> None:
         """Counts a WebSocket frame, which costs time even if it is empty."""
-        self._pay(_FRAME / self._limits.packets_per_sec, now)
+        self._pay(_FRAME, 0, now)
 
     def work(self, now: float) -> None:
         """Handles the packets that have arrived, as many as windows, rate and one turn allow."""
-        self.resume_at = None
-        limits, left = self._limits, self._limits.packets_at_once
+        self.paused, self.resume_at = True, None
+        left = self._limits.packets_at_once
         try:
-            while left > 0:
-                if not self._may_read(now):
+            while left > 0 and self._paid_until <= now:
+                if self.state in ("judged", "closed") or len(self._heard) >= self._most_heard:
                     return
                 cut = self._splitter.next()
                 if cut is None:
                     self.paused = False
                     return
                 self.heard_at = now
-                first, body = cut
-                packet = decode(first, body, self.version)
+                packet = decode(*cut, self.version)
                 if type(packet) is p.Ack and packet.packet_id in self._in_flight:
                     left -= 1
                     self._acknowledged(packet, now)  # not charged: the server caused them
                 else:
                     weight = p.weight(packet)
                     left -= weight
-                    self._pay(max(weight / limits.packets_per_sec, len(body) / limits.bytes_per_sec), now)
-                    self._handle(packet, now)
-            self.paused, self.resume_at = True, now
+                    self._pay(weight, len(cut[1]), now)
+                    self._handle(packet)
+            self.resume_at = max(now, self._paid_until)
         except BadPacket as error:
             self.close(error.reason, str(error))
 
@@ -149,8 +135,9 @@ class Session:
 
     def tick(self, now: float, *, read: bool = True) -> None:
         """Ends a connection that has been silent for too long. `read`: its owner reads from it."""
-        if self.state == "new" and now >= self.heard_at + self._limits.connect_sec:
-            self.close(Reason.UNSPECIFIED, f"no CONNECT within {self._limits.connect_sec:g} s")
+        limits = self._limits
+        if self.state == "new" and now >= self.heard_at + limits.connect_sec:
+            self.close(Reason.UNSPECIFIED, f"no CONNECT within {limits.connect_sec:g} s")
         if self.state != "open":
             return
         if self.paused or not read:
@@ -159,54 +146,51 @@ class Session:
             self.close(Reason.KEEPALIVE, f"no packet for 1.5 times the keepalive of {self.keepalive} s")
         elif not self.keepalive and self._in_flight:
             _, sent_at = next(iter(self._in_flight.values()))
-            if now >= max(sent_at, self.heard_at) + self._limits.unanswered_sec:
-                self.close(Reason.KEEPALIVE, f"no PUBACK within {self._limits.unanswered_sec:g} s")
+            if now >= max(sent_at, self.heard_at) + limits.unanswered_sec:
+                self.close(Reason.KEEPALIVE, f"no PUBACK within {limits.unanswered_sec:g} s")
 
     # --- decisions of the owner ---
 
     def accept(self, now: float, *, assigned_id: str | None = None, shared: bool = False) -> None:
         """Accepts the CONNECT. `shared`: shared subscriptions and subscription identifiers are available."""
+        limits, asked = self._limits, self.keepalive
         self.state, self.heard_at = "open", now
-        self._splitter.longest = self._limits.packet_bytes
-        self._paid_until = now - self._limits.burst_sec
-        connack = p.Connack(Reason.SUCCESS)
+        self._splitter.longest = limits.packet_bytes
+        self._paid_until = now - limits.burst_sec
+        told: p.Properties = {
+            "maximum_qos": 1,
+            "receive_maximum": limits.receive_maximum,
+            "maximum_packet": limits.packet_bytes,
+            "alias_maximum": 0,
+            "session_expiry": 0,
+        }
+        if not shared:
+            told |= {"shared_available": 0, "subscription_ids_available": 0}
         if self.version == 5:
-            asked, longest = self.keepalive, self._limits.keepalive_sec
-            self.keepalive = min(asked, longest) or longest
-            connack.properties = {
-                "maximum_qos": 1,
-                "receive_maximum": self._limits.receive_maximum,
-                "maximum_packet": self._limits.packet_bytes,
-                "alias_maximum": 0,
-                "session_expiry": 0,
-            }
-            if not shared:
-                connack.properties |= {"shared_available": 0, "subscription_ids_available": 0}
-            if self.keepalive != asked:
-                connack.properties["server_keepalive"] = self.keepalive
-            if assigned_id is not None:
-                connack.properties["assigned_id"] = assigned_id
-        if self._say(connack):
+            self.keepalive = min(asked, limits.keepalive_sec) or limits.keepalive_sec
+        if self.keepalive != asked:
+            told["server_keepalive"] = self.keepalive
+        if assigned_id is not None:
+            told["assigned_id"] = assigned_id
+        if self._say(p.Connack(Reason.SUCCESS, properties=told)):
             self.work(now)
         else:
             self._end(Reason.TOO_LARGE, "its maximum packet size is too small", will=False, by_us=True)
 
     def refuse(self, reason: int, text: str) -> None:
         """Refuses the CONNECT. None of the client's packets has an effect, its will neither."""
-        if self.version == 5:
-            self._say(p.Connack(reason, properties={"reason_string": text}))
-        else:
-            self._say(p.Connack(_CONNACK_311.get(reason, _UNAVAILABLE_311)))
+        code = reason if self.version == 5 else _CONNACK_311.get(reason, _UNAVAILABLE_311)
+        self._say(p.Connack(code, properties={"reason_string": text}))
         self._end(reason, text, will=False, by_us=True)
 
     def close(self, reason: int, text: str) -> None:
         """Ends the connection. MQTT 3.1.1 has no packet that tells the client why."""
         if self.state == "judged" or (self.state == "new" and reason == Reason.WRONG_VERSION):
             self.refuse(reason, text)
-        elif self.state in ("new", "open"):
-            if self.state == "open" and self.version == 5:
-                self._say(p.Goodbye(reason=reason, properties={"reason_string": text}))
-            self._end(reason, text, will=True, by_us=True)
+            return
+        if self.state == "open" and self.version == 5:
+            self._say(p.Goodbye(reason=reason, properties={"reason_string": text}))
+        self._end(reason, text, will=True, by_us=True)
 
     def publish(
         self, publish: Publish, tag: Any, now: float, expires_at: float | None = None
@@ -214,79 +198,64 @@ class Session:
         """Sends a message, or queues it until the client's window allows it. QoS 0 is sent at once and has no
         PUBACK; each other message that is sent or queued ends with one `Taken`, which has its `tag`."""
         assert self.state == "open"
-        if publish.qos and len(self._in_flight) >= self._window:
-            if len(self._queue) >= self._limits.queued:
-                return "full"
-            self._queue.append(_Queued(publish, tag, expires_at))
-            return "queued"
-        return "sent" if self._send(publish, tag, now) else "too large"
+        if not publish.qos or self.room:
+            return "sent" if self._send(publish, tag, now) else "too large"
+        if len(self._queue) >= self._limits.queued:
+            return "full"
+        self._queue.append((publish, tag, expires_at))
+        return "queued"
 
     def acknowledge(self, packet_id: int, reason: int = Reason.SUCCESS, text: str = "") -> None:
         """Allows the PUBACK of a message. It is sent after the PUBACKs of all messages before it."""
-        heard = self._heard.get(packet_id)
-        if heard is None or self.state != "open":
-            return
-        heard.answer = reason, text
-        while self._heard:
-            first = next(iter(self._heard))
-            answer = self._heard[first].answer
-            if answer is None:
-                return
-            qos = self._heard.pop(first).publish.qos
-            if qos == 2:
-                self._unreleased[first] = None
-            self._answer(p.PUBACK if qos == 1 else p.PUBREC, first, *answer)
+        if packet_id in self._heard:  # it is empty once the session is closed
+            self._allowed[packet_id] = reason, text
+        while self._heard and (first := next(iter(self._heard))) in self._allowed:
+            if self._heard.pop(first).qos == 1:
+                self._answer(p.PUBACK, first, *self._allowed.pop(first))
+            else:
+                self._unreleased.add(first)
+                self._answer(p.PUBREC, first, *self._allowed.pop(first))
 
-    def granted(self, packet_id: int, reasons: list[int]) -> None:
-        """Answers a SUBSCRIBE."""
+    def granted(self, asked: p.Subscribe | p.Unsubscribe, reasons: list[int]) -> None:
+        """Answers a SUBSCRIBE or an UNSUBSCRIBE."""
+        kind = p.SUBACK if isinstance(asked, p.Subscribe) else p.UNSUBACK
         if self.version != 5:
-            reasons = [min(reason, 0x80) for reason in reasons]
+            reasons = [min(reason, 0x80) for reason in reasons] if kind == p.SUBACK else []
         if self.state == "open":
-            self._say(p.Granted(p.SUBACK, packet_id, reasons))
-
-    def released(self, packet_id: int, reasons: list[int]) -> None:
-        """Answers an UNSUBSCRIBE."""
-        if self.state == "open":
-            self._say(p.Granted(p.UNSUBACK, packet_id, reasons if self.version == 5 else []))
+            self._say(p.Granted(kind, asked.packet_id, reasons))
 
     # --- inside ---
 
-    def _may_read(self, now: float) -> bool:
-        if self.state in ("judged", "closed"):
-            self.paused = True
-        elif self._paid_until > now:
-            self.paused, self.resume_at = True, self._paid_until
-        elif self.version != 5 and len(self._heard) >= self._limits.unacknowledged:
-            self.paused = True
-        else:
-            return True
-        return False
+    def _pay(self, packets: float, size: int, now: float) -> None:
+        """Charges for what came. A client that has used up its burst is not read until the debt is old."""
+        limits = self._limits
+        cost = max(packets / limits.packets_per_sec, size / limits.bytes_per_sec)
+        self._paid_until = max(self._paid_until, now - limits.burst_sec) + cost
 
-    def _pay(self, cost: float, now: float) -> None:
-        """`cost` in seconds. A client that has used up its burst is not read until it has waited so long."""
-        self._paid_until = max(self._paid_until, now - self._limits.burst_sec) + cost
-
-    def _handle(self, packet: Packet, now: float) -> None:
-        if self.state == "new":
-            self._connect(packet)
-        elif type(packet) is Publish:
-            self._published(packet)
-        elif isinstance(packet, p.Ping) and packet.kind == p.PINGREQ:
-            self.out.append(b"\xd0\x00")
-        elif isinstance(packet, p.Subscribe | p.Unsubscribe):
-            self.effects.append(packet)
-        elif isinstance(packet, p.Ack) and packet.kind == p.PUBREL:
-            known = packet.packet_id in self._unreleased
-            self._unreleased.pop(packet.packet_id, None)
-            self._answer(p.PUBCOMP, packet.packet_id, 0 if known else Reason.UNKNOWN_ID, "")
-        elif isinstance(packet, p.Ack) and packet.kind == p.PUBACK:
-            return  # the message is not in flight: such a PUBACK is harmless
-        elif isinstance(packet, p.Goodbye) and packet.kind == p.DISCONNECT:
-            if packet.properties.get("session_expiry") and not self._wants_session:
-                raise BadPacket("a session expiry in DISCONNECT where CONNECT had 0", Reason.PROTOCOL_ERROR)
-            self._end(packet.reason, "the client sent DISCONNECT", will=packet.reason != 0, by_us=False)
-        else:
-            raise BadPacket("a packet that a client may not send here", Reason.PROTOCOL_ERROR)
+    def _handle(self, packet: Packet) -> None:
+        match packet:
+            case _ if self.state == "new":
+                self._connect(packet)
+            case Publish():
+                self._published(packet)
+            case p.Subscribe() | p.Unsubscribe():
+                self.effects.append(packet)
+            case p.Ping(p.PINGREQ):
+                self.out.append(encode(p.Ping(p.PINGRESP), self.version))
+            case p.Ack(p.PUBACK):
+                pass  # the message is not in flight: such a PUBACK is harmless
+            case p.Ack(p.PUBREL, packet_id):
+                known = packet_id in self._unreleased
+                self._unreleased.discard(packet_id)
+                self._answer(p.PUBCOMP, packet_id, Reason.SUCCESS if known else Reason.UNKNOWN_ID)
+            case p.Goodbye(p.DISCONNECT, reason, properties):
+                if properties.get("session_expiry") and not self._wants_session:
+                    raise BadPacket(
+                        "a session expiry in DISCONNECT where CONNECT had 0", Reason.PROTOCOL_ERROR
+                    )
+                self._end(reason, "the client sent DISCONNECT", will=reason != 0, by_us=False)
+            case _:
+                raise BadPacket("a packet that a client may not send here", Reason.PROTOCOL_ERROR)
 
     def _connect(self, packet: Packet) -> None:
         if not isinstance(packet, p.Connect):
@@ -294,6 +263,8 @@ class Session:
         properties = packet.properties
         self.state, self.will = "judged", packet.will
         self.version, self.keepalive = packet.version, packet.keepalive
+        if packet.version != 5:  # these clients know of no Receive Maximum, so they are not read for a while
+            self._most_heard = self._limits.unacknowledged
         self._window = min(properties.get("receive_maximum", self._window), self._window)
         self._largest = properties.get("maximum_packet", _ANYTHING)
         self._wants_session = properties.get("session_expiry", 0) > 0
@@ -308,31 +279,29 @@ class Session:
             self.effects.append(packet)
 
     def _published(self, packet: Publish) -> None:
-        properties, mid = packet.properties, packet.packet_id
+        properties, packet_id = packet.properties, packet.packet_id
         if self.version == 5:
+            answer_to = properties.get("response_topic", "")
             if "alias" in properties:
                 raise BadPacket("a topic alias; the maximum is 0", Reason.BAD_ALIAS)
             if packet.qos == 2:
                 raise BadPacket("QoS 2; the maximum is 1", Reason.QOS)
-            answer_to = properties.get("response_topic", "")
             if "subscription_id" in properties or "+" in answer_to or "#" in answer_to:
                 raise BadPacket("a property that a client may not set in a PUBLISH", Reason.PROTOCOL_ERROR)
         if packet.qos:
-            if (known := self._heard.get(mid)) is not None:
-                if (known.publish.topic, known.publish.payload) != (packet.topic, packet.payload):
-                    raise BadPacket(f"packet id {mid} is in use", Reason.PROTOCOL_ERROR)
-                self.duplicates += 1
+            known = self._heard.get(packet_id)
+            if known is not None and (known.topic, known.payload) == (packet.topic, packet.payload):
+                return  # a duplicate on the same connection
+            if packet.qos == 2 and packet_id in self._unreleased:
+                self._answer(p.PUBREC, packet_id)
                 return
-            if mid in self._unreleased:
-                if packet.qos != 2:
-                    raise BadPacket(f"packet id {mid} is in use", Reason.PROTOCOL_ERROR)
-                self._answer(p.PUBREC, mid, 0, "")
-                return
+            if known is not None or packet_id in self._unreleased:
+                raise BadPacket(f"packet id {packet_id} is in use", Reason.PROTOCOL_ERROR)
             if self.version == 5 and len(self._heard) >= self._limits.receive_maximum:
                 raise BadPacket(f"more than {len(self._heard)} messages without PUBACK", Reason.TOO_MANY)
             if len(self._unreleased) > self._limits.unacknowledged:
                 raise BadPacket("too many messages without PUBREL", Reason.TOO_MANY)
-            self._heard[mid] = _Heard(packet)
+            self._heard[packet_id] = packet
         self.effects.append(packet)
 
     def _acknowledged(self, packet: p.Ack, now: float) -> None:
@@ -340,23 +309,20 @@ class Session:
             raise BadPacket("a message of QoS 1 is acknowledged with PUBACK", Reason.PROTOCOL_ERROR)
         tag, _ = self._in_flight.pop(packet.packet_id)
         self.effects.append(Taken(tag, packet.reason, packet.properties.get("reason_string", "")))
-        while self._queue and len(self._in_flight) < self._window:
-            waiting = self._queue.pop(0)
-            left = None if waiting.expires_at is None else waiting.expires_at - now
+        while self._queue and self.room:
+            publish, tag, expires_at = self._queue.popleft()
+            left = None if expires_at is None else expires_at - now
             if left is not None:
-                waiting.publish.properties["expiry"] = max(1, int(left))  # MQTT-3.3.2-6
-            if (left is not None and left <= 0) or not self._send(waiting.publish, waiting.tag, now):
-                self.effects.append(Taken(waiting.tag, None))
+                publish.properties["expiry"] = max(1, int(left))  # MQTT-3.3.2-6
+            if (left is not None and left <= 0) or not self._send(publish, tag, now):
+                self.effects.append(Taken(tag, None))
 
     def _send(self, publish: Publish, tag: Any, now: float) -> bool:
-        if publish.qos:
-            publish.packet_id = self._next_id()
-        data = encode(publish, self.version)
-        if len(data) > self._largest:
+        publish.packet_id = self._next_id() if publish.qos else 0
+        if not self._say(publish):
             return False
         if publish.qos:
             self._in_flight[publish.packet_id] = tag, now
-        self.out.append(data)
         return True
 
     def _next_id(self) -> int:
@@ -366,18 +332,17 @@ class Session:
             if self._last_id not in self._in_flight:
                 return self._last_id
 
-    def _answer(self, kind: int, packet_id: int, reason: int, text: str) -> None:
-        if (not reason or self.version != 5) and kind in _SUCCESS:
-            self.out.append(_SUCCESS[kind] + packet_id.to_bytes(2, "big"))
+    def _answer(self, kind: int, packet_id: int, reason: int = Reason.SUCCESS, text: str = "") -> None:
+        if not reason or self.version != 5:
+            self.out.append(bytes((kind << 4, 2)) + packet_id.to_bytes(2, "big"))
             return
         told = text and self._tells_problems
         self._say(p.Ack(kind, packet_id, reason, {"reason_string": text} if told else {}))
 
-    def _say(self, packet: p.Connack | p.Ack | p.Granted | p.Goodbye) -> bool:
-        """Sends it, if it is not larger than the client allows, else without its text (MQTT-3.1.2-24)."""
+    def _say(self, packet: p.Connack | Publish | p.Ack | p.Granted | p.Goodbye) -> bool:
+        """Sends it if the client allows its size, if need be without the reason string (MQTT-3.1.2-24)."""
         data = encode(packet, self.version)
-        if len(data) > self._largest:
-            packet.properties.pop("reason_string", None)
+        if len(data) > self._largest and packet.properties.pop("reason_string", None) is not None:
             data = encode(packet, self.version)
         if len(data) > self._largest:
             return False
@@ -387,13 +352,10 @@ class Session:
     def _end(self, reason: int, text: str, *, will: bool, by_us: bool) -> None:
         if self.state == "closed":
             return
-        admitted, self.state = self.state == "open", "closed"
-        self.paused, self.resume_at = True, None
-        unknown = [*(tag for tag, _ in self._in_flight.values()), *(each.tag for each in self._queue)]
-        self._in_flight.clear()
-        self._queue.clear()
+        due = will and self.state == "open" and self.will is not None
+        self.state, self.paused, self.resume_at = "closed", True, None
+        unknown = [*(tag for tag, _ in self._in_flight.values()), *(tag for _, tag, _ in self._queue)]
         unanswered = tuple(self._heard)
-        self._heard.clear()
-        self.effects += [Taken(tag, None) for tag in unknown]
-        due = will and admitted and self.will is not None
-        self.effects.append(Closed(reason, text, due, by_us, unanswered))
+        for each in (self._in_flight, self._queue, self._heard):
+            each.clear()
+        self.effects += [*(Taken(tag, None) for tag in unknown), Closed(reason, text, due, by_us, unanswered)]

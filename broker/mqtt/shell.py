@@ -131,7 +131,7 @@ class Connection(asyncio.Protocol):
                 self.transport.write(data)
         if session.state == "closed":
             self.transport.close()
-        else:
+        elif session.paused or self.held or not self._reading:
             self._pace()
 
     def _pace(self) -> None:

@@ -125,8 +125,8 @@ class Owner:
                 self.waiting.clear()
                 self.session.work(self.now)
         elif isinstance(effect, p.Subscribe):
-            self.session.granted(effect.packet_id, [min(each.qos, 1) for each in effect.filters])
+            self.session.granted(effect, [min(each.qos, 1) for each in effect.filters])
             if self.choice & 0x20 and self.session.state == "open":
                 self.session.publish(p.Publish("iotee/dev/door/rls", b"1", 1), "tag", self.now, self.now + 5)
         elif isinstance(effect, p.Unsubscribe):
-            self.session.released(effect.packet_id, [0] * len(effect.topics))
+            self.session.granted(effect, [0] * len(effect.topics))

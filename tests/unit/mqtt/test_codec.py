@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from broker.mqtt import packets as p
 from broker.mqtt.codec import MOST_FILTERS, MOST_PROPERTIES, Splitter, decode, encode, varint
-from broker.mqtt.packets import NOT_ZERO, PROPERTIES, REPEATED, BadPacket, Packet, Reason
+from broker.mqtt.packets import PROPERTIES, REPEATED, BadPacket, Packet, Reason
 
 LONGEST = 268_435_455
-WIDEST = {1: 1, 2: 0xFFFF, 4: 0xFFFF_FFFF}
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 topics = texts.map(lambda text: text.replace("+", "").replace("#", "") or "t")
@@ -27,14 +26,16 @@ payloads = st.binary(max_size=200) | st.sampled_from([120, 127, 128, 16_383, 16_
 reasons = st.integers(0, 255)
 
 
-def values(form: int | str, name: str) -> st.SearchStrategy[Any]:
-    least = int(name in NOT_ZERO)
-    if isinstance(form, int):
-        return st.integers(least, WIDEST[form])
+def values(form: str) -> st.SearchStrategy[Any]:
     return {
+        "flag": st.integers(0, 1),
+        "2 bytes": st.integers(0, 0xFFFF),
+        "2 bytes, not 0": ids,
+        "4 bytes": st.integers(0, 0xFFFF_FFFF),
+        "4 bytes, not 0": st.integers(1, 0xFFFF_FFFF),
+        "varint, not 0": st.integers(1, LONGEST),
         "text": texts,
         "bytes": st.binary(max_size=300),
-        "varint": st.integers(least, LONGEST),
         "pair": st.tuples(texts, texts),
     }[form]
 
@@ -43,7 +44,7 @@ def properties(place: int) -> st.SearchStrategy[p.Properties]:
     each = {}
     for name, (_, form, places) in PROPERTIES.items():
         if place in places:
-            value = values(form, name)
+            value = values(form)
             each[name] = st.lists(value, min_size=1, max_size=3) if name in REPEATED else value
     return st.fixed_dictionaries({}, optional=each)
 
