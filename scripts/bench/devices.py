@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import uvloop
@@ -48,11 +49,14 @@ class _Devices:
             self.client.publish(answer_topic, answer % command_id)
 
 
-async def _run(port: int, devices: int, connections: int, answers: list[bytes]) -> None:
-    for number in range(connections):
-        names = [hardware_id(device) for device in range(number, devices, connections)]
+async def _run(
+    port: int, devices: int, connections: int, answers: list[bytes], tokens: dict[str, str] | None
+) -> None:
+    for number in range(devices if tokens else connections):
+        names = [hardware_id(device) for device in range(number, devices, devices if tokens else connections)]
         group = _Devices(answers)
-        group.client = client = await Client.open(port, f"bench-devices-{number}", group.command)
+        group.client = client = Client(group.command)
+        await client.enter(port, names[0], password=tokens[names[0]] if tokens else "-")
         await client.subscribe([f"{PREFIX}/{name}/rls" for name in names])
         for name in names:
             client.publish(f"{PREFIX}/{name}/status".encode(), b"online", retain=True)
@@ -68,9 +72,11 @@ def main() -> None:
     number("--devices")
     number("--connections")
     parser.add_argument("--answers", nargs="+", choices=RESULTS, required=True)
+    parser.add_argument("--tokens", type=Path, help="JSON: each device connects as itself, with its token")
     given = parser.parse_args()
     answers = [RESULTS[name] for name in given.answers]
-    uvloop.run(_run(given.port, given.devices, given.connections, answers))
+    tokens = msgspec.json.decode(given.tokens.read_bytes()) if given.tokens else None
+    uvloop.run(_run(given.port, given.devices, given.connections, answers, tokens))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import sqlite3
 import statistics
 import sys
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx2
@@ -30,6 +32,7 @@ LIVES = """SELECT c.recorded_at, e.recorded_at FROM events c JOIN events e ON e.
     WHERE c.type = 'created' AND e.type = 'executed' AND c.position > ?"""
 
 Figures = dict[str, list[float]]
+Round = Callable[[], Awaitable[dict[str, float]]]
 
 
 class _Trips:
@@ -87,34 +90,55 @@ async def lives(
 ) -> Figures:
     """Full lives: created over HTTP, published, acknowledged, executed. Every step is durable."""
     figures: Figures = {}
-    async with (
-        processes.mosquitto_server(home) as (mqtt_port, mosquitto),
-        processes.broker(home, mqtt_port, profile) as (port, broker),
-    ):
-        scopes = ["--scope", "devices:read", "--scope", "devices:write"]
-        key = processes.ordain("keys", "create", "--project", "bench", *scopes, "--data", str(home))
-        await _register(port, key, devices)
-        async with processes.devices(
-            home, mqtt_port, devices, connections, ["acknowledged", "executed"]
-        ) as fleet:
-            pids = {"broker": broker, "Mosquitto": mosquitto, "devices": fleet}
-            log = open_for_reading(home)
-            for number in range(rounds + 1):
-                async with asyncio.timeout(ROUND_WITHIN_SEC):
-                    found = await _round(log, port, key, devices, count, pids)
-                if number:
-                    for name, value in found.items():
-                        figures.setdefault(name, []).append(value)
-            log.close()
+    async with living(home, count, devices, connections, profile=profile) as one_round:
+        for number in range(rounds + 1):
+            found = await one_round()
+            if number:
+                for name, value in found.items():
+                    figures.setdefault(name, []).append(value)
     return figures
 
 
-async def _register(port: int, key: str, devices: int) -> None:
-    headers = {"Authorization": f"Bearer {key}"}
+@asynccontextmanager
+async def living(
+    home: Path, count: int, devices: int, connections: int, *, own: bool = False, profile: Path | None = None
+) -> AsyncIterator[Round]:
+    """Runs a broker with its devices. Yields what makes one round of `count` lives and measures it.
+
+    `own`: the devices connect to the broker's own MQTT server, each with its token, else to a Mosquitto.
+    """
+    async with AsyncExitStack() as stack:
+        pids: dict[str, int] = {}
+        mqtt_port = processes.unused_port()
+        if not own:
+            mqtt_port, pids["Mosquitto"] = await stack.enter_async_context(processes.mosquitto_server(home))
+        served = processes.broker(home, mqtt_port, profile, own=own)
+        port, pids["broker"] = await stack.enter_async_context(served)
+        scopes = ["--scope", "devices:read", "--scope", "devices:write"]
+        key = processes.ordain("keys", "create", "--project", "bench", *scopes, "--data", str(home))
+        tokens = await _register(port, key, devices)
+        answers = ["acknowledged", "executed"]
+        fleet = processes.devices(home, mqtt_port, devices, connections, answers, tokens if own else None)
+        pids["devices"] = await stack.enter_async_context(fleet)
+        log = open_for_reading(home)
+        stack.callback(log.close)
+
+        async def one_round() -> dict[str, float]:
+            async with asyncio.timeout(ROUND_WITHIN_SEC):
+                return await _round(log, port, key, devices, count, pids)
+
+        yield one_round
+
+
+async def _register(port: int, key: str, devices: int) -> dict[str, str]:
+    """Registers the devices. Returns their tokens by hardware id."""
+    headers, tokens = {"Authorization": f"Bearer {key}"}, {}
     async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as client:
         for number in range(devices):
             body = {"hardware_id": hardware_id(number), "type": "generic"}
-            (await client.post("/v1/devices", json=body)).raise_for_status()
+            answer = (await client.post("/v1/devices", json=body)).raise_for_status()
+            tokens[hardware_id(number)] = answer.json()["device_token"]
+    return tokens
 
 
 async def _round(

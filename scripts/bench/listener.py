@@ -1,17 +1,21 @@
-"""Part e: devices on the listener itself: round trips, many connections, TLS, beside a bare server as floor.
+"""Part e: devices on our own MQTT server: round trips, many connections, and full lives over HTTP.
 
-Devices are 3.1.1 clients in this process, one connection each; the server is a process of its own.
+Beside it, in the same run: a bare server as the floor, amqtt as the server was before, and Mosquitto. Devices
+are MQTT 3.1.1 clients with one connection each; each server is a separate process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import ssl
+import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from scripts.bench import life as bench_life
 from scripts.bench.mqtt import Client
 from scripts.bench.processes import ROOT
 
-DEVICES, MANY, MANY_TLS = 1_000, 10_000, 2_000
+DEVICES, MANY, MANY_TLS, LIVING = 1_000, 10_000, 2_000, 100
+AMQTT_COMMIT = "6cd96464e36b8b626cd39c27f1e71516ef25b112"
+SLOWER = {"floor": 1, "listener": 1, "amqtt": 5}  # so that their rounds last about as long
+TRIPS_PER_LIFE = 5
 WINDOW = 100
 PACED = 5_000.0
 AT_ONCE = 200
@@ -93,20 +101,43 @@ async def fleet(port: int, count: int, tls: ssl.SSLContext | None = None) -> lis
 async def measured(rounds: int, count: int, home: Path) -> Figures:
     """The figures of part e. `count`: round trips in each round."""
     figures: Figures = {}
-    for kind in ("floor", "listener"):
-        async with serving("scripts.bench.server", kind) as server:
-            devices = await fleet(server.port, DEVICES)
+    await _trips(figures, rounds, count, home)
+    await _crowds(figures, home)
+    await _lives(figures, rounds, count // TRIPS_PER_LIFE, home)
+    return figures
+
+
+async def _trips(figures: Figures, rounds: int, count: int, home: Path) -> None:
+    """Round trips on each server in turn, so that all are measured while the machine is equally busy."""
+    kinds = {"floor": ["scripts.bench.server", "floor"], "listener": ["scripts.bench.server", "listener"]}
+    old = _old_code(home)
+    if old is not None:
+        kinds["amqtt"] = ["scripts.bench.amqtt", str(old)]
+    async with AsyncExitStack() as stack:
+        servers = {}
+        for kind, command in kinds.items():
+            server = servers[kind] = await stack.enter_async_context(serving(*command))
+            stack.callback(_close, await fleet(server.port, DEVICES))
             await server.ask(connected=DEVICES)
-            await server.ask(count=count, window=WINDOW)
-            for _ in range(rounds):
-                found = await server.ask(count=count, window=WINDOW)
+            await server.ask(count=count // SLOWER[kind], window=WINDOW)
+        for _ in range(rounds):
+            for kind, server in servers.items():
+                found = await server.ask(count=count // SLOWER[kind], window=WINDOW)
                 _note(figures, f"{kind}: round trips/s", found["trips_per_sec"])
                 _note(figures, f"{kind}: CPU µs each", found["cpu_us"])
-                paced = await server.ask(count=count, window=WINDOW, rate=PACED)
+        for kind in ("floor", "listener"):
+            for _ in range(rounds):
+                paced = await servers[kind].ask(count=count, window=WINDOW, rate=PACED)
                 _note(figures, f"{kind}: p99 ms at {PACED:,.0f}/s", paced["p99_ms"])
-            _close(devices)
-    pairs = zip(figures["listener: round trips/s"], figures["floor: round trips/s"], strict=True)
-    figures["listener / floor"] = [a / b for a, b in pairs]
+    _compare(figures, "round trips/s", "listener", "floor")
+    _compare(figures, "CPU µs each", "listener", "floor")
+    if old is not None:
+        _compare(figures, "round trips/s", "listener", "amqtt")
+        _compare(figures, "CPU µs each", "amqtt", "listener")
+
+
+async def _crowds(figures: Figures, home: Path) -> None:
+    """Many connected devices."""
     certificate = _certificate(home / "server.pem")
     for name, many, tls in (("plain", MANY, False), ("TLS", MANY_TLS, True)):
         more = ["--certificate", str(certificate)] if tls else []
@@ -118,7 +149,53 @@ async def measured(rounds: int, count: int, home: Path) -> Figures:
             _note(figures, f"{many:,} {name}: seconds to connect", time.perf_counter() - since)
             _note(figures, f"{many:,} {name}: MB more", (after["rss"] - server.rss) / 1e6)
             _close(devices)
-    return figures
+
+
+async def _lives(figures: Figures, rounds: int, count: int, home: Path) -> None:
+    """Full lives over HTTP, in turn with the listener and with a Mosquitto. Devices share no connection."""
+    async with AsyncExitStack() as stack:
+        kinds = {}
+        for kind, own in (("listener", True), ("Mosquitto", False)):
+            (home / kind).mkdir()
+            living = bench_life.living(home / kind, count, LIVING, LIVING, own=own)
+            kinds[kind] = await stack.enter_async_context(living)
+            await kinds[kind]()
+        for _ in range(rounds):
+            for kind, one_round in kinds.items():
+                found = await one_round()
+                cpu = [found.get(f"{name} CPU µs per life", 0.0) for name in ("broker", "Mosquitto")]
+                _note(figures, f"{kind}: lives/s", found["lives/s"])
+                _note(figures, f"{kind}: CPU µs per life, server too", sum(cpu))
+    _compare(figures, "lives/s", "listener", "Mosquitto")
+    _compare(figures, "CPU µs per life, server too", "listener", "Mosquitto")
+
+
+def _old_code(home: Path) -> Path | None:
+    """The code of the last commit with amqtt as the server. None without this repository's history."""
+    packed = home / "old.tar"
+    git = [
+        "git",
+        "-C",
+        str(ROOT),
+        "archive",
+        "-o",
+        str(packed),
+        AMQTT_COMMIT,
+        "broker",
+        "devices",
+        "projections",
+    ]
+    if shutil.which("git") is None or subprocess.run(git, capture_output=True, check=False).returncode:
+        print("e  amqtt is not measured: its commit is not in this repository", flush=True)
+        return None
+    with tarfile.open(packed) as archive:
+        archive.extractall(home / "old", filter="data")
+    return home / "old"
+
+
+def _compare(figures: Figures, name: str, over: str, under: str) -> None:
+    pairs = zip(figures[f"{over}: {name}"], figures[f"{under}: {name}"], strict=True)
+    figures[f"{over} / {under}: {name}"] = [a / b for a, b in pairs]
 
 
 def _note(figures: Figures, name: str, value: float) -> None:

@@ -37,12 +37,13 @@ class Client(asyncio.Protocol):
         await client.enter(port, client_id)
         return client
 
-    async def enter(self, port: int, name: str, *, tls: ssl.SSLContext | None = None) -> None:
-        """Connects; client id, user name and password are all `name`."""
+    async def enter(
+        self, port: int, name: str, *, password: str = "-", tls: ssl.SSLContext | None = None
+    ) -> None:
+        """Connects; client id and user name are both `name`."""
         await asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", port, ssl=tls)
         # Protocol level 4, clean session, no keep-alive, which a short benchmark does not need.
-        word = _text(name.encode())
-        body = _text(b"MQTT") + b"\x04\xc2\x00\x00" + word * 3
+        body = _text(b"MQTT") + b"\x04\xc2\x00\x00" + _text(name.encode()) * 2 + _text(password.encode())
         if await self._ask(CONNECT, body) != b"\x00\x00":
             raise ConnectionError("the MQTT server refused the connection")
 

@@ -6,12 +6,13 @@ Each process ends with its `with` block. This module does not measure wall-clock
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -31,6 +32,14 @@ set_tcp_nodelay true
 max_inflight_messages 1000
 max_queued_messages 100000
 log_dest none
+"""
+# High limits, so that the benchmark measures work and not refusals.
+CONFIG = """
+[limits]
+queue_per_name = 1000000
+queue_per_device = 1000000
+[mqtt_limits]
+packets_per_sec = 100000
 """
 ORDAIN = "from broker.cli.main import main; main()"
 # cProfile sees only the thread of the event loop, which runs the broker's own code.
@@ -98,11 +107,20 @@ async def mosquitto_server(home: Path) -> AsyncIterator[tuple[int, int]]:
 
 @asynccontextmanager
 async def devices(
-    home: Path, port: int, count: int, connections: int, answers: Sequence[str]
+    home: Path,
+    port: int,
+    count: int,
+    connections: int,
+    answers: Sequence[str],
+    tokens: Mapping[str, str] | None = None,
 ) -> AsyncIterator[int]:
-    """Runs the devices. Yields their process id when all are online."""
+    """Runs the devices. Yields their process id when all are online. `tokens` by hardware id: each device
+    connects as itself."""
     program = [sys.executable, "-m", "scripts.bench.devices", "--port", str(port), "--devices", str(count)]
     program += ["--connections", str(connections), "--answers", *answers]
+    if tokens is not None:
+        (home / "tokens.json").write_text(json.dumps(tokens))
+        program += ["--tokens", str(home / "tokens.json")]
     async with process(program, home / "devices.log") as running:
         assert running.stdout is not None
         async with asyncio.timeout(READY_WITHIN_SEC):
@@ -112,15 +130,20 @@ async def devices(
 
 
 @asynccontextmanager
-async def broker(home: Path, mqtt_port: int, profile: Path | None) -> AsyncIterator[tuple[int, int]]:
-    """Runs `ordain serve` on the data directory `home`. Yields (HTTP port, process id) when it is ready."""
+async def broker(
+    home: Path, mqtt_port: int, profile: Path | None, *, own: bool = False
+) -> AsyncIterator[tuple[int, int]]:
+    """Runs `ordain serve` on the data directory `home`. Yields (HTTP port, process id) when it is ready.
+
+    `own`: it is the MQTT server at `mqtt_port` itself.
+    """
     port = unused_port()
     config = home / "bench.toml"
-    # High queue limits, so that the benchmark measures work and not refusals.
-    config.write_text("[limits]\nqueue_per_name = 1000000\nqueue_per_device = 1000000\n")
+    config.write_text(CONFIG)
     code = ORDAIN if profile is None else PROFILED.format(path=str(profile))
     program = [sys.executable, "-c", code, "serve", "--data", str(home), "--config", str(config)]
-    program += ["--http", f"127.0.0.1:{port}", "--mqtt-url", f"mqtt://127.0.0.1:{mqtt_port}"]
+    where = ["--mqtt-listen", ""] if own else ["--mqtt-url", "mqtt://"]
+    program += ["--http", f"127.0.0.1:{port}", where[0], f"{where[1]}127.0.0.1:{mqtt_port}"]
     async with process(program, home / "broker.log") as running:
         async with asyncio.timeout(READY_WITHIN_SEC):
             while not (_accepts(port) and _ready(port)):
