@@ -22,6 +22,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 import aiomqtt
+from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from devices.core import Core, Effect, Send
 from devices.grant import GrantVerifier, keys_from_jwks
@@ -39,6 +42,7 @@ silent.setLevel(logging.CRITICAL)
 # Older unsent answers are dropped. The memory still has them, and sends them when the command comes again.
 MAX_UNSENT = 1_000
 KEEPALIVE_SEC = 15
+SESSION_EXPIRY_SEC = 86_400  # in MQTT 5, of a session that is not a clean one
 KEYS_AGAIN_SEC = 300
 KEYS_RETRY_SEC = 2
 KEYS_WITHIN_SEC = 10
@@ -78,9 +82,10 @@ Handler = Callable[[Call], Awaitable[Any]]
 class Agent:
     """A device that connects as `hardware_id` with its token, and executes only commands with a grant.
 
-    `url` is `mqtt://host:port` or `mqtts://host:port`; a user and a password in it are not used. `tls`: how
-    an `mqtts` server is verified, else by the system's authorities. `session` is part of its status messages.
-    The broker uses it to ignore the last will of an older session.
+    `url` is `mqtt://host:port` or `mqtts://host:port`, with `?v=5` for MQTT 5, else MQTT 3.1.1 is spoken. A
+    user and a password in it are not used. `tls`: how an `mqtts` server is verified, else by the system's
+    authorities. `session` is part of its status messages. The broker uses it to ignore the last will of an
+    older session.
 
     `jwks` holds the public keys of grants: the address of the broker's `/.well-known/jwks.json`, which is
     read before the first connection and every 5 minutes, or the document itself. `verifier` replaces it, for
@@ -256,15 +261,20 @@ class Agent:
 
     def _client(self, will: bytes) -> aiomqtt.Client:
         """A new client for each connection: a reused paho client resends its messages with new ids."""
+        five, properties = self._server.version == "5", Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = 0 if self._clean_session else SESSION_EXPIRY_SEC
         return aiomqtt.Client(
             self._server.host,
             self._server.port,
+            protocol=aiomqtt.ProtocolVersion.V5 if five else aiomqtt.ProtocolVersion.V311,
             identifier=self._hardware_id,
             username=self._hardware_id,
             password=self._token,
             logger=silent,
             will=aiomqtt.Will(self._status_topic, will, qos=1, retain=True),
-            clean_session=self._clean_session,
+            clean_session=None if five else self._clean_session,
+            clean_start=self._clean_session if five else MQTT_CLEAN_START_FIRST_ONLY,
+            properties=properties if five else None,
             keepalive=KEEPALIVE_SEC,
             tls_context=self._tls,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],

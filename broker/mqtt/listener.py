@@ -119,7 +119,7 @@ class Listener:
             heard = self.services.pass_on(outgoing)
             self._loop.call_soon(done, Receipt(written=heard, reason=0 if heard else Reason.NO_SUBSCRIBER))
             return True
-        message = message_of(outgoing, connection.routes[topic])
+        message = message_of(outgoing, connection.routes[topic], connection.session.version)
         now = self._loop.time()
         expires_at = None if outgoing.expiry_sec is None else now + outgoing.expiry_sec
         outcome = connection.session.publish(message, done, now, expires_at)

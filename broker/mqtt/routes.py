@@ -58,9 +58,11 @@ class Routes:
         return bool(heard)
 
 
-def message_of(outgoing: Outgoing, qos: int) -> Publish:
-    """The PUBLISH for a device, with its MQTT 5 properties."""
+def message_of(outgoing: Outgoing, qos: int, version: int) -> Publish:
+    """The PUBLISH for a device, with its properties in MQTT 5."""
     properties: Properties = {}
+    if version != 5:
+        return Publish(outgoing.topic, outgoing.payload, qos, properties=properties)
     if outgoing.expiry_sec is not None:
         properties["expiry"] = outgoing.expiry_sec
     if outgoing.response_topic is not None:

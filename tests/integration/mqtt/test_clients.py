@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from typing import Any
 
@@ -14,6 +15,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from devices.agent import Agent, Call
 from tests.integration.mqtt.listener_support import ACK, RLS, TOKENS, Owner, Server, listening
 from tests.integration.mqtt.test_link import DEADLINE_SEC
 
@@ -104,6 +106,25 @@ async def test_the_client_of_amqtt(qos: int) -> None:
         await owner.until(lambda: owner.payloads == [b"ok"])
         await client.disconnect()
         await owner.until(lambda: server.connected == 0)
+
+
+@pytest.mark.parametrize(("asked", "spoken"), [("", 4), ("?v=3.1.1", 4), ("?v=5", 5)])
+async def test_the_reference_device_speaks_the_version_in_its_url(asked: str, spoken: int) -> None:
+    owner = Owner()
+    async with listening(owner) as server, asyncio.TaskGroup() as tasks:
+        agent = Agent("door", TOKENS["door"], f"mqtt://{server.host}:{server.port}{asked}", grants="none")
+
+        @agent.command("lock")
+        async def lock(call: Call) -> None: ...
+
+        device = tasks.create_task(agent.run())
+        await owner.until(lambda: owner.presence == ["door online"])
+        assert server.listener.peers["door"].session.version == spoken
+        owner.send(b'{"id":"cmd_1","type":"lock"}')
+        await owner.until(lambda: len(owner.messages) == 3)
+        said = [json.loads(payload)["status"] for payload in owner.payloads]
+        assert said == ["online", "acknowledged", "executed"]
+        device.cancel()
 
 
 def _url(server: Server) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,48 @@ def test_after_a_crash_the_reference_device_executes_a_repeated_command_once(
     assert calls == [(command_id, 1)]
     assert command["result"] == {"times": 1}
     assert broker.verified()
+
+
+@pytest.mark.parametrize("version", ["3.1.1", "5"])
+def test_an_answer_without_its_puback_is_sent_again_after_a_crash(
+    new_broker: NewBroker, version: str
+) -> None:
+    broker = new_broker("--mqtt-listen", f"127.0.0.1:{unused_port()}").start()
+    token, calls = broker.device("door-7"), []
+    stopped = threading.Event()
+
+    def agent() -> Agent:
+        url = f"mqtt://127.0.0.1:{broker.mqtt_port}?v={version}"
+        agent = Agent("door-7", token, url, grants="none")
+
+        @agent.command("lock")
+        async def lock(call: Call) -> None:
+            calls.append(call.id)
+            await asyncio.to_thread(stopped.wait)
+
+        return agent
+
+    with running(agent):
+        command_id = broker.create("door-7")
+        broker.reaches(command_id, "acknowledged")  # the broker never sends it again
+        broker.run.signal(signal.SIGSTOP)
+        stopped.set()
+        until(lambda: unread_bytes(broker.mqtt_port) > 0)
+        broker.kill()
+        assert broker.start().command(command_id)["state"] == "acknowledged"
+        broker.reaches(command_id, "executed")
+    assert broker.events(command_id) == ["created", "published", "acknowledged", "executed"]
+    assert calls == [command_id]
+
+
+def unread_bytes(port: int) -> int:
+    """Bytes that clients sent to a port of this machine and that its server has not read. See proc(5)."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(
+        int(queues.split(":")[1], 16)
+        for _, local, _, _, queues, *_ in lines
+        if local.endswith(f":{port:04X}")
+    )
 
 
 def test_after_a_crash_a_device_is_offline_until_it_reconnects(broker: Broker) -> None:
