@@ -16,7 +16,6 @@ from broker.mqtt.packets import BadPacket, Packet, Properties, Reason
 
 # Bounds for the lists in one packet. A packet with a longer list is refused.
 MOST_FILTERS, MOST_PROPERTIES = 100, 100
-_NAMES = {number: (name, form, places) for name, (number, form, places) in p.PROPERTIES.items()}
 _one, _two, _four = Struct("B").pack, Struct(">H").pack, Struct(">I").pack
 
 
@@ -130,10 +129,10 @@ class _Body:
         end = self.at + length
         while self.at < end:
             number, count = self.number(1), count + 1
-            name, form, places = _NAMES.get(number, ("", "", ()))
-            if place not in places or count > MOST_PROPERTIES:
+            known = _READERS.get(number)
+            if known is None or place not in known[2] or count > MOST_PROPERTIES:
                 raise BadPacket(f"property {number:#04x} in a packet of type {place}, number {count}")
-            value = _FORMS[form][0](self)
+            name, value = known[0], known[1](self)
             if name in p.REPEATED:
                 found.setdefault(name, []).append(value)
             elif name in found:
@@ -284,14 +283,15 @@ def _packed(properties: Properties, five: bool = True) -> bytes:
         return b""
     packed = b""
     for name, value in properties.items():
-        number, form, _ = p.PROPERTIES[name]
-        for each in value if name in p.REPEATED else (value,):
-            packed += _one(number) + _FORMS[form][1](each)
+        number, write, repeated = _WRITERS[name]
+        for each in value if repeated else (value,):
+            packed += number + write(each)
     return varint(len(packed)) + packed
 
 
 def _text(value: str) -> bytes:
-    return _binary(value.encode())
+    data = value.encode()
+    return _two(len(data)) + data
 
 
 def _binary(value: bytes) -> bytes:
@@ -332,6 +332,11 @@ _FORMS: dict[str, tuple[Callable[[_Body], Any], Callable[[Any], bytes]]] = {
     "reasons": (lambda body: list(body.take(body.left)), bytes),
     "topics": (lambda body: body.filters(_Body.topic), lambda topics: b"".join(map(_text, topics))),
     "filters": (lambda body: body.filters(_Body.filter), lambda filters: b"".join(map(_filter, filters))),
+}
+_READERS = {number: (name, _FORMS[form][0], places) for name, (number, form, places) in p.PROPERTIES.items()}
+_WRITERS = {
+    name: (_one(number), _FORMS[form][1], name in p.REPEATED)
+    for name, (number, form, _) in p.PROPERTIES.items()
 }
 # Packet -> how it is made, and its fields in the order of the bytes, with their forms. CONNECT and PUBLISH
 # are missing, because their flags say which fields they have.

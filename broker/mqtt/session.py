@@ -20,7 +20,7 @@ from broker.settings import MqttLimits
 # What MQTT 3.1.1 has instead of a reason code in a CONNACK.
 _CONNACK_311 = {Reason.WRONG_VERSION: 1, Reason.WRONG_CLIENT_ID: 2, Reason.NOT_AUTHORIZED: 5}
 _UNAVAILABLE_311 = 3
-_KEEPALIVE_GRACE = 1.5  # MQTT-3.1.2-24
+_KEEPALIVE_GRACE = 1.5  # MQTT-3.1.2-22, in MQTT 3.1.1 3.1.2-24
 _FRAME = 1 / 8  # what a WebSocket frame costs, in packets: some clients cut one packet into several frames
 _ANYTHING = 268_435_460  # the largest packet there can be
 

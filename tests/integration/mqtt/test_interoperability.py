@@ -175,6 +175,31 @@ async def test_after_unsubscribing_nothing_comes(version: MQTTProtocolVersion) -
 
 
 @BOTH
+async def test_a_filter_that_comes_again_has_its_new_qos(version: MQTTProtocolVersion) -> None:
+    owner = Owner()
+    async with listening(owner) as server, connected(owner, server, version) as door:
+        assert await door.subscribe((RLS, 1)) == [1]
+        assert await door.subscribe((RLS, 0)) == [0]
+        owner.send(b"lock")
+        await door.until(lambda: len(door.messages) == 1)
+        assert door.messages[0].qos == 0
+        assert owner.presence == ["door online"]
+
+
+@BOTH
+async def test_what_was_sent_before_an_unsubscribe_is_delivered(version: MQTTProtocolVersion) -> None:
+    owner = Owner()
+    async with listening(owner) as server, connected(owner, server, version, manual_ack=True) as door:
+        await door.subscribe((RLS, 1))
+        owner.send(b"lock")
+        door.client.unsubscribe(RLS)
+        await door.until(lambda: len(door.released) == 1 and len(door.messages) == 1)
+        assert owner.receipts == []
+        door.client.ack(door.messages[0].mid, 1)
+        await door.until(lambda: [each.reason for each in owner.receipts] == [Reason.SUCCESS])
+
+
+@BOTH
 async def test_a_will_is_sent_at_once_when_the_connection_breaks(version: MQTTProtocolVersion) -> None:
     owner = Owner()
     will = properties(PacketTypes.WILLMESSAGE, WillDelayInterval=60) if version == V5 else None

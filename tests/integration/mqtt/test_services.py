@@ -270,6 +270,37 @@ async def test_what_a_member_that_left_had_not_acknowledged_goes_to_another(tmp_
                     heard.add(command_of(await event(stays)))
 
 
+async def test_what_a_member_of_a_group_refused_goes_to_nobody_else(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        shared = "$share/workers/iotee/evt/#"
+        async with serving(home.server, shared, name="a") as refuses:
+            (first,) = await home.orders(1)
+            packet = await event(refuses, ack=False)
+            refuses.say(p.Ack(p.PUBACK, packet.packet_id, Reason.UNSPECIFIED))
+            async with serving(home.server, shared, name="b") as other:
+                refuses.say(p.Goodbye())
+                await refuses.ended()
+                (second,) = await home.orders(1)
+                assert command_of(packet) == first
+                assert command_of(await event(other)) == second
+
+
+async def test_a_group_needs_a_name_without_wildcards(tmp_path: Path) -> None:
+    async with house(tmp_path) as home, raw(home.server, greeting=False) as client:
+        client.say(service())
+        await client.hear()
+        wrong = [
+            "$share//iotee/evt/#",
+            "$share/a+/iotee/evt/#",
+            "$share/#/iotee/evt/#",
+            "$share/a",
+            "$share/a/",
+        ]
+        filters = [p.Filter(each, 1) for each in wrong]
+        client.say(p.Subscribe(3, [*filters, p.Filter("$share/a/iotee/evt/#", 1, no_local=True)]))
+        assert await client.hear() == p.Granted(p.SUBACK, 3, [Reason.BAD_FILTER] * 6)
+
+
 async def test_a_revoked_key_is_cut_within_a_second_and_hears_nothing_more(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         async with serving(home.server) as client, serving(home.server, key="also ours") as witness:
