@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
+from tests.system import zygote
 from tests.system.support import SECRET, Broker, Process
 
 NewBroker = Callable[..., Broker]
@@ -37,6 +38,12 @@ def processes_end() -> Iterator[None]:
     for process in Process.started[before:]:
         process.kill()
     del Process.started[before:]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def helper_ends() -> Iterator[None]:
+    yield
+    zygote.end()
 
 
 @pytest.fixture

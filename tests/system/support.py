@@ -27,6 +27,7 @@ import pytest
 from broker.private_socket import socket_path
 from devices.agent import Agent
 from tests.conftest import program
+from tests.system.zygote import Forked
 
 T = TypeVar("T")
 
@@ -106,21 +107,29 @@ class Lines:
             return "".join(self._lines)
 
 
+def _started(
+    command: tuple[str, ...], cwd: Path | None, env: dict[str, str]
+) -> subprocess.Popen[str] | Forked:
+    if command[0] == ORDAIN:
+        return Forked(list(command), cwd, env)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=env,
+    )
+
+
 class Process:
     """A program that runs beside the test. A fixture ends those that a test leaves running."""
 
     started: ClassVar[list[Process]] = []
 
     def __init__(self, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=cwd,
-            env=env or environment(),
-        )
+        self.process = _started(command, cwd, env or environment())
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         self.started.append(self)
@@ -261,14 +270,9 @@ class Broker:
 def ordain(*arguments: str, data: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs one command line to its end."""
     where = {} if data is None else {"ORDAIN_DATA": str(data)}
-    return subprocess.run(
-        [ORDAIN, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=WITHIN_SEC * 2,
-        env=environment(**(where | env)),
-    )
+    process = Forked([ORDAIN, *arguments], None, environment(**(where | env)))
+    out, err = process.communicate(WITHIN_SEC * 2)
+    return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 
 
 def paste(script: str, broker: Broker, **variables: str) -> str:

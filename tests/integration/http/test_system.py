@@ -92,7 +92,6 @@ async def test_metrics_count_requests_by_route_and_events_by_type(broker: Broker
         "ordain_open_commands 1.0",
         "ordain_open_lanes 1.0",
         "ordain_devices_online 1.0",
-        "ordain_send_slots_in_use 1.0",
         "ordain_send_slots 100.0",
         "ordain_ready 1.0",
         'ordain_command_attempts_bucket{end="executed",le="1.0"} 1.0',

@@ -70,7 +70,7 @@ def test_after_a_crash_the_reference_device_executes_a_repeated_command_once(
 
     with running(agent):
         command = broker.reaches(command_id, "executed")
-    assert calls == [(command_id, 1)]
+    assert [id for id, _ in calls] == [command_id]
     assert command["result"] == {"times": 1}
     assert broker.verified()
 

@@ -1,0 +1,215 @@
+"""Starts `ordain` processes quickly: a helper process imports Ordain once, and each start is a fork of it.
+
+A start of Python and the imports take longer than most command lines work, and the tests start about a
+thousand. The children are ordinary processes: own arguments, environment, directory, standard streams,
+signals and exit code. `tests/unit/cli/test_main.py` holds what a command may import, with Pythons of their
+own.
+
+Run as a program, this module is the helper: it takes one connection for each start, answers with the child's
+process id, and with its exit code when it has ended. It ends when its standard input is closed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parents[2]
+ARGUMENT_BYTES = 1_000_000
+
+
+class Forked:
+    """One child, with the part of the interface of `subprocess.Popen` that the tests use."""
+
+    def __init__(self, command: list[str], cwd: Path | None, env: dict[str, str]) -> None:
+        self.returncode: int | None = None
+        self.args = command
+        self._helper = socket.socket(socket.AF_UNIX)
+        self._helper.connect(_helper())
+        out, err = os.pipe(), os.pipe()
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        request = json.dumps({"argv": command, "cwd": str(cwd or Path.cwd()), "env": env}).encode()
+        socket.send_fds(self._helper, [len(request).to_bytes(4, "big")], [nothing, out[1], err[1]])
+        self._helper.sendall(request)
+        for used in (nothing, out[1], err[1]):
+            os.close(used)
+        self.stdout: IO[str] = os.fdopen(out[0], encoding="utf-8")
+        self.stderr: IO[str] = os.fdopen(err[0], encoding="utf-8")
+        self.pid = int.from_bytes(self._helper.recv(4, socket.MSG_WAITALL), "big")
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code; minus the number of the signal that ended it.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended in time.
+        """
+        if self.returncode is None:
+            self._helper.settimeout(timeout)
+            try:
+                said = self._helper.recv(4, socket.MSG_WAITALL)
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+            self._helper.close()
+            self.returncode = int.from_bytes(said, "big", signed=True)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0.000_001)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Standard output and error of a child, which has ended after `timeout` seconds or is killed."""
+        with selectors.DefaultSelector() as ready, self.stdout as out, self.stderr as err:
+            said = {out: b"", err: b""}
+            for stream in said:
+                ready.register(stream, selectors.EVENT_READ)
+            deadline = time.monotonic() + timeout
+            while ready.get_map():
+                found = ready.select(deadline - time.monotonic())
+                if not found:
+                    self.kill()
+                    self.wait()
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                for key, _ in found:
+                    part = os.read(key.fd, 65_536)
+                    said[key.fileobj] += part  # type: ignore[index]
+                    if not part:
+                        ready.unregister(key.fileobj)
+        self.wait(timeout)
+        return said[out].decode(), said[err].decode()
+
+
+_running: list[tuple[subprocess.Popen[bytes], str]] = []
+
+
+def _helper() -> str:
+    """The address of this test process's helper, which is started at the first use."""
+    if not _running:
+        address = str(Path(tempfile.mkdtemp(prefix="ordain-zygote-")) / "socket")
+        program = [sys.executable, "-c", "from tests.system.zygote import main; main()", address]
+        started = subprocess.Popen(program, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert started.stdout is not None
+        assert started.stdout.readline() == b"ready\n"
+        _running.append((started, address))
+    return _running[0][1]
+
+
+def end() -> None:
+    """Ends the helper of this test process."""
+    for started, address in _running:
+        started.communicate(timeout=60)
+        Path(address).unlink()
+        Path(address).parent.rmdir()
+    _running.clear()
+
+
+# --- the helper ------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    import gc
+    import importlib
+    import threading
+
+    from broker.cli.main import COMMANDS
+    from broker.cli.main import main as ordain
+
+    for place, _ in COMMANDS.values():
+        importlib.import_module(place.partition(":")[0])
+    importlib.import_module("broker.http.app")
+    assert threading.active_count() == 1, "a fork must not leave a thread behind"
+    gc.freeze()
+    request = _serve(sys.argv[1])
+    if request is not None:  # this is a child
+        _become(request)
+        ordain()
+
+
+def _serve(address: str) -> dict[str, Any] | None:
+    """Forks for each connection. Returns the request in the child, and None when the helper shall end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which end this helper
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    ended, wakes = socket.socketpair()
+    ended.setblocking(False)
+    wakes.setblocking(False)
+    signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+    children: dict[int, socket.socket] = {}
+    with socket.socket(socket.AF_UNIX) as door, selectors.DefaultSelector() as ready:
+        door.bind(address)
+        door.listen(100)
+        for source in (door, ended, sys.stdin):
+            ready.register(source, selectors.EVENT_READ)
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        while True:
+            sources = [key.fileobj for key, _ in ready.select()]
+            if door in sources:
+                caller, _ = door.accept()
+                request = _request(caller)
+                pid = os.fork()
+                if pid == 0:
+                    for each in (caller, *children.values(), ended, wakes):
+                        each.close()
+                    return request
+                for stream in request["streams"]:
+                    os.close(stream)
+                caller.sendall(pid.to_bytes(4, "big"))
+                children[pid] = caller
+            if ended in sources:
+                ended.recv(4_096)
+                _report(children)
+            if sys.stdin in sources:
+                return None
+
+
+def _request(caller: socket.socket) -> dict[str, Any]:
+    size, streams, _, _ = socket.recv_fds(caller, 4, 3)
+    request: dict[str, Any] = json.loads(caller.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+    return request | {"streams": streams}
+
+
+def _report(children: dict[int, socket.socket]) -> None:
+    """Tells the callers of all children that have ended their exit codes."""
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        code = os.waitstatus_to_exitcode(status)
+        with children.pop(pid) as caller:
+            try:
+                caller.sendall(code.to_bytes(4, "big", signed=True))
+            except OSError:
+                continue  # the caller no longer wants to know
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Makes the fork what a started program would be."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, stream in enumerate(request["streams"]):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    time.tzset()
+    sys.argv = request["argv"]
