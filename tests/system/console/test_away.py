@@ -24,14 +24,14 @@ def test_a_broker_that_dies_is_said_to_be_away_and_what_came_meanwhile_follows(
     page.get_by_role("status").get_by_text("live").wait_for()
 
     broker.end(signal.SIGKILL)
-    page.get_by_text("The broker does not answer since").wait_for()
+    page.get_by_text("The broker has not answered since").wait_for()
     assert page.locator(f"a[href$='{before}']").is_visible()
     broker.start()
     made = [broker.create("door-1", "unlock") for _ in range(5)]
     broker.http("DELETE", f"/v1/devices/door-1/commands/{before}")
 
     page.locator(f"a[href$='{made[-1]}']").wait_for()
-    page.get_by_text("The broker does not answer since").wait_for(state="detached")
+    page.get_by_text("The broker has not answered since").wait_for(state="detached")
     page.locator(".row", has=page.locator(f"a[href$='{before}']")).locator(".s-cancelled").wait_for()
     shown = [each.get_attribute("href") for each in page.locator(".row a").all()]
     assert shown == [f"/console/commands/{each}" for each in [*reversed(made), before]]

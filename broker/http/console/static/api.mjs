@@ -1,4 +1,5 @@
-// The public HTTP API with one key, kept for this tab alone. Nothing here can do what another client cannot.
+// Calls the public HTTP API with the user's key. The key is kept for this browser tab only. The console uses no
+// call that another client could not use.
 
 import { App } from "/sdk/app.mjs";
 import { batch, signal } from "./html.mjs";
@@ -8,14 +9,14 @@ const KEPT = "ordain.key";
 const TIMEOUT_MS = 20_000;
 
 export const apiKey = signal(sessionStorage.getItem(KEPT) ?? "");
-/** The last answer of /v1/system: what is shown in the header and who we are. */
+/** The last answer of /v1/system: the state of the broker and the scopes of our key. */
 export const system = signal(null);
-/** Whether the broker answers; `since` when it stopped or came back, `error` what the last failure said. */
+/** Whether the broker answers. `since`: when that last changed; `error`: the message of the last failure. */
 export const link = signal({ up: true, since: null, error: null });
-/** Why one was signed out, if it was not by choice. */
+/** Why the console signed the user out; null if the user did it. */
 export const signedOut = signal(null);
 
-/** What the broker said no to, or that it said nothing (`status` 0). */
+/** The broker refused a request, or did not answer (`status` 0). */
 export class Refused extends Error {
   constructor(status, code, message, details = null) {
     super(message);
@@ -53,7 +54,7 @@ function heard(up, error = null) {
 }
 export { heard };
 
-/** One request. Raises Refused; a 401 signs out. */
+/** Makes one request. Raises Refused. A 401 signs the user out. */
 export async function call(method, path, { query = {}, body, signal: stop, key = apiKey.peek() } = {}) {
   const given = Object.entries(query).filter(([, value]) => value !== null && value !== undefined && value !== "");
   const search = new URLSearchParams(given).toString();
@@ -91,7 +92,7 @@ export async function call(method, path, { query = {}, body, signal: stop, key =
 export const get = (path, query, stop) => call("GET", path, { query, signal: stop });
 export const post = (path, body = {}) => call("POST", path, { body });
 
-/** Who and where we are; raises Refused. */
+/** Reads /v1/system, and measures how far the broker's clock differs from ours. Raises Refused. */
 export async function readSystem(key = apiKey.peek()) {
   const asked = Date.now();
   const found = await call("GET", "/v1/system", { key });
@@ -100,10 +101,10 @@ export async function readSystem(key = apiKey.peek()) {
   return found;
 }
 
-/** The SDK, for the stream of events. */
+/** The JavaScript SDK, used for the stream of events. */
 export const sdk = () => new App(location.origin, apiKey.peek(), { backoffSec: 0.25, backoffCapSec: 5 });
 
-/** Every page of a list, up to `most` entries. */
+/** Reads the pages of a list until about `most` entries. `more`: there are others. */
 export async function all(path, query, most, stop) {
   const found = [];
   let cursor = null;

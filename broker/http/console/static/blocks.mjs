@@ -1,28 +1,29 @@
-// A long list, newest first, of which only parts are in memory. It is read page by page; what arrives live is
-// put in front; rows that were not looked at for longest are let go and read again when they are wanted.
+// A long list, newest first, of which only parts are in memory. It is read page by page. Rows that arrive live
+// are added at the top. When there are too many, the rows that were not shown for the longest time are dropped,
+// and read again when they are shown again.
 
 const PAGE = 100;
 export const MOST_ROWS = 20_000;
-const SPLIT_AT = 500; // live rows, before a cursor is asked for from which they could be read again
+const SPLIT_AT = 500; // so many live rows get a cursor, so that they can be dropped and read again
 
 /**
- * A block: `cursor` reads it (null: the newest, undefined: cannot be read again yet), `rows` or null if let
- * go, `count`, `first`: the id of its first row.
+ * A block: `cursor` reads it (null: from the newest row; undefined: it cannot be read again yet), `rows` (null
+ * if dropped), `count` of rows, `first`: the id of its first row.
  */
 export class Blocks {
-  /** `read(cursor, limit, signal)` gives a page of the API with rows; `changed` is called after each change. */
+  /** `read(cursor, limit, signal)` returns a page of the API with rows. `changed` is called after each read. */
   constructor(read, changed) {
     this.read = read;
     this.changed = changed;
     this.stop = new AbortController();
-    this.known = new Map(); // id → row, of those in memory
+    this.known = new Map(); // id → row, for the rows in memory
     this.blocks = [{ cursor: undefined, rows: [], count: 0, used: 0 }];
     this.total = 0;
-    this.next = null; // the cursor of what follows the last block
+    this.next = null; // the cursor that reads the rows after the last block
     this.complete = false;
     this.started = false;
     this.error = null;
-    this.above = 0; // rows put in front so far, so that a view can stand still
+    this.above = 0; // rows added at the top so far; the view scrolls by as many, so that nothing moves
     this.uses = 0;
     this.busy = false;
     this.splitting = false;
@@ -53,7 +54,7 @@ export class Blocks {
     return -1;
   }
 
-  /** Says which rows are looked at: they are read if they are not here, and what follows soon is too. */
+  /** Tells which rows are shown. Reads them if they are not in memory, and reads ahead near the end. */
   want(first, last) {
     this.range = [first, last];
     let before = 0;
@@ -98,7 +99,7 @@ export class Blocks {
     this.#letGo();
   }
 
-  /** Reads a block that was let go. Rows may have left the list meanwhile; its neighbour's rows end it. */
+  /** Reads a dropped block again. Rows may have left the list meanwhile; it ends where the next block begins. */
   async #again(block) {
     const following = this.blocks[this.blocks.indexOf(block) + 1]?.first;
     const rows = [];
@@ -116,7 +117,7 @@ export class Blocks {
     this.#letGo();
   }
 
-  /** Reads what is looked at again, and what is new, where no events tell. */
+  /** Reads the newest rows and the shown rows again. Used when the key may not follow events. */
   refresh() {
     this.#run(async () => {
       const [first, last] = this.range;
@@ -139,7 +140,7 @@ export class Blocks {
     else if (isNew) this.insert(row);
   }
 
-  /** A row that has just come to be. */
+  /** Adds the row of a new command at the top. */
   insert(row) {
     if (this.known.has(row.id)) return;
     const [head] = this.blocks;
@@ -153,7 +154,7 @@ export class Blocks {
     if (head.count >= SPLIT_AT) this.#split();
   }
 
-  /** A row that came to fit the list later, put where it belongs by when it was created. */
+  /** Adds an older row that fits the filters only now, in order of creation. */
   place(row) {
     if (this.known.has(row.id)) return;
     let before = 0;
@@ -185,7 +186,7 @@ export class Blocks {
     this.total -= 1;
   }
 
-  /** Finds a cursor for what came live, so that it can be let go like the rest. */
+  /** Gets a cursor for the live rows, so that they can be dropped like other rows. */
   async #split() {
     if (this.splitting) return;
     this.splitting = true;
@@ -200,7 +201,7 @@ export class Blocks {
       if (rows.length) this.blocks.splice(1, 0, block);
       this.#letGo();
     } catch {
-      // The next row that comes tries again.
+      // The next live row tries again.
     } finally {
       this.splitting = false;
     }

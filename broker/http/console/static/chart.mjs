@@ -1,4 +1,4 @@
-// How long a device took, command by command: a point each, over time. uPlot is loaded when it is first needed.
+// A chart of how long each command of a device took: one point per command. uPlot is loaded at the first chart.
 
 import { clock, utc } from "./format.mjs";
 import { html, useEffect, useRef } from "./html.mjs";
@@ -18,7 +18,7 @@ const HEIGHT_PX = 140;
 const tens = (_, all) => all.map((value) => (value !== null && Number.isInteger(Math.log10(value)) ? value : null));
 const round = (ms) => (ms === null ? "" : ms < 1_000 ? `${ms} ms` : `${ms / 1_000} s`);
 
-/** Series: seconds, and ms to the result of those executed and of those that failed. */
+/** The series: time of creation in seconds; ms from hand-over to result of executed commands; and of failed ones. */
 function series(commands) {
   const ended = commands.filter((each) => each.published_at && (each.executed_at || each.state === "failed")).reverse();
   const took = (each) => Math.max(1, Date.parse(each.executed_at ?? each.delivered_at ?? each.published_at) - Date.parse(each.published_at));
@@ -45,7 +45,7 @@ export function Latency({ commands }) {
       const colour = (name) => style.getPropertyValue(name).trim();
       const probe = document.createElement("span");
       const real = (name) => {
-        // light-dark() is resolved only where it is used.
+        // The browser resolves light-dark() only in an element that uses it.
         probe.style.color = `var(${name})`;
         box.current.append(probe);
         const found = getComputedStyle(probe).color;
@@ -82,6 +82,6 @@ export function Latency({ commands }) {
   }, [enough, zone]);
   useEffect(() => plot.current?.setData(data), [commands]);
   if (!enough) return null;
-  const words = `${data[0].length} commands: time from hand-over to the result, each a point`;
+  const words = `${data[0].length} commands: time from hand-over to result, one point per command`;
   return html`<figure class="chart"><div ref=${box} role="img" aria-label=${words}></div><figcaption class="dim">time from hand-over to result, one point per command</figcaption></figure>`;
 }

@@ -1,4 +1,4 @@
-// One command: why it is where it is, a waterfall of its life, its evidence, and what can be done about it.
+// The page of one command: its explanation, a waterfall of its events, its evidence, and the actions on it.
 
 import { call, encoded, get, may, post } from "./api.mjs";
 import { html, useEffect, useState } from "./html.mjs";
@@ -13,7 +13,7 @@ import { snippets } from "./snippets.mjs";
 const RETRIABLE = new Set(["failed", "timed_out", "expired", "cancelled"]);
 const TABS = ["Events", "Payload & topic", "Grant", "Raw", "Same lane"];
 
-/** The command with its events; of what was, as it was. */
+/** The command with its events. `at`: as they were at that position or time; null: now, with the explanation. */
 async function load(id, at, stop) {
   const path = `/v1/commands/${encoded(id)}`;
   const [command, page] = await Promise.all([get(path, { as_of: at }, stop), get(`${path}/events`, { limit: 1_000 }, stop)]);
@@ -41,7 +41,7 @@ export function Command({ id, close }) {
     <${Head} close=${close} title=${html`<${Name}>${command.type}<//>`}>
       <${Chip} state=${command.state} />
     <//>
-    ${error && html`<${Failure} error=${error} showing="Showing what was known before." />`}
+    ${error && html`<${Failure} error=${error} showing="You see the last known state." />`}
     ${explanation && html`<p class="explain">${explanation.summary}</p>`}
     <p class="facts">
       to <${Link} to=${`/devices/${encoded(command.hardware_id)}`}><${Name}>${command.hardware_id}<//><//> · <${Id} id=${command.id} /> · created <${At} at=${Date.parse(command.created_at)} exact />
@@ -64,7 +64,7 @@ function Head({ close, title, children }) {
   return html`<header class="panehead"><h2>${title}</h2>${children}<button type="button" class="close" aria-label="Close" onClick=${close}>✕</button></header>`;
 }
 
-// --- what can be done ------------------------------------------------------------------------------
+// --- actions ---------------------------------------------------------------------------------------
 
 function Actions({ command, events }) {
   const { id, state, type, hardware_id: device } = command;

@@ -1,4 +1,4 @@
-// One device: is it there, what stands in its lane, how does it do, and a form to send it a command.
+// The page of one device: its presence, its lane, its success and latency, and a form to send it a command.
 
 import { all, encoded, get, may, post } from "./api.mjs";
 import { Latency } from "./chart.mjs";
@@ -32,7 +32,7 @@ export function Device({ id, close }) {
     if (at !== null || !device) return undefined;
     const mine = (event) => event.data.device_id === device.id;
     const leave = [follow((event) => mine(event) && (dirty.current = true)), polled(() => stream.peek() === "polling" && reload())];
-    // A busy device has many events a second: it is read again once a second at most.
+    // A busy device has many events a second, so it is read again at most once a second.
     const timer = setInterval(() => dirty.current && ((dirty.current = false), reload()), 1_000);
     return () => (leave.forEach((each) => each()), clearInterval(timer));
   }, [device?.id, at]);
@@ -44,7 +44,7 @@ export function Device({ id, close }) {
   return html`<div class="pane">
     <header class="panehead"><h2><${Name}>${device.hardware_id}<//></h2><${Presence} presence=${device.presence} />
       <button type="button" class="close" aria-label="Close" onClick=${close}>✕</button></header>
-    ${error && html`<${Failure} error=${error} showing="Showing what was known before." />`}
+    ${error && html`<${Failure} error=${error} showing="You see the last known state." />`}
     <p class="facts">${device.name && html`<${Name}>${device.name}<//> · `}type ${device.type} · <${Id} id=${device.id} /> · project ${device.project}
       ${device.last_seen_at && html` · presence changed <${At} at=${Date.parse(device.last_seen_at)} exact />`}</p>
     <${History} device=${device} />
@@ -61,7 +61,7 @@ export function Device({ id, close }) {
 
 // --- presence --------------------------------------------------------------------------------------
 
-/** When it came and went in the last 24 hours, as a band. */
+/** The device's presence in the last 24 hours, drawn as a band. */
 function History({ device }) {
   const at = asOf.value;
   const { data, error } = useLoad(async (stop) => {
@@ -97,7 +97,7 @@ function History({ device }) {
   </figure>`;
 }
 
-// --- how it does -----------------------------------------------------------------------------------
+// --- success and latency ---------------------------------------------------------------------------
 
 function Doing({ commands }) {
   const closed = commands.filter((each) => ["executed", "failed", "timed_out"].includes(each.state));

@@ -1,4 +1,4 @@
-// Devices: who is there. The list on the left, one device on the right.
+// The page Devices: the list on the left, one device on the right.
 
 import { get, may, system } from "./api.mjs";
 import { Blocks } from "./blocks.mjs";

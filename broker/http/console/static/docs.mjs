@@ -1,4 +1,5 @@
-// Starts the vendored viewer on this broker's own description. Nothing is sent elsewhere: no validator either.
+// Starts Swagger UI with this broker's own API description. It sends nothing to other servers, so its online
+// validator is off.
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const colour = () => document.documentElement.classList.toggle("dark-mode", dark.matches);

@@ -1,4 +1,4 @@
-// A form to send a command, made from what the device's type says of its parameters (JSON Schema).
+// A form to send a command. Its fields follow the JSON Schema of the device type.
 
 import { encoded, get, post } from "./api.mjs";
 import { html, useEffect, useState } from "./html.mjs";
@@ -14,7 +14,7 @@ const kindOf = (schema) => {
   return ["integer", "number", "boolean", "string"].includes(type) ? type : "json";
 };
 
-/** What a field's text stands for; `undefined` is left out. Raises SyntaxError for what is no JSON. */
+/** The value that a field's text means; `undefined` if it is empty. Raises SyntaxError if JSON is needed and it is not. */
 function valueOf(schema, text) {
   if (text === "" || text === undefined) return undefined;
   const kind = kindOf(schema);
@@ -24,7 +24,7 @@ function valueOf(schema, text) {
   return kind === "string" ? text : JSON.parse(text);
 }
 
-/** A value as the text of its field: the other way round. */
+/** The text of a field for a value: the inverse of `valueOf`. */
 function textOf(schema, value) {
   if (value === undefined) return "";
   const kind = kindOf(schema);

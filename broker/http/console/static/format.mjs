@@ -2,11 +2,11 @@
 
 import { computed, signal } from "./html.mjs";
 
-/** How far the broker's clock is ahead of this machine's, ms. */
+/** Broker clock minus this machine's clock, ms. */
 export const skew = signal(0);
 const ticking = signal(Date.now());
 setInterval(() => (ticking.value = Date.now()), 1_000);
-/** The broker's time in ms, once a second. */
+/** The broker's time in ms. It changes once a second. */
 export const now = computed(() => ticking.value + skew.value);
 export const nowExactly = () => Date.now() + skew.peek();
 
@@ -25,7 +25,7 @@ export function span(ms) {
   return `${Math.round(sec / 86_400)} d`;
 }
 
-/** For measured lengths: `4 ms`, `240 ms`, `1.25 s`, `2 min 5 s`. */
+/** A measured duration: `4 ms`, `240 ms`, `1.25 s`, `2 min 5 s`. */
 export function length(ms) {
   if (ms === null || ms === undefined) return "–";
   if (ms < 1_000) return `${Math.round(ms)} ms`;
@@ -82,7 +82,7 @@ export function bytes(value) {
 export const short = (id) => (id.length > 13 ? `${id.slice(0, 12)}…` : id);
 export const pretty = (value) => JSON.stringify(value, null, 2);
 
-/** A percentile of sorted numbers; null of none. */
+/** A percentile of sorted numbers; null if there are none. */
 export function percentile(sorted, share) {
   if (!sorted.length) return null;
   return sorted[Math.min(sorted.length - 1, Math.ceil(sorted.length * share) - 1)];

@@ -1,4 +1,4 @@
-// The one place that names the vendored libraries: everything else imports from here.
+// Imports the vendored libraries. All other modules import them from here.
 
 import { Fragment, createRef, h, render } from "./vendor/preact.mjs";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "./vendor/hooks.mjs";

@@ -1,4 +1,5 @@
-// The keyboard. A page says which keys it knows; single letters can be switched off, for those whom they hinder.
+// Keyboard shortcuts. Each page registers its keys. Single-letter shortcuts can be switched off: people who use
+// speech input may trigger them by accident (WCAG 2.1.4).
 
 import { signal, useEffect, useRef } from "./html.mjs";
 
@@ -54,7 +55,10 @@ addEventListener("keydown", (event) => {
   }
 });
 
-/** Keys of a part of the page, as long as it is shown; the innermost goes first. `false`: not mine now. */
+/**
+ * Registers the keys of a component while it is shown. The component that was added last is asked first. A
+ * function that returns `false` leaves the key to the others.
+ */
 export function useKeys(map) {
   const layer = useRef(map);
   layer.current = map;

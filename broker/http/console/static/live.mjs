@@ -1,5 +1,5 @@
-// What is known of commands: rows as the list shows them, and the one stream of events that keeps them true.
-// An event changes plain objects at once; what was changed is painted with the next frame.
+// The rows of commands, and the one event stream that keeps them up to date. An event changes the row at once;
+// the changed rows are drawn with the next animation frame.
 
 import { get, heard, link, may, readSystem, sdk } from "./api.mjs";
 import { signal } from "./html.mjs";
@@ -8,16 +8,16 @@ export const CLOSED = new Set(["executed", "failed", "timed_out", "expired", "ca
 const POLL_MS = 2_000;
 const MOST_REMEMBERED = 5_000;
 
-/** Painted anew with it: read it where rows are shown. */
+/** Changes with each drawing. A component that shows rows reads it, so that it is drawn again. */
 export const painted = signal(0);
 /** `live`, `polling` (the key may not follow events), `broken`, `off`. */
 export const stream = signal("off");
-/** The last position that the stream has brought. */
+/** The position of the last event from the stream. */
 export const reached = signal(0);
 export const stats = signal(null);
 
 let asked = false;
-/** Asks for one painting with the next frame. */
+/** Requests one drawing with the next animation frame. */
 export function paint() {
   if (asked || document.hidden) return;
   asked = true;
@@ -30,7 +30,7 @@ document.addEventListener("visibilitychange", paint);
 
 const TIMEOUTS = {
   no_answer: "no answer in time",
-  no_result: "the device had it, no result came",
+  no_result: "the device acknowledged it, but sent no result",
   ttl: "its time ran out",
   unsendable: "cannot be sent again",
   device_deleted: "its device was deleted",
@@ -38,7 +38,7 @@ const TIMEOUTS = {
 };
 const ms = (text) => (text ? Date.parse(text) : null);
 
-/** A command of the API as a row. */
+/** The row for a command of the API. */
 export function rowOf(command) {
   return {
     id: command.id,
@@ -59,7 +59,7 @@ function noteOf({ state, error }) {
   return error ? error.message || error.code : "";
 }
 
-/** A row after an event. */
+/** Applies an event to a row. */
 export function fold(row, { name, data }) {
   row.v += 1;
   if (name === "published") Object.assign(row, { state: "published", attempts: data.attempt });
@@ -86,11 +86,11 @@ const born = ({ subject, time, data }) => ({
   v: 0,
 });
 
-/** Rows of commands that came to be while we looked on, whether a list shows them or not. */
+/** Rows of the newest commands that were created since the page was opened, whether a list shows them or not. */
 const remembered = new Map();
 const listeners = new Set();
 
-/** Calls `listener(event, row)` with every event; `row` is null where it is not known. Gives the way out. */
+/** Calls `listener(event, row)` for every event; `row` may be null (unknown). Returns a function that ends this. */
 export function follow(listener) {
   listeners.add(listener);
   return () => listeners.delete(listener);
@@ -113,14 +113,14 @@ function take(event) {
   paint();
 }
 
-/** Folds an event into a row that several may hold, once. */
+/** Applies an event to a row once, even if several lists hold the row. */
 export function foldOnce(row, event) {
   if (row.folded >= event.position) return;
   row.folded = event.position;
   fold(row, event);
 }
 
-/** Follows events after a position until stopped; a key that may not has lists read again. */
+/** Follows events after a position until stopped. Without the scope events:read, the lists poll instead. */
 async function followEvents(after, stop) {
   if (!may("events:read")) {
     stream.value = "polling";
@@ -140,14 +140,14 @@ async function followEvents(after, stop) {
       if (stop.aborted) return;
       stream.value = "broken";
       if (error.status === 401) return;
-      if (error.status === 410) location.reload(); // another log, or one that keeps less: begin anew
+      if (error.status === 410) location.reload(); // the position belongs to another log: start again
       await new Promise((done) => setTimeout(done, POLL_MS));
     }
   }
 }
 
 const polls = new Set();
-/** Calls `poll` every two seconds while we are live; gives the way out. */
+/** Calls `poll` every two seconds while the page shows the present. Returns a function that ends this. */
 export function polled(poll) {
   polls.add(poll);
   return () => polls.delete(poll);
@@ -157,7 +157,7 @@ export async function readStats() {
   stats.value = await get("/v1/stats", { window: 300 });
 }
 
-/** Goes live: figures every two seconds, events as they come. Gives the way to stop. */
+/** Starts live updates: figures every two seconds, and events as they come. Returns a function that stops them. */
 export function start(position) {
   const stop = new AbortController();
   remembered.clear();
@@ -169,7 +169,7 @@ export function start(position) {
       await Promise.all([readStats(), readSystem()]);
       for (const poll of polls) poll();
     } catch {
-      // `link` says so where everybody sees it, and the next beat tries again.
+      // The banner shows this failure (`link`), and the next beat tries again.
     } finally {
       if (!stop.signal.aborted) timer = setTimeout(beat, POLL_MS);
     }

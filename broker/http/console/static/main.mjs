@@ -1,4 +1,4 @@
-// Begins: signs in with the key of this tab, or asks for one.
+// Starts the console: signs in with the key of this tab, or asks for a key.
 
 import "./theme.mjs";
 import { html, render } from "./html.mjs";

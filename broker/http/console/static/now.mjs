@@ -1,4 +1,4 @@
-// Now: is anything wrong, and with which command or device? A live list on the left, one command on the right.
+// The page Now: a live list of commands on the left, one command on the right.
 
 import { get, may } from "./api.mjs";
 import { Blocks } from "./blocks.mjs";
@@ -20,7 +20,7 @@ const filters = () => {
   return { state: query.get("state") ?? "", type: query.get("type") ?? "", device: query.get("device") ?? "" };
 };
 
-/** The list of commands that fit filters, live while nothing else is asked for. */
+/** The list of commands that match the filters. It is live unless `at` asks for an earlier time. */
 class CommandList {
   constructor({ state, type, device }, at) {
     Object.assign(this, { state, type, device, paused: false, held: [], reading: new Set(), sought: new Set() });
@@ -33,7 +33,7 @@ class CommandList {
     for (const leave of this.leave) leave();
   }
 
-  /** A page; what happened to its commands while it was on its way is added. */
+  /** Reads a page, and applies the events that arrived during the request. */
   async #read(query, stop) {
     const during = [];
     this.reading.add(during);
@@ -71,7 +71,7 @@ class CommandList {
     } else if (event.name === this.state) this.#seek(event.subject);
   }
 
-  /** An older command that has just come to fit: it is asked for. */
+  /** Reads an older command that matches the filters only now. */
   async #seek(id) {
     if (this.sought.size >= MOST_SOUGHT || this.sought.has(id)) return;
     this.sought.add(id);
@@ -80,13 +80,13 @@ class CommandList {
       if (this.#fits(row)) this.blocks.place(row);
       paint();
     } catch {
-      // The list is still true without it, and it is there when the list is read again.
+      // Only this row is missing. It appears when the list is read again.
     } finally {
       this.sought.delete(id);
     }
   }
 
-  /** Goes on; true if so much was missed that the list must be read anew. */
+  /** Ends the pause. Returns true if too many events came meanwhile, so that the list must be read again. */
   resume() {
     this.paused = false;
     for (const [event, row] of this.held) this.#apply(event, row);
@@ -105,7 +105,7 @@ export function Now() {
   useEffect(() => () => list.close(), [list]);
   const version = painted.value;
   useEffect(() => list.blocks.want(0, 40), [list]);
-  // While another moment is read, what was shown stays: nothing jumps.
+  // The old list stays visible until the list of another time is read.
   const before = useRef(list);
   if (list.blocks.started || list.blocks.error || at === null) before.current = list;
   const shown = before.current;
@@ -113,7 +113,7 @@ export function Now() {
   const [cursor, move] = useState(-1);
   const open = page === "commands" ? id : null;
   const keep = Object.fromEntries(query);
-  // One function for good, so that a row that has not changed is not made again.
+  // Always the same function, so that unchanged rows are not drawn again.
   const select = useMemo(() => (row) => row && go(path("commands", row.id), Object.fromEntries(route.peek().query)), []);
   const step = (by) => {
     const from = cursor >= 0 ? cursor : open ? blocks.indexOf(open) : -1;
@@ -135,7 +135,7 @@ export function Now() {
   });
   return html`<div class="split ${open ? "open" : ""}">
     <div class="list">
-      <h1 class="offscreen">${at === null ? "Commands now" : "Commands then"}</h1>
+      <h1 class="offscreen">${at === null ? "Commands now" : "Commands at an earlier time"}</h1>
       ${at === null && html`<${Tiles} />`}
       <${Filters} wanted=${wanted} list=${list} pause=${pause} />
       <${Commands} list=${shown} version=${version} open=${open} cursor=${cursor} select=${select} />
@@ -164,7 +164,7 @@ function Tiles() {
   </div>`;
 }
 
-/** How much came and what went wrong, in short pieces of time; a click goes to the end of one. */
+/** Bars of created and failed commands per piece of time. A click goes to the end of that piece. */
 function Strip({ volume }) {
   const most = Math.max(1, ...volume.map((each) => Math.max(each.created, each.failed + each.timed_out)));
   const width = 100 / volume.length;
@@ -215,7 +215,7 @@ function Nothing({ list }) {
   if (list.state || list.type || list.device) {
     return html`<${Empty} title="No command fits these filters."><button type="button" onClick=${() => change({ state: "", type: "", device: "" })}>Show all</button><//>`;
   }
-  if (asOf.value !== null) return html`<${Empty} title="There was no command yet." />`;
+  if (asOf.value !== null) return html`<${Empty} title="No command existed at this time." />`;
   return html`<${Empty} title="No command yet.">
     <p>${may("devices:write") ? "Send one from a device's page or with curl:" : "With a key that has the scope devices:write:"}</p>
     <pre tabindex="0">curl ${location.origin}/v1/devices/DEVICE/commands \\

@@ -1,10 +1,10 @@
-// The small parts every page is made of.
+// Components that all pages use.
 
 import { html, signal, useEffect, useLayoutEffect, useRef, useState } from "./html.mjs";
 import { link } from "./api.mjs";
 import { clock, moment, now, short, span, utc } from "./format.mjs";
 
-/** State = shape + colour + word, never colour alone. */
+/** A sign for each state. A state is shown with sign, colour and word, so that colour is never needed. */
 export const STATES = {
   pending: "◷",
   published: "◐",
@@ -27,10 +27,10 @@ export function Presence({ presence }) {
   return html`<span class="presence p-${presence}"><span class="sign" aria-hidden="true">${signs[presence]}</span>${words[presence] ?? presence}</span>`;
 }
 
-/** Name of something that others chose: whatever is in it stays text of its own direction. */
+/** A name that a user chose. `bdi` keeps right-to-left text in it from changing the text around it. */
 export const Name = ({ children }) => html`<bdi class="name">${children}</bdi>`;
 
-/** An id: its ends, whole on hover; a click copies it. */
+/** A shortened id: the whole id on hover; a click copies it. */
 export function Id({ id, whole = false }) {
   const [copied, copy] = useCopy();
   const shown = whole ? id : short(id).length < id.length ? `${id.slice(0, 8)}…${id.slice(-4)}` : id;
@@ -48,7 +48,7 @@ export function useCopy() {
     try {
       await navigator.clipboard.writeText(text);
     } catch {
-      // Pages that did not come by HTTPS have no clipboard: select and copy as of old.
+      // Without HTTPS a page has no clipboard API, so use the old command.
       const area = Object.assign(document.createElement("textarea"), { value: text, className: "offscreen" });
       (document.querySelector("dialog[open]") ?? document.body).append(area);
       area.select();
@@ -66,7 +66,7 @@ export function CopyButton({ text, children = "Copy" }) {
   return html`<button type="button" onClick=${() => copy(typeof text === "function" ? text() : text)}><span aria-live="polite">${copied ? "Copied" : children}</span></button>`;
 }
 
-/** `14 s` ago; the whole time on hover. */
+/** The time since `at`, such as `14 s`; the full time on hover. */
 export function Ago({ at }) {
   if (!at) return html`<span class="dim">–</span>`;
   return html`<time dateTime=${new Date(at).toISOString()} title=${moment(at)}>${span(now.value - at)}</time>`;
@@ -83,7 +83,7 @@ export const Skeleton = ({ lines = 3 }) =>
 
 export const Empty = ({ title, children }) => html`<div class="empty"><p class="title">${title}</p>${children}</div>`;
 
-/** What went wrong, in whole, and what to do. */
+/** Shows an error, and a button to try again. */
 export function Failure({ error, retry, showing }) {
   if (!error) return null;
   const away = error.status === 0;
@@ -95,7 +95,7 @@ export function Failure({ error, retry, showing }) {
   </div>`;
 }
 
-/** Loads something, again whenever `inputs` change or `reload` is called; keeps the old while it does. */
+/** Loads data: at first, when `inputs` change, and when `reload` is called. The old data stays until then. */
 export function useLoad(load, inputs) {
   const [state, set] = useState({ data: null, error: null });
   const running = useRef(null);
@@ -134,7 +134,7 @@ export function useLoad(load, inputs) {
   return { ...state, reload, loading: state.data === null && state.error === null };
 }
 
-/** Rows of one height, of which only those in sight are made. `row(index)` gives one or null. */
+/** A list of rows of equal height. Only the visible rows are drawn. `row(index)` returns one. */
 export function VirtualList({ count, height, above = 0, want, row, label, columns, version, active = -1 }) {
   const box = useRef(null);
   const [view, look] = useState({ top: 0, size: 600 });
@@ -146,7 +146,7 @@ export function VirtualList({ count, height, above = 0, want, row, label, column
     watch.observe(node);
     return () => watch.disconnect();
   }, []);
-  // What comes in above does not move what is being read.
+  // Rows added at the top do not move the rows that are being read.
   useLayoutEffect(() => {
     const node = box.current;
     const more = above - seenAbove.current;
@@ -179,11 +179,11 @@ export function VirtualList({ count, height, above = 0, want, row, label, column
   </div>`;
 }
 
-// --- asking before something is done -------------------------------------------------------------
+// --- questions before an action ------------------------------------------------------------------
 
 const question = signal(null);
 
-/** Asks; true if the answer was yes. `what` says what will happen. */
+/** Asks the user. Returns true (with `field`: its text) for yes, else false. `what` says what will happen. */
 export function ask({ title, what, yes, danger = true, field = null }) {
   return new Promise((answer) => (question.value = { title, what, yes, danger, field, answer }));
 }
@@ -219,7 +219,7 @@ export function Question() {
   </dialog>`;
 }
 
-/** A button that does something with the broker, says so while it runs, and shows what was refused. */
+/** Runs `work` once at a time. The state tells whether it runs (`busy`) and how it failed (`error`). */
 export function useAction(work) {
   const [state, set] = useState({ busy: false, error: null });
   const run = async (...given) => {
@@ -246,7 +246,7 @@ export function Section({ title, children, aside }) {
   return html`<section><header><h2>${title}</h2>${aside}</header>${children}</section>`;
 }
 
-/** A part of a page that is loaded when it is first needed. */
+/** A component whose module is loaded at its first use. */
 export function Lazy({ load, ...more }) {
   const [Part, set] = useState(null);
   const [error, fail] = useState(null);

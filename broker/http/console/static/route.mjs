@@ -1,5 +1,5 @@
-// Where we are: page, what is selected, filters and time all stand in the address, so that a link shows a
-// colleague the same thing.
+// The address of the page. It holds the page, the selection, the filters and the time, so that a link shows
+// other people the same.
 
 import { computed, html, signal } from "./html.mjs";
 
@@ -11,7 +11,7 @@ function read() {
   try {
     id = rest.length ? decodeURIComponent(rest.join("/")) : null;
   } catch {
-    id = rest.join("/"); // a broken escape is looked for as it stands
+    id = rest.join("/"); // a wrong percent-encoding: use the text as it is
   }
   return { page: page || "now", id, query: new URLSearchParams(location.search) };
 }
@@ -19,10 +19,10 @@ function read() {
 export const route = signal(read());
 addEventListener("popstate", () => (route.value = read()));
 
-/** The moment everything is shown as of: a position or an RFC 3339 time; null is now. */
+/** The time that the pages show: a position or an RFC 3339 time; null is now. */
 export const asOf = computed(() => route.value.query.get("at") || null);
 
-/** The address of a page. The moment (`at`) goes along unless it is given; empty values are left out. */
+/** The address of a page. It keeps `at` unless `query` has one. Empty values are left out. */
 export function href(path, query = {}) {
   const at = route.value.query.get("at");
   const all = new URLSearchParams(at ? { at } : {});
@@ -41,7 +41,7 @@ export function go(path, query = {}, { replace = false } = {}) {
   route.value = read();
 }
 
-/** The same page with some of its query changed. */
+/** Goes to the same page with some parts of the query changed. */
 export function change(query, options) {
   const { page, id, query: present } = route.value;
   const all = { ...Object.fromEntries(present), ...query };
@@ -53,7 +53,7 @@ export function path(page, id = null) {
   return id === null ? first : `${first.replace(/\/$/, "")}/${encodeURIComponent(id)}`;
 }
 
-/** A link within the console; with a modifier key the browser does what it always does. */
+/** A link within the console. With a modifier key (new tab, new window) the browser handles the click. */
 export function Link({ to, query = {}, children, ...more }) {
   const where = href(to, query);
   const click = (event) => {

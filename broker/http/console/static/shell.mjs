@@ -1,4 +1,4 @@
-// What is around every page: signing in, the header, search, the keyboard, and whether the broker answers.
+// The frame of every page: sign-in, header, search, keyboard shortcuts, and the banner when the broker is away.
 
 import { all, apiKey, encoded, get, link, readSystem, signIn, signOut, signedOut, system } from "./api.mjs";
 import { clock, setUtc, utc } from "./format.mjs";
@@ -142,7 +142,7 @@ function Live() {
 function Banner() {
   const { up, since, error } = link.value;
   if (up && stream.value !== "broken") return null;
-  return html`<div class="banner" role="alert"><strong>The broker does not answer${since ? ` since ${clock(since)}` : ""}.</strong>${" "}
+  return html`<div class="banner" role="alert"><strong>${since ? `The broker has not answered since ${clock(since)}.` : "The broker does not answer."}</strong>${" "}
     You see the last known state. The console reconnects by itself and then shows what happened in between. ${error && html`<span class="dim">(${error})</span>`}</div>`;
 }
 
@@ -187,7 +187,7 @@ function Help() {
 const MOST_DEVICES = 1_000;
 const DEVICES_KEPT_MS = 30_000;
 let devices = null;
-/** The newest devices, to find a part of a name in; asked for again after a while. */
+/** The newest devices, for a search by parts of names. Kept for `DEVICES_KEPT_MS`. */
 function knownDevices(at) {
   const key = `${apiKey.peek()} ${at}`;
   if (devices?.key !== key || devices.until < Date.now()) {
@@ -198,7 +198,7 @@ function knownDevices(at) {
   return devices.list;
 }
 
-/** The command or device that a text names, and devices whose name holds it. */
+/** The command or device with this id or name, and devices whose names contain the text. */
 async function search(text, stop) {
   const exact = /^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$/.test(text);
   const at = asOf.peek();

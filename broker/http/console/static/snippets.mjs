@@ -1,9 +1,9 @@
-// A command as something to paste: a shell, the command line, Python, JavaScript. Whatever stands in its
-// names and parameters is quoted for where it goes.
+// Code that sends a command again: curl, `ordain send`, Python, JavaScript. Names and parameters are quoted as
+// each language needs, so that no value can become code.
 
 export const shell = (text) => (/^[A-Za-z0-9_./:=@%+-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`);
 
-/** JSON as a Python literal: only the three names differ. */
+/** A JSON value as a Python literal. Only null, true and false differ. */
 export function python(value, indent = "") {
   const deeper = `${indent}    `;
   if (value === null) return "None";
@@ -26,7 +26,7 @@ export function curl(device, body, origin) {
   -d ${shell(JSON.stringify(body))}`;
 }
 
-/** What to paste, by the name of where it goes. */
+/** The code, by the name of its language or tool. */
 export function snippets(command, origin) {
   const { type, hardware_id: device, params } = command;
   const ttl = ttlOf(command);

@@ -1,4 +1,4 @@
-// System: the broker itself. What is connected, how far behind whom, and how near its limits it is.
+// The page System: the broker, its connections, the lag of its subscribers, and its limits.
 
 import { all, call, encoded, get, may, post, system } from "./api.mjs";
 import { UnmatchedTable } from "./device.mjs";
@@ -30,7 +30,7 @@ export function System() {
   </div>`;
 }
 
-/** Whatever a release says about something, also what this page does not know by name. */
+/** A list of all fields, also those that a newer release adds. */
 function pairs(fields) {
   return html`<dl class="pairs">${Object.entries(fields)
     .filter(([, value]) => value !== null && value !== undefined)
@@ -96,7 +96,7 @@ function told(verify) {
   return `✕ ${verify.fault ?? "it could not be read completely"} (${rows} rows before it are good)`;
 }
 
-// --- who follows the log -----------------------------------------------------------------------------
+// --- subscribers -------------------------------------------------------------------------------------
 
 function Followers({ found }) {
   const able = may("devices:write");

@@ -1,4 +1,4 @@
-// Time: every page as it was at a position of the log. The bar moves through it; the page shows what changed.
+// The bar that moves all pages to an earlier position of the log, and the page Time: failures and changes.
 
 import { all, encoded, get, may, readSystem, system } from "./api.mjs";
 import { clock, moment, number, utc } from "./format.mjs";
@@ -10,14 +10,14 @@ import { Link, asOf, change } from "./route.mjs";
 
 const SPEEDS = [1, 2, 5, 10, 50, 100, 1_000];
 const TICK_MS = 250;
-const IDLE_MS = 2_000; // of real time at most: where nothing happened for longer, the player goes on
+const IDLE_MS = 2_000; // the player waits at most so long (real time) for the next event, then jumps to it
 const PAGE = 200;
 const DAY_MS = 86_400_000;
 const SHOWN_WRONG = 30;
 const MOST_CHANGES = 1_000;
 const isPosition = (text) => /^[0-9]+$/.test(text ?? "");
 
-/** A moment as {position, time}; null while it is worked out, and without events:read for good. */
+/** The chosen time as {position, time}. Null while it is computed, and always without events:read. */
 function usePlace(at) {
   const { data } = useLoad(
     async (stop) => {
@@ -74,7 +74,7 @@ export function TimeBar() {
   </div>`;
 }
 
-/** A time that is typed; in the zone that is shown. */
+/** The field for a typed time, in the time zone that the console shows. */
 function TypeTime({ at }) {
   const [wrong, say] = useState("");
   const submit = (event) => {
@@ -90,7 +90,7 @@ function TypeTime({ at }) {
   </form>`;
 }
 
-/** A typed time as RFC 3339; null for what is none. A time of day alone is the last one that has been. */
+/** A typed time as RFC 3339; null if it is not a time. Without a date: the last time that the clock showed it. */
 export function toTime(text) {
   const found = /^(?:(\d{4})-(\d\d)-(\d\d)[T ])?(\d\d):(\d\d)(?::(\d\d(?:\.\d{1,3})?))?(Z|[+-]\d\d:\d\d)?$/.exec(text);
   if (!found) return null;
@@ -105,7 +105,7 @@ export function toTime(text) {
   return at.toISOString();
 }
 
-/** Moves the moment along, event by event, at a multiple of the time they took. */
+/** Plays the log: goes from event to event, `speed` times as fast as they happened. */
 function usePlayer(player, place, jump, stop) {
   const here = useRef(place);
   here.current = place ?? here.current;
@@ -113,7 +113,7 @@ function usePlayer(player, place, jump, stop) {
     if (!player || !here.current) return undefined;
     const { way, speed } = player;
     let { position, time } = here.current;
-    let ahead = []; // [position, time] of what comes next, in the order of play
+    let ahead = []; // [position, time] of the next events, in the order of play
     let busy = false;
     let waited = 0;
     const fill = async () => {
@@ -160,7 +160,7 @@ export function Time() {
   </div>`;
 }
 
-/** The last things that went wrong: where it is worth to look. */
+/** The newest failures, each with a button that goes to its time. */
 function WentWrong() {
   const { data, error } = useLoad(async (stop) => {
     if (!may("events:read")) return null;

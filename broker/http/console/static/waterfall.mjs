@@ -1,4 +1,5 @@
-// A command's life as bars to scale: waiting is hatched, device time is solid, each attempt has its own row.
+// Draws the events of a command as bars to scale. Waiting is hatched, time on the device is solid, and each
+// attempt has its own row.
 
 import { clockExactly, length, nowExactly, now } from "./format.mjs";
 import { html } from "./html.mjs";
@@ -15,7 +16,7 @@ const END_WORDS = {
 
 /**
  * Bars: {row, kind, from, to, open, words, late}. Rows: `in lane`, `attempt n`, `on device`, `result`.
- * `until`: ms, where what is open ends for now.
+ * `until`: where bars that are still open end, ms.
  */
 export function bars(events, until) {
   const found = [];
@@ -24,7 +25,7 @@ export function bars(events, until) {
   const after = (index, names) => events.slice(index + 1).find((each) => names.has(each.type)) ?? null;
   const answers = new Set(["acknowledged", "progressed", "executed", "failed"]);
   const ends = new Set(["published", "timed_out", ...answers]);
-  let ran = null; // since when the device has it
+  let ran = null; // end of the bar "on device"; null: the device has not answered yet
   events.forEach((event, index) => {
     const facts = `${event.evidence?.replace("_", " ") ?? "no evidence"}, position ${event.position}`;
     if (event.type === "created") {
@@ -52,7 +53,7 @@ export function bars(events, until) {
   return found;
 }
 
-/** Marks of an axis: at most six round lengths, ms. */
+/** The marks of an axis in ms, at round values: about six. */
 export function ticks(total) {
   const steps = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 3e4, 6e4, 12e4, 3e5, 6e5, 18e5, 36e5, 72e5, 216e5, 432e5, 864e5];
   const step = steps.find((each) => total / each <= 6) ?? Math.ceil(total / 6 / 864e5) * 864e5;
