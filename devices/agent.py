@@ -241,7 +241,8 @@ class Agent:
                 raise
 
     async def _converse(self, client: aiomqtt.Client, session: str) -> None:
-        # Private, as in the broker's link: else paho sends the PUBACK before the message is processed.
+        # A private option of paho, used in the broker's link too: without it paho sends the PUBACK before the
+        # message is processed.
         client._client.manual_ack_set(True)
         granted = await client.subscribe([(topic, 1) for topic in self._core.command_topics])
         if any((code if isinstance(code, int) else code.value) >= 0x80 for code in granted):

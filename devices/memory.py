@@ -41,7 +41,7 @@ class Memory(Protocol):
         ...
 
     def close(self) -> None:
-        """Releases what it holds open. The agent that was given it calls this when it ends."""
+        """Closes the memory. The agent calls this when it ends."""
         ...
 
 

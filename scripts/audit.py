@@ -1,7 +1,7 @@
-"""`make audit`: known mistakes in our code (ruff's S rules, bandit), vulnerabilities of what the locks pin.
+"""`make audit`: security lints (ruff's S rules, bandit), and known vulnerabilities of the locked packages.
 
-pip-audit says "no known vulnerabilities" also when it could ask about no package at all. Here each package
-that was skipped is a failure: exit code 1 for a finding, 3 if the list of vulnerabilities cannot be asked.
+pip-audit says "no known vulnerabilities" even if it could ask about no package at all. Here each skipped
+package is a failure: exit code 1 for a finding, 3 if the list of vulnerabilities cannot be asked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ASK_WITHIN_SEC = 600
 
 
 def main() -> int:
-    # pyproject.toml selects the S rules, and says which of them are left out and why
+    # pyproject.toml selects the S rules. It also says which of them are off, and why.
     code = passes("ruff", "check", *ROOMS)
     code |= passes("bandit", "--quiet", "--configfile", "pyproject.toml", "--recursive", *ROOMS)
     return code or max(vulnerable(lock) for lock in LOCKS)

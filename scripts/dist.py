@@ -20,7 +20,7 @@ from pathlib import Path
 import uv_build
 
 ROOT = Path(__file__).parents[1]
-# What `devices/` imports, by the names in pyproject.toml, which says the versions.
+# The packages that `devices/` imports. pyproject.toml has their versions.
 NEEDED = ("aiomqtt", "paho-mqtt", "msgspec", "pyjwt", "cryptography", "rfc8785", "jsonschema-rs")
 NEEDED_BY_RELAY = ("httpx2",)
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=ROOT / "dist", help="the directory of the packages")
     to: Path = parser.parse_args().to
     to.mkdir(parents=True, exist_ok=True)
-    # The backend's program lies beside Python; the backend looks for it on PATH alone.
+    # The backend looks for its program on PATH only; the program is in the same directory as Python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for file in build(to.resolve()):
         print(to / file)

@@ -13,7 +13,7 @@ SECTIONS = {
     "Decisions": "decisions",
     "Examples": "examples",
 }
-# In which order they are to be done; all others are sorted by name.
+# The order in which a reader should do these pages; all others are sorted by name.
 FIRST = ["index.md", "first-command.md", "first-device.md", "first-service.md"]
 
 

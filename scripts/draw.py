@@ -1,4 +1,4 @@
-"""Draws what the documents show of the code: the life of a command, vocabularies, the command line, examples.
+"""Writes the parts of the documents that come from code: the picture of states, tables, examples.
 
 `python -m scripts.draw` rewrites them; a test compares them with the code.
 """
@@ -100,7 +100,7 @@ def _size(kind: DeviceType, grant: str | None) -> int:
 
 
 def _grant() -> str:
-    """As long as one that the broker makes."""
+    """A grant of the same length as the broker's."""
     now = 1_800_000_000
     claims = Claims(
         iss="ordain", aud="door-7", sub=COMMAND, jti=COMMAND, iat=now, nbf=now, exp=now, cmd="unlock",

@@ -23,7 +23,7 @@ PLACES = {
     State.TIMED_OUT: (445, 270),
     State.FAILED: (700, 270),
 }
-# How far an arrow is bent from its straight line, in pixels; where nothing is said: 0.
+# How far an arrow bends from a straight line, in pixels. Arrows that are not listed: 0.
 BENDS = {
     (State.PUBLISHED, State.EXECUTED): 120,
     (State.ACKNOWLEDGED, State.TIMED_OUT): 16,
@@ -37,7 +37,8 @@ STYLE = (
 
 
 def picture() -> str:
-    """The whole file. Events that lead the same way share an arrow; no label: the state's own name."""
+    """The whole SVG. Events between the same two states share an arrow. An arrow without a label stands for
+    the event that has the name of the new state."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
         "<title>The life of a command</title>",

@@ -1,9 +1,8 @@
 """Signs grants: tokens that let one device execute one command with exactly these parameters.
 
-A grant is signed for each hand-over. One that is shown may be some time old: lists would else sign every row
-at every read. Grants are kept in memory only, never stored. Format and claims:
-contract, section 4; RFC 7519, RFC 8037. Private keys and device secrets are kept beside the log and
-must never enter an event.
+A grant is signed for each hand-over. A grant in an HTTP answer may be older: otherwise each read of a list
+would sign every row again. Grants are kept in memory only, never stored. Format and claims: contract, section
+4; RFC 7519, RFC 8037. Private keys and device secrets are kept beside the log and must never enter an event.
 """
 
 from __future__ import annotations
@@ -159,8 +158,8 @@ class Grants:
     def shown(self, state: CommandState, now_ms: int) -> str | None:
         """A grant to show in an answer; None if the device has no secret to sign it with.
 
-        It is one that was signed before, while half of its life is left. The grant of a closed command ended
-        with it, so that one does not age.
+        An earlier grant is shown again until half of its life is over. The grant of a closed command has
+        ended, so it is not renewed.
         """
         now, end, known = now_ms // 1_000, _end(state, now_ms), self._made.get(state.id)
         try:

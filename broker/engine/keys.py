@@ -34,8 +34,8 @@ MOST_NAMES, MOST_PREFIXES = 1_000, 100  # of one device set
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What limits a key. `expires_at` in ms; `devices` None: all devices of its project. A limit of 0: none;
-    None: what the settings say."""
+    """The limits of a key. `expires_at` in ms. `devices` None: all devices of its project. A rate of 0: no
+    limit; None: the limit in the settings."""
 
     expires_at: int | None = None
     devices: DeviceSet | None = None
@@ -281,7 +281,7 @@ class Keys:
     # --- in time ---
 
     def tick(self) -> None:
-        """To be called about once a second: ends what keys that expired since the last call have open."""
+        """Call this about once a second. Calls `ended` for each key that expired since the last call."""
         now, since = self.writer.now(), self._ticked
         self._ticked = now
         for key in self._by_id.values():
@@ -289,8 +289,8 @@ class Keys:
                 self.ended(key.actor)
 
     def save_uses(self) -> None:
-        """Stages when keys were last used. Nothing depends on it."""
-        # A key from before there were terms has no row.
+        """Stages the times when keys were last used. Nothing depends on them."""
+        # A key from an older release may have no row in `key_terms`.
         uses = [
             Put("key_terms", (key_id, b"{}", None, self._used[key_id]), only=("last_used_at",))
             for key_id in self._unsaved

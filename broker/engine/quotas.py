@@ -1,7 +1,7 @@
 """Limits of projects, API keys and devices: queued commands, rates of commands, requests and device events.
 
-One project, key or device cannot flood the others. In memory only: after a restart everybody has their full
-rate again.
+One project, key or device cannot take the capacity of the others. Used rates are kept in memory only: after a
+restart each rate is full again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from broker.settings import Limits, ProjectLimits, limits_of
 from devices.schema import holds_more
 
 MINUTE_MS = 60_000
-MOST_KEPT = 10_000  # buckets; beyond it the full ones are forgotten
-FLUSH_SEC = 0.5  # how often what devices said is recorded, as far as their rates allow
+MOST_KEPT = 10_000  # buckets; beyond it those that are full again are dropped
+FLUSH_SEC = 0.5  # how often waiting presence and attributes are recorded, within the devices' rates
 FLUSH_DEVICES = 500
 
 Record = Callable[[DeviceEvent, str, DeviceState, str, str], DeviceState]
@@ -52,7 +52,7 @@ class Bucket(NamedTuple):
 
 
 class Quotas:
-    """The limits of every project: its own where the settings have a table for it, else the common ones."""
+    """The limits of every project: its own if the settings have a table for it, else the common ones."""
 
     def __init__(self, limits: Limits, projects: Mapping[str, ProjectLimits]) -> None:
         self.limits = limits
@@ -162,11 +162,11 @@ class Quotas:
 
 
 class Told:
-    """What devices say of themselves (presence, attributes), recorded within a rate per device.
+    """Presence and attributes that devices report, recorded within a rate per device.
 
-    Beyond the rate, the newest of each waits in memory; what it replaced is never recorded. So a device that
-    connects and leaves, or changes its attributes, all the time does not fill the log. Delivery uses what
-    waits at once: `newest` has it, and a hand-over first records it.
+    Beyond the rate, the newest presence and the newest attributes wait in memory; older ones are not
+    recorded. So a device that connects and disconnects all the time does not fill the log. Delivery uses the
+    waiting values at once: `newest` contains them, and a hand-over records them first.
 
     `record(event, device_id, before, project, actor)` stages an event and returns the new state. `ready`: see
     `Commands.ready`. `settled(device_id)` is called after `run` has recorded what waited.
@@ -189,20 +189,20 @@ class Told:
         return device_id in self._news
 
     def newest(self, name: str) -> DeviceState | None:
-        """A device in memory, by id or hardware id, with what is not recorded yet."""
+        """A device in memory, by id or hardware id, with the values that are not recorded yet."""
         device = self.live.device(name)
         news = None if device is None else self._news.get(device.id)
         return device if device is None or news is None else news.applied(device)
 
     def tell(self, device_id: str, news: News) -> None:
-        """Takes in what a device said. Beyond its rate, the newest is recorded as soon as the rate allows."""
+        """Takes in a report. Beyond the device's rate, `run` records its newest values later."""
         self._news[device_id] = self._news.get(device_id, News()).then(news)
         if not self._settle_in_time(device_id):
             self.on_folded()
             self._wake.set()
 
     def settle(self, device_id: str) -> bool:
-        """Records what is not recorded yet of a device. False: the device is not in memory.
+        """Records the waiting values of a device. Returns False if the device is not in memory.
 
         Raises:
             Unavailable: the log cannot be written now.
@@ -220,12 +220,12 @@ class Told:
         return True
 
     def _tell_again(self, device_id: str, news: News) -> None:
-        """The commit of these events failed: nobody will say it again."""
+        """The commit of these events failed. The device will not report them again, so they wait again."""
         self._news[device_id] = news.then(self._news.get(device_id, News()))
         self._wake.set()
 
     def _settle_in_time(self, device_id: str) -> bool:
-        """`settle`, if the rate of the device allows."""
+        """Calls `settle` if the device's rate allows it. Returns whether the values were recorded."""
         now = self.writer.now()
         until = spend(self._used_until.get(device_id, 0), now, self._per_sec, self._burst)
         if until is None or not self.settle(device_id):
@@ -237,12 +237,12 @@ class Told:
         return True
 
     def settle_all(self) -> None:
-        """At a clean stop: records what waits, beyond the rate too."""
+        """Records all waiting values, without regard to rates. Called at a clean stop."""
         for device_id in list(self._news):
             self.settle(device_id)
 
     async def run(self) -> None:
-        """Records what waits, for ever, as soon as the rate of each device allows."""
+        """Records waiting values, for ever, as soon as each device's rate allows it."""
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -258,7 +258,7 @@ class Told:
             try:
                 await self._ready(some)
             except Unavailable:
-                return  # the next try is in `FLUSH_SEC`
+                return  # `run` tries again after `FLUSH_SEC`
             for device_id in some:
                 if self.live.device(device_id) is None:
                     self._news.pop(device_id, None)  # its registration was never committed

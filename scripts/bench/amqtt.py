@@ -19,7 +19,7 @@ PASSWORD = "link"
 
 
 class Owner:
-    """Lets everybody in; acknowledges in the next turn, as a commit would at the soonest."""
+    """Accepts every client. Acknowledges in the next turn of the event loop, the earliest a commit could."""
 
     def __init__(self, seams: Any) -> None:
         self.link: Any

@@ -71,7 +71,7 @@ class Broker:
 
 
 def fill(broker: Broker, commands: int) -> None:
-    """That many commands for devices that are offline."""
+    """Creates so many commands for devices that are offline."""
     names = [f"bench-{number:04}" for number in range(DEVICES)]
     for name in names:
         assert broker.http("POST", "/v1/devices", {"hardware_id": name, "type": "generic"}).status_code == 201
@@ -89,7 +89,7 @@ def heap(session: CDPSession) -> float:
 
 
 def usable(page: Page, url: str) -> tuple[float, int]:
-    """Milliseconds until rows are shown, and bytes that came for the first view."""
+    """Milliseconds until rows are shown, and the bytes that the first view needed."""
     begun = time.perf_counter()
     page.goto(f"{url}/console")
     page.locator(".row a").first.wait_for()
@@ -150,7 +150,7 @@ def main() -> None:
 
 
 def memory(broker: Broker, page: Page, session: CDPSession, events: int, seconds: int) -> None:
-    """A simulated fleet at work while the page looks on; a command has four events."""
+    """The heap while a page shows the events of a simulated fleet; a command has four events."""
     rate = ("--send-rate", str(events / 4), "--devices", "500", "--duration", str(seconds + 30))
     fleet = subprocess.Popen(
         [ORDAIN, "simulate", *rate], env=os.environ | {"ORDAIN_DATA": broker.data}, stdout=subprocess.DEVNULL

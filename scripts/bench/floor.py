@@ -1,6 +1,6 @@
-"""The least of an MQTT server that can make the round trip of part e: the floor for the listener.
+"""The smallest MQTT server that can do the round trip of part e: the lower bound for the listener.
 
-It lets everybody in, checks nothing, and knows one topic a client. The product must not use it.
+It accepts every client, checks nothing, and remembers one topic per client. The product must not use it.
 """
 
 from __future__ import annotations

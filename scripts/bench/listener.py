@@ -31,7 +31,7 @@ from scripts.bench.processes import ROOT
 
 DEVICES, MANY, MANY_TLS, LIVING = 1_000, 10_000, 2_000, 100
 AMQTT_COMMIT = "6cd96464e36b8b626cd39c27f1e71516ef25b112"
-SLOWER = {"floor": 1, "listener": 1, "amqtt": 5}  # so that their rounds last about as long
+SLOWER = {"floor": 1, "listener": 1, "amqtt": 5}  # a round of each server then takes about the same time
 TRIPS_PER_LIFE = 5
 WINDOW = 100
 PACED = 5_000.0
@@ -208,7 +208,7 @@ def _close(devices: list[Device]) -> None:
 
 
 def _certificate(path: Path) -> Path:
-    """A certificate for 127.0.0.1 that signs itself, with its key behind it."""
+    """A self-signed certificate for 127.0.0.1, followed by its key."""
     from ipaddress import ip_address
 
     key = ec.generate_private_key(ec.SECP256R1())

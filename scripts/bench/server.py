@@ -23,7 +23,7 @@ from scripts.bench.trips import COMMAND, PROPERTIES, Trips, serve
 
 
 class Owner:
-    """Lets everybody in; acknowledges in the next turn, as a commit would at the soonest."""
+    """Accepts every client. Acknowledges in the next turn of the event loop, the earliest a commit could."""
 
     def __init__(self) -> None:
         self.listener: Listener
@@ -73,7 +73,7 @@ async def _listener(certificate: str) -> None:
     owner = Owner()
     bounds = MqttLimits(strangers=50_000, strangers_per_address=50_000)
     access = Access(prefix="iotee", check_device=owner.check)
-    # No service comes in, so that its feed is never asked.
+    # No service connects, so the feed is never used.
     services = Services(cast(Feed, None), access.events, lambda: "", lambda name: None)
     owner.listener = Listener(access, owner, services, bounds)
     endpoint = Endpoint("127.0.0.1", 0, tls=bool(certificate))

@@ -1,4 +1,4 @@
-"""Prints the longest time that the largest input of each HTTP route holds the event loop up, in CPU time.
+"""Prints for each HTTP route how long its largest input blocks the event loop at most, in CPU time.
 
 `.venv/bin/python -m scripts.bench.stretches`. The rule is 10 ms. The client runs in the same loop and counts
 too, and so does what other programs on the same core do to its caches.

@@ -1,4 +1,4 @@
-"""Round trips for the servers of part e, whatever server it is: it must import nothing of the broker."""
+"""Round trips for all servers of part e. It must import nothing of the broker: one server runs old code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 COMMAND = b'{"id":"cmd_01m8cqx018ehrt8srw7z3bz3vs","type":"open","params":{},"attempt":1}'
-# What the broker sends with it on MQTT 5.
+# The properties that the broker sends with a command on MQTT 5.
 PROPERTIES: dict[str, Any] = {
     "correlation": b"cmd_01m8cqx018ehrt8srw7z3bz3vs",
     "response_topic": "iotee/dev/device-000/ack",
@@ -24,7 +24,7 @@ PROPERTIES: dict[str, Any] = {
 
 
 class Trips:
-    """Keeps `window` commands under way to `names`, in turn, and takes the time of each."""
+    """Keeps `window` commands in flight to `names`, in turn, and measures the time of each."""
 
     def __init__(self, names: list[Any], send: Callable[[Any], None]) -> None:
         self._names = deque(names)

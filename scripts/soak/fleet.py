@@ -82,7 +82,7 @@ class _Device(fleet_device.Device):
 
 async def _serve(port: int, tokens: dict[str, str], faults: Faults) -> None:
     ledger = _Ledger(faults)
-    # The MQTT server accepts every token, so the fleet never needs its door for a new one.
+    # The MQTT server accepts every token, so the fleet never asks the broker for a new one.
     no_door = cast(Door, None)
     devices = [_Device(name, token, str(os.getpid()), ledger) for name, token in tokens.items()]
     async with AsyncExitStack() as up:

@@ -95,10 +95,11 @@ def needs(
 
 
 def check_size(body: bytes, limits: Limits, many: str) -> None:
-    """Judges what a body would cost before it is decoded.
+    """Refuses a body with too many values, before it is decoded.
 
-    Decoding takes time per value, not per byte: 4 MB of `[],` are a million lists, and stop the loop for
-    seconds. Commas and brackets are counted, because that is fast; in a text they count too.
+    Decoding takes time per value, not per byte: 4 MB of `[],` are a million lists, and would block the event
+    loop for seconds. Commas and brackets are counted instead of values, because that is fast. Those inside
+    texts count too.
 
     Raises:
         Refusal: too_large.

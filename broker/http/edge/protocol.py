@@ -49,7 +49,7 @@ class Bounded(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._strangers = strangers  # None: the private socket
-        self._last = False  # no request after this one is read: it asked for another protocol
+        self._last = False  # the request asked for another protocol, so no request after it is read
         self._leaving = False  # the WebSocket's protocol gets the connection
         self._part: Literal["head", "body"] | None = "head"
         self._parts = 0  # number of changes of `_part`
@@ -67,7 +67,7 @@ class Bounded(HttpToolsProtocol):
         self._time()
 
     def passed(self) -> None:
-        """This connection is no stranger's any more."""
+        """A key was accepted on this connection, so it no longer counts as a stranger's."""
         if self._strangers is not None:
             self._strangers.remove(self)
 

@@ -68,8 +68,8 @@ class Services:
 
 @dataclass(slots=True)
 class Served:
-    """What one app serves: its services, and whether it is the one on the private socket. Lies in each
-    request's scope, so that the routes do not belong to one broker."""
+    """The services of one app, and whether it is the app on the private socket. Each request's scope has
+    it, so that several brokers in one process can share the routes."""
 
     services: Services
     local: bool

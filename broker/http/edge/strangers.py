@@ -39,7 +39,7 @@ class Strangers:
         self._by_address.setdefault(address, {})[connection] = None
 
     def remove(self, connection: Ends) -> None:
-        """Its key was accepted, or it is closed. May be called again."""
+        """Call this when a key was accepted on the connection, or when it is closed; twice does no harm."""
         address = self._all.pop(connection, None)
         if address is not None:
             mine = self._by_address[address]

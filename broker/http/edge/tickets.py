@@ -1,7 +1,7 @@
-"""Tickets: what a page gives instead of a key when it opens an event stream.
+"""Tickets: a web page opens an event stream with a ticket instead of a key.
 
-The browser's `EventSource` cannot send headers, and a key must not be in a URL, where proxies log it. A
-ticket may be there: it is good for one connection and for a minute. Tickets are kept in memory only.
+The browser's `EventSource` cannot send headers, and a key must not be in a URL, because proxies log URLs. A
+ticket may be in a URL: it opens one connection, within a minute. Tickets are kept in memory only.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Tickets:
         return secret, now + LIFE_MS
 
     def use(self, secret: str) -> Caller | None:
-        """The caller of a ticket, which is then used up; None if it is unknown, used or expired, or if its
-        key was revoked or has expired."""
+        """Returns the caller of a ticket and uses the ticket up. None if the ticket is unknown, used or
+        expired, or if its key was revoked or has expired."""
         ticket = self._unused.pop(secret, None)
         if ticket is None or ticket.expires_at <= self._writer.now() or not self.good(ticket.caller):
             return None
         return ticket.caller
 
     def good(self, caller: Caller) -> bool:
-        """Whether the key behind a ticket is still good."""
+        """Whether the key that got the ticket is still valid."""
         return not self._keys.has_ended(caller.actor)

@@ -1,4 +1,4 @@
-"""Requests that wait until a command is closed. A wait only looks; it never changes what happens.
+"""Requests that wait until a command is closed. A wait only reads; it never changes a command.
 
 It ends early, with the command still open, when the broker stops, when its key is revoked, or when the
 project already has too many waits.

@@ -102,7 +102,7 @@ SIGNED = {
     "webhook-signature": "`v1,` and the Base64 of HMAC-SHA256 over `<id>.<timestamp>.<body>`; several during "
     "a rotation of the secret, separated by spaces.",
 }
-# What the broker sends to the webhooks of its users.
+# The requests that the broker sends to webhooks.
 OUTGOING = {
     "event": {
         "post": {

@@ -40,7 +40,7 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
         str, Meta(description="`command.created`, `device.changed`, `key.revoked`, `webhook.deleted`, …")
     ]
     subject: Annotated[str, Meta(description="The id of what was changed.")]
-    project: Annotated[str | None, Meta(description="Null: of no project.")]
+    project: Annotated[str | None, Meta(description="Null: the change belongs to no project.")]
     request_id: Annotated[
         str | None, Meta(description="As in the answer's `X-Request-Id`. Null: unknown, or erased.")
     ]

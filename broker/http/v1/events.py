@@ -258,8 +258,8 @@ def _parsed(services: Services, field: str, text: str) -> int:
 
 
 async def _check_exists(request: Call, wanted: Wanted) -> None:
-    """Checks that the device and the command of a stream's filters exist: a stream of nothing would wait for
-    ever. A page of nothing ends at once, so it is not checked.
+    """Checks that the device and the command in a stream's filters exist: otherwise the stream would wait for
+    ever without an event. A page without events ends at once, so its filters are not checked.
 
     Raises:
         Refusal: not_found, also if the caller may not see them.

@@ -85,7 +85,7 @@ async def send_commands(
 async def answers(
     services: Services, found: Mapping[str, fanout.Outcome], shown: Callable[[fanout.Outcome], T]
 ) -> dict[str, T]:
-    """The answer for each device. Counts the refusals. Others get their turn in between: this may be long."""
+    """The answer for each device. Counts the refusals. Other requests run in between: it can be long."""
     refused = Counter(outcome.kind for outcome in found.values() if isinstance(outcome, Refusal))
     for kind, count in refused.items():
         services.metrics.refused(kind, count)

@@ -23,7 +23,7 @@ Scope = Annotated[str, Meta(extra_json_schema={"enum": list(SCOPES)})]
 MOST_EXPIRY_SEC = 3_153_600_000
 Rate = Annotated[
     Annotated[int, Meta(ge=0, le=1_000_000_000)] | None,
-    Meta(description="The key's own limit; 0: none; null: what the settings say.", examples=[600]),
+    Meta(description="The key's own limit. 0: no limit. Null: the limit in the settings.", examples=[600]),
 ]
 
 
@@ -33,7 +33,9 @@ class KeyBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     project: Annotated[Name, Meta(description="A new name creates the project.", examples=["acme"])]
     scopes: Annotated[
         tuple[Scope, ...],
-        Meta(description="`admin` is all scopes in all projects.", examples=[["devices:read"]], min_length=1),
+        Meta(
+            description="`admin` has all scopes, in all projects.", examples=[["devices:read"]], min_length=1
+        ),
     ]
     name: Annotated[Title | None, Meta(description="What it is for.", examples=["night shift"])] = None
     expires_at: Annotated[Time | None, Meta(description="It stops working at this time; absent: never.")] = (
@@ -52,7 +54,7 @@ class KeyBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = UNSET
     device_prefixes: Annotated[
         tuple[Name, ...] | UnsetType,
-        Meta(description="The same, by how the hardware id begins.", examples=[["door-"]]),
+        Meta(description="Limits the key to devices whose hardware id begins so.", examples=[["door-"]]),
     ] = UNSET
     commands_per_minute: Rate = None
     requests_per_minute: Rate = None
@@ -76,11 +78,13 @@ class KeyView(msgspec.Struct, frozen=True, kw_only=True):
     ]
     state: Annotated[
         Literal["active", "revoked", "expired", "unusable"],
-        Meta(description="`unusable`: the broker has another pepper than the one the key was made with."),
+        Meta(description="`unusable`: the key was made with another pepper than the broker has now."),
     ]
-    devices: Annotated[list[str] | None, Meta(description="Null with `device_prefixes` null: no limit.")]
+    devices: Annotated[list[str] | None, Meta(description="If `device_prefixes` is null too: no limit.")]
     device_prefixes: list[str] | None
-    commands_per_minute: Annotated[int | None, Meta(description="Null: what the settings say; 0: no limit.")]
+    commands_per_minute: Annotated[
+        int | None, Meta(description="0: no limit. Null: the limit in the settings.")
+    ]
     requests_per_minute: int | None
     key: Annotated[str | UnsetType, Meta(description="`sk_live_…`. Shown once.")] = UNSET
 

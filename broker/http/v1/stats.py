@@ -32,7 +32,7 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
-    """One sixtieth of the time: the commands created in it, and the commands closed in it, by end."""
+    """One sixtieth of the window: how many commands were created in it, and how many closed, by state."""
 
     at: Time
     until: Time
@@ -45,7 +45,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    """Figures of the last seconds."""
+    """Counts of commands and latencies in the window."""
 
     since: Annotated[Time, Meta(description="Later than requested if there were too many commands to count.")]
     until: Time
@@ -62,9 +62,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 
 @get("/stats", opt=needs("devices:read"), responses=documented())
 async def read_stats(request: Call, window: Window = 300) -> Stats:
-    """Read figures of the last seconds
+    """Read counts and latencies
 
-    Of the key's devices; for an admin key, of all projects. Erased commands are not counted.
+    Covers the last `window` seconds and the devices that the key may see; for an admin key, all projects.
+    Erased commands are not counted.
     """
     writer, caller = request.services.commands.writer, request.user
     until = writer.now()
@@ -104,7 +105,7 @@ def _latency(ascending: Sequence[int]) -> Latency:
 
 
 def percentile(ascending: Sequence[int], share: float) -> int | None:
-    """The nearest rank; None of none."""
+    """The percentile by nearest rank; None if there are no values."""
     return ascending[max(0, math.ceil(len(ascending) * share) - 1)] if ascending else None
 
 

@@ -108,8 +108,8 @@ async def list_unmatched(
 def of_command(sql: Sql, state: CommandState) -> list[Said]:
     """The kept messages of the command's own device that explain its state, oldest first.
 
-    These named the command, or were of no use and came since it was handed over. If it was not handed over,
-    since the presence of the device last changed: one of them may have been meant to say `online`.
+    These are the messages that named the command, and the unusable ones since it was handed over. If it was
+    not handed over: since the device's presence last changed, because one may have been a wrong `online`.
     """
     since = state.handed_over_at
     if since is None:
