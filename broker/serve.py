@@ -15,6 +15,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
+from ipaddress import ip_network
 from pathlib import Path
 
 import msgspec
@@ -109,7 +110,7 @@ async def _serve(
     stop: asyncio.Event,
 ) -> None:
     types = load_types(settings.types)
-    outbound = HttpOutbound(settings.webhook_allow, limits=settings.limits)
+    outbound = HttpOutbound(settings.webhook_allow, verify=_of_webhooks(settings), limits=settings.limits)
     pepper = pepper_of(Path(settings.data), settings.key_pepper_file)
     core = Core(storage, SystemClock(), SystemEntropy(), types, settings, outbound, pepper)
     embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
@@ -171,7 +172,8 @@ async def _http(
     websockets = None if door.listener is None else upgrades(door.listener, parts.settings.cors_origins)
     public = create_app(parts)
     keep = parts.settings.http_keep_alive_sec
-    public_http = partial(Bounded, strangers=parts.strangers)
+    proxies = [ip_network(text) for text in parts.settings.http_trusted_proxies]
+    public_http = partial(Bounded, strangers=parts.strangers, proxies=proxies)
     served = [(private, _uvicorn(create_app(parts, local=True), keep, Bounded))]
     served.append((listening[0], _uvicorn(public, keep, public_http, websockets)))
     if len(listening) > 1 and certificates is not None:
@@ -221,9 +223,20 @@ def _certificates(settings: Settings) -> Certificates | None:
     if not settings.tls_certificate:
         return None
     try:
-        return Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+        cas = settings.tls_client_ca, settings.https_client_ca
+        return Certificates(settings.tls_certificate, settings.tls_key, *cas)
     except OSError as error:  # of files, and of what is in them
         raise BadSetting(f"tls_certificate = {settings.tls_certificate!r}: {error}") from error
+
+
+def _of_webhooks(settings: Settings) -> ssl.SSLContext:
+    """Whose certificates webhook receivers must have, and the broker's own certificate for them."""
+    files = settings.webhook_ca, settings.webhook_certificate, settings.webhook_key
+    try:
+        return trust(*files)
+    except OSError as error:  # of files, and of what is in them
+        names = ", ".join(filter(None, files))
+        raise BadSetting(f"webhook_ca, webhook_certificate: {names}: {error.strerror or error}") from error
 
 
 def _trust(settings: Settings) -> ssl.SSLContext | None:

@@ -150,6 +150,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     log_password_file: str = ""
     http: str = "127.0.0.1:8080"
     https: str = ""
+    https_client_ca: str = ""
+    http_trusted_proxies: list[str] = []
     http_keep_alive_sec: Annotated[int, Meta(ge=1, le=3_600)] = 75
     metrics: str = "open"
     mqtt_listen: str | list[str] = "127.0.0.1:1883"
@@ -170,6 +172,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     trusted_proxies: list[str] = []
     cors_origins: list[str] = []
     webhook_allow: list[str] = []
+    webhook_ca: str = ""
+    webhook_certificate: str = ""
+    webhook_key: str = ""
     webhook_timeout_sec: Annotated[float, Meta(ge=1, le=60)] = 15
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -230,6 +235,7 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
     for key, networks in (
         ("webhook_allow", settings.webhook_allow),
         ("trusted_proxies", settings.trusted_proxies),
+        ("http_trusted_proxies", settings.http_trusted_proxies),
     ):
         for text in networks:
             try:
@@ -350,10 +356,13 @@ def _check_mqtt_url(settings: Settings) -> None:
             raise BadSetting(
                 f"{key} = {getattr(settings, key)!r}: needs an mqtt_url that begins with mqtts://"
             )
-    if settings.mqtt_key and not settings.mqtt_certificate:
-        raise BadSetting(
-            f"mqtt_key = {settings.mqtt_key!r}: needs mqtt_certificate, the certificate of this key"
-        )
+    for key, needed, what in (
+        ("mqtt_key", "mqtt_certificate", "the certificate of this key"),
+        ("webhook_key", "webhook_certificate", "the certificate of this key"),
+        ("https_client_ca", "https", "the address where clients with a certificate connect"),
+    ):
+        if getattr(settings, key) and not getattr(settings, needed):
+            raise BadSetting(f"{key} = {getattr(settings, key)!r}: needs {needed}, {what}")
 
 
 def _check_tls(settings: Settings, endpoints: list[Endpoint]) -> None:

@@ -16,19 +16,23 @@ logger = structlog.get_logger()
 
 
 class Certificates:
-    """One certificate and its key. `client_ca`: the file with the CAs of client certificates, or empty.
+    """One certificate and its key. `client_ca`: the file with the CAs whose certificates stand for an MQTT
+    client, or empty. `https_client_ca`: those that must have signed the certificate of every HTTPS client.
 
     Raises:
         OSError: a file cannot be read.
         ssl.SSLError: a file has no certificate, or the key does not belong to it.
     """
 
-    def __init__(self, certificate: str, key: str, client_ca: str = "") -> None:
+    def __init__(self, certificate: str, key: str, client_ca: str = "", https_client_ca: str = "") -> None:
         self._certificate = certificate
         self._key = key or certificate
         self._client_ca = client_ca
-        self.for_http = self._context([])
-        self.for_mqtt = self._context(["mqtt"])  # another object after each change
+        self.for_http = self._context()
+        if https_client_ca:  # the HTTP server keeps its context: other CAs need a restart
+            self.for_http.load_verify_locations(https_client_ca)
+            self.for_http.verify_mode = ssl.CERT_REQUIRED
+        self.for_mqtt = self._of_mqtt()  # another object after each change
         self._stamp = self._stamps()
 
     def look(self, *, again: bool = False) -> None:
@@ -39,7 +43,7 @@ class Certificates:
         self._stamp = stamps
         try:
             # A new context, because a CA cannot be removed from one; and half-written files fail here.
-            fresh = self._context(["mqtt"])
+            fresh = self._of_mqtt()
             self.for_http.load_cert_chain(self._certificate, self._key)  # the HTTP server keeps its context
             self.for_mqtt = fresh
         except (OSError, ssl.SSLError) as error:
@@ -47,15 +51,18 @@ class Certificates:
         else:
             logger.info("tls.reloaded", certificate=self._certificate)
 
-    def _context(self, alpn: list[str]) -> ssl.SSLContext:
+    def _of_mqtt(self) -> ssl.SSLContext:
+        context = self._context()
+        context.set_alpn_protocols(["mqtt"])
+        if self._client_ca:
+            context.load_verify_locations(self._client_ca)
+            context.verify_mode = ssl.CERT_OPTIONAL
+        return context
+
+    def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(self._certificate, self._key)
-        if alpn:
-            context.set_alpn_protocols(alpn)
-            if self._client_ca:
-                context.load_verify_locations(self._client_ca)
-                context.verify_mode = ssl.CERT_OPTIONAL
         return context
 
     def _stamps(self) -> list[tuple[int, int] | None]:

@@ -8,11 +8,15 @@ Therefore whatever RFC 9112 lets two readers understand differently is refused, 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Literal
 
+Network = IPv4Network | IPv6Network
 Headers = list[tuple[bytes, bytes]]  # names in lower case
 Fault = tuple[Literal[400, 408, 415, 431], str, str]  # status, error code, message
 
+MOST_HOPS = 16  # proxies behind each other
 WEBSOCKET_PATH = b"/mqtt"
 # A name, an IPv4 address or an IPv6 address in brackets, and perhaps a port.
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
@@ -42,6 +46,32 @@ def fault_of(version: str, method: bytes, target: bytes, headers: Headers) -> Fa
     if _values(headers, b"content-encoding"):
         return 415, "unsupported_media_type", "a body must be sent without Content-Encoding"
     return None
+
+
+def forwarded_for(headers: Headers, trusted: Sequence[Network]) -> str | None:
+    """The client's address that trusted proxies wrote into `X-Forwarded-For`: the last that is not theirs.
+
+    None if there is none, or if a proxy wrote no address. Only what stands behind the last stranger can be
+    believed: a client may send the header too, and proxies add to it.
+    """
+    hops = b",".join(_values(headers, b"x-forwarded-for")).decode("latin-1").split(",")
+    for text in reversed(hops[-MOST_HOPS:]):
+        if not is_of(text.strip(), trusted):
+            try:
+                return str(ip_address(text.strip()))
+            except ValueError:
+                return None
+    return None
+
+
+def is_of(text: str, networks: Sequence[Network]) -> bool:
+    """Whether this is an address of one of the networks."""
+    try:
+        found = ip_address(text.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
+    return any((mapped or found) in network for network in networks)
 
 
 def asks_to_upgrade(headers: Headers) -> bool:

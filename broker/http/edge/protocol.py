@@ -9,6 +9,7 @@ connection: while one is still due, the connection is only closed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import httptools
@@ -18,7 +19,15 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from broker.http.edge.errors import error_body
-from broker.http.edge.heads import Fault, asks_to_upgrade, fault_of, is_websocket
+from broker.http.edge.heads import (
+    Fault,
+    Network,
+    asks_to_upgrade,
+    fault_of,
+    forwarded_for,
+    is_of,
+    is_websocket,
+)
 from broker.http.edge.strangers import PASSED, Strangers
 
 HEAD_BYTES = 65_536
@@ -46,9 +55,12 @@ class Bounded(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
         strangers: Strangers | None = None,
+        proxies: Sequence[Network] = (),
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._strangers = strangers  # None: the private socket
+        self._proxies = proxies
+        self._proxied = False  # a trusted proxy; its requests come from many clients
         self._last = False  # the request asked for another protocol, so no request after it is read
         self._leaving = False  # the WebSocket's protocol gets the connection
         self._part: Literal["head", "body"] | None = "head"
@@ -62,8 +74,10 @@ class Bounded(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if self._strangers is not None:
-            self._strangers.add(self, self.client[0] if self.client else "")
+        address = self.client[0] if self.client else ""
+        self._proxied = is_of(address, self._proxies)
+        if self._strangers is not None and not self._proxied:
+            self._strangers.add(self, address)
         self._time()
 
     def passed(self) -> None:
@@ -123,6 +137,8 @@ class Bounded(HttpToolsProtocol):
             self._fault = fault_of(version, method, self.url, self.headers)
         if self._fault is not None:
             raise httptools.HttpParserError(self._fault[2])
+        if self._proxied and (client := forwarded_for(self.headers, self._proxies)) is not None:
+            self.scope["client"] = (client, 0)
         self._last = self.parser.should_upgrade() or asks_to_upgrade(self.headers)
         alone = self.cycle is None or self.cycle.response_complete
         self._leaving = (
