@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import fcntl
-import hashlib
 import json
 import shutil
 import subprocess
@@ -18,39 +16,9 @@ import httpx2
 import pytest
 
 from tests.conftest import Mosquitto, program, unused_port
+from tests.packages import EXAMPLES, has_c, need, node_modules
 from tests.system.conftest import NewBroker
 from tests.system.support import ROOT, Broker, Process, environment, until
-
-EXAMPLES = ROOT / "docs" / "examples"
-# Kept from run to run: packages of npm take seconds to fetch.
-PACKAGES = ROOT / ".venv" / "npm"
-INSTALL_WITHIN_SEC = 120
-HEADERS = ("mosquitto.h", "cjson/cJSON.h", "openssl/evp.h")
-
-
-def need(*programs: str) -> None:
-    for name in programs:
-        if shutil.which(name) is None:
-            pytest.skip(f"{name} is not installed")
-
-
-def node_modules(example: Path) -> Path:
-    """The packages of an example, installed once and kept; skips where npm cannot install them."""
-    need("node", "npm")
-    wanted = (example / "package.json").read_bytes()
-    home = PACKAGES / hashlib.sha256(wanted).hexdigest()[:16]
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (home / "complete").exists():
-            (home / "package.json").write_bytes(wanted)
-            command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--silent"]
-            try:
-                subprocess.run(command, cwd=home, check=True, capture_output=True, timeout=INSTALL_WITHIN_SEC)
-            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-                pytest.skip(f"npm cannot install {example.name}: {error}")
-            (home / "complete").touch()
-    return home / "node_modules"
 
 
 @pytest.fixture
@@ -70,16 +38,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     yield run
     for process in started:
         process.kill()
-
-
-def has_c() -> None:
-    need("cc")
-    for header in HEADERS:
-        found = subprocess.run(["cc", "-E", "-include", header, "-xc", "/dev/null"], capture_output=True)
-        if found.returncode != 0:
-            pytest.skip(
-                f"{header} is not installed (Debian: apt install libmosquitto-dev libcjson-dev libssl-dev)"
-            )
 
 
 class Attacker:

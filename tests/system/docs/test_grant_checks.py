@@ -19,8 +19,8 @@ import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from devices.grant import params_hash
+from tests.packages import EXAMPLES, has_c, node_modules
 from tests.sdk_driver import node
-from tests.system.docs.test_examples import EXAMPLES, has_c, node_modules
 
 DEVICE = "door-7"
 COMMAND: dict[str, Any] = {"id": "cmd_1", "type": "unlock", "params": {"for_sec": 5, "b": ["ü", 1.5, None]}}

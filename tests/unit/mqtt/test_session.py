@@ -288,6 +288,19 @@ def test_silence_for_one_and_a_half_keepalives_ends_the_session(version: int) ->
     assert [goodbye.reason for goodbye in speaker.sent(p.Goodbye)] == [Reason.KEEPALIVE][: version - 4]
 
 
+@BOTH
+def test_bytes_that_never_become_a_packet_are_no_sign_of_life(version: int) -> None:
+    speaker = Speaker(version=version).connected(keepalive=10)
+    slow = encode(said(b"x" * 100), version)
+    for number in range(14):
+        speaker.raw(slow[number : number + 1])
+        speaker.wait(1)
+        assert speaker.closed is None
+    speaker.wait(1)
+    assert speaker.closed is not None
+    assert speaker.closed.reason == Reason.KEEPALIVE
+
+
 def test_without_a_keepalive_a_client_that_does_not_acknowledge_is_cut() -> None:
     speaker = Speaker(version=4).connected(keepalive=0)
     speaker.wait(100_000)
