@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from itertools import count
 from typing import Any, Literal
 
 from broker import __version__
@@ -40,8 +41,8 @@ from broker.subscriptions.webhooks import Webhooks
 from devices.types import DeviceType
 from projections import follower
 
-CLOCK_WATCH_SEC = 1.0
-KEY_USES_SEC = 60.0
+TICK_SEC = 1.0
+KEY_USES_TICKS = 60
 HOUSEKEEPING_SEC = 3_600.0
 KEYS_AT_ONCE, KEYS_PAUSE_SEC = 500, 0.05
 
@@ -104,6 +105,7 @@ class Core:
         self.dispatch: Dispatch
         self.intake: Intake
         self.pull: Pull
+        self.tick_sec = TICK_SEC
         self._stepped_ms = 0
 
     @property
@@ -162,9 +164,7 @@ class Core:
             self.registry.told.run(),
             self.erasures.run(),
             self.verification.run(),
-            self._every(CLOCK_WATCH_SEC, self._watch_clock),
-            self._every(CLOCK_WATCH_SEC, self.keys.tick),
-            self._every(KEY_USES_SEC, self.keys.save_uses),
+            self._tick(),
             self._forget_keys(),
         ]
 
@@ -225,11 +225,15 @@ class Core:
             reasons.append(f"clock: the wall clock was stepped by {self._stepped_ms} ms since the start")
         return reasons
 
-    async def _every(self, seconds: float, work: Callable[[], None]) -> None:
-        while True:
-            await asyncio.sleep(seconds)
+    async def _tick(self) -> None:
+        """What is looked at once a second, in one task: an idle broker wakes up as rarely as possible."""
+        for number in count(1):
+            await asyncio.sleep(self.tick_sec)
             if self.writer.open:
-                work()
+                self._watch_clock()
+                self.keys.tick()
+                if number % KEY_USES_TICKS == 0:
+                    self.keys.save_uses()
 
     def _watch_clock(self) -> None:
         """Records a step of the wall clock. Halts hand-over while the clock is before the last event."""

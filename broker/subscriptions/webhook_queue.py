@@ -55,6 +55,11 @@ class Window:
         self._due: list[tuple[int, int, str]] = []
 
     @property
+    def open(self) -> int:
+        """How many events wait for their delivery."""
+        return len(self._open) + len(self._before)
+
+    @property
     def full(self) -> bool:
         return len(self._open) >= WINDOW
 

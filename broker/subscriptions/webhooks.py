@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,57 +22,16 @@ from broker.engine.ids import new_id
 from broker.engine.writer import Writer
 from broker.seams import Drop, Entropy, Outbound, Put, Sql, of_project
 from broker.subscriptions.feed import Feed
-from broker.subscriptions.webhook_queue import Pending, Progress, fresh
+from broker.subscriptions.webhook_queue import Progress, fresh
+from broker.subscriptions.webhook_state import Webhook
 from broker.subscriptions.webhook_worker import Attempt, Endpoint, Secret, Sender, Worker
 
 logger = structlog.get_logger()
 
 SAVE_SEC = 1.0
 AGAIN_SEC = 5.0
-ATTEMPTS = 1_000
 SECRETS = 3
 SECRET_BYTES = 32
-
-
-class Webhook:
-    """One endpoint and its delivery state. `attempts`: the latest since the process started, numbered."""
-
-    def __init__(self, endpoint: Endpoint, progress: Progress) -> None:
-        self.endpoint = endpoint
-        self.attempts: deque[tuple[int, Attempt]] = deque(maxlen=ATTEMPTS)
-        self.worker: Worker | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.changing = asyncio.Lock()
-        self.resending = False
-        self.at_rest = progress  # progress while no worker runs
-        self.saved: Progress | None = None
-
-    @property
-    def progress(self) -> Progress:
-        return self.at_rest if self.worker is None else self.worker.window.progress()
-
-    @property
-    def cursor(self) -> int:
-        """All wanted events before this position are delivered."""
-        return self.at_rest.cursor if self.worker is None else self.worker.window.cursor
-
-    @property
-    def failing(self) -> Pending | None:
-        """The event that has failed for the longest time."""
-        if self.worker is not None:
-            return self.worker.window.failing()
-        failed = [pending for pending in self.at_rest.open if pending.failed_since is not None]
-        return min(failed, key=lambda pending: pending.failed_since or 0, default=None)
-
-    def is_open(self, position: int) -> bool:
-        if self.worker is not None:
-            return self.worker.window.is_open(position)
-        open = {pending.position for pending in self.at_rest.open}
-        return position > self.at_rest.reached or position in open
-
-    def note(self, attempt: Attempt) -> None:
-        number = self.attempts[-1][0] + 1 if self.attempts else 1
-        self.attempts.append((number, attempt))
 
 
 class Webhooks:
@@ -86,6 +44,9 @@ class Webhooks:
         self._per_project = per_project
         self._kept: dict[str, Webhook] = {}
         self._dirty: dict[str, None] = {}
+        self._changed = asyncio.Event()  # there may be something to save
+        # A worker without work moves to the new head of the log.
+        writer.listeners.append(lambda events: self._changed.set() if events else None)
         self._group: asyncio.TaskGroup | None = None
 
     # --- running and keeping ---
@@ -110,9 +71,16 @@ class Webhooks:
                 self._start(self._kept)
                 while True:
                     await asyncio.sleep(SAVE_SEC)
-                    self.save()
+                    self._changed.clear()
+                    if self.save() and all(known.at_ease for known in self._kept.values()):
+                        await self._changed.wait()
             finally:
                 self._group = None
+
+    def _mark(self, *ids: str) -> None:
+        """The rows of these webhooks must be written."""
+        self._dirty.update(dict.fromkeys(ids))
+        self._changed.set()
 
     def save(self) -> bool:
         """Stages the rows of all changed webhooks; returns False if the log cannot be written now."""
@@ -133,7 +101,7 @@ class Webhooks:
                 kept.saved = kept.progress
                 row = (id, msgspec.json.encode(kept.endpoint), msgspec.json.encode(kept.saved))
                 self.writer.also(Put("webhooks", row))
-        self.writer.then(lambda: self._start(ids), lambda: self._dirty.update(dict.fromkeys(ids)))
+        self.writer.then(lambda: self._start(ids), lambda: self._mark(*ids))
         return True
 
     def _start(self, ids: Iterable[str]) -> None:
@@ -161,7 +129,7 @@ class Webhooks:
                     await asyncio.sleep(AGAIN_SEC)
         finally:
             known.task = None
-            self._dirty[id] = None
+            self._mark(id)
         state, reason = verdict
         known.endpoint = msgspec.structs.replace(known.endpoint, state=state, reason=reason)
         logger.warning("webhook.stopped", webhook=id, state=state, reason=reason)
@@ -358,7 +326,7 @@ class Webhooks:
                 yield known
                 await self._durable(caller, action, known.endpoint, **details)
             finally:
-                self._dirty[id] = None  # the next save starts the worker again, also after an error
+                self._mark(id)  # the next save starts the worker again, also after an error
         self._start([id])
 
     async def _durable(self, caller: Caller, action: str, endpoint: Endpoint, **details: object) -> None:

@@ -20,6 +20,7 @@ from broker.http.edge.services import Services
 from tests.simulation.fleet import COMMANDS, Device
 from tests.simulation.history import Call, History
 from tests.simulation.loop import Node, SimLoop
+from tests.simulation.tide import Tide
 
 SERVICES: contextvars.ContextVar[Services] = contextvars.ContextVar("services")
 PATIENCE_SEC = 15
@@ -195,11 +196,13 @@ class Door:
 class Clients:
     """Several services that use one fleet until `stopped` is set."""
 
-    def __init__(self, loop: SimLoop, door: Door, devices: list[Device], count: int, pause: float) -> None:
+    def __init__(
+        self, loop: SimLoop, door: Door, tide: Tide, devices: list[Device], count: int, pause: float
+    ) -> None:
         self.stopped = False
         self.sent: list[tuple[str, str]] = []  # hardware id, command id
         self._loop, self._door, self._devices = loop, door, devices
-        self._pause = pause
+        self._pause, self._tide = pause, tide
         self._random = loop.rng("clients")
         self._keys = itertools.count(1)
         self._orders: list[tuple[str, str, dict[str, Any]]] = []
@@ -225,6 +228,7 @@ class Clients:
             self._purge: 0.5,
         }
         while True:
+            await self._tide.busy.wait()
             await asyncio.sleep(self._random.expovariate(1 / self._pause))
             if self.stopped:
                 return

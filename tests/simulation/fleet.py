@@ -25,6 +25,7 @@ from tests.simulation.link import SimDevicePort
 from tests.simulation.loop import Node, SimClock, SimLoop
 from tests.simulation.network import SimMqttServer
 from tests.simulation.pipes import PipeNet, PipePort
+from tests.simulation.tide import Tide
 
 PREFIX, ISSUER = "iotee", "ordain"
 # A type without answers: its commands are done when the MQTT server has taken them.
@@ -70,7 +71,7 @@ MALFORMED = (
 )
 
 
-HEARTBEAT_SEC = 30
+HEARTBEAT_SEC, QUIET_HEARTBEAT_SEC = 30, 600
 
 
 class Asks(Protocol):
@@ -101,7 +102,13 @@ class Device:
     """One simulated device."""
 
     def __init__(
-        self, loop: SimLoop, server: SimMqttServer, history: History, hardware_id: str, kind: str
+        self,
+        loop: SimLoop,
+        server: SimMqttServer,
+        history: History,
+        tide: Tide,
+        hardware_id: str,
+        kind: str,
     ) -> None:
         self.hardware_id, self.kind = hardware_id, kind
         self.whims = True  # may get stuck, take long, or fail
@@ -115,7 +122,7 @@ class Device:
         self._unconfirmed: list[Send] = []  # answers that no phone has confirmed yet
         self.door: Asks
         self.on_end: Callable[[str, str], object] = lambda hardware_id, command_id: None
-        self._loop, self._server, self._history = loop, server, history
+        self._loop, self._server, self._history, self._tide = loop, server, history, tide
         self._clock = SimClock(loop)
         self._random = loop.rng(f"device/{hardware_id}")
         self._type: DeviceType = TYPES[kind]
@@ -247,7 +254,8 @@ class Device:
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(self._random.expovariate(1 / HEARTBEAT_SEC))
+            pause = HEARTBEAT_SEC if self._tide.busy.is_set() else QUIET_HEARTBEAT_SEC
+            await asyncio.sleep(self._random.expovariate(1 / pause))
             said = {"battery_percent": self._random.randint(0, 3)}
             call = await self._ask("heartbeat", "heartbeat", said)
             if call.status == 200:

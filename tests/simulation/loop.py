@@ -14,6 +14,7 @@ import gc
 import heapq
 import itertools
 import random
+import struct
 import threading
 import warnings
 import zlib
@@ -30,6 +31,8 @@ _STEPS_PER_COLLECTION = 1 << 16
 # A coroutine that awaits in `finally` ignores its first GeneratorExit; each further one passes one more
 # await.
 _CLOSE_TRIES = 100
+_LABELS: dict[str, bytes] = {}
+_packed = struct.Struct("<d").pack
 
 
 class Livelock(Exception):
@@ -63,12 +66,13 @@ class _Future(asyncio.Future[T]):
 
     __slots__ = ("_number",)
 
-    def __init__(self, *, loop: SimLoop) -> None:
-        self._number = loop.number()
-        super().__init__(loop=loop)
-
     def __hash__(self) -> int:
-        return self._number
+        # Few futures are ever hashed: numbering all of them would cost a call for each.
+        try:
+            return self._number
+        except AttributeError:
+            self._number: int = self.get_loop().number()  # type: ignore[attr-defined]
+            return self._number
 
 
 class _Task(asyncio.Task[T]):
@@ -191,34 +195,47 @@ class SimLoop(asyncio.BaseEventLoop):
             if not self.steps % 1024:
                 self._check_budget()
 
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Keeps timers as tuples: comparing two TimerHandles is slow Python code."""
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._scheduled, (when, self.number(), timer))
+        timer._scheduled = True
+        return timer
+
     def _advance(self) -> None:
         """Nothing is ready: moves the clock to the next timer and makes all due timers ready."""
-        timers = self._scheduled
+        timers, pop = self._scheduled, heapq.heappop
         if self._timer_cancelled_count > 100 and self._timer_cancelled_count * 2 > len(timers):
             self._keep_timers(lambda timer: not timer._cancelled)
             timers = self._scheduled
-        while timers and timers[0]._cancelled:
-            heapq.heappop(timers)._scheduled = False
+        while timers and timers[0][2]._cancelled:
+            pop(timers)[2]._scheduled = False
             self._timer_cancelled_count -= 1
         if not timers:
             raise Deadlock(f"at {self._now:.3f} s nothing is ready and no timer is set")
-        self._now = max(self._now, timers[0].when())
+        self._now = now = max(self._now, timers[0][0])
         self._moved_at = self.steps
-        if self._now > self._max_time:
+        if now > self._max_time:
             raise Deadlock(f"{self._max_time:.0f} s of virtual time are spent")
-        self.note(repr(self._now))
-        while timers and timers[0].when() <= self._now:
-            timer = heapq.heappop(timers)
+        self.trace = zlib.crc32(_packed(now), self.trace)
+        while timers and timers[0][0] <= now:
+            timer = pop(timers)[2]
             timer._scheduled = False
             self._ready.append(timer)
 
     def _keep_timers(self, keep: Callable[[Any], bool]) -> None:
         kept = []
-        for timer in self._scheduled:
-            if not timer._cancelled and keep(timer):
-                kept.append(timer)
+        for each in self._scheduled:
+            if not each[2]._cancelled and keep(each[2]):
+                kept.append(each)
             else:
-                timer._scheduled = False
+                each[2]._scheduled = False
         heapq.heapify(kept)
         self._scheduled = kept
         self._timer_cancelled_count = 0
@@ -290,10 +307,13 @@ class SimLoop(asyncio.BaseEventLoop):
 
 def _label(callback: Any) -> bytes:
     owner = getattr(callback, "__self__", None)
-    if isinstance(owner, asyncio.Task):
+    if owner.__class__ is _Task:
         callback = owner.get_coro()
     name: str = getattr(callback, "__qualname__", None) or type(callback).__name__
-    return name.encode()
+    label = _LABELS.get(name)
+    if label is None:
+        label = _LABELS[name] = name.encode()
+    return label
 
 
 def run(main: Callable[[SimLoop], Awaitable[T]], seed: int | str = 0, **budgets: Any) -> T:

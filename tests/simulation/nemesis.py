@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from broker.seams import Outgoing
@@ -60,6 +61,7 @@ class Nemesis:
 
     async def run(self) -> None:
         while True:
+            await self._world.tide.busy.wait()
             await asyncio.sleep(self._random.expovariate(1 / self._pause))
             if self.stopped:
                 return
@@ -275,14 +277,14 @@ class Nemesis:
         self._later(10, 200, lambda: trouble.update({url: 0.1}))
 
     def _pause_webhook(self) -> None:
-        webhook = self._random.choice(self._world.webhooks)
-        self._change(webhook, "PATCH", "", {"enabled": False})
-        self._later(1, 60, lambda: self._change(webhook, "POST", "/resume"))
+        for webhook in self._world.webhooks[:1]:
+            self._change(webhook, "PATCH", "", {"enabled": False})
+            self._later(1, 60, partial(self._change, webhook, "POST", "/resume"))
 
     def _send_again(self) -> None:
-        webhook = self._random.choice(self._world.webhooks)
-        position = self._random.randint(1, 1 + len(self._world.history.commits))
-        self._change(webhook, "POST", "/redrive", {"from": position})
+        for webhook in self._world.webhooks[-1:]:
+            position = self._random.randint(1, 1 + len(self._world.history.commits))
+            self._change(webhook, "POST", "/redrive", {"from": position})
 
     def _change(self, webhook: str, method: str, more: str, body: dict[str, Any] | None = None) -> None:
         call = self._world.door.call("change", method, f"/v1/webhooks/{webhook}{more}", body)

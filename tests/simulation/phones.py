@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -16,17 +17,19 @@ from devices.relay import Relay
 from tests.simulation.clients import Door
 from tests.simulation.fleet import Device
 from tests.simulation.loop import Node, SimLoop
+from tests.simulation.tide import Tide
 
-VISIT_SEC = 12
+VISIT_SEC, QUIET_VISIT_SEC = 20, 900
+LISTENS_SEC = 5
 logging.getLogger("ordain.relay").disabled = True  # it logs much, and the history has the same facts
 
 
 class Phone:
     """A phone. With `whims` it may walk away during a transfer, or claim commands with no device near."""
 
-    def __init__(self, loop: SimLoop, door: Door, devices: list[Device], number: int) -> None:
+    def __init__(self, loop: SimLoop, door: Door, tide: Tide, devices: list[Device], number: int) -> None:
         self.whims = True
-        self._loop, self._number = loop, number
+        self._loop, self._tide, self._number = loop, tide, number
         self._devices = [device for device in devices if "relay" in device.transports]
         self._random = loop.rng(f"phone/{number}")
         self._http = httpx2.AsyncClient(transport=_ByDoor(door), base_url="http://ordain", trust_env=False)
@@ -51,7 +54,8 @@ class Phone:
 
     async def _work(self) -> None:
         while True:
-            await asyncio.sleep(self._random.expovariate(1 / VISIT_SEC))
+            pause = VISIT_SEC if self._tide.busy.is_set() else QUIET_VISIT_SEC
+            await asyncio.sleep(self._random.expovariate(1 / pause))
             device = self._random.choice(self._devices)
             if self.whims and self._random.random() < 0.3:
                 await self._ask(device)
@@ -83,8 +87,12 @@ class _Air:
     def __init__(self, random: Any, device: Device) -> None:
         self._random, self._device, self._life = random, device, device.node
         self._answers: asyncio.Queue[bytes] = asyncio.Queue()
-        self._hear = self._answers.put_nowait
+        self._heard = asyncio.Event()
         device.ble = self._hear
+
+    def _hear(self, answer: bytes) -> None:
+        self._answers.put_nowait(answer)
+        self._heard.set()
 
     async def send(self, message: bytes) -> None:
         await asyncio.sleep(self._random.uniform(0.01, 0.5))
@@ -94,7 +102,10 @@ class _Air:
     async def receive(self) -> bytes:
         while self._answers.empty():
             self._check()
-            await asyncio.sleep(0.25)
+            self._heard.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LISTENS_SEC):  # then it looks whether the device is still there
+                    await self._heard.wait()
         await asyncio.sleep(self._random.uniform(0.01, 0.5))
         return self._answers.get_nowait()
 

@@ -28,9 +28,9 @@ from tests.simulation.loop import SimLoop
 from tests.simulation.network import Connection, Inbox, ServerKind, SimMqttServer
 
 LISTENER = ServerKind(name="listener", mqtt5=True, retains=False, keeps_sessions=False)
-BOUNDS = MqttLimits(tick_sec=1.0, packets_per_sec=10_000)
+BOUNDS = MqttLimits(tick_sec=2.0, packets_per_sec=10_000)
 # With the shorter one the listener is the first to notice a dead connection, with the longer one the device.
-KEEPALIVES_SEC = (20, 120)
+KEEPALIVES_SEC = (40, 240)
 # How late after 1.5 keepalives that may be: two ticks, and what was on its way.
 LATE_SEC = 5.0
 WINDOWS = (1, 2, 20)

@@ -12,6 +12,7 @@ from litestar.types import ASGIApp
 from tests.simulation.clients import Door
 from tests.simulation.history import History
 from tests.simulation.loop import SimLoop
+from tests.simulation.tide import Tide
 
 # Reader name to the one event type it wants, or None for all.
 READERS = {"every event": None, "what was executed": "executed"}
@@ -53,13 +54,15 @@ class Stream:
 class Reader:
     """Follows the stream until `stop`; after `heal` it no longer leaves or stalls."""
 
-    def __init__(self, loop: SimLoop, door: Door, history: History, name: str) -> None:
+    def __init__(self, loop: SimLoop, door: Door, tide: Tide, history: History, name: str) -> None:
         self.stopped = self.calm = False
         self.reading = asyncio.Event()
         self.reading.set()
-        self._loop, self._door, self._history, self._name = loop, door, history, name
+        self._loop, self._door, self._tide = loop, door, tide
+        self._history, self._name = history, name
         self._random = loop.rng(f"reader/{name}")
         history.readers[name] = READERS[name]
+        self._leaves_at_night = self._random.random() < 0.7
         self._last = 0
         self._stream: Stream | None = None
 
@@ -84,6 +87,8 @@ class Reader:
 
     async def _run(self) -> None:
         while not self.stopped:
+            if not self.calm and self._leaves_at_night:
+                await self._tide.busy.wait()
             self._stream = stream = Stream(self)
             wanted = READERS[self._name]
             query = "" if wanted is None else f"?event={wanted}"

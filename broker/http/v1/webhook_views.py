@@ -13,8 +13,8 @@ from msgspec import UNSET, Meta, UnsetType
 from broker.http.edge.positions import PATTERN
 from broker.http.v1.devices import Title
 from broker.http.v1.views import Name, Time
+from broker.subscriptions.webhook_state import Webhook
 from broker.subscriptions.webhook_worker import Attempt
-from broker.subscriptions.webhooks import Webhook
 from devices.clock import rfc3339
 
 DAY_SEC = 86_400

@@ -32,7 +32,7 @@ from broker.http.v1.webhook_views import (
     WebhookList,
     WebhookView,
 )
-from broker.subscriptions.webhooks import Webhook
+from broker.subscriptions.webhook_state import Webhook
 from devices.clock import rfc3339
 from devices.names import is_name
 

@@ -8,7 +8,7 @@ from typing import Any
 from broker.engine.commands import Caller
 from broker.seams import Answer
 from broker.subscriptions.webhook_queue import CAP_MS, GIVE_UP_MS, HOLD_MS
-from broker.subscriptions.webhooks import Webhook
+from broker.subscriptions.webhook_state import Webhook
 from devices.clock import rfc3339
 from tests.integration.core_support import PROJECT, Bench, on_virtual_time, simulated, until
 from tests.simulation.loop import SimLoop
