@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -87,9 +88,29 @@ class _Exchange:
                 ids = tuple(each["command_id"] for each in answer.values() if "command_id" in each)
             elif self._call.kind == "cancel" and self.status == 200:
                 ids = tuple(answer.get("cancelled", ()))
+            self._learn(answer)
             self._history.returned(self._call, self.status, ids=ids, answer=answer)
             self.gone.set()
             self.over.set()
+
+    def _learn(self, answer: Any) -> None:
+        """Which secrets this answer makes or ends."""
+        history, call = self._history, self._call
+        named = call.body.split(" ")[0].split("?")[0].split("/")
+        if call.kind == "rotate" and self.status == 201:
+            history.secret(f"{named[3]}'s token", answer["device_token"])
+        elif call.kind == "delete" and self.status == 200:
+            history.end_secret(f"{named[3]}'s token")
+        elif call.kind == "key" and self.status == 201:
+            history.secret(answer["id"], answer["key"], f"key:{answer['id']}")
+        elif call.kind == "revoke" and self.status == 200:
+            history.end_secret(answer["id"])
+
+
+class Asks(Protocol):
+    """The other project. A protocol, because `strangers` imports this module."""
+
+    async def pry(self, command_id: str) -> None: ...
 
 
 class Stream(Protocol):
@@ -133,11 +154,12 @@ class Door:
         """Sends a request and waits at most `patience` seconds. If the call has no `status`, its outcome is
         unknown."""
         raw = b"" if body is None else msgspec.json.encode(body)
-        call = self._history.invoked(kind, key=key, body=f"{path} {raw.decode()}", ids=ids)
+        secret = secret or self.secret
+        call = self._history.invoked(kind, key=key, body=f"{path} {raw.decode()}", ids=ids, secret=secret)
         await asyncio.sleep(self._random.uniform(0.0003, 0.01))
         if self.node is None:
             return call
-        exchange = _Exchange(self._history, call, self._scope(method, path, key, secret or self.secret), raw)
+        exchange = _Exchange(self._history, call, self._scope(method, path, key, secret), raw)
         task = self._loop.spawn(self.node, exchange.run())
         task.add_done_callback(self._ended, context=contextvars.Context())
         number = next(self._numbers)
@@ -153,6 +175,14 @@ class Door:
             del self._open[number]
         await asyncio.sleep(self._random.uniform(0.0003, 0.01))
         return call
+
+    async def answered(self, within_sec: float) -> None:
+        """Waits until all open requests and streams have ended, at most this long."""
+        end = self._loop.time() + within_sec
+        for each in list(self._open.values()):
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(end):
+                    await each.over.wait()
 
     async def follow(self, stream: Stream, path: str, headers: dict[str, str]) -> None:
         """Opens an event stream and holds it until one of the two sides ends it."""
@@ -205,6 +235,9 @@ class Clients:
         self._pause, self._tide = pause, tide
         self._random = loop.rng("clients")
         self._keys = itertools.count(1)
+        self._levels = itertools.count(1_000)
+        self._spares: list[tuple[str, str]] = []  # id and secret of keys that are revoked now and then
+        self.stranger: Asks | None = None
         self._orders: list[tuple[str, str, dict[str, Any]]] = []
         for device in devices:
             device.on_end = self._device_ended
@@ -226,6 +259,10 @@ class Clients:
             self._cancel_many: 1,
             self._delete: 2,
             self._purge: 0.5,
+            self._mistake: 2,
+            self._pry: 1,
+            self._spare: 1.5,
+            self._look: 1,
         }
         while True:
             await self._tide.busy.wait()
@@ -240,7 +277,10 @@ class Clients:
     def _order(self, device: Device | None = None) -> tuple[str, dict[str, Any]]:
         device = device or self._random.choice(self._devices)
         name = self._random.choice(list(COMMANDS[device.kind]))
-        body = {"type": name, "params": COMMANDS[device.kind][name], "ttl_sec": self._random.choice(TTLS)}
+        params = COMMANDS[device.kind][name]
+        if "level" in params:
+            params = {"level": next(self._levels)}  # by which the order is known again
+        body = {"type": name, "params": params, "ttl_sec": self._random.choice(TTLS)}
         return device.hardware_id, body
 
     async def _create(self) -> None:
@@ -298,6 +338,8 @@ class Clients:
         hardware_id, key, body = self._random.choice(self._orders)
         if self._random.random() < 0.2:
             body = {**body, "ttl_sec": 77}
+            if "level" in body["params"]:
+                body["params"] = {"level": next(self._levels)}
         await self._post(hardware_id, body, key)
 
     async def _cancel(self) -> None:
@@ -340,6 +382,44 @@ class Clients:
         if self.sent:
             _, command_id = self._random.choice(self.sent[-30:])
             await self._ask("read", "GET", f"/v1/commands/{command_id}", command_id)
+
+    async def _mistake(self) -> None:
+        """Sends an order that must be refused."""
+        device = self._random.choice(self._devices)
+        body: dict[str, Any] = {"type": "set", "params": {"level": next(self._levels)}, "ttl_sec": 60}
+        wrong = self._random.choice(({"ttl_sec": 0}, {"type": "no_such_command"}, {"unknown_field": 1}))
+        await self._post(device.hardware_id, body | wrong, None)
+
+    async def _pry(self) -> None:
+        if self.sent and self.stranger is not None:
+            await self.stranger.pry(self._random.choice(self.sent[-20:])[1])
+
+    async def _spare(self) -> None:
+        """Uses keys of its own, revokes them, and then tries them again."""
+        if len(self._spares) < 2:
+            body = {"project": "acme", "scopes": ["devices:read", "devices:write"]}
+            call = await self._door.call("key", "POST", "/v1/keys", body)
+            if call.status == 201:
+                self._spares.append((call.answer["id"], call.answer["key"]))
+            return
+        key_id, secret = self._random.choice(self._spares)
+        if self._random.random() < 0.4:
+            await self._door.call("revoke", "DELETE", f"/v1/keys/{key_id}")
+            await asyncio.sleep(self._random.uniform(0, 12))
+        hardware_id, body = self._order()
+        path = f"/v1/devices/{hardware_id}/commands"
+        call = await self._door.call("create", "POST", path, body, secret=secret)
+        if call.status == 201:
+            self.sent.append((hardware_id, call.ids[0]))
+        if self._random.random() < 0.2:
+            self._spares.remove((key_id, secret))
+
+    def probe(self) -> None:
+        for work in (self._look, self._read, self._list, self._create):
+            self._loop.create_task(work(), context=contextvars.Context())
+
+    async def _look(self) -> None:
+        await self._door.call("ready", "GET", "/readyz")
 
     async def _list(self) -> None:
         await self._door.call("list", "GET", "/v1/commands?limit=5")

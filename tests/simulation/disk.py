@@ -83,6 +83,7 @@ class SimDisk:
         self.files: dict[str, _File] = {}
         self.capacity: int | None = None
         self.failing: set[Operation] = set()
+        self.slow_sec = 0.0  # how long a write takes, at most
         self.stopped = False
         self.epoch = 0
         self._id = str(next(self._ids))
@@ -259,6 +260,7 @@ class SimStorage:
         latency: tuple[float, float] = (0.0002, 0.004),
         checkpoint_pages: int = 200,
         on_commit: Callable[[apsw.Connection], object] | None = None,
+        on_write: Callable[[int, bool], object] = lambda began, ok: None,
     ) -> None:
         self._loop = loop
         self._disk = disk
@@ -266,8 +268,8 @@ class SimStorage:
         self.term = TERM
         self._latency = latency
         self._random = loop.rng(f"storage/{disk.epoch}")
-        self._on_commit = on_commit
-        self._writes: deque[tuple[Callable[[Sql], Any], asyncio.Future[Any]]] = deque()
+        self._on_commit, self._on_write = on_commit, on_write
+        self._writes: deque[tuple[Callable[[Sql], Any], asyncio.Future[Any], float]] = deque()
         node = current_node()
         if node is not None:
             node.on_kill.append(self._abandon)
@@ -291,9 +293,9 @@ class SimStorage:
 
     async def write(self, work: Callable[[Sql], T]) -> T:
         outcome: asyncio.Future[T] = self._loop.create_future()
-        self._writes.append((work, outcome))
+        self._writes.append((work, outcome, self._loop.time()))
         if len(self._writes) == 1:
-            self._later(self._write_first)
+            self._write_later()
         return await outcome
 
     async def read(self, work: Callable[[Sql], T]) -> T:
@@ -320,13 +322,20 @@ class SimStorage:
         self._connection.close()
 
     def _write_first(self) -> None:
-        work, outcome = self._writes[0]
-        self._run("BEGIN IMMEDIATE", work, "COMMIT", outcome)
+        work, outcome, began = self._writes[0]
+        ok = self._run("BEGIN IMMEDIATE", work, "COMMIT", outcome)
         self._writes.popleft()
+        if ok is not None:
+            self._on_write(round(1_000 * began), ok)
         if self._writes:
-            self._later(self._write_first)
+            self._write_later()
 
-    def _run(self, begin: str, work: Callable[[Sql], T], end: str, outcome: asyncio.Future[T]) -> None:
+    def _write_later(self) -> None:
+        slow = self._random.uniform(0.3, 1) * self._disk.slow_sec if self._disk.slow_sec else 0.0
+        self._loop.call_later(slow + self._random.uniform(*self._latency), self._write_first)
+
+    def _run(self, begin: str, work: Callable[[Sql], T], end: str, outcome: asyncio.Future[T]) -> bool | None:
+        """Returns whether the transaction ended well; None: the machine has stopped, and nobody learns it."""
         result: T | None = None
         error: Exception | None = None
         try:
@@ -339,12 +348,13 @@ class SimStorage:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
         if self._disk.stopped:
-            return  # the machine has stopped: no caller learns the outcome
+            return None
         if end == "COMMIT" and self._on_commit is not None:
             # After an error too: the commit can succeed while its checkpoint finds the disk full.
             with contextlib.suppress(apsw.Error):
                 self._on_commit(self._connection)
         self._later(_deliver, outcome, result, error)
+        return error is None
 
     def _later(self, callback: Callable[..., object], *args: Any) -> None:
         self._loop.call_later(self._random.uniform(*self._latency), callback, *args)

@@ -7,6 +7,7 @@ sends forged answers. It reads none of the broker's state.
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ import msgspec
 
 from broker.seams import Message, Receipt
 from devices.core import Core, Effect, Run, Send
-from devices.grant import GrantVerifier, keys_from_jwks
+from devices.grant import Claims, GrantRefused, GrantVerifier, keys_from_jwks
 from devices.memory import RamMemory
 from devices.relay import message_of
 from devices.types import DeviceType, load_type, shipped_types
@@ -72,6 +73,7 @@ MALFORMED = (
 
 
 HEARTBEAT_SEC, QUIET_HEARTBEAT_SEC = 30, 600
+DAY_SEC = 86_400
 
 
 class Asks(Protocol):
@@ -93,6 +95,9 @@ class Asks(Protocol):
 
 class _Said(msgspec.Struct):
     id: str | None = None
+    type: str = ""
+    params: Any = None
+    grant: str | None = None
     status: str = ""
     result: Any = None
     error: Any = None
@@ -127,7 +132,7 @@ class Device:
         self._random = loop.rng(f"device/{hardware_id}")
         self._type: DeviceType = TYPES[kind]
         self._memory = RamMemory()
-        self._sessions = itertools.count(1)
+        self._session = 0
         self._names_session = self._random.random() < 0.5
         self._clean = self._random.random() < 0.5
         self._checks_grants = self._random.random() < 0.3
@@ -137,6 +142,8 @@ class Device:
         self._unsent: dict[int, Send] = {}
         self._sent = itertools.count()
         self._core: Core
+        self._judged: GrantVerifier | None = None
+        self._judged_at = 0.0
         if self.bare:
             server.in_time.add(device_topic(PREFIX, hardware_id, self._type.answer_suffix))
 
@@ -167,16 +174,22 @@ class Device:
         reconnects by itself."""
         if "mqtt" not in self.transports:
             return
-        session = f"s{next(self._sessions)}" if self._names_session else None
-        online, offline = (_status(word, session) for word in ("online", "offline"))
         topic = status_topic(PREFIX, self.hardware_id)
 
+        def status(word: str) -> bytes:
+            return _status(word, f"s{self._session}" if self._names_session else None)
+
+        def dials() -> None:
+            self._session += 1  # each connection is a session of its own, and has its own will
+            self.port.will = topic, status("offline")
+
         def up() -> None:
-            self.port.publish(topic, online, retain=True)
+            self.port.publish(topic, status("online"), retain=True)
             for number in list(self._unsent):
                 self._transmit(number)
 
-        self.port.connect(self._received, on_up=up, will=(topic, offline), clean=self._clean)
+        self.port.dials = dials
+        self.port.connect(self._received, on_up=up, will=(topic, status("offline")), clean=self._clean)
 
     def say_goodbye(self) -> None:
         self.port.publish(status_topic(PREFIX, self.hardware_id), b"offline", retain=True)
@@ -190,8 +203,9 @@ class Device:
         if self._say_raw(payload):
             self._history.answered(self.hardware_id, command_id, status)
 
-    def babble(self) -> None:
-        self._say_raw(self._random.choice(MALFORMED))
+    def babble(self, *, short: bool = False) -> None:
+        said = self._random.choice(MALFORMED)
+        self._say_raw(said[:8] if short else said)
 
     def _say_raw(self, payload: bytes) -> bool:
         if self.node is None:
@@ -206,6 +220,9 @@ class Device:
         if self.jwks is not None and self._checks_grants:
             keys = keys_from_jwks(self.jwks)
             verifier = GrantVerifier(keys, ISSUER, self.hardware_id, lambda: self._now() / 1_000)
+        if self.jwks is not None and not self.bare and self._judged is None:
+            keys = keys_from_jwks(self.jwks)
+            self._judged = GrantVerifier(keys, ISSUER, self.hardware_id, lambda: self._judged_at)
         handlers = dict.fromkeys(COMMANDS[self.kind], False)
         self._core = Core(
             self.hardware_id, self._type, self._memory, handlers, prefix=PREFIX, verifier=verifier
@@ -250,12 +267,12 @@ class Device:
                 self.node.context.copy().run(self._by_itself, send)
 
     def _fetched(self, payload: bytes) -> None:
+        self._judge(payload)
         self._do(self._core.receive(self._now(), self._core.command_topics[0], payload))
 
     async def _beat(self) -> None:
         while True:
-            pause = HEARTBEAT_SEC if self._tide.busy.is_set() else QUIET_HEARTBEAT_SEC
-            await asyncio.sleep(self._random.expovariate(1 / pause))
+            await self._tide.sleep(self._random.expovariate(1), HEARTBEAT_SEC, QUIET_HEARTBEAT_SEC)
             said = {"battery_percent": self._random.randint(0, 3)}
             call = await self._ask("heartbeat", "heartbeat", said)
             if call.status == 200:
@@ -288,10 +305,27 @@ class Device:
     def _now(self) -> int:
         return self._clock.true_ms()
 
+    def _judge(self, payload: bytes) -> None:
+        """Tells the history whether the grant of a command allows it, whatever this device makes of that."""
+        if self._judged is None:
+            return
+        said = msgspec.json.decode(payload, type=_Said)
+        try:
+            claims = msgspec.json.decode(_unbase64((said.grant or ".").split(".")[1]), type=Claims)
+            self._judged_at = claims.nbf - 1.0  # one for the last second of a command ends in it
+            params = said.params or {}
+            self._judged.verify(said.grant, command_id=said.id or "", command=said.type, params=params)
+            fault = "it is valid for more than a day" if claims.exp - claims.nbf > DAY_SEC else None
+            exp = claims.exp
+        except (GrantRefused, msgspec.MsgspecError, ValueError) as error:
+            fault, exp = str(error), 0
+        self._history.grant(self.hardware_id, said.id or "", 1_000 * exp, fault)
+
     def _received(self, message: Message) -> None:
         if self.drops:
             self.port.drop()
             return
+        self._judge(message.payload)
         self._do(self._core.receive(self._now(), message.topic, message.payload))
 
     def _do(self, effects: list[Effect]) -> None:
@@ -348,6 +382,10 @@ class Device:
             # recorded.
             status = self._type.words[send.payload.decode()]
             self._history.answered(self.hardware_id, None, status)
+
+
+def _unbase64(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
 def _status(word: str, session: str | None) -> bytes:

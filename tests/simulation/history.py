@@ -31,7 +31,13 @@ class Call(msgspec.Struct, kw_only=True):
     ids: tuple[str, ...] = ()
     status: int | None = None
     returned: int | None = None
+    answered_at: int | None = None
     answer: Any = None
+    secret: Secret | None = None  # what it carried
+
+    @property
+    def who(self) -> str:
+        return "" if self.secret is None else self.secret.who
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,12 +122,70 @@ class Streamed(msgspec.Struct, frozen=True, kw_only=True):
     type: str
 
 
+class Write(msgspec.Struct, frozen=True, kw_only=True):
+    """One transaction of the broker on its disk, when it ended. `began`: when it was asked for, ms."""
+
+    seq: int
+    t: int
+    began: int
+    ok: bool
+
+
+class Life(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened to the broker's process or its disk.
+
+    `full` and `room`: the disk has no free byte, and has some again. `stopping`: it was asked to end.
+    `ended`: it has ended in order. `paused` and `resumed`: it did not run between.
+    """
+
+    seq: int
+    t: int
+    what: Literal["up", "down", "stopping", "ended", "paused", "resumed", "full", "room"]
+
+
+class Granted(msgspec.Struct, frozen=True, kw_only=True):
+    """A command with a grant reached its device. `fault`: why the grant does not allow it, or None."""
+
+    seq: int
+    t: int
+    hardware_id: str
+    command_id: str
+    exp: int
+    fault: str | None
+
+
+class Secret(msgspec.Struct, kw_only=True):
+    """Something that nobody else may learn. `ended`: the answer that ended it was seen at this time, ms."""
+
+    who: str
+    value: str
+    actor: str | None = None
+    ended: int | None = None
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """A reader of the event stream takes what comes from now on (`on`), or does not any more."""
+
+    seq: int
+    t: int
+    name: str
+    on: bool
+
+
 class Note(msgspec.Struct, frozen=True, kw_only=True):
     """What the simulation did to the broker, for people who read the history. Checkers may not use it."""
 
     seq: int
     t: int
     what: str
+
+
+BY_MQTT = "MQTT events"
+
+
+class _Event(msgspec.Struct):
+    id: str
+    type: str
 
 
 class _Named(msgspec.Struct):
@@ -148,18 +212,28 @@ class History:
         self.notes: list[Note] = []
         self.hooks: list[Hook] = []
         self.streams: list[Streamed] = []
+        self.writes: list[Write] = []
+        self.lives: list[Life] = []
+        self.granted: list[Granted] = []
+        self.secrets: list[Secret] = []
+        self.reading: list[Reading] = []
+        self.lines: list[str] = []  # what the broker logged
+        # Name of a bound: the most that was seen, and the most that is allowed.
+        self.bounds: dict[str, tuple[int, int]] = {}
+        self.most: tuple[int, int] = (1_000, 100)  # open commands of a device, in all and of one name
         # Readers that follow the event stream from its beginning: name to the one event type wanted, None for
         # all.
         self.readers: dict[str, str | None] = {}
         # Position up to which all endpoints confirmed their deliveries and all readers had time to read; None
         # if the run did not get that far.
         self.hooked_until: int | None = None
+        self.mqtt_events = False  # the broker publishes its events by MQTT as well
         # Start and end of the phase without faults, by the broker's clock in ms; None if the run did not
         # reach it.
         self.healed_at: int | None = None
         self.ended_at: int | None = None
         self._recorded: dict[int, bytes] = {}
-        self._now_ms = now_ms
+        self.now_ms = now_ms
         self._note = note
         self._seq = 0
 
@@ -173,15 +247,25 @@ class History:
         return self._seq
 
     def invoked(
-        self, kind: str, *, key: str | None = None, body: str = "", ids: tuple[str, ...] = ()
+        self,
+        kind: str,
+        *,
+        key: str | None = None,
+        body: str = "",
+        ids: tuple[str, ...] = (),
+        secret: str = "",
     ) -> Call:
-        call = Call(kind=kind, invoked=self._next(), t=self._now_ms(), key=key, body=body, ids=ids)
+        known = next((each for each in self.secrets if secret and each.value == secret), None)
+        call = Call(
+            kind=kind, invoked=self._next(), t=self.now_ms(), key=key, body=body, ids=ids, secret=known
+        )
         self.calls.append(call)
         self._note(f"call {kind} {ids}")
         return call
 
     def returned(self, call: Call, status: int, *, ids: tuple[str, ...] = (), answer: Any = None) -> None:
         call.status, call.returned, call.answer = status, self._next(), answer
+        call.answered_at = self.now_ms()
         call.ids = ids or call.ids
         self._note(f"returned {call.kind} {status} {call.ids}")
 
@@ -197,7 +281,7 @@ class History:
 
     def committed(self, head: int) -> None:
         if not self.commits or self.commits[-1].head != head:
-            self.commits.append(Commit(seq=self._next(), t=self._now_ms(), head=head))
+            self.commits.append(Commit(seq=self._next(), t=self.now_ms(), head=head))
 
     def on_wire(
         self,
@@ -218,7 +302,7 @@ class History:
             Wire(
                 what=what,
                 seq=self._next(),
-                t=self._now_ms(),
+                t=self.now_ms(),
                 topic=topic,
                 hardware_id=topic.split("/")[-2] if "/" in topic else "",
                 command_id=command_id,
@@ -235,7 +319,7 @@ class History:
             Wire(
                 what="publish",
                 seq=self._next(),
-                t=self._now_ms(),
+                t=self.now_ms(),
                 topic=transport,
                 hardware_id=hardware_id,
                 command_id=command_id,
@@ -245,12 +329,50 @@ class History:
         )
         self._note(f"{transport} {hardware_id} {command_id} {attempt}")
 
+    def wrote(self, began: int, *, ok: bool) -> None:
+        self.writes.append(Write(seq=self._next(), t=self.now_ms(), began=began, ok=ok))
+
+    def lived(
+        self, what: Literal["up", "down", "stopping", "ended", "paused", "resumed", "full", "room"]
+    ) -> None:
+        self.lives.append(Life(seq=self._next(), t=self.now_ms(), what=what))
+        self._note(what)
+
+    def grant(self, hardware_id: str, command_id: str, exp: int, fault: str | None) -> None:
+        self.granted.append(
+            Granted(
+                seq=self._next(),
+                t=self.now_ms(),
+                hardware_id=hardware_id,
+                command_id=command_id,
+                exp=exp,
+                fault=fault,
+            )
+        )
+
+    def secret(self, who: str, value: str, actor: str | None = None) -> None:
+        """A secret that belongs to `who` from now on. What it had before has ended."""
+        self.end_secret(who)
+        self.secrets.append(Secret(who=who, value=value, actor=actor))
+
+    def end_secret(self, who: str) -> None:
+        for each in self.secrets:
+            if each.who == who and each.ended is None:
+                each.ended = self.now_ms()
+
+    def reads(self, name: str, *, on: bool) -> None:
+        self.reading.append(Reading(seq=self._next(), t=self.now_ms(), name=name, on=on))
+
+    def bound(self, name: str, seen: int, most: int) -> None:
+        if seen > self.bounds.get(name, (-1, 0))[0]:
+            self.bounds[name] = seen, most
+
     def linked(self, up: bool) -> None:
-        self.links.append(Link(seq=self._next(), t=self._now_ms(), up=up))
+        self.links.append(Link(seq=self._next(), t=self.now_ms(), up=up))
 
     def executed(self, hardware_id: str, command_id: str) -> None:
         self.executions.append(
-            Execution(seq=self._next(), t=self._now_ms(), hardware_id=hardware_id, command_id=command_id)
+            Execution(seq=self._next(), t=self.now_ms(), hardware_id=hardware_id, command_id=command_id)
         )
         self._note(f"executed {hardware_id} {command_id}")
 
@@ -258,7 +380,7 @@ class History:
         self.answers.append(
             Answer(
                 seq=self._next(),
-                t=self._now_ms(),
+                t=self.now_ms(),
                 hardware_id=hardware_id,
                 command_id=command_id,
                 status=status,
@@ -269,7 +391,7 @@ class History:
         self.hooks.append(
             Hook(
                 seq=self._next(),
-                t=self._now_ms(),
+                t=self.now_ms(),
                 url=url,
                 id=id,
                 position=position,
@@ -280,12 +402,17 @@ class History:
         self._note(f"hook {url} {id} {type} {taken}")
 
     def streamed(self, name: str, position: int, type: str) -> None:
-        seen = Streamed(seq=self._next(), t=self._now_ms(), name=name, position=position, type=type)
+        seen = Streamed(seq=self._next(), t=self.now_ms(), name=name, position=position, type=type)
         self.streams.append(seen)
         self._note(f"stream {name} {position} {type}")
 
+    def told(self, payload: bytes) -> None:
+        """An event reached the MQTT server."""
+        event = msgspec.json.decode(payload, type=_Event)
+        self.streamed(BY_MQTT, int(event.id), event.type)
+
     def said(self, what: str) -> None:
-        self.notes.append(Note(seq=self._next(), t=self._now_ms(), what=what))
+        self.notes.append(Note(seq=self._next(), t=self.now_ms(), what=what))
         self._note(what)
 
     def dumped(self, rows: list[Row]) -> None:

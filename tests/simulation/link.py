@@ -29,6 +29,7 @@ class Client:
         self.clean = True
         self.subscribes_at_once = True
         self.will: tuple[str, bytes] | None = None
+        self.dials: Callable[[], object] = lambda: None
         self.inbox = Inbox(server.loop)
         self._wanted = False
         self._connection: Connection | None = None
@@ -72,6 +73,7 @@ class Client:
 
     def _dial(self) -> None:
         if self._wanted and self._connection is None:
+            self.dials()
             self._connection = self.server.accept(self)
             if self._connection is None:
                 self.inbox.later(self.server.random.uniform(0.1, 5.0), self._dial)
@@ -128,6 +130,7 @@ class SimLink(Client):
     ) -> None:
         super().__init__(server, client_id, subscriptions)
         self.clean = not server.kind.keeps_sessions
+        self.unanswered, self.most = 0, 100  # commands without their PUBACK
         self._events = events
         self._closed = asyncio.Event()
         self._linked(False)
@@ -146,13 +149,20 @@ class SimLink(Client):
 
     def publish(self, outgoing: Outgoing, done: Done) -> bool:
         def heard(receipt: Receipt) -> None:
-            if receipt.reason == 0:
-                self._tell("accepted", outgoing)
+            if outgoing.correlation is not None:
+                self.unanswered -= 1
+                if receipt.reason == 0:
+                    self._tell("accepted", outgoing)
             done(receipt)
 
         if not self._write(outgoing, False, heard):
             return False
+        if outgoing.correlation is None:  # an event, for whom it may concern
+            return True
         self._tell("publish", outgoing)
+        self.unanswered += 1
+        if self.server.history is not None:
+            self.server.history.bound("send slots", self.unanswered, self.most)
         return True
 
     def _tell(self, what: Literal["publish", "accepted"], outgoing: Outgoing) -> None:
@@ -170,7 +180,8 @@ class SimLink(Client):
         return True
 
     def puback(self, message: Message, reason: int = 0, text: str = "") -> None:
-        self._record("puback", message)
+        if message.token[0] is self._connection:  # otherwise nothing is sent
+            self._record("puback", message)
         self._acknowledge(message)
 
     def came_up(self) -> None:

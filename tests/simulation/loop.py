@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple, cast
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -51,6 +51,7 @@ class Node:
         self.name = name
         self.alive = True
         self.on_kill: list[Callable[[], object]] = []
+        self.held: deque[Any] | None = None  # while it is stopped: its handles that are due
         self.context = contextvars.copy_context()
         self.context.run(_NODE.set, self)
 
@@ -71,7 +72,7 @@ class _Future(asyncio.Future[T]):
         try:
             return self._number
         except AttributeError:
-            self._number: int = self.get_loop().number()  # type: ignore[attr-defined]
+            self._number: int = cast(SimLoop, self.get_loop()).number()
             return self._number
 
 
@@ -150,6 +151,19 @@ class SimLoop(asyncio.BaseEventLoop):
         for tell in node.on_kill:
             tell()
 
+    def hold(self, node: Node) -> None:
+        """SIGSTOP: the node's handles wait until `go_on`; its timers run on."""
+        if node.alive and node.held is None:
+            node.held = deque()
+            self.note(f"hold {node.name}")
+
+    def go_on(self, node: Node) -> None:
+        """SIGCONT: everything that came meanwhile is due now, in its order."""
+        held, node.held = node.held, None
+        if held is not None and node.alive:
+            self.note(f"go on {node.name}")
+            self._ready.extend(held)
+
     def note(self, what: str) -> None:
         """Mixes a fact into the trace."""
         self.trace = zlib.crc32(what.encode(), self.trace)
@@ -185,8 +199,12 @@ class SimLoop(asyncio.BaseEventLoop):
             if handle._cancelled:
                 continue
             node = handle._context.get(_NODE)
-            if node is not None and not node.alive:
-                continue
+            if node is not None:
+                if not node.alive:
+                    continue
+                if node.held is not None:
+                    node.held.append(handle)
+                    continue
             self.steps += 1
             self.trace = zlib.crc32(_label(handle._callback), self.trace)
             handle._run()
@@ -203,10 +221,10 @@ class SimLoop(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         """Keeps timers as tuples: comparing two TimerHandles is slow Python code."""
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        timer: Any = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._scheduled, (when, self.number(), timer))
         timer._scheduled = True
-        return timer
+        return cast(asyncio.TimerHandle, timer)
 
     def _advance(self) -> None:
         """Nothing is ready: moves the clock to the next timer and makes all due timers ready."""

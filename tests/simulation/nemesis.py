@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from broker.seams import Outgoing
-from tests.simulation.fleet import Device
+from tests.simulation.fleet import COMMANDS, Device
 from tests.simulation.receivers import URLS
 
 if TYPE_CHECKING:
@@ -52,11 +52,15 @@ class Nemesis:
             self._fill_disk: 2,
             self._call_on_a_full_disk: 3,
             self._refuse_publishes: 1,
-            self._rotate_token: 1,
+            self._rotate_token: 2,
             self._delete_device: 1,
             self._deafen_receiver: 2,
             self._pause_webhook: 1,
             self._send_again: 1,
+            self._stop_in_order: 2,
+            self._stall: 4,
+            self._slow_disk: 3,
+            self._flood: 2,
         }
 
     async def run(self) -> None:
@@ -75,7 +79,8 @@ class Nemesis:
         self._server.up = self._server.up or not self._world.embedded
         self._calm()
         self._drop("ordain")  # the connection may be slow or half-open
-        self._disk.capacity = None
+        self._disk.slow_sec = 0.0
+        self._world.make_room()
         self._server.refuse = lambda client_id, outgoing: None
         self._world.receivers.heal()
         for phone in self._world.phones:
@@ -108,9 +113,10 @@ class Nemesis:
         self._disk.stop_after(self._random.randrange(8), lambda: self._world.crash(power=power))
 
     def _fill_disk(self) -> None:
-        used = sum(len(file.data) for file in self._disk.files.values())
-        self._disk.capacity = used + self._random.randrange(40_000)
-        self._later(2, 60, lambda: setattr(self._disk, "capacity", None))
+        self._world.fill(self._random.randrange(40_000))
+        self._later(2, 60, self._world.make_room)
+        for _ in range(6):
+            self._later(1, 60, self._world.clients.probe)
 
     def _call_on_a_full_disk(self) -> None:
         """A device comes online and leaves again while nothing can be recorded."""
@@ -121,7 +127,7 @@ class Nemesis:
         device.say_goodbye()
 
         def call() -> None:
-            self._disk.capacity = sum(len(file.data) for file in self._disk.files.values())
+            self._world.fill()
             if device.node is node and not device.port.up:
                 device.connect()
             self._later(1, 10, leave)
@@ -129,7 +135,7 @@ class Nemesis:
         def leave() -> None:
             if device.node is node:
                 device.say_goodbye()
-            self._later(0.1, 10, lambda: setattr(self._disk, "capacity", None))
+            self._later(0.1, 10, self._world.make_room)
             self._later(10, 60, come_back)
 
         def come_back() -> None:
@@ -137,6 +143,33 @@ class Nemesis:
                 device.connect()
 
         self._later(5, 30, call)
+
+    def _stop_in_order(self) -> None:
+        self._world.clients.probe()
+        self._later(0, 0.02, self._world.stop)
+
+    def _stall(self) -> None:
+        """The process stands still while answers wait: for less than an attempt takes, or for longer."""
+        draw, world = self._random, self._world
+        device = self._device()
+        if draw.random() < 0.6 and world.core is not None:
+            name, params = next(iter(COMMANDS[device.kind].items()))
+            body = {"type": name, "params": params, "ttl_sec": draw.choice((5, 300))}
+            path = f"/v1/devices/{device.hardware_id}/commands"
+            self._loop.create_task(world.door.call("create", "POST", path, body))
+        self._later(0, 0.03, lambda: world.hold(draw.choice((0.5, 3.0, 15.0, 70.0))))
+
+    def _slow_disk(self) -> None:
+        self._disk.slow_sec = self._random.choice((0.5, 3.0, 8.0))
+        self._later(10, 90, lambda: setattr(self._disk, "slow_sec", 0.0))
+
+    def _flood(self) -> None:
+        """One device says much at once, and another project goes on working."""
+        device = self._device()
+        for _ in range(self._random.choice((40, 150))):
+            device.babble(short=True)
+        self._later(0, 3, self._world.stranger.order)
+        self._later(0, 3, self._world.stranger.order)
 
     def _step_clock(self) -> None:
         far = 86_400_000 if self._random.random() < 0.1 else 300_000

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _Call = tuple[Callable[..., object], tuple[Any, ...]]
 NO_SUBSCRIBER = 0x10
+LATEST_WILL_SEC = 40
 
 
 class ServerKind(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +90,8 @@ class Pipe:
             return
         server, faults = self._server, self._server.faults
         delay = self.slow * server.random.uniform(*faults.latency_sec)
-        if topic and topic not in server.in_time and faults.late and server.random.random() < faults.late:
+        may_be_late = topic and topic not in server.in_time and "/evt/" not in topic
+        if may_be_late and faults.late and server.random.random() < faults.late:
             # Later messages overtake this one, as they overtake a copy that waited in a queue on the way.
             delay += server.random.uniform(*faults.late_sec)
             server.loop.call_later(delay, arrive, *args, context=server.world)
@@ -265,12 +267,18 @@ class SimMqttServer:
         self._tell_presence(client, online=False)
         if client.will is not None and not graceful:
             will = Outgoing(topic=client.will[0], payload=client.will[1])
-            self.loop.call_soon(self._route, will, True, context=self.world)
+            # A server may notice a dead connection long after its device has come back. Only a will that
+            # names its session can be told from a true one then.
+            late = client.is_device and will.payload[:1] == b"{" and self.random.random() < 0.5
+            delay = self.random.uniform(0, LATEST_WILL_SEC) if late else 0
+            self.loop.call_later(delay, self._route, will, True, context=self.world)
 
     def received(self, connection: Connection, mid: int, outgoing: Outgoing, retain: bool) -> None:
         """Handles a PUBLISH. Its PUBACK may still be lost on the way to the sender."""
         if not self.up:
             return
+        if self.history is not None and "/evt/" in outgoing.topic:
+            self.history.told(outgoing.payload)
         reason = self.refuse(connection.client.client_id, outgoing) if self.kind.mqtt5 else None
         if reason is None:
             matched = self._route(outgoing, retain)

@@ -54,8 +54,7 @@ class Phone:
 
     async def _work(self) -> None:
         while True:
-            pause = VISIT_SEC if self._tide.busy.is_set() else QUIET_VISIT_SEC
-            await asyncio.sleep(self._random.expovariate(1 / pause))
+            await self._tide.sleep(self._random.expovariate(1), VISIT_SEC, QUIET_VISIT_SEC)
             device = self._random.choice(self._devices)
             if self.whims and self._random.random() < 0.3:
                 await self._ask(device)

@@ -33,6 +33,7 @@ BOUNDS = MqttLimits(tick_sec=2.0, packets_per_sec=10_000)
 KEEPALIVES_SEC = (40, 240)
 # How late after 1.5 keepalives that may be: two ticks, and what was on its way.
 LATE_SEC = 5.0
+ENDS_WITHIN_MS = 5_000
 WINDOWS = (1, 2, 20)
 LONGEST = 1 << 20
 
@@ -103,6 +104,7 @@ class Wire(Connection):
         self.open = True
         self.deaf_since: float | None = None
         self.sent: dict[int, Outgoing] = {}  # to the client, without its PUBACK, as the server knows
+        self.token = client.password()
         self.admitted = 0  # which CONNACK of this name it had
         self.transport = Transport(self)
         self._said = Observed(lambda: client.version)
@@ -154,11 +156,21 @@ class Wire(Connection):
         """What reached the server."""
         for packet in self._said.packets(data):
             if isinstance(packet, Publish):
+                self._judge_token()
                 self.net.record("delivery", Outgoing(topic=packet.topic, payload=packet.payload))
             elif isinstance(packet, p.Ack) and packet.kind == p.PUBACK:
                 done = self.sent.pop(packet.packet_id, None)
                 if done is not None:
                     self.net.record("accepted", done)
+
+    def _judge_token(self) -> None:
+        """C2: the token of an open connection may have ended."""
+        history, net = self.net.history, self.net
+        for each in history.secrets if history is not None else ():
+            if each.value == self.token and each.ended is not None and history is not None:
+                since = history.now_ms() - each.ended
+                if since > ENDS_WITHIN_MS:
+                    net.found.append(f"C2: {self.client.client_id} is heard {since} ms after its token ended")
 
     def observe_told(self, data: bytes) -> None:
         """What the server sends."""
@@ -168,7 +180,7 @@ class Wire(Connection):
                 self.admitted = net.admitted[client.client_id] = net.admitted.get(client.client_id, 0) + 1
             elif isinstance(packet, Publish):
                 outgoing = net.of(packet)
-                net.record("publish", outgoing)
+                net.record("publish", outgoing, retain=packet.retain)
                 if net.core is not None and net.core.dispatch.outstanding:
                     net.found.append("M5: a send slot is held by a message that is written")
                 if packet.packet_id in self.sent:
@@ -464,11 +476,11 @@ class PipeNet(SimMqttServer):
         for topic in topics:
             self.queued.pop(topic, None)
 
-    def record(self, what: Any, outgoing: Outgoing) -> None:
+    def record(self, what: Any, outgoing: Outgoing, *, retain: bool = False) -> None:
         attempt = next((int(value) for key, value in outgoing.user_properties if key == "attempt"), None)
         if self.history is not None:
             self.history.on_wire(
-                what, outgoing.topic, outgoing.payload, outgoing.correlation, attempt=attempt
+                what, outgoing.topic, outgoing.payload, outgoing.correlation, retain, attempt
             )
 
     def record_puback(self, outgoing: Outgoing, retain: bool) -> None:

@@ -25,6 +25,7 @@ class Stream:
     def __init__(self, reader: Reader) -> None:
         self.gone = asyncio.Event()
         self.over = asyncio.Event()
+        self.begun = False
         self._reader = reader
         self._asked = False
         self._rest = b""
@@ -43,6 +44,9 @@ class Stream:
         await self._reader.reading.wait()
         if self.over.is_set():
             return
+        if message["type"] == "http.response.start":
+            self.begun = True
+            self._reader.reads(True)
         if message["type"] == "http.response.body":
             *blocks, self._rest = (self._rest + message["body"]).split(b"\n\n")
             for block in blocks:
@@ -71,7 +75,7 @@ class Reader:
 
     def heal(self) -> None:
         self.calm = True
-        self.reading.set()
+        self._wake_up()
 
     def stop(self) -> None:
         self.stopped = True
@@ -95,9 +99,13 @@ class Reader:
             headers = {"accept": "text/event-stream", "last-event-id": str(self._last)}
             timer = self._loop.call_later(self._random.uniform(*STAYS_SEC), self._tire)
             await self._door.follow(stream, f"/v1/events{query}", headers)
+            self.reads(False)
             timer.cancel()
             self.reading.set()
             await asyncio.sleep(self._random.uniform(*PAUSE_SEC))
+
+    def reads(self, on: bool) -> None:
+        self._history.reads(self._name, on=on)
 
     def _tire(self) -> None:
         """Leaves the stream, or stops reading for a while."""
@@ -107,10 +115,15 @@ class Reader:
             self._leave()
         else:
             self.reading.clear()
+            self.reads(False)
             self._loop.call_later(self._random.uniform(*STALLS_SEC), self._wake)
 
-    def _wake(self) -> None:
+    def _wake_up(self) -> None:
         self.reading.set()
+        self.reads(self._stream is not None and self._stream.begun and not self._stream.over.is_set())
+
+    def _wake(self) -> None:
+        self._wake_up()
         self._loop.call_later(self._random.uniform(*STAYS_SEC), self._tire)
 
     def _leave(self) -> None:

@@ -7,6 +7,7 @@ quiet stretches only devices, connections and the broker itself are awake, so th
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from tests.simulation.loop import SimLoop
 
@@ -32,6 +33,15 @@ class Tide:
             # In one of four cases the next spell follows at once: no device has calmed down yet.
             if draw.random() < 0.75:
                 await asyncio.sleep(min(LONGEST_QUIET_SEC, draw.expovariate(1 / QUIET_SEC)))
+
+    async def sleep(self, times: float, busy_sec: float, quiet_sec: float) -> None:
+        """Sleeps for `times` that many seconds; in the quiet at most until the next spell."""
+        if self.busy.is_set():
+            await asyncio.sleep(times * busy_sec)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(times * quiet_sec):
+                await self.busy.wait()
 
     def end(self) -> None:
         self.busy.set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -26,28 +27,33 @@ from broker.domain.fleet import DeviceState
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.seams import Broken, Full, Sql
-from broker.settings import Settings
+from broker.settings import Limits, Settings
 from projections import follower
 from tests.simulation.checkers.life import check, s4
+from tests.simulation.checkers.timing import FRESH
 from tests.simulation.clients import SERVICES, Clients, Door
 from tests.simulation.disk import SimDisk, SimStorage
-from tests.simulation.fleet import ISSUER, PREFIX, TYPES, Device
+from tests.simulation.fleet import COMMANDS, ISSUER, PREFIX, TYPES, Device
 from tests.simulation.history import History
 from tests.simulation.link import SimLink
-from tests.simulation.loop import Node, SimClock, SimEntropy, SimLoop, run
+from tests.simulation.loop import EPOCH_MS, Node, SimClock, SimEntropy, SimLoop, run
 from tests.simulation.nemesis import Nemesis
-from tests.simulation.network import MOSQUITTO, ServerKind, SimMqttServer
+from tests.simulation.network import LATEST_WILL_SEC, MOSQUITTO, ServerKind, SimMqttServer
 from tests.simulation.phones import Phone
 from tests.simulation.pipes import LISTENER, PipeNet
 from tests.simulation.readers import READERS, Reader
 from tests.simulation.receivers import URLS, Receivers
+from tests.simulation.strangers import Stranger
 from tests.simulation.tide import LONGEST_QUIET_SEC, SPELL_SEC, SPELLS, Tide
 
 SUBSCRIPTIONS = (f"{PREFIX}/dev/+/ack", f"{PREFIX}/dev/+/status")
-SETTINGS = Settings(prefix=PREFIX, issuer=ISSUER, mqtt_events=False)
+# Bounds that a run of this size comes near to.
+NARROW = Limits(send_slots=3, queue_per_name=4, queue_per_device=7)
 LATENCIES = ((0.0002, 0.004), (0.0002, 0.004), (0.003, 0.03), (0.02, 0.2))
 FAULT_EVERY_SEC = 40.0
 UP_WITHIN_SEC, LONGEST_HEAL_SEC = 60, 7_200
+GRACE_SEC = 8  # as `ordain serve` gives open requests
+ALL_SCOPES = ("devices:read", "devices:write", "events:read")
 FOREVER_SEC = 1e8
 # All spells, all quiet stretches and the healing.
 LONGEST_SEC = SPELLS[1] * (SPELL_SEC[1] + LONGEST_QUIET_SEC) + 2 * LONGEST_HEAL_SEC
@@ -68,6 +74,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     history: History
     log: list[str]
+    virtual_sec: float
+    cpu_sec: float
 
 
 class World:
@@ -112,6 +120,12 @@ class World:
         self._ended = asyncio.Event()
         self._latency = draw.choice(LATENCIES)
         self._synchronous: Synchronous = synchronous
+        self.limits = draw.choice((Limits(), NARROW))
+        self.history.most = self.limits.queue_per_device, self.limits.queue_per_name
+        self._mqtt_events = not self.embedded and draw.random() < 0.4
+        self.history.mqtt_events = self._mqtt_events
+        self._ending = False  # the next end of the process is the last
+        self.stranger: Stranger
         self._draw = draw
         self.server.up = not self.embedded
 
@@ -133,10 +147,12 @@ class World:
             latency=self._latency,
             checkpoint_pages=100,
             on_commit=self._committed,
+            on_write=lambda began, ok: self.history.wrote(EPOCH_MS + began, ok=ok),
         )
         self._seen = 0
         entropy = SimEntropy(self.loop, f"broker/{self._lives}")
-        core = Core(storage, self.clock, entropy, TYPES, SETTINGS, self.receivers)
+        settings = Settings(prefix=PREFIX, issuer=ISSUER, mqtt_events=self._mqtt_events, limits=self.limits)
+        core = Core(storage, self.clock, entropy, TYPES, settings, self.receivers)
         # Small batches and pauses, so that many faults come in the middle of a purge.
         core.tick_sec = self._draw.choice((1.0, 4.0, 4.0))
         core.erasures.batch, core.erasures.pause_sec = 4, self._draw.uniform(0, 20)
@@ -146,8 +162,13 @@ class World:
             parts = services(core)
             node.context.run(SERVICES.set, parts)
             self.core, self.door.node = core, node
+            self.history.lived("up")
             await self._stop.wait()
-            self.door.node = None
+            self.history.lived("stopping")
+            self.door.node = None  # like a server that takes no new connection
+            parts.streams.close()
+            parts.waits.close()
+            await self.door.answered(GRACE_SEC)
             await close()
         await storage.close()
 
@@ -167,6 +188,7 @@ class World:
             self.server.open()
             return listener.close
         link = SimLink(self.server, core.intake, SUBSCRIPTIONS)
+        link.most = self.limits.send_slots
         core.attach(link)
         group.create_task(link.run())
 
@@ -188,7 +210,12 @@ class World:
         """The process ended by itself: on request, or because its storage failed."""
         error = task.exception()
         if error is None:
-            self._ended.set()
+            self.history.lived("ended")
+            if self._ending:
+                self._ended.set()
+            else:
+                self._stop.clear()
+                self.crash()
             return
         self.history.said(f"the broker ended: {error!r}")
         for cause in _leaves(error):
@@ -204,6 +231,8 @@ class World:
         if node is None:
             return
         self.door.reset()
+        self.history.lived("down")
+        self._stop.clear()
         self.loop.kill(node)
         self.disk.lose_process()
         if power:
@@ -213,6 +242,36 @@ class World:
             self.history.linked(False)
         self.inspect()
         self.loop.call_later(self._draw.uniform(0.1, 10), self.start, context=contextvars.Context())
+
+    def stop(self) -> None:
+        """SIGTERM, and a restart."""
+        if self.core is not None:
+            self._stop.set()
+
+    def hold(self, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT after some time."""
+        node = self._node
+        if node is None or node.held is not None:
+            return
+        self.history.lived("paused")
+        self.loop.hold(node)
+
+        def go_on() -> None:
+            if node.alive and node.held is not None:
+                self.history.lived("resumed")
+            self.loop.go_on(node)
+
+        self.loop.call_later(seconds, go_on, context=contextvars.Context())
+
+    def fill(self, room: int = 0) -> None:
+        """The disk has room for this many bytes more."""
+        self.disk.capacity = sum(len(file.data) for file in self.disk.files.values()) + room
+        self.history.lived("full")
+
+    def make_room(self) -> None:
+        if self.disk.capacity is not None:
+            self.disk.capacity = None
+            self.history.lived("room")
 
     def inspect(self) -> None:
         """Reads the log from the disk of a stopped machine: checks the chain and compares the projections
@@ -245,6 +304,7 @@ class World:
         await self.furnish()
         clients = self._draw.randint(1, 4)
         self.clients = Clients(self.loop, self.door, self.tide, self.devices, clients, pause=8.0 * clients)
+        self.clients.stranger = self.stranger
         nemesis = Nemesis(self, FAULT_EVERY_SEC)
         self.loop.create_task(nemesis.run())
         await self.tide.run()
@@ -259,6 +319,7 @@ class World:
         await self._heal()
         await self._core().storage.read(self._compare_live_state)
         self.history.ended_at = self._core().writer.now()
+        self._ending = True
         self._stop.set()
         async with asyncio.timeout(UP_WITHIN_SEC):
             await self._ended.wait()
@@ -271,13 +332,19 @@ class World:
         await self._wait(lambda: self.core is not None and self.core.link.up, "the broker did not start")
         core, node = self._core(), self._node
         assert node is not None
-        _, self.door.secret = await self.loop.spawn(node, core.keys.create("acme", ("admin",), None))
+        key, self.door.secret = await self.loop.spawn(node, core.keys.create("acme", ("admin",), None))
+        self.history.secret("acme", self.door.secret, key.actor)
+        rival, secret = await self.loop.spawn(node, core.keys.create("rival", ALL_SCOPES, None))
+        self.history.secret("rival", secret, rival.actor)
+        self.stranger = Stranger(self.loop, self.door, secret)
+        await self.stranger.furnish()
         for device in self.devices:
             body = {"hardware_id": device.hardware_id, "type": device.kind}
             call = await self.door.call("register", "POST", "/v1/devices", body)
             assert call.status == 201, call
             device.jwks = core.grants.jwks()
             device.door, device.token = self.door, call.answer["device_token"]
+            self.history.secret(f"{device.hardware_id}'s token", device.token)
             device.start()
         hooks = list(zip(URLS, ([], ["created", "executed", "online"]), strict=True))
         for url, events in hooks[: self._draw.choice((0, 1, 2, 2))]:
@@ -306,6 +373,7 @@ class World:
         self._core().erasures.pause_sec = 0
         with suppress(AssertionError):  # the checkers judge the commands that are still open
             await self._wait(lambda: not self._open_commands(), "", LONGEST_HEAL_SEC, every=5)
+        await self._refresh()
         await asyncio.sleep(130)  # longer than the longest delay of a late message (120 s)
         for webhook in self.webhooks:
             call = await self.door.call("change", "POST", f"/v1/webhooks/{webhook}/resume")
@@ -318,6 +386,29 @@ class World:
         self.history.hooked_until = head
         for reader in self.readers:
             reader.stop()
+
+    async def _refresh(self) -> None:
+        """Now that all is well: every device connects again and gets a command, and then the broker does."""
+        await self._fresh("device")
+        for device in self.devices:
+            if "mqtt" in device.transports:
+                device.port.drop()
+        await asyncio.sleep(LATEST_WILL_SEC + 60)
+        link = self.server.connection("ordain")
+        if link is not None:
+            link.close("cut")
+        await self._fresh("link")
+
+    async def _fresh(self, why: str) -> None:
+        for device in self.devices:
+            name = next(iter(COMMANDS[device.kind]))
+            body = {
+                "type": name,
+                "params": COMMANDS[device.kind][name],
+                "ttl_sec": 100 if "mqtt" in device.transports else 900,
+            }
+            path = f"/v1/devices/{device.hardware_id}/commands"
+            await self.door.call("create", "POST", path, body, key=f"{FRESH}{why}-{device.hardware_id}")
 
     def _healthy(self) -> bool:
         core = self.core
@@ -373,8 +464,10 @@ def simulate(seed: int, *, synchronous: Synchronous = "FULL", kind: ServerKind |
         return world
 
     _settle()
+    began = time.process_time()
     with quiet(logged):
         world = run(main, seed, max_time=LONGEST_SEC)
+    world.history.lines = logged
     found = [*world.found, *world.door.failures, *check(world.history)]
     if isinstance(world.server, PipeNet):
         found += world.server.still_half_open()
@@ -391,6 +484,8 @@ def simulate(seed: int, *, synchronous: Synchronous = "FULL", kind: ServerKind |
         steps=world.loop.steps,
         history=world.history,
         log=logged,
+        virtual_sec=world.loop.time(),
+        cpu_sec=time.process_time() - began,
     )
 
 

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from broker.domain.errors import Refusal, Unavailable
 from broker.domain.lanes import Presence
+from broker.engine.intake import Intake
 from broker.seams import Message, Receipt
 from broker.settings import Limits
 from devices.types import load_type
@@ -222,3 +224,35 @@ def test_a_new_session_of_our_link_outlives_the_presence_of_a_lost_commit() -> N
             await until(lambda: bench.live.presence.get(device.id) is Presence.OFFLINE)
 
     simulated(world)
+
+
+def test_a_retained_will_of_an_older_session_holds_nothing_back() -> None:
+    """The MQTT server noticed the end of an old connection after the device had come back."""
+
+    async def world(loop: SimLoop) -> None:
+        async with on_virtual_time(loop, embedded=False) as (bench, _):
+            device = await bench.device(online=False)
+            status(bench, b'{"status":"online","session":"s2"}')
+            await until(lambda: bench.live.presence.get(device.id) is Presence.ONLINE)
+            bench.core.intake.link_up()
+            status(bench, b'{"status":"offline","session":"s1"}', retain=True)
+            await until(lambda: bench.live.presence.get(device.id) is Presence.UNKNOWN)
+            await bench.order()
+            await until(lambda: len(bench.wire.sent) == 1)
+
+    simulated(world)
+
+
+def test_the_planted_bug_of_presence_that_outlives_a_failed_commit_is_found() -> None:
+    async def world(loop: SimLoop) -> None:
+        async with on_virtual_time(loop, types={"siren": SIREN}) as (bench, disk):
+            await presence(bench, disk)
+
+    with patch.object(Intake, "_again", _kept), pytest.raises(ExceptionGroup):
+        simulated(world)
+
+
+def _kept(self: Intake, batch: list[Message], presence: Any, session: int) -> None:
+    """Takes the messages again, and leaves what they had taught."""
+    self._queue.extendleft(reversed(batch))
+    self._wake.set()

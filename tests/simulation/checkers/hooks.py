@@ -22,7 +22,8 @@ def s5(facts: Facts) -> Iterator[str]:
 
 def _endpoint(facts: Facts, call: Call) -> Iterator[str]:
     url, events, start = call.answer["url"], call.answer["events"], call.answer["cursor"]
-    wanted = {row["position"]: row for row in facts.history.log if is_wanted(row, events)}
+    own = [row for row in facts.history.log if row.get("project", "acme") == "acme"]
+    wanted = {row["position"]: row for row in own if is_wanted(row, events)}
     # per device: positions that the receiver has not taken yet
     left: dict[str, list[int]] = defaultdict(list)
     for position, each in wanted.items():

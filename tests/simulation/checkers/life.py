@@ -12,10 +12,22 @@ from typing import Any
 
 from tests.simulation.checkers import hooks as checkers_hooks
 from tests.simulation.checkers import streams as checkers_streams
+from tests.simulation.checkers.access import c1, c2, c3, c4, o2, s7
 from tests.simulation.checkers.erasing import e1, e2, e3
 from tests.simulation.checkers.many import one_each, r10
 from tests.simulation.checkers.presence import a3, a5, d9, d10, d12, r8
 from tests.simulation.checkers.pull import a6, d11, r9
+from tests.simulation.checkers.requests import l3, o4, r2, r4, r5, r7
+from tests.simulation.checkers.timing import (
+    d13,
+    fresh,
+    heard,
+    in_order,
+    late_by_true_time,
+    salts,
+    stood_still,
+)
+from tests.simulation.checkers.wire import a4, d2, d5, d7, s6
 from tests.simulation.facts import (
     ANSWER_EVENT,
     CLOSING,
@@ -180,6 +192,7 @@ def d4(facts: Facts) -> Iterator[str]:
 
     When the bytes left, that clock showed at least the event's `recorded_at` plus the time since its commit.
     """
+    starts = [row["position"] for row in facts.rows if row["type"] == "started"]
     for record in facts.publishes:
         row = _handing_over(facts, record)
         commit = facts.commit_of(row) if row else None
@@ -188,6 +201,7 @@ def d4(facts: Facts) -> Iterator[str]:
         if row is None or commit is None or expires_at is None:
             continue
         late_by = row["recorded_at"] + max(0, record.t - commit.t) - expires_at
+        late_by = max(late_by, late_by_true_time(facts, record, row, starts))
         if late_by >= 0:
             yield f"{record.command_id} attempt {record.attempt} was sent {late_by} ms after it expired"
 
@@ -340,34 +354,54 @@ def s4(incremental: Mapping[str, Sequence[Any]], rebuilt: Mapping[str, Sequence[
 
 CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
     "R1": r1,
+    "R2": r2,
     "R3": r3,
+    "R4": r4,
+    "R5": r5,
     "R6": r6,
+    "R7": r7,
     "R8": r8,
     "R9": r9,
     "R10": r10,
     "L1": l1,
     "L2": l2,
+    "L3": l3,
     "L4": l4,
     "D1": d1,
+    "D2": lambda facts: chain(d2(facts), fresh(facts)),
     "D3": d3,
     "D4": d4,
+    "D5": d5,
     "D6": d6,
+    "D7": d7,
     "D8": d8,
-    "D9": d9,
+    "D9": lambda facts: chain(d9(facts), heard(facts)),
     "D10": d10,
     "D11": d11,
     "D12": d12,
+    "D13": d13,
     "A1": a1,
     "A2": a2,
     "A3": a3,
-    "A5": a5,
+    "A4": lambda facts: chain(a4(facts), in_order(facts)),
+    "A5": lambda facts: chain(a5(facts), stood_still(facts)),
     "A6": a6,
     "E1": e1,
     "E2": e2,
-    "E3": e3,
+    "E3": lambda facts: chain(e3(facts), salts(facts)),
     "S1": s1,
     "S2": s2,
-    "S5": lambda facts: chain(checkers_hooks.s5(facts), checkers_streams.s5(facts)),
+    "S5": lambda facts: chain(
+        checkers_hooks.s5(facts), checkers_streams.s5(facts), checkers_streams.by_mqtt(facts)
+    ),
+    "S6": s6,
+    "S7": s7,
+    "C1": c1,
+    "C2": c2,
+    "C3": c3,
+    "C4": c4,
+    "O2": o2,
+    "O4": o4,
 }
 
 

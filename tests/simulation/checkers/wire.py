@@ -1,0 +1,143 @@
+"""What crosses the wire: every hand-over, to nobody else, with a grant that allows it; answers in time.
+
+Pure functions of a recorded history, like those in `life`. Nothing may be imported from the broker.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import defaultdict, deque
+from collections.abc import Iterator
+
+from tests.simulation.facts import CLOSING, Facts, data
+from tests.simulation.history import Wire
+
+CALM_MS = 30_000  # after the faults end: sessions, presence and pauses settle
+WRITTEN_MS = 2_000
+TAKEN_MS = 1_000
+SLOW_MS = 400
+EARLY_MS = 15_000
+DAY_MS = 86_400_000
+LEEWAY_MS = 3_000
+
+
+class Calm:
+    """Whether nothing disturbed the broker between two moments: its process, its link, its disk."""
+
+    def __init__(self, facts: Facts, *, slow_too: bool = True) -> None:
+        history = facts.history
+        disturbed = [(each.t, each.t) for each in history.lives]
+        disturbed += [(each.t, each.t) for each in history.links]
+        disturbed += [
+            (each.began, each.t)
+            for each in history.writes
+            if not each.ok or (slow_too and each.t - each.began > SLOW_MS)
+        ]
+        self._disturbed = sorted(disturbed)
+        self._longest = max((until - since for since, until in disturbed), default=0)
+
+    def between(self, since: int, until: int) -> bool:
+        first = bisect_left(self._disturbed, (since - self._longest, 0))
+        last = bisect_right(self._disturbed, (until, until))
+        return not any(end >= since for _, end in self._disturbed[first:last])
+
+
+def d2(facts: Facts) -> Iterator[str]:
+    """D2: without faults, the bytes of every hand-over by MQTT are written, unless the command ends first."""
+    healed, ended = facts.history.healed_at, facts.history.ended_at
+    if healed is None or ended is None:
+        return
+    written = {(record.command_id, record.attempt) for record in facts.publishes}
+    calm = Calm(facts, slow_too=False)
+    for command_id, rows in facts.commands.items():
+        for row in rows:
+            at, said = row["recorded_at"], data(row)
+            if row["type"] != "published" or said.get("transport", "mqtt") != "mqtt":
+                continue
+            soon = [each["type"] for each in rows if at <= each["recorded_at"] <= at + WRITTEN_MS]
+            if not healed + CALM_MS < at < ended - WRITTEN_MS or CLOSING.intersection(soon):
+                continue
+            commit = facts.commit_of(row)
+            if commit is None or not calm.between(commit.t - WRITTEN_MS, commit.t + WRITTEN_MS):
+                continue
+            if _left(facts, row["device_id"], at):
+                continue
+            if not written.intersection({(command_id, said.get("attempt")), (command_id, None)}):
+                yield f"{command_id} attempt {said.get('attempt')} was recorded and never sent"
+
+
+def _left(facts: Facts, device_id: str, at: int) -> bool:
+    rows = facts.streams.get(f"device/{device_id}", ())
+    return any(row["type"] == "offline" and abs(row["recorded_at"] - at) < WRITTEN_MS for row in rows)
+
+
+def d5(facts: Facts) -> Iterator[str]:
+    """D5: what a device gets carries a grant for this device, command and parameters, which ends with the
+    command."""
+    for each in facts.history.granted:
+        if each.fault is not None:
+            yield f"{each.hardware_id} got {each.command_id} with a wrong grant: {each.fault}"
+        created = facts.created.get(each.command_id)
+        expires_at = data(created).get("expires_at") if created else None
+        if expires_at is not None and each.exp > expires_at:
+            yield f"the grant of {each.command_id} ends {each.exp - expires_at} ms after the command"
+        if each.exp > each.t + 2 * DAY_MS:  # the broker's clock may be a day ahead
+            yield f"the grant of {each.command_id} is valid for more than a day"
+
+
+def d7(facts: Facts) -> Iterator[str]:
+    """D7: nothing is retained, and nothing goes to another device."""
+    for record in facts.publishes:
+        if record.retain:
+            yield f"a message to {record.topic} was sent retained"
+        created = facts.created.get(record.command_id or "")
+        if created is not None and data(created).get("hardware_id") not in (None, record.hardware_id):
+            yield f"{record.command_id} went to {record.hardware_id}, which is another device"
+
+
+def a4(facts: Facts) -> Iterator[str]:
+    """A4: while nothing is wrong with process, link and disk, every message gets its PUBACK within a second,
+    whatever came before it."""
+    if any(data(row).get("mqtt") == "embedded" for row in facts.streams.get("system", ())):
+        return  # there a device that leaves takes its own PUBACKs with it
+    calm = Calm(facts)
+    late = list(_late(facts))
+    for record in late:
+        if calm.between(record.t - 2 * TAKEN_MS, record.t + TAKEN_MS) and record.t < _end(facts) - TAKEN_MS:
+            yield f"a message on {record.topic} waited for more than {TAKEN_MS} ms for its PUBACK"
+
+
+def _late(facts: Facts) -> Iterator[Wire]:
+    """Deliveries without a PUBACK, or with one that came late."""
+    waiting: dict[tuple[str, str | None, str | None], deque[Wire]] = defaultdict(deque)
+    for record in facts.history.wire:
+        key = record.topic, record.command_id, record.status
+        if record.what == "delivery":
+            waiting[key].append(record)
+        elif record.what == "puback" and waiting[key]:
+            first = waiting[key].popleft()
+            if record.t - first.t > TAKEN_MS:
+                yield first
+    for left in waiting.values():
+        yield from left
+
+
+def _end(facts: Facts) -> int:
+    return max((commit.t for commit in facts.history.commits), default=0)
+
+
+def s6(facts: Facts) -> Iterator[str]:
+    """S6: in one life of the process no step of the wall clock lets a command expire early.
+
+    Judged by true time; the moment of a commit may be some seconds after that of its event.
+    """
+    starts = [row["position"] for row in facts.rows if row["type"] == "started"]
+    for command_id, created in facts.created.items():
+        ttl = data(created).get("ttl_ms")
+        for row in facts.commands[command_id]:
+            by_time = row["type"] == "expired" or data(row).get("reason") == "ttl"
+            if ttl is None or not by_time or any(created["position"] < at < row["position"] for at in starts):
+                continue
+            first, last = facts.commit_of(created), facts.commit_of(row)
+            if first is not None and last is not None and last.t - first.t < ttl - EARLY_MS:
+                yield f"{command_id} had {ttl} ms and ended by time after {last.t - first.t} ms"
