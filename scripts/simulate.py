@@ -13,9 +13,11 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 from tests.simulation.history import History
-from tests.simulation.planted import BUGS
+from tests.simulation.planted import BUGS as OLD_BUGS
+from tests.simulation.planted_outside import MORE_BUGS
 from tests.simulation.world import Outcome, simulate
 
+BUGS = (*OLD_BUGS, *MORE_BUGS)
 SHOWN = 5  # faults printed of one run
 DONE_EVERY = 500
 

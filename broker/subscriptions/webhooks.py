@@ -46,7 +46,7 @@ class Webhooks:
         self._dirty: dict[str, None] = {}
         self._changed = asyncio.Event()  # there may be something to save
         # A worker without work moves to the new head of the log.
-        writer.listeners.append(lambda events: self._changed.set() if events else None)
+        writer.listeners.append(lambda events, placed: self._changed.set() if events else None)
         self._group: asyncio.TaskGroup | None = None
 
     # --- running and keeping ---

@@ -52,6 +52,8 @@ class Bug(msgspec.Struct, frozen=True, kw_only=True):
     patches: tuple[tuple[Any, str, Any], ...] = ()
     synchronous: Synchronous = "FULL"
     kind: ServerKind | None = None  # drawn, if it is not given
+    first: int = 0  # a seed that found it when this was written; it is tried first
+    within: int = 100  # the seeds that must be enough
 
     def names(self, found: list[str]) -> bool:
         return any(sentence.partition(":")[0] in self.caught_by for sentence in found)

@@ -33,6 +33,7 @@ from broker.mqtt.packets import Publish
 from broker.mqtt.session import Session
 from broker.seams import Message, Outgoing, Receipt, Sql
 from broker.subscriptions.mqtt import MqttEvents
+from devices.grant import params_hash
 from devices.wire import Answer, Malformed, decode_status
 from tests.simulation.loop import current_node
 from tests.simulation.network import MOSQUITTO
@@ -170,14 +171,14 @@ async def _upset(self: Intake) -> None:
 
 
 def _wall_time(self: Writer) -> int:
-    return max(self._recorded_at, self.clock.wall_ms())
+    return max(self._decided_at, self.clock.wall_ms())
 
 
 def _never_ending(state: CommandState, now_ms: int) -> int:
     return now_ms // 1_000 + 80_000
 
 
-_params_hash = grants.params_hash
+_params_hash = params_hash
 
 
 def _of_nothing(params: Any) -> str:

@@ -12,7 +12,7 @@ from tests.simulation.history import BY_MQTT, Secret
 from tests.simulation.test_checkers import WRONG as OTHERS
 from tests.simulation.test_checkers import A, B, Story, closed
 
-LEVEL = {"params": {"level": 1_000}}
+LEVEL: dict[str, Any] = {"params": {"level": 1_000}}
 FAR = 1_000_000
 
 

@@ -18,11 +18,11 @@ from tests.simulation.fleet import COMMANDS
 from tests.simulation.loop import SimLoop, run
 from tests.simulation.network import MOSQUITTO
 from tests.simulation.planted import BUGS, Bug
+from tests.simulation.planted_outside import MORE_BUGS
 from tests.simulation.test_loop import printed_elsewhere
 from tests.simulation.world import World, quiet, simulate
 
-SEEDS, CHUNK = 150, 25
-TRIES = 100
+SEEDS, CHUNK = 300, 25
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
@@ -49,9 +49,13 @@ def test_a_seed_gives_the_same_run_in_every_process() -> None:
     assert len(set(here.splitlines())) == 6
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", [*BUGS, *MORE_BUGS], ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: Bug) -> None:
-    assert any(bug.names(bug.run(seed).found) for seed in range(TRIES))
+    assert any(bug.names(bug.run(seed).found) for seed in (bug.first, *range(bug.within)))
+
+
+def test_at_least_45_bugs_are_planted() -> None:
+    assert len({bug.name for bug in (*BUGS, *MORE_BUGS)}) >= 45
 
 
 @pytest.mark.parametrize("seed", range(5))

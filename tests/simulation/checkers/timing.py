@@ -66,7 +66,7 @@ def stood_still(facts: Facts) -> Iterator[str]:
             if each.t - since >= STOOD_STILL_MS:
                 yield from _hurried(facts, since, each.t)
             since = None
-        elif each.what != "paused":
+        else:
             since = None
 
 
