@@ -264,8 +264,7 @@ class Intake:
             if not online and device.session is not None:
                 return  # it may be the late last will of an older session
         if message.retain:
-            # A retained `online` may be a year old. It shows only that the device existed at some time. And a
-            # retained `offline` of another session may be a late last will: the device may be there.
+            # A retained `online` may be years old, a retained `offline` the late will of another session.
             unsure = online or (None not in (session, device.session) and session != device.session)
             self.registry.heard(device, Presence.UNKNOWN if unsure else Presence.OFFLINE, session)
         elif online:
