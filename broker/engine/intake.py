@@ -275,8 +275,8 @@ class Intake:
             self.registry.heard(device, Presence.OFFLINE, session)
 
     def _heard(self, device: DeviceState, message: Message) -> None:
-        """A live message shows that the device is online. A retained one, or one in the first 2 s of a session
-        (backlog), shows only that it once was."""
+        """A live message shows that the device is online. A retained one, or one in the first 2 s of a
+        session (backlog), shows only that it once was."""
         known = self.live.presence.get(device.id, Presence.NEVER)
         if message.retain or self.writer.now() < self._backlog_until:
             if known is Presence.NEVER and not self.embedded:
