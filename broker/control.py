@@ -135,7 +135,7 @@ async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient
         return
     try:
         pepper = pepper_of(directory, settings.key_pepper_file)
-        types = load_types(settings.types)
+        types = load_types(settings.types, settings.prefix)
         core = Core(storage, SystemClock(), SystemEntropy(), types, settings, pepper=pepper)
         await core.open(embedded=False)
         await _check_prefix(core)

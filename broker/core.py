@@ -144,6 +144,9 @@ class Core:
 
     async def _reload(self) -> None:
         await self.live.load(self.storage, self.writer.entropy, self.writer.now())
+        for member in self.live.members.values():
+            if (speech := member.definition.speech) is not None:
+                self.commands.addresses.keep(speech)
         await self.registry.load()
         await self.erasures.load()
         self.dispatch.recovered()

@@ -109,7 +109,7 @@ async def _serve(
     say: Callable[[str], None],
     stop: asyncio.Event,
 ) -> None:
-    types = load_types(settings.types)
+    types = load_types(settings.types, settings.prefix)
     outbound = HttpOutbound(settings.webhook_allow, verify=_of_webhooks(settings), limits=settings.limits)
     pepper = pepper_of(Path(settings.data), settings.key_pepper_file)
     core = Core(storage, SystemClock(), SystemEntropy(), types, settings, outbound, pepper)

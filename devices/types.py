@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -21,70 +20,28 @@ from msgspec import UNSET, Meta
 
 from devices import toml
 from devices.allowed import reason
+from devices.definition import AnswerStatus as AnswerStatus
+from devices.definition import CompletesOn, GrantAlgorithm, PresenceRule
+from devices.definition import Definition as Definition
+from devices.definition import PayloadFormat as PayloadFormat
+from devices.definition import Transport as Transport
 from devices.names import is_name
 from devices.schema import MAX_DEPTH as MAX_DEPTH
 from devices.schema import MAX_SIGNED_INTEGER as MAX_SIGNED_INTEGER
 from devices.schema import BadParams as BadParams
-from devices.schema import bad_params, compiled, misfit, no_schema, unsignable
-
-PayloadFormat = Literal["bare", "json", "msgpack"]
-AnswerStatus = Literal["acknowledged", "executed", "failed", "progress"]
-Transport = Literal["mqtt", "heartbeat", "relay"]
-CompletesOn = Literal["executed", "published"]
-GrantAlgorithm = Literal["EdDSA", "HS256"]
+from devices.schema import bad_params, compiled, unsignable
+from devices.speech.rules import Rule
+from devices.speech.speech import LARGEST_NUMBER, Query, Speech
+from devices.speech.templates import declared, places, text_places
+from devices.speech.topics import with_command
+from devices.type_checks import contradictions
 
 Ttl = Annotated[int, Meta(ge=1, le=31_536_000)]
 Seconds = Annotated[float, Meta(ge=0.05, le=31_536_000)]
 Count = Annotated[int, Meta(ge=1, le=1_000)]
 T = TypeVar("T", bound=msgspec.Struct)
 
-MAX_SUFFIX_LEVELS = 4
-_SUFFIX_RULE = f"one to {MAX_SUFFIX_LEVELS} topic levels, each an identifier, and not `status`"
 ANY = "*"
-_NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be `me` or `pending`"
-
-
-class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One command of one device type, with all defaults filled in. Times in seconds.
-
-    `command` is `*` for all commands that an open type does not list.
-
-    `text` is the fixed payload of a `bare` command. `answers` maps a bare answer to its status.
-    `carries_ids`: the device receives the command's id and can return it in its answer.
-    """
-
-    device_type: str
-    command: str
-    payload: PayloadFormat = "json"
-    text: str | None = None
-    command_suffix: str = "rls"
-    answer_suffix: str = "ack"
-    answers: dict[str, AnswerStatus] = {}
-    carries_ids: bool = True
-    carries_grant: bool = True
-    completes_on: Literal["executed", "published"] = "executed"
-    repeatable: bool = True
-    presence: Literal["required", "none"] = "required"
-    transports: tuple[Transport, ...] = ("mqtt",)
-    max_in_flight: int = 1
-    max_attempts: int = 5
-    ack_timeout_sec: float = 10
-    result_timeout_sec: float = 60
-    max_run_sec: float = 86_400
-    backoff_base_sec: float = 5
-    backoff_factor: float = 2
-    backoff_cap_sec: float = 300
-    late_answer_sec: float = 20
-    heartbeat_lease_sec: float = 60
-    relay_lease_sec: float = 60
-    max_payload_bytes: int = 65_536
-    # Added later: older definitions in existing logs lack these fields, so each needs a default.
-    grant_algorithm: GrantAlgorithm = "EdDSA"
-    result_schema: dict[str, Any] | None = None
-
-    def result_fault(self, result: dict[str, Any] | None) -> str | None:
-        """Why a recorded result does not match the command's result schema; None if it matches."""
-        return misfit(self.result_schema, result)
 
 
 class UnknownCommand(Exception):
@@ -105,7 +62,10 @@ class BadType(Exception):
 
 
 class CommandType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
-    """One command as the type's file declares it. A field that is None takes the type's value."""
+    """One command as the type's file declares it. A field that is None takes the type's value.
+
+    `rules`: the list form of `answers`. `wire_name`: its name in topics and templates.
+    """
 
     title: str | None = None
     text: str | None = None
@@ -113,6 +73,11 @@ class CommandType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     params: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
     answers: dict[str, AnswerStatus] | None = None
+    rules: tuple[Rule, ...] | None = None
+    wire_name: str | None = None
+    command_topic: str | None = None
+    template: Any = None
+    done_when: str | None = None
     repeatable: bool | None = None
     default_ttl_sec: Ttl | None = None
     completes_on: CompletesOn | None = None
@@ -120,6 +85,12 @@ class CommandType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ack_timeout_sec: Seconds | None = None
     result_timeout_sec: Seconds | None = None
     max_run_sec: Seconds | None = None
+
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """The declared types of the parameters in the text."""
+        found = {path: declared(self.params, path).get("type") for path in text_places(self.text or "")}
+        return {path: kind for path, kind in found.items() if isinstance(kind, str)}
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
@@ -135,7 +106,9 @@ class CommandType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """One kind of device. `open`: any command name is allowed. `any_params`: params need not be an object.
 
-    `grants`: the algorithm that signs grants, or "none" if commands carry no grant.
+    `grants`: the algorithm that signs grants, or "none" if commands carry no grant. `rules`: the list form of
+    `answers`. `other_topics`: what the device publishes too and nobody reads. The fields from `command_topic`
+    on are described in `devices/speech`.
     """
 
     name: str
@@ -151,7 +124,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     grants: GrantAlgorithm | Literal["none"] | None = None
     completes_on: CompletesOn = "executed"
     repeatable: bool | None = None
-    presence: Literal["required", "none"] = "required"
+    presence: PresenceRule = "required"
     transports: tuple[Transport, ...] = ("mqtt",)
     default_ttl_sec: Ttl | None = None
     max_in_flight: Annotated[int, Meta(ge=1, le=100)] = 1
@@ -166,6 +139,81 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     heartbeat_lease_sec: Seconds = 60
     relay_lease_sec: Seconds = 60
     max_payload_bytes: Annotated[int, Meta(ge=1, le=65_536)] = 65_536
+    command_topic: str | None = None
+    answer_topics: tuple[str, ...] = ()
+    state_topics: tuple[str, ...] = ()
+    presence_topic: str | None = None
+    online: str | None = None
+    offline: str | None = None
+    silence_sec: Seconds | None = None
+    reply_topic: str | None = None
+    other_topics: tuple[str, ...] = ()
+    shares_topics_with: tuple[str, ...] = ()
+    template: Any = None
+    rules: tuple[Rule, ...] = ()
+    done_when: str | None = None
+    query: Query | None = None
+    record_state: Literal["changes", "none"] = "changes"
+    number_max: Annotated[int, Meta(ge=255, le=MAX_SIGNED_INTEGER)] = LARGEST_NUMBER
+
+    @cached_property
+    def listens(self) -> tuple[str, ...]:
+        """The patterns of all topics that a device of this type receives."""
+        if not (speeches := self.speeches):
+            return tuple(sorted(_own(suffix) for suffix in self.command_suffixes))
+        return tuple(dict.fromkeys(pattern for speech in speeches for pattern in speech.listens))
+
+    @cached_property
+    def says(self) -> tuple[str, ...]:
+        """The patterns of all topics of a device of this type that the broker reads."""
+        if not (speeches := self.speeches):
+            return (_own(self.answer_suffix), self.presence_pattern)
+        said = (pattern for speech in speeches for pattern in speech.says)
+        return tuple(dict.fromkeys((*said, self.presence_pattern)))
+
+    @cached_property
+    def definitions(self) -> tuple[Definition, ...]:
+        """Those of all commands; of an open type also the one of all others."""
+        return tuple(self.definition(name) for name in [*self.commands, *(["any"] if self.open else [])])
+
+    @property
+    def presence_pattern(self) -> str:
+        return self.presence_topic or _own("status")
+
+    @cached_property
+    def speeches(self) -> tuple[Speech, ...]:
+        found = (definition.speech for definition in self.definitions)
+        return tuple(speech for speech in found if speech is not None)
+
+    def _speech(self, name: str, own: CommandType) -> Speech | None:
+        """How a command is spoken; None if it has Ordain's own form."""
+        topics = (self.command_topic, self.presence_topic, self.answer_topics, self.state_topics)
+        forms = (self.template, self.rules, self.reply_topic, self.query)
+        of_command = (own.rules, own.wire_name, own.command_topic, own.template, own.done_when, own.kinds)
+        if not any((*topics, *forms, *of_command, text_places(own.text or ""))):
+            return None
+        wire = name if own.wire_name is None else own.wire_name
+        suffix = _first(own.command_suffix, self.command_suffix)
+        answers = self.answer_topics or (() if self.state_topics else (_own(self.answer_suffix),))
+        rules = self.rules if own.rules is None else own.rules
+        return Speech(
+            command_topic=with_command(own.command_topic or self.command_topic or _own(suffix), wire),
+            answer_topics=tuple(with_command(topic, wire) for topic in answers),
+            state_topics=self.state_topics,
+            presence_topic=self.presence_topic,
+            online=self.online,
+            offline=self.offline,
+            silence_sec=self.silence_sec,
+            reply_topic=self.reply_topic,
+            wire_name=own.wire_name,
+            template=self.template if own.template is None else own.template,
+            kinds=own.kinds,
+            rules=tuple(_of_command(rule, wire) for rule in rules),
+            done_when=self.done_when if own.done_when is None else own.done_when,
+            query=self.query,
+            record_state=self.record_state,
+            number_max=self.number_max,
+        )
 
     @cached_property
     def command_suffixes(self) -> frozenset[str]:
@@ -194,9 +242,12 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def definition(self, command: str) -> Definition:
         own = self.command(command)
-        carries_ids = _first(self.carries_ids, self.payload != "bare")
+        speech = self._speech(self.declared(command), own)
+        carries_ids = _first(self.carries_ids, _names_itself(self.payload, speech))
+        foreign = speech is not None and (speech.template is not None or bool(speech.rules))
         ack_timeout_sec = _first(own.ack_timeout_sec, self.ack_timeout_sec)
-        grants = _first(self.grants, "none" if self.payload == "bare" else "EdDSA")
+        carries = self.payload != "bare" and (not foreign or "$grant" in places(speech and speech.template))
+        grants = _first(self.grants, "EdDSA" if carries else "none")
         return Definition(
             device_type=self.name,
             command=self.declared(command),
@@ -209,7 +260,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             carries_grant=grants != "none",
             grant_algorithm="HS256" if grants == "HS256" else "EdDSA",
             completes_on=_first(own.completes_on, self.completes_on),
-            repeatable=_first(own.repeatable, self.repeatable, carries_ids),
+            repeatable=_first(own.repeatable, self.repeatable, carries_ids and not foreign),
             presence=self.presence,
             transports=self.transports,
             max_in_flight=self.max_in_flight,
@@ -225,6 +276,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             relay_lease_sec=self.relay_lease_sec,
             max_payload_bytes=self.max_payload_bytes,
             result_schema=own.result,
+            speech=speech,
         )
 
     def default_ttl(self, command: str) -> int | None:
@@ -236,7 +288,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """The checked parameters with the schema's defaults; absent means `{}`. Raises `BadParams`."""
         own = self.command(command)
         given = {} if params is UNSET else params
-        if self.payload == "bare" and given != {}:
+        if self.payload == "bare" and own.params is None and given != {}:
             raise BadParams("params", given, f"{command} takes none: its text is fixed; leave them out")
         if reason := unsignable(given):
             raise BadParams("params", given, reason)
@@ -264,11 +316,9 @@ def load_type(source: Path | str) -> DeviceType:
         raise BadType(file, "commands", commands, "must be tables, [commands.<name>]")
     if "name" not in table:
         raise BadType(file, "name", None, "a device type needs a name")
-    declared = {
-        name: _convert(file, f"commands.{name}.", command, CommandType) for name, command in commands.items()
-    }
-    device_type = msgspec.structs.replace(_convert(file, "", table, DeviceType), commands=declared)
-    for key, value, right in _contradictions(device_type):
+    found = {name: _command(file, f"commands.{name}.", each, CommandType) for name, each in commands.items()}
+    device_type = msgspec.structs.replace(_command(file, "", table, DeviceType), commands=found)
+    for key, value, right in contradictions(device_type):
         raise BadType(file, key, value, right)
     return device_type
 
@@ -281,8 +331,39 @@ def shipped_types() -> dict[str, DeviceType]:
     return {device_type.name: device_type for device_type in types}
 
 
+def _own(suffix: str) -> str:
+    """The pattern of a topic in Ordain's own layout."""
+    return f"{{prefix}}/dev/{{hardware_id}}/{suffix}"
+
+
+def _of_command(rule: Rule, wire: str) -> Rule:
+    return rule if rule.topic is None else msgspec.structs.replace(rule, topic=with_command(rule.topic, wire))
+
+
+def _names_itself(payload: PayloadFormat, speech: Speech | None) -> bool:
+    """Whether the device gets what names the command and can give it back."""
+    if speech is None or speech.template is None:
+        return payload != "bare" and not (speech is not None and speech.rules and not _reads(speech, "id"))
+    used = set(places(speech.template))
+    by_id = "$id" in used and (not speech.rules or _reads(speech, "id"))
+    return by_id or ("$number" in used and _reads(speech, "number"))
+
+
+def _reads(speech: Speech, key: str) -> bool:
+    return any(getattr(rule, key) is not None for rule in speech.rules)
+
+
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
+
+
+def _command(file: str, where: str, table: Any, kind: type[T]) -> T:
+    """Like `_convert`; `answers` may be a list of rules."""
+    if not isinstance(table, dict) or not isinstance(table.get("answers"), list):
+        return _convert(file, where, table, kind)
+    rules = [_convert(file, f"{where}answers[{n}].", rule, Rule) for n, rule in enumerate(table["answers"])]
+    rest = {key: value for key, value in table.items() if key != "answers"}
+    return msgspec.structs.replace(_convert(file, where, rest, kind), rules=tuple(rules))
 
 
 def _convert(file: str, where: str, table: Any, kind: type[T]) -> T:
@@ -301,99 +382,3 @@ def _convert(file: str, where: str, table: Any, kind: type[T]) -> T:
         value = table.get(key) if isinstance(table, dict) else table
         right = reason(kind, path.removeprefix("$").removesuffix("`"), right)
         raise BadType(file, (where + key).removesuffix("."), value, right) from error
-
-
-def _contradictions(device_type: DeviceType) -> Iterator[tuple[str, Any, str]]:
-    """Broken rules that involve more than one field: (key, value, what would be right)."""
-    t, bare = device_type, device_type.payload == "bare"
-    if not is_name(t.name):
-        yield "name", t.name, _NAME_RULE
-    yield from _wrong_suffixes("", t.command_suffix, t)
-    if not _is_suffix(t.answer_suffix):
-        yield "answer_suffix", t.answer_suffix, f"must be {_SUFFIX_RULE}"
-    if not t.commands and not t.open:
-        yield "commands", {}, "needs at least one [commands.<name>], or `open = true`"
-    if bare and t.open:
-        yield "open", True, "a bare type needs a `text` for each command, so it cannot be open"
-    if bare and t.any_params:
-        yield "any_params", True, "a bare payload has no place for parameters"
-    if bare and t.carries_ids:
-        yield "carries_ids", True, "a bare payload has no place for an id"
-    if bare and t.grants not in (None, "none"):
-        yield "grants", t.grants, 'a bare payload has no place for a grant: "none", or leave it out'
-    if t.max_in_flight > 1 and not _first(t.carries_ids, not bare):
-        yield "max_in_flight", t.max_in_flight, "must be 1 without ids: the answers name no command"
-    if not t.transports or len(set(t.transports)) < len(t.transports):
-        yield "transports", t.transports, "must have at least one transport, each only once"
-    if t.backoff_cap_sec < t.backoff_base_sec:
-        yield "backoff_cap_sec", t.backoff_cap_sec, f"at least backoff_base_sec ({t.backoff_base_sec})"
-    yield from _wrong_answers("", t.answers)
-    if t.open:
-        yield from _wrong_end("", t.completes_on, t)
-    said: dict[tuple[str, str], str] = {}
-    for name, command in t.commands.items():
-        yield from _wrong_command(name, command, t)
-        words = command.command_suffix or t.command_suffix, command.text or ""
-        if bare and words in said:
-            yield f"commands.{name}.text", command.text, f"on this suffix it already means {said[words]}"
-        said[words] = name
-
-
-def _wrong_command(name: str, command: CommandType, t: DeviceType) -> Iterator[tuple[str, Any, str]]:
-    where = f"commands.{name}."
-    if not is_name(name):
-        yield f"commands.{name}", command.title, _NAME_RULE
-    if t.payload == "bare" and not command.text:
-        yield where + "text", command.text, "a bare command needs the text that is sent for it"
-    if t.payload != "bare" and command.text is not None:
-        yield where + "text", command.text, "only commands of bare types have a text"
-    if len((command.text or "").encode()) > t.max_payload_bytes:
-        yield where + "text", command.text, f"must not exceed max_payload_bytes ({t.max_payload_bytes})"
-    if t.payload == "bare" and command.params is not None:
-        yield where + "params", command.params, "a bare payload has no place for parameters"
-    yield from _wrong_suffixes(where, command.command_suffix or t.command_suffix, t)
-    yield from _wrong_end(where, command.completes_on or t.completes_on, t)
-    yield from _wrong_answers(where, command.answers or {})
-    if command.params is not None:
-        yield from _wrong_schema(where + "params", command, command.params)
-    if command.result is not None:
-        yield from no_schema(where + "result", command.result)
-
-
-def _wrong_end(where: str, completes_on: CompletesOn, t: DeviceType) -> Iterator[tuple[str, Any, str]]:
-    if completes_on == "published" and t.presence == "none":
-        right = 'needs presence = "required": else a device that never connected silently loses it'
-        yield where + "completes_on", completes_on, right
-    if completes_on == "published" and t.transports != ("mqtt",):
-        yield where + "completes_on", completes_on, 'needs transports = ["mqtt"]: only MQTT has a PUBACK'
-
-
-def _wrong_answers(where: str, answers: dict[str, AnswerStatus]) -> Iterator[tuple[str, Any, str]]:
-    for text, status in answers.items():
-        if not text or text != text.strip() or text[0] == "{" or text.encode()[0] in (0xDE, 0xDF):
-            right = "must not be empty, have spaces around it, or begin as JSON or msgpack do"
-            yield f"{where}answers.{text}", status, right
-        if status == "progress":
-            yield f"{where}answers.{text}", status, "a bare text has no place for a percentage"
-
-
-def _wrong_schema(where: str, command: CommandType, schema: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    wrong_schema = list(no_schema(where, schema))
-    yield from wrong_schema
-    if wrong_schema or command.validator is None:
-        return
-    for key, value in command.defaults.items():
-        for wrong in command.validator.iter_errors({key: value}):
-            if wrong.instance_path[:1] == [key]:
-                right = f"the default does not match its own schema: {wrong.message}"
-                yield f"{where}.properties.{key}.default", value, right
-
-
-def _wrong_suffixes(where: str, suffix: str, t: DeviceType) -> Iterator[tuple[str, Any, str]]:
-    if not _is_suffix(suffix) or suffix == t.answer_suffix:
-        yield where + "command_suffix", suffix, f"must be {_SUFFIX_RULE} or the answer suffix"
-
-
-def _is_suffix(text: str) -> bool:
-    levels = text.split("/")
-    return text != "status" and len(levels) <= MAX_SUFFIX_LEVELS and all(map(is_name, levels))

@@ -15,6 +15,8 @@ from msgspec import Meta
 from devices.clock import parse_rfc3339
 from devices.names import is_name
 from devices.schema import not_json
+from devices.speech.messages import message_of, text_of
+from devices.speech.templates import Facts, Missing
 from devices.types import AnswerStatus, Definition, PayloadFormat
 
 MAX_ANSWER_BYTES = 65_536
@@ -138,29 +140,40 @@ def encode_command(
     attempt: int,
     expires_at: str | None,
     grant: str | None,
+    number: int | None = None,
+    reply_topic: str | None = None,
 ) -> bytes:
-    """The payload of one attempt. For a `bare` device it is only the fixed text.
+    """The payload of one attempt. For a `bare` device it is only the text.
 
     Raises:
         Unsendable: there is no text, the parameters cannot be encoded, or the payload is too large.
     """
-    if definition.payload == "bare":
-        if definition.text is None:
-            raise Unsendable(f"{definition.device_type} has no text for {definition.command}")
-        payload = definition.text.encode()
-    else:
-        message = CommandMessage(
-            id=command_id,
-            type=command,
-            params=params,
-            attempt=attempt,
-            expires_at=expires_at,
-            grant=grant,
-        )
-        try:
+    speech = definition.speech
+    wire_name = command if speech is None or speech.wire_name is None else speech.wire_name
+    given = msgspec.json.decode(params) if speech is not None and isinstance(params, msgspec.Raw) else params
+    facts = Facts(command_id, number, wire_name, given, attempt, expires_at, grant, reply_topic)
+    try:
+        if definition.payload == "bare":
+            if definition.text is None:
+                raise Unsendable(f"{definition.device_type} has no text for {definition.command}")
+            text = definition.text if speech is None else text_of(speech, definition.text, facts)
+            payload = text.encode()
+        elif speech is not None and speech.template is not None:
+            payload = _encode(message_of(speech, facts), definition.payload)
+        else:
+            message = CommandMessage(
+                id=command_id,
+                type=wire_name,
+                params=params,
+                attempt=attempt,
+                expires_at=expires_at,
+                grant=grant,
+            )
             payload = _encode(message, definition.payload)
-        except (TypeError, ValueError, RecursionError, OverflowError) as error:
-            raise Unsendable(f"the parameters cannot be written as {definition.payload}: {error}") from error
+    except Missing as error:
+        raise Unsendable(str(error)) from error
+    except (TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise Unsendable(f"the parameters cannot be written as {definition.payload}: {error}") from error
     if len(payload) > definition.max_payload_bytes:
         limit = definition.max_payload_bytes
         raise Unsendable(
@@ -366,7 +379,7 @@ def _is_map(payload: bytes) -> bool:
     return payload[:1] != b"" and payload[0] in MAP_BYTES
 
 
-def _encode(message: CommandMessage | Answer, payload: PayloadFormat) -> bytes:
+def _encode(message: Any, payload: PayloadFormat) -> bytes:
     """Encodes msgpack from the decoded JSON, so that both formats contain only JSON types."""
     text = msgspec.json.encode(message)
     return msgspec.msgpack.encode(msgspec.json.decode(text)) if payload == "msgpack" else text

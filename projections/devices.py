@@ -118,6 +118,24 @@ def believed_online(sql: Sql) -> list[DeviceState]:
     return [_decode(row[0]) for row in found.fetchall()]
 
 
+def types_in_use(sql: Sql) -> list[str]:
+    """The types of all devices that are not deleted."""
+    kind = "json_extract(CAST(body AS TEXT), '$.device_type')"
+    return [
+        row[0] for row in sql.execute(f"SELECT DISTINCT {kind} FROM devices WHERE deleted = 0").fetchall()
+    ]
+
+
+def of_types(sql: Sql, types: Iterable[str]) -> list[DeviceState]:
+    """The devices of these types that are not deleted."""
+    names = msgspec.json.encode(list(types)).decode()
+    kind = "json_extract(CAST(body AS TEXT), '$.device_type')"
+    found = sql.execute(
+        f"SELECT body FROM devices WHERE deleted = 0 AND {kind} IN (SELECT value FROM json_each(?))", (names,)
+    )
+    return [_decode(row[0]) for row in found.fetchall()]
+
+
 def dump(sql: Sql) -> list[tuple[Any, ...]]:
     """Every row of the three tables; used to compare a rebuilt projection with the maintained one."""
     found: list[tuple[Any, ...]] = []

@@ -246,6 +246,8 @@ TABLE: dict[Input, dict[State, Cell | Rule]] = {
     Input.ANSWER_PROGRESS: row(UNKNOWN, NEVER,           record("progressed"), _progress_again,    _progress_late,        _,            _,           BROKEN,   BROKEN),
     Input.ANSWER_EXECUTED: row(UNKNOWN, NEVER,           record("executed"),  record("executed"),  record("executed"),    _same_result, AGAINST,     BROKEN,   BROKEN),
     Input.ANSWER_FAILED:   row(UNKNOWN, NEVER,           record("failed"),    record("failed"),    record("failed"),      AGAINST,      _same_error, BROKEN,   BROKEN),
+    # what a state topic shows after the command's bytes were written
+    Input.OBSERVED:        row(_,       _,               record("executed"),  record("executed"),  record("executed"),    _,            _,           _,        _),
     # answers that do not name a command of this device
     Input.WRONG_DEVICE:    every(unmatched("wrong_device")),
     Input.WITHOUT_ID:      row(unmatched("nothing_in_flight"), unmatched("nothing_in_flight"), _without_id, _without_id, _without_id,
@@ -298,7 +300,9 @@ def _event(state: CommandState | None, request: Request, cell: Cell) -> CommandE
         case "published":
             number = 1 if state is None else state.attempts + 1
             counts = request.counts and request.transport == "mqtt"
-            return Published(attempt=number, transport=request.transport, counts=counts)
+            return Published(
+                attempt=number, transport=request.transport, counts=counts, number=request.number
+            )
         case "acknowledged":
             return Acknowledged(late=late, at=request.at, evidence=request.evidence)
         case "progressed":

@@ -17,6 +17,7 @@ Evidence = Literal[
     "device_ack",
     "device_result",
     "inferred",
+    "observed",
     "relay_report",
     "mqtt_puback",
     "mqtt_refused",
@@ -76,13 +77,15 @@ class Created(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unkn
 class Published(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The command is handed over: recorded before the first byte is sent; the device may have it from now on.
 
-    `attempt`: number of this hand-over, from 1. `counts`: it counts towards max_attempts.
+    `attempt`: number of this hand-over, from 1. `counts`: it counts towards max_attempts. `number`: the
+    number that the device gets for this attempt, if its type uses `$number`; the device's answer names it.
     """
 
     attempt: int
     transport: Transport = "mqtt"
     counts: bool = True
     evidence: Evidence = "handed_over"
+    number: int | None = None
 
 
 class Acknowledged(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -181,6 +184,12 @@ class Offline(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unkn
     session: str | None = None
 
 
+class Reported(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The state that the device reported last, if it has changed. Within the rate of a device's events."""
+
+    state: dict[str, Any]
+
+
 class Deleted(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The device was deleted; its names are never used again."""
 
@@ -255,7 +264,7 @@ CommandEvent = (
     | Expired
     | Cancelled
 )  # fmt: skip
-DeviceEvent = Registered | Changed | TokenRotated | Online | Offline | Deleted
+DeviceEvent = Registered | Changed | TokenRotated | Online | Offline | Reported | Deleted
 Event = CommandEvent | DeviceEvent | Defined | Started | ClockStepped | Erased | Operated | Owned
 
 TYPES: dict[str, type[Event]] = {
@@ -273,6 +282,7 @@ TYPES: dict[str, type[Event]] = {
     "token_rotated": TokenRotated,
     "online": Online,
     "offline": Offline,
+    "reported": Reported,
     "deleted": Deleted,
     "defined": Defined,
     "started": Started,

@@ -154,7 +154,7 @@ def _pending(situation: Situation, member: Member) -> Parts:
     else:
         if not lanes.reachable(member.definition, situation.presence):
             why.append(_away(situation))
-        elif member.definition.presence == "required" and not situation.listens:
+        elif member.definition.presence != "none" and not situation.listens:
             text = f"the device is not subscribed to {state.topic}"
             why.append((text, {"code": "no_subscriber", "topic": state.topic}))
         if not situation.link_up:

@@ -6,7 +6,16 @@ from typing import Any
 
 import msgspec
 
-from broker.domain.events import Changed, Deleted, Offline, Online, Pending, Registered, TokenRotated
+from broker.domain.events import (
+    Changed,
+    Deleted,
+    Offline,
+    Online,
+    Pending,
+    Registered,
+    Reported,
+    TokenRotated,
+)
 
 
 class DeviceSet(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -23,7 +32,7 @@ class DeviceSet(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Times in ms. `online`: from the last presence event; not valid once a later `started` is in the log.
 
-    `seen_at`: time of that event.
+    `seen_at`: time of that event. `reported`: the last known state, from `reported_at`.
     """
 
     id: str
@@ -41,22 +50,26 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     seen_at: int | None = None
     session: str | None = None
     deleted_at: int | None = None
+    reported: dict[str, Any] | None = None
+    reported_at: int | None = None
 
 
 class News(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device said last of its presence and its attributes, and is not recorded yet. `actor`: who sent
-    the attributes."""
+    """What a device said last of its presence, its attributes and its state, and is not recorded yet.
+    `actor`: who sent the attributes."""
 
     presence: Online | Offline | None = None
     attributes: dict[str, Any] | None = None
     actor: str = ""
+    state: dict[str, Any] | None = None
 
     def then(self, newer: News) -> News:
         """Both together; of each part the newer one counts."""
         presence = newer.presence or self.presence
+        state = self.state if newer.state is None else newer.state
         if newer.attributes is None:
-            return msgspec.structs.replace(self, presence=presence)
-        return News(presence=presence, attributes=newer.attributes, actor=newer.actor)
+            return msgspec.structs.replace(self, presence=presence, state=state)
+        return News(presence=presence, attributes=newer.attributes, actor=newer.actor, state=state)
 
     def applied(self, device: DeviceState) -> DeviceState:
         """The device as it is once this is recorded. Its version and times do not change."""
@@ -65,15 +78,17 @@ class News(msgspec.Struct, frozen=True, kw_only=True):
             device = msgspec.structs.replace(device, online=online, session=self.presence.session)
         if self.attributes is not None:
             device = msgspec.structs.replace(device, attributes=self.attributes)
-        return device
+        return device if self.state is None else msgspec.structs.replace(device, reported=self.state)
 
-    def events(self, device: DeviceState) -> list[tuple[Online | Offline | Changed, str]]:
+    def events(self, device: DeviceState) -> list[tuple[Online | Offline | Changed | Reported, str]]:
         """The events that record this, each with its actor; none for what the device's state says already."""
-        found: list[tuple[Online | Offline | Changed, str]] = []
+        found: list[tuple[Online | Offline | Changed | Reported, str]] = []
         if self.presence is not None and changes_presence(device, self.presence):
             found.append((self.presence, f"device:{device.id}"))
         if self.attributes is not None and not same_attributes(self.attributes, device.attributes):
             found.append((Changed(attributes=self.attributes), self.actor))
+        if self.state is not None and not same_attributes(self.state, device.reported or {}):
+            found.append((Reported(state=self.state), f"device:{device.id}"))
         return found
 
 
@@ -133,6 +148,8 @@ def evolve_device(state: DeviceState | None, pending: Pending) -> DeviceState:
         case Online() | Offline():
             online = isinstance(event, Online)
             changes |= {"online": online, "heard": True, "seen_at": at, "session": event.session}
+        case Reported():
+            changes |= {"reported": event.state, "reported_at": at}
         case Deleted():
             changes |= {"deleted_at": at, "online": False}
         case _:

@@ -38,6 +38,7 @@ class Flight:
 
     `open`: an attempt is open. `written_at`: when its bytes were given to the network; the attempt timer
     starts then. `lease_until`: end of the lease of a pull transport; `holder` is the actor that has it.
+    `sent_at`: when the link took the bytes of the last attempt; None if it did not, or nobody was subscribed.
     `counts`: the last attempt was recorded as counting towards max_attempts. `due_at`: when the next
     attempt is due. `not_before`: a device that comes online does not make it due earlier than this.
     `heard_at`: time of the last progress report that was not recorded (over the limit). `voided`: number of
@@ -51,6 +52,7 @@ class Flight:
 
     open: bool = False
     written_at: int | None = None
+    sent_at: int | None = None
     lease_until: int | None = None
     holder: str | None = None
     counts: bool = True
@@ -99,6 +101,8 @@ class Lane:
 
 def reachable(definition: Definition, presence: Presence) -> bool:
     """May a command be handed over by MQTT now? Always true for types without presence."""
+    if definition.presence == "optional":
+        return presence is not Presence.OFFLINE
     return definition.presence == "none" or presence in (Presence.UNKNOWN, Presence.ONLINE)
 
 
@@ -107,7 +111,10 @@ def counts(member: Member, presence: Presence) -> bool:
     attempt that met no subscriber."""
     if member.definition.presence == "none":
         return True
-    return presence is Presence.ONLINE and not (member.flight.unheard or member.flight.hastened)
+    there = presence is Presence.ONLINE or (
+        member.definition.presence == "optional" and presence is Presence.NEVER
+    )
+    return there and not (member.flight.unheard or member.flight.hastened)
 
 
 def has_time(state: CommandState, now: int) -> bool:
@@ -180,7 +187,7 @@ def due(
 
 
 def _hears(member: Member, listens: Callable[[str], bool]) -> bool:
-    return member.definition.presence != "required" or listens(member.state.topic)
+    return member.definition.presence == "none" or listens(member.state.topic)
 
 
 def resendable(member: Member, presence: Presence, now: int) -> bool:
@@ -334,6 +341,20 @@ def candidates(lane: Lane, arrived_at: int) -> list[Member]:
         member
         for member in lane.late.values()
         if arrived_at < late_until(member) and not _unwritten(member, arrived_at)
+    ]
+
+
+def observable(lane: Lane, arrived_at: int) -> list[Member]:
+    """The commands that a state which arrived at this time (ms) may show to be done.
+
+    Only a state after the bytes of the last attempt counts: an older one says nothing about the command.
+    """
+    return [
+        member
+        for member in (*lane.members.values(), *lane.late.values())
+        if member.flight.sent_at is not None
+        and arrived_at >= member.flight.sent_at
+        and (not member.state.closed or arrived_at < late_until(member))
     ]
 
 

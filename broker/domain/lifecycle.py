@@ -104,6 +104,7 @@ TRANSITIONS: dict[State, dict[str, State]] = {
 }
 
 MAX_PROGRESS_RECORDED = 1_000
+MAX_NUMBERS = 16
 NO_RESULT = msgspec.Raw(b"null")
 PROGRESS_INTERVAL_MS = 1_000
 
@@ -113,7 +114,7 @@ class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     `counted`: number of attempts that count towards max_attempts; `counting`: the last one does. `reopened`:
     a late answer reopened it after `timed_out`; it then takes no window slot. `pulled`: a heartbeat or relay
-    has fetched it.
+    has fetched it. `numbers`: those of the last attempts, if the device's type uses `$number`.
     """
 
     id: str
@@ -156,6 +157,7 @@ class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     superseded_by: str | None = None
     late: bool = False
     reopened: bool = False
+    numbers: tuple[int, ...] = ()
 
     @property
     def closed(self) -> bool:
@@ -219,6 +221,7 @@ def _changes(state: CommandState, event: CommandEvent, at: int) -> dict[str, obj
                 "pulled": state.pulled or event.transport != "mqtt",
                 "published_at": at if state.published_at is None else state.published_at,
                 "handed_over_at": at,
+                "numbers": _numbers(state, event),
             }
         case Acknowledged() | Progressed():
             first = at if state.acknowledged_at is None else state.acknowledged_at
@@ -248,6 +251,10 @@ def _changes(state: CommandState, event: CommandEvent, at: int) -> dict[str, obj
             return {}
         case _:
             assert_never(event)
+
+
+def _numbers(state: CommandState, event: Published) -> tuple[int, ...]:
+    return state.numbers if event.number is None else (*state.numbers[1 - MAX_NUMBERS :], event.number)
 
 
 # --- requests --------------------------------------------------------------------------------------
@@ -281,6 +288,7 @@ class Input(StrEnum):
     ANSWER_PROGRESS = "answer progress"
     ANSWER_EXECUTED = "answer executed"
     ANSWER_FAILED = "answer failed"
+    OBSERVED = "live state shows that it is done"
     WRONG_DEVICE = "answer from another device or project"
     WITHOUT_ID = "answer without id"
     MALFORMED = "answer that does not parse"
@@ -311,6 +319,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     superseded_by: str | None = None
     transport: Transport = "mqtt"
     counts: bool = True
+    number: int | None = None
     attempt_open: bool = False
     lease_open: bool = False
     last_attempt: bool = False

@@ -39,7 +39,7 @@ class Attempts:
         """The reason code of the PUBACK for the open attempt. It is never evidence about the device."""
         flight = member.flight
         if reason == NO_SUBSCRIBER:
-            flight.unheard_at = self._writer.now()
+            flight.unheard_at, flight.sent_at = self._writer.now(), None
             flight.missed += 1
             self.end(member, Input.NO_SUBSCRIBER)
             return

@@ -24,10 +24,10 @@ from broker.domain.lifecycle import CommandState, Input, Request, State, evolve
 from broker.engine.ids import new_id
 from broker.engine.live import Ids, Key, Live, Recent
 from broker.engine.quotas import Quotas
+from broker.engine.speech.addresses import Addresses
 from broker.engine.writer import Writer
 from broker.seams import New
 from devices.types import BadParams, Definition, DeviceType, UnknownCommand
-from devices.wire import command_topic
 from projections import devices as devices_view
 
 MAX_TTL_SEC = 31_536_000
@@ -91,9 +91,9 @@ class Commands:
         self.live = live
         self.types = types
         self.prefix = prefix
-        self.quotas = quotas
-        self.limits = quotas.limits
-        # (device type, command) -> its definition and digest. Types do not change while the broker runs.
+        self.addresses = Addresses(types, prefix, live)
+        self.quotas, self.limits = quotas, quotas.limits
+        # (device type, command) -> its definition and digest. Types stay the same while the broker runs.
         self._digests: Recent[tuple[str, str], tuple[Definition, str]] = Recent(1_024)
         self.changed: Callable[[Member], None] = lambda _: None
 
@@ -273,7 +273,7 @@ class Commands:
             type=order.type,
             device_type=definition.device_type,
             definition=digest,
-            topic=command_topic(self.prefix, device.hardware_id, definition),
+            topic=self.addresses.command_topic(device, definition),
             params=params,
             expires_at=None if ttl_ms is None else now + ttl_ms,
             ttl_ms=ttl_ms,

@@ -22,11 +22,14 @@ from broker.engine.attempts import NO_SUBSCRIBER, Attempts
 from broker.engine.commands import Commands
 from broker.engine.deadlines import Deadlines, Drain
 from broker.engine.grants import Grants
+from broker.engine.speech.encoder import Encoder
+from broker.engine.speech.queries import TIMER, Queries
 from broker.seams import Link, Outgoing, Receipt
-from devices.clock import rfc3339
-from devices.wire import Unsendable, answer_topic, encode_command, status_topic
+from devices.wire import Unsendable
 
 logger = structlog.get_logger()
+
+SILENCE = "silence/"
 
 
 class _Send(NamedTuple):
@@ -49,6 +52,8 @@ class Dispatch:
         self.deadlines = Deadlines(self.writer.now, self._fire, self.writer.space)
         self.deadlines.stalled = self._stalled
         self.attempts = Attempts(commands, self.deadlines, self.pump)
+        self.queries = Queries(commands, self.deadlines)
+        self.encoder = Encoder(commands, grants)
         self.embedded = False  # the MQTT server is the embedded one; set by the intake
         self.halted: str | None = None  # the reason why hand-over is stopped, shown by /readyz
         self._slots = commands.limits.send_slots
@@ -134,7 +139,7 @@ class Dispatch:
             for member in list(lane.members.values()):
                 if came:
                     self.attempts.end(member, Input.CAME_ONLINE)
-                elif member.definition.presence != "required" or member.flight.lease_until is not None:
+                elif member.definition.presence == "none" or member.flight.lease_until is not None:
                     continue
                 elif drained or not is_exhausted(member):
                     self.attempts.end(member, Input.WENT_OFFLINE)
@@ -159,7 +164,9 @@ class Dispatch:
                 link_up=self.link.up,
                 halted=self.halted,
                 slots_free=self._slots > self.staged + self.outstanding,
-                status_topic=None if self.embedded else status_topic(self.commands.prefix, state.hardware_id),
+                status_topic=None
+                if self.embedded
+                else self.commands.addresses.status_topic(state.hardware_id),
                 listens=self.link.listens(state.topic),
                 definition=self.live.definitions.get(state.definition),
             )
@@ -230,55 +237,23 @@ class Dispatch:
             counts=lanes.counts(member, presence),
             attempt_open=flight.open,
             repeatable=member.definition.repeatable,
+            number=self.encoder.number(member),
         )
         decision = decide(state, request)
         if decision.verdict is not Verdict.RECORD:
             return
         try:
-            outgoing = self._encode(state, member, now)
+            outgoing = self.encoder.encode(member, now, request.number)
         except Unsendable as error:
             request = Request(input=Input.UNSENDABLE, now=now, reason=error.reason)
             self.commands.apply(state, decide(state, request), "broker")
             return
-        flight.open, flight.written_at, flight.lease_until = True, None, None
+        flight.open, flight.written_at, flight.sent_at, flight.lease_until = True, None, None, None
         flight.counts = request.counts
         state = self.commands.apply(state, decision, "broker")
         self.staged += 1
         send = _Send(state.id, state.attempts, outgoing)
         self.writer.then(lambda: self._send(send))
-
-    def _encode(self, state: CommandState, member: Member, now: int) -> Outgoing:
-        """The MQTT message of the next attempt.
-
-        Raises:
-            Unsendable: the device type cannot encode the command, or the message is too large.
-        """
-        definition = member.definition
-        grant = self.grants.mint(state, now) if definition.carries_grant else None
-        attempt = state.attempts + 1
-        payload = encode_command(
-            definition,
-            command_id=state.id,
-            command=state.type,
-            params=state.params,
-            attempt=attempt,
-            expires_at=None if state.expires_at is None else rfc3339(state.expires_at),
-            grant=grant,
-        )
-        life = lanes.ms(definition.ack_timeout_sec)
-        if state.expires_at is not None:
-            life = min(life, state.expires_at - now)
-        properties = [("attempt", str(attempt))]
-        if grant is not None:
-            properties.append(("grant", grant))
-        return Outgoing(
-            topic=state.topic,
-            payload=payload,
-            correlation=state.id.encode(),
-            response_topic=answer_topic(self.commands.prefix, state.hardware_id, definition),
-            expiry_sec=max(1, life // 1_000),
-            user_properties=tuple(properties),
-        )
 
     def _send(self, send: _Send) -> None:
         """`published` is durable: writes the bytes, unless the command expired or was closed since."""
@@ -291,6 +266,9 @@ class Dispatch:
                 held = not self.link.direct  # a publish straight to the device takes no slot after its write
                 sent = self.link.publish(send.outgoing, lambda got: self._receipt(send, got, held))
                 self.outstanding += sent and held
+                if sent:
+                    member.flight.sent_at = now
+                    self.queries.written(member, now)
             # Also set if nothing was written: the attempt timer must end the attempt in both cases.
             member.flight.written_at = now
             self.attempts.set_timer(member)
@@ -334,8 +312,8 @@ class Dispatch:
         if member is None:
             return
         self.attempts.receipt(member, reason)
-        required = member.definition.presence == "required"
-        if reason == NO_SUBSCRIBER and required and not self.link.direct:
+        held = member.definition.presence != "none"
+        if reason == NO_SUBSCRIBER and held and not self.link.direct:
             # It says only that nobody was subscribed at one moment: nothing is known of the device.
             self.presence(member.state.device_id, Presence.UNKNOWN)
         self.writer.then(lambda: None, lambda: self._untaken.append((send, reason)))
@@ -350,6 +328,12 @@ class Dispatch:
             return
         if key.startswith("lane/"):
             self.pump(key.removeprefix("lane/"))
+            return
+        if key.startswith(TIMER):
+            self.queries.ask(key, self.link)
+            return
+        if key.startswith(SILENCE):
+            self._silent(key.removeprefix(SILENCE))
             return
         member = self.live.members.get(key)
         if member is None or member.state.closed:
@@ -370,6 +354,11 @@ class Dispatch:
         else:
             self.attempts.set_timer(member)
             self.pump(member.state.device_id)
+
+    def _silent(self, device_id: str) -> None:
+        """The device said nothing for as long as its type allows: whether it is online is unknown now."""
+        if self.live.presence.get(device_id) is Presence.ONLINE and not self.embedded:
+            self.presence(device_id, Presence.UNKNOWN)
 
     def drained(self, now: int, device_id: str) -> bool:
         """True once the answers that waited during our absence have been read."""

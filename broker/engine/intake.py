@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
 import structlog
@@ -18,31 +18,26 @@ from broker.domain.decisions import Verdict, decide
 from broker.domain.errors import Unavailable
 from broker.domain.events import Error, Evidence
 from broker.domain.fleet import DeviceState
-from broker.domain.lanes import Member, Presence, candidates
-from broker.domain.lifecycle import ANSWERS, CommandState, Request
+from broker.domain.lanes import Member, Presence, candidates, ms
+from broker.domain.lifecycle import ANSWERS, CommandState, Input, Request
 from broker.domain.waiting import first
 from broker.engine.commands import Commands
-from broker.engine.dispatch import Dispatch
+from broker.engine.dispatch import SILENCE, Dispatch
 from broker.engine.quotas import waiting_room
 from broker.engine.registry import Registry
-from broker.often import Often, shown
-from broker.seams import Link, Message, Unmatched
+from broker.engine.speech.addresses import ANSWER, PRESENCE, STATE, Place
+from broker.engine.speech.kept import Kept
+from broker.engine.speech.reading import Found, Reader
+from broker.often import shown
+from broker.seams import Link, Message
+from devices.speech.rules import Decoded
 from devices.types import AnswerStatus
-from devices.wire import (
-    Answer,
-    Malformed,
-    bare_word,
-    decode_answer,
-    decode_status,
-    parse_topic,
-    status_topic,
-)
+from devices.wire import Answer, Malformed, as_result, bare_word, decode_answer, status_topic
 
 logger = structlog.get_logger()
 
 BATCH, BATCH_BYTES = 100, 65_536  # taken in without a pause: more would block the event loop too long
 QOS0_AT_ONCE = 32  # QoS 0 messages of an external MQTT server in one batch
-KEPT_BYTES = 1_024
 OWN = object()  # `Message.token` of presence messages that come from our own MQTT server
 # Reason code (MQTT 5) and reason string of the PUBACK for a message that could not be used.
 SAYS = {
@@ -53,30 +48,26 @@ SAYS = {
 TAKEN = (0, "")
 
 
-class Intake:
+class Intake(Kept):
     """`link` sends the PUBACKs. `embedded`: presence comes from the embedded MQTT server only."""
 
     def __init__(
         self, commands: Commands, registry: Registry, dispatch: Dispatch, link: Link, *, embedded: bool
     ) -> None:
-        self.commands = commands
-        self.live = commands.live
-        self.writer = commands.writer
+        super().__init__(commands)
         self.registry = registry
+        self.addresses = commands.addresses
+        self.reader = Reader(commands.live, commands.addresses)
         self.dispatch = dispatch
         self.link = link
         self.embedded = dispatch.embedded = embedded
         registry.presence = dispatch.presence
-        self.on_unmatched: Callable[[str], None] = lambda _: None
-        self.on_unfit: Callable[[str], None] = lambda _: None
         self._queue: deque[Message] = deque()
         self._waiting = waiting_room(commands.limits)
         self._wake = asyncio.Event()
         self._backlog_until = 0
         self._sessions = 0  # MQTT sessions of our link so far
         self._behind = 0  # messages to take before hand-over goes on after a failed commit
-        self._often = Often(lambda: self.writer.clock.monotonic_ms() / 1_000)
-        self._of_no_use: str | None = None  # why the current message was kept as unmatched
 
     # --- called by the link ---
 
@@ -94,7 +85,7 @@ class Intake:
         arrived = msgspec.structs.replace(message, arrived_at=self.writer.now())
         # Our own server bounds the rate of each client, and there QoS 0 keeps its order with presence.
         if not message.qos and not self.embedded:
-            name, _ = parse_topic(self.commands.prefix, message.topic) or ("", "")
+            name = next(iter(self.addresses.owners(message.topic)), "")
             device = self.live.device(name)
             project = "" if device is None else device.project
             room = self._waiting.put(project, name, arrived, len(message.payload))
@@ -130,15 +121,15 @@ class Intake:
     async def _take_batch(self) -> None:
         self._queue.extend(self._waiting.take(QOS0_AT_ONCE - len(self._queue)))
         batch = first(self._queue, BATCH, BATCH_BYTES, lambda message: len(message.payload))
-        places = [
-            parse_topic(self.commands.prefix, message.topic) if message.foreign is None else None
-            for message in batch
-        ]
-        names = {place[0] for place in places if place is not None}
+        names = {name for each in batch if each.foreign is None for name in self.addresses.owners(each.topic)}
         names |= {message.foreign for message in batch if message.foreign is not None}
         await self._ready(names)
+        places = [self.addresses.place(each.topic) if each.foreign is None else None for each in batch]
         answers = [self._read(message, place) for message, place in zip(batch, places, strict=True)]
         named = {answer.id for answer in answers if isinstance(answer, Answer) and answer.id is not None}
+        for place, answer in zip(places, answers, strict=True):
+            if isinstance(answer, Decoded) and place is not None:
+                named.update(self.reader.ids(place.hardware_id, answer))
         await self._ready(names, named)
         # From here on: no await. A failed commit may have put older messages in front; then start again.
         if self._queue[0] is not batch[0]:
@@ -148,13 +139,13 @@ class Intake:
         session, presence = self._sessions, self._known(names)
         taken: list[tuple[Message, tuple[int, str]]] = []
         for message, place, answer in zip(batch, places, answers, strict=True):
-            self._of_no_use = None
+            self.of_no_use = None
             try:
                 self._take(message, place, answer)
             except Exception:
                 # One bad message must not stop the others. Without a PUBACK it would come again for ever.
                 logger.exception("intake.failed", topic=shown(message.topic))
-            taken.append((message, SAYS.get(self._of_no_use or "", TAKEN)))
+            taken.append((message, SAYS.get(self.of_no_use or "", TAKEN)))
         self.writer.then(lambda: self._puback(taken), lambda: self._again(batch, presence, session))
         if self._behind:
             self._behind = max(0, self._behind - len(batch))
@@ -205,11 +196,13 @@ class Intake:
         if not self._behind:
             self.dispatch.go_on()
 
-    def _read(self, message: Message, place: tuple[str, str] | None) -> Answer | Malformed | None:
+    def _read(self, message: Message, place: Place | None) -> Answer | Decoded | Malformed | None:
         """The decoded answer, or why it cannot be decoded; None for status messages and unknown topics."""
-        device = self.live.device(place[0]) if place is not None else None
-        if place is None or device is None or place[1] == "status":
+        device = self.live.device(place.hardware_id) if place is not None else None
+        if place is None or device is None or (PRESENCE in place.roles and not place.pattern):
             return None
+        if (found := self.reader.decode(device, place, message.payload)) is not None:
+            return found
         try:
             return decode_answer(message.payload, message.correlation, self._words(device, message.payload))
         except Malformed as error:
@@ -231,36 +224,68 @@ class Intake:
         return words
 
     def _take(
-        self, message: Message, place: tuple[str, str] | None, answer: Answer | Malformed | None
+        self, message: Message, place: Place | None, answer: Answer | Decoded | Malformed | None
     ) -> None:
         if message.foreign is not None:
             self.unmatched(message, self.live.device(message.foreign), "wrong_device")
             return
-        device = self.registry.told.newest(place[0]) if place is not None else None
-        if device is None or place is None or device.hardware_id != place[0] or device.deleted_at is not None:
+        if place is None and self.addresses.shared(message.topic):
+            self.on_unmatched("unknown_device")  # not kept: others than our devices may use these topics
+            return
+        name = "" if place is None else place.hardware_id
+        device = self.registry.told.newest(name)
+        if place is None or device is None or device.hardware_id != name or device.deleted_at is not None:
             if message.token is OWN:
                 return  # the device was deleted since the embedded server queued this
             self.unmatched(message, None, "unknown_device")
-        elif place[1] == "status":
-            self._take_status(message, device)
+        elif PRESENCE in place.roles:
+            self._take_status(message, device, place, answer)
         elif answer is None or isinstance(answer, Malformed):
             self.unmatched(message, device, "malformed")
             self._heard(device, message)  # the device is there, even if its answer cannot be read
         else:
-            self._take_answer(message, device, answer)
+            if isinstance(answer, Decoded):
+                self._take_foreign(message, device, place, answer)
+            else:
+                self._take_answer(message, device, answer)
             # After the answer: it may close the command, which coming online would otherwise send again.
-            self._heard(self.registry.told.newest(place[0]) or device, message)
+            self._heard(self.registry.told.newest(name) or device, message)
 
-    def _take_status(self, message: Message, device: DeviceState) -> None:
+    def _take_foreign(self, message: Message, device: DeviceState, place: Place, said: Decoded) -> None:
+        """A message of a device whose type has rules or states."""
+        live = not message.dup and (self.embedded or not message.retain)
+        found: Found | str = ""
+        if ANSWER in place.roles:
+            found = self.reader.answer(device, place, said, message.arrived_at, live=live)
+        if isinstance(found, Found):
+            self.answered(found.state, found.answer, found.evidence, message, device)
+        elif found and STATE not in place.roles:
+            self.unmatched(message, device, found)
+        if STATE in place.roles:
+            if live and (self.embedded or self.writer.now() >= self._backlog_until):
+                for member in self.reader.done(device, place, said, message.arrived_at):
+                    self._observed(member, said, device)
+            self.reader.remember(device, place, message.topic, said, self.registry.told)
+
+    def _observed(self, member: Member, said: Decoded, device: DeviceState) -> None:
+        """A live state shows that a command is done."""
+        result = msgspec.Raw(msgspec.json.encode(as_result(said.value)))
+        now = self.writer.now()
+        request = Request(input=Input.OBSERVED, now=now, evidence="observed", result=result)
+        self.commands.apply(member.state, decide(member.state, request), f"device:{device.id}")
+
+    def _take_status(
+        self, message: Message, device: DeviceState, place: Place, said: Answer | Decoded | Malformed | None
+    ) -> None:
         if self.embedded and message.token is not OWN:
             return  # with the embedded server, presence is the connection, not a message
         try:
-            online, session, unfit = decode_status(message.payload)
+            online, session, unfit = self.reader.status(device, place, message.payload, said)
         except Malformed:
             self.unmatched(message, device, "malformed")
             return
         if unfit:
-            self._left_out(message, device, unfit)
+            self.left_out(message, device, unfit)
             if not online and device.session is not None:
                 return  # it may be the late last will of an older session
         if message.retain:
@@ -269,6 +294,7 @@ class Intake:
             self.registry.heard(device, Presence.UNKNOWN if unsure else Presence.OFFLINE, session)
         elif online:
             self.registry.heard(device, Presence.ONLINE, session)
+            self._not_silent(device)
             if self.embedded:
                 self.dispatch.pump(device.id)  # it may have subscribed to one more of its topics
         elif device.session is None or session is None or session == device.session:
@@ -284,7 +310,14 @@ class Intake:
             return
         if known is not Presence.ONLINE and not self.embedded:
             self.registry.heard(device, Presence.ONLINE, device.session)
+        self._not_silent(device)
         self.dispatch.alive(device.id)
+
+    def _not_silent(self, device: DeviceState) -> None:
+        speech = self.reader.speech(device)
+        if speech is not None and speech.silence_sec is not None and not self.embedded:
+            until = self.writer.now() + ms(speech.silence_sec)
+            self.dispatch.deadlines.set(SILENCE + device.id, until)
 
     # --- answers ---
 
@@ -339,7 +372,7 @@ class Intake:
         )
         decision = decide(state, request)
         if answer.unfit:
-            self._left_out(message, device, answer.unfit, state.id)
+            self.left_out(message, device, answer.unfit, state.id)
         if decision.verdict is Verdict.RECORD:
             self.commands.apply(state, decision, f"device:{device.id}")
             self.check_result(state, answer)
@@ -347,53 +380,3 @@ class Intake:
             self.unmatched(message, device, decision.word, state.id)
         elif answer.status == "progress" and (member := self.live.members.get(state.id)) is not None:
             self.dispatch.reported(member)
-
-    def check_result(self, state: CommandState, answer: Answer) -> None:
-        """Logs and counts a result that does not fit the type's result schema.
-
-        The event is recorded all the same, because the device has executed the command.
-        """
-        definition = self.live.definitions[state.definition]
-        fault = definition.result_fault(answer.result) if answer.status == "executed" else None
-        if fault is not None:
-            line = {"command_id": state.id, "type": definition.device_type, "fault": fault[:200]}
-            self._often.warn("result.unfit", line)
-            self.on_unfit(definition.device_type)
-
-    def unmatched(
-        self, message: Message, device: DeviceState | None, reason: str, command_id: str | None = None
-    ) -> None:
-        """Counts a message that matches no command, and keeps it outside the log for the operator."""
-        self._keep(message, device, reason, command_id)
-        self._of_no_use = reason
-        if reason == "promise_broken":
-            logger.error("delivery.promise_broken", command_id=command_id)
-        line = {"reason": reason, "topic": shown(message.topic), "command_id": shown(command_id or "-")}
-        self._often.info("answer.unmatched", line)
-
-    def _left_out(
-        self, message: Message, device: DeviceState, parts: Sequence[str], command_id: str | None = None
-    ) -> None:
-        """Counts and keeps a message of which parts could not be used. It counts without them."""
-        for part in parts:
-            self._keep(message, device, f"unfit_{part}", command_id)
-        self._often.warn("answer.part_left_out", {"parts": list(parts), "topic": shown(message.topic)})
-
-    def _keep(
-        self, message: Message, device: DeviceState | None, reason: str, command_id: str | None
-    ) -> None:
-        """Keeps the first `KEPT_BYTES` bytes of the payload."""
-        limits = self.commands.limits
-        entry = Unmatched(
-            self.writer.now(),
-            None if device is None else device.project,
-            None if device is None else device.id,
-            reason,
-            message.topic[:256],
-            command_id,
-            message.payload[:KEPT_BYTES],
-            limits.unmatched_per_device,
-            limits.unmatched_in_all,
-        )
-        self.writer.note(entry)
-        self.on_unmatched(reason)

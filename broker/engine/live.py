@@ -89,6 +89,7 @@ class Live:
         self.devices: Recent[str, DeviceState] = Recent()
         self.names: Recent[str, str] = Recent(2 * KEPT)
         self.keys: Recent[Key, tuple[bytes, str]] = Recent()
+        self.numbers: Recent[tuple[str, int], str] = Recent()  # device id, number of an attempt -> command id
         self.presence: dict[str, Presence] = {}
         # A read that began before an erasure may still return the erased commands; these two filter them.
         self._erased: Recent[str, None] = Recent()
@@ -130,6 +131,8 @@ class Live:
             self.closed.forget(state.id)
             if not state.closed:
                 lane.members[state.id] = member
+        for number in state.numbers:
+            self.numbers.put((state.device_id, number), state.id)
         before, member.state = member.state, state
         if state.closed:
             lanes.closed(lane, member, state.updated_at)
@@ -206,7 +209,7 @@ class Live:
             )
 
         read = await storage.read(work)
-        for cache in (self.closed, self.devices, self.names, self.keys):
+        for cache in (self.closed, self.devices, self.names, self.keys, self.numbers):
             cache.clear()
         heard = {command_id: member.flight.heard_at for command_id, member in self.members.items()}
         self.lanes.clear()

@@ -21,6 +21,7 @@ from broker.domain.events import (
     Offline,
     Online,
     Registered,
+    Reported,
     Started,
     TokenRotated,
     device_stream,
@@ -33,8 +34,9 @@ from broker.engine.grants import Secrets
 from broker.engine.ids import is_token, new_id, new_secret, token_digest
 from broker.engine.quotas import Told
 from broker.log import sqlite as log
-from broker.seams import New
+from broker.seams import New, Sql
 from devices.names import is_name
+from devices.types import DeviceType
 from projections import devices as devices_view
 
 MQTT_USERS = frozenset({"ordain", "service"})
@@ -84,6 +86,7 @@ class Registry:
         self.writer = commands.writer
         self.live = commands.live
         self.types = commands.types
+        self.addresses = commands.addresses
         self.secrets = Secrets(commands.writer)
         self.presence: Callable[[str, Presence], None] = lambda device_id, presence: None
         self._system_version = 0
@@ -111,6 +114,8 @@ class Registry:
             for name in dict.fromkeys((device.id, device.hardware_id)):
                 self.writer.also(New("names", (name, device.id)))
         self.live.put_device(device)
+        if not isinstance(event, Online | Offline | Reported):
+            self.addresses.put(device)
         return device
 
     # --- requests ---
@@ -147,6 +152,7 @@ class Registry:
         for name in (device_id, new.hardware_id):
             if self.live.device(name) is not None:
                 raise Refusal("conflict", f"the name {name} is taken; a name is never used again")
+        self._check_topics(self.types[new.type], new.hardware_id, new.name, device_id)
         token = self._new_token(device_id)
         event = Registered(
             hardware_id=new.hardware_id,
@@ -173,10 +179,33 @@ class Registry:
         if change.attributes is not msgspec.UNSET:
             self.check_attributes(change.attributes)
         device = await self.find(caller, name)
+        kind = self.types.get(
+            device.device_type if change.device_type is msgspec.UNSET else change.device_type
+        )
+        title = device.name if change.name is msgspec.UNSET else change.name
+        topics_changed = (
+            kind is not None
+            and self.addresses.speaks(device, kind)
+            and ((title, kind.name) != (device.name, device.device_type))
+        )
+        if kind is not None and topics_changed:
+            self._check_topics(kind, device.hardware_id, title, device.id)
         if change != Changed():
             device = self.record(change, device.id, device, device.project, caller.actor)
         await self.writer.barrier()
+        if topics_changed:
+            self.entitled(device)
         return device
+
+    def _check_topics(self, kind: DeviceType, hardware_id: str, name: str | None, device_id: str) -> None:
+        """Checks that no other device has one of this device's topics.
+
+        Raises:
+            Refusal: invalid_request, which names the field.
+        """
+        if (wrong := self.addresses.taken(kind, hardware_id, name, device_id)) is not None:
+            field, right = wrong
+            raise invalid(field, right, hardware_id if name is None or field == "hardware_id" else name)
 
     async def delete(self, caller: Caller, name: str, *, force: bool) -> DeviceState:
         """Deletes a device for ever; with `force` also while it has open commands.
@@ -278,7 +307,14 @@ class Registry:
     # --- presence ---
 
     async def load(self) -> None:
-        self._system_version = await self.writer.storage.read(lambda sql: log.last_version(sql, SYSTEM))
+        by_name = self.addresses.by_name
+
+        def work(sql: Sql) -> tuple[int, list[str], list[DeviceState]]:
+            last = log.last_version(sql, SYSTEM)
+            return last, devices_view.types_in_use(sql), devices_view.of_types(sql, by_name)
+
+        self._system_version, used, devices = await self.writer.storage.read(work)
+        self.addresses.load(used, devices)
 
     async def started(
         self, release: str, mqtt: Literal["embedded", "external"], settings: dict[str, Any]

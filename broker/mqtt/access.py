@@ -45,13 +45,15 @@ class Peer(NamedTuple):
     """An authenticated client. `name`: its key among the connections.
 
     The name of a device is its hardware id. The name of a service contains a colon; a hardware id cannot.
-    `commands`: the topics that a device receives. `answers`: the topics that it may publish on.
+    `commands`: the topics that a device receives. `answers`: the topics that it may publish on. `others`:
+    filters of what it publishes too and nobody reads; it may subscribe to them and gets nothing.
     """
 
     name: str
     commands: frozenset[str] = frozenset()
     answers: frozenset[str] = frozenset()
     scope: Scope | None = None
+    others: tuple[str, ...] = ()
 
 
 class Refused(NamedTuple):
@@ -65,8 +67,18 @@ class Refused(NamedTuple):
     exact: str = ""
 
 
+class Own(NamedTuple):
+    """The topics of one device that its type describes. `will`: where its last will may be."""
+
+    commands: frozenset[str]
+    answers: frozenset[str]
+    others: tuple[str, ...]
+    will: str
+
+
 class Access(NamedTuple):
-    """The rules for one prefix. `check_service` None: services are not accepted."""
+    """The rules for one prefix. `check_service` None: services are not accepted. `own`: the topics of a known
+    device, if its type has topics of its own."""
 
     prefix: str
     check_device: CheckDevice
@@ -74,6 +86,7 @@ class Access(NamedTuple):
     command_suffixes: Collection[str] = ("rls", "rbt")
     answer_suffixes: Collection[str] = ("ack",)
     status: str = "status"
+    own: Callable[[str], Own | None] = lambda hardware_id: None
 
     async def judge(self, connect: Connect, certified: str | None, number: int) -> Peer | Refused:
         """Judges a CONNECT. `certified`: the hardware id in the client certificate.
@@ -118,16 +131,20 @@ class Access(NamedTuple):
                 Reason.WRONG_CLIENT_ID, "client id and user name must both be the device's hardware id"
             )
         status = self.topics(user, [self.status])
-        if connect.will is not None and connect.will.topic not in status:
-            return Refused(Reason.BAD_TOPIC, "the will may be on the device's own status topic only")
         token = _text(connect.password)
         if connect.password is not None and token is None:
             return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN, "the password is not a text")
         exact = await self.check_device(user, token) if is_name(user) else "the user is not a hardware id"
         if exact is not None:
             return Refused(Reason.NOT_AUTHORIZED, NOT_LET_IN, exact)
+        own = self.own(user)
+        if connect.will is not None and connect.will.topic not in (status if own is None else {own.will}):
+            return Refused(Reason.BAD_TOPIC, "the will may be on the device's own status topic only")
         commands = self.topics(user, self.command_suffixes)
-        return Peer(user, commands, self.topics(user, self.answer_suffixes) | status)
+        answers = self.topics(user, self.answer_suffixes) | status
+        if own is None:
+            return Peer(user, commands, answers)
+        return Peer(user, commands | own.commands, answers | own.answers, others=own.others)
 
 
 def _text(password: bytes | None) -> str | None:

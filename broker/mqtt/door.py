@@ -17,7 +17,7 @@ import structlog
 from broker.core import Core
 from broker.domain.fleet import DeviceState
 from broker.engine.ids import new_secret, token_digest
-from broker.mqtt.access import Access, Scope
+from broker.mqtt.access import Access, Own, Scope
 from broker.mqtt.client.link import MqttLink
 from broker.mqtt.listener import Listener
 from broker.mqtt.mosquitto import LINK_USER, Mosquitto
@@ -27,6 +27,7 @@ from broker.mqtt.tls import Certificates
 from broker.seams import Link
 from broker.settings import BadSetting, Settings, listened
 from devices.mqtt_url import Endpoint
+from devices.speech.topics import filter_of
 from devices.tls import Tls
 from devices.types import DeviceType
 from projections import devices as devices_view
@@ -87,6 +88,8 @@ async def _linked(
         tls=tls,
     )
     core.attach(link)
+    link.want(list(core.commands.addresses.filters))
+    core.commands.addresses.used = link.want
     async with asyncio.TaskGroup() as group:
         group.create_task(link.run())
         try:
@@ -106,6 +109,7 @@ async def _listening(
         check_service=partial(_check_service, core) if settings.mqtt_events else None,
         command_suffixes=_command_suffixes(types),
         answer_suffixes=_answer_suffixes(types) - {STATUS},
+        own=partial(_own, core),
     )
     heard = Services(
         core.feed,
@@ -161,6 +165,16 @@ async def _check_device(core: Core, hardware_id: str, token: str | None) -> str 
     return None if right else "wrong token"
 
 
+def _own(core: Core, hardware_id: str) -> Own | None:
+    """The topics of a device whose type has topics of its own. The device is in memory: see
+    `_check_device`."""
+    device, addresses = core.live.device(hardware_id), core.commands.addresses
+    if device is None or not addresses.speaks(device):
+        return None
+    reach = addresses.reach(device)
+    return Own(reach.hears, frozenset(reach.says), reach.others, reach.will)
+
+
 async def _check_service(core: Core, secret: str) -> Scope | None:
     def valid() -> bool:
         caller = core.keys.caller(secret)  # looked up each time: a key may be revoked
@@ -183,6 +197,7 @@ async def _mosquitto(
         port,
         link_digest=token_digest(password, entropy),
         acl=_acl(settings.prefix, types),
+        acl_of=partial(_acl_of, core),
         entropy=entropy,
     )
     devices = await core.storage.read(lambda sql: devices_view.newest(sql, None, None, EVERY))
@@ -209,10 +224,23 @@ def _answer_suffixes(types: dict[str, DeviceType]) -> set[str]:
     return {kind.answer_suffix for kind in types.values()} | {STATUS}
 
 
+def _acl_of(core: Core, device: DeviceState) -> list[str]:
+    """The rules of one device whose type has topics of its own."""
+    if not core.commands.addresses.speaks(device):
+        return []
+    reach = core.commands.addresses.reach(device)
+    lines = [f"user {device.hardware_id}"]
+    lines += [f"topic read {topic}" for topic in sorted(reach.hears)]
+    return lines + [f"topic write {topic}" for topic in sorted({*reach.says, *reach.others, reach.will})]
+
+
 def _acl(prefix: str, types: dict[str, DeviceType]) -> str:
     """Allows each device only its own topics, like the listener. Format: mosquitto.conf(5)."""
     written = sorted(_answer_suffixes(types))
     lines = [f"user {LINK_USER}", f"topic readwrite {prefix}/#"]
+    bought = [kind for kind in types.values() if kind.speeches]
+    lines += sorted({f"topic read {filter_of(each, prefix)}" for kind in bought for each in kind.says})
+    lines += sorted({f"topic write {filter_of(each, prefix)}" for kind in bought for each in kind.listens})
     lines += [f"pattern read {prefix}/dev/%u/{suffix}" for suffix in sorted(_command_suffixes(types))]
     lines += [f"pattern write {prefix}/dev/%u/{suffix}" for suffix in written]
     return "\n".join(lines) + "\n"

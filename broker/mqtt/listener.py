@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import structlog
 
 from broker.mqtt import packets as p
-from broker.mqtt.access import Access, Peer, Refused
+from broker.mqtt.access import Access, Peer, Refused, fits
 from broker.mqtt.admission import Admission
 from broker.mqtt.crowd import Crowd, Had, Watch
 from broker.mqtt.packets import Publish, Reason
@@ -241,6 +241,10 @@ class Listener:
         assert peer is not None
         if peer.scope is not None:
             self.counts["discarded"] += 1  # a service may only subscribe
+            connection.session.acknowledge(publish.packet_id)
+            return
+        if publish.topic not in peer.answers and any(fits(each, publish.topic) for each in peer.others):
+            self.counts["discarded"] += 1  # its own topic, which nobody reads
             connection.session.acknowledge(publish.packet_id)
             return
         had, packet_id, dup = connection.had, publish.packet_id, publish.dup

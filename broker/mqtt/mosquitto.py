@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
@@ -47,13 +47,23 @@ class Mosquitto:
     """One Mosquitto process. It listens on `host:port` for devices and on a loopback port for the link."""
 
     def __init__(
-        self, home: Path, host: str, port: int, *, link_digest: str, acl: str, entropy: Entropy
+        self,
+        home: Path,
+        host: str,
+        port: int,
+        *,
+        link_digest: str,
+        acl: str,
+        acl_of: Callable[[DeviceState], list[str]] = lambda device: [],
+        entropy: Entropy,
     ) -> None:
         self.host = host
         self.port = port or _free_port(host)
         self.link_port = _free_port("127.0.0.1")
         self._home = home
         self._acl = acl
+        self._acl_of = acl_of
+        self._rules: dict[str, list[str]] = {}  # of devices with topics of their own
         self._entropy = entropy
         self._users: dict[str, str] = {LINK_USER: link_digest}
         self._process: asyncio.subprocess.Process | None = None
@@ -67,8 +77,10 @@ class Mosquitto:
         """Puts the device's token digest into the password file; removes a deleted device from it."""
         if device.deleted_at is None:
             self._users[device.hardware_id] = device.token_digest
+            self._rules[device.hardware_id] = self._acl_of(device)
         else:
             self._users.pop(device.hardware_id, None)
+            self._rules.pop(device.hardware_id, None)
         self._stale.set()
 
     async def run(self, devices: Iterable[DeviceState], ready: asyncio.Event) -> None:
@@ -192,7 +204,7 @@ class Mosquitto:
         self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
         await self._end_leftover()
         self._stale.clear()
-        self._write("acl", self._acl)
+        self._write_users()
         self._write("mosquitto.conf", self._configuration(CONF.read_text()))
 
     def _configuration(self, text: str) -> str:
@@ -218,6 +230,8 @@ class Mosquitto:
         return "\n".join(lines) + "\n"
 
     def _write_users(self) -> None:
+        rules = (line for lines in self._rules.values() for line in lines)
+        self._write("acl", self._acl + "".join(f"{line}\n" for line in rules))
         self._write("passwd", "".join(f"{name}:{digest}\n" for name, digest in self._users.items()))
 
     def _write(self, name: str, text: str) -> None:

@@ -27,7 +27,9 @@ class Routes:
             return Reason.NO_SHARED
         if not is_filter(topic):
             return Reason.BAD_FILTER
-        if not any(fits(topic, command) for command in peer.commands):
+        if not any(fits(topic, command) for command in peer.commands) and not (
+            any(fits(each, topic) for each in peer.others)
+        ):
             return Reason.NOT_AUTHORIZED
         if topic not in connection.filters and len(connection.filters) >= most:
             return Reason.QUOTA

@@ -97,10 +97,9 @@ class _Connection:
         self._inbox: deque[Message | tuple[int, int]] = deque()
         self._wire = Wire(self._received, self._ended)
         self._alive: asyncio.Task[None] | None = None
+        self._subscribed: set[str] = set()
 
-    async def open(
-        self, host: str, port: int, tls: ssl.SSLContext | None, subscriptions: Sequence[str]
-    ) -> None:
+    async def open(self, host: str, port: int, tls: ssl.SSLContext | None, topics: Sequence[str]) -> None:
         """Connects and subscribes; returns when the server has granted every subscription.
 
         Messages wait in the inbox until `announce`.
@@ -120,15 +119,23 @@ class _Connection:
                 await self._answer(self._aio._connected)
             except _Ended as error:
                 raise _HungUp(f"the server ended the connection before its CONNACK: {error}") from error
-            granted = asyncio.create_task(self._aio.subscribe([(topic, 1) for topic in subscriptions]))
-            try:
-                codes = [_code(answer) for answer in await self._answer(granted)]
-            finally:
-                granted.cancel()
-        for topic, value in zip(subscriptions, codes, strict=True):
+            await self.subscribe(topics, needed=True)
+
+    async def subscribe(self, subscriptions: Sequence[str], *, needed: bool) -> None:
+        """Subscribes; raises like `open`. A refusal of a topic that is not `needed` is only logged."""
+        if not (new := [each for each in dict.fromkeys(subscriptions) if each not in self._subscribed]):
+            return
+        self._subscribed.update(new)
+        granted = asyncio.create_task(self._aio.subscribe([(topic, 1) for topic in new]))
+        try:
+            codes = [_code(answer) for answer in await self._answer(granted)]
+        finally:
+            granted.cancel()
+        for topic, value in zip(new, codes, strict=True):
             if value >= REFUSED:
                 logger.error("mqtt.subscription_refused", topic=topic, code=value)
-                raise aiomqtt.MqttError(f"the server refused the subscription to {topic}: {value:#04x}")
+                if needed:
+                    raise aiomqtt.MqttError(f"the server refused the subscription to {topic}: {value:#04x}")
 
     async def _answer(self, answer: asyncio.Future[T]) -> T:
         """Waits for the server's answer or for the end of the connection, which aiomqtt would not notice."""
@@ -259,6 +266,8 @@ class MqttLink:
         self.why: str | None = "not connected yet"
         self._client_id = client_id
         self._subscriptions = subscriptions
+        self._more: list[str] = []  # subscriptions that the link can do without
+        self._wanted = asyncio.Event()
         self._events = events
         self._clean_session = clean_session
         self._entropy = entropy
@@ -275,6 +284,11 @@ class MqttLink:
 
     def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
         return self._connection is not None and self._connection.publish(outgoing, done)
+
+    def want(self, filters: Sequence[str]) -> None:
+        """Subscribes to these topics too, now and at each reconnect. The link stays up if one is refused."""
+        self._more += filters
+        self._wanted.set()
 
     def listens(self, topic: str) -> bool:
         return True  # the server does not say
@@ -315,8 +329,9 @@ class MqttLink:
         why = "closed"
         try:
             await connection.open(self.address.host, self.address.port, self._tls, self._subscriptions)
+            await connection.subscribe(self._more, needed=False)
             self._up(connection)
-            await asyncio.wait({connection.lost})
+            await self._lasts(connection)
             why = str(connection.lost.exception() or "the server ended the connection")
             return True
         except (aiomqtt.MqttError, OSError) as error:
@@ -325,6 +340,15 @@ class MqttLink:
         finally:
             self._down(connection, why)
             await connection.end()
+
+    async def _lasts(self, connection: _Connection) -> None:
+        """Waits until the connection ends, and subscribes to what is wanted meanwhile."""
+        while not connection.lost.done():
+            self._wanted.clear()
+            await connection.subscribe(self._more, needed=False)
+            wanted: asyncio.Future[Any] = asyncio.create_task(self._wanted.wait())
+            await asyncio.wait({wanted, connection.lost}, return_when=asyncio.FIRST_COMPLETED)
+            wanted.cancel()
 
     def _client(self) -> aiomqtt.Client:
         five = self.version == "5"

@@ -1,0 +1,1 @@
+"""Speaking with bought devices: their topics, answers and states, as their types describe them."""
