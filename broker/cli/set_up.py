@@ -1,4 +1,4 @@
-"""`ordain types`, `mqtt` and `completion`: what is needed around a broker before it is used."""
+"""`ordain mqtt` and `completion`: what is needed around a broker before it is used."""
 
 from __future__ import annotations
 
@@ -10,28 +10,8 @@ from cyclopts import App, Parameter
 
 from broker.cli.base import Config, Data, Json, ask, print_json, settings_of
 from broker.operations.passwords import canaries, passwords
-from broker.type_files import load_beside
-from devices.types import shipped_types
 
-types = App(name="types", help="Device types: check a file.")
 mqtt = App(name="mqtt", help="An MQTT server of your own: its password file.")
-
-
-@types.command(name="check")
-def check_type(file: Path, /, *, as_json: Json = False) -> None:
-    """Check the file of a device type as the broker does at its start. Nothing is changed.
-
-    Parameters
-    ----------
-    file
-        A TOML file, as it would lie in the directory of the setting `types`.
-    """
-    kind = load_beside(file, dict(shipped_types()))
-    if as_json:
-        print_json({"name": kind.name, "payload": kind.payload, "commands": list(kind.commands)})
-    else:
-        others = " and any other command" if kind.open else ""
-        print(f"{file}: {kind.name} is a valid device type: {', '.join(kind.commands) or 'none'}{others}")
 
 
 @mqtt.command(name="passwd-file")

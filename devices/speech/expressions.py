@@ -120,7 +120,10 @@ class _Bounded(visitor.TreeInterpreter):  # type: ignore[misc]
     def visit_literal(self, node: Any, value: Any) -> Any:
         literal = node["value"]
         if isinstance(literal, str) and literal.startswith(_MARK):
-            return at_path(self._params, literal[1:])[1]
+            there, found = at_path(self._params, literal[1:])
+            if not there:
+                raise Unanswerable(f"$params.{literal[1:]} is absent")
+            return found
         return literal
 
     def _take(self, steps: int) -> None:

@@ -20,12 +20,13 @@ from broker.domain.lifecycle import CommandState
 from broker.engine.live import Live
 from broker.engine.quotas import Told
 from broker.engine.speech.addresses import Addresses, Place
+from devices.speech.answers import answer_of
 from devices.speech.expressions import BadExpression, Unanswerable, compiled, evaluate
 from devices.speech.messages import Unreadable, decoded
 from devices.speech.rules import Decoded, Reading, Rule, holds, read
 from devices.speech.speech import Speech
 from devices.types import Definition
-from devices.wire import Answer, Malformed, Progress, Status, as_error, as_result, decode_status
+from devices.wire import Answer, Malformed, Status, decode_status
 
 logger = structlog.get_logger()
 
@@ -207,22 +208,6 @@ def merged(known: dict[str, Any] | None, speech: Speech, topic: str, value: Any)
 
 def params_of(state: CommandState) -> Any:
     return msgspec.json.decode(state.params)
-
-
-def answer_of(reading: Reading) -> Answer:
-    """The answer in Ordain's own form."""
-    error = reading.error
-    if isinstance(error, dict) and isinstance(error.get("code"), int | float):
-        error = error | {"code": str(error["code"])}
-    progress = None
-    if reading.percent is not None:
-        progress = Progress(percent=reading.percent, note=reading.note)
-    return Answer(
-        status=reading.status,
-        result=as_result(reading.result) if reading.status == "executed" else None,
-        error=as_error(error) if reading.status == "failed" else None,
-        progress=progress,
-    )
 
 
 def _value(expression: str, message: Decoded) -> Any:
