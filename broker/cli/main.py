@@ -74,7 +74,7 @@ COMMANDS = {
         "broker.cli.doctor:doctor",
         "Check everything a broker depends on, and say how to correct problems. A broker may run or not.",
     ),
-    "types": ("broker.cli.device_types:types", "Device types: check a file, try a message on it."),
+    "types": ("broker.cli.set_up:types", "Device types: check a file, try a message on it."),
     "mqtt": ("broker.cli.set_up:mqtt", "An MQTT server of your own: its password file."),
     "completion": (
         "broker.cli.set_up:completion",

@@ -31,7 +31,9 @@ MQTT 5 adds Correlation Data, Response Topic, expiry and user properties.
 **The one duty of a device**: it never executes the same command id twice. If an id comes again, it sends its
 last answer for that id again.
 
-Subscribe first, then publish `online`. After a reconnect publish each answer again that had no PUBACK."""
+Subscribe first, then publish `online`. After a reconnect publish each answer again that had no PUBACK.
+
+Device types with topics or payloads of their own are not in here: see the documentation of their makers."""
 GRANT = """The claims of a grant: a JWT with `typ` `grant+jwt`, signed with EdDSA or, for small devices,
 HS256. Public keys: `/.well-known/jwks.json`. Before it executes a command, a device checks the signature with
 the key and the one algorithm that `kid` stands for, then `iss`, `aud`, `nbf` and `exp`, and that `sub`, `cmd`
@@ -64,6 +66,8 @@ def document(types: Mapping[str, DeviceType], prefix: str) -> dict[str, Any]:
         "send_events": _operation("send", "events", channels["events"]),
     }
     for kind in types.values():
+        if kind.speeches:
+            continue
         answers = f"{kind.name}.{_dotted(kind.answer_suffix)}"
         channels[answers] = _answers(prefix, kind)
         operations[f"receive_{answers}"] = _operation("receive", answers, channels[answers])

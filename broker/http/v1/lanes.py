@@ -1,4 +1,5 @@
-"""`/v1/devices/{device}/lane`: the open commands of a device, and what happens next to each of them.
+"""`/v1/devices/{device}/lane` and `/state`: the open commands of a device, what happens next to each of them,
+and the state that the device reported last.
 
 Reads the live state. It must never block or change that state.
 """
@@ -12,6 +13,7 @@ from litestar import Router, get
 from litestar.params import FromPath
 from msgspec import Meta
 
+from broker.domain.fleet import DeviceState
 from broker.domain.lanes import Member, Presence
 from broker.domain.lifecycle import CommandState
 from broker.http.edge.auth import Call, authorize, needs
@@ -152,4 +154,44 @@ def _command(state: CommandState, position: int, next: dict[str, Any] | None) ->
     )
 
 
-routes = Router("/v1/devices", route_handlers=[read_lane], before_request=authorize, tags=["Devices"])
+class StateView(msgspec.Struct, frozen=True, kw_only=True):
+    """The last known state of a device."""
+
+    device_id: str
+    hardware_id: str
+    state: Annotated[
+        dict[str, Any] | None,
+        Meta(
+            description="As the device reported it; null if it reported none, or its type has none.",
+            examples=[{"state": "ON", "brightness": 254}],
+        ),
+    ]
+    reported_at: Annotated[Time | None, Meta(description="When this state was recorded.")]
+
+
+@get("/{device:str}/state", opt=needs("devices:read"), responses=documented(404, 410))
+async def read_state(request: Call, device: FromPath[str], as_of: AsOf = None) -> StateView:
+    """Read the last known state of a device
+
+    Only device types with state topics have one. With `as_of` it is the state that was known then.
+    """
+    caller = request.user
+    place = None if as_of is None else await past.place_of(request, as_of)
+
+    def work(sql: Sql) -> DeviceState:
+        if place is not None:
+            return past.find_device(sql, caller, device, place(sql)).state
+        return find_device(sql, caller, device)
+
+    found = await request.services.commands.writer.storage.read(work)
+    return StateView(
+        device_id=found.id,
+        hardware_id=found.hardware_id,
+        state=found.reported,
+        reported_at=None if found.reported_at is None else rfc3339(found.reported_at),
+    )
+
+
+routes = Router(
+    "/v1/devices", route_handlers=[read_lane, read_state], before_request=authorize, tags=["Devices"]
+)

@@ -42,6 +42,7 @@ EventName = Literal[
     "token_rotated",
     "online",
     "offline",
+    "reported",
     "deleted",
 ]
 Events = Annotated[

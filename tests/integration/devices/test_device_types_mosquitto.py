@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import aiomqtt
-import pytest
 
 from broker.type_files import load_types
 from devices.types import Definition, DeviceType
@@ -19,10 +18,8 @@ from devices.wire import (
     answer_topic,
     command_topic,
     decode_answer,
-    decode_status,
     encode_command,
     parse_topic,
-    status_topic,
 )
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -79,15 +76,6 @@ async def tasmota_plug(client: aiomqtt.Client) -> None:
         await client.publish(f"{base}/stat/POWER", state)
 
 
-async def home_assistant_switch(client: aiomqtt.Client) -> None:
-    """Follows `mqtt: switch:` of Home Assistant: command_topic, state_topic, availability_topic."""
-    base = f"iotee/dev/{HARDWARE_ID}"
-    await client.publish(f"{base}/status", b"online", retain=True)
-    async for message in client.messages:
-        if message.payload in (b"ON", b"OFF"):
-            await client.publish(f"{base}/state", message.payload, retain=True)
-
-
 @contextlib.asynccontextmanager
 async def met(
     server: Server, kind: str, device: Callable[[aiomqtt.Client], Awaitable[None]], subscribes: str
@@ -116,20 +104,10 @@ async def test_a_tasmota_plug_is_switched_and_its_answers_are_read(mosquitto: Se
             assert await broker.tell(command) == Answer(status="executed")
 
 
-async def test_a_home_assistant_switch_is_switched_and_its_answers_are_read(mosquitto: Server) -> None:
-    async with met(mosquitto, "home_assistant_switch", home_assistant_switch, "set") as broker:
-        assert decode_status(await broker.hear("status")) == (True, None, ())
-        for command in ("turn_on", "turn_off", "turn_on"):
-            assert await broker.tell(command) == Answer(status="executed")
-
-
-@pytest.mark.parametrize("kind", ["tasmota_plug", "home_assistant_switch"])
-def test_the_page_names_the_topics_that_the_type_uses(kind: str) -> None:
-    page = "".join(path.read_text() for path in (DOCS / "how-to").glob("*.md"))
-    definition: Definition = TYPES[kind].definition("turn_on")
+def test_the_page_names_the_topics_that_the_type_uses() -> None:
+    page = (DOCS / "how-to" / "tasmota.md").read_text()
+    definition: Definition = TYPES["tasmota_plug"].definition("turn_on")
 
     topics = [command_topic("iotee", HARDWARE_ID, definition), answer_topic("iotee", HARDWARE_ID, definition)]
-    if definition.presence == "required":
-        topics.append(status_topic("iotee", HARDWARE_ID))
 
     assert [topic for topic in topics if topic not in page] == []

@@ -72,6 +72,7 @@ PATHS = [
     "/v1/devices/lamp-1/commands",
     "/v1/devices/lamp-1/commands/cmd_1",
     "/v1/devices/lamp-1/lane",
+    "/v1/devices/lamp-1/state",
     "/v1/devices",
     "/v1/devices/lamp-1",
 ]

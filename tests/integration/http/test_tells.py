@@ -22,6 +22,7 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("POST", "/v1/devices/{device}/heartbeat", {}),
     ("POST", "/v1/devices/{device}/commands/claim", None),
     ("GET", "/v1/devices/{device}/lane", None),
+    ("GET", "/v1/devices/{device}/state", None),
     ("GET", "/v1/commands/{command}", None),
     ("GET", "/v1/commands/{command}/events", None),
     ("POST", "/v1/commands/{command}/abandon", None),

@@ -1,15 +1,16 @@
-"""Bought devices through a real broker: over a Mosquitto of one's own, over the child Mosquitto, and over Ordain's
-own listener. The devices say what the firmwares say."""
+"""Bought devices through a real broker: over a Mosquitto of one's own, over the child Mosquitto, and over
+Ordain's own listener. The devices say what the firmwares say."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
 
 from tests.system.conftest import NewBroker
 from tests.system.support import Broker, until
@@ -32,16 +33,19 @@ class Connected:
         self.heard: list[tuple[str, bytes]] = []
         self.codes: list[int] = []
         self.ready = threading.Event()
-        self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv311)
+        self.client = paho.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv311)
         if token is not None:
             self.client.username_pw_set(name, token)
         self.client.will_set(*will, qos=1, retain=True)
         self._subscribes, self._reply = subscribes, reply
-        self.client.on_connect = lambda *_: self.client.subscribe([(each, 0) for each in subscribes])
+        self.client.on_connect = self._connected
         self.client.on_subscribe = self._subscribed
         self.client.on_message = self._message
         self.client.connect("127.0.0.1", port)
         self.client.loop_start()
+
+    def _connected(self, client: Any, data: Any, flags: Any, code: Any, properties: Any) -> None:
+        client.subscribe([(each, 0) for each in self._subscribes])
 
     def _subscribed(self, client: Any, data: Any, mid: int, codes: Any, properties: Any) -> None:
         self.codes = [code.value for code in codes]
@@ -69,7 +73,12 @@ def shelly(topic: str, payload: bytes) -> list[tuple[str, str]]:
         message = f"Argument 'id', value {channel} not found!"
         answer["error"] = {"code": -105, "message": message}
     elif asked["method"] == "Switch.GetStatus":
-        answer["result"] = {"id": 0, "source": "MQTT", "output": True, "temperature": {"tC": 43.2, "tF": 109.8}}
+        answer["result"] = {
+            "id": 0,
+            "source": "MQTT",
+            "output": True,
+            "temperature": {"tC": 43.2, "tF": 109.8},
+        }
     else:
         answer["result"] = {"was_on": False}
     return [(f"{asked['src']}/rpc", json.dumps(answer))]
@@ -84,7 +93,7 @@ def lamp(topic: str, payload: bytes) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(params=["listener", "child", "external"])
-def served(request: pytest.FixtureRequest, new_broker: NewBroker, mosquitto: Any) -> Iterator[Broker]:
+def served(request: pytest.FixtureRequest, new_broker: NewBroker, mosquitto: Any) -> Broker:
     if request.param == "external":
         broker = new_broker("--mqtt-url", f"mqtt://{mosquitto.host}:{mosquitto.port}").start()
         broker.mqtt_port = mosquitto.port
@@ -93,7 +102,7 @@ def served(request: pytest.FixtureRequest, new_broker: NewBroker, mosquitto: Any
         broker.mqtt_port = int(broker.run.err.wait("event=mosquitto.up").split("port=")[1].split()[0])
     else:
         broker = new_broker().start()
-    yield broker
+    return broker
 
 
 def order(broker: Broker, device: str, type: str, **params: Any) -> dict[str, Any]:
