@@ -25,6 +25,7 @@ from broker.domain.events import (
     Failed,
     Owned,
     Published,
+    Reported,
     device_stream,
 )
 from broker.log import sqlite as log
@@ -106,6 +107,8 @@ async def the_rest(bench: Bench) -> None:
     owned = Owned(incarnation="node_x", node="one", address="10.0.0.1:8081")
     writer.stage(OWNER, 1, owned, project="", device_id=None, actor="broker")
     device = await registry.find(ME, "lamp-1")
+    said = Reported(state={"state": "ON", "level": 2.5})
+    device = registry.record(said, device.id, device, device.project, f"device:{device.id}")
     registry.record(Deleted(), device.id, device, device.project, ME.actor)
     pending = next(m.state for m in bench.live.members.values() if m.state.state == "pending")
 

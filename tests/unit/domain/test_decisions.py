@@ -62,6 +62,7 @@ answer acknowledged                         | U:unknown | U:never_handed_over | 
 answer progress                             | U:unknown | U:never_handed_over | >progressed | !progress | >progressed late | – | – | U:promise_broken | U:promise_broken
 answer executed                             | U:unknown | U:never_handed_over | >executed | >executed | >executed late | !same_result | U:contradiction | U:promise_broken | U:promise_broken
 answer failed                               | U:unknown | U:never_handed_over | >failed device | >failed device | >failed device late | U:contradiction | !same_error | U:promise_broken | U:promise_broken
+live state shows that it is done            | – | – | >executed | >executed | >executed late | – | – | – | –
 answer from another device or project       | U:wrong_device | U:wrong_device | U:wrong_device | U:wrong_device | U:wrong_device | U:wrong_device | U:wrong_device | U:wrong_device | U:wrong_device
 answer without id                           | U:nothing_in_flight | U:nothing_in_flight | !without_id | !without_id | !without_id | U:nothing_in_flight | U:nothing_in_flight | U:nothing_in_flight | U:nothing_in_flight
 answer that does not parse                  | U:malformed | U:malformed | U:malformed | U:malformed | U:malformed | U:malformed | U:malformed | U:malformed | U:malformed
