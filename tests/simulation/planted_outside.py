@@ -24,6 +24,7 @@ from broker.engine.intake import Intake
 from broker.engine.keys import Key
 from broker.engine.quotas import Quotas
 from broker.engine.registry import Issued, Registry
+from broker.engine.speech.encoder import Encoder
 from broker.engine.writer import Writer
 from broker.http.edge import streams
 from broker.http.v1 import reading
@@ -103,7 +104,7 @@ def _by_the_broker(self: Commands, caller: Caller, *order: Any) -> CommandState:
 
 # --- the wire
 
-_encode = Dispatch._encode
+_encode = Encoder.encode
 
 
 def _recorded_only(self: Dispatch, send: Any) -> None:
@@ -118,7 +119,7 @@ def _recorded_only(self: Dispatch, send: Any) -> None:
     self._refill()
 
 
-def _to_the_neighbour(self: Dispatch, *what: Any) -> Outgoing:
+def _to_the_neighbour(self: Encoder, *what: Any) -> Outgoing:
     outgoing = _encode(self, *what)
     return msgspec.structs.replace(outgoing, topic=outgoing.topic.replace("hw1", "hw2"))
 
@@ -211,18 +212,18 @@ _take_receipt = Dispatch._take_receipt
 _take_status = Intake._take_status
 
 
-def _any_will(self: Intake, message: Message, device: Any) -> None:
+def _any_will(self: Intake, message: Message, device: Any, *read: Any) -> None:
     """Believes the will of every session."""
     if not message.retain and message.token is not None and b"offline" in message.payload:
         message = msgspec.structs.replace(message, payload=b"offline")
-    _take_status(self, message, device)
+    _take_status(self, message, device, *read)
 
 
-def _any_retained_will(self: Intake, message: Message, device: Any) -> None:
+def _any_retained_will(self: Intake, message: Message, device: Any, *read: Any) -> None:
     if message.retain and b"offline" in message.payload:
         self.registry.heard(device, Presence.OFFLINE, decode_status(message.payload)[1])
         return
-    _take_status(self, message, device)
+    _take_status(self, message, device, *read)
 
 
 _link_up = Intake.link_up
@@ -339,7 +340,7 @@ MORE_BUGS = (
     _bug("recorded and not written", "D2", (Dispatch, "_send", _recorded_only), kind=MOSQUITTO),
     _bug("grants for no parameters", "D5", (grants, "params_hash", _of_nothing)),
     _bug("grants outlive their command", "D5", (grants, "_end", _never_ending)),
-    _bug("sent to the neighbour", "D7", (Dispatch, "_encode", _to_the_neighbour)),
+    _bug("sent to the neighbour", "D7", (Encoder, "encode", _to_the_neighbour)),
     _bug("sent retained", "D7", (Session, "publish", _retained), kind=LISTENER),
     _bug("no second look before the write", "D4", (Dispatch, "_send", _no_second_look)),
     _bug(
