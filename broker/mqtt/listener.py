@@ -58,6 +58,7 @@ class Listener:
         self._routes = Routes()
         self.admission = Admission(access, bounds)
         self._held: dict[Connection, None] = {}
+        self._answered: dict[Connection, None] = {}
         self._arrivals = 0
         self._watch = Watch(self.crowd, bounds, self.admission.forget)
 
@@ -141,10 +142,9 @@ class Listener:
         self.unacknowledged -= size
         if packet_id:
             connection.session.acknowledge(packet_id, reason, text)
-            if connection.session.paused:
-                connection.work()
-            else:
-                connection.flush()
+            if not self._answered:
+                self._loop.call_soon(self._send_answers)
+            self._answered[connection] = None
         else:
             connection.waiting_0 -= 1
         if self._held and self.unacknowledged < self.bounds.unacknowledged_bytes // 2:
@@ -152,6 +152,15 @@ class Listener:
             for each in held:
                 each.held = False
                 self._loop.call_soon(each.work)
+
+    def _send_answers(self) -> None:
+        """Sends the PUBACKs of one commit: one write, and one system call, for each connection."""
+        answered, self._answered = self._answered, {}
+        for connection in answered:
+            if connection.session.paused:
+                connection.work()
+            else:
+                connection.flush()
 
     # --- called by the sockets and connections ---
 

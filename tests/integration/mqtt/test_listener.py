@@ -655,6 +655,38 @@ async def test_pubacks_leave_in_order_once_they_are_given(version: Any, qos: int
             await asyncio.gather(*answers)
 
 
+class Counted:
+    """A transport that also notes what is written."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.writes: list[bytes] = []
+        self._transport = transport
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+async def test_pubacks_given_at_once_and_the_next_command_are_one_write() -> None:
+    owner = Owner(takes=False)
+    async with listening(owner) as server, raw(server) as client:
+        client.say(subscribe(), *(said(b"x", number) for number in (1, 2, 3)))
+        assert await client.hear() == p.Granted(p.SUBACK, 9, [1])
+        await owner.until(lambda: len(owner.messages) == 3)
+        connection = server.listener.peers["door"]
+        counted: Any = Counted(connection.transport)
+        connection.transport = counted
+        for message in owner.messages:
+            server.listener.puback(message)
+        owner.send(b"next")
+        heard = [await client.hear() for _ in range(4)]
+        assert [each.kind for each in heard] == [p.PUBACK, p.PUBACK, p.PUBACK, p.PUBLISH]
+        assert len(counted.writes) == 1
+
+
 async def test_what_a_device_had_no_puback_for_comes_again_as_a_duplicate_and_nothing_else_does() -> None:
     owner = Owner(takes=False)
     async with listening(owner) as server:

@@ -17,7 +17,7 @@ from broker.mqtt.access import Scope
 from broker.mqtt.packets import Reason
 from broker.mqtt.services import Services
 from broker.seams import Outgoing
-from tests.integration.core_support import PROJECT, Bench, running
+from tests.integration.core_support import PROJECT, Bench, running, until
 from tests.integration.mqtt.listener_support import (
     V5,
     V311,
@@ -223,9 +223,11 @@ async def test_a_service_that_stops_reading_is_cut_and_there_is_one_line_about_i
         with capture_logs() as lines:
             async with serving(home.server, qos=0) as slow:
                 slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                (connection,) = home.server.listener.peers.values()
                 async with asyncio.timeout(DEADLINE_SEC):
-                    while not lines:
+                    while connection.stalled_at is None:
                         await home.bench.order(params={"text": "x" * 60_000})
+                    await until(lambda: len(lines) > 0)
                 await home.bench.order()
                 assert not slow.writer.is_closing()
         (line,) = lines
