@@ -30,6 +30,7 @@ CONTRADICTING = {
 }
 UNUSABLE = {
     "malformed": "could not be read",
+    "no_rule": "fitted no rule of its device type",
     "unknown": "named a command that does not exist",
     "wrong_device": "named a command of another device",
     "ambiguous": "named no command and could belong to several",

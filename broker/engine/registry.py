@@ -148,7 +148,8 @@ class Registry:
         self.check_attributes(new.attributes)
         if caller.devices is not None and not caller.devices.covers(device_id, new.hardware_id):
             raise Refusal("forbidden", f"this key is limited to devices that {new.hardware_id} is not one of")
-        await self.commands.ready([device_id, new.hardware_id])
+        rivals = self.addresses.rivals(self.types[new.type], new.hardware_id, new.name)
+        await self.commands.ready([device_id, new.hardware_id, *rivals])
         for name in (device_id, new.hardware_id):
             if self.live.device(name) is not None:
                 raise Refusal("conflict", f"the name {name} is taken; a name is never used again")
@@ -179,10 +180,11 @@ class Registry:
         if change.attributes is not msgspec.UNSET:
             self.check_attributes(change.attributes)
         device = await self.find(caller, name)
-        kind = self.types.get(
-            device.device_type if change.device_type is msgspec.UNSET else change.device_type
-        )
-        title = device.name if change.name is msgspec.UNSET else change.name
+        kind, title = self._changed(device, change)
+        if kind is not None and (rivals := self.addresses.rivals(kind, device.hardware_id, title)):
+            await self.commands.ready([name, *rivals], project=caller.project)
+            device = self.commands.device(caller, name)
+            kind, title = self._changed(device, change)
         topics_changed = (
             kind is not None
             and self.addresses.speaks(device, kind)
@@ -196,6 +198,11 @@ class Registry:
         if topics_changed:
             self.entitled(device)
         return device
+
+    def _changed(self, device: DeviceState, change: Changed) -> tuple[DeviceType | None, str | None]:
+        """The type and the name of the device after a change."""
+        kind = device.device_type if change.device_type is msgspec.UNSET else change.device_type
+        return self.types.get(kind), device.name if change.name is msgspec.UNSET else change.name
 
     def _check_topics(self, kind: DeviceType, hardware_id: str, name: str | None, device_id: str) -> None:
         """Checks that no other device has one of this device's topics.

@@ -153,7 +153,12 @@ def _request(
         case Published():
             asked = Input.HAND_OVER if event.transport == "mqtt" else Input.FETCH
             return Request(
-                input=asked, now=now, transport=event.transport, counts=event.counts, repeatable=repeatable
+                input=asked,
+                now=now,
+                transport=event.transport,
+                counts=event.counts,
+                repeatable=repeatable,
+                number=event.number,
             )
         case Acknowledged():
             return Request(input=Input.ANSWER_ACKNOWLEDGED, now=now, at=event.at, evidence=event.evidence)
@@ -171,7 +176,7 @@ def _request(
             return Request(input=Input.ACCEPTED, now=now, one_way=one_way, result=event.result)
         case Executed():
             return Request(
-                input=Input.ANSWER_EXECUTED,
+                input=Input.OBSERVED if event.evidence == "observed" else Input.ANSWER_EXECUTED,
                 now=now,
                 result=event.result,
                 at=event.at,

@@ -13,6 +13,7 @@ from broker.domain.fleet import DeviceState
 from broker.engine.live import Live, Recent
 from devices.speech.speech import Speech
 from devices.speech.topics import (
+    HARDWARE_ID,
     NAME,
     Router,
     filter_of,
@@ -56,7 +57,7 @@ class Addresses:
         self.prefix = prefix
         self._live = live
         self._router = Router(with_prefix(each, prefix) for kind in types.values() for each in kind.says)
-        self._all = {kind.name: Router(_patterns(kind, prefix)) for kind in types.values()}
+        self._every = Router(each for kind in types.values() for each in _patterns(kind, prefix))
         self._named: dict[str, str] = {}  # the name in topics -> device id, of types that use {name}
         self._names: dict[str, str] = {}  # device id -> its name there
         self._reaches: Recent[str, tuple[tuple[str | None, str], Reach]] = Recent()
@@ -106,26 +107,40 @@ class Addresses:
             if (kind := self.types.get(name)) is not None and kind.speeches:
                 self._use(kind.says)
 
+    def rivals(self, kind: DeviceType, hardware_id: str, name: str | None) -> dict[str, tuple[str, str]]:
+        """The devices of other types, if they exist, that may have a topic of a device with these names: each
+        with the field that decides it, and the topic."""
+        found: dict[str, tuple[str, str]] = {}
+        if not kind.speeches:
+            return found
+        own = _patterns(kind, self.prefix)
+        for pattern in own:
+            topic = topic_of(pattern, self.prefix, hardware_id, name or hardware_id)
+            field = "name" if NAME in pattern and name is not None else "hardware_id"
+            for other, owner in self._every.matches(topic):
+                value = owner.value if owner.by != NAME else self._named.get(owner.value)
+                if other not in own and value is not None:
+                    found.setdefault(value, (field, topic))
+        return found
+
     def taken(
         self, kind: DeviceType, hardware_id: str, name: str | None, device_id: str
     ) -> tuple[str, str] | None:
-        """Why a device cannot have this type and these names: (field, what would be right)."""
-        if not kind.speeches:
-            return None
-        field, name = "hardware_id" if name is None else "name", name or hardware_id
-        if _by_name(kind):
-            if fault := level_fault(name):
-                return field, f"is a level of this type's topics: {fault}"
-            if self._named.get(name, device_id) != device_id:
-                return field, f"another device has {name} in its topics already"
-        own = [with_prefix(each, self.prefix) for each in (*kind.says, *kind.listens)]
-        for pattern in own:
-            topic = topic_of(pattern, self.prefix, hardware_id, name)
-            for other, router in self._all.items():
-                for found, _ in router.matches(topic):
-                    if found not in own:
-                        field = field if NAME in pattern else "hardware_id"
-                        return field, f"its topic {topic} could belong to a device of type {other}"
+        """Why a device cannot have this type and these names: (field, what would be right). Its `rivals` are
+        in memory, as far as they exist."""
+        field = "hardware_id" if name is None else "name"
+        as_level = any(NAME in pattern for pattern in _patterns(kind, self.prefix))
+        if as_level and (fault := level_fault(name or hardware_id)):
+            return field, f"is a level of this type's topics: {fault}"
+        if _by_name(kind) and self._named.get(name or hardware_id, device_id) != device_id:
+            return field, f"another device has {name or hardware_id} in its topics already"
+        for rival, (field, topic) in self.rivals(kind, hardware_id, name).items():
+            device = self._live.device(rival)
+            if device is None or device.id == device_id or device.deleted_at is not None:
+                continue
+            reach = self.reach(device)
+            if topic in reach.hears or topic in reach.says:
+                return field, f"its topic {topic} is one of another device's: {device.hardware_id}"
         return None
 
     # --- topics ---
@@ -230,7 +245,8 @@ class Addresses:
 
 
 def _by_name(kind: DeviceType) -> bool:
-    return any(NAME in pattern for pattern in (*kind.says, *kind.listens))
+    """Whether only the name says whose a topic of this type is."""
+    return any(NAME in each and HARDWARE_ID not in each for each in (*kind.says, *kind.listens))
 
 
 def _patterns(kind: DeviceType, prefix: str) -> list[str]:

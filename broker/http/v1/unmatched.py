@@ -34,6 +34,7 @@ Reason = Literal[
     "nothing_in_flight",
     "ambiguous",
     "malformed",
+    "no_rule",
     "unfit_at",
     "unfit_progress",
     "unfit_session",

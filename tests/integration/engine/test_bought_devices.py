@@ -239,15 +239,17 @@ def test_a_template_carries_ids_parameters_and_attempts_and_rules_read_them_back
 def test_a_name_in_topics_belongs_to_one_device() -> None:
     async def names(bench: Bench) -> None:
         await register(bench, "lamp-1", "zigbee2mqtt", "desk")
+        await register(bench, "lamp-4", "zigbee2mqtt", "online")
         for hardware_id, kind, name in (
             ("lamp-2", "zigbee2mqtt", "desk"),  # taken
             ("lamp-3", "zigbee2mqtt", "a/b"),  # not one level
-            ("lamp-4", "zigbee2mqtt", "online"),  # a Shelly called zigbee2mqtt would have this topic
-            ("zigbee2mqtt", "shelly_gen2", None),
+            ("zigbee2mqtt", "shelly_gen2", None),  # its topic zigbee2mqtt/online is that of lamp-4
         ):
             with pytest.raises(Refusal) as refused:
                 await register(bench, hardware_id, kind, name)
             assert refused.value.kind == "invalid_request", hardware_id
+        for node in ("garage", "shed"):
+            await register(bench, node, "esphome_switch", "relay")
         await register(bench, "lamp-5", "zigbee2mqtt")
         with pytest.raises(Refusal):
             await bench.core.registry.change(ME, "lamp-5", Changed(name="desk"))
