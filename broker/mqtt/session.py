@@ -227,7 +227,7 @@ class Session:
     # --- inside ---
 
     def _pay(self, packets: float, size: int, now: float) -> None:
-        """Charges for what came. A client that has used up its burst is not read until the debt is old."""
+        """Charges for what came. A client that has used up its burst is not read until it has waited."""
         limits = self._limits
         cost = max(packets / limits.packets_per_sec, size / limits.bytes_per_sec)
         self._paid_until = max(self._paid_until, now - limits.burst_sec) + cost

@@ -70,7 +70,8 @@ async def serving(*command: str) -> AsyncIterator[Server]:
         server.port, server.rss = first["port"], first["rss"]
         yield server
     finally:
-        process.kill()
+        if process.returncode is None:
+            process.kill()
         await process.wait()
 
 

@@ -1,4 +1,4 @@
-"""A listener on a real socket, its owner, and clients nobody here wrote."""
+"""A listener on a real socket, its owner, and the clients of the tests: aiomqtt, and raw packets."""
 
 from __future__ import annotations
 

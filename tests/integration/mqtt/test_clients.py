@@ -1,4 +1,4 @@
-"""Clients that others wrote, of both versions, make the round trip on the listener: paho, gmqtt, amqtt's."""
+"""Client libraries make the round trip on the listener: paho, gmqtt, amqtt's, and the reference device."""
 
 from __future__ import annotations
 

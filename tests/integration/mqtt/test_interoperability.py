@@ -111,7 +111,7 @@ async def test_every_qos_that_the_version_allows_is_taken(version: MQTTProtocolV
 
 
 @BOTH
-async def test_a_session_is_refused_politely_and_nothing_is_queued_for_it(
+async def test_a_device_that_asks_for_a_session_is_told_that_there_is_none(
     version: MQTTProtocolVersion,
 ) -> None:
     owner = Owner()
@@ -187,7 +187,7 @@ async def test_a_filter_that_comes_again_has_its_new_qos(version: MQTTProtocolVe
 
 
 @BOTH
-async def test_what_was_sent_before_an_unsubscribe_is_delivered(version: MQTTProtocolVersion) -> None:
+async def test_a_message_sent_before_an_unsubscribe_is_delivered(version: MQTTProtocolVersion) -> None:
     owner = Owner()
     async with listening(owner) as server, connected(owner, server, version, manual_ack=True) as door:
         await door.subscribe((RLS, 1))

@@ -1,4 +1,4 @@
-"""The listener against real clients: what it lets in, what it lets through, what it keeps quiet."""
+"""The listener with real clients: authentication, topics, presence, PUBACKs and bounds."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def test_a_hundred_commands_at_once_reach_the_device_in_order(version: Any
     ],
     ids=str,
 )
-async def test_who_is_not_who_they_say_stays_out_and_is_told_why(
+async def test_a_client_with_wrong_credentials_is_refused_with_a_reason(
     version: int, wrong: dict[str, Any], reason: int, code: int
 ) -> None:
     owner = Owner()
@@ -125,14 +125,14 @@ async def test_who_is_not_who_they_say_stays_out_and_is_told_why(
         assert "dtok" not in str(line)
 
 
-async def test_who_is_who_they_say_comes_in() -> None:
+async def test_a_device_with_its_token_is_accepted() -> None:
     owner = Owner()
     will = aiomqtt.Will(STATUS, b"offline", qos=1, retain=True)
     async with listening(owner) as server, device(server, will=will):
         assert server.connected == 1
 
 
-async def test_an_unknown_name_and_a_wrong_token_take_as_long() -> None:
+async def test_an_unknown_name_and_a_wrong_token_take_the_same_time() -> None:
     owner = Owner()
     async with listening(owner) as server:
         loop, took = asyncio.get_running_loop(), []
@@ -145,7 +145,7 @@ async def test_an_unknown_name_and_a_wrong_token_take_as_long() -> None:
         assert min(took) >= 0.25
 
 
-async def test_what_fails_on_our_side_is_never_called_unauthorised() -> None:
+async def test_an_error_of_the_broker_is_never_answered_as_not_authorised() -> None:
     class Broken(Owner):
         async def check(self, hardware_id: str, token: str | None) -> str | None:
             raise OSError("the disk is gone")
@@ -159,7 +159,7 @@ async def test_what_fails_on_our_side_is_never_called_unauthorised() -> None:
                 assert connack.reason == code
 
 
-async def test_whoever_cannot_be_served_in_time_is_told_to_come_later() -> None:
+async def test_a_client_that_cannot_be_served_in_time_is_told_to_try_later() -> None:
     owner = Owner()
     owner.may_answer.clear()
     async with listening(owner, admit_within_sec=0.2) as server, raw(server, greeting=False) as client:
@@ -209,7 +209,7 @@ async def test_a_filter_that_cannot_be_is_refused_by_itself(topic: str, code: in
         assert await client.hear() == p.Granted(p.SUBACK, 9, [1, code, 1])
 
 
-async def test_what_a_device_says_where_it_may_not_is_refused_kept_and_nobodys() -> None:
+async def test_a_message_on_a_foreign_topic_is_refused_and_kept_without_a_device() -> None:
     owner = Owner()
     foreign = ("iotee/dev/gate/rls", "iotee/dev/gate/ack", RLS, "iotee/evt/door/cmd_1", "elsewhere")
     async with listening(owner) as server, device(server) as door, device(server, "gate") as gate:
@@ -235,7 +235,7 @@ async def test_a_puback_says_why_and_the_connection_stays() -> None:
         assert await client.hear() == p.Ping(p.PINGRESP)
 
 
-async def test_a_device_that_numbers_its_subscriptions_is_told_that_there_are_no_numbers() -> None:
+async def test_a_device_with_a_subscription_identifier_is_disconnected_with_the_reason() -> None:
     owner = Owner()
     async with listening(owner) as server, raw(server) as client:
         client.say(p.Subscribe(1, [p.Filter(RLS, 1)], {"subscription_id": [1]}))
@@ -416,7 +416,7 @@ async def test_a_connection_silent_for_one_and_a_half_keepalives_is_closed(versi
         assert owner.presence == ["door online", "door offline"]
 
 
-async def test_whoever_does_not_say_connect_is_closed() -> None:
+async def test_a_connection_without_connect_is_closed() -> None:
     owner = Owner()
     async with listening(owner, connect_sec=0.1) as server:
         for sent in (b"", b"\x10\x20\x00\x04MQTT"):
@@ -460,7 +460,7 @@ async def test_an_old_version_is_told_which_ones_are_spoken() -> None:
 
 
 @BOTH
-async def test_what_is_too_large_closes_the_connection(version: int) -> None:
+async def test_a_too_large_packet_closes_the_connection(version: int) -> None:
     owner = Owner()
     async with listening(owner, packet_bytes=2_000) as server, raw(server, version=version) as client:
         client.say(said(b"x" * 1_900))
@@ -687,7 +687,7 @@ async def test_pubacks_given_at_once_and_the_next_command_are_one_write() -> Non
         assert len(counted.writes) == 1
 
 
-async def test_what_a_device_had_no_puback_for_comes_again_as_a_duplicate_and_nothing_else_does() -> None:
+async def test_only_a_message_without_puback_is_a_duplicate_after_a_reconnect() -> None:
     owner = Owner(takes=False)
     async with listening(owner) as server:
         async with raw(server) as client:
@@ -749,7 +749,7 @@ async def test_a_refusal_of_the_device_is_its_own_and_not_the_servers() -> None:
     assert "no memory" in line["why"]
 
 
-async def test_a_message_too_large_for_the_device_and_one_nobody_hears_are_said_to_be_so() -> None:
+async def test_receipts_name_a_too_large_message_and_one_without_subscriber() -> None:
     owner = Owner()
     async with listening(owner) as server, raw(server, properties={"maximum_packet": 100}) as client:
         client.say(subscribe())
@@ -763,7 +763,7 @@ async def test_a_message_too_large_for_the_device_and_one_nobody_hears_are_said_
 # 9: start, end, and tools nobody here wrote
 
 
-async def test_it_closes_in_time_with_clients_that_do_not_answer_and_tells_nobody() -> None:
+async def test_closing_does_not_wait_for_silent_clients_and_reports_nothing() -> None:
     owner = Owner()
     async with listening(owner) as server:
         door = device(server, will=aiomqtt.Will(STATUS, b"offline", qos=1))
@@ -798,7 +798,7 @@ async def test_it_listens_on_ipv6_and_several_addresses() -> None:
 
 
 @pytest.mark.parametrize("version", ["mqttv5", "mqttv311"])
-async def test_mosquittos_own_tools_are_served(version: str) -> None:
+async def test_mosquitto_pub_and_mosquitto_sub_are_served(version: str) -> None:
     owner = Owner()
     async with listening(owner) as server:
         arguments = ["-h", server.host, "-p", str(server.port), "-i", "door", "-u", "door", "-V", version]

@@ -142,7 +142,7 @@ async def test_a_service_without_a_client_id_is_given_one_and_two_have_two(tmp_p
             assert len(home.server.listener.peers) == 2
 
 
-async def test_what_a_service_may_not_hear_is_refused_filter_by_filter_and_what_it_says_is_discarded(
+async def test_foreign_filters_of_a_service_are_refused_one_by_one_and_its_messages_are_discarded(
     tmp_path: Path,
 ) -> None:
     async with house(tmp_path) as home, raw(home.server, greeting=False) as client:
@@ -193,7 +193,7 @@ async def test_filters_narrow_and_their_numbers_come_with_the_events(tmp_path: P
             assert await client.hear() == p.Ping(p.PINGRESP)
 
 
-async def test_its_receive_maximum_is_its_window(tmp_path: Path) -> None:
+async def test_the_receive_maximum_of_a_service_is_its_window(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         async with serving(home.server, properties={"receive_maximum": 3}) as client:
             await home.orders(10)
@@ -205,7 +205,9 @@ async def test_its_receive_maximum_is_its_window(tmp_path: Path) -> None:
             assert len([await event(client) for _ in range(7)]) == 7
 
 
-async def test_one_that_does_not_acknowledge_is_cut_and_holds_up_nobody(tmp_path: Path) -> None:
+async def test_a_service_that_does_not_acknowledge_is_disconnected_and_delays_no_other(
+    tmp_path: Path,
+) -> None:
     async with house(tmp_path, stalled_sec=0.3) as home:
         async with (
             serving(home.server, properties={"receive_maximum": 1}) as slow,
@@ -259,7 +261,7 @@ async def test_a_group_shares_and_all_events_of_a_command_go_to_one_member(tmp_p
             assert [command_of(packet) for packet in everything] == ids
 
 
-async def test_what_a_member_that_left_had_not_acknowledged_goes_to_another(tmp_path: Path) -> None:
+async def test_events_that_a_member_left_unacknowledged_go_to_another_member(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         shared = "$share/workers/iotee/evt/#"
         async with serving(home.server, shared, name="b") as stays:
@@ -272,7 +274,7 @@ async def test_what_a_member_that_left_had_not_acknowledged_goes_to_another(tmp_
                     heard.add(command_of(await event(stays)))
 
 
-async def test_what_a_member_of_a_group_refused_goes_to_nobody_else(tmp_path: Path) -> None:
+async def test_an_event_that_a_member_refused_is_not_sent_to_another(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         shared = "$share/workers/iotee/evt/#"
         async with serving(home.server, shared, name="a") as refuses:
@@ -314,7 +316,7 @@ async def test_a_revoked_key_is_cut_within_a_second_and_hears_nothing_more(tmp_p
             assert last.reason == Reason.ADMINISTRATIVE
 
 
-async def test_one_event_told_again_reaches_whoever_may_hear_it(tmp_path: Path) -> None:
+async def test_a_replayed_event_reaches_the_services_that_may_receive_it(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         async with serving(home.server) as client, serving(home.server, key="theirs") as blind:
             owner = Owner()

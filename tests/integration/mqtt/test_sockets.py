@@ -243,7 +243,9 @@ V6 = b"\x20\x01\x0d\xb8" + bytes(11) + b"\x09" + bytes(20)
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_a_trusted_proxy_says_where_the_client_is(authority: Authority, tls: bool) -> None:
+def test_the_header_of_a_trusted_proxy_gives_the_address_of_the_client(
+    authority: Authority, tls: bool
+) -> None:
     async def main() -> None:
         owner = Owner()
         certificates = Certificates(*authority.issue("server")) if tls else None
@@ -289,7 +291,7 @@ def test_a_trusted_proxy_says_where_the_client_is(authority: Authority, tls: boo
     ],
     ids=["none", "version 3", "too short", "too long", "version 1"],
 )
-async def test_without_a_header_nobody_comes_in_by_a_trusted_proxy(sent: bytes) -> None:
+async def test_a_trusted_proxy_must_send_its_header(sent: bytes) -> None:
     async with listening(Owner(), trusted_proxies=("127.0.0.1/32",)) as server:
         reader, writer = await asyncio.open_connection(server.host, server.port)
         writer.write(sent)
@@ -300,7 +302,7 @@ async def test_without_a_header_nobody_comes_in_by_a_trusted_proxy(sent: bytes) 
         assert server.listener.connections == 0
 
 
-async def test_from_anywhere_else_no_header_is_needed() -> None:
+async def test_other_addresses_need_no_header() -> None:
     async with listening(Owner(), trusted_proxies=("192.0.2.0/24",)) as server, device(server):
         assert server.connected == 1
 
