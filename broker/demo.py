@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -134,7 +135,7 @@ class Demo:
             "# Paste these lines into another terminal: a key, a command, and what became of it.",
             f"export KEY={key}",
             *(tries if device else []),
-            f".venv/bin/ordain log tail --data {where}",
+            f"{shlex.quote(sys.argv[0])} log tail --data {where}",
             f"# docs {base}/docs",
         ]
         return "\n" + "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -18,6 +19,9 @@ from broker.private_socket import SocketClient, answers
 from broker.settings import Settings, load
 
 T = TypeVar("T")
+
+# C0, DEL and C1, line separators, and characters that change the direction of the text after them.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Config = Annotated[
     str | None, Parameter(name="--config", help="TOML file with the broker's settings; else ORDAIN_CONFIG.")
@@ -118,22 +122,32 @@ def confirm(question: str, *, yes: bool, anyone: bool = True) -> None:
         raise Failed(REFUSED, "nothing was done; answer y, or give --yes")
 
 
+def escaped(text: str) -> str:
+    """One line of text in which control characters are escaped as in JSON, such as `\\u001b`.
+
+    Devices and services wrote parts of what is printed, and a terminal must not obey them. The value of JSON
+    stays the same.
+    """
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def print_fields(values: Mapping[str, object]) -> None:
     """Prints one thing, a line for each field. What is not a text is shown as JSON."""
     width = max(map(len, values))
     for name, value in values.items():
         text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-        print(f"{name:{width}}  {text}")
+        print(f"{name:{width}}  {escaped(text)}")
 
 
 def print_json(value: object) -> None:
-    print(msgspec.json.encode(value).decode(), flush=True)
+    print(escaped(msgspec.json.encode(value).decode()), flush=True)
 
 
 def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Prints a table. Columns are as wide as their longest cell, so that no id is cut off."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
+    lines = [tuple(map(escaped, row)) for row in (columns, *rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for row in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 

@@ -18,6 +18,7 @@ from broker.cli.base import (
     Yes,
     ask,
     confirm,
+    escaped,
     pause,
     print_fields,
     print_json,
@@ -87,7 +88,8 @@ def send(
         print_json(made)
     elif wait:
         outcome = made["result"] if made["error"] is None else made["error"]["message"]
-        print(made["id"], made["state"], "" if outcome is None else msgspec.json.encode(outcome).decode())
+        shown = "" if outcome is None else escaped(msgspec.json.encode(outcome).decode())
+        print(made["id"], made["state"], shown)
     else:
         print(made["id"])
     if wait and made["state"] != "executed":
@@ -178,7 +180,7 @@ def explain(command_id: str, /, *, data: Data = None, config: Config = None, as_
     if as_json:
         print_json(found)
     else:
-        print(found["summary"])
+        print(escaped(found["summary"]))
 
 
 def delete(

@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from broker.cli.base import Config, Data, Json, ask, print_json
+from broker.cli.base import Config, Data, Json, ask, escaped, print_json
 from broker.operations.asking import Client, call
 
 
@@ -33,7 +33,7 @@ def diff(
                 if as_json:
                     print_json(change)
                 else:
-                    print(_line(change), flush=True)
+                    print(escaped(_line(change)), flush=True)
             cursor = page["next_cursor"]
 
     ask(data, config, asking)

@@ -9,7 +9,7 @@ from urllib.parse import quote, urlencode
 
 from cyclopts import App, Parameter
 
-from broker.cli.base import Config, Data, Json, Text, ask, print_json, print_table
+from broker.cli.base import Config, Data, Json, Text, ask, escaped, print_json, print_table
 from broker.operations.asking import Client, call
 
 SPAN = re.compile(r"([0-9]{1,6})([mhd])")
@@ -103,7 +103,7 @@ def show_key(key_id: str, /, *, data: Data = None, config: Config = None, as_jso
         return
     for field, value in found.items():
         shown = " ".join(value) if isinstance(value, list) else value
-        print(f"{field.replace('_', ' ')}: {'-' if shown is None else shown}")
+        print(escaped(f"{field.replace('_', ' ')}: {'-' if shown is None else shown}"))
 
 
 @keys.command(name="revoke")
@@ -186,7 +186,7 @@ def audit(
                 if as_json:
                     print_json(entry)
                 else:
-                    print(_change(entry), flush=True)
+                    print(escaped(_change(entry)), flush=True)
             cursor = page["next_cursor"]
 
     ask(data, config, asking)

@@ -12,7 +12,7 @@ from typing import Annotated
 import msgspec
 from cyclopts import App, Parameter
 
-from broker.cli.base import Config, Data, Json, Progress, Text, print_json, settings_of
+from broker.cli.base import Config, Data, Json, Progress, Text, escaped, print_json, settings_of
 from broker.cli.transfer import export_log, import_log, redecide_command
 from broker.domain.events import device_stream
 from broker.log import sqlite as log
@@ -94,7 +94,7 @@ def _show(row: Row, as_json: bool) -> None:
             f"v{row.version}",
             row.type,
             row.actor,
-            text,
+            escaped(text),
             flush=True,
         )
 

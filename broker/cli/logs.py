@@ -12,14 +12,13 @@ from typing import IO, Any
 
 import structlog
 
+from broker.cli.base import CONTROL
 from broker.often import Often
 from broker.settings import Settings
 
 SECRET = re.compile(
     r"(sk_live_|dtok_|whsec_)[\w+/=-]{8,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]+"  # the last one: a JWT
 )
-# C0, DEL and C1, line separators, and characters that change the direction of the text after them.
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Level -> priority of syslog(3). A line that begins with <N> gets this priority: sd-daemon(3).
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 

@@ -19,6 +19,7 @@ import msgspec
 from cyclopts import App, CycloptsError
 
 from broker import __version__
+from broker.cli.base import escaped
 from broker.domain.errors import Unavailable
 from broker.operations.asking import DONE, REFUSED, UNREACHABLE, USAGE, Failed
 from broker.seams import Broken, Full
@@ -170,7 +171,7 @@ def _error(error: BaseException, *, as_json: bool) -> int:
         answer = error.error if isinstance(error, Failed) else None
         shown = {"error": answer or {"code": NAMED[code], "message": message}}
         message = msgspec.json.encode(shown).decode()
-    print(message if as_json else f"ordain: {message}", file=sys.stderr)
+    print(escaped(message if as_json else f"ordain: {message}"), file=sys.stderr)
     return code
 
 

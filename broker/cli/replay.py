@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 from cyclopts import Parameter
 
 from broker.cli.base import Config, Data, Json, Text, print_json, settings_of
@@ -194,7 +193,7 @@ async def _target(settings: Settings, into: str, log_id: str, secret: str | None
     if into == "stdout":
 
         async def show(entry: Entry) -> None:
-            print(msgspec.json.encode(cloud_event(log_id, entry)).decode(), flush=True)
+            print_json(cloud_event(log_id, entry))
 
         yield show
     elif into == "mqtt":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def run(*command: str, cwd: Path) -> str:
 
 def installed(directory: Path, wheel: Path, extra: str = "") -> Path:
     """A new environment with one wheel and what it needs, in the versions of the lock; its `bin`."""
-    run(uv(), "venv", "--quiet", "--python", sys.executable, str(directory), cwd=directory.parent)
+    run(uv(), "venv", "--quiet", "--seed", "--python", sys.executable, str(directory), cwd=directory.parent)
     python = str(directory / "bin" / "python")
     lock = str(ROOT / "requirements.lock")
     run(
@@ -86,6 +87,12 @@ def installed(directory: Path, wheel: Path, extra: str = "") -> Path:
         cwd=directory.parent,
     )
     return directory / "bin"
+
+
+@pytest.fixture(scope="module")
+def programs(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment with the wheel of the broker."""
+    return installed(tmp_path_factory.mktemp("broker") / "env", wheel_of(packages, "ordain"))
 
 
 def committed(*rooms: str) -> set[str]:
@@ -114,15 +121,15 @@ def test_a_package_holds_every_file_of_its_rooms_and_no_other(
 
 
 def test_the_wheel_serves_its_demo_and_the_devices_package_runs_a_device(
-    packages: Path, new_broker: NewBroker, tmp_path: Path
+    packages: Path, programs: Path, new_broker: NewBroker, tmp_path: Path
 ) -> None:
-    bin = installed(tmp_path / "broker-env", wheel_of(packages, "ordain"))
     broker = new_broker("--demo")
-    broker.program = str(bin / "ordain")
+    broker.program = str(programs / "ordain")
 
     printed = welcome(broker.start())
     bash(printed["send"], tmp_path)
     until(lambda: '"state":"executed"' in bash(printed["look"], tmp_path))
+    assert "executed" in bash(printed["log"], tmp_path)
     for path in ("/docs", "/openapi.json", "/sdk/app.mjs"):
         assert httpx2.get(broker.url + path, trust_env=False).status_code == 200, path
 
@@ -138,14 +145,24 @@ def test_the_wheel_serves_its_demo_and_the_devices_package_runs_a_device(
     assert done["result"] == {"got": {"for_sec": 5}}
 
 
-def test_the_wheel_has_the_configuration_of_its_own_mosquitto(
-    packages: Path, new_broker: NewBroker, tmp_path: Path
-) -> None:
-    bin = installed(tmp_path / "env", wheel_of(packages, "ordain"))
+def test_the_wheel_has_the_configuration_of_its_own_mosquitto(programs: Path, new_broker: NewBroker) -> None:
     broker = new_broker("--mqtt-server", "mosquitto")
-    broker.program = str(bin / "ordain")
+    broker.program = str(programs / "ordain")
 
     assert broker.start().not_ready() == []
+
+
+def test_pip_accepts_the_documented_commands(packages: Path, programs: Path, tmp_path: Path) -> None:
+    """All is there already, so pip loads nothing, but it reads the requirements and judges their hashes."""
+    page = (ROOT / "docs" / "deploy" / "index.md").read_text()
+    lines = re.findall("^/opt/ordain/bin/pip install .*$", page, re.MULTILINE)
+    (tmp_path / "requirements.lock").symlink_to(ROOT / "requirements.lock")
+    (tmp_path / "dist").symlink_to(packages)
+
+    said = [run("sh", "-ec", line.replace("/opt/ordain/bin", str(programs)), cwd=tmp_path) for line in lines]
+
+    assert len(said) == 2
+    assert "ordain" in said[-1]
 
 
 def test_the_devices_package_needs_few_others(packages: Path, tmp_path: Path) -> None:

@@ -77,6 +77,32 @@ def made_words(done: subprocess.CompletedProcess[str]) -> list[str]:
     return done.stdout.split()
 
 
+def test_a_terminal_does_not_obey_what_a_device_wrote(broker: Broker) -> None:
+    steering = "\x1b]0;title\x07\x1b[2J \x9b31m \u202e\nok"
+    token = broker.device("sly")
+    named = broker.http("PATCH", "/v1/devices/sly", {"name": steering})
+    assert named.status_code == 200
+    device = Device(broker.mqtt_port, "sly", token)
+    listening = device.listen()
+    command = broker.create("sly", "on", params={"text": steering})
+    device.next(listening)
+    assert device.say(json.dumps({"id": command, "status": "failed", "error": steering})) == 0
+    broker.reaches(command, "failed")
+    events = broker.http("GET", f"/v1/commands/{command}/events").json()["data"]
+    first, last = (str(events[at]["position"]) for at in (0, -1))
+
+    for words in (
+        ["explain", command], ["commands", "show", command], ["log", "show", command],
+        ["devices", "show", "sly"], ["diff", first, last],
+    ):  # fmt: skip
+        for more in ([], ["--json"]):
+            done = broker.ordain(*words, *more)
+            assert done.returncode == 0, done.stderr
+            assert "\\u009b31m" in done.stdout, words
+            assert all(line.isprintable() for line in done.stdout.split("\n")), words
+    assert as_json(broker, "devices", "show", "sly")["name"] == steering
+
+
 def test_devices_are_shown_with_presence_get_new_tokens_and_are_deleted(broker: Broker) -> None:
     device = Device(broker.mqtt_port, "lamp", broker.device("lamp"))
     listening = device.listen()

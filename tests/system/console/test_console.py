@@ -135,6 +135,10 @@ def test_the_keyboard_reaches_everything(console: Console) -> None:
     page.keyboard.press("g")
     page.keyboard.press("s")
     page.wait_for_url("**/system")
+    page.keyboard.press("/")
+    page.keyboard.insert_text(made[0])
+    page.keyboard.press("Enter")  # before the search is answered
+    page.wait_for_url(f"**/commands/{made[0]}")
 
 
 def test_giving_up_asks_and_keeps_the_reason(console: Console) -> None:
@@ -237,6 +241,10 @@ def test_what_others_wrote_stays_text(console: Console) -> None:
     tab = console.tab()
     page = tab.open(f"/commands/{command}")
     page.locator(".explain", has_text="{{7*7}}").wait_for()
+    detail = page.locator(".detail")
+    expect(detail.locator(".explain")).to_contain_text("\\u202e")
+    expect(detail.get_by_role("tabpanel")).to_contain_text("\\u202e")
+    assert "\u202e" not in detail.inner_text()
     for name in ("Payload & topic", "Raw"):
         page.get_by_role("tab", name=name).click()
         assert page.get_by_role("tabpanel").get_by_text("onerror").first.is_visible()

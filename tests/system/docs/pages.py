@@ -295,7 +295,8 @@ class Reader:
         assert self._broker is not None
         text = text.replace(self._broker.url.removeprefix("http://"), "127.0.0.1:8080")
         text = text.replace(f"127.0.0.1:{self._broker.mqtt_port}", "127.0.0.1:1883")
-        return text.replace(str(self._broker.data), "data").replace(str(self._home), ".")
+        text = text.replace(ORDAIN, ".venv/bin/ordain").replace(str(self._broker.data), "data")
+        return text.replace(str(self._home), ".")
 
 
 async def _awaited(result: Any) -> Any:

@@ -4,7 +4,7 @@ import { call, encoded, get, may, post } from "./api.mjs";
 import { html, useEffect, useState } from "./html.mjs";
 import { useKeys } from "./keys.mjs";
 import { CLOSED, follow, polled, stream } from "./live.mjs";
-import { length, moment, pretty } from "./format.mjs";
+import { length, moment, pretty, visible } from "./format.mjs";
 import { At, Chip, CopyButton, Failure, Id, Name, Skeleton, Table, ask, useAction, useLoad } from "./parts.mjs";
 import { Link, asOf, change, go } from "./route.mjs";
 import { Waterfall } from "./waterfall.mjs";
@@ -42,7 +42,7 @@ export function Command({ id, close }) {
       <${Chip} state=${command.state} />
     <//>
     ${error && html`<${Failure} error=${error} showing="You see the last known state." />`}
-    ${explanation && html`<p class="explain">${explanation.summary}</p>`}
+    ${explanation && html`<p class="explain">${visible(explanation.summary)}</p>`}
     <p class="facts">
       to <${Link} to=${`/devices/${encoded(command.hardware_id)}`}><${Name}>${command.hardware_id}<//><//> · <${Id} id=${command.id} /> · created <${At} at=${Date.parse(command.created_at)} exact />
       ${command.retry_of && html` · retry of <${Link} to=${`/commands/${command.retry_of}`}>${command.retry_of.slice(0, 8)}…${command.retry_of.slice(-4)}<//>`}
@@ -120,7 +120,7 @@ function Events({ events }) {
       html`<span title=${moment(Date.parse(each.recorded_at))}>${length(Date.parse(each.recorded_at) - first)}</span>`,
       html`<span class="once">${each.evidence?.replace("_", " ") ?? "–"}</span>`,
       html`<button type="button" class="id" title="Show all pages as they were then" onClick=${() => change({ at: String(each.position) })}>${each.position}</button>`,
-      html`<code class="data">${each.erased ? "erased" : detailOf(each)}</code>`,
+      html`<code class="data">${each.erased ? "erased" : visible(detailOf(each))}</code>`,
     ])} />`;
 }
 

@@ -80,7 +80,12 @@ export function bytes(value) {
 }
 
 export const short = (id) => (id.length > 13 ? `${id.slice(0, 12)}…` : id);
-export const pretty = (value) => JSON.stringify(value, null, 2);
+
+// C0 except tab and line feed, DEL and C1, and characters that change the direction of the text after them.
+const CONTROL = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g;
+/** A text with such characters escaped as in JSON, so that what others wrote cannot change how our words look. */
+export const visible = (text) => text.replace(CONTROL, (one) => `\\u${one.charCodeAt(0).toString(16).padStart(4, "0")}`);
+export const pretty = (value) => visible(JSON.stringify(value, null, 2));
 
 /** A percentile of sorted numbers; null if there are none. */
 export function percentile(sorted, share) {

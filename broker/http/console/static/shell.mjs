@@ -223,32 +223,41 @@ function Search() {
   const [text, write] = useState("");
   const [found, set] = useState(null);
   const [active, move] = useState(0);
-  useEffect(() => {
-    if (!text.trim()) {
-      set(null);
-      return;
-    }
-    const stop = new AbortController();
-    const later = setTimeout(() => search(text.trim(), stop.signal).then((list) => (set(list), move(0)), (error) => stop.signal.aborted || set({ error })), 120);
-    return () => (clearTimeout(later), stop.abort());
-  }, [text]);
+  const entered = useRef(false); // Enter came before the answer for this text: its first entry is opened then
   const open = (one) => {
     if (!one) return;
     write("");
     document.activeElement?.blur();
     go(one.to, one.query);
   };
+  useEffect(() => {
+    entered.current = false;
+    if (!text.trim()) {
+      set(null);
+      return;
+    }
+    const stop = new AbortController();
+    const show = (list) => {
+      if (stop.signal.aborted) return;
+      set({ of: text, list });
+      move(0);
+      if (entered.current) open(list[0]);
+    };
+    const later = setTimeout(() => search(text.trim(), stop.signal).then(show, (error) => stop.signal.aborted || set({ of: text, list: [], error })), 120);
+    return () => (clearTimeout(later), stop.abort());
+  }, [text]);
+  const list = found?.list ?? [];
+  const shown = found !== null;
   const key = (event) => {
-    if (!Array.isArray(found)) return;
-    if (event.key === "ArrowDown") move(Math.min(active + 1, found.length - 1));
+    if (!text.trim()) return;
+    if (event.key === "ArrowDown") move(Math.max(0, Math.min(active + 1, list.length - 1)));
     else if (event.key === "ArrowUp") move(Math.max(active - 1, 0));
-    else if (event.key === "Enter") open(found[active]);
+    else if (event.key === "Enter" && found?.of === text) open(list[active]);
+    else if (event.key === "Enter") entered.current = true;
     else if (event.key === "Escape") write("");
     else return;
     event.preventDefault();
   };
-  const list = Array.isArray(found) ? found : [];
-  const shown = found !== null;
   return html`<div class="search" role="search">
     <input id="search" type="search" placeholder="/ search" aria-label="Search by id, device or name" autocomplete="off" spellcheck="false"
       role="combobox" aria-expanded=${shown} aria-controls="found" aria-activedescendant=${list.length ? `found-${active}` : null}

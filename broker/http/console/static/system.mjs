@@ -121,7 +121,7 @@ function Followers({ found }) {
     ]);
   }
   return html`<${Section} title="Subscribers" aside=${html`<span class="dim">lag in events</span>`}>
-    <${Table} label="Subscribers" head=${["Subscriber", "Lag", "Last error", ""]} numbers=${[1]} rows=${rows} />
+    <${Table} label="Subscribers" head=${["Subscriber", "Lag", "Note or last error", ""]} numbers=${[1]} rows=${rows} />
     ${!able && html`<p class="dim">Webhooks are shown to keys with the scope devices:write.</p>`}
     ${(error ?? resuming.error) && html`<${Failure} error=${error ?? resuming.error} />`}
   <//>`;
