@@ -8,7 +8,7 @@ COLUMNS = ("device type", "commands", "p95 ms")
 
 
 def apply(sql, event):
-    """One event: `type`, `stream` (the command's id), `recorded_at` (ms), and `event` with what it says."""
+    """Takes in one event: its `type`, `stream` (command id), `recorded_at` (ms), and its data in `event`."""
     if event.type == "created":
         sql.execute("INSERT INTO handed_over VALUES (?, ?, NULL)", (event.stream, event.event.device_type))
     elif event.type == "published":
@@ -28,7 +28,7 @@ def apply(sql, event):
 
 
 def rows(sql):
-    """What is shown: the smallest time that 95 of 100 commands did not exceed."""
+    """The rows to show: for each device type, the time within which 95 of 100 commands were acknowledged."""
     return sql.execute(
         "SELECT device_type, n, ms FROM (SELECT device_type, ms, count(*) OVER whole AS n,"
         " row_number() OVER (PARTITION BY device_type ORDER BY ms) AS rank"

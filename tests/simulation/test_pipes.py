@@ -1,4 +1,4 @@
-"""Dead connections on the real listener, by a story: who notices first, and where commands then go."""
+"""Dead connections on the real listener: either side may notice first, and commands still arrive."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def story(noticed_after_sec: float, keepalive: int) -> list[str]:
 @pytest.mark.parametrize(
     ("noticed_after_sec", "keepalive"), [(15, 120), (300, 20)], ids=["device", "listener"]
 )
-def test_whoever_notices_first_commands_reach_the_device_where_it_is(
+def test_commands_reach_the_device_whichever_side_notices_the_dead_connection_first(
     noticed_after_sec: float, keepalive: int
 ) -> None:
     assert story(noticed_after_sec, keepalive) == []

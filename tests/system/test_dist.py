@@ -20,7 +20,7 @@ from tests.system.conftest import NewBroker
 from tests.system.faults.test_start import bash, welcome
 from tests.system.support import ROOT, environment, until
 
-# A device of its maker: it needs `ordain-device` and nothing of the broker.
+# A device as its maker would write it: it needs only `ordain-device`, and nothing of the broker.
 DEVICE = """
 import asyncio, importlib.util, sys
 from devices.agent import Agent, Call
@@ -96,7 +96,7 @@ def programs(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def committed(*rooms: str) -> set[str]:
-    """The files of these rooms that are committed, or are new and not ignored."""
+    """The files of these directories that are committed, or are new and not ignored."""
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", *rooms, cwd=ROOT)
     return {name for name in listed.splitlines() if (ROOT / name).is_file()}
 

@@ -1,4 +1,4 @@
-"""What strangers can write into the log of a running broker, and what their broken connections leave."""
+"""Clients without a key: the log lines that they can cause, and the effects of their broken connections."""
 
 from __future__ import annotations
 

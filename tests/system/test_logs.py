@@ -1,4 +1,4 @@
-"""What `ordain serve` tells the person or the program that started it: log lines, and the service manager."""
+"""The output of `ordain serve` for the person or program that started it: log lines, messages to systemd."""
 
 from __future__ import annotations
 

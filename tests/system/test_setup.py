@@ -1,4 +1,4 @@
-"""`scripts/setup` behind a company's own certificate: a real package index with TLS, a real uv."""
+"""`scripts/setup` with a company's own certificate: a real package index with TLS, and a real uv."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_set_up_honours_a_companys_certificate(tmp_path: Path, index: str, v
     assert list((tmp_path / ".venv" / "lib").glob("python*/site-packages/tiny.py"))
 
 
-def test_the_set_up_tries_the_systems_certificates_and_says_what_is_missing(
+def test_the_set_up_tries_the_systems_certificates_and_names_the_missing_setting(
     tmp_path: Path, index: str
 ) -> None:
     done = set_up(tmp_path, index)

@@ -1,4 +1,4 @@
-/* A door in C with libmosquitto: it unlocks, and refuses what was not granted.
+/* A door in C with libmosquitto: it unlocks, and refuses commands without a valid grant.
    Environment: TOKEN, ORDAIN_KEY (`x` of /.well-known/jwks.json), DEVICE, MQTT_HOST, MQTT_PORT. */
 #include "grant.h"
 
@@ -11,8 +11,8 @@
 #define REMEMBERED 16
 #define ROOM 512
 
-/* The last answer to each id: an id that was seen is answered, not executed again. A device whose commands must
-   not be done twice keeps this in flash, so that it outlives a restart. */
+/* The last answer to each id. If an id comes again, its answer is sent and nothing is executed. If a command must
+   not be executed twice, keep this in flash, so that it survives a restart. */
 static struct { char id[65], answer[ROOM]; } memory[REMEMBERED];
 static unsigned next;
 
@@ -62,7 +62,7 @@ static void execute(struct mosquitto *client, const cJSON *command, char answer[
     next = (next + 1) % REMEMBERED;
 }
 
-/* An identifier of Ordain's; anything else must not get into an answer. */
+/* Whether a text is an identifier of Ordain. Other texts must not get into an answer. */
 static int is_name(const char *id) {
     static const char *const allowed = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-";
     size_t length = strlen(id);
@@ -89,7 +89,7 @@ static void on_connect(struct mosquitto *client, void *unused, int refused) {
     else mosquitto_subscribe(client, NULL, topic("rls"), 1);
 }
 
-/* Only now: a command that is sent to us from here on is not missed. */
+/* Called after the SUBACK. Only now say `online`: the device gets every command that is sent from here on. */
 static void on_subscribe(struct mosquitto *client, void *unused, int id, int count, const int *granted_qos) {
     (void)unused, (void)id, (void)count, (void)granted_qos;
     mosquitto_publish(client, NULL, topic("status"), 6, "online", 1, true);

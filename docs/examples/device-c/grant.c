@@ -9,7 +9,7 @@
 
 #define CLOCKS_DIFFER_SEC 30
 
-/* base64url without padding; the number of bytes, or -1 if it is none or does not fit. */
+/* Decodes base64url without padding. Returns the number of bytes, or -1 if the text is wrong or too long. */
 int base64url(const char *text, size_t length, unsigned char *out, size_t room) {
     static const char *const digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
     unsigned bits = 0, held = 0;

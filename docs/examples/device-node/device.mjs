@@ -1,4 +1,4 @@
-// A door in Node: it unlocks, remembers what it did, and refuses what was not granted.
+// A door in Node: it unlocks, remembers the commands it executed, and refuses commands without a valid grant.
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { createRemoteJWKSet } from "jose";
 import mqtt from "mqtt";
@@ -13,7 +13,7 @@ const {
 const topic = (suffix) => `iotee/dev/${DEVICE}/${suffix}`;
 const keys = createRemoteJWKSet(new URL("/.well-known/jwks.json", ORDAIN_URL));
 
-// The last answer to each id, kept over a restart: an id that was seen is answered, not executed again.
+// The last answer to each id, kept over a restart. If an id comes again, its answer is sent and nothing is executed.
 const MEMORY = `${DEVICE}.json`;
 const REMEMBERED = 1000;
 const answers = new Map(existsSync(MEMORY) ? JSON.parse(readFileSync(MEMORY)) : []);
@@ -57,7 +57,7 @@ async function execute(command) {
   return { id, status: "executed", result: await commands[type](command) };
 }
 
-// One after the other: a command that comes twice at once must find the first one's answer.
+// One command after the other: if a command comes twice, the second must find the answer of the first.
 let turn = Promise.resolve();
 client.on("message", (_, payload) => {
   turn = turn.then(async () => {

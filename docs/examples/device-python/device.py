@@ -1,4 +1,4 @@
-"""A door in Python, on the reference agent: it unlocks, and refuses what was not granted.
+"""A door in Python with the reference agent: it unlocks, and refuses commands without a valid grant.
 
 The agent subscribes before it says `online`, repeats its answer to an id that it has seen, and publishes an
 answer again after a reconnect until the MQTT server has acknowledged it.

@@ -1,4 +1,4 @@
-// A service in Node: unlocks a door, waits for the end, and says what became of it.
+// A service in Node: it unlocks a door, waits for the end, and prints the outcome.
 import { App, Timeout } from "./app.mjs";
 
 const { ORDAIN_URL = "http://127.0.0.1:8080", DEVICE = "demo_lock", KEY } = process.env;

@@ -1,4 +1,4 @@
-"""A service in Python: unlocks a door, waits for the end, and says what became of it.
+"""A service in Python: it unlocks a door, waits for the end, and prints the outcome.
 
 The time to live matters: without it, a door that was away for an hour would unlock when it comes back.
 """

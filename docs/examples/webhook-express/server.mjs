@@ -1,11 +1,11 @@
-// A receiver of webhooks in Express. It checks the signature over the bytes as they came, and handles each event
-// once: a webhook is sent again until it is answered with 2xx, and keeps its id.
+// A receiver of webhooks in Express. It checks the signature over exactly the received bytes. It handles each event
+// once: an event is sent again, with the same id, until it is answered with 2xx.
 import express from "express";
 import { Webhook } from "standardwebhooks";
 
 const { SECRET, PORT = "9000" } = process.env;
 const webhook = new Webhook(SECRET);
-// A real service keeps the ids where it keeps what it made of the events, in the same transaction.
+// A real service stores each id together with the result of the event, in one transaction.
 const handled = new Set();
 
 const app = express();

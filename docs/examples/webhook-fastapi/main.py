@@ -1,7 +1,7 @@
 """A receiver of webhooks in FastAPI. Needs `fastapi`, `uvicorn` and `standardwebhooks`.
 
-It checks the signature over the bytes as they came, and handles each event once: a webhook is sent again
-until it is answered with 2xx, and keeps its id.
+It checks the signature over exactly the received bytes. It handles each event once: an event is sent again,
+with the same id, until it is answered with 2xx.
 """
 
 import json
@@ -13,7 +13,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 webhook = Webhook(os.environ["SECRET"])
 app = FastAPI()
-# A real service keeps the ids where it keeps what it made of the events, in the same transaction.
+# A real service stores each id together with the result of the event, in one transaction.
 handled: set[str] = set()
 
 

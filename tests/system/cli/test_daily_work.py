@@ -183,7 +183,7 @@ def test_the_list_of_webhooks_says_why_deliveries_fail(new_broker: NewBroker, tm
     assert "Connect" in line
 
 
-def test_the_password_file_lets_devices_canary_and_broker_into_a_mosquitto_of_ones_own(
+def test_a_mosquitto_with_the_password_file_accepts_devices_canary_and_broker(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
     port = unused_port()

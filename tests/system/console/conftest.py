@@ -19,7 +19,7 @@ WIDE = {"width": 1440, "height": 900}
 
 
 class Tab:
-    """A tab of the console, and all that must never happen in one."""
+    """A tab of the console. It records requests to other hosts, log lines, errors and dialogs."""
 
     def __init__(
         self, browser: Browser, broker: Broker, key: str, scheme: Scheme, size: dict[str, int]
@@ -53,14 +53,14 @@ class Tab:
         return self.page
 
     def close(self) -> None:
-        """Nothing was asked of anybody else, and nothing went wrong that only a developer would see."""
+        """Closes the tab. Fails if it sent a request to another host, or if the browser logged anything."""
         self._context.close()
         assert all(url.startswith(f"{self.broker.url}/") for url in self.asked), self.asked
         assert self.said == []
 
 
 class Console:
-    """What a test needs: tabs, keys, and the broker with its devices."""
+    """Gives tests their tabs, keys and devices."""
 
     def __init__(self, browser: Browser, broker: Broker) -> None:
         self.browser, self.broker = browser, broker
@@ -80,7 +80,7 @@ class Console:
         return self.tabs[-1]
 
     def device(self, hardware_id: str, **fields: object) -> Callable[[], Agent]:
-        """Registers a device; what makes it run. It does what it is asked to, but for `{"jam": true}`."""
+        """Registers a device. Returns a function that makes its agent, which fails only for `{"jam": …}`."""
         answer = self.broker.http(
             "POST", "/v1/devices", {"hardware_id": hardware_id, "type": "generic"} | fields
         )
@@ -114,7 +114,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[Console]:
-    """A broker with the device `door-7`, which is there."""
+    """A broker with the device `door-7`, which is online."""
     place = tmp_path_factory.mktemp("broker")
     broker = Broker(place / "data", cwd=place).start()
     with ExitStack() as stack:
@@ -127,7 +127,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator
 
 @pytest.fixture
 def console(home: Console) -> Iterator[Console]:
-    """Closes the tabs of a test, and has each judged."""
+    """Closes the tabs after a test; `Tab.close` checks each."""
     home.tabs = []
     yield home
     for tab in home.tabs:

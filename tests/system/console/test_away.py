@@ -1,4 +1,4 @@
-"""The console while the broker is away, and after: it says so, and nothing is missing."""
+"""The console while the broker is away: it shows that, and misses no event after the broker is back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.system.conftest import NewBroker
 from tests.system.console.conftest import Console
 
 
-def test_a_broker_that_dies_is_said_to_be_away_and_what_came_meanwhile_follows(
+def test_the_page_says_that_the_broker_is_away_and_then_shows_the_missed_commands(
     new_broker: NewBroker, browser: Browser
 ) -> None:
     broker = new_broker("--http", f"127.0.0.1:{unused_port()}").start()
@@ -35,5 +35,5 @@ def test_a_broker_that_dies_is_said_to_be_away_and_what_came_meanwhile_follows(
     page.locator(".row", has=page.locator(f"a[href$='{before}']")).locator(".s-cancelled").wait_for()
     shown = [each.get_attribute("href") for each in page.locator(".row a").all()]
     assert shown == [f"/console/commands/{each}" for each in [*reversed(made), before]]
-    tab.said.clear()  # the browser writes down each request that failed itself
+    tab.said.clear()  # the browser itself logs each failed request
     tab.close()

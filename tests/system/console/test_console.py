@@ -66,7 +66,7 @@ def test_a_command_is_sent_from_the_form_and_watched_to_its_end(console: Console
     assert page.get_by_text("iotee/dev/door-7/rls").is_visible()
 
 
-def test_the_list_is_live_and_its_filters_stand_in_the_address(console: Console) -> None:
+def test_the_list_is_live_and_the_address_has_its_filters(console: Console) -> None:
     broker = console.broker
     console.device("away-1")
     page = console.tab().open()
@@ -89,7 +89,7 @@ def test_the_list_is_live_and_its_filters_stand_in_the_address(console: Console)
     page.get_by_text("No command fits these filters.").wait_for()
 
 
-def test_the_list_can_be_paused_and_goes_on_with_all_that_came(console: Console) -> None:
+def test_a_paused_list_shows_all_missed_commands_when_it_is_resumed(console: Console) -> None:
     console.device("away-2")
     page = console.tab().open("?device=away-2")
     page.get_by_text("No command fits these filters.").wait_for()
@@ -141,7 +141,7 @@ def test_the_keyboard_reaches_everything(console: Console) -> None:
     page.wait_for_url(f"**/commands/{made[0]}")
 
 
-def test_giving_up_asks_and_keeps_the_reason(console: Console) -> None:
+def test_abandoning_a_command_asks_for_a_reason_and_records_it(console: Console) -> None:
     name = "slow-1"
     console.device(name, type="iotee_device")  # handed over whether it is there or not
     command = console.broker.create(name, "lock")
@@ -174,7 +174,7 @@ def run(command: list[str], cwd: Path, key: str) -> None:
     assert done.returncode == 0, done.stderr + done.stdout
 
 
-def test_what_is_copied_does_the_same_again_wherever_it_is_pasted(console: Console, tmp_path: Path) -> None:
+def test_each_copied_snippet_sends_the_same_command_again(console: Console, tmp_path: Path) -> None:
     broker = console.broker
     console.device("away-4")
     params = {"text": 'it\'s $HOME "quoted" `x` \\ é\n', "on": True, "off": None, "n": [1, {"two": 2.5}]}
@@ -231,8 +231,8 @@ def test_every_page_is_shown_as_it_was(console: Console) -> None:
     assert re.sub(r"\s+", " ", change.inner_text()) == "unlock to door-7 ◷pending → ✓executed"
 
 
-def test_what_others_wrote_stays_text(console: Console) -> None:
-    """Names, attributes, parameters, and the words of a device: a script or a tag in them is only shown."""
+def test_names_and_values_from_others_are_never_run_as_markup(console: Console) -> None:
+    """A script or a tag in names, attributes, parameters or a device's texts is only shown as text."""
     broker = console.broker
     console.device("odd-1", name=HOSTILE, attributes={HOSTILE: HOSTILE})
     broker.http("PATCH", "/v1/devices/odd-1", {"name": HOSTILE})
@@ -317,7 +317,7 @@ def test_an_admin_makes_a_key_revokes_it_and_has_the_log_verified(console: Conso
     page.get_by_text("no fault").wait_for()
 
 
-def test_a_new_token_is_asked_about_and_shown_once(console: Console) -> None:
+def test_a_new_token_needs_a_confirmation_and_is_shown_once(console: Console) -> None:
     console.device("away-6")
     page = console.tab().open("/devices/away-6")
     page.get_by_role("button", name="New token…").click()
@@ -346,8 +346,8 @@ def test_a_form_follows_the_schema_and_says_what_is_wrong(console: Console) -> N
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_on_any_page_keeps_anybody_out(console: Console, scheme: str) -> None:
-    """axe: names, roles, contrast, focus, on a screen and on a phone; in the dark only contrast differs."""
+def test_axe_finds_no_barrier_on_any_page(console: Console, scheme: str) -> None:
+    """Checks names, roles, contrast and focus, on a screen and on a phone; in dark mode only contrast."""
     broker = console.broker
     failed = broker.create("door-7", "unlock", params={"jam": True})
     broker.reaches(failed, "failed")

@@ -25,7 +25,7 @@ SECONDS = 60
 
 @pytest.fixture
 def fleet(new_broker: NewBroker, browser: Browser) -> Iterator[tuple[Console, dict[str, str]]]:
-    """Devices that do well, fail, answer slowly, lose answers and go away; and paths to look at."""
+    """A console whose devices work, fail, are slow, lose answers and go offline; and values for paths."""
     broker = new_broker().start()
     console = Console(browser, broker)
     with ExitStack() as stack:
@@ -52,14 +52,14 @@ def fleet(new_broker: NewBroker, browser: Browser) -> Iterator[tuple[Console, di
 
 
 def simulated(page: dict[str, list[dict[str, str]]]) -> list[str]:
-    """Ids of simulated commands, once there are failed ones among them, or many."""
+    """The states of simulated commands, once one of them has failed, or there are many; else empty."""
     states = [each["state"] for each in page["data"]]
     return states if "failed" in states or len(states) > 50 else []
 
 
 @pytest.mark.skipif(not FOLDER, reason="scripts/screenshots makes the pictures")
 @pytest.mark.timeout(300)
-def test_every_page_can_be_photographed(fleet: tuple[Console, dict[str, str]]) -> None:
+def test_every_page_gives_a_screenshot(fleet: tuple[Console, dict[str, str]]) -> None:
     console, known = fleet
     key = console.key("admin", project="simulation")
     pages = {

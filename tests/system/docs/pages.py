@@ -1,7 +1,7 @@
 """Reads a page of the documentation and runs its examples in order, as a reader would.
 
-What is done with a block follows from its language, its title and the comment above it, so a new page needs
-no code here. `docs/CONTRIBUTING.md`, "Pages that run", has the rules for whoever writes a page.
+The language, the title and the comment above a block decide how it is run, so a new page needs no code here.
+`docs/CONTRIBUTING.md`, "Pages that run", has the rules for authors of pages.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FOUND = re.compile(
 STARTS = re.compile(r"make run|(?:\.venv/bin/)?ordain serve\b(.*)")
 # The tests choose these themselves.
 OWN_OPTIONS = {"--http", "--mqtt-listen", "--data"}
-# What differs from run to run, and what is left of it.
+# Texts that differ from run to run, and their replacements.
 VOLATILE = (
     (r"\b([a-z]{2,4}_)[0-9a-z]{26}\b", r"\1▮"),
     (r"(sk_live_|dtok_|whsec_)[\w/+=-]{16,}", r"\1▮"),
@@ -78,7 +78,7 @@ class Block:
 
 
 def blocks_of(page: str) -> Iterator[Block]:
-    """Every block of a page but those that a script draws: where they come from, they are tested."""
+    """Every block of a page except those that a script generates: they are tested at their source."""
     drawn = False
     directives: dict[str, str] = {}
     for found in FOUND.finditer(page):
@@ -108,7 +108,7 @@ def blocks_of(page: str) -> Iterator[Block]:
 
 
 def one_module(blocks: list[Block]) -> list[Block]:
-    """The blocks in JavaScript as one, in place of the last: what imports cannot be run in parts."""
+    """Joins the JavaScript blocks into one, at the place of the last: a module cannot be run in parts."""
     parts = [block for block in blocks if block.language == "js" and not block.title and not block.directives]
     if len(parts) < 2:
         return blocks
@@ -117,7 +117,7 @@ def one_module(blocks: list[Block]) -> list[Block]:
 
 
 def fits(shown: Block, printed: str) -> bool:
-    """Whether an answer on a page is what was printed.
+    """Whether an answer on a page matches the printed one.
 
     `…` stands for anything. Layout, ids, times and keys may differ, and in a text also numbers.
     """
@@ -155,7 +155,7 @@ def _json(value: Any, indent: str = "") -> str:
 
 
 class Reader:
-    """Somebody who follows one page: a directory, a shell, a Python session and a broker."""
+    """Follows one page like a reader: with a directory, a shell, a Python session and a broker."""
 
     def __init__(self, new_broker: NewBroker, home: Path) -> None:
         self._new_broker = new_broker

@@ -41,7 +41,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 
 class Attacker:
-    """Somebody who may read and write everything at the MQTT server: it has no rules."""
+    """A client that may read and write every topic of the MQTT server, which has no access rules."""
 
     def __init__(self, server: Mosquitto) -> None:
         self._at = ["-p", str(server.port), "-q", "1"]
@@ -87,7 +87,7 @@ def attacker(mosquitto: Mosquitto) -> Iterator[Attacker]:
 
 
 @pytest.mark.parametrize("language", ["python", "node", "c"])
-def test_a_device_does_what_was_granted_once_and_nothing_else(
+def test_a_device_executes_only_granted_commands_and_each_once(
     language: str,
     new_broker: NewBroker,
     mosquitto: Mosquitto,
@@ -135,7 +135,7 @@ def with_claims(grant: str, **claims: str) -> str:
 
 
 @pytest.mark.parametrize("language", ["python", "node"])
-def test_a_service_sends_waits_and_says_what_became_of_it(
+def test_a_service_sends_a_command_waits_and_prints_its_outcome(
     language: str, new_broker: NewBroker, start: Callable[..., Process]
 ) -> None:
     if language == "node":
@@ -151,7 +151,7 @@ def test_a_service_sends_waits_and_says_what_became_of_it(
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "express"])
-def test_a_receiver_takes_what_is_signed_once_and_nothing_else(
+def test_a_receiver_accepts_only_signed_requests_and_handles_each_id_once(
     framework: str, new_broker: NewBroker, start: Callable[..., Process]
 ) -> None:
     broker = new_broker()

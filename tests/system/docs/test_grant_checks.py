@@ -1,4 +1,4 @@
-"""The three checks of a grant that the docs show: each takes the genuine one, and none of the forgeries."""
+"""The three grant checks in the docs: each accepts the genuine grant and refuses every forgery."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def c(grants: list[str], home: Path) -> list[bool]:
 
 
 @pytest.mark.parametrize("language", ["python", "node", "c"])
-def test_the_check_takes_the_genuine_grant_and_no_forgery(language: str, tmp_path: Path) -> None:
+def test_the_grant_check_accepts_the_genuine_grant_and_no_forgery(language: str, tmp_path: Path) -> None:
     checks: dict[str, Check] = {
         "python": python,
         "node": lambda grants: javascript(grants, tmp_path),

@@ -1,4 +1,4 @@
-"""Pages of reference, held against the code: what is drawn is current, and no setting is missing."""
+"""Compares the reference pages with the code: generated parts are current, and no setting is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ABOUT = 20
 
 
 @pytest.mark.parametrize("page", DRAWN, ids=lambda page: page.name)
-def test_pictures_and_tables_are_those_the_code_draws(page: Path) -> None:
+def test_pictures_and_tables_match_the_code(page: Path) -> None:
     assert drawn(page) == page.read_text(), "python -m scripts.draw"
 
 
@@ -35,7 +35,7 @@ def test_the_readme_is_short_and_names_only_files_that_exist() -> None:
     assert len(text.splitlines()) <= README_LINES
 
 
-def test_the_readme_says_how_large_a_command_is() -> None:
+def test_the_readme_has_the_real_size_of_a_command() -> None:
     sizes = [
         int(size)
         for size in re.findall(r"\| (\d+) \|$", (ROOT / "docs/reference/grants.md").read_text(), re.M)
@@ -50,7 +50,7 @@ def test_the_readme_says_how_large_a_command_is() -> None:
 
 
 @pytest.mark.parametrize("page", [README, MQTT], ids=lambda page: page.name)
-def test_the_messages_shown_to_device_makers_are_what_the_code_takes(page: Path) -> None:
+def test_the_code_accepts_the_messages_shown_to_device_makers(page: Path) -> None:
     shown = [
         block.text.replace("…", "1")
         for block in blocks_of(page.read_text())

@@ -1,4 +1,4 @@
-"""The documentation as a site: built without a warning, in need of no network, and searchable."""
+"""The documentation site: it is built without a warning, needs no network, and can be searched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from playwright.sync_api import Page
 
 from tests.system.support import ROOT, environment
 
-# What a browser would fetch from elsewhere, unlike a link that a reader may follow.
+# Resources that a browser would load from other hosts; links that a reader may follow are allowed.
 FETCHED = re.compile(
     r"""<(?:script|img|iframe)[^>]*\ssrc="(?:https?:)?//|<link[^>]*\shref="(?:https?:)?//[^"]*"[^>]*>"""
 )

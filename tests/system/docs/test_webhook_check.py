@@ -1,4 +1,4 @@
-"""The check of a webhook's signature that the how-to page shows: it takes only what is genuine."""
+"""The signature check on the page about webhooks: it accepts only genuine requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def signed(body: str, at: float, secret: str = SECRET) -> Case:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_check_of_a_webhook_takes_what_is_genuine_and_nothing_else(tmp_path: Path, language: str) -> None:
+def test_the_webhook_check_accepts_only_genuine_requests(tmp_path: Path, language: str) -> None:
     now = time.time()
     headers, body = signed('{"grün": "🔒"}', now)
     others, _ = signed(body, now, "whsec_" + "A" * 32)

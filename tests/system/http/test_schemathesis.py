@@ -1,4 +1,4 @@
-"""Sends the API everything that its description allows, and much that it forbids."""
+"""Sends generated requests to the API: many that its description allows, and many that it forbids."""
 
 from __future__ import annotations
 
