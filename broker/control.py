@@ -156,8 +156,8 @@ async def refuse_replay(core: Core) -> None:
         BadSetting: `ordain replay` made this log.
     """
 
-    def work(sql: Sql) -> object:
-        return sql.execute("SELECT 1 FROM meta WHERE key = 'replayed'").fetchone()
+    async def work(sql: Sql) -> object:
+        return await sql.one("SELECT 1 FROM meta WHERE key = 'replayed'")
 
     if await core.storage.read(work) is not None:
         raise BadSetting(f"data = {core.settings.data!r}: was made by `ordain replay` and cannot be served")
@@ -170,8 +170,8 @@ async def remember_prefix(core: Core) -> None:
 
 
 async def _check_prefix(core: Core) -> None:
-    def work(sql: Sql) -> list[tuple[str]]:
-        return sql.execute("SELECT value FROM meta WHERE key = 'prefix'").fetchall()
+    async def work(sql: Sql) -> list[tuple[str]]:
+        return await sql.all("SELECT value FROM meta WHERE key = 'prefix'")
 
     settings = core.settings
     for (served,) in await core.storage.read(work):

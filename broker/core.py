@@ -39,7 +39,6 @@ from broker.subscriptions.mqtt import MqttEvents
 from broker.subscriptions.webhook_worker import NoWayOut
 from broker.subscriptions.webhooks import Webhooks
 from devices.types import DeviceType
-from projections import follower
 
 TICK_SEC = 1.0
 KEY_USES_TICKS = 60
@@ -120,13 +119,12 @@ class Core:
         writer, entropy = self.writer, self.writer.entropy
         log_id = new_id("log", writer.now(), entropy)
         cursor_key = entropy.token(32).hex()
+        await self.storage.prepare(log_id, cursor_key)
 
-        def work(sql: Sql) -> tuple[str, str]:
-            log.create(sql, log_id, cursor_key)
-            follower.prepare(sql)
-            return log.meta(sql, "log_id"), log.meta(sql, "cursor_key")
+        async def work(sql: Sql) -> tuple[str, str]:
+            return await log.meta(sql, "log_id"), await log.meta(sql, "cursor_key")
 
-        self.log_id, key = await self.storage.write(work)
+        self.log_id, key = await self.storage.read(work)
         self.cursor_key = bytes.fromhex(key)
         await self.grants.load()
         await self.feed.open()
@@ -205,9 +203,9 @@ class Core:
     async def _note_restore(self) -> None:
         """Records that this log was restored from a backup, at its first start after that."""
 
-        def work(sql: Sql) -> dict[str, str]:
+        async def work(sql: Sql) -> dict[str, str]:
             keys = "('restored_from', 'restore_noted')"
-            return dict(sql.execute(f"SELECT key, value FROM meta WHERE key IN {keys}").fetchall())
+            return dict(await sql.all(f"SELECT key, value FROM meta WHERE key IN {keys}"))
 
         known = await self.storage.read(work)
         if (old := known.get("restored_from")) is None or known.get("restore_noted") == self.log_id:
@@ -264,13 +262,13 @@ class Core:
         """Deletes at most `KEYS_AT_ONCE` keys in one short transaction; returns how many."""
         before = self.writer.now() - self.settings.limits.idempotency_sec * 1_000
 
-        def work(sql: Sql) -> list[tuple[str, str, str]]:
-            return sql.execute(
+        async def work(sql: Sql) -> list[tuple[str, str, str]]:
+            return await sql.all(
                 "SELECT project, key, scope FROM idempotency WHERE created_at < ? AND NOT EXISTS (SELECT 1 "
                 "FROM commands c JOIN lanes l ON l.device_id = c.device_id AND l.position = c.position "
                 "WHERE c.id = command_id) LIMIT ?",
                 (before, KEYS_AT_ONCE),
-            ).fetchall()
+            )
 
         gone = await self.storage.read(work)
         self.writer.also(*(Drop("idempotency", key) for key in gone))

@@ -6,7 +6,7 @@ Production (`broker/world.py`) and simulation implement them differently. No oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -174,7 +174,22 @@ class Rows(Protocol):
 
 
 class Sql(Protocol):
-    """The part of a SQLite connection that the log and the projections use (sqlite3 or apsw)."""
+    """What a read may ask of a log, in one snapshot. The text is the same for every storage: `?` stands for a
+    value, and nothing in it is of one storage alone. Each row is a sequence."""
+
+    async def all(self, text: str, values: Sequence[Any] = ..., /) -> list[Any]: ...
+
+    async def one(self, text: str, values: Sequence[Any] = ..., /) -> Any:
+        """The first row; None if there is none."""
+        ...
+
+    def each(self, text: str, values: Sequence[Any] = ..., /) -> AsyncIterator[Any]:
+        """The rows one by one, so that not all are in memory."""
+        ...
+
+
+class Sqlite(Protocol):
+    """The part of a SQLite connection that is used for writing (sqlite3 or apsw)."""
 
     def execute(self, sql: str, parameters: Sequence[Any] = ..., /) -> Rows: ...
 
@@ -184,10 +199,9 @@ class Sql(Protocol):
 class Storage(Protocol):
     """Runs whole transactions, never single statements: a cancelled caller cannot leave one half done.
 
-    `append` carries out a batch, whole or not at all, and returns after it is durable. `write` runs `work`
-    between BEGIN IMMEDIATE and COMMIT on the only writing connection. `read` runs `work` in a read
-    transaction on another connection. All raise `Conflict`, `Full` or `Broken` (below); `append` also
-    `Fenced`. An exception of `work` rolls back and is raised again.
+    `append` carries out a batch, whole or not at all, and returns after it is durable. `read` runs the
+    coroutine `work` in one snapshot; it must wait for nothing but the log. Both raise `Full` or `Broken`
+    (below); `append` also `Conflict` and `Fenced`. An exception of `work` is raised again.
     """
 
     @property
@@ -206,9 +220,19 @@ class Storage(Protocol):
         never will be."""
         ...
 
-    async def write(self, work: Callable[[Sql], T]) -> T: ...
+    async def prepare(self, log_id: str, cursor_key: str) -> None:
+        """Creates what is missing: the tables, with these two in a new log, and the projections.
 
-    async def read(self, work: Callable[[Sql], T]) -> T: ...
+        Raises:
+            UnknownFormat: the file has rows, views or triggers that no release writes.
+        """
+        ...
+
+    async def rebuild(self) -> None:
+        """Computes all projections again from the log."""
+        ...
+
+    async def read(self, work: Callable[[Sql], Awaitable[T]]) -> T: ...
 
     async def forget_old_pages(self) -> bool:
         """Empties the write-ahead log, which may contain pages from before an erasure.

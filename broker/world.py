@@ -13,7 +13,7 @@ import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -22,8 +22,10 @@ import aiosqlite
 
 from broker.engine.ids import new_id
 from broker.log import sqlite as log
-from broker.seams import Batch, Broken, Conflict, Full, Placed, Sql
+from broker.log.driven import read_now
+from broker.seams import Batch, Broken, Conflict, Full, Placed, Sql, Sqlite
 from projections.batches import TERM, Latest, carry_out
+from projections.follower import open_log, renew
 
 T = TypeVar("T")
 
@@ -139,6 +141,12 @@ class SqliteStorage:
         except sqlite3.Error as error:
             raise Broken(f"{path}: {error}") from error
 
+    async def prepare(self, log_id: str, cursor_key: str) -> None:
+        await self.write(lambda sql: open_log(sql, log_id, cursor_key))
+
+    async def rebuild(self) -> None:
+        await self.write(renew)
+
     def number(self) -> int:
         return self._latest.number()
 
@@ -152,14 +160,14 @@ class SqliteStorage:
     async def landed(self, number: int) -> Placed | None:
         return self._latest.landed(number)
 
-    async def write(self, work: Callable[[Sql], T]) -> T:
+    async def write(self, work: Callable[[Sqlite], T]) -> T:
         return await self._run(self._writer, "BEGIN IMMEDIATE", work)
 
-    async def read(self, work: Callable[[Sql], T]) -> T:
-        return await self._run(self._reader, "BEGIN", work)
+    async def read(self, work: Callable[[Sql], Awaitable[T]]) -> T:
+        return await self._run(self._reader, "BEGIN", lambda connection: read_now(connection, work))
 
     async def forget_old_pages(self) -> bool:
-        def work(sql: Sql) -> bool:
+        def work(sql: Sqlite) -> bool:
             # Give up soon: a long reader, such as `ordain log verify`, must not delay the writer.
             sql.execute(f"PRAGMA busy_timeout = {PATIENCE_MS}")
             try:
@@ -169,7 +177,9 @@ class SqliteStorage:
 
         return await self._run(self._writer, None, work)
 
-    async def _run(self, connection: aiosqlite.Connection, begin: str | None, work: Callable[[Sql], T]) -> T:
+    async def _run(
+        self, connection: aiosqlite.Connection, begin: str | None, work: Callable[[Sqlite], T]
+    ) -> T:
         # A cancelled caller cannot stop the statement. The shield lets the transaction finish by itself.
         hop = asyncio.ensure_future(connection.execute_fetchall(RUN, (begin, work)))
         try:

@@ -8,6 +8,7 @@ from typing import Any, assert_never
 from broker.domain.fleet import DeviceState
 from broker.log import erasing, rows
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.seams import (
     Batch,
     Change,
@@ -22,7 +23,7 @@ from broker.seams import (
     Purge,
     Put,
     SideRow,
-    Sql,
+    Sqlite,
     Unmatched,
 )
 from projections import commands, devices, lanes
@@ -66,7 +67,7 @@ class Latest:
         return self._placed if self._batch is not None and self._batch.number == number else None
 
 
-def carry_out(sql: Sql, batch: Batch) -> Placed:
+def carry_out(sql: Sqlite, batch: Batch) -> Placed:
     """Carries out a batch in the caller's transaction.
 
     Raises:
@@ -76,7 +77,7 @@ def carry_out(sql: Sql, batch: Batch) -> Placed:
     """
     if batch.term != TERM:
         raise Fenced(TERM)
-    head = log.head(sql)
+    head = read_now(sql, log.head)
     first = head.position + 1
     if batch.events:
         log.append(sql, head, batch.events, batch.salts)
@@ -86,7 +87,7 @@ def carry_out(sql: Sql, batch: Batch) -> Placed:
     return Placed(first, [event.decided_at for event in batch.events])
 
 
-def put_states(sql: Sql, states: Iterable[Newest], first: int) -> None:
+def put_states(sql: Sqlite, states: Iterable[Newest], first: int) -> None:
     """Writes states to the projections. `first`: the position of the event with the index 0."""
     new: list[tuple[Any, ...]] = []
     known: list[tuple[Any, ...]] = []
@@ -126,7 +127,7 @@ def put_states(sql: Sql, states: Iterable[Newest], first: int) -> None:
             _change(sql, text, values)
 
 
-def _change(sql: Sql, text: str, values: list[tuple[Any, ...]]) -> None:
+def _change(sql: Sqlite, text: str, values: list[tuple[Any, ...]]) -> None:
     before = sql.execute("SELECT total_changes()").fetchone()[0]
     sql.executemany(text, values)
     changed = sql.execute("SELECT total_changes()").fetchone()[0] - before
@@ -134,7 +135,7 @@ def _change(sql: Sql, text: str, values: list[tuple[Any, ...]]) -> None:
         raise Conflict(f"{len(values) - changed} states are not at the version that the batch follows")
 
 
-def put(sql: Sql, row: SideRow, first: int) -> None:
+def put(sql: Sqlite, row: SideRow, first: int) -> None:
     """Carries out one row. `first`: the position of the event with the index 0."""
     match row:
         case New() | Put() | Change() | Drop():

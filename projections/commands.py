@@ -18,7 +18,7 @@ from broker.domain.fleet import DeviceSet
 from broker.domain.lifecycle import NO_RESULT, CommandState, State
 from broker.log.chain import Row
 from broker.log.erasing import Purge, bound, purges
-from broker.seams import Sql
+from broker.seams import Sql, Sqlite
 from projections.devices import in_set
 
 TABLES = (
@@ -84,22 +84,22 @@ def _latest(s: CommandState, last: int) -> tuple[Any, ...]:
     return s.state.value, s.version, s.closed_at, last if s.closed else None, summary(s)
 
 
-def get(sql: Sql, command_id: str) -> CommandState | None:
-    row = sql.execute(f"{FOUND} WHERE c.id = ? AND NOT {HIDDEN}", (command_id,)).fetchone()
+async def get(sql: Sql, command_id: str) -> CommandState | None:
+    row = await sql.one(f"{FOUND} WHERE c.id = ? AND NOT {HIDDEN}", (command_id,))
     return folded(row) if row else None
 
 
-def position(sql: Sql, command_id: str) -> int:
+async def position(sql: Sql, command_id: str) -> int:
     """The position of the first event of a command; 0 if it was erased meanwhile."""
-    row = sql.execute("SELECT position FROM commands WHERE id = ?", (command_id,)).fetchone()
+    row = await sql.one("SELECT position FROM commands WHERE id = ?", (command_id,))
     return 0 if row is None else int(row[0])
 
 
-def get_many(sql: Sql, command_ids: Iterable[str]) -> dict[str, CommandState]:
+async def get_many(sql: Sql, command_ids: Iterable[str]) -> dict[str, CommandState]:
     """The commands that exist and are not hidden, by id."""
     found = {}
     for command_id in command_ids:
-        if (state := get(sql, command_id)) is not None:
+        if (state := (await get(sql, command_id))) is not None:
             found[command_id] = state
     return found
 
@@ -116,7 +116,7 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
     before: int | None = None
 
 
-def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[CommandState]:
+async def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[CommandState]:
     """Commands by position of creation, newest first. New commands do not change the following pages."""
     condition, of_set = in_set(wanted.within, "c.device_id")
     where, values = [condition], list[Any](of_set)
@@ -136,7 +136,7 @@ def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[Comman
         values.append(wanted.before)
     query = f"""SELECT c.position, {COLUMNS} FROM commands c
         CROSS JOIN events f ON f.position = c.position WHERE {" AND ".join(where)}"""
-    newest, oldest = sql.execute("SELECT max(bound), min(at) FROM purges").fetchone()
+    newest, oldest = await sql.one("SELECT max(bound), min(at) FROM purges")
     if newest is not None:
         # A purge is running. Below its bound there may be a million hidden rows, which a scan would read.
         # So rows below the bound are found through the open commands and the commands closed since.
@@ -144,7 +144,7 @@ def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[Comman
             SELECT position FROM lanes WHERE position < ? UNION
             SELECT position FROM commands WHERE closed_at >= ? AND position < ?)"""
         values = [*values, newest, *values, newest, oldest, newest]
-    found = sql.execute(f"{query} ORDER BY 1 DESC LIMIT ? OFFSET ?", (*values, limit, offset)).fetchall()
+    found = await sql.all(f"{query} ORDER BY 1 DESC LIMIT ? OFFSET ?", (*values, limit, offset))
     return [folded(row[1:]) for row in found]
 
 
@@ -157,18 +157,18 @@ class Sent(NamedTuple):
     params: msgspec.Raw
 
 
-def sent(sql: Sql, device_id: str, type: str, first: int, before: int | None, limit: int) -> list[Sent]:
+async def sent(sql: Sql, device_id: str, type: str, first: int, before: int | None, limit: int) -> list[Sent]:
     """Commands of one name to one device, in order of creation.
 
     `first`: the first position. `before`: the position to stop before; None: the end of the log.
     """
-    found = sql.execute(
+    found = await sql.all(
         "SELECT c.id, c.state, f.recorded_at, f.data FROM commands c CROSS JOIN events f "
         "ON f.position = c.position WHERE c.device_id = ? AND c.type = ? AND c.position >= ? "
         f"AND c.position < ? AND NOT {HIDDEN} ORDER BY c.position LIMIT ?",
         (device_id, type, first, LAST if before is None else before, limit),
     )
-    return [Sent(row[0], State(row[1]), row[2], _params(row[3])) for row in found.fetchall()]
+    return [Sent(row[0], State(row[1]), row[2], _params(row[3])) for row in found]
 
 
 def _params(data: bytes) -> msgspec.Raw:
@@ -177,65 +177,65 @@ def _params(data: bytes) -> msgspec.Raw:
     return created.params
 
 
-def timed_out_since(sql: Sql, at: int) -> list[CommandState]:
+async def timed_out_since(sql: Sql, at: int) -> list[CommandState]:
     """Commands that timed out at or after `at` (ms), oldest first. They may still get a late answer."""
-    found = sql.execute(
+    found = await sql.all(
         f"{FOUND} WHERE c.state = 'timed_out' AND c.closed_at >= ? AND NOT {HIDDEN} ORDER BY c.closed_at",
         (at,),
     )
-    return [folded(row) for row in found.fetchall()]
+    return [folded(row) for row in found]
 
 
-def answered_since(sql: Sql, at: int) -> list[CommandState]:
+async def answered_since(sql: Sql, at: int) -> list[CommandState]:
     """Commands executed or failed at or after `at` (ms), without parameters, results and errors.
 
     Includes commands that a running purge will erase.
     """
-    found = sql.execute(
+    found = await sql.all(
         "SELECT summary FROM commands WHERE closed_at >= ? AND state IN ('executed', 'failed')", (at,)
     )
-    return [_decode(row[0]) for row in found.fetchall()]
+    return [_decode(row[0]) for row in found]
 
 
-def forgotten_since(sql: Sql, at: int) -> list[tuple[str, int]]:
+async def forgotten_since(sql: Sql, at: int) -> list[tuple[str, int]]:
     """Device id and time (ms) of each command that timed out at or after `at` (ms) and was then erased."""
-    found = sql.execute(
+    found = await sql.all(
         "SELECT e.device_id, e.recorded_at FROM events e WHERE e.position >= ? AND e.type = 'timed_out' "
         f"AND NOT EXISTS (SELECT 1 FROM commands c WHERE c.id = e.stream AND NOT {HIDDEN})",
-        (bound(sql, at),),
+        ((await bound(sql, at)),),
     )
-    return [(row[0], row[1]) for row in found.fetchall()]
+    return [(row[0], row[1]) for row in found]
 
 
 # --- erasing -------------------------------------------------------------------------------------
 
 
-def veiled(sql: Sql, rows: list[Row]) -> list[Row]:
+async def veiled(sql: Sql, rows: list[Row]) -> list[Row]:
     """Removes the data of commands that a running purge will erase from rows of the log.
 
     Code that shows or folds events for a reader calls this in the transaction that read them. Rows that
     are already erased have no data. Without a running purge the cost is one query on an empty table.
     """
-    if not (pending := purges(sql)):
+    if not (pending := (await purges(sql))):
         return rows
     last = max(purge.position for purge in pending)
     streams = {row.stream for row in rows if row.position < last and subject_kind(row.stream) == "command"}
     hidden = {
         stream
         for stream in streams
-        if sql.execute(f"SELECT 1 FROM commands c WHERE c.id = ? AND {HIDDEN}", (stream,)).fetchone()
+        if (await sql.one(f"SELECT 1 FROM commands c WHERE c.id = ? AND {HIDDEN}", (stream,)))
     }
     return [row._replace(data=None, salt=None) if row.stream in hidden else row for row in rows]
 
 
-def closed_before(sql: Sql, cutoff: int) -> int:
+async def closed_before(sql: Sql, cutoff: int) -> int:
     """How many closed commands were created before `cutoff` (ms) and are not in a running purge."""
-    found = sql.execute(
+    found = await sql.all(
         "SELECT count(*) FROM commands c INDEXED BY commands_closed "
         f"WHERE c.closed_at IS NOT NULL AND c.position < ? AND NOT {HIDDEN}",
-        (bound(sql, cutoff),),
+        ((await bound(sql, cutoff)),),
     )
-    return int(found.fetchone()[0])
+    return int(found[0][0])
 
 
 class Purgeable(NamedTuple):
@@ -246,21 +246,21 @@ class Purgeable(NamedTuple):
     version: int
 
 
-def purgeable(sql: Sql, purge: Purge, after: int, limit: int) -> list[Purgeable]:
+async def purgeable(sql: Sql, purge: Purge, after: int, limit: int) -> list[Purgeable]:
     """The next commands that a purge erases, ascending, from position `after` + 1."""
-    found = sql.execute(
+    found = await sql.all(
         "SELECT position, id, version FROM commands WHERE position > ? AND position < ? AND closed_at < ? "
         "ORDER BY position LIMIT ?",
         (after, purge.bound, purge.at, limit),
     )
-    return [Purgeable(*row) for row in found.fetchall()]
+    return [Purgeable(*row) for row in found]
 
 
-def remove(sql: Sql, command_id: str) -> None:
+def remove(sql: Sqlite, command_id: str) -> None:
     sql.execute("DELETE FROM commands WHERE id = ?", (command_id,))
 
 
-def dump(sql: Sql) -> list[tuple[Any, ...]]:
+async def dump(sql: Sql) -> list[tuple[Any, ...]]:
     """Every row; used to compare a rebuilt projection with the maintained one."""
-    found = sql.execute("SELECT * FROM commands ORDER BY position")
-    return [tuple(row) for row in found.fetchall()]
+    found = await sql.all("SELECT * FROM commands ORDER BY position")
+    return [tuple(row) for row in found]

@@ -54,18 +54,18 @@ def defined(digest: str, body: dict[str, Any]) -> New:
     return New("definitions", (digest, _encode(body)))
 
 
-def definitions(sql: Sql) -> dict[str, bytes]:
+async def definitions(sql: Sql) -> dict[str, bytes]:
     """All definitions that commands were ever accepted with, as JSON, by digest."""
-    return {row[0]: bytes(row[1]) for row in sql.execute("SELECT digest, body FROM definitions").fetchall()}
+    return {row[0]: bytes(row[1]) for row in (await sql.all("SELECT digest, body FROM definitions"))}
 
 
-def by_name(sql: Sql, names: Iterable[str]) -> dict[str, DeviceState]:
+async def by_name(sql: Sql, names: Iterable[str]) -> dict[str, DeviceState]:
     """The devices that have these names (id or hardware id), by that name. Includes deleted devices."""
     found = {}
     for name in names:
-        row = sql.execute(
+        row = await sql.one(
             "SELECT d.body FROM names n JOIN devices d ON d.id = n.device_id WHERE n.name = ?", (name,)
-        ).fetchone()
+        )
         if row:
             found[name] = _decode(row[0])
     return found
@@ -87,7 +87,7 @@ def in_set(devices: DeviceSet | None, column: str) -> tuple[str, list[str]]:
     return IN_SET.format(column), encoded
 
 
-def newest(
+async def newest(
     sql: Sql, project: str | None, before: int | None, limit: int, within: DeviceSet | None = None
 ) -> list[DeviceState]:
     """Devices that are not deleted, newest first."""
@@ -100,46 +100,48 @@ def newest(
     if before is not None:
         where.append("position < ?")
         bounds.append(before)
-    found = sql.execute(
+    found = await sql.all(
         f"SELECT body FROM devices WHERE {' AND '.join(where)} ORDER BY position DESC LIMIT ?",
         (*values, *bounds, limit),
     )
-    return [_decode(row[0]) for row in found.fetchall()]
+    return [_decode(row[0]) for row in found]
 
 
-def position(sql: Sql, device_id: str) -> int:
+async def position(sql: Sql, device_id: str) -> int:
     """The position of the first event of a device."""
-    return int(sql.execute("SELECT position FROM devices WHERE id = ?", (device_id,)).fetchone()[0])
+    return int((await sql.one("SELECT position FROM devices WHERE id = ?", (device_id,)))[0])
 
 
-def believed_online(sql: Sql) -> list[DeviceState]:
+async def believed_online(sql: Sql) -> list[DeviceState]:
     """Devices whose last presence event says online."""
-    found = sql.execute("SELECT body FROM devices WHERE online = 1 AND deleted = 0 ORDER BY id")
-    return [_decode(row[0]) for row in found.fetchall()]
+    found = await sql.all("SELECT body FROM devices WHERE online = 1 AND deleted = 0 ORDER BY id")
+    return [_decode(row[0]) for row in found]
 
 
-def types_in_use(sql: Sql) -> list[str]:
+KIND = "json_extract(CAST(body AS TEXT), '$.device_type')"
+
+
+async def types_in_use(sql: Sql) -> list[str]:
     """The types of all devices that are not deleted."""
-    kind = "json_extract(CAST(body AS TEXT), '$.device_type')"
-    return [
-        row[0] for row in sql.execute(f"SELECT DISTINCT {kind} FROM devices WHERE deleted = 0").fetchall()
-    ]
+    found = await sql.all(f"SELECT DISTINCT {KIND} FROM devices WHERE deleted = 0")
+    return [row[0] for row in found]
 
 
-def of_types(sql: Sql, types: Iterable[str]) -> list[DeviceState]:
+async def of_types(sql: Sql, types: Iterable[str]) -> list[DeviceState]:
     """The devices of these types that are not deleted."""
     names = msgspec.json.encode(list(types)).decode()
-    kind = "json_extract(CAST(body AS TEXT), '$.device_type')"
-    found = sql.execute(
-        f"SELECT body FROM devices WHERE deleted = 0 AND {kind} IN (SELECT value FROM json_each(?))", (names,)
+    found = await sql.all(
+        f"SELECT body FROM devices WHERE deleted = 0 AND {KIND} IN "
+        "(SELECT value FROM json_each(CAST(? AS TEXT)))",
+        (names,),
     )
-    return [_decode(row[0]) for row in found.fetchall()]
+    return [_decode(row[0]) for row in found]
 
 
-def dump(sql: Sql) -> list[tuple[Any, ...]]:
+async def dump(sql: Sql) -> list[tuple[Any, ...]]:
     """Every row of the three tables; used to compare a rebuilt projection with the maintained one."""
     found: list[tuple[Any, ...]] = []
     for table, order in (("devices", "id"), ("names", "name"), ("definitions", "digest")):
-        rows = sql.execute(f"SELECT * FROM {table} ORDER BY {order}").fetchall()
+        rows = await sql.all(f"SELECT * FROM {table} ORDER BY {order}")
         found += [(table, *row) for row in rows]
     return found

@@ -65,21 +65,21 @@ class _Of(NamedTuple):
 _times = msgspec.json.Decoder(_Times).decode
 
 
-def figures(
+async def figures(
     sql: Sql, project: str | None, since: int, until: int, pieces: int, within: DeviceSet | None = None
 ) -> Figures:
     """The figures of one project; None: of all. `since` and `until` in ms; `pieces`: how many equal parts.
     `within`: of these devices only."""
     of = _Of(project, *in_set(within, "c.device_id"))
-    first = max(log.place(sql, since - 1), log.head(sql).position - MOST_POSITIONS)
+    first = max((await log.place(sql, since - 1)), (await log.head(sql)).position - MOST_POSITIONS)
     if first > 0:
-        row = sql.execute("SELECT recorded_at FROM events WHERE position = ?", (first,)).fetchone()
+        row = await sql.one("SELECT recorded_at FROM events WHERE position = ?", (first,))
         since = max(since, row[0])
-    ends = sql.execute(
+    ends = await sql.all(
         "SELECT c.state, c.closed_at, c.project FROM commands c INDEXED BY commands_closed "
         f"WHERE c.closed_at >= ? AND {of.condition} AND NOT {HIDDEN} ORDER BY c.closed_at DESC LIMIT ?",
         (since, *of.values, MOST_CLOSED),
-    ).fetchall()
+    )
     if len(ends) == MOST_CLOSED:
         since = ends[-1][1]
     length = max(1, until - since)
@@ -87,25 +87,33 @@ def figures(
     for state, at, whose in ends:
         if project in (None, whose):
             closed[min(pieces - 1, max(0, at - since) * pieces // length)][state] += 1
-    states = dict.fromkeys((state.value for state in State if state is not State.NONE), 0) | _open(sql, of)
+    states = dict.fromkeys((state.value for state in State if state is not State.NONE), 0) | (
+        await _open(sql, of)
+    )
     for state in CLOSED:
         states[state.value] = sum(counts[state.value] for counts in closed)
-    return Figures(since, states, _created(sql, of, since, length, pieces), closed, *_took(sql, of, since))
+    return Figures(
+        since,
+        states,
+        (await _created(sql, of, since, length, pieces)),
+        closed,
+        *(await _took(sql, of, since)),
+    )
 
 
-def _open(sql: Sql, of: _Of) -> dict[str, int]:
+async def _open(sql: Sql, of: _Of) -> dict[str, int]:
     whose, values = of.where()
-    found = sql.execute(
+    found = await sql.all(
         f"SELECT c.state, count(*) FROM lanes l JOIN commands c ON c.position = l.position WHERE {whose} "
         "GROUP BY c.state",
         values,
     )
-    return dict(found.fetchall())
+    return dict(found)
 
 
-def _created(sql: Sql, of: _Of, since: int, length: int, pieces: int) -> list[int]:
-    edges = [log.place(sql, since - 1 + length * piece // pieces) for piece in range(pieces)]
-    edges.append(log.head(sql).position)
+async def _created(sql: Sql, of: _Of, since: int, length: int, pieces: int) -> list[int]:
+    edges = [(await log.place(sql, since - 1 + length * piece // pieces)) for piece in range(pieces)]
+    edges.append((await log.head(sql)).position)
     values: list[str] = []
     if of.project is None:
         query = f"{PROJECTS} SELECT count(*) FROM p JOIN commands c ON c.project = p.project"
@@ -114,20 +122,19 @@ def _created(sql: Sql, of: _Of, since: int, length: int, pieces: int) -> list[in
         whose, values = of.where()
         query = f"SELECT count(*) FROM commands c WHERE {whose} AND c.position > ? AND c.position <= ?"
     return [
-        sql.execute(query, (*values, low, high)).fetchone()[0] if low < high else 0
-        for low, high in pairwise(edges)
+        (await sql.one(query, (*values, low, high)))[0] if low < high else 0 for low, high in pairwise(edges)
     ]
 
 
-def _took(sql: Sql, of: _Of, since: int) -> tuple[list[int], list[int]]:
+async def _took(sql: Sql, of: _Of, since: int) -> tuple[list[int], list[int]]:
     whose, values = of.where()
-    found = sql.execute(
+    found = await sql.all(
         "SELECT c.summary FROM commands c INDEXED BY commands_closed WHERE c.closed_at >= ? "
         f"AND c.state = 'executed' AND {whose} AND NOT {HIDDEN} ORDER BY c.closed_at DESC LIMIT ?",
         (since, *values, MOST_TIMED),
     )
     acknowledged, executed = [], []
-    for (summary,) in found.fetchall():
+    for (summary,) in found:
         times = _times(summary)
         if times.published_at is None:
             continue

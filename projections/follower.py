@@ -6,7 +6,7 @@ All three use the same fold, so a rebuilt projection equals the maintained one.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from hashlib import sha256
 from typing import Any
@@ -17,7 +17,8 @@ from broker.domain.events import Defined, Recorded, Registered, subject_kind
 from broker.domain.fleet import DeviceState, evolve_device
 from broker.domain.lifecycle import FINAL, CommandState, evolve
 from broker.log import sqlite as log
-from broker.seams import New, Newest, SideRow, Sql
+from broker.log.driven import Driven, read_now
+from broker.seams import New, Newest, SideRow, Sql, Sqlite
 from projections import batches, commands, devices, lanes
 
 PARTS = (commands, lanes, devices)
@@ -77,74 +78,94 @@ class Fold:
         self.states, self.rows = {}, []
 
 
-def prepare(sql: Sql) -> None:
+def open_log(sql: Sqlite, log_id: str, cursor_key: str) -> None:
+    """Creates the tables of the log and the projections, as far as they are missing.
+
+    Raises:
+        UnknownFormat: the file has rows, views or triggers that no release writes.
+    """
+    log.create(sql, log_id, cursor_key)
+    prepare(sql)
+
+
+def prepare(sql: Sqlite) -> None:
     """Creates the projections if there are none. Rebuilds them if another release made them differently."""
-    if not is_current(sql):
+    if not read_now(sql, is_current):
         renew(sql)
 
 
-def is_current(sql: Sql) -> bool:
+async def is_current(sql: Sql) -> bool:
     """Do the projections have the tables and fields of this release?"""
-    kept = sql.execute("SELECT value FROM meta WHERE key = 'projections'").fetchone()
+    kept = await sql.one("SELECT value FROM meta WHERE key = 'projections'")
     return kept is not None and kept[0] == SHAPE
 
 
-def renew(sql: Sql) -> None:
+def renew(sql: Sqlite) -> None:
     """Rebuilds all projections, and stores the digest `SHAPE` of this release."""
     rebuild(sql)
     sql.execute("INSERT OR REPLACE INTO meta VALUES ('projections', ?)", (SHAPE,))
 
 
-def create(sql: Sql) -> None:
+def create(sql: Sqlite) -> None:
     for part in PARTS:
         for statement in part.TABLES:
             sql.execute(statement)
 
 
-def write(sql: Sql, fold: Fold) -> None:
+def write(sql: Sqlite, fold: Fold) -> None:
     """Writes what a fold changed to the projections, in the caller's transaction."""
     batches.put_states(sql, fold.states.values(), 0)  # the indices of a fold are positions
     for row in fold.rows:
         batches.put(sql, row, 0)
 
 
-def rebuild(sql: Sql) -> None:
+def rebuild(sql: Sqlite) -> None:
     """Drops every projection and rebuilds it from the log, in the caller's transaction."""
     for part in PARTS:
         for table in part.KEYS:
             sql.execute(f"DROP TABLE IF EXISTS {table}")
-    replay(sql, sql)
+    read_now(sql, replay, sql)
 
 
-def replay(source: Sql, target: Sql, progress: Callable[[int], None] = lambda _: None) -> None:
-    """Builds the projections in `target` from the log in `source`; both may be the same database.
+async def replay(source: Sql, target: Sqlite, progress: Callable[[int], None] = lambda _: None) -> None:
+    """Builds the projections in `target` from the log in `source`; both may be the same database."""
 
-    Works page by page. Commands that can still change stay in memory; final ones are written and dropped.
-    `progress` is called with the position after each page.
-    """
+    async def put(fold: Fold) -> None:
+        write(target, fold)
+
     create(target)
+    await folded(source, put, progress)
+
+
+async def folded(
+    source: Sql, put: Callable[[Fold], Awaitable[None]], progress: Callable[[int], None] = lambda _: None
+) -> None:
+    """Folds a whole log, page by page, and gives each page's changes to `put`.
+
+    Commands that can still change stay in memory. `progress` is called with the position after each page.
+    """
     fold, after = Fold(), 0
-    while page := log.rows(source, after, PAGE):
+    while page := await log.rows(source, after, PAGE):
         after = page[-1].position
         for row in page:
             if row.data is not None or subject_kind(row.stream) != "command":
                 fold.fold(log.recorded(row))  # erased commands have no row in any projection
-        write(target, fold)
+        await put(fold)
         fold.clear()
         progress(after)
 
 
-def difference(kept: Sql, made: Sql) -> str | None:
+async def difference(kept: Sql, made: Sql) -> str | None:
     """The first row that differs between the projections of two databases, as a sentence; None if none does.
 
     `kept`: the maintained projections. `made`: the rebuilt ones.
     """
     for part in PARTS:
         for table, key in part.KEYS.items():
-            columns = [row[1] for row in made.execute(f"PRAGMA table_info({table})").fetchall()]
+            columns = [row[1] for row in (await made.all(f"PRAGMA table_info({table})"))]
             query = f"SELECT {', '.join(columns)} FROM {table} ORDER BY {key}"
-            left, right = kept.execute(query), made.execute(query)
-            while (one := left.fetchone()) == (other := right.fetchone()):
+            left, right = kept.each(query), made.each(query)
+            while (one := await anext(left, None)) == (other := await anext(right, None)):
                 if one is None:
                     break
             else:
@@ -169,22 +190,19 @@ def _difference(table: str, columns: list[str], key: list[str], kept: Any, made:
     return f"{named(kept)}: {wrong} does not follow from the log"
 
 
-def dump(sql: Sql) -> dict[str, list[tuple[Any, ...]]]:
+async def dump(sql: Sql) -> dict[str, list[tuple[Any, ...]]]:
     """Every row of all projections, by module name; used to compare."""
-    return {part.__name__: part.dump(sql) for part in PARTS}
+    return {part.__name__: (await part.dump(sql)) for part in PARTS}
 
 
-def fault(kept: sqlite3.Connection, progress: Callable[[int], None]) -> str | None:
-    """The first difference between the projections and the log, as a sentence; None if there is none.
-
-    Call it inside one read transaction.
-    """
-    if not is_current(kept):
+async def fault(kept: Sql, progress: Callable[[int], None]) -> str | None:
+    """The first difference between the projections and the log, as a sentence; None if there is none."""
+    if not await is_current(kept):
         return "another release made the projections; the next start of the broker rebuilds them"
     # The empty name makes a temporary database: SQLite keeps it in memory and moves it to disk if it grows.
     with closing(sqlite3.connect("")) as made:
         try:
-            replay(kept, made, progress)
+            await replay(kept, made, progress)
         except ValueError as error:
             return f"{error}; see ordain log verify"
-        return difference(kept, made)
+        return await difference(kept, Driven(made))

@@ -23,17 +23,17 @@ REOPEN = """INSERT INTO lanes (device_id, position) SELECT device_id, position F
 CLOSE = "DELETE FROM lanes WHERE device_id = ? AND position = (SELECT position FROM commands WHERE id = ?)"
 
 
-def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:
+async def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:
     """All open commands, or those of one device; lane by lane, each lane in order of creation."""
     where, values = ("WHERE l.device_id = ?", (device_id,)) if device_id is not None else ("", ())
-    found = sql.execute(
+    found = await sql.all(
         f"SELECT {COLUMNS} FROM lanes l CROSS JOIN commands c ON c.position = l.position "
         f"CROSS JOIN events f ON f.position = l.position {where} ORDER BY l.device_id, l.position",
         values,
     )
-    return [folded(row) for row in found.fetchall()]
+    return [folded(row) for row in found]
 
 
-def dump(sql: Sql) -> list[tuple[Any, ...]]:
-    found = sql.execute("SELECT device_id, position FROM lanes ORDER BY device_id, position")
-    return [tuple(row) for row in found.fetchall()]
+async def dump(sql: Sql) -> list[tuple[Any, ...]]:
+    found = await sql.all("SELECT device_id, position FROM lanes ORDER BY device_id, position")
+    return [tuple(row) for row in found]

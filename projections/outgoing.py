@@ -24,13 +24,13 @@ PAGE = f"""SELECT e.position, e.stream, e.version, e.recorded_at, e.project, e.d
     WHERE e.position > ? AND e.position <= ?{{}} ORDER BY e.position LIMIT ?"""
 
 
-def kept_after(sql: Sql) -> int:
+async def kept_after(sql: Sql) -> int:
     """Every event after this position is still in the log. 0, because nothing removes rows today."""
-    row = sql.execute("SELECT value FROM meta WHERE key = 'kept_after'").fetchone()
+    row = await sql.one("SELECT value FROM meta WHERE key = 'kept_after'")
     return int(row[0]) if row else 0
 
 
-def page(sql: Sql, wanted: Wanted, after: int, until: int, limit: int) -> tuple[list[Entry], int]:
+async def page(sql: Sql, wanted: Wanted, after: int, until: int, limit: int) -> tuple[list[Entry], int]:
     """The next matching entries after position `after`, up to `until`, ascending; at most `limit`.
 
     Also returns the last scanned position; the next page starts after it. A page may be empty.
@@ -38,10 +38,10 @@ def page(sql: Sql, wanted: Wanted, after: int, until: int, limit: int) -> tuple[
     reached = until if wanted.command_id is not None else min(until, after + SCANNED)
     clauses, values = _where(wanted)
     condition, more = in_set(wanted.within, "e.device_id")
-    found = sql.execute(PAGE.format(f"{clauses} AND {condition}"), (after, reached, *values, *more, limit))
+    found = await sql.all(PAGE.format(f"{clauses} AND {condition}"), (after, reached, *values, *more, limit))
     entries: list[Entry] = []
     taken = 0
-    while (row := found.fetchone()) is not None:
+    while (row := found[0]) is not None:
         entries.append(_entry(row))
         taken += len(row[11] or b"")
         if len(entries) == limit or taken > TAKEN_BYTES:

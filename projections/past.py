@@ -49,26 +49,28 @@ class DeviceChange(NamedTuple):
 Change = CommandChange | DeviceChange
 
 
-def command(sql: Sql, command_id: str, position: int) -> CommandState | None:
-    row = sql.execute(
+async def command(sql: Sql, command_id: str, position: int) -> CommandState | None:
+    row = await sql.one(
         f"SELECT closed_position FROM commands c WHERE id = ? AND NOT {HIDDEN}", (command_id,)
-    ).fetchone()
-    return None if row is None else _command_at(sql, command_id, row[0], position)
+    )
+    return None if row is None else (await _command_at(sql, command_id, row[0], position))
 
 
-def _command_at(sql: Sql, command_id: str, closed: int | None, position: int) -> CommandState | None:
+async def _command_at(sql: Sql, command_id: str, closed: int | None, position: int) -> CommandState | None:
     """`closed`: the position at which the command was closed, if it is closed now."""
     if closed is not None and closed <= position:
-        return get(sql, command_id)
+        return await get(sql, command_id)
     state = None
-    for row in log.stream(sql, command_id, position):
+    for row in await log.stream(sql, command_id, position):
         if row.data is None:
             return None
         state = evolve(state, log.recorded(row))
     return state
 
 
-def commands(sql: Sql, wanted: Filter, position: int, limit: int) -> tuple[list[CommandState], int | None]:
+async def commands(
+    sql: Sql, wanted: Filter, position: int, limit: int
+) -> tuple[list[CommandState], int | None]:
     """The commands as they were, newest first, and the position before which the next page starts.
 
     That position is None at the end. A page may have fewer than `limit` commands and not be the last.
@@ -83,11 +85,11 @@ def commands(sql: Sql, wanted: Filter, position: int, limit: int) -> tuple[list[
         )
     states = tuple(State) if wanted.states is None else wanted.states
     most = limit + 1 if wanted.states is None and wanted.type is None else SCANNED
-    rows = sql.execute(
+    rows = await sql.all(
         f"SELECT position, id, type, state, closed_position, {HIDDEN} FROM commands c "
         f"WHERE {where} ORDER BY position DESC LIMIT ?",
         (*values, most),
-    ).fetchall()
+    )
     found: list[CommandState] = []
     folded, reached = 0, None
     for created, command_id, type_name, state, closed, hidden in rows:
@@ -98,35 +100,35 @@ def commands(sql: Sql, wanted: Filter, position: int, limit: int) -> tuple[list[
         if hidden or wanted.type not in (None, type_name) or (ended and state not in states):
             continue
         folded += not ended
-        then = _command_at(sql, command_id, closed, position)
+        then = await _command_at(sql, command_id, closed, position)
         if then is not None and then.state in states:
             found.append(then)
     return found, reached if len(rows) == most else None
 
 
-def lane(sql: Sql, device_id: str, position: int) -> list[CommandState]:
+async def lane(sql: Sql, device_id: str, position: int) -> list[CommandState]:
     """The commands of a device that were open, in order of creation."""
     # The rows include commands that had timed out by then and were answered later: the fold filters them.
-    rows = sql.execute(
+    rows = await sql.all(
         "SELECT id, closed_position FROM commands c WHERE position IN (SELECT position FROM commands "
         "INDEXED BY commands_device WHERE device_id = ? AND position <= ? "
         f"AND (closed_position IS NULL OR closed_position > ?)) AND NOT {HIDDEN} ORDER BY position",
         (device_id, position, position),
-    ).fetchall()
-    states = [_command_at(sql, command_id, closed, position) for command_id, closed in rows]
+    )
+    states = [(await _command_at(sql, command_id, closed, position)) for command_id, closed in rows]
     return [state for state in states if state is not None and not state.closed]
 
 
-def device(sql: Sql, device_id: str, position: int) -> Then | None:
+async def device(sql: Sql, device_id: str, position: int) -> Then | None:
     """A device as it was, also one that was already deleted; None: it was not registered yet."""
-    row = sql.execute(f"SELECT {ROW} FROM devices WHERE id = ?", (device_id,)).fetchone()
+    row = await sql.one(f"SELECT {ROW} FROM devices WHERE id = ?", (device_id,))
     if row is None:
         return None
-    state = _device_at(sql, row, position)
-    return None if state is None else _then(state, _started(sql, position))
+    state = await _device_at(sql, row, position)
+    return None if state is None else _then(state, (await _started(sql, position)))
 
 
-def devices(
+async def devices(
     sql: Sql,
     project: str | None,
     position: int,
@@ -138,13 +140,13 @@ def devices(
     where, values = _where(project, position, before)
     condition, more = in_set(within, "id")
     where, values = f"{where} AND {condition}", [*values, *more]
-    rows = sql.execute(
+    rows = await sql.all(
         f"SELECT {ROW} FROM devices WHERE {where} AND (deleted = 0 OR deleted > ?) "
         "ORDER BY position DESC LIMIT ?",
         (*values, position, limit),
-    ).fetchall()
-    started = _started(sql, position)
-    states = [_device_at(sql, row, position) for row in rows]
+    )
+    started = await _started(sql, position)
+    states = [(await _device_at(sql, row, position)) for row in rows]
     return [_then(state, started) for state in states if state is not None]
 
 
@@ -153,23 +155,23 @@ def _where(project: str | None, position: int, before: int | None) -> tuple[str,
     return (where, values) if project is None else (where + " AND project = ?", [*values, project])
 
 
-def _device_at(sql: Sql, row: Any, position: int) -> DeviceState | None:
+async def _device_at(sql: Sql, row: Any, position: int) -> DeviceState | None:
     now = _device(row[1])
     if row[0] <= position:
         return now
     state = None
-    for row in log.device_stream(sql, device_stream(now.id), position):
+    for row in await log.device_stream(sql, device_stream(now.id), position):
         state = evolve_device(state, log.recorded(row))
     return state
 
 
-def _started(sql: Sql, position: int) -> int:
+async def _started(sql: Sql, position: int) -> int:
     """The time of the broker's last start before a position, ms; 0: it had not started."""
-    row = sql.execute(
+    row = await sql.one(
         "SELECT recorded_at FROM events WHERE stream = ? AND type = 'started' AND position <= ? "
         "ORDER BY version DESC LIMIT 1",
         (SYSTEM, position),
-    ).fetchone()
+    )
     return 0 if row is None else row[0]
 
 
@@ -177,7 +179,7 @@ def _then(state: DeviceState, started: int) -> Then:
     return Then(state, state.online and state.seen_at is not None and state.seen_at < started)
 
 
-def changes(
+async def changes(
     sql: Sql,
     project: str | None,
     start: int,
@@ -193,33 +195,33 @@ def changes(
     """
     reached = min(end, after + SCANNED)
     condition, values = in_set(within, "device_id")
-    rows = sql.execute(
+    rows = await sql.all(
         "SELECT position, stream, version, project FROM events WHERE position > ? AND position <= ? "
         f"AND {condition} ORDER BY position",
         (after, reached, *values),
-    ).fetchall()
+    )
     found: list[Change] = []
     for position, stream, version, of in rows:
         if project not in (None, of) or subject_kind(stream) == "broker":
             continue
-        if version > 1 and _position(sql, stream, version - 1) > start:
+        if version > 1 and (await _position(sql, stream, version - 1)) > start:
             continue  # not its first event in this range
-        if (change := _change(sql, stream, start, end)) is not None:
+        if (change := (await _change(sql, stream, start, end))) is not None:
             found.append(change)
         if len(found) == limit:
             return found, position if position < end else None
     return found, reached if reached < end else None
 
 
-def _position(sql: Sql, stream: str, version: int) -> int:
-    found = sql.execute("SELECT position FROM events WHERE stream = ? AND version = ?", (stream, version))
-    return int(found.fetchone()[0])
+async def _position(sql: Sql, stream: str, version: int) -> int:
+    found = await sql.all("SELECT position FROM events WHERE stream = ? AND version = ?", (stream, version))
+    return int(found[0][0])
 
 
-def _change(sql: Sql, stream: str, start: int, end: int) -> Change | None:
+async def _change(sql: Sql, stream: str, start: int, end: int) -> Change | None:
     if subject_kind(stream) == "command":
-        after = command(sql, stream, end)
-        return None if after is None else CommandChange(command(sql, stream, start), after)
+        after = await command(sql, stream, end)
+        return None if after is None else CommandChange((await command(sql, stream, start)), after)
     device_id = stream.removeprefix("device/")
-    then = device(sql, device_id, end)
-    return None if then is None else DeviceChange(device(sql, device_id, start), then)
+    then = await device(sql, device_id, end)
+    return None if then is None else DeviceChange((await device(sql, device_id, start)), then)

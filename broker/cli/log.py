@@ -17,6 +17,7 @@ from broker.cli.transfer import export_log, import_log, redecide_command
 from broker.domain.events import device_stream
 from broker.log import sqlite as log
 from broker.log.chain import Row
+from broker.log.driven import read_now
 from broker.operations import checkpoint, transfer
 from broker.operations.asking import POLL_SEC, REFUSED, USAGE, Failed
 from broker.operations.backup import Refused
@@ -52,7 +53,7 @@ def tail_log(
     if lines < 0:
         raise Failed(USAGE, f"--lines = {lines}: must not be negative")
     with closing(open_for_reading(Path(settings_of(config, data=data).data))) as sql:
-        after = max(0, log.head(sql).position - lines)
+        after = max(0, read_now(sql, log.head).position - lines)
         for row in _following(sql, after, follow):
             _show(row, as_json)
 
@@ -69,7 +70,7 @@ def _following(sql: sqlite3.Connection, after: int, follow: bool) -> Iterator[Ro
 
 def _page(sql: sqlite3.Connection, after: int) -> list[Row]:
     sql.execute("BEGIN")  # one snapshot of the rows and of the pending erasures
-    page = veiled(sql, log.rows(sql, after))
+    page = read_now(sql, veiled, read_now(sql, log.rows, after))
     sql.execute("COMMIT")
     return page
 
@@ -110,11 +111,13 @@ def show_log(what: str, /, *, data: Data = None, config: Config = None, as_json:
     """
     with closing(transfer.opened(_directory(config, data))) as sql:
         if what.isascii() and what.isdigit():
-            found = [row for row in log.rows(sql, int(what[:18]) - 1, 1) if row.position == int(what)]
+            found = [
+                row for row in read_now(sql, log.rows, int(what[:18]) - 1, 1) if row.position == int(what)
+            ]
         else:
-            device = devices.by_name(sql, [what]).get(what)
-            found = log.stream(sql, what if device is None else device_stream(device.id))
-        for row in veiled(sql, found):
+            device = read_now(sql, devices.by_name, [what]).get(what)
+            found = read_now(sql, log.stream, what if device is None else device_stream(device.id))
+        for row in read_now(sql, veiled, found):
             _show(row, as_json)
     if not found:
         raise Failed(REFUSED, f"the log has no event, command or device {what[:80]!r}")
@@ -203,7 +206,7 @@ def verify_log(
         if said is not None and key not in (None, said.thumbprint):
             raise Failed(REFUSED, f"{against} is signed by {said.kid} ({said.thumbprint}), not by {key}")
         fault = None if said is None else checkpoint.contradiction(sql, said.claims)
-        found = log.verify(sql, Progress(log.head(sql).position))
+        found = read_now(sql, log.verify, Progress(read_now(sql, log.head).position))
     fault = fault or found.fault
     if as_json:
         shown = {"rows": found.rows, "hash": found.hash.hex(), "fault": fault, "erased_later": found.later}

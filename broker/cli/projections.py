@@ -13,6 +13,7 @@ from cyclopts import App, Parameter
 
 from broker.cli.base import Config, Data, Json, Progress, print_json, print_table, settings_of
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.operations.asking import POLL_SEC, REFUSED, USAGE, Failed
 from broker.operations.own_projection import OwnProjection, Wrong
 from broker.world import SqliteStorage, open_for_reading
@@ -77,8 +78,8 @@ def verify_projections(*, data: Data = None, config: Config = None, as_json: Jso
     directory = Path(settings_of(config, data=data).data)
     with closing(open_for_reading(directory)) as kept:
         kept.execute("BEGIN")  # one snapshot of log and projections, which new events do not change
-        rows = log.head(kept).position
-        fault = follower.fault(kept, Progress(rows))
+        rows = read_now(kept, log.head).position
+        fault = read_now(kept, follower.fault, Progress(rows))
     if as_json:
         print_json({"events": rows, "fault": fault})
     elif fault is None:
@@ -97,7 +98,7 @@ def rebuild_projections(*, data: Data = None, config: Config = None, as_json: Js
     async def rebuilding() -> int:
         storage = await SqliteStorage.open(directory)
         try:
-            await storage.write(follower.renew)
+            await storage.rebuild()
             return (await storage.read(log.head)).position
         finally:
             await storage.close()

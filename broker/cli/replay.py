@@ -19,6 +19,7 @@ from broker.cli.base import Config, Data, Json, Text, print_json, settings_of
 from broker.control import operator
 from broker.domain.cloudevents import Entry, Wanted, cloud_event
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.log.erasing import bound
 from broker.operations.asking import REFUSED, UNREACHABLE, USAGE, Failed, call
 from broker.operations.replay import Played, Send, copy_log, entries, play
@@ -99,7 +100,7 @@ def replay(
 
 def _span(sql: sqlite3.Connection, first: str, last: str | None) -> tuple[int, int]:
     """The range to replay: events after the first position, up to the second one."""
-    head = log.head(sql).position
+    head = read_now(sql, log.head).position
     after = _point(sql, "--from", first, head, before=True)
     until = head if last is None else _point(sql, "--to", last, head, before=False)
     if after > until:
@@ -111,8 +112,10 @@ def _point(sql: sqlite3.Connection, flag: str, text: str, head: int, *, before: 
     """The position of the last event before a point (`before`), or at the point or before it."""
     whose, colon, number = text.rpartition(":")
     if colon and whose.startswith("log_"):
-        if whose != log.meta(sql, "log_id"):
-            raise Failed(USAGE, f"{flag} = {text}: belongs to another log than {log.meta(sql, 'log_id')}")
+        if whose != read_now(sql, log.meta, "log_id"):
+            raise Failed(
+                USAGE, f"{flag} = {text}: belongs to another log than {read_now(sql, log.meta, 'log_id')}"
+            )
         text = number
     if text.isascii() and text.isdecimal():
         if int(text) > head:
@@ -122,11 +125,11 @@ def _point(sql: sqlite3.Connection, flag: str, text: str, head: int, *, before: 
         at = parse_rfc3339(text)
     except ValueError:
         raise Failed(USAGE, f"{flag} = {text}: must be {POINT}") from None
-    return bound(sql, at if before else at + 1) - 1
+    return read_now(sql, bound, at if before else at + 1) - 1
 
 
 def _device(sql: sqlite3.Connection, name: str) -> str:
-    found = devices_view.by_name(sql, [name]).get(name)
+    found = read_now(sql, devices_view.by_name, [name]).get(name)
     if found is None:
         raise Failed(USAGE, f"--device = {name}: there is no such device in this log")
     return found.id
@@ -179,7 +182,7 @@ async def _play(
     found = entries(sql, wanted, *span)
     if dry_run:
         return await play(found, _nothing, None)
-    log_id = log.meta(sql, "log_id")
+    log_id = read_now(sql, log.meta, "log_id")
     async with _target(settings, into, log_id, secret) as send:
         return await play(found, send, speed)
 

@@ -10,12 +10,13 @@ from cyclopts import Parameter
 
 from broker.cli.base import Config, Data, Json, Progress, Text, print_json, settings_of
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.operations import transfer
 from broker.operations.asking import REFUSED, USAGE, Failed
 from broker.operations.backup import Refused
 from broker.operations.redecide import redecide
 from broker.operations.transfer import Moved, Only
-from broker.seams import Sql
+from broker.seams import Sqlite
 from devices.clock import parse_rfc3339, rfc3339
 
 
@@ -64,7 +65,7 @@ def export_log(
             if command is not None:
                 moved = transfer.export_command(sql, to, command)
             else:
-                moved = transfer.export(sql, to, only, Progress(log.head(sql).position))
+                moved = transfer.export(sql, to, only, Progress(read_now(sql, log.head).position))
         except Refused as error:
             raise Failed(REFUSED, str(error)) from error
     if to is not None:
@@ -144,7 +145,7 @@ def _say(moved: Moved, where: str, more: str, as_json: bool) -> None:
         print(f"{where} log {moved.log_id} up to position {moved.position}; hash {moved.hash.hex()}{more}")
 
 
-def _point(sql: Sql, option: str, text: str, *, first: bool) -> int:
+def _point(sql: Sqlite, option: str, text: str, *, first: bool) -> int:
     """The position that an option names. For a time: the first event at or after it (`first`), or the last
     event up to it."""
     if text.isascii() and text.isdigit() and len(text) <= 18:
@@ -153,4 +154,4 @@ def _point(sql: Sql, option: str, text: str, *, first: bool) -> int:
         at = parse_rfc3339(text)
     except ValueError as error:
         raise Failed(USAGE, f"{option} = {text!r}: must be a position or an RFC 3339 time") from error
-    return log.place(sql, at - 1) + 1 if first else log.place(sql, at)
+    return read_now(sql, log.place, at - 1) + 1 if first else read_now(sql, log.place, at)

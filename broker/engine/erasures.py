@@ -54,9 +54,11 @@ class Erasures:
     async def load(self) -> None:
         """Reads the version of the `erasures` stream, and wakes `run` to finish interrupted purges."""
 
-        def work(sql: Sql) -> int:
-            found = sql.execute("SELECT coalesce(max(version), 0) FROM events WHERE stream = ?", (ERASURES,))
-            return int(found.fetchone()[0])
+        async def work(sql: Sql) -> int:
+            found = await sql.all(
+                "SELECT coalesce(max(version), 0) FROM events WHERE stream = ?", (ERASURES,)
+            )
+            return int(found[0][0])
 
         self._version = await self._writer.storage.read(work)
         if self._version:

@@ -89,9 +89,9 @@ class Grants:
     async def load(self) -> None:
         """Reads keys and secrets; makes a first key if there is none."""
 
-        def work(sql: Sql) -> tuple[list[GrantKey], list[tuple[str, bytes]]]:
-            rows = sql.execute("SELECT kid, private, created_at, retired_at FROM grant_keys").fetchall()
-            secrets = sql.execute("SELECT device_id, secret FROM device_secrets").fetchall()
+        async def work(sql: Sql) -> tuple[list[GrantKey], list[tuple[str, bytes]]]:
+            rows = await sql.all("SELECT kid, private, created_at, retired_at FROM grant_keys")
+            secrets = await sql.all("SELECT device_id, secret FROM device_secrets")
             return [read_key(*row) for row in rows], [(row[0], bytes(row[1])) for row in secrets]
 
         storage = self._writer.storage

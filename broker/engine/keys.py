@@ -87,11 +87,11 @@ class Keys:
         self._ticked = 0
 
     async def load(self) -> None:
-        def work(sql: Sql) -> list[tuple[Key, int | None]]:
-            rows = sql.execute(
+        async def work(sql: Sql) -> list[tuple[Key, int | None]]:
+            rows = await sql.all(
                 "SELECT digest, k.id, project, scopes, name, created_at, revoked_at, terms, pepper, "
                 "last_used_at FROM api_keys k LEFT JOIN key_terms t ON t.id = k.id ORDER BY k.id"
-            ).fetchall()
+            )
             return [
                 (
                     Key(

@@ -194,18 +194,18 @@ class Live:
         commit that failed, and the time of the last progress report that was not recorded.
         """
 
-        def work(sql: Sql) -> _Read:
+        async def work(sql: Sql) -> _Read:
             definitions = {
-                digest: _definition(body) for digest, body in devices_view.definitions(sql).items()
+                digest: _definition(body) for digest, body in (await devices_view.definitions(sql)).items()
             }
             without_ids = [each for each in definitions.values() if not each.carries_ids]
             return _Read(
-                lanes_view.open_commands(sql),
-                commands_view.timed_out_since(sql, now - _longest_late(definitions.values())),
-                commands_view.answered_since(sql, now - _longest_late(without_ids)),
-                commands_view.forgotten_since(sql, now - _longest_late(without_ids)),
+                (await lanes_view.open_commands(sql)),
+                (await commands_view.timed_out_since(sql, now - _longest_late(definitions.values()))),
+                (await commands_view.answered_since(sql, now - _longest_late(without_ids))),
+                (await commands_view.forgotten_since(sql, now - _longest_late(without_ids))),
                 definitions,
-                erasing.purges(sql),
+                (await erasing.purges(sql)),
             )
 
         read = await storage.read(work)
@@ -258,8 +258,10 @@ class Live:
         if not missing_names and not missing_ids:
             return
 
-        def work(sql: Sql) -> tuple[dict[str, DeviceState], dict[str, CommandState]]:
-            return devices_view.by_name(sql, missing_names), commands_view.get_many(sql, missing_ids)
+        async def work(sql: Sql) -> tuple[dict[str, DeviceState], dict[str, CommandState]]:
+            return (await devices_view.by_name(sql, missing_names)), (
+                await commands_view.get_many(sql, missing_ids)
+            )
 
         devices, commands = await storage.read(work)
         for device in devices.values():
@@ -275,9 +277,9 @@ class Live:
         if not missing:
             return
 
-        def work(sql: Sql) -> dict[Key, tuple[bytes, str]]:
+        async def work(sql: Sql) -> dict[Key, tuple[bytes, str]]:
             find = "SELECT digest, command_id FROM idempotency WHERE project = ? AND key = ? AND scope = ?"
-            rows = ((key, sql.execute(find, key).fetchone()) for key in missing)
+            rows = [(key, await sql.one(find, key)) for key in missing]
             return {key: (bytes(row[0]), row[1]) for key, row in rows if row is not None}
 
         for key, first in (await storage.read(work)).items():

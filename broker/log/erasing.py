@@ -18,7 +18,8 @@ import msgspec
 from broker.domain.events import ERASURES, Erased, decode, subject_kind
 from broker.domain.lifecycle import CLOSED
 from broker.log.chain import Row
-from broker.seams import Sql
+from broker.log.driven import read_now
+from broker.seams import Sql, Sqlite
 
 CLOSING = frozenset(state.value for state in CLOSED)
 # The events of a device that newer ones can replace. The others are never erased.
@@ -40,44 +41,44 @@ class Purge(NamedTuple):
     at: int
 
 
-def purges(sql: Sql) -> list[Purge]:
+async def purges(sql: Sql) -> list[Purge]:
     """The unfinished purges, oldest first."""
-    found = sql.execute("SELECT position, cutoff, bound, at FROM purges ORDER BY position")
-    return [Purge(*row) for row in found.fetchall()]
+    found = await sql.all("SELECT position, cutoff, bound, at FROM purges ORDER BY position")
+    return [Purge(*row) for row in found]
 
 
-def bound(sql: Sql, cutoff: int) -> int:
+async def bound(sql: Sql, cutoff: int) -> int:
     """The first position recorded at or after a time (ms). Times never go back, so all earlier positions
     are older. A binary search, because `recorded_at` has no index."""
-    low, high = 1, 1 + sql.execute("SELECT coalesce(max(position), 0) FROM events").fetchone()[0]
+    low, high = 1, 1 + (await sql.one("SELECT coalesce(max(position), 0) FROM events"))[0]
     while low < high:
         middle = (low + high) // 2
-        at = sql.execute("SELECT recorded_at FROM events WHERE position = ?", (middle,)).fetchone()[0]
+        at = (await sql.one("SELECT recorded_at FROM events WHERE position = ?", (middle,)))[0]
         low, high = (middle + 1, high) if at < cutoff else (low, middle)
     return low
 
 
-def begin_purge(sql: Sql, position: int, cutoff: int, at: int) -> None:
+def begin_purge(sql: Sqlite, position: int, cutoff: int, at: int) -> None:
     """Records a purge. From this transaction until `finish_purge`, reads hide the commands it covers."""
-    sql.execute("INSERT INTO purges VALUES (?,?,?,?)", (position, cutoff, bound(sql, cutoff), at))
+    sql.execute("INSERT INTO purges VALUES (?,?,?,?)", (position, cutoff, read_now(sql, bound, cutoff), at))
 
 
-def finish_purge(sql: Sql, position: int) -> None:
+def finish_purge(sql: Sqlite, position: int) -> None:
     sql.execute("DELETE FROM purges WHERE position = ?", (position,))
 
 
-def erase(sql: Sql, command_id: str) -> None:
+def erase(sql: Sqlite, command_id: str) -> None:
     """Removes data and salt from every row of a command."""
     sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE stream = ?", (command_id,))
 
 
-def erase_positions(sql: Sql, positions: Sequence[int]) -> None:
+def erase_positions(sql: Sqlite, positions: Sequence[int]) -> None:
     """Removes data and salt from these rows. An `erased` event of the same transaction must name them."""
     for position in positions:
         sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE position = ?", (position,))
 
 
-def forget_answers(sql: Sql, which: str, value: object) -> None:
+def forget_answers(sql: Sqlite, which: str, value: object) -> None:
     """Erases the unmatched answers for which `which`, an SQL expression with one parameter, is true."""
     if sql.execute(f"SELECT 1 FROM unmatched WHERE {which} LIMIT 1", (value,)).fetchone() is None:
         return
@@ -90,21 +91,21 @@ def forget_answers(sql: Sql, which: str, value: object) -> None:
     sql.executemany("INSERT INTO unmatched VALUES (?,?,?,?,?,?,?,?)", kept)
 
 
-def erased_later(sql: Sql, after: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+async def erased_later(sql: Sql, after: int | None = None) -> list[tuple[int, dict[str, Any]]]:
     """The erasures that a copy keeps because they come after its end: position and event. With `after`: also
     those of the log itself after that position, which a copy up to there must keep."""
-    kept = sql.execute("SELECT value FROM meta WHERE key = 'erased_later'").fetchone()
+    kept = await sql.one("SELECT value FROM meta WHERE key = 'erased_later'")
     found: list[tuple[int, dict[str, Any]]] = [] if kept is None else msgspec.json.decode(kept[0])
     if after is not None:
-        rows = sql.execute(
+        rows = await sql.all(
             "SELECT position, data FROM events WHERE stream = ? AND position > ? ORDER BY position",
             (ERASURES, after),
         )
-        found += [(position, msgspec.json.decode(data)) for position, data in rows.fetchall()]
+        found += [(position, msgspec.json.decode(data)) for position, data in rows]
     return found
 
 
-def keep_erasures(sql: Sql, later: list[tuple[int, dict[str, Any]]]) -> None:
+def keep_erasures(sql: Sqlite, later: list[tuple[int, dict[str, Any]]]) -> None:
     """Puts erasures into a copy, for `Excused`."""
     if later:
         text = msgspec.json.encode(later).decode()
@@ -128,16 +129,16 @@ class Excused:
         self._later: list[Erased] | None = None
         self.later = 0  # rows that only a later erasure excuses
 
-    def read(self, sql: Sql) -> None:
+    async def read(self, sql: Sql) -> None:
         """Takes in the `erased` events that were recorded since the last call. Later calls use `sql`."""
         self._sql = sql
         if self._later is None:
-            self._later = [msgspec.convert(each, Erased) for _, each in erased_later(sql)]
-        found = sql.execute(
+            self._later = [msgspec.convert(each, Erased) for _, each in (await erased_later(sql))]
+        found = await sql.all(
             "SELECT position, version, type, data, schema FROM events WHERE stream = ? AND version > ? "
             "ORDER BY version",
             (ERASURES, self._read),
-        ).fetchall()
+        )
         for position, version, name, data, schema in found:
             self._read = version
             try:
@@ -153,28 +154,28 @@ class Excused:
             self._positions = array("q", sorted(self._positions))
             self._known.clear()
 
-    def __call__(self, row: Row) -> bool:
+    async def __call__(self, row: Row) -> bool:
         of_device = subject_kind(row.stream) == "device"
-        excused = self._is_replaced(row) if of_device else self._is_of_erased(row)
-        if not excused and self._excused_later(row):
+        excused = await (self._is_replaced(row) if of_device else self._is_of_erased(row))
+        if not excused and await self._excused_later(row):
             excused, self.later = True, self.later + 1
         return excused
 
-    def _is_of_erased(self, row: Row) -> bool:
+    async def _is_of_erased(self, row: Row) -> bool:
         if row.stream not in self._known:
-            self._known[row.stream] = self._judge(row.stream)
+            self._known[row.stream] = await self._judge(row.stream)
         excused, last = self._known[row.stream]
         if row.version >= last:
             del self._known[row.stream]  # after its last row a command is dropped, to keep memory small
         return excused
 
-    def _is_replaced(self, row: Row) -> bool:
+    async def _is_replaced(self, row: Row) -> bool:
         place = bisect_left(self._positions, row.position)
         if place == len(self._positions) or self._positions[place] != row.position:
             return False
-        return replaced(self._sql, row)
+        return await replaced(self._sql, row)
 
-    def _excused_later(self, row: Row) -> bool:
+    async def _excused_later(self, row: Row) -> bool:
         """Whether an erasure after the end of a copy names or covers the row. Whether its command was closed
         by then, or a newer event had replaced it, is not in the copy."""
         if not self._later:
@@ -185,17 +186,17 @@ class Excused:
         if subject_kind(row.stream) != "command":
             return False
         first = "SELECT recorded_at FROM events WHERE stream = ? ORDER BY version LIMIT 1"
-        created = self._sql.execute(first, (row.stream,)).fetchone()[0]
+        created = (await self._sql.one(first, (row.stream,)))[0]
         return any(
             row.stream in each.ids or (each.cutoff is not None and created < each.cutoff)
             for each in self._later
         )
 
-    def _judge(self, stream: str) -> tuple[bool, int]:
+    async def _judge(self, stream: str) -> tuple[bool, int]:
         """Whether the rows of a stream may have no data, and the version of its last row."""
         versions = "SELECT position, version, type, recorded_at FROM events WHERE stream = ? ORDER BY version"
-        first = self._sql.execute(f"{versions} LIMIT 1", (stream,)).fetchone()
-        last = self._sql.execute(f"{versions} DESC LIMIT 1", (stream,)).fetchone()
+        first = await self._sql.one(f"{versions} LIMIT 1", (stream,))
+        last = await self._sql.one(f"{versions} DESC LIMIT 1", (stream,))
         if subject_kind(stream) != "command" or last[2] not in CLOSING:
             return False, last[1]
         erased_at = [position for cutoff, position in self._cutoffs if first[3] < cutoff]
@@ -203,7 +204,7 @@ class Excused:
         return last[0] < max(erased_at), last[1]
 
 
-def replaced(sql: Sql, row: Row) -> bool:
+async def replaced(sql: Sql, row: Row) -> bool:
     """Whether the row is a presence or attribute event of a device, and a newer one of its kind follows."""
     if row.type in PRESENCE:
         newer = "type IN ('online', 'offline')"
@@ -212,4 +213,4 @@ def replaced(sql: Sql, row: Row) -> bool:
     else:
         return False
     query = f"SELECT 1 FROM events WHERE stream = ? AND version > ? AND {newer} LIMIT 1"
-    return sql.execute(query, (row.stream, row.version)).fetchone() is not None
+    return (await sql.one(query, (row.stream, row.version))) is not None

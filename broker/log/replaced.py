@@ -27,16 +27,16 @@ class Walk:
         self._presence: dict[str, int] = {}
         self._attributes: dict[str, int] = {}
 
-    def step(self, sql: Sql, end: int) -> list[int]:
+    async def step(self, sql: Sql, end: int) -> list[int]:
         """Reads one page, up to the position before `end`; returns the positions it found replaced."""
         until = min(self.after + PAGE, end - 1)
-        rows = sql.execute(
+        rows = await sql.all(
             "SELECT position, type, device_id, CASE WHEN type = 'published' THEN NULL ELSE data END "
             "FROM events WHERE position > ? AND position <= ? "
             "AND type IN ('online', 'offline', 'changed', 'published') ORDER BY position",
             (self.after, until),
         )
-        found = [old for row in rows.fetchall() if (old := self._replaced(*row))]
+        found = [old for row in rows if (old := self._replaced(*row))]
         self.after = until
         return sorted(found)
 

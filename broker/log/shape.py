@@ -9,14 +9,14 @@ from __future__ import annotations
 from broker.seams import Sql
 
 
-def fault(sql: Sql, tables: str) -> str | None:
+async def fault(sql: Sql, tables: str) -> str | None:
     """A sentence about what is wrong with the form of the file, or None. Takes the same time for any log.
 
     `tables`: the statements that create the tables of the log. `events` and its indexes must be exactly as
     they say; the others must be tables. There must be no trigger and no view: they change what is read.
     """
     wanted = [_plain(statement) for statement in tables.split(";") if statement.strip()]
-    found = sql.execute("SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master").fetchall()
+    found = await sql.all("SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master")
     for kind, name, _, _ in found:
         if kind in ("trigger", "view"):
             return f"the file has a {kind} named {str(name)[:64]!r}, and no log has one"
@@ -30,15 +30,15 @@ def fault(sql: Sql, tables: str) -> str | None:
     for kind, name, table, text in found:
         if kind == "index" and table == "events" and _plain(str(text)) not in wanted:
             return f"the table events has an index named {str(name)[:64]!r}, and no log has one"
-    first = sql.execute("SELECT min(position) FROM events").fetchone()[0]
+    first = (await sql.one("SELECT min(position) FROM events"))[0]
     if first is not None and first < 1:
         return f"there is a row at position {first}, and the first position is 1"
     return None
 
 
-def integrity(sql: Sql) -> str | None:
+async def integrity(sql: Sql) -> str | None:
     """What SQLite finds wrong with the table `events` and its indexes, or None. Reads all of them."""
-    found = str(sql.execute("PRAGMA integrity_check(events)").fetchone()[0])
+    found = str((await sql.one("PRAGMA integrity_check(events)"))[0])
     return None if found == "ok" else f"the file is damaged: {found[:200]}"
 
 

@@ -7,14 +7,15 @@ deleted. The unique index on (stream, version) is the only concurrency rule.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from broker.domain.events import NAMES, SCHEMA, Pending, Recorded, decode, encode
 from broker.log import chain, shape
 from broker.log.chain import Row
+from broker.log.driven import read_now
 from broker.log.erasing import ATTRIBUTES, PRESENCE, Excused, bound
-from broker.seams import Conflict, Sql, UnknownFormat
+from broker.seams import Conflict, Sql, Sqlite, UnknownFormat
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -71,7 +72,7 @@ class Head(NamedTuple):
     hash: bytes = chain.GENESIS
 
 
-def create(sql: Sql, log_id: str, cursor_key: str) -> None:
+def create(sql: Sqlite, log_id: str, cursor_key: str) -> None:
     """Creates the missing tables. An existing log keeps its id and its cursor key.
 
     Raises:
@@ -84,11 +85,11 @@ def create(sql: Sql, log_id: str, cursor_key: str) -> None:
         "INSERT OR IGNORE INTO meta VALUES ('log_id', ?), ('cursor_key', ?), ('format', ?)",
         (log_id, cursor_key, str(FORMAT)),
     )
-    if (fault := shape.fault(sql, TABLES)) is not None:
+    if (fault := read_now(sql, shape.fault, TABLES)) is not None:
         raise UnknownFormat(f"this is not a log that Ordain wrote: {fault}")
 
 
-def check_format(sql: Sql, shown: object) -> None:
+def check_format(sql: Sqlite, shown: object) -> None:
     """Checks that this release reads the file. A new, empty file is right. `shown` names it in the error.
 
     Raises:
@@ -105,25 +106,23 @@ def check_format(sql: Sql, shown: object) -> None:
         )
 
 
-def meta(sql: Sql, key: str) -> str:
+async def meta(sql: Sql, key: str) -> str:
     """A fact about this log: `log_id`, `cursor_key` (signs the cursors of lists), `format`."""
-    return str(sql.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
+    return str((await sql.one("SELECT value FROM meta WHERE key = ?", (key,)))[0])
 
 
-def copied(sql: Sql) -> dict[str, str]:
+async def copied(sql: Sql) -> dict[str, str]:
     """If `ordain replay` made this log, up to which position of its original; else empty."""
-    found = sql.execute("SELECT value FROM meta WHERE key = 'replayed'").fetchone()
+    found = await sql.one("SELECT value FROM meta WHERE key = 'replayed'")
     return {} if found is None else {"replayed to": str(found[0])}
 
 
-def head(sql: Sql) -> Head:
-    row = sql.execute(
-        "SELECT position, recorded_at, hash FROM events ORDER BY position DESC LIMIT 1"
-    ).fetchone()
+async def head(sql: Sql) -> Head:
+    row = await sql.one("SELECT position, recorded_at, hash FROM events ORDER BY position DESC LIMIT 1")
     return Head(row[0], row[1], bytes(row[2])) if row else Head()
 
 
-def append(sql: Sql, after: Head, events: Sequence[Pending], salts: bytes) -> Head:
+def append(sql: Sqlite, after: Head, events: Sequence[Pending], salts: bytes) -> Head:
     """Appends events after the head, which is in the same transaction. `salts`: 16 bytes for each event.
 
     Raises:
@@ -155,58 +154,56 @@ def append(sql: Sql, after: Head, events: Sequence[Pending], salts: bytes) -> He
     return Head(position, recorded_at, previous)
 
 
-def rows(sql: Sql, after: int = 0, limit: int = 1_000) -> list[Row]:
+async def rows(sql: Sql, after: int = 0, limit: int = 1_000) -> list[Row]:
     """A page of rows, ascending."""
-    found = sql.execute(
+    found = await sql.all(
         f"SELECT {COLUMNS} FROM events WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
     )
-    return [Row(*row) for row in found.fetchall()]
+    return [Row(*row) for row in found]
 
 
-def all_rows(sql: Sql, after: int = 0, page: int = 5_000) -> Iterator[Row]:
-    """Every row after a position, page by page, so that memory stays small."""
-    while batch := rows(sql, after, page):
-        yield from batch
-        after = batch[-1].position
+async def all_rows(sql: Sql, after: int = 0) -> list[Row]:
+    """Every row after a position, in memory: for tests and small logs."""
+    return await rows(sql, after, LAST)
 
 
-def stream(sql: Sql, name: str, until: int = LAST) -> list[Row]:
+async def stream(sql: Sql, name: str, until: int = LAST) -> list[Row]:
     """The rows of one stream up to a position, ascending by version."""
-    found = sql.execute(
+    found = await sql.all(
         f"SELECT {COLUMNS} FROM events WHERE stream = ? AND position BETWEEN 1 AND ? ORDER BY version",
         (name, until),
     )
-    return [Row(*row) for row in found.fetchall()]
+    return [Row(*row) for row in found]
 
 
-def last_version(sql: Sql, name: str) -> int:
+async def last_version(sql: Sql, name: str) -> int:
     """The version of the last event of a stream; 0 if there is none."""
-    found = sql.execute("SELECT coalesce(max(version), 0) FROM events WHERE stream = ?", (name,)).fetchone()
+    found = await sql.one("SELECT coalesce(max(version), 0) FROM events WHERE stream = ?", (name,))
     return int(found[0])
 
 
-def device_stream(sql: Sql, name: str, until: int) -> list[Row]:
+async def device_stream(sql: Sql, name: str, until: int) -> list[Row]:
     """The rows of a device's stream that define its state at a position, ascending by version.
 
     These are all rows about the device itself, but only the last `online` or `offline`: a device can have a
     hundred thousand of those.
     """
-    found = sql.execute(
+    found = await sql.all(
         f"SELECT {COLUMNS} FROM events INDEXED BY events_devices WHERE stream = ? "
         "AND position BETWEEN 1 AND ? AND type IN ('registered', 'changed', 'token_rotated', 'deleted')",
         (name, until),
-    ).fetchall()
-    found += sql.execute(
+    )
+    found += await sql.all(
         f"SELECT {COLUMNS} FROM events INDEXED BY events_stream WHERE stream = ? "
         "AND position BETWEEN 1 AND ? AND type IN ('online', 'offline') ORDER BY version DESC LIMIT 1",
         (name, until),
-    ).fetchall()
+    )
     return sorted(Row(*row) for row in found)
 
 
-def place(sql: Sql, at: int) -> int:
+async def place(sql: Sql, at: int) -> int:
     """The position of the last event recorded at or before a time (ms); 0 if there is none."""
-    return bound(sql, at + 1) - 1
+    return (await bound(sql, at + 1)) - 1
 
 
 def recorded(row: Row) -> Recorded:
@@ -243,12 +240,21 @@ class Verified(NamedTuple):
     later: int = 0
 
 
+Form = Callable[[Sql], Awaitable[str | None]]
+
+
+async def sound(sql: Sql) -> str | None:
+    """What is wrong with the form of the file or with its pages, as a sentence, or None."""
+    return await shape.fault(sql, TABLES) or await shape.integrity(sql)
+
+
 class Walk:
     """A check of the whole hash chain, page by page. Each page may be read in its own transaction, so a
     broker can do it while it works. `rows`: the number of good rows so far; `hash`: of the last of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, form: Form | None = None) -> None:
+        self._form = form or sound
         self.rows, self.hash = 0, chain.GENESIS
         self.fault: str | None = None
         self._excused = Excused()
@@ -261,33 +267,33 @@ class Walk:
         """See `Verified`."""
         return self._excused.later
 
-    def step(self, sql: Sql, page: int) -> bool:
+    async def step(self, sql: Sql, page: int) -> bool:
         """Checks the next `page` rows; after the last row, the next `page` streams. False at the end or at a
         fault. The first step checks the form of the file."""
         if not self._begun:
             self._begun = True
-            self.fault = shape.fault(sql, TABLES) or shape.integrity(sql)
+            self.fault = await self._form(sql)
             if self.fault is not None:
                 return False
-        batch = rows(sql, self.rows, page)
+        batch = await rows(sql, self.rows, page)
         if any(row.data is None for row in batch):
-            self._excused.read(sql)
+            (await self._excused.read(sql))
         for row in batch:
-            may_be_empty = row.data is None and self._excused(row)
+            may_be_empty = row.data is None and await self._excused(row)
             self.fault = chain.fault(row, self.hash, self.rows + 1, may_be_empty)
             if self.fault is None and row.recorded_at < self._recorded_at:
                 self.fault = f"position {row.position} is older than the row before it"
             if self.fault is not None:
                 return False
             self.hash, self.rows, self._recorded_at = row.hash, row.position, row.recorded_at
-        return bool(batch) or self._streams(sql, page)
+        return bool(batch) or (await self._streams(sql, page))
 
-    def _streams(self, sql: Sql, page: int) -> bool:
-        found = sql.execute(
+    async def _streams(self, sql: Sql, page: int) -> bool:
+        found = await sql.all(
             "SELECT stream, count(*), max(version), min(version) FROM events WHERE stream > ? "
             "GROUP BY stream ORDER BY stream LIMIT ?",
             (self._stream, page),
-        ).fetchall()
+        )
         for stream, count, last, first in found:
             if count != last or first != 1:
                 self.fault = f"stream {stream} has {count} events up to version {last}"
@@ -296,19 +302,19 @@ class Walk:
         return bool(found)
 
 
-def verify(sql: Sql, progress: Callable[[int], None] = lambda _: None) -> Verified:
+async def verify(sql: Sql, progress: Callable[[int], None] = lambda _: None) -> Verified:
     """Checks the form of the file and the whole chain: positions, digests, hashes, versions, times, erasures.
 
     A copy that `ordain replay` made also holds the later erasures that excuse its rows without data.
     `progress` is called every 8,192 rows with the number of good rows.
     """
     walk = Walk()
-    while walk.step(sql, 8_192):
+    while await walk.step(sql, 8_192):
         progress(walk.rows)
     return Verified(walk.rows, walk.hash, walk.fault, walk.later)
 
 
-def add_unmatched(sql: Sql, entries: Iterable[tuple[object, ...]], per_device: int, in_all: int) -> None:
+def add_unmatched(sql: Sqlite, entries: Iterable[tuple[object, ...]], per_device: int, in_all: int) -> None:
     """Stores unmatched answers. Keeps the newest: `per_device` for each device, and `in_all` in total.
 
     An entry is (at, project, device_id, reason, topic, command_id, payload); `at` is Unix time in ms.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.world import DATABASE, back_up, open_file, open_for_reading, part_of, rename_log
 
 
@@ -119,8 +120,8 @@ def inspect(file: Path) -> Backup:
     with closing(open_file(file)) as sql:
         try:
             fault = sql.execute("PRAGMA quick_check(1)").fetchone()[0]
-            verified = log.verify(sql)
-            log_id = log.meta(sql, "log_id")
+            verified = read_now(sql, log.verify)
+            log_id = read_now(sql, log.meta, "log_id")
         except sqlite3.DatabaseError as error:
             raise Refused(f"{file} is damaged: {error}") from error
     if fault != "ok":

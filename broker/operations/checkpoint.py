@@ -16,8 +16,9 @@ from jwt.api_jwk import PyJWK
 
 from broker.engine.grants import jwk, read_key
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.operations.backup import Refused
-from broker.seams import Sql
+from broker.seams import Sqlite
 from devices.clock import rfc3339
 
 TYPE = "checkpoint+jwt"
@@ -40,7 +41,7 @@ class Checkpoint(NamedTuple):
     thumbprint: str
 
 
-def sign(sql: Sql) -> str:
+def sign(sql: Sqlite) -> str:
     """A checkpoint of the current log: a JWT (EdDSA) that contains the public key.
 
     The signing key is also the key for grants, so the JWKS publishes its public key. The `typ` header
@@ -49,7 +50,7 @@ def sign(sql: Sql) -> str:
     Raises:
         Refused: the log is empty, or there is no signing key yet.
     """
-    head = log.head(sql)
+    head = read_now(sql, log.head)
     keys = sql.execute(
         "SELECT kid, private, created_at, retired_at FROM grant_keys ORDER BY created_at DESC, kid DESC"
     ).fetchall()
@@ -59,7 +60,7 @@ def sign(sql: Sql) -> str:
         raise Refused("there is no signing key yet: a broker makes one when it first starts")
     key = read_key(*keys[0])
     claims = Claims(
-        log_id=log.meta(sql, "log_id"),
+        log_id=read_now(sql, log.meta, "log_id"),
         position=head.position,
         hash=head.hash.hex(),
         recorded_at=rfc3339(head.recorded_at),
@@ -89,7 +90,7 @@ def read(content: bytes) -> Checkpoint:
         raise Refused(f"it is not a checkpoint, or was changed: {error}") from error
 
 
-def contradiction(sql: Sql, said: Claims) -> str | None:
+def contradiction(sql: Sqlite, said: Claims) -> str | None:
     """Why a log cannot be the continuation of the log that the checkpoint was made from; None if it can be.
 
     The check compares only the hash of one row. If the chain verifies up to that row, this hash covers all
@@ -97,10 +98,10 @@ def contradiction(sql: Sql, said: Claims) -> str | None:
     """
     ids = sql.execute("SELECT value FROM meta WHERE key IN ('log_id', 'restored_from')").fetchall()
     if (said.log_id,) not in ids:
-        return f"the checkpoint is of log {said.log_id}, and this is {log.meta(sql, 'log_id')}"
+        return f"the checkpoint is of log {said.log_id}, and this is {read_now(sql, log.meta, 'log_id')}"
     row = sql.execute("SELECT hash FROM events WHERE position = ?", (said.position,)).fetchone()
     if row is None:
-        end = log.head(sql).position
+        end = read_now(sql, log.head).position
         return f"the log was cut off: it ends at position {end}, the checkpoint was made at {said.position}"
     if bytes(row[0]).hex() != said.hash:
         return f"the log was rewritten: position {said.position} has another hash than the checkpoint says"

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import httpx2
 
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.operations.asking import POLL_SEC, Failed, call
 from broker.operations.passwords import canaries
 from broker.seams import UnknownFormat
@@ -80,20 +81,20 @@ def _database(sql: sqlite3.Connection, path: Path) -> Iterator[Finding]:
         return
     yield Finding("ok", "file", f"{path}, {path.stat().st_size >> 20} MiB, every page is whole")
     sql.execute("BEGIN")
-    verified = log.verify(sql)
+    verified = read_now(sql, log.verify)
     if verified.fault is not None:
         do = "the log was changed from outside; keep a copy, and restore an older backup"
         yield Finding("fault", "chain", verified.fault, do)
     else:
         yield Finding("ok", "chain", f"{verified.rows} events, the hash chain is valid")
-        if (differs := follower.fault(sql, lambda _: None)) is not None:
+        if (differs := read_now(sql, follower.fault, lambda _: None)) is not None:
             do = "keep a copy, stop the broker, and: ordain projections rebuild"
             yield Finding("fault", "projections", differs, do)
         else:
             yield Finding("ok", "projections", "they match the log")
-    behind = log.head(sql).recorded_at - SystemClock().wall_ms()
+    behind = read_now(sql, log.head).recorded_at - SystemClock().wall_ms()
     if behind > CLOCK_FAULT_MS:
-        last = rfc3339(log.head(sql).recorded_at)
+        last = rfc3339(read_now(sql, log.head).recorded_at)
         do = "set the clock (NTP); until then no command is sent to a device"
         yield Finding("fault", "clock", f"it is {behind} ms behind the last event ({last})", do)
     else:

@@ -15,6 +15,7 @@ from typing import Any
 
 from broker.domain.events import Recorded
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from projections.commands import veiled
 
 PAGE = 5_000
@@ -74,10 +75,10 @@ class OwnProjection:
             Wrong: the database belongs to another log, or `apply` failed; then the page is rolled back.
         """
         log_id, after = sql.execute("SELECT log_id, position FROM checkpoint").fetchone()
-        if log_id not in (None, log.meta(source, "log_id")):
+        if log_id not in (None, read_now(source, log.meta, "log_id")):
             raise Wrong(f"{self.file}: its database was made from another log ({log_id})")
         source.execute("BEGIN")  # one snapshot of the rows and of the pending erasures
-        page = veiled(source, log.rows(source, after, PAGE))
+        page = read_now(source, veiled, read_now(source, log.rows, after, PAGE))
         source.execute("COMMIT")
         if not page:
             return 0
@@ -87,7 +88,10 @@ class OwnProjection:
                 after = row.position
                 if row.data is not None:
                     self._apply(sql, log.recorded(row))
-            sql.execute("UPDATE checkpoint SET log_id = ?, position = ?", (log.meta(source, "log_id"), after))
+            sql.execute(
+                "UPDATE checkpoint SET log_id = ?, position = ?",
+                (read_now(source, log.meta, "log_id"), after),
+            )
             sql.execute("COMMIT")
         except Exception as error:
             sql.execute("ROLLBACK")

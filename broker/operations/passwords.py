@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from broker.engine.ids import is_token, token_digest
+from broker.log.driven import read_now
 from broker.operations.asking import Client, call
 from broker.world import SystemEntropy, open_for_reading
 from devices.canary import Login
@@ -74,5 +75,5 @@ def passwords(directory: Path, mqtt_url: str) -> dict[str, str]:
 
 def _digests(directory: Path) -> dict[str, str]:
     with closing(open_for_reading(directory)) as sql:
-        found = devices_view.newest(sql, None, None, EVERY)
+        found = read_now(sql, devices_view.newest, None, None, EVERY)
     return {device.hardware_id: device.token_digest for device in found if device.deleted_at is None}

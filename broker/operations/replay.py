@@ -12,7 +12,8 @@ from typing import NamedTuple
 from broker.domain.cloudevents import Entry, Wanted
 from broker.log import erasing
 from broker.log import sqlite as log
-from broker.seams import Sql
+from broker.log.driven import read_now
+from broker.seams import Sqlite
 from projections import follower, outgoing
 from projections.commands import veiled
 
@@ -30,27 +31,27 @@ class Played(NamedTuple):
     last_at: int
 
 
-def entries(sql: Sql, wanted: Wanted, after: int, until: int) -> Iterator[Entry]:
+def entries(sql: Sqlite, wanted: Wanted, after: int, until: int) -> Iterator[Entry]:
     """The wanted events after one position and up to another, ascending, read page by page."""
     while after < until:
-        page, after = outgoing.page(sql, wanted, after, until, PAGE)
+        page, after = read_now(sql, outgoing.page, wanted, after, until, PAGE)
         yield from page
 
 
-def copy_log(source: Sql, target: Sql, until: int) -> None:
+def copy_log(source: Sqlite, target: Sqlite, until: int) -> None:
     """Copies a log up to a position, row by row, into a new file, and computes its projections.
 
     Call it inside one read transaction. Data that a purge has marked for erasure is not copied. The copy is
     marked as a replay, and no broker serves it, because its open commands belong to the original log. It also
     keeps the erasures after its end: rows that they made empty are empty in the copy.
     """
-    log.create(target, log.meta(source, "log_id"), log.meta(source, "cursor_key"))
+    log.create(target, read_now(source, log.meta, "log_id"), read_now(source, log.meta, "cursor_key"))
     target.execute("INSERT INTO meta VALUES ('replayed', ?)", (str(until),))
-    erasing.keep_erasures(target, erasing.erased_later(source, until))
+    erasing.keep_erasures(target, read_now(source, erasing.erased_later, until))
     after = 0
-    while page := [row for row in log.rows(source, after, PAGE) if row.position <= until]:
+    while page := [row for row in read_now(source, log.rows, after, PAGE) if row.position <= until]:
         after = page[-1].position
-        target.executemany(log.INSERT, veiled(source, page))
+        target.executemany(log.INSERT, read_now(source, veiled, page))
     follower.renew(target)
 
 

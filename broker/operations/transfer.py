@@ -26,9 +26,10 @@ from broker.domain.events import (
 from broker.log import chain, lines
 from broker.log import sqlite as log
 from broker.log.chain import Row
+from broker.log.driven import read_now
 from broker.log.lines import Header
 from broker.operations.backup import Refused
-from broker.seams import Sql
+from broker.seams import Sqlite
 from broker.world import DATABASE, SystemEntropy, create, open_for_reading, part_of
 from devices.clock import rfc3339
 from devices.names import is_name
@@ -69,14 +70,14 @@ def export(sql: sqlite3.Connection, to: Path | None, only: Only, reached: Reache
         Refused: the file already exists, or the device is not known.
         OSError: the file cannot be written.
     """
-    head, log_id, count = log.head(sql), log.meta(sql, "log_id"), 0
+    head, log_id, count = read_now(sql, log.head), read_now(sql, log.meta, "log_id"), 0
     header = Header(
-        log_id=log_id, position=head.position, hash=head.hash, only=only.named() | log.copied(sql)
+        log_id=log_id, position=head.position, hash=head.hash, only=only.named() | read_now(sql, log.copied)
     )
     with new_file(to) as file:
         file.write(lines.header_line(header) + b"\n")
         for page in _pages(sql, only):
-            file.writelines(lines.as_line(row) + b"\n" for row in veiled(sql, page))
+            file.writelines(lines.as_line(row) + b"\n" for row in read_now(sql, veiled, page))
             count += len(page)
             reached(page[-1].position)
     return Moved(log_id, count, head.position, head.hash)
@@ -89,7 +90,7 @@ def _pages(sql: sqlite3.Connection, only: Only) -> Iterator[list[Row]]:
             where += f" AND {column} = ?"
             values.append(value)
     if only.device is not None:
-        device = devices.by_name(sql, [only.device]).get(only.device)
+        device = read_now(sql, devices.by_name, [only.device]).get(only.device)
         if device is None:
             raise Refused(f"there is no device {only.device!r}")
         where += " AND device_id = ?"
@@ -139,7 +140,7 @@ def _take_its_name(part: Path, path: Path) -> None:
         os.close(directory)
 
 
-def export_command(sql: Sql, to: Path | None, command_id: str) -> Moved:
+def export_command(sql: Sqlite, to: Path | None, command_id: str) -> Moved:
     """Writes all events that influenced the decisions about one command, up to its last event.
 
     These are its own events, those of the commands that shared its lane, those of its device (type, online,
@@ -154,22 +155,24 @@ def export_command(sql: Sql, to: Path | None, command_id: str) -> Moved:
     if found is None:
         raise Refused(f"there is no command {command_id[:80]!r}")
     device_id, first = found
-    last = log.stream(sql, command_id)[-1].position
+    last = read_now(sql, log.stream, command_id)[-1].position
     mates = sql.execute(
         "SELECT id FROM commands c WHERE device_id = ? AND position <= ? "
         f"AND (closed_position IS NULL OR closed_position >= ?) AND NOT {HIDDEN}",
         (device_id, last, first),
     ).fetchall()
-    rows = {row for (mate,) in mates for row in log.stream(sql, mate, last)}
+    rows = {row for (mate,) in mates for row in read_now(sql, log.stream, mate, last)}
     definitions = {_created(row).definition for row in rows if row.type == "created"}
-    rows.update(row for digest in definitions for row in log.stream(sql, definition_stream(digest)))
-    rows.update(log.device_stream(sql, device_stream(device_id), first))
-    rows.update(row for row in log.stream(sql, device_stream(device_id), last) if row.position > first)
-    starts = [row for row in log.stream(sql, SYSTEM, last) if row.type == "started"]
+    rows.update(row for digest in definitions for row in read_now(sql, log.stream, definition_stream(digest)))
+    rows.update(read_now(sql, log.device_stream, device_stream(device_id), first))
+    rows.update(
+        row for row in read_now(sql, log.stream, device_stream(device_id), last) if row.position > first
+    )
+    starts = [row for row in read_now(sql, log.stream, SYSTEM, last) if row.type == "started"]
     rows.update(starts[-1:] if starts and starts[-1].position < first else starts)
-    head = log.head(sql)
+    head = read_now(sql, log.head)
     header = Header(
-        log_id=log.meta(sql, "log_id"), position=head.position, hash=head.hash, command=command_id
+        log_id=read_now(sql, log.meta, "log_id"), position=head.position, hash=head.hash, command=command_id
     )
     with new_file(to) as file:
         file.write(lines.header_line(header) + b"\n")
@@ -285,7 +288,7 @@ def _fill(
         raise Refused(
             f"{source} ends at position {position}; its first line says that the log had {header.position}"
         )
-    if (fault := log.verify(sql).fault) is not None:
+    if (fault := read_now(sql, log.verify).fault) is not None:
         raise Refused(f"{source}: {fault}")
     try:
         follower.renew(sql)
@@ -348,7 +351,7 @@ def stats(sql: sqlite3.Connection) -> dict[str, Any]:
     ).fetchone()
     pages = {name: sql.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_size")}
     return {
-        "log_id": log.meta(sql, "log_id"),
+        "log_id": read_now(sql, log.meta, "log_id"),
         "events": events,
         "erased": sql.execute("SELECT count(*) FROM events WHERE data IS NULL").fetchone()[0],
         "streams": sql.execute("SELECT count(*) FROM events WHERE version = 1").fetchone()[0],

@@ -93,8 +93,8 @@ class MqttEvents:
     async def load(self, log_id: str) -> None:
         """Reads the checkpoint of the last process; without one, begins with events from now on."""
 
-        def work(sql: Sql) -> int | None:
-            row = sql.execute("SELECT value FROM meta WHERE key = 'mqtt_events'").fetchone()
+        async def work(sql: Sql) -> int | None:
+            row = await sql.one("SELECT value FROM meta WHERE key = 'mqtt_events'")
             return int(row[0]) if row else None
 
         self.log_id = log_id

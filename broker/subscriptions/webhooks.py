@@ -52,8 +52,8 @@ class Webhooks:
     # --- running and keeping ---
 
     async def load(self, log_id: str) -> None:
-        def work(sql: Sql) -> list[Any]:
-            return sql.execute("SELECT id, endpoint, progress FROM webhooks ORDER BY id").fetchall()
+        async def work(sql: Sql) -> list[Any]:
+            return await sql.all("SELECT id, endpoint, progress FROM webhooks ORDER BY id")
 
         self.sender.log_id = log_id
         for id, endpoint, progress in await self.writer.storage.read(work):

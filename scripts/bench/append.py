@@ -18,7 +18,7 @@ from broker.domain.lifecycle import CommandState, evolve
 from broker.engine.ids import new_id
 from broker.engine.writer import Writer
 from broker.log import sqlite as log
-from broker.seams import Sql
+from broker.seams import Sqlite
 from broker.world import DATABASE, SqliteStorage, SystemClock, SystemEntropy
 from projections import follower
 
@@ -80,7 +80,7 @@ async def _through_the_writer(directory: Path, waiting: int, count: int) -> tupl
     return count / seconds, cpu / count * 1e6
 
 
-def _create(sql: Sql) -> None:
+def _create(sql: Sqlite) -> None:
     log.create(sql, "log_bench", "00")
     follower.create(sql)
 

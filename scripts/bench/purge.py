@@ -25,12 +25,13 @@ from broker.domain.fleet import DeviceState
 from broker.engine.commands import Caller, Order
 from broker.engine.registry import NewDevice
 from broker.log import sqlite as log
-from broker.seams import Message, Outgoing, Receipt, Sql
+from broker.seams import Message, Outgoing, Receipt, Sqlite
 from broker.settings import Settings
 from broker.world import DATABASE, SqliteStorage, SystemClock, SystemEntropy
 from devices.types import shipped_types
 from projections import follower
 from projections.follower import Fold
+from tests.reading import tamper
 
 DEVICES = 1_000
 CHUNK = 5_000
@@ -75,11 +76,11 @@ async def fill(core: Core, devices: list[DeviceState], commands: int) -> None:
         head = await core.storage.read(log.head)
         events, fold = _lives(head.position, head.recorded_at, written, count, devices)
 
-        def work(sql: Sql, after=head, events=events, fold=fold) -> None:  # type: ignore[no-untyped-def]
+        def work(sql: Sqlite, after=head, events=events, fold=fold) -> None:  # type: ignore[no-untyped-def]
             log.append(sql, after, events, core.writer.entropy.token(16 * len(events)))
             follower.write(sql, fold)
 
-        await core.storage.write(work)
+        await tamper(core.storage, work)
         written += count
 
 

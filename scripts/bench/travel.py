@@ -40,6 +40,7 @@ from broker.domain.events import (
 from broker.domain.events import Error as EventError
 from broker.engine.ids import new_id
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.world import DATABASE, SystemEntropy
 from devices.clock import rfc3339
 from devices.types import shipped_types
@@ -171,7 +172,7 @@ def _end(draw: random.Random) -> tuple[CommandEvent, ...]:
 
 async def measure(data: Path, home: Path, reads: int, size: float) -> None:
     with sqlite3.connect(data / DATABASE) as sql:
-        head = log.head(sql).position
+        head = read_now(sql, log.head).position
         ids = [row[0] for row in sql.execute("SELECT id FROM commands WHERE position % 997 = 0")]
         devices = sql.execute("SELECT count(*) FROM devices").fetchone()[0]
     sql.close()

@@ -25,6 +25,7 @@ from broker.domain.errors import Refusal
 from broker.http.edge.pages import Pager
 from broker.log import chain, lines
 from broker.log.chain import Row
+from broker.log.driven import read_now
 from broker.mqtt.access import fits, is_filter
 from broker.operations import transfer
 from broker.operations.backup import Refused
@@ -245,7 +246,7 @@ def imports(data: bytes) -> None:
     else:
         with closing(transfer.opened(into)) as sql:
             transfer.stats(sql)
-            assert follower.fault(sql, lambda position: None) is None
+            assert read_now(sql, follower.fault, lambda position: None) is None
             transfer.export(sql, into / "again.jsonl", transfer.Only(), lambda position: None)
         rows = [
             list(map(lines.as_row, file.read_bytes().splitlines()[1:]))

@@ -30,12 +30,14 @@ from broker.domain.events import (
 )
 from broker.log import sqlite as log
 from broker.log.chain import Row
+from broker.log.driven import read_now
 from broker.log.lines import as_line
-from broker.seams import Receipt, Sql
+from broker.seams import Receipt, Sqlite
 from projections import commands as commands_view
 from projections import follower
 from projections.commands import Filter
 from tests.integration.core_support import ME, Bench, on_virtual_time, simulated, until
+from tests.reading import plain
 from tests.simulation.loop import SimLoop
 
 HERE = Path(__file__).parent
@@ -148,10 +150,10 @@ def main(release: str) -> None:
             await lives(bench)
             await the_rest(bench)
 
-            def work(sql: Sql) -> tuple[list[Row], dict[str, Any]]:
-                return list(log.all_rows(sql)), folded(sql)
+            def work(sql: Sqlite) -> tuple[list[Row], dict[str, Any]]:
+                return list(read_now(sql, log.all_rows)), folded(sql)
 
-            return await bench.writer.storage.read(work)
+            return await bench.writer.storage.read(plain(work))
 
     rows, states = simulated(world)
     assert {row.type for row in rows} == set(TYPES), set(TYPES) - {row.type for row in rows}
@@ -163,10 +165,10 @@ def main(release: str) -> None:
             file.write(content)
 
 
-def folded(sql: Sql) -> dict[str, Any]:
+def folded(sql: Sqlite) -> dict[str, Any]:
     """Everything the log folds to: the state of every command and device, by id, in plain JSON."""
     found: dict[str, Any] = {}
-    states = sorted(commands_view.newest(sql, Filter(), -1), key=lambda state: state.id)
+    states = sorted(read_now(sql, commands_view.newest, Filter(), -1), key=lambda state: state.id)
     found["commands"] = {
         state.id: msgspec.json.decode(msgspec.json.encode(state)) | placed(sql, state.id) for state in states
     }
@@ -174,11 +176,11 @@ def folded(sql: Sql) -> dict[str, Any]:
     found["devices"] = {
         row[0]: msgspec.json.decode(row[1]) | placed(sql, device_stream(row[0])) for row in rows
     }
-    found["open"] = [list(row) for row in follower.dump(sql)["projections.lanes"]]
+    found["open"] = [list(row) for row in read_now(sql, follower.dump)["projections.lanes"]]
     return found
 
 
-def placed(sql: Sql, stream: str) -> dict[str, int]:
+def placed(sql: Sqlite, stream: str) -> dict[str, int]:
     """The positions of the first and the last event of a stream."""
     first, last = sql.execute(
         "SELECT min(position), max(position) FROM events WHERE stream = ?", (stream,)

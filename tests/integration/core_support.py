@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,10 +35,11 @@ from broker.engine.commands import Accepted, Caller, Order
 from broker.engine.registry import NewDevice
 from broker.log import sqlite as log
 from broker.log.chain import Row
-from broker.seams import Batch, Clock, Message, Outbound, Outgoing, Placed, Receipt, Sql, Storage
+from broker.seams import Batch, Clock, Message, Outbound, Outgoing, Placed, Receipt, Sql, Sqlite, Storage
 from broker.settings import Limits, Settings
 from broker.world import SqliteStorage, SystemClock
 from devices.types import Definition, DeviceType, shipped_types
+from tests.reading import plain, tamper
 from tests.simulation.disk import SimDisk, SimStorage
 from tests.simulation.loop import SimClock, SimLoop
 from tests.simulation.loop import run as simulation
@@ -229,16 +230,16 @@ class Bench:
         return found
 
     async def rows(self) -> list[Row]:
-        return await self.writer.storage.read(lambda sql: list(log.all_rows(sql)))
+        return await self.writer.storage.read(log.all_rows)
 
     async def types(self, stream: str) -> list[str]:
         return [row.type for row in await self.writer.storage.read(lambda sql: log.stream(sql, stream))]
 
     async def unmatched(self) -> list[str]:
-        def work(sql: Sql) -> list[str]:
+        def work(sql: Sqlite) -> list[str]:
             return [row[0] for row in sql.execute("SELECT reason FROM unmatched ORDER BY id").fetchall()]
 
-        return await self.writer.storage.read(work)
+        return await self.writer.storage.read(plain(work))
 
 
 async def until(fact: Callable[[], bool], within_sec: float = 120) -> None:
@@ -314,10 +315,16 @@ class Held:
     async def landed(self, number: int) -> Placed | None:
         return await self.storage.landed(number)
 
-    async def write(self, work: Callable[[Sql], R]) -> R:
-        return await self.storage.write(work)
+    async def prepare(self, log_id: str, cursor_key: str) -> None:
+        await self.storage.prepare(log_id, cursor_key)
 
-    async def read(self, work: Callable[[Sql], R]) -> R:
+    async def write(self, work: Callable[[Sqlite], R]) -> R:
+        return await tamper(self.storage, work)
+
+    async def rebuild(self) -> None:
+        await self.storage.rebuild()
+
+    async def read(self, work: Callable[[Sql], Awaitable[R]]) -> R:
         return await self.storage.read(work)
 
     async def forget_old_pages(self) -> bool:

@@ -13,13 +13,15 @@ import itertools
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeVar
 
 import apsw
 
-from broker.seams import Batch, Broken, Conflict, Full, Placed, Sql
+from broker.log.driven import read_now
+from broker.seams import Batch, Broken, Conflict, Full, Placed, Sql, Sqlite
 from projections.batches import TERM, Latest, carry_out
+from projections.follower import open_log, renew
 from tests.simulation.loop import SimLoop, current_node
 
 T = TypeVar("T")
@@ -269,7 +271,7 @@ class SimStorage:
         self._latency = latency
         self._random = loop.rng(f"storage/{disk.epoch}")
         self._on_commit, self._on_write = on_commit, on_write
-        self._writes: deque[tuple[Callable[[Sql], Any], asyncio.Future[Any], float]] = deque()
+        self._writes: deque[tuple[Callable[[Sqlite], Any], asyncio.Future[Any], float]] = deque()
         node = current_node()
         if node is not None:
             node.on_kill.append(self._abandon)
@@ -277,6 +279,12 @@ class SimStorage:
             self._connection = disk.connect(synchronous=synchronous, checkpoint_pages=checkpoint_pages)
         except apsw.Error as error:
             raise _translated(error) from error
+
+    async def prepare(self, log_id: str, cursor_key: str) -> None:
+        await self.write(lambda sql: open_log(sql, log_id, cursor_key))
+
+    async def rebuild(self) -> None:
+        await self.write(renew)
 
     def number(self) -> int:
         return self._latest.number()
@@ -291,16 +299,16 @@ class SimStorage:
     async def landed(self, number: int) -> Placed | None:
         return self._latest.landed(number)
 
-    async def write(self, work: Callable[[Sql], T]) -> T:
+    async def write(self, work: Callable[[Sqlite], T]) -> T:
         outcome: asyncio.Future[T] = self._loop.create_future()
         self._writes.append((work, outcome, self._loop.time()))
         if len(self._writes) == 1:
             self._write_later()
         return await outcome
 
-    async def read(self, work: Callable[[Sql], T]) -> T:
+    async def read(self, work: Callable[[Sql], Awaitable[T]]) -> T:
         outcome: asyncio.Future[T] = self._loop.create_future()
-        self._later(self._run, "BEGIN", work, "ROLLBACK", outcome)
+        self._later(self._run, "BEGIN", lambda sql: read_now(sql, work), "ROLLBACK", outcome)
         return await outcome
 
     async def forget_old_pages(self) -> bool:
@@ -334,7 +342,7 @@ class SimStorage:
         slow = self._random.uniform(0.3, 1) * self._disk.slow_sec if self._disk.slow_sec else 0.0
         self._loop.call_later(slow + self._random.uniform(*self._latency), self._write_first)
 
-    def _run(self, begin: str, work: Callable[[Sql], T], end: str, outcome: asyncio.Future[T]) -> bool | None:
+    def _run(self, begin: str, work: Callable[[Sqlite], T], end: str, outcome: asyncio.Future[T]) -> bool | None:
         """Returns whether the transaction ended well; None: the machine has stopped, and nobody learns it."""
         result: T | None = None
         error: Exception | None = None

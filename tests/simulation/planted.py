@@ -38,6 +38,7 @@ from broker.subscriptions.webhook_worker import Attempt
 from devices.memory import RamMemory, Remembered
 from devices.types import Definition
 from projections import commands as commands_view
+from tests.reading import plain
 from tests.simulation.network import ServerKind
 from tests.simulation.pipes import LISTENER
 from tests.simulation.world import Outcome, Synchronous, simulate
@@ -124,7 +125,7 @@ async def _check_then_act(
     first = self.live.keys.get(key) if order.idempotency_key is not None else None
     if first is not None:
         return await self._replay(first, order.fingerprint)
-    await self.writer.storage.read(lambda sql: None)
+    await self.writer.storage.read(plain(lambda sql: None))
     await self.ready([order.device])
     device = self.device(caller, order.device)
     state = self._accept(caller, device, order, *self.check(device, order), retry_of)

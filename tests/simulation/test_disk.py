@@ -8,22 +8,23 @@ from typing import Any
 
 import pytest
 
-from broker.seams import Broken, Conflict, Full, Sql, Storage
+from broker.seams import Broken, Conflict, Full, Sqlite, Storage
+from tests.reading import plain, tamper
 from tests.simulation.disk import SimDisk, SimStorage
 from tests.simulation.loop import Node, SimLoop, run
 
 SEEDS = range(60)
 
 
-def insert(number: int) -> Callable[[Sql], int]:
-    def work(sql: Sql) -> int:
+def insert(number: int) -> Callable[[Sqlite], int]:
+    def work(sql: Sqlite) -> int:
         sql.execute("INSERT INTO facts VALUES (?, ?)", (number, number.to_bytes(2) * 700))
         return number
 
     return work
 
 
-def numbers(sql: Sql) -> list[int]:
+def numbers(sql: Sqlite) -> list[int]:
     assert sql.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     return [row[0] for row in sql.execute("SELECT number FROM facts ORDER BY number").fetchall()]
 
@@ -48,7 +49,7 @@ async def write_until_it_stops(
         storage = await opened(loop, disk, synchronous=synchronous)
         disk.stop_after(loop.rng("when").randrange(200), stop)
         for number in range(1000):
-            await storage.write(insert(number))
+            await tamper(storage, insert(number))
             answered.append(number)
 
     def stop() -> None:
@@ -59,7 +60,7 @@ async def write_until_it_stops(
 
     loop.spawn(node, writer())
     await stopped.wait()
-    return answered, await (await opened(loop, disk)).read(numbers)
+    return answered, await (await opened(loop, disk)).read(plain(numbers))
 
 
 def test_a_power_cut_at_any_write_loses_no_answered_write() -> None:
@@ -92,7 +93,7 @@ def test_a_kill_at_any_write_loses_no_answered_write(synchronous: str) -> None:
 def test_some_power_cuts_tear_the_log_and_sqlite_recovers_from_it() -> None:
     async def main(loop: SimLoop) -> tuple[int, int]:
         disk = SimDisk(loop)
-        await (await opened(loop, disk, synchronous="NORMAL")).write(insert(1))
+        await tamper(await opened(loop, disk, synchronous="NORMAL"), insert(1))
         (wal,) = [file for path, file in disk.files.items() if path.endswith("-wal")]
         dirty, before = dict(wal.undo), bytes(wal.data)
         disk.lose_power()
@@ -101,7 +102,7 @@ def test_some_power_cuts_tear_the_log_and_sqlite_recovers_from_it() -> None:
             before[sector * 512 : (sector + 1) * 512] != after[sector * 512 : (sector + 1) * 512]
             for sector in dirty
         )
-        await (await opened(loop, disk)).read(numbers)
+        await (await opened(loop, disk)).read(plain(numbers))
         return changed, len(dirty)
 
     outcomes = [run(main, seed) for seed in SEEDS]
@@ -113,15 +114,15 @@ def test_a_failed_transaction_leaves_nothing_and_the_next_one_works() -> None:
     async def main(loop: SimLoop) -> list[int]:
         storage = await opened(loop, SimDisk(loop))
 
-        def work(sql: Sql) -> None:
+        def work(sql: Sqlite) -> None:
             insert(1)(sql)
             raise LookupError("no")
 
         with pytest.raises(LookupError):
-            await storage.write(work)
-        await storage.write(insert(2))
-        await storage.read(insert(3))  # writes of a read are rolled back
-        return await storage.read(numbers)
+            await tamper(storage, work)
+        await tamper(storage, insert(2))
+        await storage.read(plain(insert(3)))  # writes of a read are rolled back
+        return await storage.read(plain(numbers))
 
     assert run(main) == [2]
 
@@ -129,10 +130,10 @@ def test_a_failed_transaction_leaves_nothing_and_the_next_one_works() -> None:
 def test_a_second_equal_key_is_a_conflict() -> None:
     async def main(loop: SimLoop) -> list[int]:
         storage = await opened(loop, SimDisk(loop))
-        await storage.write(insert(1))
+        await tamper(storage, insert(1))
         with pytest.raises(Conflict):
-            await storage.write(insert(1))
-        return await storage.read(numbers)
+            await tamper(storage, insert(1))
+        return await storage.read(plain(numbers))
 
     assert run(main) == [1]
 
@@ -143,11 +144,11 @@ def test_a_full_disk_is_reported_reads_work_and_writes_work_again_with_space() -
         storage = await opened(loop, disk)
         disk.capacity = 0
         with pytest.raises(Full):
-            await storage.write(insert(1))
-        assert await storage.read(numbers) == []
+            await tamper(storage, insert(1))
+        assert await storage.read(plain(numbers)) == []
         disk.capacity = None
-        await storage.write(insert(2))
-        return await storage.read(numbers)
+        await tamper(storage, insert(2))
+        return await storage.read(plain(numbers))
 
     assert run(main) == [2]
 
@@ -159,7 +160,7 @@ def test_an_io_error_is_broken(operation: Any) -> None:
         storage = await opened(loop, disk)
         disk.failing = {operation}
         with pytest.raises(Broken):
-            await storage.write(insert(1))
+            await tamper(storage, insert(1))
 
     run(main)
 
@@ -167,12 +168,12 @@ def test_an_io_error_is_broken(operation: Any) -> None:
 def test_cancelling_a_waiter_does_not_cancel_the_transaction() -> None:
     async def main(loop: SimLoop) -> list[int]:
         storage = await opened(loop, SimDisk(loop))
-        waiting = asyncio.ensure_future(storage.write(insert(1)))
+        waiting = asyncio.ensure_future(tamper(storage, insert(1)))
         loop.call_soon(waiting.cancel)
         await asyncio.wait([waiting])
         assert waiting.cancelled()
-        await storage.write(insert(2))
-        return await storage.read(numbers)
+        await tamper(storage, insert(2))
+        return await storage.read(plain(numbers))
 
     assert run(main) == [1, 2]
 
@@ -187,14 +188,14 @@ def test_a_kill_lands_before_or_after_a_commit_but_never_within() -> None:
         async def writer() -> None:
             storage = await opened(loop, disk, on_commit=commits.append)
             for number in range(100):
-                await storage.write(insert(number))
+                await tamper(storage, insert(number))
                 answered.append(number)
 
         loop.spawn(node, writer())
         await asyncio.sleep(loop.rng("when").uniform(0.05, 0.1))
         loop.kill(node)
         disk.lose_power()
-        found = await (await opened(loop, disk)).read(numbers)
+        found = await (await opened(loop, disk)).read(plain(numbers))
         assert len(found) == len(commits) - 1
         return len(answered), len(found)
 
@@ -208,12 +209,12 @@ def test_writes_commit_in_request_order() -> None:
         storage = await opened(loop, SimDisk(loop))
         order: list[int] = []
 
-        def work(number: int) -> Callable[[Sql], None]:
+        def work(number: int) -> Callable[[Sqlite], None]:
             return lambda sql: order.append(number)
 
         async def ask(number: int) -> None:
             asked.append(number)
-            await storage.write(work(number))
+            await tamper(storage, work(number))
 
         asked: list[int] = []
         async with asyncio.TaskGroup() as group:

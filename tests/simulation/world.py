@@ -26,9 +26,11 @@ from broker.domain.events import subject_kind
 from broker.domain.fleet import DeviceState
 from broker.log import sqlite as log
 from broker.log.chain import Row
-from broker.seams import Broken, Full, Sql
+from broker.log.driven import read_now
+from broker.seams import Broken, Full, Sqlite
 from broker.settings import Limits, Settings
 from projections import follower
+from tests.reading import plain
 from tests.simulation.checkers.life import check, s4
 from tests.simulation.checkers.timing import FRESH
 from tests.simulation.clients import SERVICES, Clients, Door
@@ -281,16 +283,16 @@ class World:
         try:
             if sql.execute("SELECT 1 FROM sqlite_master WHERE name = 'lanes'").fetchone() is None:
                 return
-            rows = [_row(row) for row in log.all_rows(sql)]
+            rows = [_row(row) for row in read_now(sql, log.all_rows)]
             self.history.dumped(rows)
-            fault = log.verify(sql).fault
+            fault = read_now(sql, log.verify).fault
             if fault is not None:
                 self.found.append(f"S3: {fault}")
-            kept = follower.dump(sql)
+            kept = read_now(sql, follower.dump)
             sql.execute("BEGIN")
             try:
                 follower.rebuild(sql)
-                self.found += s4(kept, follower.dump(sql))
+                self.found += s4(kept, read_now(sql, follower.dump))
             except ValueError as error:
                 self.found.append(f"S4: the log cannot be folded: {error}")
             sql.execute("ROLLBACK")
@@ -317,7 +319,7 @@ class World:
     async def end(self) -> None:
         """Waits until all commands are closed, stops the broker in order and reads its log."""
         await self._heal()
-        await self._core().storage.read(self._compare_live_state)
+        await self._core().storage.read(plain(self._compare_live_state))
         self.history.ended_at = self._core().writer.now()
         self._ending = True
         self._stop.set()
@@ -433,11 +435,11 @@ class World:
         assert self.core is not None
         return self.core
 
-    def _compare_live_state(self, sql: Sql) -> None:
+    def _compare_live_state(self, sql: Sqlite) -> None:
         """L6: the state in memory equals the fold of the log."""
         live, folded = self._core().live, follower.Fold()
         try:
-            for row in log.all_rows(sql):
+            for row in read_now(sql, log.all_rows):
                 if row.data is not None or subject_kind(row.stream) != "command":
                     folded.fold(log.recorded(row))
         except ValueError as error:

@@ -158,19 +158,19 @@ async def app_command_history(
     caller, commands = request.user, request.services.commands
     now = commands.writer.now()
 
-    def work(sql: Sql) -> dict[str, list[Sent]]:
+    async def work(sql: Sql) -> dict[str, list[Sent]]:
         found: dict[str, list[Sent]] = {}
-        before = None if end is None else erasing.bound(sql, end)
+        before = None if end is None else (await erasing.bound(sql, end))
         firsts: dict[int, int] = {}  # history retention of a project in seconds: first position to read
         room = MOST_RECORDS
-        for ident, device in devices_view.by_name(sql, data.device_idents).items():
+        for ident, device in (await devices_view.by_name(sql, data.device_idents)).items():
             if not caller.sees(device):
                 continue
             kept_sec = commands.quotas.of(device.project).history_retention_sec
             if kept_sec not in firsts:
-                firsts[kept_sec] = erasing.bound(sql, max(start, now - kept_sec * 1_000))
+                firsts[kept_sec] = await erasing.bound(sql, max(start, now - kept_sec * 1_000))
             first = firsts[kept_sec]
-            found[ident] = commands_view.sent(sql, device.id, data.name, first, before, room + 1)
+            found[ident] = await commands_view.sent(sql, device.id, data.name, first, before, room + 1)
             room -= len(found[ident])
             if room < 0:
                 raise invalid("start", f"matches more than {MOST_RECORDS} records: use a shorter time range")

@@ -206,9 +206,9 @@ async def list_commands_of_device(
     """
     caller = request.user
 
-    def work(sql: Sql) -> list[CommandState]:
-        wanted = Filter(project=caller.project, device_id=find_device(sql, caller, device).id)
-        return commands_view.newest(sql, wanted, limit, offset)
+    async def work(sql: Sql) -> list[CommandState]:
+        wanted = Filter(project=caller.project, device_id=(await find_device(sql, caller, device)).id)
+        return await commands_view.newest(sql, wanted, limit, offset)
 
     return _records(await request.services.commands.writer.storage.read(work), limit, offset)
 

@@ -98,14 +98,14 @@ async def list_devices(
     before = pager.after(cursor)
     place = None if as_of is None else await past.place_of(request, as_of)
 
-    def work(sql: Sql) -> tuple[Sequence[DeviceState | Then], int | None]:
+    async def work(sql: Sql) -> tuple[Sequence[DeviceState | Then], int | None]:
         found: Sequence[DeviceState | Then]
         if place is not None:
-            found = past_view.devices(sql, project, place(sql), before, limit + 1, within)
+            found = await past_view.devices(sql, project, (await place(sql)), before, limit + 1, within)
         else:
-            found = devices_view.newest(sql, project, before, limit + 1, within)
+            found = await devices_view.newest(sql, project, before, limit + 1, within)
         page = found[:limit]
-        return page, devices_view.position(sql, _state(page[-1]).id) if len(found) > limit else None
+        return page, (await devices_view.position(sql, _state(page[-1]).id)) if len(found) > limit else None
 
     page, resume = await request.services.commands.writer.storage.read(work)
     return DeviceList(
@@ -124,10 +124,10 @@ async def get_device(request: Call, device: FromPath[str], as_of: AsOf = None) -
     caller = request.user
     place = None if as_of is None else await past.place_of(request, as_of)
 
-    def work(sql: Sql) -> DeviceState | Then:
+    async def work(sql: Sql) -> DeviceState | Then:
         if place is not None:
-            return past.find_device(sql, caller, device, place(sql))
-        return find_device(sql, caller, device)
+            return await past.find_device(sql, caller, device, (await place(sql)))
+        return await find_device(sql, caller, device)
 
     return _shown(request, await request.services.commands.writer.storage.read(work))
 
@@ -169,13 +169,13 @@ async def delete_device(request: Call, device: FromPath[str], force: Force = Fal
     return _shown(request, await request.services.registry.delete(request.user, device, force=force))
 
 
-def find_device(sql: Sql, caller: Caller, name: str) -> DeviceState:
+async def find_device(sql: Sql, caller: Caller, name: str) -> DeviceState:
     """A device by its id or hardware id.
 
     Raises:
         Refusal: not_found, also if the device was deleted or the caller may not see it.
     """
-    device = devices_view.by_name(sql, [name]).get(name)
+    device = (await devices_view.by_name(sql, [name])).get(name)
     if device is None or not caller.sees(device) or device.deleted_at is not None:
         raise not_found("device", name)
     return device

@@ -266,15 +266,15 @@ async def _check_exists(request: Call, wanted: Wanted) -> None:
     """
     caller = request.user
 
-    def work(sql: Sql) -> None:
+    async def work(sql: Sql) -> None:
         if wanted.device is not None:
-            device = devices_view.by_name(sql, [wanted.device]).get(wanted.device)
+            device = (await devices_view.by_name(sql, [wanted.device])).get(wanted.device)
             if device is None or not caller.sees(device):
                 raise not_found("device", wanted.device)
         if wanted.command_id is not None:
-            first = next(iter(log.stream(sql, wanted.command_id)), None)
+            first = next(iter(await log.stream(sql, wanted.command_id)), None)
             device_id = "" if first is None else first.device_id or ""
-            device = devices_view.by_name(sql, [device_id]).get(device_id)
+            device = (await devices_view.by_name(sql, [device_id])).get(device_id)
             if device is None or not caller.sees(device):
                 raise not_found("command", wanted.command_id)
 

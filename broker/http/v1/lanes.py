@@ -113,11 +113,11 @@ async def _lane_then(request: Call, name: str, as_of: str) -> LaneView:
     caller, commands = request.user, request.services.commands
     place = await past.place_of(request, as_of)
 
-    def work(sql: Sql) -> tuple[Then, list[CommandState], dict[str, int]]:
-        position = place(sql)
-        then = past.find_device(sql, caller, name, position)
-        states = past_view.lane(sql, then.state.id, position)
-        return then, states, _positions(sql, states)
+    async def work(sql: Sql) -> tuple[Then, list[CommandState], dict[str, int]]:
+        position = await place(sql)
+        then = await past.find_device(sql, caller, name, position)
+        states = await past_view.lane(sql, then.state.id, position)
+        return then, states, (await _positions(sql, states))
 
     then, states, positions = await commands.writer.storage.read(work)
     device, kind = then.state, commands.types.get(then.state.device_type)
@@ -137,8 +137,8 @@ async def _lane_then(request: Call, name: str, as_of: str) -> LaneView:
     )
 
 
-def _positions(sql: Sql, states: list[CommandState]) -> dict[str, int]:
-    return {state.id: commands_view.position(sql, state.id) for state in states}
+async def _positions(sql: Sql, states: list[CommandState]) -> dict[str, int]:
+    return {state.id: (await commands_view.position(sql, state.id)) for state in states}
 
 
 def _command(state: CommandState, position: int, next: dict[str, Any] | None) -> LaneCommand:

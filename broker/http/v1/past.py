@@ -6,7 +6,7 @@ answer is computed only from the log, so the same question always gets the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 import msgspec
@@ -61,7 +61,7 @@ Start = Annotated[
     ),
 ]
 End = Annotated[str | None, QueryParameter(description=f"{POINT}; now if absent.", schema_extra=PLACE)]
-Place = Callable[[Sql], int]
+Place = Callable[[Sql], Awaitable[int]]
 
 
 class ChangedCommand(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="command"):
@@ -111,18 +111,18 @@ async def place_of(request: Call, text: str, field: str = "as_of") -> Place:
     return lambda sql: log.place(sql, at)
 
 
-def _head(sql: Sql) -> int:
-    return log.head(sql).position
+async def _head(sql: Sql) -> int:
+    return (await log.head(sql)).position
 
 
-def _reached(sql: Sql, position: int, field: str) -> int:
-    head = _head(sql)
+async def _reached(sql: Sql, position: int, field: str) -> int:
+    head = await _head(sql)
     if position > head:
         raise invalid(field, f"the log ends at position {head}", position)
     return position
 
 
-def find_command(
+async def find_command(
     sql: Sql, caller: Caller, command_id: str, device_id: str | None = None, position: int | None = None
 ) -> CommandState:
     """A command. With `device_id`, it must belong to that device; with `position`, its state at that point.
@@ -131,23 +131,23 @@ def find_command(
         Refusal: not_found, also if the caller may not see it, or it was created after `position`.
     """
     if position is None:
-        state = commands_view.get(sql, command_id)
+        state = await commands_view.get(sql, command_id)
     else:
-        state = past.command(sql, command_id, position)
+        state = await past.command(sql, command_id, position)
     if state is None or not caller.sees(state) or device_id not in (None, state.device_id):
         raise not_found("command", command_id)
     return state
 
 
-def find_device(sql: Sql, caller: Caller, name: str, position: int) -> Then:
+async def find_device(sql: Sql, caller: Caller, name: str, position: int) -> Then:
     """A device in its state at a position, by its id or hardware id.
 
     Raises:
         Refusal: not_found, also if the caller may not see it, or at that position it was not yet
             registered or already deleted.
     """
-    now = devices_view.by_name(sql, [name]).get(name)
-    then = None if now is None or not caller.sees(now) else past.device(sql, now.id, position)
+    now = (await devices_view.by_name(sql, [name])).get(name)
+    then = None if now is None or not caller.sees(now) else (await past.device(sql, now.id, position))
     if then is None or then.state.deleted_at is not None:
         raise not_found("device", name)
     return then
@@ -181,11 +181,11 @@ async def read_diff(
     pager = Pager(request.services.cursor_key, "diff", project, since, to)
     after = pager.after(cursor)
 
-    def work(sql: Sql) -> tuple[list[past.Change], int | None]:
-        start, end = start_of(sql), end_of(sql)
+    async def work(sql: Sql) -> tuple[list[past.Change], int | None]:
+        start, end = await start_of(sql), await end_of(sql)
         if start > end:
             raise invalid("from", f"must not lie after `to`, which is position {end}", since)
-        return past.changes(sql, project, start, end, start if after is None else after, limit, within)
+        return await past.changes(sql, project, start, end, start if after is None else after, limit, within)
 
     found, resume = await request.services.commands.writer.storage.read(work)
     shown = [_change(change) for change in found]

@@ -146,9 +146,9 @@ async def list_command_events(
     pager = Pager(request.services.cursor_key, "events", caller.project, command_id)
     after = pager.after(cursor) or 0
 
-    def work(sql: Sql) -> list[Row]:
-        find_command(sql, caller, command_id)
-        return [row for row in log.stream(sql, command_id) if row.version > after]
+    async def work(sql: Sql) -> list[Row]:
+        (await find_command(sql, caller, command_id))
+        return [row for row in (await log.stream(sql, command_id)) if row.version > after]
 
     page, more = cut(await request.services.commands.writer.storage.read(work), limit)
     return EventList(
@@ -178,14 +178,16 @@ async def find(
     caller = request.user
     place = None if as_of is None else await past.place_of(request, as_of)
 
-    def work(sql: Sql) -> CommandState:
+    async def work(sql: Sql) -> CommandState:
         device_id = None
         if device is not None:
-            known = devices_view.by_name(sql, [device]).get(device)
+            known = (await devices_view.by_name(sql, [device])).get(device)
             if known is None or not caller.sees(known):
                 raise not_found("device", device)
             device_id = known.id
-        return find_command(sql, caller, command_id, device_id, None if place is None else place(sql))
+        return await find_command(
+            sql, caller, command_id, device_id, None if place is None else (await place(sql))
+        )
 
     return await request.services.commands.writer.storage.read(work)
 
@@ -210,17 +212,17 @@ async def _list(
     before = pager.after(cursor)
     place = None if as_of is None else await past.place_of(request, as_of)
 
-    def work(sql: Sql) -> tuple[Sequence[CommandState], int | None]:
-        position = None if place is None else place(sql)
+    async def work(sql: Sql) -> tuple[Sequence[CommandState], int | None]:
+        position = None if place is None else (await place(sql))
         device_id = None
         if route == "device" and device is not None:
             if position is None:
-                device_id = find_device(sql, caller, device).id
+                device_id = (await find_device(sql, caller, device)).id
             else:
-                device_id = past.find_device(sql, caller, device, position).state.id
+                device_id = (await past.find_device(sql, caller, device, position)).state.id
         elif device is not None:
             # An unknown device in a filter gives an empty list. A deleted device's commands are found.
-            known = devices_view.by_name(sql, [device]).get(device)
+            known = (await devices_view.by_name(sql, [device])).get(device)
             if known is None or not caller.sees(known):
                 return [], None
             device_id = known.id
@@ -233,9 +235,9 @@ async def _list(
             before=before,
         )
         if position is not None:
-            return past_view.commands(sql, wanted, position, limit)
-        page, more = cut(commands_view.newest(sql, wanted, limit + 1), limit)
-        return page, commands_view.position(sql, page[-1].id) if more else None
+            return await past_view.commands(sql, wanted, position, limit)
+        page, more = cut((await commands_view.newest(sql, wanted, limit + 1)), limit)
+        return page, (await commands_view.position(sql, page[-1].id)) if more else None
 
     page, resume = await request.services.commands.writer.storage.read(work)
     return CommandList(

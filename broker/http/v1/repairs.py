@@ -183,9 +183,9 @@ async def explain_command(request: Call, command_id: FromPath[str]) -> Explanati
     services, caller = request.services, request.user
     writer = services.commands.writer
 
-    def work(sql: Sql) -> tuple[CommandState, list[Said]]:
-        state = find_command(sql, caller, command_id)
-        return state, unmatched.of_command(sql, state)
+    async def work(sql: Sql) -> tuple[CommandState, list[Said]]:
+        state = await find_command(sql, caller, command_id)
+        return state, (await unmatched.of_command(sql, state))
 
     state, said = await writer.storage.read(work)
     explanation = with_answers(await services.dispatch.explain(state), said)

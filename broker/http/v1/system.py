@@ -286,36 +286,34 @@ def _caller(caller: Caller) -> CallerView:
     )
 
 
-def _find(sql: Sql, project: str | None, within: DeviceSet | None, online: set[str]) -> _Found:
+async def _find(sql: Sql, project: str | None, within: DeviceSet | None, online: set[str]) -> _Found:
     whose, values = ("", []) if project is None else (" AND project = ?", [project])
     condition, more = in_set(within, "id")
-    ids = sql.execute(
-        f"SELECT id FROM devices WHERE NOT deleted{whose} AND {condition}", (*values, *more)
-    ).fetchall()
+    ids = await sql.all(f"SELECT id FROM devices WHERE NOT deleted{whose} AND {condition}", (*values, *more))
     condition, more = in_set(within, "c.device_id")
     whose, values = f"{whose} AND {condition}", [*values, *more]
-    open_commands = sql.execute(
-        f"SELECT count(*) FROM lanes l JOIN commands c ON c.position = l.position WHERE 1{whose}", values
-    ).fetchone()[0]
-    start = sql.execute(
+    open_commands = (
+        await sql.one(
+            f"SELECT count(*) FROM lanes l JOIN commands c ON c.position = l.position WHERE 1{whose}", values
+        )
+    )[0]
+    start = await sql.one(
         "SELECT recorded_at, data, schema FROM events WHERE stream = ? AND type = 'started' "
         "ORDER BY version DESC LIMIT 1",
         (SYSTEM,),
-    ).fetchone()
-    first = sql.execute("SELECT recorded_at FROM events WHERE position = 1").fetchone()
-    pages, size = sql.execute(
-        "SELECT page_count, page_size FROM pragma_page_count(), pragma_page_size()"
-    ).fetchone()
-    longest = sql.execute(
+    )
+    first = await sql.one("SELECT recorded_at FROM events WHERE position = 1")
+    pages, size = await sql.one("SELECT page_count, page_size FROM pragma_page_count(), pragma_page_size()")
+    longest = await sql.one(
         "SELECT d.hardware_id, found.n FROM (SELECT c.device_id, count(*) AS n FROM lanes l "
         f"JOIN commands c ON c.position = l.position WHERE 1{whose} GROUP BY c.device_id "
         "ORDER BY n DESC LIMIT 1) found JOIN devices d ON d.id = found.device_id",
         values,
-    ).fetchone()
+    )
     started = None if start is None else decode("started", bytes(start[1]), start[2])
     assert started is None or isinstance(started, Started)
     return _Found(
-        position=log.head(sql).position,
+        position=(await log.head(sql)).position,
         started=started,
         started_at=None if start is None else start[0],
         known=len(ids),

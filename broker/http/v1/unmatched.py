@@ -83,20 +83,20 @@ async def list_unmatched(
     pager = Pager(request.services.cursor_key, "unmatched", project, device, reason)
     before = pager.after(cursor)
 
-    def work(sql: Sql) -> list[Any]:
+    async def work(sql: Sql) -> list[Any]:
         wanted: dict[str, Any] = {"project = ?": project, "reason = ?": reason, "id < ?": before}
         condition, values = devices_view.in_set(caller.devices, "device_id")
         if device is not None:
-            known = devices_view.by_name(sql, [device]).get(device)
+            known = (await devices_view.by_name(sql, [device])).get(device)
             if known is None or not caller.sees(known):
                 return []
             wanted["device_id = ?"] = known.id
         where = {clause: value for clause, value in wanted.items() if value is not None}
-        return sql.execute(
+        return await sql.all(
             "SELECT id, at, device_id, reason, topic, command_id, payload FROM unmatched "
             f"WHERE {' AND '.join([*where, condition])} ORDER BY id DESC LIMIT ?",
             (*where.values(), *values, limit + 1),
-        ).fetchall()
+        )
 
     page, more = cut(await request.services.commands.writer.storage.read(work), limit)
     return UnmatchedList(
@@ -106,7 +106,7 @@ async def list_unmatched(
     )
 
 
-def of_command(sql: Sql, state: CommandState) -> list[Said]:
+async def of_command(sql: Sql, state: CommandState) -> list[Said]:
     """The kept messages of the command's own device that explain its state, oldest first.
 
     These are the messages that named the command, and the unusable ones since it was handed over. If it was
@@ -114,14 +114,14 @@ def of_command(sql: Sql, state: CommandState) -> list[Said]:
     """
     since = state.handed_over_at
     if since is None:
-        device = devices_view.by_name(sql, [state.device_id]).get(state.device_id)
+        device = (await devices_view.by_name(sql, [state.device_id])).get(state.device_id)
         since = 0 if device is None or device.seen_at is None else device.seen_at
     reasons = tuple(UNUSABLE)
-    rows = sql.execute(
+    rows = await sql.all(
         "SELECT at, reason, topic FROM unmatched WHERE device_id = ? AND (command_id = ? OR (at >= ? AND "
         f"reason IN ({', '.join('?' for _ in reasons)}))) ORDER BY id",
         (state.device_id, state.id, since, *reasons),
-    ).fetchall()
+    )
     return [Said(at=at, reason=reason, topic=topic) for at, reason, topic in rows]
 
 

@@ -30,6 +30,7 @@ from tests.integration.core_support import (
     simulated,
     until,
 )
+from tests.reading import plain
 from tests.simulation.disk import SimDisk, SimStorage
 from tests.simulation.loop import SimClock, SimLoop
 
@@ -50,7 +51,7 @@ def play(scene: Scene, limits: Limits | None = None) -> None:
             storage = bench.writer.storage
             assert (await storage.read(log.verify)).fault is None
             kept = await storage.read(follower.dump)
-            await storage.write(follower.rebuild)
+            await storage.rebuild()
             assert await storage.read(follower.dump) == kept
 
     simulated(world)
@@ -569,6 +570,6 @@ async def test_old_idempotency_keys_of_closed_commands_are_forgotten_a_few_at_a_
         assert await bench.core._forget_some_keys() == 1
         assert await bench.core._forget_some_keys() == 0
         left = await bench.writer.storage.read(
-            lambda sql: sql.execute("SELECT key FROM idempotency").fetchall()
+            plain(lambda sql: sql.execute("SELECT key FROM idempotency").fetchall())
         )
         assert [tuple(row) for row in left] == [("mine",)]

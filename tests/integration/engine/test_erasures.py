@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from broker.engine import erasures
 from broker.engine.commands import Caller
 from broker.log import erasing
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.operations.own_projection import OwnProjection, caught_up
 from broker.operations.replay import copy_log
-from broker.seams import Batch, Full, Placed, Sql
+from broker.seams import Batch, Full, Placed, Sql, Sqlite
 from broker.world import SqliteStorage, new_file, open_for_reading
 from projections import commands as commands_view
 from projections import devices as devices_view
@@ -48,6 +49,7 @@ from tests.integration.core_support import (
     simulated,
     until,
 )
+from tests.reading import plain
 from tests.simulation.disk import SimDisk
 from tests.simulation.loop import SimLoop
 
@@ -84,10 +86,10 @@ async def data_of(bench: Bench, stream: str) -> list[bytes | None]:
     """The data that readers see of a stream: NULL also for rows whose erasure is promised but not yet
     done."""
 
-    def work(sql: Sql) -> list[bytes | None]:
-        return [row.data for row in commands_view.veiled(sql, log.stream(sql, stream))]
+    def work(sql: Sqlite) -> list[bytes | None]:
+        return [row.data for row in read_now(sql, commands_view.veiled, read_now(sql, log.stream, stream))]
 
-    return await bench.writer.storage.read(work)
+    return await bench.writer.storage.read(plain(work))
 
 
 async def sound(bench: Bench) -> None:
@@ -95,7 +97,7 @@ async def sound(bench: Bench) -> None:
     storage = bench.writer.storage
     assert (await storage.read(log.verify)).fault is None
     kept = await storage.read(follower.dump)
-    await storage.write(follower.rebuild)
+    await storage.rebuild()
     assert await storage.read(follower.dump) == kept
 
 
@@ -242,10 +244,10 @@ async def test_a_read_that_began_before_a_delete_does_not_restore_the_command(tm
         bench.live.closed.clear()
         held: list[Callable[[], None]] = []
         storage, gate = bench.writer.storage, asyncio.Event()
-        plain = storage.read
+        at_once = storage.read
 
-        async def slow(work: Callable[[Sql], object]) -> object:
-            found = await plain(work)
+        async def slow(work: Callable[[Sql], Awaitable[object]]) -> object:
+            found = await at_once(work)
             held.append(gate.set)
             await gate.wait()
             return found
@@ -253,7 +255,7 @@ async def test_a_read_that_began_before_a_delete_does_not_restore_the_command(tm
         storage.read = slow  # type: ignore[method-assign, assignment]
         bringing = asyncio.create_task(bench.live.bring(storage, [], [state.id]))
         await until(lambda: bool(held))
-        storage.read = plain  # type: ignore[method-assign]
+        storage.read = at_once  # type: ignore[method-assign]
         await bench.core.erasures.delete(ME, state.id)
         gate.set()
         await bringing
@@ -409,9 +411,13 @@ async def test_a_command_covered_by_a_purge_is_in_no_replayed_log_and_in_no_proj
         with closing(open_for_reading(data)) as source, closing(new_file(copy)) as target:
             copy_log(source, target, bench.core.feed.head)
             told = {row[0] for row in caught_up(OwnProjection(own), source, tmp_path / "own.db")}
-            assert log.verify(target).fault is None
-            assert {row.data for command_id in old for row in log.stream(target, command_id)} == {None}
-            assert {state.id for state in commands_view.newest(target, Filter(), 100)} == {*kept.values()}
+            assert read_now(target, log.verify).fault is None
+            assert {row.data for command_id in old for row in read_now(target, log.stream, command_id)} == {
+                None
+            }
+            assert {state.id for state in read_now(target, commands_view.newest, Filter(), 100)} == {
+                *kept.values()
+            }
     assert told.isdisjoint(old)
     assert told.issuperset(kept.values())
 
@@ -584,10 +590,10 @@ async def test_a_copy_from_before_the_erasure_of_device_events_verifies(tmp_path
         clock.pass_ms(2 * DAY)
         assert (await bench.core.erasures.purge_events(ADMIN, 1, dry_run=False)).amount == 2
 
-        def copied(sql: Sql) -> log.Verified:
+        def copied(sql: Sqlite) -> log.Verified:
             with closing(sqlite3.connect(":memory:")) as target:
                 copy_log(sql, target, until_here)
-                return log.verify(target)
+                return read_now(target, log.verify)
 
-        verified = await bench.writer.storage.read(copied)
+        verified = await bench.writer.storage.read(plain(copied))
         assert (verified.fault, verified.later) == (None, 2)

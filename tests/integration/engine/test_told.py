@@ -10,6 +10,7 @@ from broker.engine.commands import Caller
 from broker.seams import Message
 from tests.integration.core_support import Bench, on_virtual_time, simulated, until
 from tests.integration.engine.test_lost_batch import no_space
+from tests.reading import plain
 from tests.simulation.loop import SimLoop
 
 BURST = 30
@@ -69,7 +70,7 @@ def test_an_online_beyond_the_rate_is_recorded_before_the_hand_over_that_it_allo
                 ).fetchall()
                 return rows
 
-            found = [row[0] for row in await bench.writer.storage.read(work)]
+            found = [row[0] for row in await bench.writer.storage.read(plain(work))]
             assert found[found.index("published") - 1] == "online"
 
     simulated(world)

@@ -14,7 +14,8 @@ import pytest
 from broker.domain.errors import Refusal, Unavailable
 from broker.domain.events import Changed, Pending, Recorded, device_stream
 from broker.log import sqlite as log
-from broker.seams import Broken, Drop, Placed, Put, Sql, Storage
+from broker.log.driven import read_now
+from broker.seams import Broken, Drop, Placed, Put, Sqlite, Storage
 from broker.world import SqliteStorage
 from projections import follower
 from tests.integration.core_support import (
@@ -30,6 +31,7 @@ from tests.integration.core_support import (
     simulated,
     until,
 )
+from tests.reading import plain, tamper
 from tests.simulation.loop import SimLoop
 
 
@@ -125,9 +127,9 @@ async def test_every_answer_waits_until_its_decision_is_durable(tmp_path: Path, 
 async def interfere(storage: Storage, device_id: str, name: str) -> None:
     """Writes to the same stream from outside, like a second node: log and projections."""
 
-    def work(sql: Sql) -> None:
-        head = log.head(sql)
-        version = log.stream(sql, device_stream(device_id))[-1].version + 1
+    def work(sql: Sqlite) -> None:
+        head = read_now(sql, log.head)
+        version = read_now(sql, log.stream, device_stream(device_id))[-1].version + 1
         foreign = Recorded(
             position=head.position + 1,
             stream=device_stream(device_id),
@@ -142,7 +144,7 @@ async def interfere(storage: Storage, device_id: str, name: str) -> None:
         log.append(sql, head, [foreign], bytes(16))
         follower.rebuild(sql)
 
-    await storage.write(work)
+    await tamper(storage, work)
 
 
 async def test_a_conflict_discards_dependent_events_and_reloads_the_state(tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ async def whole(bench: Bench) -> None:
     assert [row.position for row in rows] == list(range(1, len(rows) + 1))
     assert (await storage.read(log.verify)).fault is None
     kept = await storage.read(follower.dump)
-    await storage.write(follower.rebuild)
+    await storage.rebuild()
     assert await storage.read(follower.dump) == kept
 
 
@@ -364,7 +366,7 @@ async def test_a_core_that_is_only_opened_reads_its_log_and_writes_nothing(tmp_p
     await core.open(embedded=True)
 
     assert core.live.command(state.id) == state
-    assert await storage.read(lambda sql: list(log.all_rows(sql))) == before
+    assert await storage.read(log.all_rows) == before
     await storage.close()
 
 
@@ -392,7 +394,9 @@ async def test_a_row_that_cannot_be_stored_is_refused_before_it_is_staged(tmp_pa
         with pytest.raises(ValueError, match="NUL"):
             bench.writer.also(Put("meta", ("a", "1")), Put("meta", ("b", "a\0b")))
         await bench.device()
-        found = await storage.read(lambda sql: sql.execute("SELECT 1 FROM meta WHERE key = 'a'").fetchone())
+        found = await storage.read(
+            plain(lambda sql: sql.execute("SELECT 1 FROM meta WHERE key = 'a'").fetchone())
+        )
         assert found is None
 
 
@@ -406,5 +410,5 @@ async def test_an_unwritable_row_fails_its_batch_and_not_the_broker(tmp_path: Pa
         await bench.writer.opened()
         assert bench.writer.durable == before
         state = await bench.order()
-        recorded = await storage.read(lambda sql: sql.execute("SELECT stream FROM events").fetchall())
+        recorded = await storage.read(plain(lambda sql: sql.execute("SELECT stream FROM events").fetchall()))
         assert [row[0] for row in recorded if row[0].startswith("cmd_")][:1] == [state.id]

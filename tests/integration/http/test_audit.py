@@ -127,7 +127,7 @@ async def test_decisions_are_repeated_alike_whoever_asked(broker: Broker) -> Non
     sent = await client.post("/v1/devices/lamp-1/commands", json={"type": "blink"})
     await client.delete(f"/v1/devices/lamp-1/commands/{sent.json()['id']}")
 
-    rows = await broker.core.storage.read(lambda sql: list(log.all_rows(sql)))
+    rows = await broker.core.storage.read(log.all_rows)
 
     steps = list(redecide([log.recorded(row) for row in rows], 1))
     assert [step.fault for step in steps] == [None, None]

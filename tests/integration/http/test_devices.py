@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from broker.seams import Rows, Sql
+from broker.seams import Sql
 from devices.types import shipped_types
 from tests.integration.http.support import Broker, error_of, register, running
 
@@ -182,13 +182,17 @@ class Counting:
     sql: Sql
     statements: list[str]
 
-    def execute(self, sql: str, parameters: Sequence[Any] = (), /) -> Rows:
-        self.statements.append(sql)
-        return self.sql.execute(sql, parameters)
+    async def all(self, text: str, values: Sequence[Any] = (), /) -> list[Any]:
+        self.statements.append(text)
+        return await self.sql.all(text, values)
 
-    def executemany(self, sql: str, parameters: Iterable[Sequence[Any]], /) -> Any:
-        self.statements.append(sql)
-        return self.sql.executemany(sql, parameters)
+    async def one(self, text: str, values: Sequence[Any] = (), /) -> Any:
+        self.statements.append(text)
+        return await self.sql.one(text, values)
+
+    def each(self, text: str, values: Sequence[Any] = (), /) -> AsyncIterator[Any]:
+        self.statements.append(text)
+        return self.sql.each(text, values)
 
 
 async def test_a_device_of_another_project_costs_the_same_statements_as_a_missing_one(
@@ -199,7 +203,7 @@ async def test_a_device_of_another_project_costs_the_same_statements_as_a_missin
     read = broker.core.storage.read
     statements: list[str] = []
 
-    async def counting(work: Callable[[Sql], Any]) -> Any:
+    async def counting(work: Callable[[Sql], Awaitable[Any]]) -> Any:
         return await read(lambda sql: work(Counting(sql, statements)))
 
     monkeypatch.setattr(broker.core.storage, "read", counting)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import structlog
 
-from broker.seams import Batch, Broken, Full, Placed, Sql
+from broker.seams import Batch, Broken, Full, Placed, Sqlite
 from broker.settings import Limits
 from tests.integration.http.support import Broker, error_of, register, running
+from tests.reading import plain
 
 JSON = {"Content-Type": "application/json"}
 COMMANDS = "/v1/devices/lamp-1/commands"
@@ -191,7 +192,7 @@ async def test_an_unexpected_failure_is_logged_and_its_answer_has_no_details(
 ) -> None:
     client = await broker.someone()
 
-    async def fail(work: Callable[[Sql], object]) -> object:
+    async def fail(work: Callable[[Sqlite], object]) -> object:
         raise RuntimeError("the secret is 42")
 
     monkeypatch.setattr(broker.core.storage, "read", fail)
@@ -209,7 +210,7 @@ async def test_failed_disk_reads_are_answered_unavailable(
 ) -> None:
     client = await broker.someone()
 
-    async def fail(work: Callable[[Sql], object]) -> object:
+    async def fail(work: Callable[[Sqlite], object]) -> object:
         raise failure
 
     monkeypatch.setattr(broker.core.storage, "read", fail)
@@ -291,7 +292,9 @@ async def test_a_refusal_waits_until_its_decision_is_durable(
             request = client.request(method, path.format(command_id), json=body)
             answer = group.create_task(request)
             for _ in range(20):
-                await storage.read(lambda sql: None)  # gives the database's thread and the loop time to run
+                await storage.read(
+                    plain(lambda sql: None)
+                )  # gives the database's thread and the loop time to run
             assert not answer.done()
             gate.set()
         assert earlier.result().status_code == (503 if lost else 201)

@@ -11,13 +11,14 @@ import msgspec
 import pytest
 
 from broker.http.edge import streams
-from broker.seams import Sql
+from broker.seams import Sqlite
 from broker.settings import Limits
 from broker.subscriptions import feed
 from projections import outgoing
 from tests.integration.core_support import until
 from tests.integration.http.sse_support import reading
 from tests.integration.http.support import Broker, error_of, register, running
+from tests.reading import tamper
 
 
 async def key_of(broker: Broker, project: str = "acme", *scopes: str) -> str:
@@ -169,11 +170,11 @@ async def test_a_position_before_the_retention_is_gone(tmp_path: Path) -> None:
         await register(client)
         await send(client)
 
-    def forget(sql: Sql) -> None:
+    def forget(sql: Sqlite) -> None:
         sql.execute("INSERT INTO meta VALUES ('kept_after', '3')")
 
     async with running(tmp_path) as broker:
-        await broker.core.storage.write(forget)
+        await tamper(broker.core.storage, forget)
     async with running(tmp_path) as broker:
         key = await key_of(broker)
         client = broker.client(key)

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from broker.http.console.pages import STATIC
-from broker.seams import Sql
+from broker.seams import Sqlite
 from projections import figures
 from tests.integration.http.support import Broker, error_of, register, running
 
@@ -175,10 +175,10 @@ async def test_a_running_broker_verifies_its_log_and_names_a_changed_row(broker:
     assert good["rows"] == (await get(client, "/v1/system"))["position"]
     assert good["started_at"] <= good["finished_at"]
 
-    def tamper(sql: Sql) -> object:
+    def change(sql: Sqlite) -> object:
         return sql.execute("UPDATE events SET actor = 'key:other' WHERE stream = ?", (command,))
 
-    await broker.core.storage.write(tamper)
+    await tamper(broker.core.storage, change)
     bad = await verified(admin)
     assert bad["state"] == "bad"
     assert "does not follow" in bad["fault"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.seams import Broken, UnknownFormat
 from broker.world import DATABASE
 from tests.integration.core_support import running
@@ -67,17 +68,17 @@ async def test_a_forged_file_does_not_verify_and_is_not_served(
         command = await bench.order()
         await bench.writer.barrier()
     sql = sqlite3.connect(tmp_path / DATABASE)
-    assert log.verify(sql).fault is None
+    assert read_now(sql, log.verify).fault is None
     forge(sql)
     sql.commit()
     sql.close()
 
     sql = sqlite3.connect(tmp_path / DATABASE)
-    found = log.verify(sql).fault
+    found = read_now(sql, log.verify).fault
     assert found is not None
     assert fault in found
     if "position" in fault:
-        assert all(row.position > 0 for row in log.stream(sql, command.id))
+        assert all(row.position > 0 for row in read_now(sql, log.stream, command.id))
     sql.close()
     if fault not in ("the file is damaged", "events_devices is missing"):
         with pytest.raises((UnknownFormat, Broken), match=r"not a log that Ordain wrote|views may not"):

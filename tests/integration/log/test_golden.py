@@ -19,6 +19,7 @@ from broker.domain.events import TYPES
 from broker.domain.lifecycle import State
 from broker.engine.live import Live
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.log.lines import as_line, as_row
 from projections import follower
 from tests.golden.write import HERE, folded, main
@@ -61,17 +62,17 @@ def test_the_log_of_a_release_verifies_and_encodes_back_to_the_same_bytes(
     golden: tuple[str, sqlite3.Connection],
 ) -> None:
     release, sql = golden
-    verified = log.verify(sql)
+    verified = read_now(sql, log.verify)
 
     assert (verified.fault, verified.rows) == (None, len(lines(release)))
-    assert [as_line(row) for row in log.all_rows(sql)] == lines(release)
+    assert [as_line(row) for row in read_now(sql, log.all_rows)] == lines(release)
 
 
 def test_every_event_of_a_release_decodes_and_folds_to_the_same_states(
     golden: tuple[str, sqlite3.Connection],
 ) -> None:
     release, sql = golden
-    for row in log.all_rows(sql):
+    for row in read_now(sql, log.all_rows):
         assert log.recorded(row).type == row.type
     follower.rebuild(sql)
 
@@ -88,7 +89,7 @@ def test_a_broker_starts_on_the_log_of_a_release(golden: tuple[str, sqlite3.Conn
     async def world(loop: SimLoop) -> None:
         storage, live = SimStorage(loop, SimDisk(loop)), Live()
         await storage.write(lambda sql: put(sql, release))
-        await storage.write(follower.rebuild)
+        await storage.rebuild()
         await live.load(storage, SeededEntropy(), ManualClock().wall_ms())
 
         open_ones = [name for name, member in live.members.items() if not member.state.closed]

@@ -15,10 +15,11 @@ import msgspec
 import pytest
 
 from broker.log import sqlite as log
-from broker.seams import Broken, Conflict, Sql
+from broker.seams import Broken, Conflict, Sqlite
 from broker.world import DATABASE, InUse, SqliteStorage
 from projections import follower
 from tests.integration.core_support import ME, Bench, new_core, on_virtual_time, running, simulated, until
+from tests.reading import plain, tamper
 from tests.simulation.loop import SimLoop
 
 ROOT = Path(__file__).parents[3]
@@ -51,14 +52,14 @@ async def test_a_file_that_is_not_a_database_is_reported_broken_and_not_changed(
 
 
 async def test_a_transaction_is_atomic(tmp_path: Path) -> None:
-    def half(sql: Sql) -> None:
+    def half(sql: Sqlite) -> None:
         sql.execute("INSERT INTO facts VALUES (1)")
         raise LookupError("in the middle")
 
-    def twice(sql: Sql) -> None:
+    def twice(sql: Sqlite) -> None:
         sql.executemany("INSERT INTO facts VALUES (?)", [(7,), (7,)])
 
-    def facts(sql: Sql) -> list[int]:
+    def facts(sql: Sqlite) -> list[int]:
         return [row[0] for row in sql.execute("SELECT n FROM facts").fetchall()]
 
     storage = await SqliteStorage.open(tmp_path)
@@ -68,9 +69,9 @@ async def test_a_transaction_is_atomic(tmp_path: Path) -> None:
     with pytest.raises(Conflict, match="UNIQUE"):
         await storage.write(twice)
     with pytest.raises(Broken, match="readonly"):
-        await storage.read(lambda sql: sql.execute("INSERT INTO facts VALUES (2)"))
+        await storage.read(plain(lambda sql: sql.execute("INSERT INTO facts VALUES (2)")))
 
-    assert await storage.read(facts) == []
+    assert await storage.read(plain(facts)) == []
     await storage.close()
 
 
@@ -78,7 +79,7 @@ async def test_a_cancelled_waiter_leaves_no_half_transaction(tmp_path: Path) -> 
     storage = await SqliteStorage.open(tmp_path)
     await storage.write(lambda sql: sql.execute("CREATE TABLE facts (n INTEGER PRIMARY KEY)"))
 
-    def work(sql: Sql) -> None:
+    def work(sql: Sqlite) -> None:
         sql.executemany("INSERT INTO facts VALUES (?)", ((n,) for n in range(50_000)))
 
     waiter = asyncio.create_task(storage.write(work))
@@ -88,7 +89,7 @@ async def test_a_cancelled_waiter_leaves_no_half_transaction(tmp_path: Path) -> 
         await waiter
 
     await storage.write(lambda sql: sql.execute("INSERT INTO facts VALUES (-1)"))
-    count = await storage.read(lambda sql: sql.execute("SELECT count(*) FROM facts").fetchone()[0])
+    count = await storage.read(plain(lambda sql: sql.execute("SELECT count(*) FROM facts").fetchone()[0]))
     assert count in (1, 50_001)
     await storage.close()
 
@@ -155,7 +156,7 @@ def test_rebuilt_projections_equal_the_incremental_ones(page: int, monkeypatch: 
             kept = await storage.read(follower.dump)
             assert {row.type for row in await bench.rows()} >= EVERY_COMMAND_EVENT
 
-            await storage.write(follower.rebuild)
+            await tamper(storage, follower.rebuild)
 
             assert await storage.read(follower.dump) == kept
             assert (await storage.read(log.verify)).fault is None
@@ -191,11 +192,11 @@ async def test_unmatched_answers_are_bounded_and_the_newest_are_kept(tmp_path: P
             bench.answers(f"cmd_{number}")
         await until(lambda: len(bench.wire.pubacks) == 250)
 
-        def kept(sql: Sql) -> list[str]:
+        def kept(sql: Sqlite) -> list[str]:
             found = sql.execute("SELECT command_id FROM unmatched ORDER BY id").fetchall()
             return [row[0] for row in found]
 
-        found = await bench.writer.storage.read(kept)
+        found = await bench.writer.storage.read(plain(kept))
         assert found == [f"cmd_{number}" for number in range(150, 250)]
 
 
@@ -254,7 +255,7 @@ async def test_after_kill_9_during_writes_all_acknowledged_writes_are_there(
     for seed in (1, 2, 3):
         promised |= set(await acknowledged_until_killed(tmp_path, seed, enough=seed * 60))
         storage = await SqliteStorage.open(tmp_path)
-        rows = await storage.read(lambda sql: list(log.all_rows(sql)))
+        rows = await storage.read(log.all_rows)
         assert promised <= {row.stream for row in rows if row.type == "created"}
         assert [row.position for row in rows] == list(range(1, len(rows) + 1))
         assert (await storage.read(log.verify)).fault is None

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.operations import transfer
 from broker.seams import Broken, Full
 from broker.world import DATABASE, InUse, SqliteStorage, compact
@@ -34,7 +35,7 @@ def data(tmp_path: Path) -> Path:
 
 def everything(data: Path) -> object:
     with closing(transfer.opened(data)) as sql:
-        return list(log.all_rows(sql)), follower.dump(sql), log.verify(sql)
+        return list(read_now(sql, log.all_rows)), read_now(sql, follower.dump), read_now(sql, log.verify)
 
 
 def test_compacting_makes_the_file_smaller_and_keeps_every_row(data: Path) -> None:
@@ -63,10 +64,10 @@ async def test_compacting_is_refused_while_a_broker_serves(data: Path) -> None:
 def test_compacting_is_refused_while_another_process_reads(data: Path) -> None:
     before = everything(data)
     with closing(transfer.opened(data)) as reader:
-        log.head(reader)
+        read_now(reader, log.head)
         with pytest.raises(InUse, match="another process reads"):
             compact(data)
-        assert log.verify(reader).fault is None
+        assert read_now(reader, log.verify).fault is None
     assert everything(data) == before
     compact(data)
     assert everything(data) == before
@@ -93,7 +94,7 @@ def test_compacting_creates_no_log(tmp_path: Path) -> None:
 def test_stats_count_rows_and_bytes(data: Path) -> None:
     with closing(transfer.opened(data)) as sql:
         found = transfer.stats(sql)
-        rows = list(log.all_rows(sql))
+        rows = list(read_now(sql, log.all_rows))
     assert found["events"] == sum(found["by_type"].values()) == sum(found["by_project"].values()) == len(rows)
     assert found["streams"] == len({row.stream for row in rows})
     assert found["by_type"]["created"] == sum(row.type == "created" for row in rows)

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from broker.engine.grants import GrantKey, jwk
 from broker.log import chain
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from broker.operations import checkpoint
 from broker.operations.backup import Refused
 from broker.operations.checkpoint import Checkpoint
@@ -52,12 +53,12 @@ def copy(sql: sqlite3.Connection) -> sqlite3.Connection:
 async def test_a_log_that_grew_matches_its_checkpoint(bench: Bench, tmp_path: Path) -> None:
     said = kept(tmp_path)
     with opened(tmp_path) as sql:
-        head = log.head(sql)
+        head = read_now(sql, log.head)
         assert (said.claims.position, said.claims.hash) == (head.position, head.hash.hex())
         assert checkpoint.contradiction(sql, said.claims) is None
     await bench.order()
     with opened(tmp_path) as sql:
-        assert log.head(sql).position > said.claims.position
+        assert read_now(sql, log.head).position > said.claims.position
         assert checkpoint.contradiction(sql, said.claims) is None
 
 
@@ -66,7 +67,7 @@ async def test_a_cut_off_log_verifies_but_contradicts_its_checkpoint(bench: Benc
     with opened(tmp_path) as sql, closing(copy(sql)) as mine:
         mine.execute("DELETE FROM events WHERE position = ?", (said.claims.position,))
 
-        assert log.verify(mine).fault is None
+        assert read_now(mine, log.verify).fault is None
         assert "cut off: it ends at" in (checkpoint.contradiction(mine, said.claims) or "")
 
 
@@ -75,7 +76,7 @@ async def test_a_rewritten_log_verifies_but_contradicts_its_checkpoint(bench: Be
     said = kept(tmp_path)
     with opened(tmp_path) as sql, closing(copy(sql)) as mine:
         previous = chain.GENESIS
-        for row in list(log.all_rows(mine)):
+        for row in list(read_now(mine, log.all_rows)):
             forged = row._replace(actor="nobody" if row.type == "created" else row.actor)
             previous = chain.link(previous, *forged[:9], forged.digest)
             mine.execute(
@@ -83,7 +84,7 @@ async def test_a_rewritten_log_verifies_but_contradicts_its_checkpoint(bench: Be
                 (forged.actor, previous, row.position),
             )
 
-        assert log.verify(mine).fault is None
+        assert read_now(mine, log.verify).fault is None
         assert "rewritten" in (checkpoint.contradiction(mine, said.claims) or "")
 
 

@@ -29,9 +29,10 @@ from broker.log import lines
 from broker.operations import transfer
 from broker.operations.backup import Refused
 from broker.operations.redecide import Step, redecide
-from broker.seams import Sql
+from broker.seams import Sqlite
 from tests.golden.write import lives
 from tests.integration.core_support import on_virtual_time, simulated
+from tests.reading import plain
 from tests.simulation.loop import SimLoop
 
 Events = list[Recorded]
@@ -45,12 +46,12 @@ def exported() -> dict[str, bytes]:
         async with on_virtual_time(loop) as (bench, _):
             await lives(bench)
             await bench.writer.barrier()
-            return await bench.writer.storage.read(everything)
+            return await bench.writer.storage.read(plain(everything))
 
     return simulated(world)
 
 
-def everything(sql: Sql) -> dict[str, bytes]:
+def everything(sql: Sqlite) -> dict[str, bytes]:
     found = {}
     with tempfile.TemporaryDirectory() as home:
         for (command_id,) in sql.execute("SELECT id FROM commands ORDER BY position").fetchall():

@@ -15,6 +15,7 @@ import pytest
 
 from broker.domain.events import ERASURES, Erased, Recorded
 from broker.log import chain, lines, sqlite
+from broker.log.driven import read_now
 from broker.operations import transfer
 from broker.operations.backup import Refused
 from broker.operations.transfer import Moved, Only
@@ -34,7 +35,7 @@ def data(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     directory.mkdir()
     with closing(sqlite3.connect(directory / DATABASE, isolation_level=None)) as sql:
         put(sql, request.param)
-        head = sqlite.head(sql)
+        head = read_now(sql, sqlite.head)
         stream = sql.execute("SELECT stream FROM events WHERE type = 'executed' LIMIT 1").fetchone()[0]
         erased = Recorded(
             position=head.position + 1,
@@ -65,10 +66,10 @@ def brought_in(source: Path, into: Path) -> Moved:
 def everything(data: Path) -> Any:
     with closing(transfer.opened(data)) as sql:
         return (
-            list(sqlite.all_rows(sql)),
-            follower.dump(sql),
-            sqlite.verify(sql),
-            sqlite.meta(sql, "log_id"),
+            list(read_now(sql, sqlite.all_rows)),
+            read_now(sql, follower.dump),
+            read_now(sql, sqlite.verify),
+            read_now(sql, sqlite.meta, "log_id"),
         )
 
 
@@ -283,7 +284,7 @@ def test_no_existing_file_is_overwritten(data: Path, tmp_path: Path) -> None:
 
 def test_data_covered_by_a_purge_is_not_exported(data: Path, tmp_path: Path) -> None:
     with closing(sqlite3.connect(data / DATABASE, isolation_level=None)) as sql:
-        head = sqlite.head(sql)
+        head = read_now(sql, sqlite.head)
         purged = Recorded(
             position=head.position + 1,
             stream=ERASURES,

@@ -9,6 +9,7 @@ from contextlib import closing
 import pytest
 
 from broker.log import sqlite as log
+from broker.log.driven import Driven, read_now
 from projections import follower
 from tests.integration.log.test_golden import RELEASES, put
 
@@ -23,8 +24,8 @@ def kept(request: pytest.FixtureRequest) -> Iterator[sqlite3.Connection]:
 
 def verified(kept: sqlite3.Connection) -> str | None:
     with closing(sqlite3.connect("")) as made:
-        follower.replay(kept, made)
-        return follower.difference(kept, made)
+        read_now(kept, follower.replay, made)
+        return read_now(kept, follower.difference, Driven(made))
 
 
 @pytest.mark.parametrize("page", [1, 7, 5_000])
@@ -34,11 +35,11 @@ def test_projections_rebuilt_in_another_database_are_the_same(
     monkeypatch.setattr(follower, "PAGE", page)
     seen: list[int] = []
     with closing(sqlite3.connect("")) as made:
-        follower.replay(kept, made, seen.append)
+        read_now(kept, follower.replay, made, seen.append)
 
-        assert follower.difference(kept, made) is None
-        assert follower.dump(made) == follower.dump(kept)
-    assert seen[-1] == log.head(kept).position
+        assert read_now(kept, follower.difference, Driven(made)) is None
+        assert read_now(made, follower.dump) == read_now(kept, follower.dump)
+    assert seen[-1] == read_now(kept, log.head).position
 
 
 @pytest.mark.parametrize(
@@ -80,15 +81,15 @@ def test_an_added_row_is_named_and_not_the_row_after_it(kept: sqlite3.Connection
 
 
 def test_projections_of_another_schema_are_rebuilt(kept: sqlite3.Connection) -> None:
-    before = follower.dump(kept)
+    before = read_now(kept, follower.dump)
     kept.execute("UPDATE meta SET value = 'older' WHERE key = 'projections'")
     kept.execute("DROP TABLE lanes")
     kept.execute("DELETE FROM commands")
 
     follower.prepare(kept)
 
-    assert follower.dump(kept) == before
-    assert follower.is_current(kept)
+    assert read_now(kept, follower.dump) == before
+    assert read_now(kept, follower.is_current)
     kept.execute("DELETE FROM commands")
     follower.prepare(kept)
-    assert follower.dump(kept) != before  # the schema is current, so nothing was rebuilt
+    assert read_now(kept, follower.dump) != before  # the schema is current, so nothing was rebuilt

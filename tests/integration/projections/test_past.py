@@ -22,6 +22,7 @@ from broker.domain.events import (
 )
 from broker.domain.lifecycle import CommandState, State
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from projections import commands, devices, follower, lanes, past
 from projections.commands import Filter
 from tests.integration.log.test_golden import RELEASES, put
@@ -55,7 +56,7 @@ def come_and_go(sql: sqlite3.Connection) -> None:
     events: list[Event] = [Online(), Started(release="2", mqtt="external"), Offline(), Changed(name="a")]
     events += [Online(), Changed(name="b"), Offline(), TokenRotated(token_digest="t"), Online(), Deleted()]
     for event in events:
-        head = log.head(sql)
+        head = read_now(sql, log.head)
         stream = SYSTEM if isinstance(event, Started) else name
         version = sql.execute("SELECT max(version) FROM events WHERE stream = ?", (stream,)).fetchone()[0]
         recorded = Recorded(
@@ -76,7 +77,7 @@ def come_and_go(sql: sqlite3.Connection) -> None:
 def prefixes(whole: sqlite3.Connection) -> Iterator[list[tuple[int, sqlite3.Connection]]]:
     """For every position, a database whose log ends there."""
     found = []
-    rows = list(log.all_rows(whole))
+    rows = list(read_now(whole, log.all_rows))
     for position in range(len(rows) + 1):
         sql = sqlite3.connect(":memory:")
         log.create(sql, "log_golden", "00")
@@ -91,7 +92,9 @@ def prefixes(whole: sqlite3.Connection) -> Iterator[list[tuple[int, sqlite3.Conn
 def paged(sql: sqlite3.Connection, wanted: Filter, position: int, limit: int) -> list[CommandState]:
     found, before = [], None
     while True:
-        page, before = past.commands(sql, msgspec.structs.replace(wanted, before=before), position, limit)
+        page, before = read_now(
+            sql, past.commands, msgspec.structs.replace(wanted, before=before), position, limit
+        )
         found += page
         if before is None:
             return found
@@ -116,7 +119,7 @@ def test_a_past_list_of_commands_is_correct(
     for position, sql in prefixes:
         for device_id in (None, *named(whole)):
             one = msgspec.structs.replace(wanted, device_id=device_id)
-            then = commands.newest(sql, one, ALL)
+            then = read_now(sql, commands.newest, one, ALL)
             assert paged(whole, one, position, limit) == then, position
             seen += len(then)
     assert seen > 0
@@ -129,10 +132,12 @@ def test_past_commands_and_lanes_are_correct(
     opened = 0
     for position, sql in prefixes:
         for command_id in ids:
-            assert past.command(whole, command_id, position) == commands.get(sql, command_id), position
+            assert read_now(whole, past.command, command_id, position) == read_now(
+                sql, commands.get, command_id
+            ), position
         for device_id in named(whole):
-            then = lanes.open_commands(sql, device_id)
-            assert past.lane(whole, device_id, position) == then, position
+            then = read_now(sql, lanes.open_commands, device_id)
+            assert read_now(whole, past.lane, device_id, position) == then, position
             opened += len(then)
     assert opened > 0
 
@@ -141,12 +146,12 @@ def test_past_devices_are_correct(
     whole: sqlite3.Connection, prefixes: list[tuple[int, sqlite3.Connection]]
 ) -> None:
     for position, sql in prefixes:
-        then = devices.newest(sql, None, None, ALL)
-        found = [each.state for each in past.devices(whole, None, position, None, ALL)]
+        then = read_now(sql, devices.newest, None, None, ALL)
+        found = [each.state for each in read_now(whole, past.devices, None, position, None, ALL)]
         assert found == then, position
-        known = devices.by_name(sql, named(sql))
+        known = read_now(sql, devices.by_name, named(sql))
         for device_id in named(whole):
-            one = past.device(whole, device_id, position)
+            one = read_now(whole, past.device, device_id, position)
             assert (None if one is None else one.state) == known.get(device_id), position
 
 
@@ -167,10 +172,10 @@ def test_a_diff_equals_the_difference_between_two_points(
         found: list[past.Change] = []
         after: int | None = start
         while after is not None:
-            page, after = past.changes(whole, None, start, end, after, 3)
+            page, after = read_now(whole, past.changes, None, start, end, after, 3)
             found += page
         older, newer = prefixes[start][1], prefixes[end][1]
-        touched = {row.stream for row in log.all_rows(whole, start) if row.position <= end}
+        touched = {row.stream for row in read_now(whole, log.all_rows, start) if row.position <= end}
         expected = {name for name in touched if name.startswith(("device/", "cmd_"))}
         streams = [
             change.after.id if isinstance(change, past.CommandChange) else f"device/{change.after.state.id}"
@@ -180,30 +185,30 @@ def test_a_diff_equals_the_difference_between_two_points(
         assert set(streams) == expected
         for change in found:
             if isinstance(change, past.CommandChange):
-                assert change.before == commands.get(older, change.after.id)
-                assert change.after == commands.get(newer, change.after.id)
+                assert change.before == read_now(older, commands.get, change.after.id)
+                assert change.after == read_now(newer, commands.get, change.after.id)
             else:
                 name = change.after.state.id
                 before = None if change.before is None else change.before.state
-                assert before == devices.by_name(older, [name]).get(name)
-                assert change.after.state == devices.by_name(newer, [name])[name]
+                assert before == read_now(older, devices.by_name, [name]).get(name)
+                assert change.after.state == read_now(newer, devices.by_name, [name])[name]
 
 
 def test_a_time_means_the_last_event_recorded_at_or_before_it(whole: sqlite3.Connection) -> None:
-    times = [row.recorded_at for row in log.all_rows(whole)]
+    times = [row.recorded_at for row in read_now(whole, log.all_rows)]
     for at in {moment + step for moment in times for step in (-1, 0, 1)}:
-        assert log.place(whole, at) == sum(recorded <= at for recorded in times)
+        assert read_now(whole, log.place, at) == sum(recorded <= at for recorded in times)
 
 
 def test_presence_from_before_a_start_of_the_broker_is_void(whole: sqlite3.Connection) -> None:
     voided = 0
-    for row in log.all_rows(whole):
+    for row in read_now(whole, log.all_rows):
         if row.type == "started":
-            for then in past.devices(whole, None, row.position, None, ALL):
+            for then in read_now(whole, past.devices, None, row.position, None, ALL):
                 assert then.void == then.state.online
                 voided += then.void
         if row.type == "online":
-            one = past.device(whole, row.device_id or "", row.position)
+            one = read_now(whole, past.device, row.device_id or "", row.position)
             assert one is not None
             assert (one.state.online, one.void) == (True, False)
     assert voided > 0
@@ -212,16 +217,16 @@ def test_presence_from_before_a_start_of_the_broker_is_void(whole: sqlite3.Conne
 def test_erased_commands_are_absent_from_the_past_too(whole: sqlite3.Connection) -> None:
     with closing(sqlite3.connect(":memory:")) as sql:
         whole.backup(sql)
-        gone = commands.newest(sql, Filter(states=(State.EXECUTED,)), 1)[0]
-        position = log.stream(sql, gone.id)[-1].position - 1
-        assert past.command(sql, gone.id, position) is not None
+        gone = read_now(sql, commands.newest, Filter(states=(State.EXECUTED,)), 1)[0]
+        position = read_now(sql, log.stream, gone.id)[-1].position - 1
+        assert read_now(sql, past.command, gone.id, position) is not None
         sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE stream = ?", (gone.id,))
 
-        assert past.command(sql, gone.id, position) is None
+        assert read_now(sql, past.command, gone.id, position) is None
         assert gone.id not in {each.id for each in paged(sql, Filter(), position, ALL)}
-        assert gone.id not in {each.id for each in past.lane(sql, gone.device_id, position)}
+        assert gone.id not in {each.id for each in read_now(sql, past.lane, gone.device_id, position)}
 
         sql.execute("DELETE FROM commands WHERE id = ?", (gone.id,))
-        assert past.command(sql, gone.id, log.head(sql).position) is None
-        changed, _ = past.changes(sql, None, 0, log.head(sql).position, 0, ALL)
+        assert read_now(sql, past.command, gone.id, read_now(sql, log.head).position) is None
+        changed, _ = read_now(sql, past.changes, None, 0, read_now(sql, log.head).position, 0, ALL)
         assert gone.id not in {c.after.id for c in changed if isinstance(c, past.CommandChange)}

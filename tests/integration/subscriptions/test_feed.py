@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import TypeVar, cast
@@ -15,10 +15,11 @@ from broker.domain.cloudevents import Entry, Wanted, cloud_event
 from broker.domain.errors import Unavailable
 from broker.engine.commands import Caller, Order
 from broker.engine.registry import NewDevice
-from broker.seams import Batch, Full, Placed, Sql, Storage
+from broker.seams import Batch, Full, Placed, Sql, Sqlite, Storage
 from broker.world import SqliteStorage
 from devices.clock import rfc3339
 from tests.integration.core_support import ME, PROJECT, Bench, running, until
+from tests.reading import tamper
 
 Follow = AsyncGenerator[tuple[list[Entry], int], None]
 
@@ -129,10 +130,16 @@ class Doubtful:
     async def landed(self, number: int) -> Placed | None:
         return await self.storage.landed(number)
 
-    async def write(self, work: Callable[[Sql], R]) -> R:
-        return await self.storage.write(work)
+    async def prepare(self, log_id: str, cursor_key: str) -> None:
+        await self.storage.prepare(log_id, cursor_key)
 
-    async def read(self, work: Callable[[Sql], R]) -> R:
+    async def write(self, work: Callable[[Sqlite], R]) -> R:
+        return await tamper(self.storage, work)
+
+    async def rebuild(self) -> None:
+        await self.storage.rebuild()
+
+    async def read(self, work: Callable[[Sql], Awaitable[R]]) -> R:
         return await self.storage.read(work)
 
     async def close(self) -> None:

@@ -12,13 +12,14 @@ import httpx2
 import pytest
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
-from broker.seams import Sql
+from broker.seams import Sqlite
 from broker.settings import Limits
 from broker.subscriptions.outbound import HttpOutbound
 from broker.subscriptions.webhook_worker import PARALLEL
 from tests.integration.core_support import ME, until
 from tests.integration.http.support import Broker, error_of, register, running
 from tests.integration.subscriptions.receiver import Got, Receiver, receiving
+from tests.reading import tamper
 
 WITHIN_SEC = 120
 HERE = ("127.0.0.0/8",)
@@ -165,11 +166,11 @@ async def test_events_erased_before_delivery_are_sent_without_their_data(
     await receiver.count(1)
     secret = await create(client, type="s3cret")
 
-    def erase(sql: Sql) -> None:
+    def erase(sql: Sqlite) -> None:
         sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE stream = ?", (secret,))
         sql.execute("DELETE FROM commands WHERE id = ?", (secret,))
 
-    await broker.core.storage.write(erase)
+    await tamper(broker.core.storage, erase)
     receiver.gate.set()
     got = await receiver.count(2)
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from broker.log import sqlite as log
+from broker.log.driven import read_now
 from tests.conftest import Mosquitto
 from tests.system.conftest import NewBroker
 from tests.system.support import Broker
@@ -93,8 +94,8 @@ def test_a_projection_that_differs_from_the_log_is_a_fault(broker: Broker) -> No
 def test_an_event_with_a_future_time_is_a_clock_fault(broker: Broker) -> None:
     assert broker.end() == 0
     with closing(sqlite3.connect(broker.data / "ordain.db")) as sql, sql:
-        head = log.head(sql)
-        last = log.rows(sql, head.position - 1)[0]
+        head = read_now(sql, log.head)
+        last = read_now(sql, log.rows, head.position - 1)[0]
         later = msgspec.structs.replace(
             log.recorded(last),
             position=head.position + 1,

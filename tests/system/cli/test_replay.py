@@ -18,7 +18,7 @@ from standardwebhooks import Webhook
 from broker.domain.events import ERASURES, Erased, Recorded
 from broker.log import erasing
 from broker.log import sqlite as log
-from broker.seams import Sql
+from broker.seams import Sqlite
 from broker.world import SqliteStorage, SystemClock
 from tests.conftest import Mosquitto, program
 from tests.system.conftest import NewBroker
@@ -195,7 +195,7 @@ def purge_everything(data: Path) -> None:
             project="", device_id=None, actor="operator:cli", event=Erased(cutoff=now, count=1),
         )  # fmt: skip
 
-        def work(sql: Sql) -> None:
+        def work(sql: Sqlite) -> None:
             log.append(sql, head, [erased], bytes(16))
             for (stream,) in sql.execute("SELECT id FROM commands").fetchall():
                 erasing.erase(sql, stream)

@@ -25,10 +25,12 @@ from broker.domain.errors import Refusal, Unavailable
 from broker.engine.registry import NewDevice
 from broker.log import sqlite as log
 from broker.log.chain import Row
+from broker.log.driven import read_now
 from broker.seams import Message, Outgoing, Receipt
 from projections import commands as commands_view
 from projections import follower
 from tests.integration.core_support import ME, PROJECT, TAKEN, UNKNOWN, Bench, Wire, new_core
+from tests.reading import plain
 from tests.simulation.disk import SimDisk, SimStorage
 from tests.simulation.loop import Node, SimClock, SimLoop
 from tests.unit.domain.test_lifecycle import CONTRACT
@@ -138,7 +140,8 @@ class Model(RuleBasedStateMachine):
         storage = SimStorage(self.loop, self.disk, on_commit=self.committed)
         core = new_core(storage, self.clock, seed=self.lives)
         await core.open(embedded=True)
-        assert await storage.read(lambda sql: log.rows(sql, 0, 100_000)[: len(self.rows)]) == self.rows
+        kept = await storage.read(log.all_rows)
+        assert kept[: len(self.rows)] == self.rows
         wire.up = False
         core.attach(wire)
         async with core.running("embedded"):
@@ -168,7 +171,7 @@ class Model(RuleBasedStateMachine):
         return self.started[0].core
 
     def committed(self, connection: Any) -> None:
-        for row in log.rows(connection, len(self.rows), 100_000):
+        for row in read_now(connection, log.rows, len(self.rows), 100_000):
             self.rows.append(row)
             if row.stream.startswith("cmd_"):
                 if row.type == "created":
@@ -428,7 +431,8 @@ class Model(RuleBasedStateMachine):
         writer = self.core().writer
         while True:
             self.ask(writer.barrier())
-            read = writer.storage.read(lambda sql: (follower.dump(sql), log.verify(sql)))
+            look = plain(lambda sql: (read_now(sql, follower.dump), read_now(sql, log.verify)))
+            read = writer.storage.read(look)
             kept, verified = self.loop.run_until_complete(self.loop.spawn(self.node, read))
             assert not self.loop.unhandled, self.loop.unhandled
             if verified.rows == len(self.rows) and writer._last() is None:

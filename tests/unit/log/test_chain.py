@@ -28,6 +28,7 @@ from broker.domain.events import (
 from broker.log import chain, erasing
 from broker.log import sqlite as log
 from broker.log.chain import Row
+from broker.log.driven import read_now
 from broker.log.sqlite import Verified
 from tests.integration.core_support import DEVICE, T, created, recorded
 from tests.unit.domain.test_fleet import REGISTERED
@@ -45,7 +46,7 @@ LAST = len(EVENTS)
 
 
 def write(sql: sqlite3.Connection, entries: list[tuple[str, Event, int]]) -> None:
-    head = log.head(sql)
+    head = read_now(sql, log.head)
     versions: dict[str, int] = dict(
         sql.execute("SELECT stream, max(version) FROM events GROUP BY stream").fetchall()
     )
@@ -68,11 +69,11 @@ def sql() -> Iterator[sqlite3.Connection]:
 
 
 def fault(sql: sqlite3.Connection) -> str:
-    return log.verify(sql).fault or "none"
+    return read_now(sql, log.verify).fault or "none"
 
 
 def test_an_untouched_log_verifies_to_its_head(sql: sqlite3.Connection) -> None:
-    assert log.verify(sql) == Verified(LAST, log.head(sql).hash, None)
+    assert read_now(sql, log.verify) == Verified(LAST, read_now(sql, log.head).hash, None)
 
 
 OTHER: dict[str, Any] = {
@@ -116,9 +117,9 @@ def test_a_lost_row_is_found_when_later_rows_move_up(sql: sqlite3.Connection, po
 
 
 def test_a_lost_end_is_visible_in_the_count_and_the_hash(sql: sqlite3.Connection) -> None:
-    before = log.verify(sql)
+    before = read_now(sql, log.verify)
     sql.execute("DELETE FROM events WHERE position = ?", (LAST,))
-    after = log.verify(sql)
+    after = read_now(sql, log.verify)
 
     assert (after.rows, after.fault) == (before.rows - 1, None)
     assert after.hash != before.hash
@@ -153,7 +154,7 @@ def test_a_forged_row_with_a_correct_hash_is_found_by_its_time_or_version(sql: s
         data, salt = b"{}", b"s" * 16
         digest = chain.digest(salt, data)
         header = (LAST + 1, "cmd_2", version, "acknowledged", 1, at, "acme", DEVICE, "me")
-        forged = Row(*header, data, salt, digest, chain.link(log.head(sql).hash, *header, digest))
+        forged = Row(*header, data, salt, digest, chain.link(read_now(sql, log.head).hash, *header, digest))
         sql.execute(log.INSERT, forged)
         assert fault(sql) == expected
         sql.execute("ROLLBACK TO before")
