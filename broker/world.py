@@ -126,6 +126,7 @@ class SqliteStorage:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
                 writer = await opened.enter_async_context(_connection(path))
                 await writer.execute_fetchall(RUN, ("BEGIN", lambda sql: log.check_format(sql, path)))
+                await writer.execute_fetchall(RUN, (None, lambda sql: _keep_format_1(sql, path)))
                 await writer.execute_fetchall("PRAGMA secure_delete = ON")
                 mode = next(iter(await writer.execute_fetchall("PRAGMA journal_mode = WAL")))[0]
                 await writer.execute_fetchall("PRAGMA synchronous = FULL")
@@ -247,10 +248,11 @@ def open_file(path: Path) -> sqlite3.Connection:
         raise Broken(f"{path} does not exist")
     connection = sqlite3.connect(path, isolation_level=None, timeout=10)
     try:
-        connection.execute("PRAGMA query_only = ON")
         connection.execute("PRAGMA wal_autocheckpoint = 0")
         connection.execute("SELECT 1 FROM events LIMIT 1")
         log.check_format(connection, path)
+        log.show_as_format_2(connection)
+        connection.execute("PRAGMA query_only = ON")
     except sqlite3.Error as error:
         connection.close()
         raise Broken(f"{path}: {error}") from error
@@ -299,7 +301,8 @@ def back_up(sql: sqlite3.Connection, to: Path) -> None:
     create(to)
     try:
         sql.execute("PRAGMA query_only = OFF")  # VACUUM INTO needs this, although it writes only the new file
-        sql.execute("VACUUM INTO ?", (str(to),))
+        with log.as_it_is(sql):
+            sql.execute("VACUUM INTO ?", (str(to),))
     except sqlite3.Error as error:
         raise _translated(error) from error
     with open(to, "rb") as made:
@@ -352,12 +355,36 @@ def rename_log(path: Path) -> str:
     with closing(sqlite3.connect(path, isolation_level=None)) as sql:
         sql.execute("PRAGMA synchronous = FULL")
         sql.execute(
-            "INSERT OR REPLACE INTO meta SELECT 'restored_from', value FROM meta WHERE key = 'log_id'"
+            "INSERT INTO meta SELECT 'restored_from', value FROM meta WHERE key = 'log_id' "
+            "ON CONFLICT (key) DO UPDATE SET value = excluded.value"
         )
         sql.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (log_id,))
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return log_id
+
+
+def _keep_format_1(sql: sqlite3.Connection, path: Path) -> None:
+    """Copies a log of format 1 to `ordain.db.format-1` beside it, before it is upgraded.
+
+    Raises:
+        Broken: the copy cannot be made; the log was not changed.
+    """
+    if log.format_of(sql) != "1":
+        return
+    kept = path.with_name(f"{path.name}.format-1")
+    part = part_of(kept)
+    try:
+        back_up(sql, part)
+        os.replace(part, kept)
+    except (OSError, Full) as error:
+        raise Broken(
+            f"{path} has format 1 and must be copied to {kept} before it is upgraded: {error}; "
+            "give the disk as much free space as the log has"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+        sql.execute("PRAGMA query_only = OFF")
 
 
 def _connection(path: Path) -> aiosqlite.Connection:

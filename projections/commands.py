@@ -163,8 +163,9 @@ async def sent(sql: Sql, device_id: str, type: str, first: int, before: int | No
     `first`: the first position. `before`: the position to stop before; None: the end of the log.
     """
     found = await sql.all(
-        "SELECT c.id, c.state, f.recorded_at, f.data FROM commands c CROSS JOIN events f "
-        "ON f.position = c.position WHERE c.device_id = ? AND c.type = ? AND c.position >= ? "
+        "SELECT c.id, c.state, coalesce(f.decided_at, f.recorded_at), f.data "
+        "FROM commands c CROSS JOIN events f ON f.position = c.position "
+        "WHERE c.device_id = ? AND c.type = ? AND c.position >= ? "
         f"AND c.position < ? AND NOT {HIDDEN} ORDER BY c.position LIMIT ?",
         (device_id, type, first, LAST if before is None else before, limit),
     )
@@ -200,7 +201,8 @@ async def answered_since(sql: Sql, at: int) -> list[CommandState]:
 async def forgotten_since(sql: Sql, at: int) -> list[tuple[str, int]]:
     """Device id and time (ms) of each command that timed out at or after `at` (ms) and was then erased."""
     found = await sql.all(
-        "SELECT e.device_id, e.recorded_at FROM events e WHERE e.position >= ? AND e.type = 'timed_out' "
+        "SELECT e.device_id, coalesce(e.decided_at, e.recorded_at) FROM events e WHERE e.position >= ? "
+        "AND e.type = 'timed_out' "
         f"AND NOT EXISTS (SELECT 1 FROM commands c WHERE c.id = e.stream AND NOT {HIDDEN})",
         ((await bound(sql, at)),),
     )

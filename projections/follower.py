@@ -18,7 +18,7 @@ from broker.domain.fleet import DeviceState, evolve_device
 from broker.domain.lifecycle import FINAL, CommandState, evolve
 from broker.log import sqlite as log
 from broker.log.driven import Driven, read_now
-from broker.seams import New, Newest, SideRow, Sql, Sqlite
+from broker.seams import New, Newest, Put, SideRow, Sql, Sqlite
 from projections import batches, commands, devices, lanes
 
 PARTS = (commands, lanes, devices)
@@ -102,8 +102,9 @@ async def is_current(sql: Sql) -> bool:
 
 def renew(sql: Sqlite) -> None:
     """Rebuilds all projections, and stores the digest `SHAPE` of this release."""
+    log.upgrade(sql)
     rebuild(sql)
-    sql.execute("INSERT OR REPLACE INTO meta VALUES ('projections', ?)", (SHAPE,))
+    batches.put(sql, Put("meta", ("projections", SHAPE)), 0)
 
 
 def create(sql: Sqlite) -> None:

@@ -38,10 +38,10 @@ async def page(sql: Sql, wanted: Wanted, after: int, until: int, limit: int) -> 
     reached = until if wanted.command_id is not None else min(until, after + SCANNED)
     clauses, values = _where(wanted)
     condition, more = in_set(wanted.within, "e.device_id")
-    found = await sql.all(PAGE.format(f"{clauses} AND {condition}"), (after, reached, *values, *more, limit))
+    query = PAGE.format(f"{clauses} AND {condition}")
     entries: list[Entry] = []
     taken = 0
-    while (row := found[0]) is not None:
+    async for row in sql.each(query, (after, reached, *values, *more, limit)):
         entries.append(_entry(row))
         taken += len(row[11] or b"")
         if len(entries) == limit or taken > TAKEN_BYTES:

@@ -14,6 +14,7 @@ from broker.domain.events import SYSTEM, device_stream, subject_kind
 from broker.domain.fleet import DeviceSet, DeviceState, evolve_device
 from broker.domain.lifecycle import CommandState, State, evolve
 from broker.log import sqlite as log
+from broker.log.erasing import DECIDED
 from broker.seams import Sql
 from projections.commands import HIDDEN, Filter, get
 from projections.devices import in_set
@@ -168,7 +169,7 @@ async def _device_at(sql: Sql, row: Any, position: int) -> DeviceState | None:
 async def _started(sql: Sql, position: int) -> int:
     """The time of the broker's last start before a position, ms; 0: it had not started."""
     row = await sql.one(
-        "SELECT recorded_at FROM events WHERE stream = ? AND type = 'started' AND position <= ? "
+        f"SELECT {DECIDED} FROM events WHERE stream = ? AND type = 'started' AND position <= ? "
         "ORDER BY version DESC LIMIT 1",
         (SYSTEM, position),
     )

@@ -284,7 +284,7 @@ class Writer:
 
     async def _reread(self) -> None:
         self._head = await self.storage.read(log.head)
-        self._decided_at = self._head.recorded_at
+        self._decided_at = self._head.decided_at
         self._operated = await self.storage.read(lambda sql: log.last_version(sql, AUDIT))
         if self.reload is not None:
             await self.reload()

@@ -3,6 +3,11 @@
 Pure. `digest` covers salt and data. `hash` covers the previous hash, every header column and the digest.
 Each part has a length prefix, so two different rows never hash the same bytes. Erasing removes data and
 salt but keeps the digest, so the chain stays valid.
+
+Rows of format 1 have no `decided_at`, and their hash has no part for it. Which format a row has follows from
+that column alone. Nobody can use this to forge: a hash of format 2 begins with a part of 8 bytes, one of
+format 1 with a part of 32 bytes, so no row has the same hash in both; and all rows of format 1 come before
+the first one of format 2.
 """
 
 from __future__ import annotations
@@ -11,11 +16,16 @@ from hashlib import sha256
 from typing import NamedTuple
 
 GENESIS = bytes(32)
+FORMAT_2 = b"\x00\x00\x00\x08ordain-2"  # the first part of what is hashed
 NULL = b"\xff\xff\xff\xff"  # an impossible length, so a null value differs from an empty one
 
 
+Header = tuple[int, str, int, str, int, int, int | None, str, str | None, str]
+
+
 class Row(NamedTuple):
-    """One row of the table `events`, bytes as stored. `recorded_at`: Unix time in ms."""
+    """One row of the table `events`, bytes as stored. Times: Unix time in ms. `decided_at` None: the row has
+    format 1, and was decided when it was recorded."""
 
     position: int
     stream: str
@@ -23,6 +33,7 @@ class Row(NamedTuple):
     type: str
     schema: int
     recorded_at: int
+    decided_at: int | None
     project: str
     device_id: str | None
     actor: str
@@ -30,6 +41,16 @@ class Row(NamedTuple):
     salt: bytes | None
     digest: bytes
     hash: bytes
+
+    @property
+    def header(self) -> Header:
+        """The columns that the hash covers besides the digest."""
+        return self[:10]
+
+    @property
+    def decided(self) -> int:
+        """When the event was decided."""
+        return self.recorded_at if self.decided_at is None else self.decided_at
 
 
 def _part(value: bytes) -> bytes:
@@ -58,13 +79,15 @@ def link(
     type_name: str,
     schema: int,
     recorded_at: int,
+    decided_at: int | None,
     project: str,
     device_id: str | None,
     actor: str,
     row_digest: bytes,
 ) -> bytes:
-    """The hash of one row: SHA-256, 32 bytes."""
+    """The hash of one row: SHA-256, 32 bytes. The arguments after `previous` are the row's header."""
     parts = (
+        b"" if decided_at is None else FORMAT_2,
         _part(previous),
         _number(position),
         _text(stream),
@@ -72,6 +95,7 @@ def link(
         _text(type_name),
         _number(schema),
         _number(recorded_at),
+        b"" if decided_at is None else _number(decided_at),
         _text(project),
         NULL if device_id is None else _text(device_id),
         _text(actor),
@@ -99,6 +123,6 @@ def _mismatch(row: Row, previous: bytes, erased: bool) -> str | None:
             return f"position {row.position} has no data, and no erased event names it"
     elif digest(row.salt, row.data) != row.digest:
         return f"position {row.position} was changed: its data does not match its digest"
-    if link(previous, *row[:9], row.digest) != row.hash:
+    if link(previous, *row.header, row.digest) != row.hash:
         return f"position {row.position} does not follow from the row before it: one of them was changed"
     return None

@@ -25,6 +25,7 @@ CLOSING = frozenset(state.value for state in CLOSED)
 # The events of a device that newer ones can replace. The others are never erased.
 PRESENCE = ("online", "offline")
 ATTRIBUTES = "changed"
+DECIDED = "coalesce(decided_at, recorded_at)"  # rows of format 1 have only recorded_at
 
 
 class Purge(NamedTuple):
@@ -48,12 +49,17 @@ async def purges(sql: Sql) -> list[Purge]:
 
 
 async def bound(sql: Sql, cutoff: int) -> int:
-    """The first position recorded at or after a time (ms). Times never go back, so all earlier positions
-    are older. A binary search, because `recorded_at` has no index."""
+    """The first position decided at or after a time (ms); all earlier positions are older."""
+    return await first_at(sql, cutoff, DECIDED)
+
+
+async def first_at(sql: Sql, cutoff: int, time: str) -> int:
+    """The first position whose `time`, an SQL expression, is at or after `cutoff` (ms). Times never go back
+    along the log. A binary search, because they have no index."""
     low, high = 1, 1 + (await sql.one("SELECT coalesce(max(position), 0) FROM events"))[0]
     while low < high:
         middle = (low + high) // 2
-        at = (await sql.one("SELECT recorded_at FROM events WHERE position = ?", (middle,)))[0]
+        at = (await sql.one(f"SELECT {time} FROM events WHERE position = ?", (middle,)))[0]
         low, high = (middle + 1, high) if at < cutoff else (low, middle)
     return low
 
@@ -185,7 +191,7 @@ class Excused:
             return kind and any(row.position in each.positions for each in self._later)
         if subject_kind(row.stream) != "command":
             return False
-        first = "SELECT recorded_at FROM events WHERE stream = ? ORDER BY version LIMIT 1"
+        first = f"SELECT {DECIDED} FROM events WHERE stream = ? ORDER BY version LIMIT 1"
         created = (await self._sql.one(first, (row.stream,)))[0]
         return any(
             row.stream in each.ids or (each.cutoff is not None and created < each.cutoff)
@@ -194,7 +200,7 @@ class Excused:
 
     async def _judge(self, stream: str) -> tuple[bool, int]:
         """Whether the rows of a stream may have no data, and the version of its last row."""
-        versions = "SELECT position, version, type, recorded_at FROM events WHERE stream = ? ORDER BY version"
+        versions = f"SELECT position, version, type, {DECIDED} FROM events WHERE stream = ? ORDER BY version"
         first = await self._sql.one(f"{versions} LIMIT 1", (stream,))
         last = await self._sql.one(f"{versions} DESC LIMIT 1", (stream,))
         if subject_kind(stream) != "command" or last[2] not in CLOSING:

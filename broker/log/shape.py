@@ -38,7 +38,7 @@ async def fault(sql: Sql, tables: str) -> str | None:
 
 async def integrity(sql: Sql) -> str | None:
     """What SQLite finds wrong with the table `events` and its indexes, or None. Reads all of them."""
-    found = str((await sql.one("PRAGMA integrity_check(events)"))[0])
+    found = str((await sql.one("PRAGMA main.integrity_check(events)"))[0])
     return None if found == "ok" else f"the file is damaged: {found[:200]}"
 
 

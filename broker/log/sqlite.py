@@ -7,14 +7,15 @@ deleted. The unique index on (stream, version) is the only concurrency rule.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from broker.domain.events import NAMES, SCHEMA, Pending, Recorded, decode, encode
 from broker.log import chain, shape
 from broker.log.chain import Row
 from broker.log.driven import read_now
-from broker.log.erasing import ATTRIBUTES, PRESENCE, Excused, bound
+from broker.log.erasing import ATTRIBUTES, PRESENCE, Excused, first_at
 from broker.seams import Conflict, Sql, Sqlite, UnknownFormat
 
 TABLES = """
@@ -22,7 +23,7 @@ CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITH
 CREATE TABLE IF NOT EXISTS events (
     position INTEGER PRIMARY KEY, stream TEXT NOT NULL, version INTEGER NOT NULL, type TEXT NOT NULL,
     schema INTEGER NOT NULL, recorded_at INTEGER NOT NULL, project TEXT NOT NULL, device_id TEXT,
-    actor TEXT NOT NULL, data BLOB, salt BLOB, digest BLOB NOT NULL, hash BLOB NOT NULL);
+    actor TEXT NOT NULL, data BLOB, salt BLOB, digest BLOB NOT NULL, hash BLOB NOT NULL, decided_at INTEGER);
 CREATE UNIQUE INDEX IF NOT EXISTS events_stream ON events (stream, version);
 CREATE INDEX IF NOT EXISTS events_devices ON events (stream, version)
     WHERE type IN ('registered', 'changed', 'token_rotated', 'deleted');
@@ -50,43 +51,81 @@ CREATE TABLE IF NOT EXISTS webhooks (
     id TEXT PRIMARY KEY, endpoint BLOB NOT NULL, progress BLOB NOT NULL) WITHOUT ROWID;
 """
 COLUMNS = (
-    "position, stream, version, type, schema, recorded_at, "
+    "position, stream, version, type, schema, recorded_at, decided_at, "
     "project, device_id, actor, data, salt, digest, hash"
 )
 LAST = 2**63 - 1
 # The format of the tables, in `meta`. It is counted up when an older release could not read or write them.
-FORMAT = 1
+FORMAT = 2
 # What SQLite's driver raises for a value or statement it cannot take. The disk is not at fault.
 UNWRITABLE = (
     ValueError, TypeError, OverflowError, Warning,
     sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError,
 )  # fmt: skip
-INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"
+INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 
 
 class Head(NamedTuple):
-    """The last row of the log, which the next row follows. `recorded_at`: Unix time in ms."""
+    """The last row of the log, which the next row follows. Times: Unix time in ms."""
 
     position: int = 0
     recorded_at: int = 0
     hash: bytes = chain.GENESIS
+    decided_at: int = 0
 
 
 def create(sql: Sqlite, log_id: str, cursor_key: str) -> None:
-    """Creates the missing tables. An existing log keeps its id and its cursor key.
+    """Creates the missing tables, and upgrades a log of format 1. An existing log keeps its id and its cursor
+    key.
 
     Raises:
         UnknownFormat: the file has rows, views or triggers that no release writes.
     """
+    upgrade(sql)
     for statement in TABLES.split(";"):
         if statement.strip():
             sql.execute(statement)
     sql.execute(
-        "INSERT OR IGNORE INTO meta VALUES ('log_id', ?), ('cursor_key', ?), ('format', ?)",
+        "INSERT INTO meta VALUES ('log_id', ?), ('cursor_key', ?), ('format', ?) ON CONFLICT DO NOTHING",
         (log_id, cursor_key, str(FORMAT)),
     )
     if (fault := read_now(sql, shape.fault, TABLES)) is not None:
         raise UnknownFormat(f"this is not a log that Ordain wrote: {fault}")
+
+
+def upgrade(sql: Sqlite) -> None:
+    """Makes a log of format 1 one of format 2. No row changes: its rows keep their hashes, without
+    `decided_at`. Takes the same time for any log."""
+    if format_of(sql) == "1":
+        sql.execute("ALTER TABLE events ADD COLUMN decided_at INTEGER")
+        sql.execute("UPDATE meta SET value = '2' WHERE key = 'format'")
+
+
+def show_as_format_2(sql: Sqlite) -> None:
+    """Lets a connection that only reads a log of format 1 see it as one of format 2, which it stays not."""
+    if format_of(sql) == "1":
+        columns = COLUMNS.replace("decided_at", "NULL AS decided_at")
+        sql.execute(f"CREATE TEMP VIEW events AS SELECT {columns} FROM main.events")
+
+
+@contextmanager
+def as_it_is(sql: Sqlite) -> Iterator[None]:
+    """Hides what `show_as_format_2` shows, for a copy of the whole file."""
+    shown = sql.execute("SELECT 1 FROM sqlite_temp_master WHERE name = 'events'").fetchone() is not None
+    sql.execute("DROP VIEW IF EXISTS temp.events")
+    try:
+        yield
+    finally:
+        if shown:
+            show_as_format_2(sql)
+
+
+def format_of(sql: Sqlite) -> str | None:
+    """The format of the file, as it says; None: it is empty."""
+    if sql.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
+        return None
+    found = sql.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
+    return "missing" if found is None else str(found[0])
 
 
 def check_format(sql: Sqlite, shown: object) -> None:
@@ -95,11 +134,8 @@ def check_format(sql: Sqlite, shown: object) -> None:
     Raises:
         UnknownFormat: it does not.
     """
-    if sql.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
-        return
-    found = sql.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
-    text = "missing" if found is None else str(found[0])
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= FORMAT):
+    text = format_of(sql)
+    if text is not None and not (text.isascii() and text.isdecimal() and 1 <= int(text) <= FORMAT):
         raise UnknownFormat(
             f"{shown}: its format is {text[:20]}, and this release reads 1 to {FORMAT}: "
             "use the release that wrote it, or a later one"
@@ -118,8 +154,11 @@ async def copied(sql: Sql) -> dict[str, str]:
 
 
 async def head(sql: Sql) -> Head:
-    row = await sql.one("SELECT position, recorded_at, hash FROM events ORDER BY position DESC LIMIT 1")
-    return Head(row[0], row[1], bytes(row[2])) if row else Head()
+    row = await sql.one(
+        "SELECT position, recorded_at, hash, coalesce(decided_at, recorded_at) FROM events "
+        "ORDER BY position DESC LIMIT 1"
+    )
+    return Head(row[0], row[1], bytes(row[2]), row[3]) if row else Head()
 
 
 def append(sql: Sqlite, after: Head, events: Sequence[Pending], salts: bytes) -> Head:
@@ -129,12 +168,13 @@ def append(sql: Sqlite, after: Head, events: Sequence[Pending], salts: bytes) ->
         Conflict: the time of an event is before that of the last one.
     """
     rows: list[Row] = []
-    position, recorded_at, previous = after
+    position, recorded_at, previous, decided_at = after
     for index, event in enumerate(events):
         position += 1
-        if event.decided_at < recorded_at:
+        if event.decided_at < decided_at:
             raise Conflict(f"position {position} would be older than the event before it")
-        recorded_at = event.decided_at
+        decided_at = event.decided_at
+        recorded_at = max(recorded_at, decided_at)  # one node: its clock is also the log's
         data, salt = encode(event.event), salts[index * 16 : index * 16 + 16]
         row_digest = chain.digest(salt, data)
         header = (
@@ -144,6 +184,7 @@ def append(sql: Sqlite, after: Head, events: Sequence[Pending], salts: bytes) ->
             NAMES[type(event.event)],
             SCHEMA,
             recorded_at,
+            decided_at,
             event.project,
             event.device_id,
             event.actor,
@@ -151,7 +192,7 @@ def append(sql: Sqlite, after: Head, events: Sequence[Pending], salts: bytes) ->
         previous = chain.link(previous, *header, row_digest)
         rows.append(Row(*header, data, salt, row_digest, previous))
     sql.executemany(INSERT, rows)
-    return Head(position, recorded_at, previous)
+    return Head(position, recorded_at, previous, decided_at)
 
 
 async def rows(sql: Sql, after: int = 0, limit: int = 1_000) -> list[Row]:
@@ -203,7 +244,7 @@ async def device_stream(sql: Sql, name: str, until: int) -> list[Row]:
 
 async def place(sql: Sql, at: int) -> int:
     """The position of the last event recorded at or before a time (ms); 0 if there is none."""
-    return (await bound(sql, at + 1)) - 1
+    return await first_at(sql, at + 1, "recorded_at") - 1
 
 
 def recorded(row: Row) -> Recorded:
@@ -221,7 +262,7 @@ def recorded(row: Row) -> Recorded:
         stream=row.stream,
         version=row.version,
         recorded_at=row.recorded_at,
-        decided_at=row.recorded_at,
+        decided_at=row.decided,
         project=row.project,
         device_id=row.device_id,
         actor=row.actor,
@@ -245,7 +286,9 @@ Form = Callable[[Sql], Awaitable[str | None]]
 
 async def sound(sql: Sql) -> str | None:
     """What is wrong with the form of the file or with its pages, as a sentence, or None."""
-    return await shape.fault(sql, TABLES) or await shape.integrity(sql)
+    old = await meta(sql, "format") == "1"
+    tables = TABLES.replace(", decided_at INTEGER", "") if old else TABLES
+    return await shape.fault(sql, tables) or await shape.integrity(sql)
 
 
 class Walk:
@@ -258,7 +301,8 @@ class Walk:
         self.rows, self.hash = 0, chain.GENESIS
         self.fault: str | None = None
         self._excused = Excused()
-        self._recorded_at = 0
+        self._recorded_at = self._decided_at = 0
+        self._format = 1  # of the last good row
         self._begun = False
         self._stream = ""  # streams up to this name have all their versions
 
@@ -281,12 +325,20 @@ class Walk:
         for row in batch:
             may_be_empty = row.data is None and await self._excused(row)
             self.fault = chain.fault(row, self.hash, self.rows + 1, may_be_empty)
-            if self.fault is None and row.recorded_at < self._recorded_at:
-                self.fault = f"position {row.position} is older than the row before it"
+            self.fault = self.fault or self._untimely(row)
             if self.fault is not None:
                 return False
-            self.hash, self.rows, self._recorded_at = row.hash, row.position, row.recorded_at
+            self.hash, self.rows = row.hash, row.position
+            self._recorded_at, self._decided_at = row.recorded_at, row.decided
+            self._format = 1 if row.decided_at is None else 2
         return bool(batch) or (await self._streams(sql, page))
+
+    def _untimely(self, row: Row) -> str | None:
+        if row.recorded_at < self._recorded_at or row.decided < self._decided_at:
+            return f"position {row.position} is older than the row before it"
+        if row.decided_at is None and self._format > 1:
+            return f"position {row.position} has format 1 and follows a row of format 2"
+        return None
 
     async def _streams(self, sql: Sql, page: int) -> bool:
         found = await sql.all(

@@ -196,7 +196,7 @@ def read_command(source: Path) -> tuple[str, list[Recorded]]:
     with open(source, "rb") as file:
         try:
             header = lines.header(file.readline())
-            rows = [lines.as_row(line) for line in file]
+            rows = [lines.as_row(line, header.version) for line in file]
             events = [log.recorded(row) for row in rows]
         except ValueError as error:
             raise Refused(f"{source}: {error}") from error
@@ -269,7 +269,7 @@ def _fill(
     position, previous, page = 0, chain.GENESIS, list[Row]()
     for number, line in enumerate(file, 2):
         try:
-            row = lines.as_row(line)
+            row = lines.as_row(line, header.version)
         except ValueError as error:
             raise Refused(f"{source}, line {number}: it is not a row of a log: {error}") from error
         # A row without data needs an `erased` event, which comes later: `verify` checks that at the end.
@@ -309,7 +309,7 @@ def _put(sql: sqlite3.Connection, source: Path, page: list[Row]) -> None:
 
 def _unfit(row: Row) -> str | None:
     """Why a broker could not have recorded this row: an identifier is not one, or its event has no sense."""
-    times = [("recorded_at", row.recorded_at)]
+    times = [("recorded_at", row.recorded_at), ("decided_at", row.decided)]
     names = [("project", row.project)] if row.project else []
     names += [] if row.device_id is None else [("device_id", row.device_id)]
     if subject_kind(row.stream) != "broker":

@@ -280,7 +280,7 @@ def changed(script: bytes) -> bytes:
     previous, made = chain.GENESIS, []
     for row in rows:
         digest = row.digest if row.data is None or row.salt is None else chain.digest(row.salt, row.data)
-        previous = chain.link(previous, *row[:9], digest)
+        previous = chain.link(previous, *row[:10], digest)
         made.append(lines.as_line(row._replace(digest=digest, hash=previous)))
     header = lines.Header(log_id="log_fuzz", position=len(rows), hash=previous)
     return b"\n".join([lines.header_line(header), *made, b""])

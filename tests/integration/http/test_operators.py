@@ -17,6 +17,7 @@ from broker.http.console.pages import STATIC
 from broker.seams import Sqlite
 from projections import figures
 from tests.integration.http.support import Broker, error_of, register, running
+from tests.reading import tamper
 
 FIRST_VIEW_BYTES = 60_000
 WITHIN_SEC = 20

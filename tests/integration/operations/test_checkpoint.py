@@ -78,7 +78,7 @@ async def test_a_rewritten_log_verifies_but_contradicts_its_checkpoint(bench: Be
         previous = chain.GENESIS
         for row in list(read_now(mine, log.all_rows)):
             forged = row._replace(actor="nobody" if row.type == "created" else row.actor)
-            previous = chain.link(previous, *forged[:9], forged.digest)
+            previous = chain.link(previous, *forged[:10], forged.digest)
             mine.execute(
                 "UPDATE events SET actor = ?, hash = ? WHERE position = ?",
                 (forged.actor, previous, row.position),

@@ -190,7 +190,7 @@ def rechained(found: list[bytes], at: int, **changed: Any) -> list[bytes]:
             assert row.data is not None
             assert row.salt is not None
             row = row._replace(digest=chain.digest(row.salt, row.data))
-        previous = chain.link(previous, *row[:9], row.digest)
+        previous = chain.link(previous, *row[:10], row.digest)
         made.append(lines.as_line(row._replace(hash=previous)))
     header = lines.header(found[0])
     return [lines.header_line(msgspec.structs.replace(header, hash=previous)), *made]

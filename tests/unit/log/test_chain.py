@@ -78,8 +78,8 @@ def test_an_untouched_log_verifies_to_its_head(sql: sqlite3.Connection) -> None:
 
 OTHER: dict[str, Any] = {
     "stream": "cmd_9", "version": 9, "type": "progressed", "schema": 2, "recorded_at": T + 15,
-    "project": "other", "device_id": "dev_9", "actor": "key:key_9", "data": b'{"attempt":7}',
-    "salt": b"x" * 16, "digest": b"d" * 32, "hash": b"h" * 32,
+    "decided_at": T + 15, "project": "other", "device_id": "dev_9", "actor": "key:key_9",
+    "data": b'{"attempt":7}', "salt": b"x" * 16, "digest": b"d" * 32, "hash": b"h" * 32,
 }  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def test_a_forged_row_with_a_correct_hash_is_found_by_its_time_or_version(sql: s
         sql.execute("SAVEPOINT before")
         data, salt = b"{}", b"s" * 16
         digest = chain.digest(salt, data)
-        header = (LAST + 1, "cmd_2", version, "acknowledged", 1, at, "acme", DEVICE, "me")
+        header = (LAST + 1, "cmd_2", version, "acknowledged", 1, at, at, "acme", DEVICE, "me")
         forged = Row(*header, data, salt, digest, chain.link(read_now(sql, log.head).hash, *header, digest))
         sql.execute(log.INSERT, forged)
         assert fault(sql) == expected
