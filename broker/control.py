@@ -24,11 +24,12 @@ from broker.http.edge.tickets import Tickets
 from broker.http.edge.waits import Waits
 from broker.metrics import Metrics
 from broker.often import Often
+from broker.pepper import pepper_of
 from broker.private_socket import TIMEOUT_SEC, answers, socket_path
 from broker.seams import Put, Sql
 from broker.settings import BadSetting, Settings
 from broker.type_files import load_types
-from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy, pepper_of, there_is_a_log
+from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy, there_is_a_log
 
 if TYPE_CHECKING:  # `ordain serve` needs no HTTP client of this kind, and it takes 0.05 s to load
     import httpx2

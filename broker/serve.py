@@ -34,11 +34,12 @@ from broker.mqtt.door import Door, mqtt_door
 from broker.mqtt.figures import figures
 from broker.mqtt.tls import Certificates
 from broker.mqtt.websocket import upgrades
+from broker.pepper import pepper_of
 from broker.private_socket import SOCKET, listen
 from broker.settings import METRICS, BadSetting, Settings, address, within_files
 from broker.subscriptions.outbound import HttpOutbound
 from broker.type_files import load_types
-from broker.world import SqliteStorage, SystemClock, SystemEntropy, pepper_of
+from broker.world import SqliteStorage, SystemClock, SystemEntropy
 from devices.mqtt_url import joined, parse_url
 from devices.tls import trust
 

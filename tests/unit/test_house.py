@@ -43,6 +43,7 @@ NEVER_IN_PURE = {
 # Only these may read a clock, draw a random number, start a thread or open a socket.
 SEAMS = (
     "broker/world",
+    "broker/pepper",
     "broker/serve",
     "broker/control",
     "broker/private_socket",
@@ -84,7 +85,7 @@ FLOORS = (
     ("broker/log", "broker/type_files"),
     ("projections",),
     ("broker/engine", "broker/log/postgresql"),
-    ("broker/subscriptions", "broker/world"),
+    ("broker/subscriptions", "broker/world", "broker/pepper"),
     ("broker/core", "broker/operations"),
     ("broker/mqtt", "broker/demo", "broker/metrics"),
     ("broker/http/edge",),
