@@ -316,9 +316,10 @@ class Registry:
     async def load(self) -> None:
         by_name = self.addresses.by_name
 
-        def work(sql: Sql) -> tuple[int, list[str], list[DeviceState]]:
-            last = log.last_version(sql, SYSTEM)
-            return last, devices_view.types_in_use(sql), devices_view.of_types(sql, by_name)
+        async def work(sql: Sql) -> tuple[int, list[str], list[DeviceState]]:
+            last = await log.last_version(sql, SYSTEM)
+            used = await devices_view.types_in_use(sql)
+            return last, used, await devices_view.of_types(sql, by_name)
 
         self._system_version, used, devices = await self.writer.storage.read(work)
         self.addresses.load(used, devices)

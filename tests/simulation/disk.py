@@ -342,7 +342,9 @@ class SimStorage:
         slow = self._random.uniform(0.3, 1) * self._disk.slow_sec if self._disk.slow_sec else 0.0
         self._loop.call_later(slow + self._random.uniform(*self._latency), self._write_first)
 
-    def _run(self, begin: str, work: Callable[[Sqlite], T], end: str, outcome: asyncio.Future[T]) -> bool | None:
+    def _run(
+        self, begin: str, work: Callable[[Sqlite], T], end: str, outcome: asyncio.Future[T]
+    ) -> bool | None:
         """Returns whether the transaction ended well; None: the machine has stopped, and nobody learns it."""
         result: T | None = None
         error: Exception | None = None

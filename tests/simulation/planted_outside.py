@@ -32,7 +32,7 @@ from broker.log import erasing
 from broker.mqtt.listener import Listener
 from broker.mqtt.packets import Publish
 from broker.mqtt.session import Session
-from broker.seams import Message, Outgoing, Receipt, Sql
+from broker.seams import Message, Outgoing, Receipt, Sqlite
 from broker.subscriptions.mqtt import MqttEvents
 from devices.grant import params_hash
 from devices.wire import Answer, Malformed, decode_status
@@ -308,9 +308,8 @@ async def _one_after_the_other(send: Any, body: bytes, *, more: bool = True) -> 
 # --- the log
 
 
-def _salts_stay(sql: Sql, command_id: str) -> int:
+def _salts_stay(sql: Sqlite, command_id: str) -> None:
     sql.execute("UPDATE events SET data = NULL WHERE stream = ?", (command_id,))
-    return int(sql.execute("SELECT changes()").fetchone()[0])
 
 
 async def _drains_slowly(self: Writer) -> None:

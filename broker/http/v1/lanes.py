@@ -178,10 +178,10 @@ async def read_state(request: Call, device: FromPath[str], as_of: AsOf = None) -
     caller = request.user
     place = None if as_of is None else await past.place_of(request, as_of)
 
-    def work(sql: Sql) -> DeviceState:
+    async def work(sql: Sql) -> DeviceState:
         if place is not None:
-            return past.find_device(sql, caller, device, place(sql)).state
-        return find_device(sql, caller, device)
+            return (await past.find_device(sql, caller, device, await place(sql))).state
+        return await find_device(sql, caller, device)
 
     found = await request.services.commands.writer.storage.read(work)
     return StateView(
