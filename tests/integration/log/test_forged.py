@@ -16,7 +16,7 @@ from tests.integration.core_support import running
 
 FORGED = (
     "INSERT INTO events SELECT {position}, stream, 99, 'executed', schema, recorded_at, project, device_id, "
-    "actor, data, salt, digest, hash FROM events WHERE type = 'created'"
+    "actor, data, salt, digest, hash, decided_at FROM events WHERE type = 'created'"
 )
 REPLACED = (
     "ALTER TABLE events RENAME TO kept; CREATE VIEW events AS SELECT * FROM kept WHERE type != 'created'"

@@ -158,7 +158,7 @@ DAMAGE: list[tuple[Callable[[list[bytes]], list[bytes]], str]] = [
     (lambda found: [*found[:5], change(found[5], more=1), *found[6:]], "line 6: it is not a row"),
     (lambda found: [*found, found[-1]], "is missing: the next row is"),
     (lambda found: found[1:], "not an export of a log"),
-    (lambda found: [change(found[0], version=2), *found[1:]], "this release reads 'ordain-log' 1"),
+    (lambda found: [change(found[0], version=3), *found[1:]], "this release reads 'ordain-log' 1"),
     (lambda found: [change(found[0], hash="AAAA"), *found[1:]], "ends at position"),
     (lambda found: [], "not an export of a log"),
 ]
