@@ -11,11 +11,12 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx2
 import msgspec
 import uvloop
+from cyclopts import Parameter
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -25,6 +26,7 @@ from broker.control import operator
 from broker.operations.asking import REFUSED, UNREACHABLE, USAGE, Failed
 from broker.private_socket import answers
 from broker.settings import Settings
+from devices.fleet.bought import MODELS
 from devices.fleet.device import TYPE
 from devices.fleet.faults import Faults
 from devices.fleet.simulator import NoFleet, Plan, Server, Simulation
@@ -53,6 +55,7 @@ def simulate(
     send_rate: float = 50,
     duration: float = 30,
     seed: int = 1,
+    type_name: Annotated[str, Parameter(name="--type")] = TYPE,
     mqtt_url: Text = None,
     data: Data = None,
     config: Config = None,
@@ -83,15 +86,21 @@ def simulate(
         Seconds of sending.
     seed
         The same seed gives the same devices and the same faults.
+    type_name
+        The type of the devices: generic, or a shipped type of bought devices. Those get no command ids, so a
+        command that is executed twice cannot be seen.
     mqtt_url
         The MQTT server's address for the devices; else the broker's own.
     """
     _within("--devices", devices, 1, MOST_DEVICES)
     _within("--send-rate", send_rate, 0.01, 10_000)
     _within("--duration", duration, 0.1, 86_400)
+    if type_name != TYPE and type_name not in MODELS:
+        raise Failed(USAGE, f"--type = {type_name}: must be one of {', '.join([TYPE, *MODELS])}")
     settings = settings_of(config, data=data)
     plan = Plan(
         devices=devices,
+        type=type_name,
         faults=Faults(
             offline=share("--offline", offline),
             fail=share("--fail", fail),
@@ -126,7 +135,7 @@ async def _simulated(settings: Settings, plan: Plan, mqtt_url: str | None, *, li
         system = _json(await client.get("/v1/system"))
         server = _mqtt_server(mqtt_url or system["mqtt"]["url"], settings)
         plan = msgspec.structs.replace(plan, prefix=system["settings"]["prefix"])
-        simulation = Simulation(plan, server, OperatorDoor(client, directory / TOKENS))
+        simulation = Simulation(plan, server, OperatorDoor(client, directory / TOKENS, plan.type))
         try:
             async with _shown(simulation, live=live):
                 return await simulation.run()
@@ -160,8 +169,8 @@ def _mqtt_server(url: str, settings: Settings) -> Server:
 class OperatorDoor:
     """`devices.fleet.simulator.Door` over the operator's HTTP API. Keeps the devices' tokens in a file."""
 
-    def __init__(self, client: httpx2.AsyncClient, tokens: Path) -> None:
-        self._client, self._path = client, tokens
+    def __init__(self, client: httpx2.AsyncClient, tokens: Path, type: str = TYPE) -> None:
+        self._client, self._path, self._type = client, tokens, type
         self._tokens: dict[str, str] = {}
 
     async def tokens(self, names: Sequence[str]) -> dict[str, str]:
@@ -233,7 +242,9 @@ class OperatorDoor:
         Raises:
             Failed: the device belongs to another project.
         """
-        body = {"hardware_id": name, "type": TYPE, "project": PROJECT, "name": "simulated"}
+        body = {"hardware_id": name, "type": self._type, "project": PROJECT}
+        if self._type == TYPE:  # in the topics of other types the name may be a level
+            body["name"] = "simulated"
         response = await self._ask("POST", "/v1/devices", body)
         if response.status_code == 409:
             known = _json(await self._ask("GET", f"/v1/devices/{name}"))

@@ -18,10 +18,11 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
-from devices.fleet.device import COMMAND, Device
+from devices.fleet.bought import MODELS, BoughtDevice
+from devices.fleet.device import COMMAND, TYPE, Device
 from devices.fleet.faults import Faults
 from devices.fleet.mqtt import BAD_CREDENTIALS, KEEPALIVE_SEC, Connection, Refused
-from devices.fleet.summary import Ledger, Sent, Summary, View, summarise
+from devices.fleet.summary import Acted, Ledger, Sent, Summary, View, summarise
 from devices.tls import Tls
 
 # Connections opened at once. More is not faster: Mosquitto accepts 5 a millisecond, amqtt one at a time.
@@ -58,6 +59,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     faults: Faults
     send_rate: float
     duration_sec: float
+    type: str = TYPE
     prefix: str = "iotee"
 
     @property
@@ -92,7 +94,7 @@ class Door(Protocol):
 class Fleet:
     """All devices. Each is kept connected, except during its faults."""
 
-    def __init__(self, devices: Sequence[Device], server: Server, door: Door) -> None:
+    def __init__(self, devices: Sequence[Device | BoughtDevice], server: Server, door: Door) -> None:
         self.devices = devices
         self._server, self._door = server, door
         self.why = "the MQTT server does not answer"
@@ -137,7 +139,7 @@ class Fleet:
             for device in self.devices:
                 device.leave()
 
-    async def _keep(self, device: Device) -> None:
+    async def _keep(self, device: Device | BoughtDevice) -> None:
         failures = 0
         while True:
             try:
@@ -154,7 +156,7 @@ class Fleet:
             ceiling = min(longest, shortest * 2 ** min(failures, 10))
             await asyncio.sleep(device.away_sec or random.uniform(shortest, ceiling))  # nosec B311
 
-    async def _open(self, device: Device) -> Connection:
+    async def _open(self, device: Device | BoughtDevice) -> Connection:
         connection = device.connect()
         host, port, tls = self._server
         try:
@@ -224,18 +226,22 @@ class Simulation:
             refused=self.refused,
             sending_sec=self.sending_sec,
             interrupted=work.cancelled(),
+            bought=[]
+            if self.fleet is None
+            else [
+                Acted(device.name, device.runs, device.refused, device.fates)
+                for device in self.fleet.devices
+                if isinstance(device, BoughtDevice)
+            ],
         )
 
     async def _work(self) -> frozenset[str]:
         """Runs all phases. Returns the names of the devices that were online at the end."""
         _allow_connections(self.plan.devices)
-        names = [f"sim-{number:04}" for number in range(1, self.plan.devices + 1)]
+        start = "sim" if self.plan.type == TYPE else f"sim-{self.plan.type}"
+        names = [f"{start}-{number:04}" for number in range(1, self.plan.devices + 1)]
         tokens = await self._door.tokens(names)
-        devices = [
-            Device(name, token, run=self._run, prefix=self.plan.prefix, ledger=self.ledger, now_ms=_now_ms)
-            for name, token in tokens.items()
-        ]
-        self.fleet = Fleet(devices, self._server, self._door)
+        self.fleet = Fleet([self._device(*each) for each in tokens.items()], self._server, self._door)
         self.phase = "connecting"
         async with self.fleet.running():
             await self.fleet.all_online()
@@ -244,6 +250,19 @@ class Simulation:
             self.phase = "settling"
             await self._settle()
             return self.fleet.online
+
+    def _device(self, name: str, token: str) -> Device | BoughtDevice:
+        plan = self.plan
+        if plan.type in MODELS:
+            return BoughtDevice(name, token, MODELS[plan.type], plan.faults)
+        return Device(name, token, run=self._run, prefix=plan.prefix, ledger=self.ledger, now_ms=_now_ms)
+
+    def _command(self, number: int) -> tuple[str, object]:
+        """The name and the parameters of a command of the run."""
+        if self.plan.type in MODELS:
+            commands = MODELS[self.plan.type].commands
+            return commands[number % len(commands)], {}
+        return COMMAND, {"number": number}
 
     async def _send_all(self, names: list[str]) -> None:
         chooser = random.Random(self.plan.faults.seed)  # nosec B311
@@ -254,7 +273,7 @@ class Simulation:
             for number, name in orders:
                 await asyncio.sleep(start + number / self.plan.send_rate - time.monotonic())
                 key = f"simulation-{self._run}-{number}"
-                command_id = await self._door.send(name, COMMAND, {"number": number}, key)
+                command_id = await self._door.send(name, *self._command(number), key)
                 self.sending_sec = time.monotonic() - start
                 if command_id is None:
                     self.refused += 1

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -84,6 +85,16 @@ class Ledger:
         return runs
 
 
+class Acted(NamedTuple):
+    """How often a bought device executed and refused a command; it does not know which. `fates`: its
+    faults."""
+
+    hardware_id: str
+    runs: int
+    refused: int
+    fates: Sequence[Fate]
+
+
 class Drawn(msgspec.Struct, frozen=True, kw_only=True):
     """For each fault: how many of the sent commands have it."""
 
@@ -139,19 +150,26 @@ def summarise(
     refused: int,
     sending_sec: float,
     interrupted: bool,
+    bought: Sequence[Acted] = (),
 ) -> Summary:
-    """`views`: the commands of `sent` that the broker knows. `online`: names of the connected devices."""
+    """`views`: the commands of `sent` that the broker knows. `online`: names of the connected devices.
+    `bought`: what the devices did, if they get no command ids."""
     runs = ledger.runs_by_command()
     states = Counter(view.state for view in views.values())
     fates = {id: fate(faults, to.hardware_id, str(to.number)) for id, to in sent.items()}
+    drawn = [each for acted in bought for each in acted.fates] if bought else list(fates.values())
     unknown = [id for id in sent if id not in views]
     unclosed = [id for id, view in views.items() if view.state not in CLOSED]
     left = [] if interrupted else [id for id in unclosed if sent[id].hardware_id in online]
-    misfits = [
-        f"{id} on {sent[id].hardware_id}: {why}"
-        for id, view in views.items()
-        if (why := misfit(view.state, fates[id], runs[id])) is not None
-    ]
+    misfits = (
+        _overstated(bought, sent, views)
+        if bought
+        else [
+            f"{id} on {sent[id].hardware_id}: {why}"
+            for id, view in views.items()
+            if (why := misfit(view.state, fates[id], runs[id])) is not None
+        ]
+    )
     examples = [
         *(f"{id} ran {count} times" for id, count in runs.items() if count > 1),
         *(f"{id} was accepted, but the broker does not know it" for id in unknown),
@@ -176,16 +194,27 @@ def summarise(
         lost=len(unknown) + len(left),
         misfits=len(misfits),
         drawn=Drawn(
-            offline=sum(each.away_sec > 0 for each in fates.values()),
-            fail=sum(each.failed for each in fates.values()),
-            duplicate=sum(each.doubled for each in fates.values()),
-            lose=sum(each.lost for each in fates.values()),
-            slow=sum(each.slow_sec > 0 for each in fates.values()),
+            offline=sum(each.away_sec > 0 for each in drawn),
+            fail=sum(each.failed for each in drawn),
+            duplicate=sum(each.doubled for each in drawn),
+            lose=sum(each.lost for each in drawn),
+            slow=sum(each.slow_sec > 0 for each in drawn),
         ),
         latency_p50_ms=percentile(took, 50),
         latency_p99_ms=percentile(took, 99),
         examples=tuple(examples[:EXAMPLES_SHOWN]),
     )
+
+
+def _overstated(bought: Sequence[Acted], sent: Mapping[str, Sent], views: Mapping[str, View]) -> list[str]:
+    """The devices of which the broker shows more ends than there were."""
+    shown = Counter((sent[id].hardware_id, view.state) for id, view in views.items())
+    return [
+        f"{acted.hardware_id}: {shown[acted.hardware_id, state]} {state}, but the device did so {count} times"
+        for acted in bought
+        for state, count in (("executed", acted.runs), ("failed", acted.refused))
+        if shown[acted.hardware_id, state] > count
+    ]
 
 
 def misfit(state: str, drawn: Fate, runs: int) -> str | None:

@@ -137,10 +137,19 @@ def test_ctrl_c_ends_cleanly_with_the_summary_so_far(broker: Broker) -> None:
     until(lambda: recorded(broker, "offline") == 10)
 
 
+def test_bought_devices_are_simulated_by_type(broker: Broker) -> None:
+    faults = ("--duplicate", "50%", "--fail", "20%")
+    for kind in ("shelly_gen2", "home_assistant_lock"):
+        options = ("--json", "--devices", "3", "--send-rate", "6", "--duration", "1", *faults)
+        summary = ended(simulating(embedded(broker), broker, "--type", kind, *options))
+        assert (summary["sent"], summary["executed"] + summary["failed"]) == (6, 6), summary
+        assert (summary["lost"], summary["misfits"]) == (0, 0), summary
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--offline", "200%"), ("--fail", "often"), ("--devices", "0"), ("--send-rate", "nan"),
-     ("--duration", "-1"), ("--mqtt-url", "http")],
+     ("--duration", "-1"), ("--mqtt-url", "http"), ("--type", "toaster")],
 )  # fmt: skip
 def test_a_wrong_option_gives_a_one_sentence_error(broker: Broker, option: str, value: str) -> None:
     refused(broker.ordain("simulate", option, value), 2, option)
