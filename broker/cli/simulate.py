@@ -95,8 +95,7 @@ def simulate(
     _within("--devices", devices, 1, MOST_DEVICES)
     _within("--send-rate", send_rate, 0.01, 10_000)
     _within("--duration", duration, 0.1, 86_400)
-    if type_name != TYPE and type_name not in MODELS:
-        raise Failed(USAGE, f"--type = {type_name}: must be one of {', '.join([TYPE, *MODELS])}")
+    _known(type_name)
     settings = settings_of(config, data=data)
     plan = Plan(
         devices=devices,
@@ -113,6 +112,10 @@ def simulate(
         duration_sec=duration,
     )
     summary = uvloop.run(_simulated(settings, plan, mqtt_url, live=not as_json and Console().is_terminal))
+    _report(summary, as_json=as_json)
+
+
+def _report(summary: Summary, *, as_json: bool) -> None:
     if as_json:
         print_json(summary)
     else:
@@ -120,6 +123,11 @@ def simulate(
     if not summary.good:
         found = f"{summary.doubled} doubled, {summary.lost} lost, {summary.misfits} misfits"
         raise Failed(REFUSED, f"{found}; {summary.examples[0]}")
+
+
+def _known(type_name: str) -> None:
+    if type_name != TYPE and type_name not in MODELS:
+        raise Failed(USAGE, f"--type = {type_name}: must be one of {', '.join([TYPE, *MODELS])}")
 
 
 def _within(option: str, value: float, least: float, most: float) -> None:
