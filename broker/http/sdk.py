@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import resources
+from typing import Any
 
-from litestar import Response, Router, get
+from litestar import Request, Response, Router, get
+
+from broker.http.packed import File, answer, compressed, file
 
 
 @get("/sdk/app.mjs", include_in_schema=False)
-async def module() -> Response[bytes]:
-    return Response(_file("app.mjs"), media_type="text/javascript")
+async def module(request: Request[Any, Any, Any]) -> Response[bytes]:
+    return answer(request, _file("app.mjs", "text/javascript"), {})
 
 
 # TypeScript looks for the types of an `.mjs` file in a `.d.mts` file.
 @get(["/sdk/app.d.ts", "/sdk/app.d.mts"], include_in_schema=False)
-async def types() -> Response[bytes]:
-    return Response(_file("app.d.ts"), media_type="text/plain")
+async def types(request: Request[Any, Any, Any]) -> Response[bytes]:
+    return answer(request, _file("app.d.ts", "text/plain"), {})
 
 
 @cache
-def _file(name: str) -> bytes:
-    return (resources.files("broker") / "sdk" / name).read_bytes()
+def _file(name: str, media_type: str) -> File:
+    return file(compressed((resources.files("broker") / "sdk" / name).read_bytes()), media_type)
 
 
 routes = Router("/", route_handlers=[module, types])

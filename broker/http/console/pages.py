@@ -6,19 +6,17 @@ from other servers; the content security policies below enforce that.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
-from typing import Any, NamedTuple
+from typing import Any
 
 from litestar import Request, Response, Router, get
 from litestar.params import FromPath
 from litestar.response import Redirect
 
 from broker.domain.errors import not_found
-from broker.http.edge.auth import header
+from broker.http.packed import File, answer, compressed, file
 
 OURS_ALONE = (
     "default-src 'none'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
@@ -39,14 +37,6 @@ TYPES = {
 PACKED = ".gz"
 STATIC = resources.files("broker.http.console") / "static"
 PAGES = ["/console", "/console/{page:str}", "/console/{page:str}/{rest:path}"]
-
-
-class File(NamedTuple):
-    """One file, compressed."""
-
-    packed: bytes
-    media_type: str
-    tag: str
 
 
 @get(PAGES, include_in_schema=False)
@@ -76,24 +66,9 @@ async def root() -> Redirect:
 
 
 def _answer(request: Request[Any, Any, Any], name: str, policy: str) -> Response[bytes]:
-    """A file, compressed if the client accepts gzip; 304 if the client has it."""
     if name not in _names():
         raise not_found("file", name)
-    file = _file(name)
-    headers = {
-        "Cache-Control": "no-cache",  # cached, but checked each time, so that a new release is seen at once
-        "Content-Security-Policy": policy,
-        "ETag": file.tag,
-        "Referrer-Policy": "no-referrer",
-        "Vary": "Accept-Encoding",
-    }
-    if header(request, b"if-none-match").decode("latin-1") == file.tag:
-        return Response(b"", status_code=304, headers=headers)
-    if b"gzip" in header(request, b"accept-encoding"):
-        return Response(
-            file.packed, media_type=file.media_type, headers=headers | {"Content-Encoding": "gzip"}
-        )
-    return Response(gzip.decompress(file.packed), media_type=file.media_type, headers=headers)
+    return answer(request, _file(name), {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
 
 @cache
@@ -114,11 +89,8 @@ def _below(folder: Traversable, prefix: str) -> list[str]:
 def _file(name: str) -> File:
     """One file. The largest are stored compressed: compressing them here would block the event loop."""
     packed = STATIC / (name + PACKED)
-    content = (
-        packed.read_bytes() if packed.is_file() else gzip.compress((STATIC / name).read_bytes(), mtime=0)
-    )
-    media_type = TYPES.get(name.rpartition(".")[2], TYPES["txt"])
-    return File(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:20]}"')
+    content = packed.read_bytes() if packed.is_file() else compressed((STATIC / name).read_bytes())
+    return file(content, TYPES.get(name.rpartition(".")[2], TYPES["txt"]))
 
 
 routes = Router("/", route_handlers=[root, icon, console, asset, docs])

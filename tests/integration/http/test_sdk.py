@@ -41,7 +41,10 @@ async def test_module_and_types_are_served_unchanged_without_a_key(tmp_path: Pat
         module = await client.get("/sdk/app.mjs")
         types = await client.get("/sdk/app.d.ts")
         found_by_typescript = await client.get("/sdk/app.d.mts")
-    assert module.content == MODULE.read_bytes()
+        plain = await client.get("/sdk/app.mjs", headers={"Accept-Encoding": "identity"})
+        again = await client.get("/sdk/app.mjs", headers={"If-None-Match": module.headers["etag"]})
+    assert module.content == plain.content == MODULE.read_bytes()
+    assert (module.headers["content-encoding"], again.status_code) == ("gzip", 304)
     assert module.headers["content-type"].startswith("text/javascript")
     assert types.text == found_by_typescript.text == TYPES
     assert types.headers["content-type"].startswith("text/plain")

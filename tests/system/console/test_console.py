@@ -89,6 +89,18 @@ def test_the_list_is_live_and_the_address_has_its_filters(console: Console) -> N
     page.get_by_text("No command fits these filters.").wait_for()
 
 
+def test_the_first_view_is_small(console: Console) -> None:
+    """60 kB compressed, with headers: what a browser loads to show the page, without the data."""
+    page = console.tab().open()
+    page.locator("main :is(.row, .empty)").first.wait_for()
+    loaded = page.evaluate(
+        "performance.getEntries().filter((each) => /\\/(console|sdk)/.test(each.name))"
+        ".map((each) => [each.name, each.transferSize])"
+    )
+    assert len(loaded) > 10
+    assert sum(size for _, size in loaded) < 60_000, loaded
+
+
 def test_a_paused_list_shows_all_missed_commands_when_it_is_resumed(console: Console) -> None:
     console.device("away-2")
     page = console.tab().open("?device=away-2")
