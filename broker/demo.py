@@ -132,7 +132,7 @@ class Demo:
         ]
         lines = [
             f"# Ordain is ready. Demo devices: {', '.join(names) or 'left out, their names are taken'}.",
-            "# Paste these lines into another terminal: a key, a command, and what became of it.",
+            "# Paste these lines into another terminal: an API key, a command, and its outcome.",
             f"export KEY={key}",
             *(tries if device else []),
             f"{shlex.quote(sys.argv[0])} log tail --data {where}",

@@ -43,7 +43,7 @@ def restore(
 ) -> None:
     """Restore a backup into a data directory that has no log.
 
-    Shows the API keys in the backup and asks: whoever has one of them has access to the restored log.
+    Shows the API keys in the backup and asks, because these keys then give access to the restored log.
 
     Commands that were open at the time of the backup are open again, with their old ids. The restored log
     does not know what happened since then. A device that remembers command ids does not execute a command

@@ -31,7 +31,7 @@ async def canaries(client: Client, directory: Path) -> list[Login]:
     """The canary's thief and victim, in a separate project. They are registered if they are not there.
 
     Their tokens are kept in the data directory, readable for its owner only: an external server must know
-    them before the canary runs. A token that is lost or was replaced is made anew.
+    them before the canary runs. If a token was lost or replaced, a new one is made.
 
     Raises:
         Failed: the broker refused, for example because a canary device was deleted.
