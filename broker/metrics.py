@@ -43,12 +43,12 @@ STAGES_SEC = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 FAST_SEC = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 ATTEMPTS = (1, 2, 3, 4, 5, 10, 100)
 RECENT_COMMITS = 256
-TEXT_MS = 1_000  # a stranger may ask as often as it likes, and to render takes milliseconds of the loop
+TEXT_MS = 1_000  # strangers may ask as often as they like, and rendering blocks the loop for milliseconds
 BATCHES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
 
 
 class Listening(NamedTuple):
-    """What our own MQTT server counts: figures by name, and ended connections by MQTT reason code."""
+    """Figures of our own MQTT server: by name, and ended connections by MQTT reason code."""
 
     figures: Mapping[str, tuple[str, Callable[[], float]]]
     ended: Mapping[int, int]
@@ -238,7 +238,7 @@ class Metrics:
     def watch_listener(
         self, figures: Mapping[str, tuple[str, Callable[[], float]]], refusals: Mapping[int, int]
     ) -> None:
-        """What our own MQTT server counts. Names that end in `_total` only grow."""
+        """Adds the figures of our own MQTT server. Names that end in `_total` only grow."""
         self.listener = Listening(figures, refusals)
         self.registry.register(_Listener(figures, refusals))
 

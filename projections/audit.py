@@ -16,7 +16,8 @@ async def page(
 ) -> tuple[list[Row], int | None]:
     """The next entries after a position, ascending, and the position after which the next page begins.
 
-    That is None at the end of the log. `actor`: only its events; `since`: in ms. A page may be empty.
+    The position is None at the end of the log. `actor`: only events of this actor. `since`: in ms. A page may
+    be empty.
     """
     if since is not None:
         after = max(after, (await log.place(sql, since - 1)))

@@ -50,7 +50,7 @@ class Figures(NamedTuple):
 
 
 class _Of(NamedTuple):
-    """Whose commands are counted: of one project, or with None of all; and a condition on their devices."""
+    """The commands that are counted: those of one project (None: all), with a condition on their devices."""
 
     project: str | None
     condition: str

@@ -55,7 +55,7 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class News(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device said last of its presence, its attributes and its state, and is not recorded yet.
+    """The newest presence, attributes and state that a device reported and that are not recorded yet.
     `actor`: who sent the attributes."""
 
     presence: Online | Offline | None = None
@@ -64,7 +64,7 @@ class News(msgspec.Struct, frozen=True, kw_only=True):
     state: dict[str, Any] | None = None
 
     def then(self, newer: News) -> News:
-        """Both together; of each part the newer one counts."""
+        """Combines two reports. If both have a value, the newer one counts."""
         presence = newer.presence or self.presence
         state = self.state if newer.state is None else newer.state
         if newer.attributes is None:
@@ -72,7 +72,7 @@ class News(msgspec.Struct, frozen=True, kw_only=True):
         return News(presence=presence, attributes=newer.attributes, actor=newer.actor, state=state)
 
     def applied(self, device: DeviceState) -> DeviceState:
-        """The device as it is once this is recorded. Its version and times do not change."""
+        """The device as it will be after this is recorded. Its version and times do not change."""
         if self.presence is not None:
             online = isinstance(self.presence, Online)
             device = msgspec.structs.replace(device, online=online, session=self.presence.session)
@@ -81,7 +81,7 @@ class News(msgspec.Struct, frozen=True, kw_only=True):
         return device if self.state is None else msgspec.structs.replace(device, reported=self.state)
 
     def events(self, device: DeviceState) -> list[tuple[Online | Offline | Changed | Reported, str]]:
-        """The events that record this, each with its actor; none for what the device's state says already."""
+        """The events that record this, each with its actor. Values that are already recorded: no event."""
         found: list[tuple[Online | Offline | Changed | Reported, str]] = []
         if self.presence is not None and changes_presence(device, self.presence):
             found.append((self.presence, f"device:{device.id}"))

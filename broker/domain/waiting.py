@@ -1,7 +1,7 @@
-"""QoS 0 messages that wait to be taken in: each project gets its turn, and in it each device. Pure.
+"""QoS 0 messages that wait to be handled: projects take turns, and so do the devices of each project. Pure.
 
-QoS 0 has no receive window, so one device may send any number of messages. Here it delays and displaces only
-its own. What is beyond a bound is dropped, which QoS 0 allows.
+QoS 0 has no receive window, so one device may send any number of messages. Here they delay and displace only
+messages of the same device. Messages beyond a bound are dropped, which QoS 0 allows.
 """
 
 from __future__ import annotations

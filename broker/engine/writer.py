@@ -173,7 +173,7 @@ class Writer:
         return At(len(self._batch.events) - 1)
 
     def operated(self, actor: str, action: str, subject: str, project: str = "", **details: object) -> None:
-        """Queues an event about a change of what lies beside the log; it must be queued with that change.
+        """Queues an event about a change of keys, webhooks or other data beside the log. Queue both together.
 
         Raises:
             Unavailable: the log cannot be written now.
