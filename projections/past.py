@@ -81,7 +81,7 @@ async def commands(
     where, values = f"{where} AND {condition}", [*values, *more]
     if wanted.device_id is not None:
         where, values = (
-            where.replace("project", "+project") + " AND device_id = ?",
+            where.replace("project", "project || ''") + " AND device_id = ?",  # by the index of the device
             [*values, wanted.device_id],
         )
     states = tuple(State) if wanted.states is None else wanted.states
@@ -112,7 +112,7 @@ async def lane(sql: Sql, device_id: str, position: int) -> list[CommandState]:
     # The rows include commands that had timed out by then and were answered later: the fold filters them.
     rows = await sql.all(
         "SELECT id, closed_position FROM commands c WHERE position IN (SELECT position FROM commands "
-        "INDEXED BY commands_device WHERE device_id = ? AND position <= ? "
+        "WHERE device_id = ? AND position <= ? "
         f"AND (closed_position IS NULL OR closed_position > ?)) AND NOT {HIDDEN} ORDER BY position",
         (device_id, position, position),
     )

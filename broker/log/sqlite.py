@@ -230,12 +230,12 @@ async def device_stream(sql: Sql, name: str, until: int) -> list[Row]:
     hundred thousand of those.
     """
     found = await sql.all(
-        f"SELECT {COLUMNS} FROM events INDEXED BY events_devices WHERE stream = ? "
+        f"SELECT {COLUMNS} FROM events WHERE stream = ? "
         "AND position BETWEEN 1 AND ? AND type IN ('registered', 'changed', 'token_rotated', 'deleted')",
         (name, until),
     )
     found += await sql.all(
-        f"SELECT {COLUMNS} FROM events INDEXED BY events_stream WHERE stream = ? "
+        f"SELECT {COLUMNS} FROM events WHERE stream = ? "
         "AND position BETWEEN 1 AND ? AND type IN ('online', 'offline') ORDER BY version DESC LIMIT 1",
         (name, until),
     )
