@@ -26,7 +26,7 @@ from broker.metrics import Metrics
 from broker.often import Often
 from broker.pepper import pepper_of
 from broker.private_socket import TIMEOUT_SEC, answers, socket_path
-from broker.seams import Put, Sql
+from broker.seams import MqttRules, Put, Sql
 from broker.settings import BadSetting, Settings
 from broker.type_files import load_types
 from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy, there_is_a_log
@@ -40,10 +40,11 @@ FREE_WITHIN_SEC = 10.0
 LOOK_AGAIN_SEC = 0.05
 
 
-def services(core: Core, shown: Settings | None = None) -> Services:
+def services(core: Core, shown: Settings | None = None, rules: MqttRules | None = None) -> Services:
     """Builds what the HTTP app needs from a core that is open and has its MQTT link.
 
     `shown`: the settings that `/v1/system` shows, with the real port instead of port 0.
+    `rules`: of the MQTT server; None: no broker serves.
     """
     metrics = Metrics(core.writer.clock)
     metrics.watch(core)
@@ -80,6 +81,7 @@ def services(core: Core, shown: Settings | None = None) -> Services:
         tickets=tickets,
         strangers=strangers,
         often=Often(lambda: core.writer.clock.monotonic_ms() / 1_000),
+        mqtt_rules=rules or MqttRules(users="none"),
         dispatch=core.dispatch,
         intake=core.intake,
         pull=core.pull,

@@ -75,6 +75,7 @@ class Core:
         outbound: Outbound | None = None,
         pepper: bytes | None = None,
     ) -> None:
+        self.also_not_ready: Callable[[], list[str]] = list
         self.storage = storage
         self.settings = settings
         self.writer = Writer(storage, clock, entropy)
@@ -224,7 +225,7 @@ class Core:
             reasons.append(self.dispatch.halted)
         if abs(self._stepped_ms) > CLOCK_STEP_MS:
             reasons.append(f"clock: the wall clock was stepped by {self._stepped_ms} ms since the start")
-        return reasons
+        return [*reasons, *self.also_not_ready()]
 
     async def _tick(self) -> None:
         """What is looked at once a second, in one task: an idle broker wakes up as rarely as possible."""

@@ -32,7 +32,7 @@ from broker.domain.events import TYPES, Acknowledged, Executed, Failed, Pending,
 from broker.domain.lanes import Presence
 from broker.engine.live import Live
 from broker.engine.writer import Writer
-from broker.seams import Clock, Placed
+from broker.seams import Clock, MqttRules, Placed
 from broker.subscriptions.webhook_worker import Attempt
 from broker.subscriptions.webhooks import Webhooks
 
@@ -228,6 +228,14 @@ class Metrics:
         Gauge("ordain_http_strangers_limit", "How many there may be", registry=self.registry).set(limit)
         what = "Such connections closed for a newer one"
         self.registry.register(_Counted("ordain_http_strangers_closed_total", what, closed))
+
+    def watch_rules(self, rules: MqttRules) -> None:
+        what = "Things that the external MQTT server allows and must refuse; -1: not tried yet"
+        gauge = Gauge("ordain_mqtt_rule_breaches", what, registry=self.registry)
+        gauge.set_function(lambda: -1 if rules.breaches is None else len(rules.breaches))
+        what = "Devices that the external MQTT server does not know"
+        gauge = Gauge("ordain_mqtt_devices_missing", what, registry=self.registry)
+        gauge.set_function(lambda: rules.missing)
 
     def watch_lookups(self, under_way: Callable[[], float], refused: Callable[[], float]) -> None:
         what = "Host names of webhooks that are being looked up"

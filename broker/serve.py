@@ -31,6 +31,7 @@ from broker.http.app import create_app, metrics_app
 from broker.http.edge.protocol import Bounded
 from broker.http.edge.services import Services
 from broker.mqtt.door import Door, mqtt_door
+from broker.mqtt.external.watch import untrusted
 from broker.mqtt.figures import figures
 from broker.mqtt.tls import Certificates
 from broker.mqtt.websocket import upgrades
@@ -122,7 +123,11 @@ async def _serve(
         async with mqtt_door(settings, core, types, stop, certificates, tls) as door:
             if not settings.mqtt_url:
                 settings = msgspec.structs.replace(settings, mqtt_listen=door.devices_url)
-            parts = services(core, settings)
+            parts = services(core, settings, door.rules)
+            if settings.require_mqtt_acl:
+                core.also_not_ready = lambda: untrusted(door.rules)
+            if door.listener is None:
+                parts.metrics.watch_rules(door.rules)
             parts.metrics.watch_lookups(lambda: outbound.lookups.under_way, lambda: outbound.lookups.refused)
             if door.listener is not None:
                 parts.metrics.watch_listener(figures(door.listener), door.listener.refusals)

@@ -159,6 +159,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     mqtt_ca: str = ""
     mqtt_certificate: str = ""
     mqtt_key: str = ""
+    mqtt_users: Literal["none", "dynsec", "password_file"] = "none"
+    mqtt_password_file: str = ""
+    mqtt_pid_file: str = ""
+    require_mqtt_acl: bool = False
     mqtt_server: Literal["embedded", "mosquitto"] = "embedded"
     mqtt_events: bool = True
     prefix: str = "iotee"
@@ -351,6 +355,10 @@ def _check_mqtt_url(settings: Settings) -> None:
         tls = settings.mqtt_url != "" and parse_url(settings.mqtt_url).tls
     except ValueError as error:  # do not show the URL: it may contain a password
         raise BadSetting(f"mqtt_url: {error}") from error
+    if settings.mqtt_users != "none" and not settings.mqtt_url:
+        raise BadSetting(f"mqtt_users = {settings.mqtt_users!r}: needs mqtt_url, a server of your own")
+    if (settings.mqtt_users == "password_file") != bool(settings.mqtt_password_file):
+        raise BadSetting("mqtt_users = 'password_file' and mqtt_password_file, its path, need each other")
     for key in ("mqtt_ca", "mqtt_certificate", "mqtt_key"):
         if getattr(settings, key) and not tls:
             raise BadSetting(
@@ -359,6 +367,7 @@ def _check_mqtt_url(settings: Settings) -> None:
     for key, needed, what in (
         ("mqtt_key", "mqtt_certificate", "the certificate of this key"),
         ("webhook_key", "webhook_certificate", "the certificate of this key"),
+        ("mqtt_password_file", "mqtt_pid_file", "the pid_file of mosquitto.conf"),
         ("https_client_ca", "https", "the address where clients with a certificate connect"),
     ):
         if getattr(settings, key) and not getattr(settings, needed):

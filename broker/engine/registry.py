@@ -77,7 +77,8 @@ class Issued(NamedTuple):
 class Registry:
     """`presence(device_id, presence)` is called when the presence of a device changes.
 
-    `entitled(device)` is called when a device's token is created, replaced or becomes invalid.
+    `entitled(device)` is called when a device's token is created, replaced or becomes invalid, and
+    `issued(device, token)` with each new one.
     `told` has what devices said of themselves and is not recorded yet.
     """
 
@@ -91,6 +92,7 @@ class Registry:
         self.presence: Callable[[str, Presence], None] = lambda device_id, presence: None
         self._system_version = 0
         self.entitled: Callable[[DeviceState], None] = lambda device: None
+        self.issued: Callable[[DeviceState, str], None] = lambda device, token: None
         self.told = Told(commands.writer, commands.live, commands.limits, commands.ready, self._append)
 
     def record(
@@ -166,6 +168,7 @@ class Registry:
         secret = self._new_secret(device)
         await self.writer.barrier()
         self.entitled(device)
+        self.issued(device, token)
         return Issued(device, token, secret)
 
     async def change(self, caller: Caller, name: str, change: Changed) -> DeviceState:
@@ -258,6 +261,7 @@ class Registry:
         secret = self._new_secret(device)
         await self.writer.barrier()
         self.entitled(device)
+        self.issued(device, token)
         return Issued(device, token, secret)
 
     def _new_token(self, device_id: str) -> str:

@@ -6,11 +6,11 @@ The caller gets a link and an address; the differences between the three stay in
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -19,14 +19,18 @@ from broker.domain.fleet import DeviceState
 from broker.engine.ids import new_secret, token_digest
 from broker.mqtt.access import Access, Own, Scope
 from broker.mqtt.client.link import MqttLink
+from broker.mqtt.external.dynsec import RESPONSE, Dynsec, Shared, Topics
+from broker.mqtt.external.password_file import PasswordFile
+from broker.mqtt.external.watch import Watch
 from broker.mqtt.listener import Listener
 from broker.mqtt.mosquitto import LINK_USER, Mosquitto
 from broker.mqtt.services import Services
 from broker.mqtt.sockets import Sockets
 from broker.mqtt.tls import Certificates
-from broker.seams import Link
+from broker.seams import Link, MqttRules
 from broker.settings import BadSetting, Settings, listened
-from devices.mqtt_url import Endpoint
+from devices.canary import server_of
+from devices.mqtt_url import Endpoint, parse_url
 from devices.speech.topics import filter_of
 from devices.tls import Tls
 from devices.types import DeviceType
@@ -40,10 +44,12 @@ EVERY = 1_000_000_000
 
 
 class Door(NamedTuple):
-    """The MQTT server of the devices. `devices_url`: its address. `listener`: only if it is Ordain's own."""
+    """The MQTT server of the devices. `devices_url`: its address. `rules`: what is known of its users and
+    rules. `listener`: only if it is Ordain's own."""
 
     link: Link
     devices_url: str
+    rules: MqttRules
     listener: Listener | None = None
 
 
@@ -64,8 +70,8 @@ async def mqtt_door(
         BadSetting: an address cannot be listened on, or Mosquitto is not installed.
     """
     if settings.mqtt_url:
-        async with _linked(settings, core, types, settings.mqtt_url, tls) as link:
-            yield Door(link, settings.mqtt_url)
+        async with _external(settings, core, types, tls) as door:
+            yield door
     elif settings.mqtt_server == "mosquitto":
         async with _mosquitto(settings, core, types, stop) as door:
             yield door
@@ -75,14 +81,61 @@ async def mqtt_door(
 
 
 @asynccontextmanager
+async def _external(
+    settings: Settings, core: Core, types: dict[str, DeviceType], tls: Tls | None
+) -> AsyncIterator[Door]:
+    """An MQTT server of someone else. Its users are kept in step, if the settings say so; it is tried."""
+    url, rules = settings.mqtt_url, MqttRules(users=settings.mqtt_users)
+    events: Shared | None = None
+    work: list[Coroutine[Any, Any, None]] = []
+    devices = list[DeviceState]()
+    if settings.mqtt_users != "none":
+        devices = await core.storage.read(lambda sql: devices_view.newest(sql, None, None, EVERY))
+    if settings.mqtt_users == "dynsec":
+        dynsec = Dynsec(
+            parse_url(url).username or "",
+            sends=[f"{settings.prefix}/#", *_bought(settings.prefix, types)],
+            topics=partial(_topics_of, core, types),
+            devices=devices,
+            rules=rules,
+        )
+        core.registry.issued, core.registry.entitled = dynsec.issued, dynsec.entitled
+        events = Shared(core.intake, dynsec)
+    elif settings.mqtt_users == "password_file":
+        places = Path(settings.mqtt_password_file), Path(settings.mqtt_pid_file)
+        passwords = PasswordFile(*places, devices, rules)
+        core.registry.entitled = passwords.entitled
+        work.append(passwords.run())
+    async with _linked(settings, core, types, url, tls, events) as link:
+        if events is not None:
+            events.serve(link)
+        server = server_of(url, settings.mqtt_ca)
+        work.append(Watch(core, link, server, Path(settings.data), rules).run())
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+            yield Door(link, url, rules)
+            for task in tasks:
+                task.cancel()
+
+
+@asynccontextmanager
 async def _linked(
-    settings: Settings, core: Core, types: dict[str, DeviceType], url: str, tls: Tls | None = None
+    settings: Settings,
+    core: Core,
+    types: dict[str, DeviceType],
+    url: str,
+    tls: Tls | None = None,
+    events: Shared | None = None,
 ) -> AsyncIterator[MqttLink]:
+    control = [] if events is None else [RESPONSE]
     link = MqttLink(
         url,
         client_id=LINK_CLIENT_ID,
-        subscriptions=[f"{settings.prefix}/dev/+/{suffix}" for suffix in sorted(_answer_suffixes(types))],
-        events=core.intake,
+        subscriptions=[
+            *(f"{settings.prefix}/dev/+/{suffix}" for suffix in sorted(_answer_suffixes(types))),
+            *control,
+        ],
+        events=core.intake if events is None else events,
         clean_session=False,
         entropy=core.writer.entropy,
         tls=tls,
@@ -142,7 +195,7 @@ async def _listening(
         await sockets.open()
         for endpoint in sockets.endpoints:
             logger.info("mqtt.listening", address=str(endpoint))
-        yield Door(listener, str(sockets.endpoints[0]), listener)
+        yield Door(listener, str(sockets.endpoints[0]), MqttRules(users="listener"), listener)
     except OSError as error:
         raise BadSetting(f"mqtt_listen: {error.strerror or error}") from error
     finally:
@@ -212,7 +265,7 @@ async def _mosquitto(
             fact.cancel()
         link_url = f"mqtt://{LINK_USER}:{password}@127.0.0.1:{child.link_port}?v=5"
         async with _linked(settings, core, types, link_url) as link:
-            yield Door(link, str(Endpoint(child.host, child.port)))
+            yield Door(link, str(Endpoint(child.host, child.port)), MqttRules(users="child"))
         running.cancel()
 
 
@@ -222,6 +275,22 @@ def _command_suffixes(types: dict[str, DeviceType]) -> frozenset[str]:
 
 def _answer_suffixes(types: dict[str, DeviceType]) -> set[str]:
     return {kind.answer_suffix for kind in types.values()} | {STATUS}
+
+
+def _bought(prefix: str, types: dict[str, DeviceType]) -> set[str]:
+    """Filters of the command topics of bought devices, which have topics of their own."""
+    return {filter_of(each, prefix) for kind in types.values() if kind.speeches for each in kind.listens}
+
+
+def _topics_of(core: Core, types: dict[str, DeviceType], device: DeviceState) -> Topics:
+    if core.commands.addresses.speaks(device):
+        reach = core.commands.addresses.reach(device)
+        return Topics(reach.hears, {*reach.says, *reach.others, reach.will})
+    own = f"{core.commands.prefix}/dev/{device.hardware_id}/"
+    return Topics(
+        {own + suffix for suffix in _command_suffixes(types)},
+        {own + suffix for suffix in _answer_suffixes(types)},
+    )
 
 
 def _acl_of(core: Core, device: DeviceState) -> list[str]:
@@ -240,7 +309,7 @@ def _acl(prefix: str, types: dict[str, DeviceType]) -> str:
     lines = [f"user {LINK_USER}", f"topic readwrite {prefix}/#"]
     bought = [kind for kind in types.values() if kind.speeches]
     lines += sorted({f"topic read {filter_of(each, prefix)}" for kind in bought for each in kind.says})
-    lines += sorted({f"topic write {filter_of(each, prefix)}" for kind in bought for each in kind.listens})
+    lines += [f"topic write {each}" for each in sorted(_bought(prefix, types))]
     lines += [f"pattern read {prefix}/dev/%u/{suffix}" for suffix in sorted(_command_suffixes(types))]
     lines += [f"pattern write {prefix}/dev/%u/{suffix}" for suffix in written]
     return "\n".join(lines) + "\n"

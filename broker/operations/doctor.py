@@ -157,6 +157,7 @@ async def mqtt(
         return [Finding("warning", "mqtt", "not checked: no broker serves", "ordain serve")]
     system = await call(client, "GET", "/v1/system")
     url, prefix = system["mqtt"]["url"], system["settings"]["prefix"]
+    found = _users(url, system["mqtt"]["rules"])
     do = "see mosquitto.conf and docs/mosquitto.acl: own topics for each device, no client without a password"
     try:
         server = server_of(url, settings.mqtt_ca)
@@ -165,12 +166,30 @@ async def mqtt(
     except (Untried, Failed, OSError) as error:
         says = f"{url}: its access rules could not be checked: {str(error) or type(error).__name__}"
         hint = "is it running? An external server needs the canary's two devices: ordain mqtt passwd-file"
-        return [Finding("warning" if canary else "fault", "mqtt", says, hint)]
+        return [*found, Finding("warning" if canary else "fault", "mqtt", says, hint)]
     if breaches:
-        return [Finding("fault", "mqtt", f"{url}: {breach}", do) for breach in breaches]
+        return found + [Finding("fault", "mqtt", f"{url}: {breach}", do) for breach in breaches]
     says = "no device can use another's topics" if canary else "no client connects without a password"
     more = "" if canary else "; --canary also checks its rules as a device"
-    return [Finding("ok", "mqtt", f"{url}: {says}{more}")]
+    return [*found, Finding("ok", "mqtt", f"{url}: {says}{more}")]
+
+
+def _users(url: str, rules: dict[str, Any] | None) -> list[Finding]:
+    """What the broker itself found out about an external server: at its start and every hour."""
+    if rules is None:
+        return []
+    found = []
+    if rules["fault"] is not None:
+        do = "see mqtt_users in the settings"
+        found.append(Finding("warning", "mqtt", f"{url}: its users are not in step: {rules['fault']}", do))
+    if rules["missing"]:
+        says, do = f"{url}: it does not know {rules['missing']} devices", "ordain devices token, for each"
+        found.append(Finding("warning", "mqtt", says, do))
+    found += [
+        Finding("warning", "mqtt", f"{url}: at {rules['checked_at']}: {breach}", "ordain doctor --canary")
+        for breach in rules["breaches"] or ()
+    ]
+    return found
 
 
 async def _canary(client: httpx2.AsyncClient, server: Server, prefix: str, directory: Path) -> list[str]:

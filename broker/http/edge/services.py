@@ -23,7 +23,7 @@ from broker.http.edge.tickets import Tickets
 from broker.http.edge.waits import Waits
 from broker.metrics import Metrics
 from broker.often import Often
-from broker.seams import Link
+from broker.seams import Link, MqttRules
 from broker.settings import Limits, Settings
 from broker.subscriptions.feed import Feed
 from broker.subscriptions.mqtt import MqttEvents
@@ -60,6 +60,7 @@ class Services:
     metrics: Metrics
     limits: Limits
     often: Often
+    mqtt_rules: MqttRules
     log_id: str
     cursor_key: bytes
     ready: Callable[[], list[str]]

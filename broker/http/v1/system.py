@@ -24,7 +24,7 @@ from broker.http.v1.stats import percentile
 from broker.http.v1.views import Time
 from broker.log import sqlite as log
 from broker.metrics import Listening
-from broker.seams import Sql
+from broker.seams import MqttRules, Sql
 from broker.settings import Settings, listened
 from devices.clock import rfc3339
 from devices.mqtt_url import parse_url
@@ -46,6 +46,19 @@ class ListenerView(msgspec.Struct, frozen=True, kw_only=True):
     ]
 
 
+class RulesView(msgspec.Struct, frozen=True, kw_only=True):
+    """Users and rules of an MQTT server that is not Ordain's own."""
+
+    in_step: Annotated[bool, Meta(description="It knows every device, and no deleted one.")]
+    fault: Annotated[str | None, Meta(description="Why it is not in step.")]
+    missing: Annotated[int, Meta(description="Devices that it does not know: they need a new token.")]
+    breaches: Annotated[
+        list[str] | None, Meta(description="What it allows and must refuse. Null: not tried yet.")
+    ]
+    tried_as_device: Annotated[bool, Meta(description="Tried with the canary's two devices.")]
+    checked_at: Time | None
+
+
 class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
     """The MQTT server behind this broker."""
 
@@ -55,6 +68,16 @@ class Mqtt(msgspec.Struct, frozen=True, kw_only=True):
     ]
     up: bool
     url: Annotated[str, Meta(description="Without user and password.")]
+    users: Annotated[
+        Literal["listener", "child", "dynsec", "password_file", "none"],
+        Meta(
+            description="How the server learns of devices: it is Ordain's own (`listener`, `child`), by its "
+            "dynamic-security plugin, by a password file, or not at all (`none`: its file is yours). Only "
+            "with `listener`, `child` and `dynsec` does a deleted device or an old token end its connection "
+            "at once."
+        ),
+    ]
+    rules: Annotated[RulesView | None, Meta(description="Only admin keys see it. Null: Ordain's own server.")]
     listener: Annotated[
         ListenerView | None, Meta(description="Only admin keys see it. Null: another MQTT server.")
     ]
@@ -181,6 +204,8 @@ async def read_system(request: Call) -> System:
             kind=kind,
             up=services.link.up,
             url=shown_url(settings),
+            users=services.mqtt_rules.users,
+            rules=_rules(services.mqtt_rules) if project is None else None,
             listener=_listener(services.metrics.listener) if project is None else None,
         ),
         devices=DeviceCount(known=found.known, online=found.online),
@@ -209,6 +234,19 @@ async def verify_log(request: Call) -> VerifyView:
     view = _verify(request.services.verification.start(), request.user)
     assert view is not None
     return view
+
+
+def _rules(rules: MqttRules) -> RulesView | None:
+    if rules.users in ("listener", "child"):
+        return None
+    return RulesView(
+        in_step=rules.users != "none" and rules.fault is None and not rules.missing,
+        fault=rules.fault,
+        missing=rules.missing,
+        breaches=rules.breaches,
+        tried_as_device=rules.as_device,
+        checked_at=None if rules.checked_at is None else rfc3339(rules.checked_at),
+    )
 
 
 def _listener(listening: Listening | None) -> ListenerView | None:

@@ -1,0 +1,87 @@
+"""Tries the rules of an external MQTT server at the start and every hour, and tells what it must not allow.
+
+Whether a client without a password connects is always tried. All else needs the two devices of the canary.
+They are there once `ordain mqtt passwd-file` or `ordain doctor --canary` has registered them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from broker.core import Core
+from broker.domain.errors import Refusal, Unavailable
+from broker.engine.commands import Caller, Order
+from broker.operations.passwords import CANARIES, TOKENS
+from broker.seams import Link, MqttRules
+from devices.canary import Canary, Login, Server, Untried, strangers
+
+logger = structlog.get_logger()
+
+EVERY_SEC = 3_600.0
+LOOK_AGAIN_SEC = 0.25
+AGAIN_SEC = 30.0  # after a try that could not be made
+ME = Caller(actor="operator:canary", project=None)
+
+
+class Watch:
+    def __init__(self, core: Core, link: Link, server: Server, directory: Path, rules: MqttRules) -> None:
+        self._core, self._link, self._server = core, link, server
+        self._tokens = directory / TOKENS
+        self.rules = rules
+
+    async def run(self) -> None:
+        """Tries the rules for ever."""
+        while True:
+            while not self._link.up:  # noqa: ASYNC110
+                await asyncio.sleep(LOOK_AGAIN_SEC)
+            try:
+                await self._look()
+            except (Untried, Refusal, Unavailable, OSError, ValueError) as error:
+                logger.warning("mqtt.rules_not_tried", why=str(error))
+                await asyncio.sleep(AGAIN_SEC)
+            else:
+                await asyncio.sleep(EVERY_SEC)
+
+    async def _look(self) -> None:
+        logins = self._logins()
+        if logins is None:
+            breaches = await strangers(self._server)
+        else:
+            prefix = self._core.commands.prefix
+            canary = Canary(self._server, prefix, *logins, self._send, self._outcome)
+            breaches = await canary.breaches()
+        rules = self.rules
+        rules.breaches, rules.as_device = breaches, logins is not None
+        rules.checked_at = self._core.writer.now()
+        for breach in breaches:
+            logger.warning("mqtt.rule_broken", what=breach, do="ordain doctor --canary")
+
+    def _logins(self) -> tuple[Login, Login] | None:
+        if not self._tokens.exists():
+            return None
+        kept = msgspec.json.decode(self._tokens.read_bytes(), type=dict[str, str])
+        thief, victim = (Login(name, kept.get(name, "")) for name in CANARIES)
+        return (thief, victim) if thief.token and victim.token else None
+
+    async def _send(self) -> str:
+        order = Order(device=CANARIES[1], type="canary", ttl_sec=60)
+        return (await self._core.commands.create(ME, order)).state.id
+
+    async def _outcome(self, command_id: str) -> str:
+        while (state := self._core.live.command(command_id)) is not None and not state.closed:  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_AGAIN_SEC)
+        return "unknown" if state is None else state.state.value
+
+
+def untrusted(rules: MqttRules) -> list[str]:
+    """Why the server's rules cannot be relied on, as reasons for not being ready."""
+    if rules.breaches:
+        return [f"mqtt: {breach}" for breach in rules.breaches]
+    if not rules.tried:
+        do = "; the canary needs its two devices: ordain doctor --canary" if rules.breaches == [] else ""
+        return [f"mqtt: the rules of its server were not tried yet{do}"]
+    return []

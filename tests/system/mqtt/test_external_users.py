@@ -1,0 +1,142 @@
+"""A Mosquitto of one's own that is kept in step with the devices while it runs, and whose rules are tried."""
+
+from __future__ import annotations
+
+import glob
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devices.agent import Agent, Call
+from tests.conftest import program, unused_port
+from tests.system.conftest import NewBroker
+from tests.system.support import Broker, Device, running, until
+
+PLUGIN = next(iter(glob.glob("/usr/lib/*/mosquitto_dynamic_security.so")), None)
+
+
+@contextmanager
+def mosquitto(home: Path, port: int, *lines: str) -> Iterator[Path]:
+    conf = home / "mosquitto.conf"
+    every = (
+        "user root",
+        f"listener {port} 127.0.0.1",
+        "allow_anonymous false",
+        f"pid_file {home}/pid",
+        *lines,
+    )
+    conf.write_text("\n".join(every) + "\n")
+    with open(home / "mosquitto.log", "wb") as said:
+        server = subprocess.Popen([program("mosquitto"), "-c", str(conf)], stdout=said, stderr=said)
+    try:
+        yield home / "mosquitto.log"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def mqtt(broker: Broker) -> dict[str, Any]:
+    found: dict[str, Any] = broker.operator("GET", "/v1/system").json()["mqtt"]
+    return found
+
+
+def lives(broker: Broker, port: int, name: str, token: str) -> None:
+    """One whole life of a command, as a device with this token."""
+
+    def agent() -> Agent:
+        made = Agent(name, token, f"mqtt://127.0.0.1:{port}", jwks=f"{broker.url}/.well-known/jwks.json")
+
+        @made.command("on")
+        async def on(_: Call) -> None:
+            return None
+
+        return made
+
+    with running(agent):
+        broker.reaches(broker.create(name, "on"), "executed")
+
+
+def enters(port: int, name: str, token: str) -> bool:
+    """Whether the server accepts this client. MQTT 3.1.1, section 3.1: user, password and a clean session."""
+    body = b"\x00\x04MQTT\x04\xc2\x00\x0a"
+    for text in (name, name, token):
+        body += len(text).to_bytes(2, "big") + text.encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(b"\x10" + bytes([len(body)]) + body)
+        return client.recv(4) == b"\x20\x02\x00\x00"
+
+
+def in_step(broker: Broker) -> None:
+    until(lambda: mqtt(broker)["rules"]["in_step"] or None, lambda: mqtt(broker))
+
+
+@pytest.mark.skipif(PLUGIN is None, reason="Mosquitto's dynamic-security plugin is not installed")
+def test_the_dynamic_security_plugin_learns_of_devices_tokens_and_deletions(
+    new_broker: NewBroker, tmp_path: Path
+) -> None:
+    users, port = tmp_path / "dynsec.json", unused_port()
+    subprocess.run([program("mosquitto_ctrl"), "dynsec", "init", str(users), "ordain", "secret"], check=True)
+    config = tmp_path / "config.toml"
+    config.write_text('mqtt_users = "dynsec"\n')
+    url = f"mqtt://ordain:secret@127.0.0.1:{port}"
+    broker = new_broker("--config", str(config), "--mqtt-url", url).start()
+    plugin = ("allow_anonymous false", f"plugin {PLUGIN}", f"plugin_opt_config_file {users}")
+    early = broker.device("early")  # before the server is there
+    with mosquitto(tmp_path, port, *plugin):
+        in_step(broker)
+        lives(broker, port, "early", early)
+        token = broker.device("lamp")
+        lives(broker, port, "lamp", token)
+        listening = Device(port, "lamp", token).listen()
+        renewed = broker.http("POST", "/v1/devices/lamp/token").json()["device_token"]
+        listening.wait()  # its connection ended
+        until(lambda: enters(port, "lamp", renewed) or None)
+        assert not enters(port, "lamp", token)
+        checked = broker.ordain("doctor", "--canary")
+        assert "no device can use another's topics" in checked.stdout, checked.stdout
+        assert broker.http("DELETE", "/v1/devices/lamp?force=true").status_code == 200
+        until(lambda: not enters(port, "lamp", renewed) or None)
+        assert mqtt(broker)["users"] == "dynsec"
+
+
+def test_a_password_file_is_written_and_read_again_after_each_change(
+    new_broker: NewBroker, tmp_path: Path
+) -> None:
+    passwords, port = tmp_path / "passwd", unused_port()
+    subprocess.run([program("mosquitto_passwd"), "-b", "-c", str(passwords), "ordain", "secret"], check=True)
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'mqtt_users = "password_file"\nmqtt_password_file = "{passwords}"\n'
+        f'mqtt_pid_file = "{tmp_path}/pid"\n'
+    )
+    url = f"mqtt://ordain:secret@127.0.0.1:{port}"
+    with mosquitto(tmp_path, port, "allow_anonymous false", f"password_file {passwords}"):
+        broker = new_broker("--config", str(config), "--mqtt-url", url).start()
+        broker.run.err.wait("event=mqtt.link_up")
+        token = broker.device("lamp")
+        until(lambda: enters(port, "lamp", token) or None)
+        in_step(broker)
+        lives(broker, port, "lamp", token)
+        assert broker.http("DELETE", "/v1/devices/lamp").status_code == 200
+        until(lambda: not enters(port, "lamp", token) or None)
+        assert mqtt(broker)["users"] == "password_file"
+
+
+def test_what_a_server_without_rules_allows_is_told_everywhere(new_broker: NewBroker, tmp_path: Path) -> None:
+    port = unused_port()
+    config = tmp_path / "config.toml"
+    config.write_text("require_mqtt_acl = true\n")
+    with mosquitto(tmp_path, port, "allow_anonymous true"):
+        broker = new_broker("--config", str(config), "--mqtt-url", f"mqtt://127.0.0.1:{port}").start()
+        broker.run.err.wait("event=mqtt.rule_broken")
+        breach = "it accepts clients without user name and password"
+        assert breach in broker.said()
+        assert mqtt(broker)["rules"]["breaches"] == [breach]
+        assert broker.not_ready() == [f"mqtt: {breach}"]
+        assert "ordain_mqtt_rule_breaches 1.0" in broker.http("GET", "/metrics").text
+        assert breach in broker.ordain("doctor").stdout
