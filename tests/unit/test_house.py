@@ -54,6 +54,7 @@ SEAMS = (
     "broker/mqtt/sockets",
     "broker/mqtt/tls",
     "broker/mqtt/mosquitto",
+    "broker/mqtt/external/password_file",
     "broker/subscriptions/outbound",
     "devices/agent",
     "devices/canary",

@@ -40,9 +40,12 @@ class Watch:
                 await asyncio.sleep(LOOK_AGAIN_SEC)
             try:
                 await self._look()
-            except (Untried, Refusal, Unavailable, OSError, ValueError) as error:
+            except (Untried, Refusal, Unavailable, OSError, msgspec.MsgspecError) as error:
                 logger.warning("mqtt.rules_not_tried", why=str(error))
                 await asyncio.sleep(AGAIN_SEC)
+            except Exception:
+                logger.exception("mqtt.trial_failed")  # a trial must never end the broker
+                await asyncio.sleep(EVERY_SEC)
             else:
                 await asyncio.sleep(EVERY_SEC)
 
