@@ -16,6 +16,7 @@ import structlog
 import uvloop
 
 from broker.core import Core
+from broker.domain.mqtt_rules import MqttRules
 from broker.http.app import create_app
 from broker.http.edge.services import Services
 from broker.http.edge.strangers import Strangers
@@ -26,7 +27,7 @@ from broker.metrics import Metrics
 from broker.often import Often
 from broker.pepper import pepper_of
 from broker.private_socket import TIMEOUT_SEC, answers, socket_path
-from broker.seams import MqttRules, Put, Sql
+from broker.seams import Put, Sql
 from broker.settings import BadSetting, Settings
 from broker.type_files import load_types
 from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy, there_is_a_log

@@ -30,9 +30,10 @@ from broker.core import Core
 from broker.domain.errors import Kind
 from broker.domain.events import TYPES, Acknowledged, Executed, Failed, Pending, Published, TimedOut
 from broker.domain.lanes import Presence
+from broker.domain.mqtt_rules import MqttRules
 from broker.engine.live import Live
 from broker.engine.writer import Writer
-from broker.seams import Clock, MqttRules, Placed
+from broker.seams import Clock, Placed
 from broker.subscriptions.webhook_worker import Attempt
 from broker.subscriptions.webhooks import Webhooks
 

@@ -16,6 +16,7 @@ import structlog
 
 from broker.core import Core
 from broker.domain.fleet import DeviceState
+from broker.domain.mqtt_rules import MqttRules
 from broker.engine.ids import new_secret, token_digest
 from broker.mqtt.access import Access, Own, Scope
 from broker.mqtt.client.link import MqttLink
@@ -27,7 +28,7 @@ from broker.mqtt.mosquitto import LINK_USER, Mosquitto
 from broker.mqtt.services import Services
 from broker.mqtt.sockets import Sockets
 from broker.mqtt.tls import Certificates
-from broker.seams import Link, MqttRules
+from broker.seams import Link
 from broker.settings import BadSetting, Settings, listened
 from devices.canary import server_of
 from devices.mqtt_url import Endpoint, parse_url

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from broker.domain.mqtt_rules import MqttRules
 from broker.engine.commands import Commands
 from broker.engine.dispatch import Dispatch
 from broker.engine.erasures import Erasures
@@ -23,7 +24,7 @@ from broker.http.edge.tickets import Tickets
 from broker.http.edge.waits import Waits
 from broker.metrics import Metrics
 from broker.often import Often
-from broker.seams import Link, MqttRules
+from broker.seams import Link
 from broker.settings import Limits, Settings
 from broker.subscriptions.feed import Feed
 from broker.subscriptions.mqtt import MqttEvents

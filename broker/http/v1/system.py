@@ -15,6 +15,7 @@ from broker import __version__
 from broker.domain.events import SYSTEM, Started, decode
 from broker.domain.fleet import DeviceSet
 from broker.domain.lanes import Presence
+from broker.domain.mqtt_rules import MqttRules
 from broker.engine.commands import Caller
 from broker.engine.verification import Report
 from broker.http.edge.auth import Call, authorize, needs
@@ -24,7 +25,7 @@ from broker.http.v1.stats import percentile
 from broker.http.v1.views import Time
 from broker.log import sqlite as log
 from broker.metrics import Listening
-from broker.seams import MqttRules, Sql
+from broker.seams import Sql
 from broker.settings import Settings, listened
 from devices.clock import rfc3339
 from devices.mqtt_url import parse_url

@@ -17,8 +17,9 @@ import msgspec
 import structlog
 
 from broker.domain.fleet import DeviceState
+from broker.domain.mqtt_rules import MqttRules
 from broker.often import shown
-from broker.seams import Link, LinkEvents, Message, MqttRules, Outgoing, Receipt
+from broker.seams import Link, LinkEvents, Message, Outgoing, Receipt
 
 logger = structlog.get_logger()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from broker.domain.fleet import DeviceState
-from broker.seams import MqttRules
+from broker.domain.mqtt_rules import MqttRules
 
 logger = structlog.get_logger()
 

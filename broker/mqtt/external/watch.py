@@ -14,9 +14,10 @@ import structlog
 
 from broker.core import Core
 from broker.domain.errors import Refusal, Unavailable
+from broker.domain.mqtt_rules import MqttRules
 from broker.engine.commands import Caller, Order
 from broker.operations.passwords import CANARIES, TOKENS
-from broker.seams import Link, MqttRules
+from broker.seams import Link
 from devices.canary import Canary, Login, Server, Untried, strangers
 
 logger = structlog.get_logger()
