@@ -313,12 +313,18 @@ def test_an_admin_makes_a_key_revokes_it_and_has_the_log_verified(console: Conso
     page = console.tab(console.key("admin")).open("/system")
     page.get_by_label("Project", exact=True).fill("night")
     page.get_by_label("Name", exact=True).fill("night shift")
+    page.get_by_label("Days until it expires").fill("30")
+    page.get_by_label("Only these devices").fill("door-7 lamp-*")
     page.get_by_label("devices:read").check()
     page.get_by_role("button", name="Create key").click()
     key = page.locator(".once pre").inner_text()
     console.broker.key, kept = key, console.broker.key
     assert console.broker.http("GET", "/v1/devices").status_code == 200
     row = page.locator("tr", has_text="night shift")
+    row.get_by_text("door-7 lamp-…").wait_for()
+    (made,) = [key for key in console.broker.operator("GET", "/v1/keys").json()["data"] if key["devices"]]
+    assert (made["devices"], made["device_prefixes"]) == (["door-7"], ["lamp-"])
+    assert made["expires_at"] is not None
     row.get_by_role("button", name="Revoke…").click()
     assert "refused at once" in page.get_by_role("dialog").inner_text()
     page.get_by_role("dialog").get_by_role("button", name="Revoke the key").click()

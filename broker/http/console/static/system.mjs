@@ -158,6 +158,20 @@ function Types() {
 
 // --- keys --------------------------------------------------------------------------------------------
 
+const at = (time) => (time ? html`<${At} at=${Date.parse(time)} exact />` : "–");
+
+/** The devices that a key is limited to. */
+function deviceSet(key) {
+  const named = [...(key.devices ?? []), ...(key.device_prefixes ?? []).map((prefix) => `${prefix}…`)];
+  return named.length ? html`<bdi title=${named.join("\n")}>${named.slice(0, 3).join(" ")}${named.length > 3 ? ` and ${named.length - 3} more` : ""}</bdi>` : "all";
+}
+
+/** The rates of a key that differ from the settings. */
+function rates(key) {
+  const found = [["commands", key.commands_per_minute], ["requests", key.requests_per_minute]].filter(([, most]) => most !== null);
+  return found.map(([what, most]) => (most ? `${number(most)} ${what} a minute` : `${what} without limit`)).join(", ") || "–";
+}
+
 function Keys() {
   const { data, error, reload } = useLoad((stop) => get("/v1/keys", {}, stop), []);
   const [made, show] = useState(null);
@@ -165,6 +179,13 @@ function Keys() {
   const [create, creating] = useAction(async (form) => {
     const fields = new FormData(form);
     const body = { project: fields.get("project"), scopes: fields.getAll("scope"), name: fields.get("name") || null };
+    const days = Number(fields.get("days"));
+    if (days) body.expires_in_sec = days * 86400;
+    const devices = fields.get("devices").split(/[\s,]+/).filter(Boolean);
+    const prefixes = devices.filter((name) => name.endsWith("*")).map((name) => name.slice(0, -1));
+    const names = devices.filter((name) => !name.endsWith("*"));
+    if (names.length) body.devices = names;
+    if (prefixes.length) body.device_prefixes = prefixes;
     if (!body.scopes.length) throw new Error("Select at least one scope.");
     show(await post("/v1/keys", body));
     form.reset();
@@ -183,11 +204,13 @@ function Keys() {
   };
   return html`<section class="wide"><header><h2>API keys</h2></header>
     ${error && html`<${Failure} error=${error} retry=${reload} />`}
-    ${data && html`<${Table} label="API keys" head=${["Name", "Id", "Project", "Scopes", "Created", ""]} rows=${data.data.map((key) => [html`<bdi>${key.name ?? "–"}</bdi>`, html`<${Id} id=${key.id} />`, key.project, key.scopes.join(" "), html`<${At} at=${Date.parse(key.created_at)} exact />`, key.revoked_at ? html`<span class="dim" title=${moment(Date.parse(key.revoked_at))}>revoked</span>` : html`<button type="button" disabled=${revoking.busy} onClick=${() => revoke(key)}>Revoke…</button>`])} />`}
+    ${data && html`<${Table} label="API keys" head=${["Name", "Id", "Project", "Scopes", "Devices", "Limits", "Created", "Expires", "Last used", ""]} rows=${data.data.map((key) => [html`<bdi>${key.name ?? "–"}</bdi>`, html`<${Id} id=${key.id} />`, key.project, key.scopes.join(" "), deviceSet(key), rates(key), at(key.created_at), at(key.expires_at), at(key.last_used_at), key.state !== "active" ? html`<span class="dim" title=${key.revoked_at ? moment(Date.parse(key.revoked_at)) : ""}>${key.state}</span>` : html`<button type="button" disabled=${revoking.busy} onClick=${() => revoke(key)}>Revoke…</button>`])} />`}
     ${revoking.error && html`<p class="wrong" role="alert">${revoking.error.message}</p>`}
     <form class="newkey" onSubmit=${submit}>
       <label><span>Project</span><input name="project" required maxlength="64" pattern="[A-Za-z0-9][A-Za-z0-9_\\-]*" /></label>
       <label><span>Name</span><input name="name" maxlength="200" /></label>
+      <label><span>Days until it expires</span><input name="days" type="number" min="1" max="3650" placeholder="never" /></label>
+      <label><span>Only these devices</span><input name="devices" placeholder="all; or door-7 lamp-*" /></label>
       <fieldset><legend>Scopes</legend>${SCOPES.map((scope) => html`<label key=${scope}><input type="checkbox" name="scope" value=${scope} /> ${scope}</label>`)}</fieldset>
       <button type="submit" class="primary" disabled=${creating.busy}>Create key</button>
     </form>
