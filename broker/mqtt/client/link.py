@@ -100,9 +100,8 @@ class _Connection:
         self._subscribed: set[str] = set()
 
     async def open(self, host: str, port: int, tls: ssl.SSLContext | None, topics: Sequence[str]) -> None:
-        """Connects and subscribes; returns when the server has granted every subscription.
-
-        Messages wait in the inbox until `announce`.
+        """Connects and subscribes; returns when the server has granted every subscription. Messages wait in
+        the inbox until `announce`.
 
         Raises:
             aiomqtt.MqttError: the server refused the connection or a subscription, or closed early.
@@ -131,6 +130,8 @@ class _Connection:
             codes = [_code(answer) for answer in await self._answer(granted)]
         finally:
             granted.cancel()
+        if len(codes) != len(new):
+            raise aiomqtt.MqttError(f"the server answered {len(new)} subscriptions with {len(codes)} codes")
         for topic, value in zip(new, codes, strict=True):
             if value >= REFUSED:
                 logger.error("mqtt.subscription_refused", topic=topic, code=value)
@@ -182,9 +183,8 @@ class _Connection:
             self._aio._connected.exception()
         if self._alive is not None:
             self._alive.cancel()
-            await asyncio.wait({self._alive})
         self._paho.disconnect()
-        await self._wire.goodbye()
+        await self._wire.goodbye()  # it closes before it waits, so a cancellation leaves no open socket
 
     def _write(self, packet: bytes) -> None:
         self._wire.write(packet)
@@ -347,8 +347,10 @@ class MqttLink:
             self._wanted.clear()
             await connection.subscribe(self._more, needed=False)
             wanted: asyncio.Future[Any] = asyncio.create_task(self._wanted.wait())
-            await asyncio.wait({wanted, connection.lost}, return_when=asyncio.FIRST_COMPLETED)
-            wanted.cancel()
+            try:
+                await asyncio.wait({wanted, connection.lost}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                wanted.cancel()
 
     def _client(self) -> aiomqtt.Client:
         five = self.version == "5"
@@ -372,15 +374,13 @@ class MqttLink:
 
     def _up(self, connection: _Connection) -> None:
         self._connection = connection
-        self._hung_up = 0
-        self.why = None
+        self._hung_up, self.why = 0, None
         logger.info("mqtt.link_up", server=self.address.shown, version=self.version)
         connection.announce()
 
     def _down(self, connection: _Connection, why: str) -> None:
         if self._connection is connection:
-            self._connection = None
-            self.why = why
+            self._connection, self.why = None, why
             connection.up = False
             log = logger.info if self._closing else logger.warning
             log("mqtt.link_down", server=self.address.shown, why=why)

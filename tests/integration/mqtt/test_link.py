@@ -500,6 +500,31 @@ async def test_a_server_that_breaks_the_protocol_is_disconnected_and_tried_again
             assert owner.told.count("up") >= len(owner.payloads)
 
 
+@pytest.mark.parametrize("codes", [b"", b"\1\1\1"])
+async def test_a_server_that_answers_a_subscription_with_a_wrong_number_of_codes_is_tried_again(
+    codes: bytes,
+) -> None:
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.read(1_000)
+        writer.write(b"\x20\x03\0\0\0")
+        subscribe = await reader.read(1_000)
+        writer.write(bytes([0x90, 3 + len(codes)]) + subscribe[2:4] + b"\0" + codes)
+        await reader.read()
+        writer.close()
+
+    owner = Owner()
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        async with linked(f"mqtt://127.0.0.1:{port}?v=5", owner):
+            await eventually(lambda: connections > 1)
+    assert "up" not in owner.told
+
+
 @pytest.mark.parametrize("scheme", ["mqtt", "mqtts"])
 def test_the_production_event_loop_works_too(
     tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
