@@ -76,7 +76,7 @@ COMMANDS = {
         "Check everything a broker depends on, and say how to correct problems. A broker may run or not.",
     ),
     "types": ("broker.cli.set_up:types", "Device types: check a file, try a message on it."),
-    "mqtt": ("broker.cli.set_up:mqtt", "An MQTT server of your own: its password file."),
+    "mqtt": ("broker.cli.set_up:mqtt", "An MQTT server of your own: its password file and its access rules."),
     "completion": (
         "broker.cli.set_up:completion",
         "Print a script that lets a shell complete commands and options.",

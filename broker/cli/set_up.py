@@ -12,15 +12,15 @@ from cyclopts import App, Parameter
 
 from broker.cli.base import Config, Data, Json, ask, print_json, settings_of
 from broker.operations.asking import REFUSED, USAGE, Failed
-from broker.operations.passwords import canaries, passwords
-from broker.type_files import load_beside
+from broker.operations.passwords import access_rules, canaries, passwords
+from broker.type_files import load_beside, load_types
 from devices.types import shipped_types
 
 if TYPE_CHECKING:
     from devices.speech.answers import Trial
 
 types = App(name="types", help="Device types: check a file, try a message on it.")
-mqtt = App(name="mqtt", help="An MQTT server of your own: its password file.")
+mqtt = App(name="mqtt", help="An MQTT server of your own: its password file and its access rules.")
 
 
 @types.command(name="check")
@@ -155,6 +155,37 @@ def password_file(
         print(text, end="")
     else:
         print(f"{to}: {len(users)} users")
+
+
+@mqtt.command(name="acl-file")
+def acl_file(
+    *,
+    to: Annotated[Path | None, Parameter(negative="")] = None,
+    data: Data = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Write the access rules for a Mosquitto of your own: each device reaches its own topics only.
+
+    They follow from the device types and the registered devices. Write the file again and reload Mosquitto
+    (SIGHUP) after a device with topics of its own type was added, changed or deleted.
+
+    Parameters
+    ----------
+    to
+        The file to write or replace; else standard output.
+    """
+    settings = settings_of(config, data=data)
+    types_known = load_types(settings.types, settings.prefix)
+    lines = access_rules(Path(settings.data), settings.mqtt_url, settings.prefix, types_known)
+    if to is not None:
+        part = to.with_name(f"{to.name}.part")
+        part.write_text("\n".join([*lines, ""]))
+        os.replace(part, to)
+    if as_json:
+        print_json({"rules": lines} if to is None else {"file": str(to), "rules": len(lines)})
+    else:
+        print("\n".join(lines) if to is None else f"{to}: {len(lines)} rules")
 
 
 def completion(shell: Literal["bash", "zsh", "fish"], /, *, as_json: Json = False) -> None:

@@ -18,6 +18,7 @@ from broker.core import Core
 from broker.domain.fleet import DeviceState
 from broker.domain.mqtt_rules import MqttRules
 from broker.engine.ids import new_secret, token_digest
+from broker.engine.speech.access_rules import STATUS, answer_suffixes, command_suffixes, common, of_device
 from broker.mqtt.access import Access, Own, Scope
 from broker.mqtt.client.link import MqttLink
 from broker.mqtt.external.dynsec import RESPONSE, Dynsec, Shared, Topics
@@ -40,7 +41,6 @@ from projections import devices as devices_view
 logger = structlog.get_logger()
 
 LINK_CLIENT_ID = "ordain"
-STATUS = "status"
 EVERY = 1_000_000_000
 
 
@@ -133,7 +133,7 @@ async def _linked(
         url,
         client_id=LINK_CLIENT_ID,
         subscriptions=[
-            *(f"{settings.prefix}/dev/+/{suffix}" for suffix in sorted(_answer_suffixes(types))),
+            *(f"{settings.prefix}/dev/+/{suffix}" for suffix in sorted(answer_suffixes(types))),
             *control,
         ],
         events=core.intake if events is None else events,
@@ -161,8 +161,8 @@ async def _listening(
         prefix=settings.prefix,
         check_device=partial(_check_device, core),
         check_service=partial(_check_service, core) if settings.mqtt_events else None,
-        command_suffixes=_command_suffixes(types),
-        answer_suffixes=_answer_suffixes(types) - {STATUS},
+        command_suffixes=command_suffixes(types),
+        answer_suffixes=answer_suffixes(types) - {STATUS},
         own=partial(_own, core),
     )
     heard = Services(
@@ -250,8 +250,8 @@ async def _mosquitto(
         host,
         port,
         link_digest=token_digest(password, entropy),
-        acl=_acl(settings.prefix, types),
-        acl_of=partial(_acl_of, core),
+        acl="\n".join([*common(settings.prefix, types, LINK_USER), ""]),
+        acl_of=partial(of_device, core.commands.addresses),
         entropy=entropy,
     )
     devices = await core.storage.read(lambda sql: devices_view.newest(sql, None, None, EVERY))
@@ -270,14 +270,6 @@ async def _mosquitto(
         running.cancel()
 
 
-def _command_suffixes(types: dict[str, DeviceType]) -> frozenset[str]:
-    return frozenset[str]().union(*(kind.command_suffixes for kind in types.values()))
-
-
-def _answer_suffixes(types: dict[str, DeviceType]) -> set[str]:
-    return {kind.answer_suffix for kind in types.values()} | {STATUS}
-
-
 def _bought(prefix: str, types: dict[str, DeviceType]) -> set[str]:
     """Filters of the command topics of bought devices, which have topics of their own."""
     return {filter_of(each, prefix) for kind in types.values() if kind.speeches for each in kind.listens}
@@ -289,28 +281,6 @@ def _topics_of(core: Core, types: dict[str, DeviceType], device: DeviceState) ->
         return Topics(reach.hears, {*reach.says, *reach.others, reach.will})
     own = f"{core.commands.prefix}/dev/{device.hardware_id}/"
     return Topics(
-        {own + suffix for suffix in _command_suffixes(types)},
-        {own + suffix for suffix in _answer_suffixes(types)},
+        {own + suffix for suffix in command_suffixes(types)},
+        {own + suffix for suffix in answer_suffixes(types)},
     )
-
-
-def _acl_of(core: Core, device: DeviceState) -> list[str]:
-    """The rules of one device whose type has topics of its own."""
-    if not core.commands.addresses.speaks(device):
-        return []
-    reach = core.commands.addresses.reach(device)
-    lines = [f"user {device.hardware_id}"]
-    lines += [f"topic read {topic}" for topic in sorted(reach.hears)]
-    return lines + [f"topic write {topic}" for topic in sorted({*reach.says, *reach.others, reach.will})]
-
-
-def _acl(prefix: str, types: dict[str, DeviceType]) -> str:
-    """Allows each device only its own topics, like the listener. Format: mosquitto.conf(5)."""
-    written = sorted(_answer_suffixes(types))
-    lines = [f"user {LINK_USER}", f"topic readwrite {prefix}/#"]
-    bought = [kind for kind in types.values() if kind.speeches]
-    lines += sorted({f"topic read {filter_of(each, prefix)}" for kind in bought for each in kind.says})
-    lines += [f"topic write {each}" for each in sorted(_bought(prefix, types))]
-    lines += [f"pattern read {prefix}/dev/%u/{suffix}" for suffix in sorted(_command_suffixes(types))]
-    lines += [f"pattern write {prefix}/dev/%u/{suffix}" for suffix in written]
-    return "\n".join(lines) + "\n"

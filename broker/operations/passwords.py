@@ -12,18 +12,22 @@ from pathlib import Path
 
 import msgspec
 
+from broker.domain.fleet import DeviceState
 from broker.engine.ids import is_token, token_digest
+from broker.engine.speech.access_rules import whole_file
 from broker.log.driven import read_now
 from broker.operations.asking import Client, call
 from broker.world import SystemEntropy, open_for_reading
 from devices.canary import Login
 from devices.mqtt_url import parse_url
+from devices.types import DeviceType
 from projections import devices as devices_view
 
 CANARY_PROJECT = "ordain-canary"
 CANARIES = ("ordain-canary-thief", "ordain-canary-victim")
 TOKENS = "canary.tokens"
 EVERY = 1_000_000_000
+BROKER = "ordain"
 ROUNDS = 10_000  # a person may have chosen this password
 
 
@@ -73,7 +77,21 @@ def passwords(directory: Path, mqtt_url: str) -> dict[str, str]:
     return users
 
 
+def access_rules(directory: Path, mqtt_url: str, prefix: str, types: dict[str, DeviceType]) -> list[str]:
+    """The lines of Mosquitto's ACL file for all devices, the broker and programs that read events.
+
+    Raises:
+        Broken: there is no log, or it cannot be read.
+    """
+    broker = parse_url(mqtt_url).username if mqtt_url else None
+    return whole_file(prefix, types, _devices(directory), broker or BROKER)
+
+
 def _digests(directory: Path) -> dict[str, str]:
+    return {device.hardware_id: device.token_digest for device in _devices(directory)}
+
+
+def _devices(directory: Path) -> list[DeviceState]:
     with closing(open_for_reading(directory)) as sql:
         found = read_now(sql, devices_view.newest, None, None, EVERY)
-    return {device.hardware_id: device.token_digest for device in found if device.deleted_at is None}
+    return [device for device in found if device.deleted_at is None]

@@ -1,0 +1,40 @@
+"""The ACL file of a Mosquitto follows from the device types and the registered devices."""
+
+from __future__ import annotations
+
+from broker.domain.fleet import DeviceState
+from broker.engine.speech.access_rules import whole_file
+from devices.types import shipped_types
+
+
+def device(hardware_id: str, kind: str, name: str | None = None) -> DeviceState:
+    return DeviceState(
+        id=f"dev_{hardware_id}",
+        project="acme",
+        hardware_id=hardware_id,
+        device_type=kind,
+        token_digest="",
+        version=1,
+        created_at=0,
+        updated_at=0,
+        name=name,
+    )
+
+
+def test_each_bought_device_gets_its_own_topics_and_others_share_patterns() -> None:
+    devices = [device("door", "generic", "Front door"), device("0x01", "zigbee2mqtt", "kitchen lamp")]
+
+    lines = whole_file("site", shipped_types(), devices, "ordain")
+
+    assert lines[:2] == ["user ordain", "topic readwrite site/#"]
+    assert {"topic read +/online", "topic write zigbee2mqtt/+/set", "pattern write site/dev/%u/ack"} <= set(
+        lines
+    )
+    assert lines[lines.index("user 0x01") :] == [
+        "user 0x01",
+        "topic read zigbee2mqtt/kitchen lamp/get",
+        "topic read zigbee2mqtt/kitchen lamp/set",
+        "topic write zigbee2mqtt/kitchen lamp",
+        "topic write zigbee2mqtt/kitchen lamp/availability",
+    ]
+    assert not any("Front door" in line for line in lines)
