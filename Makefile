@@ -40,8 +40,8 @@ bench: .venv/dev mosquitto ## measure this machine
 	@.venv/bin/python -m scripts.bench
 
 SEEDS ?= 1000
-simulate: .venv/dev ## run the real broker under simulated faults, with SEEDS seeds
-	@.venv/bin/python -m scripts.simulate --seeds $(SEEDS)
+simulate: .venv/dev ## run the real broker under simulated faults, with SEEDS seeds; a second call goes on where the first ended
+	@.venv/bin/python -m scripts.simulate --seeds $(SEEDS) --keep .simulate.jsonl
 
 soak: .venv/dev mosquitto ## long runs: 100,000 queued commands, memory over 400,000 commands, outages
 	@.venv/bin/python -m scripts.soak backlog

@@ -18,6 +18,7 @@ from devices.types import Definition
 # Pause after a command closes, for types whose answers carry no id: a repeated answer must not close the
 # next command.
 IDLESS_PAUSE_MS = 1_000
+TRIPS = 2  # a doubled message is answered twice: there and back again
 
 
 class Presence(StrEnum):
@@ -48,6 +49,9 @@ class Flight:
     For attempts that met no subscriber: `missed` is their number, `unheard` their number in a row,
     `unheard_at` the time of the last one. `hastened`: a live message of the device has ended one of the
     pauses between them.
+
+    `unconfirmed`: the MQTT server has not yet said that it has the bytes, so that no answer can be to them.
+    `confirmed_at`: when it said so. `trip_ms`: the longest time from writing to that, or to the device's ack.
     """
 
     open: bool = False
@@ -66,6 +70,15 @@ class Flight:
     unheard: int = 0
     unheard_at: int | None = None
     hastened: bool = False
+    unconfirmed: bool = False
+    confirmed_at: int = 0
+    trip_ms: int = 0
+
+    def confirm(self, now: int, *, known: bool) -> None:
+        """The receipt for the open attempt came. Not `known`: the link died, and none will come."""
+        self.unconfirmed, self.confirmed_at = False, now
+        if known and self.written_at is not None:
+            self.trip_ms = max(self.trip_ms, now - self.written_at)
 
 
 @dataclass(slots=True)
@@ -315,8 +328,18 @@ def closed(lane: Lane, member: Member, now: int) -> None:
     if not member.definition.carries_ids and member.state.published_at is not None:
         # After more than one attempt the device may answer twice, the second time within `late_answer_sec`.
         late = member.state.state is State.TIMED_OUT or member.state.attempts > 1
-        pause = ms(member.definition.late_answer_sec) if late else IDLESS_PAUSE_MS
+        pause = ms(member.definition.late_answer_sec)
+        if not late:
+            pause = min(pause, max(IDLESS_PAUSE_MS, TRIPS * _trip_ms(member)))
         lane.shut_until = max(lane.shut_until, now + pause)
+
+
+def _trip_ms(member: Member) -> int:
+    """What the way to the device is known to take: a copy of the answer may be as long under way."""
+    acknowledged_at, written_at = member.state.acknowledged_at, member.flight.written_at
+    if acknowledged_at is None or written_at is None:
+        return member.flight.trip_ms
+    return max(member.flight.trip_ms, acknowledged_at - written_at)
 
 
 def reopened(lane: Lane, member: Member) -> None:
@@ -356,6 +379,13 @@ def observable(lane: Lane, arrived_at: int) -> list[Member]:
         and arrived_at >= member.flight.sent_at
         and (not member.state.closed or arrived_at < late_until(member))
     ]
+
+
+def is_answerable(member: Member, at: int) -> bool:
+    """Can an answer that arrived then be to this command? Not before the MQTT server has confirmed its only
+    attempt: the confirmation comes first on the way back to us."""
+    flight = member.flight
+    return member.state.attempts > 1 or not (flight.unconfirmed or at < flight.confirmed_at)
 
 
 def _unwritten(member: Member, at: int) -> bool:

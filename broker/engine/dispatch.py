@@ -269,6 +269,7 @@ class Dispatch:
                 if sent:
                     member.flight.sent_at = now
                     self.queries.written(member, now)
+                member.flight.unconfirmed = held or not sent
             # Also set if nothing was written: the attempt timer must end the attempt in both cases.
             member.flight.written_at = now
             self.attempts.set_timer(member)
@@ -299,6 +300,8 @@ class Dispatch:
     def _receipt(self, send: _Send, receipt: Receipt, held: bool) -> None:
         """Takes the receipt for one publish. Never evidence about the device. `held`: it kept a slot."""
         self.outstanding -= held
+        if (member := self._at(send)) is not None:
+            member.flight.confirm(self.writer.now(), known=receipt.reason is not None)
         if receipt.reason is not None:  # None: the outcome is unknown, and the attempt timer decides
             self._take_receipt(send, receipt.reason)
         self._refill()

@@ -18,7 +18,7 @@ from broker.domain.decisions import Verdict, decide
 from broker.domain.errors import Unavailable
 from broker.domain.events import Error, Evidence
 from broker.domain.fleet import DeviceState
-from broker.domain.lanes import Member, Presence, candidates, ms
+from broker.domain.lanes import Member, Presence, candidates, is_answerable, ms
 from broker.domain.lifecycle import ANSWERS, CommandState, Input, Request
 from broker.domain.waiting import first
 from broker.engine.commands import Commands
@@ -353,7 +353,8 @@ class Intake(Kept):
         # A retained text is an old message of the device, so it is no answer to this command.
         if not found or message.dup or (message.retain and not self.embedded):
             return "nothing_in_flight"
-        return found[0] if len(found) == 1 else "ambiguous"
+        sure = len(found) == 1 and is_answerable(found[0], message.arrived_at)
+        return found[0] if sure else "ambiguous"
 
     def answered(
         self, state: CommandState, answer: Answer, evidence: Evidence, message: Message, device: DeviceState

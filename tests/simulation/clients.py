@@ -302,7 +302,7 @@ class Clients:
     async def _queue(self) -> None:
         """Creates several commands for one device, so that some wait in its lane."""
         device = self._random.choice(self._devices)
-        for _ in range(self._random.randint(2, 4)):
+        for _ in range(self._random.randint(2, 6)):
             await self._post(*self._order(device), None)
 
     async def _many(self) -> None:

@@ -370,6 +370,8 @@ class SimStorage:
         self._loop.call_later(self._random.uniform(*self._latency), callback, *args)
 
     def _abandon(self) -> None:
+        if self._writes:  # its outcome is lost with the process
+            self._on_write(round(1_000 * self._writes[0][2]), False)
         self._disk.lose_process()
         with contextlib.suppress(apsw.Error):
             self._connection.close()

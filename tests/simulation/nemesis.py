@@ -38,7 +38,7 @@ class Nemesis:
             self._drop_link: 2,
             self._halve_link: 2,
             self._slow_link: 1,
-            self._step_clock: 1,
+            self._step_clock: 2,
             self._reboot_device: 4,
             self._drop_device: 2,
             self._halve_device: 4,
@@ -128,6 +128,8 @@ class Nemesis:
 
         def call() -> None:
             self._world.fill()
+            for _ in range(3):
+                self._later(0.5, 8, self._world.clients.probe)
             if device.node is node and not device.port.up:
                 device.connect()
             self._later(1, 10, leave)

@@ -50,7 +50,7 @@ from tests.simulation.tide import LONGEST_QUIET_SEC, SPELL_SEC, SPELLS, Tide
 
 SUBSCRIPTIONS = (f"{PREFIX}/dev/+/ack", f"{PREFIX}/dev/+/status")
 # Bounds that a run of this size comes near to.
-NARROW = Limits(send_slots=3, queue_per_name=4, queue_per_device=7)
+NARROW = Limits(send_slots=2, queue_per_name=2, queue_per_device=5)
 LATENCIES = ((0.0002, 0.004), (0.0002, 0.004), (0.003, 0.03), (0.02, 0.2))
 FAULT_EVERY_SEC = 40.0
 UP_WITHIN_SEC, LONGEST_HEAL_SEC = 60, 7_200
@@ -391,10 +391,10 @@ class World:
 
     async def _refresh(self) -> None:
         """Now that all is well: every device connects again and gets a command, and then the broker does."""
-        await self._fresh("device")
         for device in self.devices:
             if "mqtt" in device.transports:
                 device.port.drop()
+        await self._fresh("device")
         await asyncio.sleep(LATEST_WILL_SEC + 60)
         link = self.server.connection("ordain")
         if link is not None:

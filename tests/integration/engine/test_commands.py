@@ -283,6 +283,7 @@ def test_an_answer_without_id_belongs_to_the_only_candidate_as_inferred() -> Non
         state = await bench.order("lock-1", "lock")
         next_ = await bench.order("lock-1", "unlock")
         await sent(bench, 1)
+        bench.wire.receipt()
         for text in (b"ack", b"ok"):
             bench.says(text, "lock-1")
         done = await bench.becomes(state.id, "executed")
@@ -313,10 +314,46 @@ def test_after_a_restart_a_second_answer_without_id_does_not_end_the_next_comman
 
             assert await bench.unmatched() == ["nothing_in_flight"]
             await sent(bench, 1)
+            bench.wire.receipt()
             bench.says(b"ok")
             await bench.becomes(unlock.id, "executed")
 
     simulated(world)
+
+
+def test_an_answer_without_id_is_not_to_a_command_that_the_mqtt_server_does_not_have_yet() -> None:
+    async def scene(bench: Bench) -> None:
+        await bench.device("lock-1", "iotee_device")
+        state = await bench.order("lock-1", "lock")
+        await sent(bench, 1)
+        bench.says(b"ok", "lock-1")  # a late copy of an earlier answer
+        await until(lambda: len(bench.wire.pubacks) == 1)
+        assert bench.state(state.id) == "published"
+        assert await bench.unmatched() == ["ambiguous"]
+        bench.wire.receipt()
+        bench.says(b"ok", "lock-1")
+        await bench.becomes(state.id, "executed")
+
+    play(scene)
+
+
+def test_the_pause_of_a_lane_without_ids_is_as_long_as_its_link_is_slow() -> None:
+    async def scene(bench: Bench) -> None:
+        await bench.device("lock-1", "iotee_device")
+        await bench.order("lock-1", "lock")
+        next_ = await bench.order("lock-1", "unlock")
+        await sent(bench, 1)
+        await passes(4)
+        bench.wire.receipt()
+        bench.says(b"ok", "lock-1")
+        await passes(7)
+        bench.says(b"ok", "lock-1")  # the doubled message is answered twice
+        await until(lambda: len(bench.wire.pubacks) == 2)
+        assert bench.state(next_.id) == "pending"
+        assert await bench.unmatched() == ["nothing_in_flight"]
+        await sent(bench, 2)
+
+    play(scene)
 
 
 def test_a_bare_answer_is_read_with_the_type_of_its_command() -> None:
@@ -325,6 +362,7 @@ def test_a_bare_answer_is_read_with_the_type_of_its_command() -> None:
         state = await bench.order("odd-1", "lock", device_type="iotee_device")
         await sent(bench, 1)
         assert bench.wire.sent[0].payload == b"1"
+        bench.wire.receipt()
         bench.says(b"ok", "odd-1")
         await bench.becomes(state.id, "executed")
 
@@ -337,6 +375,7 @@ def test_a_changed_device_type_does_not_affect_an_open_command() -> None:
         state = await bench.order("lock-1", "lock")
         await sent(bench, 1)
         await bench.core.registry.change(ME, "lock-1", Changed(device_type="generic"))
+        bench.wire.receipt()
         bench.says(b"ok", "lock-1")
         await bench.becomes(state.id, "executed")
 

@@ -14,7 +14,7 @@ from tests.simulation.history import Call, Life, Write
 
 CHANGES = ("create", "retry", "fan_out", "cancel", "abandon", "erase", "purge", "report")
 # Until the process knows that a write failed, and until a probe of it was answered.
-KNOWN_MS = 1_500
+KNOWN_MS = 600
 AGAIN_MS = 5_000
 
 

@@ -17,6 +17,7 @@ WRITTEN_MS = 2_000
 TAKEN_MS = 1_000
 SLOW_MS = 400
 EARLY_MS = 15_000
+MENDED_MS = 400_000
 DAY_MS = 86_400_000
 LEEWAY_MS = 3_000
 
@@ -55,7 +56,8 @@ def d2(facts: Facts) -> Iterator[str]:
             if row["type"] != "published" or said.get("transport", "mqtt") != "mqtt":
                 continue
             soon = [each["type"] for each in rows if at <= each["recorded_at"] <= at + WRITTEN_MS]
-            if not healed + CALM_MS < at < ended - WRITTEN_MS or CLOSING.intersection(soon):
+            replaced = CLOSING.intersection(soon) or soon.count("published") > 1
+            if not healed + CALM_MS < at < ended - WRITTEN_MS or replaced:
                 continue
             commit = facts.commit_of(row)
             if commit is None or not calm.between(commit.t - WRITTEN_MS, commit.t + WRITTEN_MS):
@@ -110,7 +112,12 @@ def a4(facts: Facts) -> Iterator[str]:
 def _late(facts: Facts) -> Iterator[Wire]:
     """Deliveries without a PUBACK, or with one that came late."""
     waiting: dict[tuple[str, str | None, str | None], deque[Wire]] = defaultdict(deque)
+    downs = deque(link for link in facts.history.links if not link.up)
     for record in facts.history.wire:
+        while downs and downs[0].seq < record.seq:
+            down = downs.popleft()  # what waited then gets no PUBACK any more
+            yield from (each for left in waiting.values() for each in left if down.t - each.t > TAKEN_MS)
+            waiting.clear()
         key = record.topic, record.command_id, record.status
         if record.what == "delivery":
             waiting[key].append(record)
@@ -132,6 +139,7 @@ def s6(facts: Facts) -> Iterator[str]:
     Judged by true time; the moment of a commit may be some seconds after that of its event.
     """
     starts = [row["position"] for row in facts.rows if row["type"] == "started"]
+    begun = [commit.t for row in facts.rows if row["type"] == "started" and (commit := facts.commit_of(row))]
     for command_id, created in facts.created.items():
         ttl = data(created).get("ttl_ms")
         for row in facts.commands[command_id]:
@@ -139,7 +147,8 @@ def s6(facts: Facts) -> Iterator[str]:
             if ttl is None or not by_time or any(created["position"] < at < row["position"] for at in starts):
                 continue
             first, last = facts.commit_of(created), facts.commit_of(row)
-            if first is None or last is None:
+            # A process that starts with a clock before its log takes a new one once it is mended.
+            if first is None or last is None or any(0 <= first.t - at < MENDED_MS for at in begun):
                 continue
             # It was decided before its write was asked for, which may have taken long.
             asked = [write.began for write in facts.history.writes if write.ok and write.t == first.t]
