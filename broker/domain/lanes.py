@@ -336,10 +336,8 @@ def closed(lane: Lane, member: Member, now: int) -> None:
 
 def _trip_ms(member: Member) -> int:
     """What the way to the device is known to take: a copy of the answer may be as long under way."""
-    acknowledged_at, written_at = member.state.acknowledged_at, member.flight.written_at
-    if acknowledged_at is None or written_at is None:
-        return member.flight.trip_ms
-    return max(member.flight.trip_ms, acknowledged_at - written_at)
+    written_at = member.flight.written_at or 0
+    return max(member.flight.trip_ms, (member.state.acknowledged_at or 0) - written_at if written_at else 0)
 
 
 def reopened(lane: Lane, member: Member) -> None:
@@ -382,10 +380,8 @@ def observable(lane: Lane, arrived_at: int) -> list[Member]:
 
 
 def is_answerable(member: Member, at: int) -> bool:
-    """Can an answer that arrived then be to this command? Not before the MQTT server has confirmed its only
-    attempt: the confirmation comes first on the way back to us."""
-    flight = member.flight
-    return member.state.attempts > 1 or not (flight.unconfirmed or at < flight.confirmed_at)
+    """May an answer of this time be to this command? Not before the server confirmed its only attempt."""
+    return member.state.attempts > 1 or not (member.flight.unconfirmed or at < member.flight.confirmed_at)
 
 
 def _unwritten(member: Member, at: int) -> bool:
