@@ -24,7 +24,7 @@ logger = structlog.get_logger()
 
 EVERY_SEC = 3_600.0
 LOOK_AGAIN_SEC = 0.25
-AGAIN_SEC = 30.0  # after a try that could not be made
+AGAIN_SEC = 30.0  # at first, after a trial that could not be made
 ME = Caller(actor="operator:canary", project=None)
 
 
@@ -35,7 +35,8 @@ class Watch:
         self.rules = rules
 
     async def run(self) -> None:
-        """Tries the rules for ever."""
+        """Tries the rules for ever. After a trial that could not be made, the pause doubles."""
+        pause = AGAIN_SEC
         while True:
             while not self._link.up:  # noqa: ASYNC110
                 await asyncio.sleep(LOOK_AGAIN_SEC)
@@ -43,11 +44,13 @@ class Watch:
                 await self._look()
             except (Untried, Refusal, Unavailable, OSError, msgspec.MsgspecError) as error:
                 logger.warning("mqtt.rules_not_tried", why=str(error))
-                await asyncio.sleep(AGAIN_SEC)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, EVERY_SEC)
             except Exception:
                 logger.exception("mqtt.trial_failed")  # a trial must never end the broker
                 await asyncio.sleep(EVERY_SEC)
             else:
+                pause = AGAIN_SEC
                 await asyncio.sleep(EVERY_SEC)
 
     async def _look(self) -> None:
