@@ -66,7 +66,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench",
         description="a: MQTT round trips without a broker; b: full command lives over HTTP; c: log appends; "
-        "d: one command to many devices; e: devices on our own MQTT server, without a broker; "
+        "d: one command to many devices; e: devices on our own MQTT server, beside amqtt and Mosquitto; "
         "f: starting the command line and the broker.",
     )
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, such as a,c (default: all)")
