@@ -226,19 +226,20 @@ async def last_version(sql: Sql, name: str) -> int:
 async def device_stream(sql: Sql, name: str, until: int) -> list[Row]:
     """The rows of a device's stream that define its state at a position, ascending by version.
 
-    These are all rows about the device itself, but only the last `online` or `offline`: a device can have a
-    hundred thousand of those.
+    These are all rows about the device itself, but only the last `online` or `offline`, and the last
+    `reported`: a device can have a hundred thousand of those.
     """
     found = await sql.all(
         f"SELECT {COLUMNS} FROM events WHERE stream = ? "
         "AND position BETWEEN 1 AND ? AND type IN ('registered', 'changed', 'token_rotated', 'deleted')",
         (name, until),
     )
-    found += await sql.all(
-        f"SELECT {COLUMNS} FROM events WHERE stream = ? "
-        "AND position BETWEEN 1 AND ? AND type IN ('online', 'offline') ORDER BY version DESC LIMIT 1",
-        (name, until),
-    )
+    for newest in ("'online', 'offline'", "'reported'"):
+        found += await sql.all(
+            f"SELECT {COLUMNS} FROM events WHERE stream = ? "
+            f"AND position BETWEEN 1 AND ? AND type IN ({newest}) ORDER BY version DESC LIMIT 1",
+            (name, until),
+        )
     return sorted(Row(*row) for row in found)
 
 

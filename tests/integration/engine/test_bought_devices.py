@@ -16,6 +16,7 @@ from broker.domain.lanes import Presence
 from broker.engine.registry import NewDevice
 from broker.seams import Message
 from devices.types import load_type
+from projections import past
 from tests.integration.core_support import ME, PROJECT, Bench, on_virtual_time, simulated, until
 from tests.simulation.loop import SimLoop
 
@@ -271,3 +272,51 @@ def test_the_topics_of_others_are_counted_and_not_kept() -> None:
         assert await bench.unmatched() == []
 
     scene(others)
+
+
+def test_after_a_silence_it_is_unknown_whether_the_device_is_online() -> None:
+    async def quiet(bench: Bench) -> None:
+        device_id = await register(bench, "m1", "meter")
+        says(bench, "meter/m1/state", '{"kwh":3}')
+        await until(lambda: bench.live.presence.get(device_id) is Presence.ONLINE)
+        await asyncio.sleep(20)
+        says(bench, "meter/m1/state", '{"kwh":4}')
+        await asyncio.sleep(29)
+        assert bench.live.presence[device_id] is Presence.ONLINE
+        await asyncio.sleep(2)
+        assert bench.live.presence[device_id] is Presence.UNKNOWN
+
+    scene(
+        quiet,
+        type="""
+name = "meter"
+command_topic = "meter/{hardware_id}/in"
+state_topics = ["meter/{hardware_id}/state"]
+silence_sec = 30
+template = { read = true }
+[commands.read]
+done_when = "kwh"
+""",
+    )
+
+
+def reported(bench: Bench) -> dict[str, Any] | None:
+    device = bench.live.device("lamp")
+    return None if device is None else device.reported
+
+
+def test_the_last_known_state_can_be_read_as_it_was() -> None:
+    async def lamp(bench: Bench) -> None:
+        device_id = await register(bench, "lamp", "zigbee2mqtt")
+        says(bench, "zigbee2mqtt/lamp", '{"state":"OFF","brightness":10}')
+        await until(lambda: reported(bench) is not None)
+        await bench.writer.barrier()
+        position = bench.writer.durable
+        says(bench, "zigbee2mqtt/lamp", '{"state":"ON"}')
+        await until(lambda: reported(bench) == {"state": "ON", "brightness": 10})
+        await bench.writer.barrier()
+        then = await bench.writer.storage.read(lambda sql: past.device(sql, device_id, position))
+        assert then is not None
+        assert then.state.reported == {"state": "OFF", "brightness": 10}
+
+    scene(lamp)
