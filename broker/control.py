@@ -25,12 +25,13 @@ from broker.http.edge.tickets import Tickets
 from broker.http.edge.waits import Waits
 from broker.metrics import Metrics
 from broker.often import Often
+from broker.opening import open_log
 from broker.pepper import pepper_of
 from broker.private_socket import TIMEOUT_SEC, answers, socket_path
-from broker.seams import Put, Sql
+from broker.seams import Put, Sql, Storage
 from broker.settings import BadSetting, Settings
 from broker.type_files import load_types
-from broker.world import InUse, SqliteStorage, SystemClock, SystemEntropy, there_is_a_log
+from broker.world import InUse, SystemClock, SystemEntropy, there_is_a_log
 
 if TYPE_CHECKING:  # `ordain serve` needs no HTTP client of this kind, and it takes 0.05 s to load
     import httpx2
@@ -104,7 +105,7 @@ def ask_alone(
     Raises:
         Broken: there is no log, and `make` is not set.
     """
-    if not make:
+    if not (make or settings.log):
         there_is_a_log(Path(settings.data))
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger("critical")
@@ -130,7 +131,7 @@ async def operator(settings: Settings) -> AsyncIterator[tuple[httpx2.AsyncClient
     import httpx2
 
     directory = Path(settings.data)
-    storage = await _opened(directory)
+    storage = await _opened(settings)
     if storage is None:
         with socket_path(directory) as path:
             transport = httpx2.AsyncHTTPTransport(uds=path)
@@ -186,17 +187,18 @@ async def _check_prefix(core: Core) -> None:
             )
 
 
-async def _opened(directory: Path) -> SqliteStorage | None:
+async def _opened(settings: Settings) -> Storage | None:
     """Opens the log; None if a broker answers. Waits up to 10 s for a broker that is starting or stopping.
 
     Raises:
         InUse: the log is still in use after that time.
     """
+    directory = Path(settings.data)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + FREE_WITHIN_SEC
     while not answers(directory):
         try:
-            return await SqliteStorage.open(directory)
+            return await open_log(settings)
         except InUse:
             if loop.time() > deadline:
                 raise

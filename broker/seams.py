@@ -162,6 +162,25 @@ class Placed(NamedTuple):
         return self.first + len(self.times) - 1
 
 
+class Node(msgspec.Struct, frozen=True):
+    """One run of a broker on a log that several may share. `beat` rises as long as it lives."""
+
+    incarnation: str
+    name: str
+    address: str | None = None
+    beat: int = 0
+    link_up: bool = True
+    draining: bool = False
+
+
+class View(msgspec.Struct, frozen=True):
+    """What a node sees of the others. `owner`: the incarnation that has claimed `term`, alive or not."""
+
+    term: int
+    owner: str | None
+    nodes: list[Node]
+
+
 # --- the storage ----------------------------------------------------------------------------------
 
 
@@ -185,6 +204,10 @@ class Sql(Protocol):
 
     def each(self, text: str, values: Sequence[Any] = ..., /) -> AsyncIterator[Any]:
         """The rows one by one, so that not all are in memory."""
+        ...
+
+    async def form(self) -> str | None:
+        """What is wrong with the tables or the file, which no hash shows, as a sentence; None if nothing."""
         ...
 
 
@@ -244,6 +267,18 @@ class Storage(Protocol):
     async def close(self) -> None: ...
 
 
+class Served(Storage, Protocol):
+    """The storage of a process that serves its log."""
+
+    async def keep(self) -> None:
+        """To be run while the log is served: shows others that it is.
+
+        Raises:
+            Fenced: another process has claimed it.
+        """
+        ...
+
+
 class Conflict(Exception):
     """A unique index refused the transaction: another writer was first. Decide again."""
 
@@ -254,6 +289,10 @@ class Fenced(Exception):
     def __init__(self, term: int) -> None:
         super().__init__(f"the log is in term {term}: another node owns it")
         self.term = term
+
+
+class InUse(Exception):
+    """Another broker serves this log."""
 
 
 class Full(Exception):
@@ -358,6 +397,11 @@ class Link(Protocol):
         MQTT version allows it.
         """
         ...
+
+
+# How many seconds a read may wait for a storage that is away, in this task; None: as long as it takes.
+# Somebody waits for the answer of an HTTP request. Tasks of the broker itself cannot go on without the log.
+patience: ContextVar[float | None] = ContextVar("patience", default=None)
 
 
 class Presence(Protocol):

@@ -35,12 +35,14 @@ from broker.mqtt.external.watch import untrusted
 from broker.mqtt.figures import figures
 from broker.mqtt.tls import Certificates
 from broker.mqtt.websocket import upgrades
+from broker.opening import open_log
 from broker.pepper import pepper_of
 from broker.private_socket import SOCKET, listen
+from broker.seams import Served
 from broker.settings import METRICS, BadSetting, Settings, address, within_files
 from broker.subscriptions.outbound import HttpOutbound
 from broker.type_files import load_types
-from broker.world import SqliteStorage, SystemClock, SystemEntropy
+from broker.world import SystemClock, SystemEntropy
 from devices.mqtt_url import joined, parse_url
 from devices.tls import trust
 
@@ -92,7 +94,7 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
         scraped = None
         if settings.metrics not in METRICS:
             scraped = sockets.enter_context(_bound("metrics", settings.metrics))
-        storage = await SqliteStorage.open(Path(settings.data))
+        storage = await open_log(settings)
         try:
             await _serve(settings, storage, listening, scraped, certificates, tls, demo, say, stop)
         finally:
@@ -102,7 +104,7 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
 
 async def _serve(
     settings: Settings,
-    storage: SqliteStorage,
+    storage: Served,
     listening: list[socket.socket],
     scraped: socket.socket | None,
     certificates: Certificates | None,
@@ -120,6 +122,7 @@ async def _serve(
     await refuse_replay(core)
     await remember_prefix(core)
     async with core.running("embedded" if embedded else "external") as group:
+        keeping = group.create_task(storage.keep())
         async with mqtt_door(settings, core, types, stop, certificates, tls) as door:
             if not settings.mqtt_url:
                 settings = msgspec.structs.replace(settings, mqtt_listen=door.devices_url)
@@ -146,7 +149,7 @@ async def _serve(
                 await stop.wait()
                 supervisor.notify(supervisor.STOPPING, os.environ)
                 logger.info("broker.ending")
-                for helper in helpers:
+                for helper in (*helpers, keeping):
                     helper.cancel()
     await outbound.aclose()
 

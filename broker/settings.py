@@ -268,16 +268,24 @@ def log_address(settings: Settings, *, read: bool = True) -> Address:
     Raises:
         BadSetting: the URL is not of its form, or the file cannot be read.
     """
-    password = None
-    place = settings.log_password_file
     try:
-        if read and place:
-            password = Path(place).read_text().strip()
-        return parse_log_url(settings.log, password)
-    except OSError as error:
-        raise BadSetting(f"log_password_file = {place!r}: cannot be read: {error.strerror}") from error
+        return parse_log_url(settings.log, password_of(settings) if read else None)
     except ValueError as error:  # do not show the URL: it may contain a password
         raise BadSetting(f"log: {error}") from error
+
+
+def password_of(settings: Settings) -> str | None:
+    """The password of PostgreSQL that a file has.
+
+    Raises:
+        BadSetting: the file cannot be read.
+    """
+    if not (place := settings.log_password_file):
+        return None
+    try:
+        return Path(place).read_text().strip()
+    except OSError as error:
+        raise BadSetting(f"log_password_file = {place!r}: cannot be read: {error.strerror}") from error
 
 
 def _converted(place: str, values: dict[str, Any]) -> Settings:

@@ -24,6 +24,7 @@ from broker.engine.ids import new_id
 from broker.log import sqlite as log
 from broker.log.driven import read_now
 from broker.seams import Batch, Broken, Conflict, Full, Placed, Sql, Sqlite
+from broker.seams import InUse as InUse
 from projections.batches import TERM, Latest, carry_out
 from projections.follower import open_log, renew
 
@@ -34,10 +35,6 @@ LOCK = "ordain.lock"
 RUN = "-- run"
 TIMEOUT_SEC = 10
 PATIENCE_MS = 20
-
-
-class InUse(Exception):
-    """Another broker serves this data directory."""
 
 
 class SystemClock:
@@ -120,7 +117,7 @@ class SqliteStorage:
         try:
             # If a later step fails, close what is open: the thread of a connection would never end.
             async with AsyncExitStack() as opened:
-                opened.enter_context(_lock(directory / LOCK))
+                opened.enter_context(lock(directory / LOCK))
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
                 writer = await opened.enter_async_context(_connection(path))
                 await writer.execute_fetchall(RUN, ("BEGIN", lambda sql: log.check_format(sql, path)))
@@ -186,6 +183,9 @@ class SqliteStorage:
         except sqlite3.Error as error:
             raise _translated(error) from error
         return cast(T, next(iter(rows)))
+
+    async def keep(self) -> None:
+        """The lock of the directory shows it."""
 
     async def close(self) -> None:
         """Closes the reader first: the last connection checkpoints, and that must be the writing one."""
@@ -296,7 +296,7 @@ def compact(directory: Path) -> tuple[int, int]:
     """
     open_for_reading(directory).close()
     path = directory / DATABASE
-    with _lock(directory / LOCK), closing(sqlite3.connect(path, isolation_level=None, timeout=1)) as sql:
+    with lock(directory / LOCK), closing(sqlite3.connect(path, isolation_level=None, timeout=1)) as sql:
         # SQLite puts its temporary copy here. In /tmp there may be no space, and others could read it.
         os.environ["SQLITE_TMPDIR"] = str(directory)
         try:
@@ -366,7 +366,7 @@ def _connection(path: Path) -> aiosqlite.Connection:
     return aiosqlite.connect(path, factory=_Transactions, isolation_level=None, timeout=TIMEOUT_SEC)
 
 
-def _lock(path: Path) -> IO[str]:
+def lock(path: Path) -> IO[str]:
     lock = open(path, "a+", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

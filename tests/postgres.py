@@ -107,12 +107,16 @@ class Postgres:
     def clear(self, database: str) -> None:
         """Makes a database as it was when it was new, and closes what is connected to it. A new database
         would take ten times as long."""
-        self._run(
-            "psql", "-q", "-o", os.devnull, "-h", self.home, "-U", USER, database, "-c",
+        self.sql(
+            database,
             "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
             "WHERE pid <> pg_backend_pid() AND datname = current_database(); "
             f"DROP SCHEMA IF EXISTS ordain CASCADE; ALTER DATABASE {database} RESET ALL",
-        )  # fmt: skip
+        )
+
+    def sql(self, database: str, text: str) -> None:
+        """Runs statements as the owner of the server."""
+        self._run("psql", "-q", "-o", os.devnull, "-h", self.home, "-U", USER, database, "-c", text)
 
     def url(self, database: str) -> str:
         return f"postgresql://{USER}@/{database}?host={self.home}"

@@ -25,8 +25,12 @@ def backup(to: Path, /, *, data: Data = None, config: Config = None, as_json: Js
     to
         The file to create.
     """
+    settings = settings_of(config, data=data)
+    if settings.log:
+        do = "pg_basebackup and its write-ahead log, or pg_dump; see docs/how-to/scale-out.md"
+        raise Failed(REFUSED, f"a log in PostgreSQL is backed up with the database's own tools: {do}")
     try:
-        made = backups.take(Path(settings_of(config, data=data).data), to)
+        made = backups.take(Path(settings.data), to)
     except Refused as error:
         raise Failed(REFUSED, str(error)) from error
     _say(made, f"{to}: ", as_json)
@@ -56,7 +60,10 @@ def restore(
     yes
         Do not ask.
     """
-    directory = Path(settings_of(config, data=data).data)
+    settings = settings_of(config, data=data)
+    if settings.log:
+        raise Failed(REFUSED, "restore into a data directory, then: ordain migrate --from DIR --to URL")
+    directory = Path(settings.data)
     try:
         backups.inspect(source)
         if not yes:

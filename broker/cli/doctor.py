@@ -38,7 +38,7 @@ def doctor(
         keeps their tokens in the data directory.
     """
     settings = settings_of(config, data=data)
-    found = list(looks.files(Path(settings.data)))
+    found = list(looks.postgresql(settings) if settings.log else looks.files(Path(settings.data)))
 
     async def asking(client: httpx2.AsyncClient, serving: bool) -> list[Finding]:
         return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,10 +17,12 @@ from broker.domain.events import device_stream
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.driven import read_now
+from broker.opening import open_to_read, snapshot, space
 from broker.operations import checkpoint, transfer
 from broker.operations.asking import POLL_SEC, REFUSED, USAGE, Failed
 from broker.operations.backup import Refused
-from broker.world import DATABASE, compact, open_for_reading
+from broker.seams import Sqlite
+from broker.world import compact
 from devices.clock import rfc3339
 from projections import devices
 from projections.commands import veiled
@@ -52,13 +53,13 @@ def tail_log(
     """
     if lines < 0:
         raise Failed(USAGE, f"--lines = {lines}: must not be negative")
-    with closing(open_for_reading(Path(settings_of(config, data=data).data))) as sql:
+    with closing(open_to_read(settings_of(config, data=data))) as sql:
         after = max(0, read_now(sql, log.head).position - lines)
         for row in _following(sql, after, follow):
             _show(row, as_json)
 
 
-def _following(sql: sqlite3.Connection, after: int, follow: bool) -> Iterator[Row]:
+def _following(sql: Sqlite, after: int, follow: bool) -> Iterator[Row]:
     while True:
         while page := _page(sql, after):
             after = page[-1].position
@@ -68,7 +69,7 @@ def _following(sql: sqlite3.Connection, after: int, follow: bool) -> Iterator[Ro
         time.sleep(POLL_SEC)
 
 
-def _page(sql: sqlite3.Connection, after: int) -> list[Row]:
+def _page(sql: Sqlite, after: int) -> list[Row]:
     sql.execute("BEGIN")  # one snapshot of the rows and of the pending erasures
     page = read_now(sql, veiled, read_now(sql, log.rows, after))
     sql.execute("COMMIT")
@@ -109,7 +110,7 @@ def show_log(what: str, /, *, data: Data = None, config: Config = None, as_json:
     what
         A position of the log, a command's id, or a device's id or hardware id.
     """
-    with closing(transfer.opened(_directory(config, data))) as sql:
+    with closing(snapshot(settings_of(config, data=data))) as sql:
         if what.isascii() and what.isdigit():
             found = [
                 row for row in read_now(sql, log.rows, int(what[:18]) - 1, 1) if row.position == int(what)
@@ -126,10 +127,9 @@ def show_log(what: str, /, *, data: Data = None, config: Config = None, as_json:
 @logs.command(name="stats")
 def show_stats(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """Show statistics of the log: events by type and by project, streams, times, bytes."""
-    directory = _directory(config, data)
-    with closing(transfer.opened(directory)) as sql:
-        found = transfer.stats(sql)
-    found["bytes"] = {path.name: path.stat().st_size for path in sorted(directory.glob(f"{DATABASE}*"))}
+    settings = settings_of(config, data=data)
+    with closing(snapshot(settings)) as sql:
+        found = transfer.stats(sql) | space(settings, sql)
     if as_json:
         print_json(found)
         return
@@ -148,7 +148,10 @@ def compact_log(*, data: Data = None, config: Config = None, as_json: Json = Fal
 
     It temporarily needs free disk space of twice the remaining size.
     """
-    before, after = compact(_directory(config, data))
+    settings = settings_of(config, data=data)
+    if settings.log:
+        raise Failed(REFUSED, "PostgreSQL gives space back itself (VACUUM): there is nothing to compact here")
+    before, after = compact(Path(settings.data))
     if as_json:
         print_json({"before": before, "after": after})
     else:
@@ -170,7 +173,7 @@ def make_checkpoint(
     to
         The file to create; else standard output.
     """
-    with closing(transfer.opened(_directory(config, data))) as sql, refusing():
+    with closing(snapshot(settings_of(config, data=data))) as sql, refusing():
         text = checkpoint.sign(sql)
         if to is not None or not as_json:
             with transfer.new_file(to) as file:
@@ -201,7 +204,7 @@ def verify_log(
     """
     if key is not None and against is None:
         raise Failed(USAGE, "--key: needs --against as well")
-    with closing(transfer.opened(_directory(config, data))) as sql, refusing():
+    with closing(snapshot(settings_of(config, data=data))) as sql, refusing():
         said = None if against is None else checkpoint.read(against.read_bytes())
         if said is not None and key not in (None, said.thumbprint):
             raise Failed(REFUSED, f"{against} is signed by {said.kid} ({said.thumbprint}), not by {key}")
@@ -226,10 +229,6 @@ def verify_log(
             print(f"signed by {said.kid}, thumbprint {said.thumbprint}")
     if fault is not None:
         raise Failed(REFUSED, fault)
-
-
-def _directory(config: str | None, data: Data) -> Path:
-    return Path(settings_of(config, data=data).data)
 
 
 @contextmanager

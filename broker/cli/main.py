@@ -22,7 +22,7 @@ from broker import __version__
 from broker.cli.base import escaped
 from broker.domain.errors import Unavailable
 from broker.operations.asking import DONE, REFUSED, UNREACHABLE, USAGE, Failed
-from broker.seams import Broken, Full
+from broker.seams import Broken, Conflict, Fenced, Full, InUse, Unknown
 from broker.settings import BadSetting
 
 # Name -> the function or App behind it, and its line in `ordain --help`, which is the first line of its help.
@@ -48,6 +48,10 @@ COMMANDS = {
         "Show who changed what: every change by a key or the operator, with request id and address.",
     ),
     "log": ("broker.cli.log:logs", "The log: read, verify, export, import."),
+    "migrate": (
+        "broker.cli.migrate:migrate",
+        "Move the log of a data directory into an empty PostgreSQL database. Stop the broker first.",
+    ),
     "replay": (
         "broker.cli.replay:replay",
         "Send recorded events again, with their original ids. No command is sent again.",
@@ -89,11 +93,12 @@ COMMANDS = {
 
 # Errors with a sentence for the user, by where they are defined. What no module has loaded cannot have
 # been raised, so none of these is imported here.
-EXPECTED = (CycloptsError, BadSetting, Failed, Broken, Full, Unavailable, OSError)
+EXPECTED = (
+    CycloptsError, BadSetting, Failed, Broken, Conflict, Fenced, Full, InUse, Unavailable, Unknown, OSError,
+)  # fmt: skip
 EXPECTED_IF_LOADED = (
     ("sqlite3", "Error"),
     ("httpx2", "HTTPError"),
-    ("broker.world", "InUse"),
     ("devices.types", "BadType"),
 )
 

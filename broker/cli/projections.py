@@ -14,9 +14,9 @@ from cyclopts import App, Parameter
 from broker.cli.base import Config, Data, Json, Progress, print_json, print_table, settings_of
 from broker.log import sqlite as log
 from broker.log.driven import read_now
+from broker.opening import open_log, open_to_read, snapshot
 from broker.operations.asking import POLL_SEC, REFUSED, USAGE, Failed
 from broker.operations.own_projection import OwnProjection, Wrong
-from broker.world import SqliteStorage, open_for_reading
 from projections import follower
 
 projections = App(name="projections", help="Projections: tables that are computed from the log.")
@@ -45,8 +45,8 @@ def run_projection(
     follow
         Continue with new events, and print the rows again when they change.
     """
-    directory = Path(settings_of(config, data=data).data)
-    with tempfile.TemporaryDirectory() as scratch, closing(open_for_reading(directory)) as source:
+    settings = settings_of(config, data=data)
+    with tempfile.TemporaryDirectory() as scratch, closing(open_to_read(settings)) as source:
         try:
             projection = OwnProjection(file)
             with closing(projection.open(into or Path(scratch) / "own.db")) as sql:
@@ -75,9 +75,7 @@ def _show(projection: OwnProjection, rows: list[tuple[object, ...]], as_json: bo
 @projections.command(name="verify")
 def verify_projections(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """Compute all projections again and compare them. A broker may run. Exit 0 only if they are the same."""
-    directory = Path(settings_of(config, data=data).data)
-    with closing(open_for_reading(directory)) as kept:
-        kept.execute("BEGIN")  # one snapshot of log and projections, which new events do not change
+    with closing(snapshot(settings_of(config, data=data))) as kept:
         rows = read_now(kept, log.head).position
         fault = read_now(kept, follower.fault, Progress(rows))
     if as_json:
@@ -91,13 +89,14 @@ def verify_projections(*, data: Data = None, config: Config = None, as_json: Jso
 @projections.command(name="rebuild")
 def rebuild_projections(*, data: Data = None, config: Config = None, as_json: Json = False) -> None:
     """Delete all projections and compute them again. Stop the broker first."""
-    directory = Path(settings_of(config, data=data).data)
-    with closing(open_for_reading(directory)):
+    settings = settings_of(config, data=data)
+    with closing(open_to_read(settings)):
         pass  # checks that there is a log, because opening it for writing would create one
 
     async def rebuilding() -> int:
-        storage = await SqliteStorage.open(directory)
+        storage = await open_log(settings)
         try:
+            await storage.prepare("", "")  # a log has its id and its key already
             await storage.rebuild()
             return (await storage.read(log.head)).position
         finally:

@@ -139,10 +139,9 @@ def password_file(
         Also the two devices of ordain doctor --canary. They are registered if they are not there.
     """
     settings = settings_of(config, data=data)
-    directory = Path(settings.data)
     if canary:
-        ask(data, config, lambda client, _: canaries(client, directory))
-    users = passwords(directory, settings.mqtt_url)
+        ask(data, config, lambda client, _: canaries(client, settings))
+    users = passwords(settings)
     text = "".join(f"{name}:{digest}\n" for name, digest in users.items())
     if to is not None:
         part = to.with_name(f"{to.name}.part")
@@ -177,7 +176,7 @@ def acl_file(
     """
     settings = settings_of(config, data=data)
     types_known = load_types(settings.types, settings.prefix)
-    lines = access_rules(Path(settings.data), settings.mqtt_url, settings.prefix, types_known)
+    lines = access_rules(settings, types_known)
     if to is not None:
         part = to.with_name(f"{to.name}.part")
         part.write_text("\n".join([*lines, ""]))

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from broker.cli.base import Config, Data, Json, Progress, Text, print_json, settings_of
 from broker.log import sqlite as log
 from broker.log.driven import read_now
+from broker.opening import snapshot
 from broker.operations import transfer
 from broker.operations.asking import REFUSED, USAGE, Failed
 from broker.operations.backup import Refused
@@ -55,7 +56,7 @@ def export_log(
     until
         Up to this position or RFC 3339 time.
     """
-    with closing(transfer.opened(Path(settings_of(config, data=data).data))) as sql:
+    with closing(snapshot(settings_of(config, data=data))) as sql:
         first = None if since is None else _point(sql, "--since", since, first=True)
         last = None if until is None else _point(sql, "--until", until, first=False)
         if command is not None and any((project, device, type, since, until)):
@@ -97,7 +98,10 @@ def import_log(
             progress.append(Progress(total))
         progress[0](done)
 
-    directory = Path(settings_of(config, data=data).data)
+    settings = settings_of(config, data=data)
+    if settings.log:
+        raise Failed(USAGE, "import into a data directory, and move that: ordain migrate --from DIR --to URL")
+    directory = Path(settings.data)
     try:
         moved = transfer.bring_in(from_, directory, reached)
     except Refused as error:

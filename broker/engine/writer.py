@@ -30,12 +30,14 @@ from broker.seams import (
     Conflict,
     Drop,
     Entropy,
+    Fenced,
     Full,
     Newest,
     Placed,
     Put,
     SideRow,
     Storage,
+    Unknown,
 )
 
 logger = structlog.get_logger()
@@ -320,14 +322,13 @@ class Writer:
         return Batch(self.storage.number(), self.storage.term, events, salts, states, rows)
 
     async def _commit(self, batch: _Staged) -> None:
+        recorded = self._next(batch.events, list(batch.states.values()), batch.rows)
         try:
-            placed = await self.storage.append(
-                self._next(batch.events, list(batch.states.values()), batch.rows)
-            )
+            placed = await self.storage.append(recorded)
             self._durable = placed.last
-        except (Full, Conflict, Broken, *log.UNWRITABLE) as error:
+        except (Full, Conflict, Broken, Fenced, Unknown, *log.UNWRITABLE) as error:
             logger.error("log.commit_failed", error=str(error), events=len(batch.events))
-            await self._recover(batch, error)
+            await self._recover(batch, recorded.number, error)
             return
         self._in_flight = None
         batch.ok = True
@@ -337,10 +338,20 @@ class Writer:
             done()
         batch.settled.set()
 
-    async def _recover(self, batch: _Staged, error: Exception) -> None:
+    async def _in_the_end(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Does something as soon as there is space, and the storage answers."""
+        while True:
+            try:
+                await work()
+                return
+            except (Full, Unknown):
+                await asyncio.sleep(RETRY_SEC)
+
+    async def _recover(self, batch: _Staged, number: int, error: Exception) -> None:
         """Discards the failed batch and everything staged after it, and reads the log again.
 
-        Then waits until the log can be written.
+        Then waits until the log can be written. A batch whose outcome is unknown is discarded too: if it was
+        recorded after all, its events are among what is read.
         """
         self.open = False
         self._opened.clear()
@@ -348,7 +359,7 @@ class Writer:
         self._in_flight = None
         self._wake.clear()
         self._room.set()
-        if isinstance(error, Broken):
+        if isinstance(error, Broken | Fenced):
             self.fatal = error
         # Newest batch first, last callback first: each callback puts its work back at the front of a queue.
         for lost in (discarded, batch):
@@ -359,14 +370,12 @@ class Writer:
             raise self.fatal
         if isinstance(error, log.UNWRITABLE):
             await asyncio.sleep(RETRY_SEC)  # a value that can never be written must not keep the loop busy
-        await self._reread()  # before the wait for space: readers must not see discarded events
-        while True:
-            try:
-                # As many bytes as a small batch: success shows that there is space again.
-                probe: list[SideRow] = [Put("meta", ("probe", "x" * 65_536)), Drop("meta", ("probe",))]
-                await self.storage.append(self._next([], [], probe))
-                break
-            except Full:
-                await asyncio.sleep(RETRY_SEC)
+        if isinstance(error, Unknown):
+            await self._in_the_end(lambda: self.storage.landed(number))
+        # Before the wait for space: readers must not see discarded events.
+        await self._in_the_end(self._reread)
+        # As many bytes as a small batch: success shows that there is space again.
+        probe: list[SideRow] = [Put("meta", ("probe", "x" * 65_536)), Drop("meta", ("probe",))]
+        await self._in_the_end(lambda: self.storage.append(self._next([], [], probe)))
         self._open()
         logger.info("log.writable_again", position=self._durable)

@@ -25,8 +25,10 @@ from broker.http.edge.errors import HANDLERS
 from broker.http.edge.rates import rate_headers
 from broker.http.edge.services import SERVED, Served, Services
 from broker.http.schema import openapi
+from broker.seams import patience
 from devices.names import is_name
 
+PATIENCE_SEC = 5.0
 ROUTES = (*openapi.DESCRIBED, openapi.routes, sdk.routes, console.routes)
 # Answers contain grants and tokens, so no proxy or browser may cache them. The console's files contain
 # none and set their own `cache-control`.
@@ -126,11 +128,12 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
                 message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
 
-        token = via.set(caused)
+        token, waiting = via.set(caused), patience.set(PATIENCE_SEC)
         try:
             await inner(cast(Scope, request), receive, noting)
         finally:
             via.reset(token)
+            patience.reset(waiting)
             if not status:
                 note(500)
 

@@ -33,6 +33,14 @@ class Driven:
     def each(self, text: str, values: Sequence[Any] = (), /) -> Each:
         return Each(self._execute(text, values))
 
+    async def form(self) -> str | None:
+        own: Callable[[], str | None] | None = getattr(self.connection, "form", None)
+        if own is not None:  # the command line reads a log on PostgreSQL through the same calls
+            return own()
+        from broker.log import sqlite  # it reads through this module
+
+        return await sqlite.sound(self)
+
 
 class Each:
     """The rows of a statement, one by one."""

@@ -7,7 +7,7 @@ deleted. The unique index on (stream, version) is the only concurrency rule.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -282,9 +282,6 @@ class Verified(NamedTuple):
     later: int = 0
 
 
-Form = Callable[[Sql], Awaitable[str | None]]
-
-
 async def sound(sql: Sql) -> str | None:
     """What is wrong with the form of the file or with its pages, as a sentence, or None."""
     old = await meta(sql, "format") == "1"
@@ -297,8 +294,7 @@ class Walk:
     broker can do it while it works. `rows`: the number of good rows so far; `hash`: of the last of them.
     """
 
-    def __init__(self, form: Form | None = None) -> None:
-        self._form = form or sound
+    def __init__(self) -> None:
         self.rows, self.hash = 0, chain.GENESIS
         self.fault: str | None = None
         self._excused = Excused()
@@ -317,7 +313,7 @@ class Walk:
         fault. The first step checks the form of the file."""
         if not self._begun:
             self._begun = True
-            self.fault = await self._form(sql)
+            self.fault = await sql.form()
             if self.fault is not None:
                 return False
         batch = await rows(sql, self.rows, page)

@@ -19,9 +19,10 @@ import httpx2
 
 from broker.log import sqlite as log
 from broker.log.driven import read_now
+from broker.opening import snapshot
 from broker.operations.asking import POLL_SEC, Failed, call
 from broker.operations.passwords import canaries
-from broker.seams import UnknownFormat
+from broker.seams import Sqlite, UnknownFormat
 from broker.settings import Settings
 from broker.world import DATABASE, SystemClock, open_for_reading
 from devices.canary import Canary, Server, Untried, server_of, strangers
@@ -41,6 +42,39 @@ class Finding(NamedTuple):
     check: str
     says: str
     do: str = ""
+
+
+def postgresql(settings: Settings) -> Iterator[Finding]:
+    """Checks a log in PostgreSQL: its form, chain and projections, and how the server keeps what it confirms.
+
+    Raises:
+        Broken: the server cannot be reached, or there is no log.
+        BadSetting: the setting `log` is wrong.
+    """
+    try:
+        sql = snapshot(settings)
+    except UnknownFormat as unknown:
+        yield Finding("fault", "format", str(unknown), "see docs/how-to/upgrade.md")
+        return
+    with closing(sql):
+        yield Finding("ok", "format", f"{log.FORMAT}, which this release writes")
+        yield from _server(sql)
+        yield from _contents(sql)
+
+
+def _server(sql: Sqlite) -> Iterator[Finding]:
+    """How the server keeps what it confirms."""
+    names = ("fsync", "full_page_writes", "data_checksums", "synchronous_standby_names")
+    found = {name: sql.execute(f"SHOW {name}").fetchone()[0] for name in names}
+    do = "see docs/how-to/scale-out.md"
+    for name in ("fsync", "full_page_writes"):
+        if found[name] != "on":
+            yield Finding("fault", "database", f"{name} = {found[name]}: a power cut may lose events", do)
+    if found["data_checksums"] != "on":
+        yield Finding("warning", "database", "data_checksums = off: a bad disk is noticed late", do)
+    if not found["synchronous_standby_names"]:
+        says = "there is no synchronous standby: if the disk is lost, so are the last events"
+        yield Finding("warning", "database", says, do)
 
 
 def files(directory: Path) -> Iterator[Finding]:
@@ -81,6 +115,10 @@ def _database(sql: sqlite3.Connection, path: Path) -> Iterator[Finding]:
         return
     yield Finding("ok", "file", f"{path}, {path.stat().st_size >> 20} MiB, every page is whole")
     sql.execute("BEGIN")
+    yield from _contents(sql)
+
+
+def _contents(sql: Sqlite) -> Iterator[Finding]:
     verified = read_now(sql, log.verify)
     if verified.fault is not None:
         do = "the log was changed from outside; keep a copy, and restore an older backup"
@@ -161,7 +199,7 @@ async def mqtt(
     do = "see mosquitto.conf and docs/mosquitto.acl: own topics for each device, no client without a password"
     try:
         server = server_of(url, settings.mqtt_ca)
-        work = _canary(client, server, prefix, Path(settings.data)) if canary else strangers(server)
+        work = _canary(client, server, prefix, settings) if canary else strangers(server)
         breaches = await work
     except (Untried, Failed, OSError) as error:
         says = f"{url}: its access rules could not be checked: {str(error) or type(error).__name__}"
@@ -192,9 +230,9 @@ def _users(url: str, rules: dict[str, Any] | None) -> list[Finding]:
     return found
 
 
-async def _canary(client: httpx2.AsyncClient, server: Server, prefix: str, directory: Path) -> list[str]:
+async def _canary(client: httpx2.AsyncClient, server: Server, prefix: str, settings: Settings) -> list[str]:
     """Runs the canary with its two devices."""
-    thief, victim = await canaries(client, directory)
+    thief, victim = await canaries(client, settings)
 
     async def send() -> str:
         command = {"type": "canary", "ttl_sec": 60}

@@ -16,6 +16,7 @@ from typing import Any
 from broker.domain.events import Recorded
 from broker.log import sqlite as log
 from broker.log.driven import read_now
+from broker.seams import Sqlite
 from projections.commands import veiled
 
 PAGE = 5_000
@@ -66,7 +67,7 @@ class OwnProjection:
             raise Wrong(f"{self.file}: TABLES: {error}") from error
         return sql
 
-    def follow(self, source: sqlite3.Connection, sql: sqlite3.Connection) -> int:
+    def follow(self, source: Sqlite, sql: sqlite3.Connection) -> int:
         """Applies at most PAGE events after the checkpoint. Returns how many rows it read; 0 at the head.
 
         Events whose data was erased are skipped.
@@ -110,7 +111,7 @@ class OwnProjection:
             raise Wrong(f"{self.file}: rows: {type(error).__name__}: {error}") from error
 
 
-def caught_up(projection: OwnProjection, source: sqlite3.Connection, into: Path) -> list[tuple[Any, ...]]:
+def caught_up(projection: OwnProjection, source: Sqlite, into: Path) -> list[tuple[Any, ...]]:
     """Applies all events of the log and returns the projection's rows."""
     with closing(projection.open(into)) as sql:
         while projection.follow(source, sql):

@@ -16,8 +16,10 @@ from broker.domain.fleet import DeviceState
 from broker.engine.ids import is_token, token_digest
 from broker.engine.speech.access_rules import whole_file
 from broker.log.driven import read_now
+from broker.opening import open_to_read
 from broker.operations.asking import Client, call
-from broker.world import SystemEntropy, open_for_reading
+from broker.settings import Settings
+from broker.world import SystemEntropy
 from devices.canary import Login
 from devices.mqtt_url import parse_url
 from devices.types import DeviceType
@@ -31,7 +33,7 @@ BROKER = "ordain"
 ROUNDS = 10_000  # a person may have chosen this password
 
 
-async def canaries(client: Client, directory: Path) -> list[Login]:
+async def canaries(client: Client, settings: Settings) -> list[Login]:
     """The canary's thief and victim, in a separate project. They are registered if they are not there.
 
     Their tokens are kept in the data directory, readable for its owner only: an external server must know
@@ -41,11 +43,11 @@ async def canaries(client: Client, directory: Path) -> list[Login]:
         Failed: the broker refused, for example because a canary device was deleted.
         OSError: the file cannot be read or written.
     """
-    path = directory / TOKENS
+    path = Path(settings.data) / TOKENS
     kept: dict[str, str] = msgspec.json.decode(path.read_bytes()) if path.exists() else {}
     tokens = {}
     for name in CANARIES:
-        digest = _digests(directory).get(name)
+        digest = _digests(settings).get(name)
         if digest is not None and name in kept and is_token(kept[name], digest):
             tokens[name] = kept[name]
             continue
@@ -63,35 +65,35 @@ def _keep(path: Path, tokens: dict[str, str]) -> None:
         file.write(msgspec.json.encode(tokens))
 
 
-def passwords(directory: Path, mqtt_url: str) -> dict[str, str]:
+def passwords(settings: Settings) -> dict[str, str]:
     """The digests of all devices' tokens by user name, and of the user of `mqtt_url` if that has a password.
     In the form of mosquitto_passwd(1).
 
     Raises:
         Broken: there is no log, or it cannot be read.
     """
-    users = dict(sorted(_digests(directory).items()))
-    broker = parse_url(mqtt_url) if mqtt_url else None
+    users = dict(sorted(_digests(settings).items()))
+    broker = parse_url(settings.mqtt_url) if settings.mqtt_url else None
     if broker is not None and broker.username and broker.password:
         users[broker.username] = token_digest(broker.password, SystemEntropy(), ROUNDS)
     return users
 
 
-def access_rules(directory: Path, mqtt_url: str, prefix: str, types: dict[str, DeviceType]) -> list[str]:
+def access_rules(settings: Settings, types: dict[str, DeviceType]) -> list[str]:
     """The lines of Mosquitto's ACL file for all devices, the broker and programs that read events.
 
     Raises:
         Broken: there is no log, or it cannot be read.
     """
-    broker = parse_url(mqtt_url).username if mqtt_url else None
-    return whole_file(prefix, types, _devices(directory), broker or BROKER)
+    broker = parse_url(settings.mqtt_url).username if settings.mqtt_url else None
+    return whole_file(settings.prefix, types, _devices(settings), broker or BROKER)
 
 
-def _digests(directory: Path) -> dict[str, str]:
-    return {device.hardware_id: device.token_digest for device in _devices(directory)}
+def _digests(settings: Settings) -> dict[str, str]:
+    return {device.hardware_id: device.token_digest for device in _devices(settings)}
 
 
-def _devices(directory: Path) -> list[DeviceState]:
-    with closing(open_for_reading(directory)) as sql:
+def _devices(settings: Settings) -> list[DeviceState]:
+    with closing(open_to_read(settings)) as sql:
         found = read_now(sql, devices_view.newest, None, None, EVERY)
     return [device for device in found if device.deleted_at is None]

@@ -30,7 +30,7 @@ from broker.log.driven import read_now
 from broker.log.lines import Header
 from broker.operations.backup import Refused
 from broker.seams import Sqlite
-from broker.world import DATABASE, SystemEntropy, create, open_for_reading, part_of
+from broker.world import DATABASE, SystemEntropy, create, part_of
 from devices.clock import rfc3339
 from devices.names import is_name
 from projections import devices, follower
@@ -63,7 +63,7 @@ class Only(NamedTuple):
         return {name: str(value) for name, value in self._asdict().items() if value is not None}
 
 
-def export(sql: sqlite3.Connection, to: Path | None, only: Only, reached: Reached) -> Moved:
+def export(sql: Sqlite, to: Path | None, only: Only, reached: Reached) -> Moved:
     """Writes the rows that match the filter, as this transaction sees them, to a new file or standard output.
 
     Raises:
@@ -83,7 +83,7 @@ def export(sql: sqlite3.Connection, to: Path | None, only: Only, reached: Reache
     return Moved(log_id, count, head.position, head.hash)
 
 
-def _pages(sql: sqlite3.Connection, only: Only) -> Iterator[list[Row]]:
+def _pages(sql: Sqlite, only: Only) -> Iterator[list[Row]]:
     where, values = "", list[Any]()
     for column, value in (("project", only.project), ("type", only.type)):
         if value is not None:
@@ -333,23 +333,11 @@ def _unfit(row: Row) -> str | None:
     return None
 
 
-def opened(directory: Path) -> sqlite3.Connection:
-    """Opens a log for reading in one transaction: a snapshot that later events do not change.
-
-    Raises:
-        Broken: there is no log, or it cannot be read.
-    """
-    sql = open_for_reading(directory)
-    sql.execute("BEGIN")
-    return sql
-
-
-def stats(sql: sqlite3.Connection) -> dict[str, Any]:
+def stats(sql: Sqlite) -> dict[str, Any]:
     """Statistics of a log. Times are RFC 3339, sizes are in bytes."""
     first, last, events = sql.execute(
         "SELECT min(recorded_at), max(recorded_at), count(*) FROM events"
     ).fetchone()
-    pages = {name: sql.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_size")}
     return {
         "log_id": read_now(sql, log.meta, "log_id"),
         "events": events,
@@ -359,11 +347,10 @@ def stats(sql: sqlite3.Connection) -> dict[str, Any]:
         "last_recorded_at": None if last is None else rfc3339(last),
         "by_type": _counted(sql, "type"),
         "by_project": _counted(sql, "project"),
-        "free_bytes_in_the_file": pages["freelist_count"] * pages["page_size"],
     }
 
 
-def _counted(sql: sqlite3.Connection, column: str) -> dict[str, int]:
+def _counted(sql: Sqlite, column: str) -> dict[str, int]:
     return dict(
         sql.execute(f"SELECT {column}, count(*) FROM events GROUP BY 1 ORDER BY 2 DESC, 1").fetchall()
     )

@@ -27,6 +27,7 @@ from broker.log import chain, lines
 from broker.log.chain import Row
 from broker.log.driven import read_now
 from broker.mqtt.access import fits, is_filter
+from broker.opening import snapshot
 from broker.operations import transfer
 from broker.operations.backup import Refused
 from broker.settings import BadSetting, Settings, load
@@ -244,7 +245,7 @@ def imports(data: bytes) -> None:
     except Refused as refused:
         str(refused).encode(errors="backslashreplace")
     else:
-        with closing(transfer.opened(into)) as sql:
+        with closing(snapshot(Settings(data=str(into)))) as sql:
             transfer.stats(sql)
             assert read_now(sql, follower.fault, lambda position: None) is None
             transfer.export(sql, into / "again.jsonl", transfer.Only(), lambda position: None)

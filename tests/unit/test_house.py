@@ -44,6 +44,7 @@ NEVER_IN_PURE = {
 SEAMS = (
     "broker/world",
     "broker/pepper",
+    "broker/log/postgresql/blocking",
     "broker/serve",
     "broker/control",
     "broker/private_socket",
@@ -87,7 +88,8 @@ FLOORS = (
     ("projections",),
     ("broker/engine", "broker/log/postgresql"),
     ("broker/subscriptions", "broker/world", "broker/pepper"),
-    ("broker/core", "broker/operations"),
+    ("broker/core", "broker/opening"),
+    ("broker/operations",),
     ("broker/mqtt", "broker/demo", "broker/metrics"),
     ("broker/http/edge",),
     ("broker/http/v1",),
@@ -119,7 +121,7 @@ IMPORTED_ONLY_BY = {
     "paho": {"broker/mqtt/client/link"},
     "amqtt": set(),
     "asyncpg": {"broker/log/postgresql"},
-    "broker.world": {"broker/serve", "broker/control", "broker/cli", "broker/operations"},
+    "broker.world": {"broker/serve", "broker/control", "broker/cli", "broker/operations", "broker/opening"},
     "broker.mqtt": {"broker/mqtt", "broker/serve"},
     "broker.subscriptions.outbound": {"broker/serve", "broker/cli"},
 }

@@ -22,7 +22,7 @@ from broker.domain.errors import Refusal, Unavailable, invalid
 from broker.http.edge.answers import Json
 from broker.http.edge.services import Services, served
 from broker.often import shown
-from broker.seams import Broken, Full
+from broker.seams import Broken, Full, Unknown
 from devices.allowed import reason as right
 
 logger = structlog.get_logger()
@@ -205,6 +205,7 @@ HANDLERS: Any = {
     Unavailable: unavailable,
     Broken: unavailable,
     Full: unavailable,
+    Unknown: unavailable,
     HTTPException: by_status,
     Exception: failed,
 }

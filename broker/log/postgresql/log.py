@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import asyncpg
 import structlog
 
-from broker.domain.events import OWNER, Owned, Pending
+from broker.domain.events import OWNER, Owned, Pending, decode
 from broker.log.postgresql import making
 from broker.log.postgresql.arguments import APPEND, arguments
 from broker.log.postgresql.connection import (
@@ -30,7 +30,7 @@ from broker.log.postgresql.connection import (
 from broker.log.postgresql.reading import Readers, Snapshot
 from broker.log.postgresql.tables import FORMAT
 from broker.log_url import Address
-from broker.seams import Batch, Broken, Conflict, Fenced, Placed, Unknown
+from broker.seams import Batch, Broken, Conflict, Fenced, Node, Placed, Unknown, View
 
 T = TypeVar("T")
 
@@ -43,6 +43,12 @@ HEAD = "SELECT coalesce(max(position), 0) FROM events"
 END = """SELECT
     coalesce((SELECT version FROM events WHERE stream = 'owner' ORDER BY version DESC LIMIT 1), 0),
     coalesce((SELECT coalesce(decided_at, recorded_at) FROM events ORDER BY position DESC LIMIT 1), 0)"""
+BEAT = """INSERT INTO nodes (incarnation, name, address, beat, link_up, draining)
+    VALUES ($1, $2, $3, 1, $4, $5)
+    ON CONFLICT (incarnation) DO UPDATE SET name = excluded.name, address = excluded.address,
+        beat = nodes.beat + 1, link_up = excluded.link_up, draining = excluded.draining"""
+NODES = "SELECT incarnation, name, address, beat, link_up, draining FROM nodes ORDER BY incarnation"
+OWNED_BY = "SELECT version, data FROM events WHERE stream = 'owner' ORDER BY version DESC LIMIT 1"
 SETTLE = "SELECT pg_logical_emit_message(true, 'ordain', '')"
 
 
@@ -56,6 +62,7 @@ class PostgresLog:
         self._readers = Readers(where)
         self._appending: Connection | None = None
         self._listening: Connection | None = None
+        self._beating: Connection | None = None
         self._turn = asyncio.Lock()
         self._under_way: set[asyncio.Task[Any]] = set()
         self._warnings: list[str] = []
@@ -65,7 +72,7 @@ class PostgresLog:
         self._number = 0
         self._news = asyncio.Event()
 
-    async def open(self, log_id: str, cursor_key: str) -> None:
+    async def prepare(self, log_id: str, cursor_key: str) -> None:
         """Creates the tables, or checks those that are there. Rebuilds the projections if their form changed.
 
         Raises:
@@ -256,6 +263,51 @@ class PostgresLog:
     def _notified(self, connection: Any, pid: int, channel: str, payload: Any) -> None:
         self._news.set()
 
+    # --- nodes ---
+
+    async def beat(self, node: Node) -> View:
+        """Says that this node lives, and reads what the others said. On a connection of its own: an append
+        that waits must not look like a dead node.
+
+        Raises:
+            Unknown: the server cannot be reached now.
+        """
+        try:
+            if self._beating is None or self._beating.is_closed():
+                self._beating = await connect(self.where)
+            connection = self._beating
+            async with asyncio.timeout(self.answer_sec):
+                await connection.execute(
+                    BEAT, node.incarnation, node.name, node.address, int(node.link_up), int(node.draining)
+                )
+                owner = await connection.fetchrow(OWNED_BY)
+                found = await connection.fetch(NODES)
+        except FAILURES as error:
+            end(self._beating)
+            raise translated(error) from error
+        nodes = [
+            Node(row[0], row[1], row[2], beat=row[3], link_up=bool(row[4]), draining=bool(row[5]))
+            for row in found
+        ]
+        if owner is None:
+            return View(0, None, nodes)
+        return View(owner[0], cast(Owned, decode("owned", owner[1])).incarnation, nodes)
+
+    async def leave(self, node: Node) -> None:
+        """Takes a node off the list, so that nobody has to wait for its end.
+
+        Raises:
+            Unknown: the server cannot be reached now.
+        """
+        try:
+            connection = await connect(self.where)
+            try:
+                await connection.execute("DELETE FROM nodes WHERE incarnation = $1", node.incarnation)
+            finally:
+                await goodbye(connection)
+        except FAILURES as error:
+            raise translated(error) from error
+
     async def rebuild(self) -> None:
         """Builds the projections anew from the log.
 
@@ -281,4 +333,5 @@ class PostgresLog:
             await asyncio.wait(self._under_way)
         await self._readers.close()
         await goodbye(self._listening)
+        await goodbye(self._beating)
         await goodbye(self._appending)

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from hashlib import sha256
 
-import msgspec
-
-from broker.domain.events import subject_kind
-from broker.domain.fleet import DeviceState
-from broker.domain.lifecycle import CommandState
-from broker.log import sqlite as log
-from broker.log.chain import Row
-from broker.log.postgresql import arguments, tables
+from broker.log.postgresql import arguments, form, tables
 from broker.log.postgresql.connection import Connection
+from broker.log.postgresql.reading import Snapshot
 from broker.log_url import Address
 from broker.seams import Broken, UnknownFormat
-from projections.follower import Fold
+from projections.follower import SHAPE, Fold, folded
 
 LOCK = f"SELECT pg_advisory_xact_lock({tables.LOCK})"
-PAGE = 5_000
-COLUMNS = log.COLUMNS
 # Digest of the tables and functions: if it changes, they are made anew.
 TABLES = sha256(repr(tables.statements()).encode()).hexdigest()[:16]
-# Digest of the projections' tables and of the fields of their states: if it changes, they are rebuilt.
-SHAPE = sha256(
-    repr(
-        [tables.PROJECTIONS]
-        + [[field.name for field in msgspec.structs.fields(kind)] for kind in (CommandState, DeviceState)]
-    ).encode()
-).hexdigest()[:16]
 PUT_META = "INSERT INTO meta VALUES ($1, $2) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
 
@@ -45,23 +30,47 @@ async def prepare(connection: Connection, where: Address, log_id: str, cursor_ke
         raise Broken(f"{where.shown} is a standby: name the server that writes")
     async with connection.transaction():
         await connection.execute(LOCK)
-        if await connection.fetchval("SELECT to_regnamespace($1) IS NULL", tables.SCHEMA):
-            await connection.execute(f"CREATE SCHEMA {tables.SCHEMA}")
         there = await connection.fetchval("SELECT to_regclass('meta') IS NOT NULL")
         found = await connection.fetch("SELECT key, value FROM meta") if there else []
         known: dict[str, str] = {row[0]: row[1] for row in found}
         _check_format(where, known.get("format", str(tables.FORMAT) if not there else "missing"))
+        if (log := known.get("arriving")) is not None:
+            raise Broken(f"{where.shown} is not complete: run ordain migrate of log {log} once more")
         if known.get("tables") != TABLES:
-            if known.get("projections") not in (None, SHAPE):
-                await _drop(connection)
-            for statement in tables.statements():
-                await connection.execute(statement)
-            await connection.execute(PUT_META, "tables", TABLES)
-        new = {"log_id": log_id, "cursor_key": cursor_key, "format": str(tables.FORMAT)}
+            await _drop(connection)
+            await make(connection)
+        if (fault := await form.fault(connection)) is not None:
+            raise UnknownFormat(f"{where.shown}: this is not a log that Ordain wrote: {fault}")
+        new = {"log_id": log_id, "cursor_key": cursor_key}
         for key, value in new.items():
             await connection.execute("INSERT INTO meta VALUES ($1, $2) ON CONFLICT DO NOTHING", key, value)
-        if known.get("projections") != SHAPE:
+        if known.get("tables") != TABLES or known.get("projections") != SHAPE:
             await rebuild(connection)
+
+
+async def make(connection: Connection) -> None:
+    """Creates the schema, the tables and the functions, as far as they are missing, in the caller's
+    transaction."""
+    if await connection.fetchval("SELECT to_regnamespace($1) IS NULL", tables.SCHEMA):
+        await connection.execute(f"CREATE SCHEMA {tables.SCHEMA}")
+    for statement in tables.statements():
+        await connection.execute(statement)
+    for key, value in (("tables", TABLES), ("format", str(tables.FORMAT))):
+        await connection.execute(PUT_META, key, value)
+
+
+async def check(connection: Connection, where: Address) -> None:
+    """Checks that there is a log that this release reads.
+
+    Raises:
+        Broken: there is none.
+        UnknownFormat: another release wrote it.
+    """
+    if await connection.fetchval("SELECT to_regclass('meta') IS NULL"):
+        raise Broken(f"there is no log at {where.shown}: a broker makes one when it first starts")
+    _check_format(
+        where, await connection.fetchval("SELECT value FROM meta WHERE key = 'format'") or "missing"
+    )
 
 
 def _check_format(where: Address, found: str) -> None:
@@ -85,16 +94,11 @@ async def rebuild(connection: Connection) -> None:
     await connection.execute(LOCK)
     await _drop(connection)
     await connection.execute(tables.PROJECTIONS)
-    fold, after = Fold(), 0
-    query = f"SELECT {COLUMNS} FROM events WHERE position > $1 ORDER BY position LIMIT {PAGE}"
-    while page := await connection.fetch(query, after):
-        for found in page:
-            row = Row(*found)
-            if row.data is not None or subject_kind(row.stream) != "command":
-                fold.fold(log.recorded(row))  # erased commands have no row in any projection
-        after = page[-1][0]
+
+    async def put(fold: Fold) -> None:
         # The indices of a fold are positions.
         await connection.execute(arguments.PUT_STATES, 0, *arguments.states(fold.states.values()))
         await connection.execute(arguments.PUT_ROWS, 0, *arguments.rows(fold.rows))
-        fold.clear()
+
+    await folded(Snapshot(connection), put)
     await connection.execute(PUT_META, "projections", SHAPE)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
+
+import structlog
 
 from broker.log.postgresql.connection import (
     FAILURES,
@@ -15,17 +18,26 @@ from broker.log.postgresql.connection import (
     goodbye,
     translated,
 )
+from broker.log.postgresql.form import fault
 from broker.log_url import Address
+from broker.seams import Unknown, patience
 
 T = TypeVar("T")
 
+logger = structlog.get_logger()
+
 CONNECTIONS = 8
+AGAIN_SEC = 0.5
+HINT = re.compile(r" INDEXED BY \w+")
+FIELD = re.compile(r"json_extract\(CAST\((\w+) AS TEXT\), '\$\.(\w+)'\)")
 BEGIN = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
 
 @lru_cache(2_000)
 def translation(text: str) -> str:
-    """A text of the common subset as PostgreSQL takes it: `$1` for `?`, and JOIN for CROSS JOIN … ON."""
+    """A text of the common subset as PostgreSQL takes it: `$1` for `?`, JOIN for CROSS JOIN … ON, no hint
+    about an index, and its own way into a JSON object."""
+    text = FIELD.sub(r"(convert_from(\1, 'UTF8')::jsonb ->> '\2')", HINT.sub("", text))
     pieces = text.replace("CROSS JOIN", "JOIN").split("?")
     return pieces[0] + "".join(f"${number}{piece}" for number, piece in enumerate(pieces[1:], 1))
 
@@ -46,6 +58,9 @@ class Snapshot:
         async for row in self._connection.cursor(translation(text), *values, prefetch=1_000):
             yield row
 
+    async def form(self) -> str | None:
+        return await fault(self._connection)
+
 
 class Readers:
     """At most `CONNECTIONS` reads at once; the next ones wait."""
@@ -57,11 +72,24 @@ class Readers:
         self._busy: set[Connection] = set()
 
     async def read(self, work: Callable[[Snapshot], Awaitable[T]]) -> T:
-        """Runs `work` in a read-only transaction.
+        """Runs `work` in a read-only transaction. While the server is away it tries again, as long as the
+        `patience` of this task lasts.
 
         Raises:
             Unknown: the server cannot be reached, or the connection was lost.
         """
+        loop, bound = asyncio.get_running_loop(), patience.get()
+        until = None if bound is None else loop.time() + bound
+        while True:
+            try:
+                return await self._read(work)
+            except Unknown as error:
+                if until is not None and loop.time() >= until:
+                    raise
+                logger.warning("log.read_waits", error=str(error))
+            await asyncio.sleep(AGAIN_SEC)
+
+    async def _read(self, work: Callable[[Snapshot], Awaitable[T]]) -> T:
         async with self._free:
             connection = await self._begun()
             self._busy.add(connection)

@@ -25,6 +25,9 @@ CREATE TABLE IF NOT EXISTS batches (
     incarnation text COLLATE "C" NOT NULL, number bigint NOT NULL, digest bytea NOT NULL,
     first bigint NOT NULL, count bigint NOT NULL, recorded_at bigint NOT NULL,
     PRIMARY KEY (incarnation, number));
+CREATE TABLE IF NOT EXISTS nodes (
+    incarnation text COLLATE "C" PRIMARY KEY, name text COLLATE "C" NOT NULL, address text COLLATE "C",
+    beat bigint NOT NULL, link_up bigint NOT NULL, draining bigint NOT NULL);
 CREATE TABLE IF NOT EXISTS idempotency (
     project text COLLATE "C" NOT NULL, key text COLLATE "C" NOT NULL, scope text COLLATE "C" NOT NULL,
     digest bytea NOT NULL, command_id text COLLATE "C" NOT NULL, created_at bigint NOT NULL,

@@ -194,6 +194,9 @@ class Counting:
         self.statements.append(text)
         return self.sql.each(text, values)
 
+    async def form(self) -> str | None:
+        return await self.sql.form()
+
 
 async def test_a_device_of_another_project_costs_the_same_statements_as_a_missing_one(
     broker: Broker, monkeypatch: pytest.MonkeyPatch

@@ -58,6 +58,10 @@ class Author:
         self._rows += rows
 
     @property
+    def staged(self) -> bool:
+        return bool(self._events)
+
+    @property
     def at(self) -> At:
         return At(len(self._events) - 1)
 

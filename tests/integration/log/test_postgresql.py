@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from hashlib import sha256
-from typing import Any
 
 import asyncpg
 import msgspec
 import pytest
 
-from broker.domain.events import Executed, Published
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.postgresql.log import PostgresLog
@@ -20,19 +17,13 @@ from broker.log.postgresql.reading import Snapshot
 from broker.log_url import address
 from broker.seams import (
     Broken,
-    Change,
     Conflict,
-    Drop,
-    Erase,
     Fenced,
-    New,
-    Purge,
     Put,
     Unknown,
     UnknownFormat,
-    Unmatched,
 )
-from tests.integration.core_support import DEVICE, PROJECT, T
+from tests.integration.core_support import T
 from tests.integration.log.author import Author
 from tests.postgres import Postgres
 
@@ -45,7 +36,7 @@ async def opened(
 ) -> AsyncIterator[PostgresLog]:
     """A log whose database says that it is `T`."""
     storage = PostgresLog(address(url), incarnation, answer_sec)
-    await storage.open("log_1", "00" * 32)
+    await storage.prepare("log_1", "00" * 32)
     async with admin(url) as sql:
         await at(sql, T)
     try:
@@ -75,32 +66,6 @@ async def rows(storage: PostgresLog) -> list[Row]:
     return await storage.read(work)
 
 
-def text(value: str) -> bytes:
-    return len(value.encode()).to_bytes(4, "big") + value.encode()
-
-
-def number(value: int) -> bytes:
-    return bytes.fromhex("00000008") + value.to_bytes(8, "big")
-
-
-async def linked(storage: PostgresLog) -> None:
-    """Links the rows here, by what the format says, and compares."""
-
-    async def work(sql: Snapshot) -> list[Any]:
-        return await sql.all("SELECT * FROM events ORDER BY position")
-
-    previous = bytes(32)
-    for row in await storage.read(work):
-        salted = b"".join(len(part).to_bytes(4, "big") + part for part in (row["salt"], row["data"]))
-        assert row["digest"] == sha256(salted).digest()
-        header = text("ordain-2") + bytes.fromhex("00000020") + previous + number(row["position"])
-        header += text(row["stream"]) + number(row["version"]) + text(row["type"]) + number(row["schema"])
-        header += number(row["recorded_at"]) + number(row["decided_at"]) + text(row["project"])
-        header += b"\xff" * 4 if row["device_id"] is None else text(row["device_id"])
-        previous = sha256(header + text(row["actor"]) + bytes.fromhex("00000020") + row["digest"]).digest()
-        assert row["hash"] == previous
-
-
 async def table(storage: PostgresLog, name: str) -> list[tuple[object, ...]]:
     async def work(sql: Snapshot) -> list[tuple[object, ...]]:
         return [tuple(row) for row in await sql.all(f"SELECT * FROM {name} ORDER BY 1, 2")]
@@ -109,45 +74,6 @@ async def table(storage: PostgresLog, name: str) -> list[tuple[object, ...]]:
 
 
 # --- appending
-
-
-async def test_the_chain_that_the_database_links_is_the_one_that_the_broker_checks(database: str) -> None:
-    author = Author(term=0)
-    async with opened(database) as storage:
-        author.register("dev_grüße")
-        author.command(ONE, Published(attempt=1))
-        author.note()
-        first = await storage.append(author.batch())
-        async with admin(database) as sql:
-            await at(sql, T + 700)
-        author.command(ONE, Executed(result=msgspec.Raw('{"text": "Größe \\u0000 😀"}'.encode())))
-        second = await storage.append(author.batch())
-
-        assert (first.first, list(first.times)) == (1, [T] * 4)
-        assert (second.first, list(second.times)) == (5, [T + 700])
-        found = await rows(storage)
-        await linked(storage)
-        assert [(row.stream, row.version) for row in found] == [
-            ("device/dev_grüße", 1), (ONE, 1), (ONE, 2), ("audit", 1), (ONE, 3),
-        ]  # fmt: skip
-
-
-async def test_a_batch_is_recorded_once_however_often_it_is_sent(database: str) -> None:
-    author = Author(term=0)
-    async with opened(database) as storage:
-        author.command(ONE)
-        batch = author.batch()
-        placed = await storage.append(batch)
-        author.command(TWO)
-        await storage.append(author.batch())
-
-        assert await storage.append(batch) == placed
-        assert await storage.landed(batch.number) == placed
-        author.note()
-        other = msgspec.structs.replace(author.batch(), number=batch.number)
-        with pytest.raises(Conflict, match="another content"):
-            await storage.append(other)
-        assert [row.stream for row in await rows(storage)] == [ONE, TWO]
 
 
 async def test_a_batch_that_was_asked_for_in_vain_can_never_be_recorded(database: str) -> None:
@@ -186,39 +112,6 @@ async def test_two_that_claim_at_once_get_different_terms(database: str) -> None
         assert all(isinstance(term, int | Conflict) for term in found)
 
 
-@pytest.mark.parametrize("what", ["version taken", "version skipped", "state changed", "an earlier time"])
-async def test_what_another_writer_did_first_is_a_conflict_and_nothing_is_written(
-    database: str, what: str
-) -> None:
-    ours, theirs = Author(term=0), Author(term=0)
-    async with opened(database) as storage, opened(database, "node_2") as other:
-        for author in (ours, theirs):
-            author.register()
-            author.command(ONE, Published(attempt=1))
-        known = ours.batch()
-        theirs.batch()
-        await storage.append(known)
-        if what == "version taken":
-            theirs.rename("theirs")
-            await other.append(theirs.batch())
-        elif what == "version skipped":
-            ours.rename("lost")
-            ours.batch()
-        elif what == "state changed":
-            async with admin(database) as sql:
-                await sql.execute("UPDATE devices SET version = 7")
-        else:
-            ours.now -= 1
-        before = await rows(storage)
-        ours.rename("ours")
-        ours.command(TWO)
-        ours.row(Put("meta", ("ours", "1")))
-        with pytest.raises(Conflict):
-            await storage.append(ours.batch())
-        assert await rows(storage) == before
-        assert ("ours", "1") not in await table(storage, "meta")
-
-
 async def test_a_clock_ahead_of_the_database_is_refused_by_its_milliseconds(database: str) -> None:
     author = Author(term=0, now=T + 1_001)
     async with opened(database) as storage:
@@ -244,76 +137,9 @@ async def test_appends_of_many_connections_leave_no_gap_in_the_positions(databas
         await asyncio.gather(*(write(number) for number in range(4)))
         found = await rows(storage)
         assert [row.position for row in found] == list(range(1, 81))
-        await linked(storage)
+        assert (await storage.read(log.verify)).fault is None
         for each in logs:
             await each.close()
-
-
-async def test_rows_beside_the_log_are_written_in_order(database: str) -> None:
-    author = Author(term=0)
-    async with opened(database) as storage:
-        author.note()
-        key = (PROJECT, "k", "s", b"\x00\xff", ONE, T)
-        author.row(New("idempotency", key), Put("meta", ("a", "1")), Put("meta", ("a", "2")))
-        author.row(Put("meta", ("b", "1")), Drop("meta", ("b",)), Change("meta", ("a",), {"value": "3"}))
-        author.row(Put("key_terms", ("key_1", b"{}", None, 5)))
-        author.row(Put("key_terms", ("key_1", b"{1}", "p", 6), ("last_used_at",)))
-        author.row(Change("meta", ("missing",), {"value": "3"}), Drop("meta", ("missing",)))
-        await storage.append(author.batch())
-
-        assert await table(storage, "idempotency") == [key]
-        meta = {str(row[0]): row[1] for row in await table(storage, "meta")}
-        assert (meta["a"], "b" in meta, "missing" in meta) == ("3", False, False)
-        assert await table(storage, "key_terms") == [("key_1", b"{}", None, 6)]
-        author.note()
-        author.row(New("idempotency", key))
-        with pytest.raises(Conflict):
-            await storage.append(author.batch())
-
-
-async def test_unmatched_answers_are_kept_per_device_and_in_all(database: str) -> None:
-    author = Author(term=0)
-    async with opened(database) as storage:
-        for number in range(12):
-            device = None if number % 3 == 0 else f"dev_{number % 3}"
-            author.row(Unmatched(T, None, device, "unknown", "t", f"cmd_{number}", b"\x00", 2, 5))
-        await storage.append(author.batch())
-        kept = [row[6] for row in await table(storage, "unmatched")]
-        assert kept == ["cmd_7", "cmd_8", "cmd_9", "cmd_10", "cmd_11"]
-
-
-async def test_erasing_removes_data_and_salt_and_the_chain_still_fits(database: str) -> None:
-    author = Author(term=0)
-    async with opened(database) as storage:
-        author.command(ONE, Published(attempt=1), Executed(result=msgspec.Raw(b"1")))
-        author.command(TWO)
-        author.row(Unmatched(T, None, DEVICE, "unknown", "t", ONE, b"x", 9, 9))
-        await storage.append(author.batch())
-        author.note("erased")
-        author.row(Erase(ONE))
-        await storage.append(author.batch())
-
-        found = await rows(storage)
-        assert [(row.data is None, row.salt is None) for row in found] == [(True, True)] * 3 + [
-            (False, False)
-        ] * 2
-        assert [row[1] for row in await table(storage, "commands")] == [TWO]
-        assert await table(storage, "unmatched") == []
-
-
-async def test_a_purge_is_bound_by_when_events_were_decided(database: str) -> None:
-    author = Author(term=0)
-    async with opened(database) as storage:
-        author.command(ONE)
-        await storage.append(author.batch())
-        async with admin(database) as sql:
-            await at(sql, T + 9_000)
-        author.now = T + 1_000
-        author.command(TWO)
-        author.note("erased")
-        author.row(Purge(author.at, T + 500, T + 1_000))
-        await storage.append(author.batch())
-        assert await table(storage, "purges") == [(3, T + 500, 2, T + 1_000)]
 
 
 # --- unknown outcomes
@@ -495,42 +321,22 @@ async def test_a_read_cannot_write_and_an_error_of_it_does_not_harm_the_next(dat
 async def test_a_log_keeps_its_id_and_another_format_is_refused(database: str) -> None:
     async with opened(database) as storage, admin(database) as sql:
         again = PostgresLog(address(database), "node_2")
-        await again.open("log_2", "11" * 32)
+        await again.prepare("log_2", "11" * 32)
         meta = {str(row[0]): row[1] for row in await table(storage, "meta")}
         assert (meta["log_id"], meta["cursor_key"], meta["format"]) == ("log_1", "00" * 32, "2")
         await sql.execute("UPDATE meta SET value = '9' WHERE key = 'format'")
         with pytest.raises(UnknownFormat, match="its format is 9"):
-            await again.open("log_2", "11" * 32)
+            await again.prepare("log_2", "11" * 32)
         author = Author(term=0)
         author.note()
         with pytest.raises(UnknownFormat):
             await storage.append(author.batch())
 
 
-async def test_rebuilt_projections_are_the_same(database: str) -> None:
-    author = Author(term=0)
-    async with opened(database) as storage:
-        author.register()
-        author.command(ONE, Published(attempt=1))
-        await storage.append(author.batch())
-        author.rename("lamp")
-        author.command(ONE, Executed(result=msgspec.Raw(b"1")))
-        author.command(TWO)
-        await storage.append(author.batch())
-        names = ("commands", "lanes", "devices")
-        kept = [await table(storage, name) for name in names]
-
-        await storage.rebuild()
-
-        assert [await table(storage, name) for name in names] == kept
-        assert [row[1] for row in kept[0]] == [ONE, TWO]
-        assert kept[1] == [(DEVICE, 6)]
-
-
 async def test_a_server_that_is_not_there_is_named_without_its_password() -> None:
     storage = PostgresLog(address("postgresql://me:secret@127.0.0.1:1/log"), "node_1")
     with pytest.raises(Unknown, match=r"postgresql://me@127.0.0.1:1/log cannot be reached") as refused:
-        await storage.open("log_1", "00" * 32)
+        await storage.prepare("log_1", "00" * 32)
     assert "secret" not in str(refused.value)
 
 

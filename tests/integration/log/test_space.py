@@ -12,8 +12,10 @@ import pytest
 
 from broker.log import sqlite as log
 from broker.log.driven import read_now
+from broker.opening import snapshot, space
 from broker.operations import transfer
 from broker.seams import Broken, Full
+from broker.settings import Settings
 from broker.world import DATABASE, InUse, SqliteStorage, compact
 from projections import follower
 from tests.integration.log.test_golden import put
@@ -34,7 +36,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def everything(data: Path) -> object:
-    with closing(transfer.opened(data)) as sql:
+    with closing(snapshot(Settings(data=str(data)))) as sql:
         return list(read_now(sql, log.all_rows)), read_now(sql, follower.dump), read_now(sql, log.verify)
 
 
@@ -46,8 +48,8 @@ def test_compacting_makes_the_file_smaller_and_keeps_every_row(data: Path) -> No
     assert sizes[0] - sizes[1] > 400 * KIB
     assert (data / DATABASE).stat().st_size == sizes[1]
     assert everything(data) == before
-    with closing(transfer.opened(data)) as sql:
-        assert transfer.stats(sql)["free_bytes_in_the_file"] == 0
+    with closing(snapshot(Settings(data=str(data)))) as sql:
+        assert space(Settings(data=str(data)), sql)["free_bytes_in_the_file"] == 0
 
 
 async def test_compacting_is_refused_while_a_broker_serves(data: Path) -> None:
@@ -63,7 +65,7 @@ async def test_compacting_is_refused_while_a_broker_serves(data: Path) -> None:
 
 def test_compacting_is_refused_while_another_process_reads(data: Path) -> None:
     before = everything(data)
-    with closing(transfer.opened(data)) as reader:
+    with closing(snapshot(Settings(data=str(data)))) as reader:
         read_now(reader, log.head)
         with pytest.raises(InUse, match="another process reads"):
             compact(data)
@@ -92,8 +94,8 @@ def test_compacting_creates_no_log(tmp_path: Path) -> None:
 
 
 def test_stats_count_rows_and_bytes(data: Path) -> None:
-    with closing(transfer.opened(data)) as sql:
-        found = transfer.stats(sql)
+    with closing(snapshot(Settings(data=str(data)))) as sql:
+        found = transfer.stats(sql) | space(Settings(data=str(data)), sql)
         rows = list(read_now(sql, log.all_rows))
     assert found["events"] == sum(found["by_type"].values()) == sum(found["by_project"].values()) == len(rows)
     assert found["streams"] == len({row.stream for row in rows})

@@ -15,8 +15,10 @@ from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.driven import read_now
 from broker.log.lines import Header, header_line
+from broker.opening import snapshot
 from broker.operations import backup, transfer
 from broker.seams import Broken
+from broker.settings import Settings
 from broker.world import DATABASE, SqliteStorage, SystemClock, SystemEntropy, open_file, open_for_reading
 from projections import follower
 from tests.integration.core_support import running
@@ -77,7 +79,7 @@ async def test_a_start_upgrades_the_log_and_keeps_a_copy_of_it_beside_it(old: Pa
 def test_reading_a_log_of_format_1_does_not_change_it(old: Path, tmp_path: Path) -> None:
     bytes_before = (old / DATABASE).read_bytes()
     assert backup.take(old, tmp_path / "copy").position == len(rows(old))
-    with closing(transfer.opened(old)) as sql:
+    with closing(snapshot(Settings(data=str(old)))) as sql:
         transfer.export(sql, tmp_path / "log.jsonl", transfer.Only(), lambda _: None)
     assert (old / DATABASE).read_bytes() == bytes_before
 

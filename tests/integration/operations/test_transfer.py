@@ -16,9 +16,11 @@ import pytest
 from broker.domain.events import ERASURES, Erased, Recorded
 from broker.log import chain, lines, sqlite
 from broker.log.driven import read_now
+from broker.opening import snapshot
 from broker.operations import transfer
 from broker.operations.backup import Refused
 from broker.operations.transfer import Moved, Only
+from broker.settings import Settings
 from broker.world import DATABASE
 from projections import follower
 from tests.integration.log.test_golden import RELEASES, put
@@ -55,7 +57,7 @@ def data(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def exported(data: Path, to: Path | None, **only: Any) -> Moved:
-    with closing(transfer.opened(data)) as sql:
+    with closing(snapshot(Settings(data=str(data)))) as sql:
         return transfer.export(sql, to, Only(**only), lambda _: None)
 
 
@@ -64,7 +66,7 @@ def brought_in(source: Path, into: Path) -> Moved:
 
 
 def everything(data: Path) -> Any:
-    with closing(transfer.opened(data)) as sql:
+    with closing(snapshot(Settings(data=str(data)))) as sql:
         return (
             list(read_now(sql, sqlite.all_rows)),
             read_now(sql, follower.dump),
