@@ -49,7 +49,7 @@ COMMANDS = {
     ),
     "log": ("broker.cli.log:logs", "The log: read, verify, export, import."),
     "migrate": (
-        "broker.cli.migrate:migrate",
+        "broker.cli.transfer:migrate",
         "Move the log of a data directory into an empty PostgreSQL database. Stop the broker first.",
     ),
     "replay": (
