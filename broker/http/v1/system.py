@@ -328,7 +328,7 @@ def _caller(caller: Caller) -> CallerView:
 async def _find(sql: Sql, project: str | None, within: DeviceSet | None, online: set[str]) -> _Found:
     whose, values = ("", []) if project is None else (" AND project = ?", [project])
     condition, more = in_set(within, "id")
-    ids = await sql.all(f"SELECT id FROM devices WHERE NOT deleted{whose} AND {condition}", (*values, *more))
+    ids = await sql.all(f"SELECT id FROM devices WHERE deleted = 0{whose} AND {condition}", (*values, *more))
     condition, more = in_set(within, "c.device_id")
     whose, values = f"{whose} AND {condition}", [*values, *more]
     open_commands = (
