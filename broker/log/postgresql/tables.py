@@ -82,6 +82,13 @@ CREATE OR REPLACE FUNCTION json_each(list text) RETURNS TABLE (value text)
     LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS
 $$ SELECT jsonb_array_elements_text(list::jsonb) $$;
 
+CREATE OR REPLACE FUNCTION pragma_page_size() RETURNS TABLE (page_size bigint) LANGUAGE sql STABLE AS
+$$ SELECT current_setting('block_size')::bigint $$;
+
+CREATE OR REPLACE FUNCTION pragma_page_count() RETURNS TABLE (page_count bigint) LANGUAGE sql STABLE AS
+$$ SELECT (sum(pg_total_relation_size(c.oid)) / current_setting('block_size')::bigint)::bigint
+    FROM pg_class c WHERE c.relkind = 'r' AND c.relnamespace = 'ordain'::regnamespace $$;
+
 CREATE OR REPLACE FUNCTION part(bytes bytea) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE AS
 $$ SELECT int4send(octet_length(bytes)) || bytes $$;
 
