@@ -263,11 +263,7 @@ def differing(settings: Settings) -> dict[str, Any]:
 
 
 def log_address(settings: Settings, *, read: bool = True) -> Address:
-    """Where the log is, if the setting `log` names a PostgreSQL. `read`: also read the file of its password.
-
-    Raises:
-        BadSetting: the URL is not of its form, or the file cannot be read.
-    """
+    """Where the log is, if it is in PostgreSQL. `read`: with its password. Raises BadSetting if it cannot."""
     try:
         return parse_log_url(settings.log, password_of(settings) if read else None)
     except ValueError as error:  # do not show the URL: it may contain a password
@@ -275,11 +271,7 @@ def log_address(settings: Settings, *, read: bool = True) -> Address:
 
 
 def password_of(settings: Settings) -> str | None:
-    """The password of PostgreSQL that a file has.
-
-    Raises:
-        BadSetting: the file cannot be read.
-    """
+    """The password of PostgreSQL, from its file. BadSetting, if that cannot be read."""
     if not (place := settings.log_password_file):
         return None
     try:
