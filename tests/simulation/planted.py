@@ -357,6 +357,7 @@ LISTENER_BUGS = (
     ),
     Bug(
         name="the window is one too large",
+        first=5,
         caught_by=frozenset({"M2"}),
         patches=((Session, "_connect", _one_more),),
         kind=LISTENER,
@@ -377,6 +378,7 @@ BUGS = (
     ),
     Bug(
         name="erased and still in memory",
+        first=2,
         caught_by=frozenset({"E2", "E3", "S4"}),
         patches=((Live, "forget", _kept_in_memory),),
     ),
@@ -402,11 +404,13 @@ BUGS = (
     ),
     Bug(
         name="no device de-duplication",
+        first=2,
         caught_by=frozenset({"D3"}),
         patches=((RamMemory, "get", _forgotten),),
     ),
     Bug(
         name="cancel race",
+        first=1,
         caught_by=frozenset({"R6", "L1"}),
         patches=((Commands, "cancel", _cancel_by_projection),),
     ),
@@ -427,6 +431,7 @@ BUGS = (
     ),
     Bug(
         name="synchronous=NORMAL",
+        first=1,
         caught_by=frozenset({"R1", "S1"}),
         synchronous="NORMAL",
     ),
@@ -442,6 +447,7 @@ BUGS = (
     ),
     Bug(
         name="no result timer",
+        first=1,
         caught_by=frozenset({"L4"}),
         patches=((Attempts, "set_timer", _never_timed),),
     ),
