@@ -66,8 +66,13 @@ class Addresses:
 
     # --- devices ---
 
-    def put(self, device: DeviceState) -> None:
-        """Takes in a device as it is now."""
+    def put(self, device: DeviceState, *, loaded: bool = False) -> None:
+        """Takes in a device as it is now.
+
+        A device may have retained its presence and state before it was registered here. Then a subscription
+        to exactly its topics brings them; the common one has brought them already, when nobody knew the
+        device.
+        """
         old = self._names.pop(device.id, None)
         if old is not None and self._named.get(old) == device.id:
             del self._named[old]
@@ -78,6 +83,9 @@ class Addresses:
             self._names[device.id] = device.name or device.hardware_id
             self._named[self._names[device.id]] = device.id
         self._use(kind.says if kind.speeches else ())
+        if kind.speeches and not loaded:
+            said = self.reach(device).says.items()
+            self.used([topic for topic, place in said if place.roles != (ANSWER,)])
 
     def keep(self, speech: Speech) -> None:
         """Takes in how an open command is spoken: its type may have changed since, or be gone."""
@@ -102,7 +110,7 @@ class Addresses:
         self._named.clear()
         self._names.clear()
         for device in devices:
-            self.put(device)
+            self.put(device, loaded=True)
         for name in used:
             if (kind := self.types.get(name)) is not None and kind.speeches:
                 self._use(kind.says)

@@ -266,8 +266,7 @@ class MqttLink:
         self.why: str | None = "not connected yet"
         self._client_id = client_id
         self._subscriptions = subscriptions
-        self._more: list[str] = []  # subscriptions that the link can do without
-        self._wanted = asyncio.Event()
+        self._more, self._wanted = list[str](), asyncio.Event()  # what the link can do without
         self._events = events
         self._clean_session = clean_session
         self._entropy = entropy
@@ -329,6 +328,7 @@ class MqttLink:
         why = "closed"
         try:
             await connection.open(self.address.host, self.address.port, self._tls, self._subscriptions)
+            self._more = [each for each in self._more if "+" in each]  # others were for retained messages
             await connection.subscribe(self._more, needed=False)
             self._up(connection)
             await self._lasts(connection)

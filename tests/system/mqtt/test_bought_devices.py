@@ -137,3 +137,20 @@ def test_a_shelly_and_a_zigbee_lamp_are_commanded_with_their_own_topics(served: 
     state = until(lambda: served.http("GET", "/v1/devices/lamp/state").json())
     assert state["state"]["brightness"] == 120
     device.end()
+
+
+def test_a_device_that_was_online_before_it_was_registered_is_known_to_be_there(
+    new_broker: NewBroker, mosquitto: Any
+) -> None:
+    broker = new_broker("--mqtt-url", f"mqtt://{mosquitto.host}:{mosquitto.port}").start()
+    devices = []
+    for name in ("shelly-a", "shelly-b"):
+        topic = f"{name}/online"
+        devices.append(Connected(mosquitto.port, name, None, [f"{name}/rpc"], shelly, (topic, "false")))
+        assert devices[-1].ready.wait(60)
+        devices[-1].say(topic, "true", retain=True)
+    for name in ("shelly-a", "shelly-b"):
+        broker.device(name, "shelly_gen2")
+        assert order(broker, name, "turn_off")["state"] == "executed", name
+    for device in devices:
+        device.end()
