@@ -202,7 +202,7 @@ def test_a_wrong_setting_is_named_in_one_sentence(
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("format", ["2", "one", None])
+@pytest.mark.parametrize("format", ["3", "one", None])
 def test_a_log_of_another_format_is_refused_by_every_command_and_not_changed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -218,7 +218,7 @@ def test_a_log_of_another_format_is_refused_by_every_command_and_not_changed(
             sql.execute("INSERT INTO meta VALUES ('format', ?)", (format,))
     database = (data / "ordain.db").read_bytes()
     capsys.readouterr()
-    words = (f"its format is {format or 'missing'}", "reads 1 to 1")
+    words = (f"its format is {format or 'missing'}", "reads 1 to 2")
 
     for command in (
         ("serve", "--http", "127.0.0.1:0", "--mqtt-listen", "127.0.0.1:0"),
