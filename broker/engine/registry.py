@@ -233,7 +233,7 @@ class Registry:
         if open_ones and not force:
             raise Refusal(
                 "conflict",
-                f"device {device.hardware_id} has {len(open_ones)} open commands; force=true ends them",
+                f"device {device.hardware_id} has {len(open_ones)} open commands; `force` ends them",
                 {"open_commands": len(open_ones)},
             )
         # `deleted` comes first: then the closing of one command does not hand over the next one.
