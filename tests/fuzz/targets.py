@@ -232,7 +232,7 @@ def types(data: bytes) -> None:
 
 @cache
 def golden_rows() -> list[Row]:
-    return [lines.as_row(line) for line in (GOLDEN / "0.1.0.jsonl").read_bytes().splitlines()]
+    return [lines.as_row(line, 1) for line in (GOLDEN / "0.1.0.jsonl").read_bytes().splitlines()]
 
 
 def imports(data: bytes) -> None:
@@ -249,10 +249,10 @@ def imports(data: bytes) -> None:
             transfer.stats(sql)
             assert read_now(sql, follower.fault, lambda position: None) is None
             transfer.export(sql, into / "again.jsonl", transfer.Only(), lambda position: None)
-        rows = [
-            list(map(lines.as_row, file.read_bytes().splitlines()[1:]))
-            for file in (source, into / "again.jsonl")
-        ]
+        rows = []
+        for file in (source, into / "again.jsonl"):
+            first, *rest = file.read_bytes().splitlines()
+            rows.append([lines.as_row(line, lines.header(first).version) for line in rest])
         assert rows[0] == rows[1], "an imported log is exported otherwise"
     finally:
         for file in into.glob("*"):
@@ -273,7 +273,7 @@ def changed(script: bytes) -> bytes:
         place, column, length = script[at] % keep, columns[script[at + 1] % len(columns)], script[at + 2]
         value: Any = script[at + 3 : at + 3 + length]
         at += 3 + length
-        if column in ("version", "schema", "recorded_at"):
+        if column in ("version", "schema", "recorded_at", "decided_at"):
             value = int.from_bytes(value[:8], "big") % 2**63
         elif column not in ("data", "salt"):
             value = value.decode(errors="replace")
