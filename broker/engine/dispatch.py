@@ -300,7 +300,8 @@ class Dispatch:
     def _receipt(self, send: _Send, receipt: Receipt, held: bool) -> None:
         """Takes the receipt for one publish. Never evidence about the device. `held`: it kept a slot."""
         self.outstanding -= held
-        if (member := self._at(send)) is not None:
+        member = self.live.members.get(send.command_id)
+        if member is not None and member.state.attempts == send.attempt:  # also if it has timed out meanwhile
             member.flight.confirm(self.writer.now(), known=receipt.reason is not None)
         if receipt.reason is not None:  # None: the outcome is unknown, and the attempt timer decides
             self._take_receipt(send, receipt.reason)

@@ -83,6 +83,7 @@ async def lives(bench: Bench) -> None:
     bench.wire.due[-1][1](Receipt(written=True, reason=0x87))
     await bench.becomes(refused, "failed")
     inferred = await flying("lock-1", "unlock")
+    bench.wire.due[-1][1](Receipt(written=True, reason=0))
     bench.says(b"ok", "lock-1")
     await bench.becomes(inferred, "executed")
 

@@ -161,7 +161,7 @@ def refused(request: Request[Any, Any, Any], error: Refusal) -> Response[ErrorBo
     services = _services(request)
     services.metrics.refused(error.kind)
     if error.kind in TOLD:
-        client = request.scope["client"]
+        client = request.scope.get("client")  # ASGI: optional
         line = {"code": error.kind, "method": request.scope["method"], "path": shown(request.scope["path"])}
         services.often.info("http.refused", line | {"address": client[0] if client else "local"})
     return Held(body, status_code=STATUS[error.kind], headers=headers)

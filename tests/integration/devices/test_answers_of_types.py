@@ -53,6 +53,7 @@ async def test_the_text_of_one_command_does_not_answer_another(tmp_path: Path) -
         await bench.device(type="tasmota_plug", online=False)
         command = await bench.order(type="turn_off")
         await until(lambda: len(bench.wire.sent) == 1)
+        bench.wire.receipt()
 
         says(bench, "stat/POWER", b"ON")
         says(bench, "stat/POWER", b"OFF")
@@ -70,6 +71,7 @@ async def test_a_retained_text_is_no_answer(tmp_path: Path) -> None:
         await bench.device(type="tasmota_plug", online=False)
         command = await bench.order(type="turn_off")
         await until(lambda: len(bench.wire.sent) == 1)
+        bench.wire.receipt()
 
         unmatched = list[str]()
         bench.core.intake.on_unmatched = unmatched.append
@@ -86,6 +88,7 @@ async def test_an_answer_is_read_with_the_type_the_command_was_created_with(tmp_
         device = await bench.device(type="tasmota_plug", online=False)
         command = await bench.order(type="turn_on")
         await until(lambda: len(bench.wire.sent) == 1)
+        bench.wire.receipt()
 
         await bench.core.registry.change(ME, device.id, Changed(device_type="generic"))
         says(bench, "stat/POWER", b"ON")

@@ -456,6 +456,7 @@ def test_a_lane_shut_for_answers_without_id_is_shut_for_relays_too() -> None:
         first, second = await desk.sent("bell-1", "ring"), await desk.sent("bell-1", "ring")
         await until(lambda: len(desk.wire.sent) == 1)
         assert await fetched(desk.key, device="bell-1") == []
+        desk.wire.receipt()
         desk.says(b"ok", "bell-1")
         await desk.becomes(first, "executed")
         assert await fetched(desk.key, device="bell-1") == []

@@ -664,6 +664,7 @@ async def _waits_for_a_doubled_answer(bench: Bench) -> str:
     first = await bench.order(type="lock")
     second = await bench.order(type="unlock")
     await bench.becomes(first.id, "published")
+    bench.wire.receipt()
     bench.says(b"ok")
     await bench.becomes(first.id, "executed")
     return second.id

@@ -264,6 +264,14 @@ class Model(RuleBasedStateMachine):
         means = [c for c in self.known("published", "acknowledged") if c.device == "lock"]
         means += [c for c in self.known("timed_out") if c.device == "lock" and now < c.changed_at + LATE_MS]
         one = means[0] if len(means) == 1 else None
+        if one is not None and not one.sent:
+            one = None  # its bytes never left: the broker may know that, or have forgotten it in a restart
+        for outgoing, done in [due for due in self.wire.due if one is not None]:
+            # Before the MQTT server has confirmed a command, no answer can be to it.
+            if one is not None and (outgoing.correlation or b"").decode() == one.id:
+                self.wire.due.remove((outgoing, done))
+                done(TAKEN)
+                self.settle()
         event = SAID[TEXTS[text]]
         self.say("lock", text, one, event if one is not None and event in FOLLOWS[one.state] else None)
 
