@@ -58,7 +58,7 @@ class Broker:
         self.told.append(f"{hardware_id} offline")
 
     def send(self, payload: bytes, topic: str = RLS, expiry_sec: int | None = None) -> bool:
-        outgoing = Outgoing(topic=topic, payload=payload, expiry_sec=expiry_sec)
+        outgoing = Outgoing(topic=topic, payload=payload, correlation=payload, expiry_sec=expiry_sec)
         return self.link.publish(outgoing, self.receipts.append)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import msgspec
 import pytest
@@ -27,6 +27,8 @@ def sample(cls: Any) -> Any:
             kind = field.type if field.type in given else None
             if kind is None and field.type is events.Error:
                 values[field.name] = events.Error(code="jammed", message="it is jammed", details={"at": 3})
+            elif get_origin(field.type) is dict:
+                values[field.name] = {"output": True}
             elif kind is None:
                 values[field.name] = (get_args(field.type) or ({},))[0]
             else:
