@@ -1,8 +1,7 @@
 """Lanes: for each device, which commands are due now, and when the next timer fires.
 
-Pure. A lane holds the open commands of one device, in order of creation. `CommandState` has the facts
-of the log. `Flight` has what only this process knows about a hand-over; it may be lost at any time,
-and `attempts.recovered` makes it again after a restart.
+Pure. A lane holds the open commands of one device, in order of creation. `CommandState` has the facts of the
+log. `Flight` has what only this process knows; `attempts.recovered` makes it again after a restart.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from broker.domain.events import Transport
 from broker.domain.lifecycle import CommandState, Input, State
 from devices.types import Definition
 
-# Pause after a command closes, for types whose answers carry no id: a repeated answer must not close the
-# next command.
+# Pause after a command closes, for types without ids: a repeated answer must not close the next command.
 IDLESS_PAUSE_MS = 1_000
 TRIPS = 2  # a doubled message is answered twice: there and back again
 
@@ -50,8 +48,8 @@ class Flight:
     `unheard_at` the time of the last one. `hastened`: a live message of the device has ended one of the
     pauses between them.
 
-    `unconfirmed`: the MQTT server has not yet said that it has the bytes, so that no answer can be to them.
-    `confirmed_at`: when it said so. `trip_ms`: the longest time from writing to that, or to the device's ack.
+    `unsent`: number of attempts whose bytes never left. `unconfirmed`: the MQTT server has not yet said that
+    it has the bytes. `confirmed_at`: when it did. `trip_ms`: the longest time until that, or until an ack.
     """
 
     open: bool = False
@@ -70,6 +68,7 @@ class Flight:
     unheard: int = 0
     unheard_at: int | None = None
     hastened: bool = False
+    unsent: int = 0
     unconfirmed: bool = False
     confirmed_at: int = 0
     trip_ms: int = 0
@@ -380,8 +379,10 @@ def observable(lane: Lane, arrived_at: int) -> list[Member]:
 
 
 def is_answerable(member: Member, at: int) -> bool:
-    """May an answer of this time be to this command? Not before the server confirmed its only attempt."""
-    return member.state.attempts > 1 or not (member.flight.unconfirmed or at < member.flight.confirmed_at)
+    """Not before the MQTT server has confirmed it, unless an earlier attempt may have reached the device."""
+    flight = member.flight
+    left = member.state.attempts - flight.refused - flight.missed - flight.unsent
+    return left > 1 or not (flight.unconfirmed or at < flight.confirmed_at)
 
 
 def _unwritten(member: Member, at: int) -> bool:
@@ -392,8 +393,7 @@ def _unwritten(member: Member, at: int) -> bool:
 
 def late_until(member: Member) -> int:
     """Until when (ms) an answer without id can belong to this timed-out command."""
-    closed_at = member.state.closed_at or member.state.updated_at
-    return closed_at + ms(member.definition.late_answer_sec)
+    return (member.state.closed_at or member.state.updated_at) + ms(member.definition.late_answer_sec)
 
 
 def ms(seconds: float) -> int:

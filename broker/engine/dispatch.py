@@ -261,7 +261,7 @@ class Dispatch:
         member = self._at(send)
         now = self.writer.now()
         if member is not None:
-            presence = self.live.presence.get(member.state.device_id, Presence.NEVER)
+            presence, sent = self.live.presence.get(member.state.device_id, Presence.NEVER), False
             if lanes.has_time(member.state, now) and lanes.reachable(member.definition, presence):
                 held = not self.link.direct  # a publish straight to the device takes no slot after its write
                 sent = self.link.publish(send.outgoing, lambda got: self._receipt(send, got, held))
@@ -270,6 +270,7 @@ class Dispatch:
                     member.flight.sent_at = now
                     self.queries.written(member, now)
                 member.flight.unconfirmed = held or not sent
+            member.flight.unsent += not sent
             # Also set if nothing was written: the attempt timer must end the attempt in both cases.
             member.flight.written_at = now
             self.attempts.set_timer(member)

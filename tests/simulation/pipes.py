@@ -155,7 +155,8 @@ class Wire(Connection):
     def observe_said(self, data: bytes) -> None:
         """What reached the server."""
         for packet in self._said.packets(data):
-            self._judge_token()
+            if self.admitted:  # what comes before its CONNACK is refused with it
+                self._judge_token()
             if isinstance(packet, Publish):
                 self.net.record("delivery", Outgoing(topic=packet.topic, payload=packet.payload))
             elif isinstance(packet, p.Ack) and packet.kind == p.PUBACK:

@@ -21,7 +21,7 @@ OF_A_DEVICE = get_args(events.DeviceEvent)
 def sample(cls: Any) -> Any:
     """An instance with every required field set."""
     given: dict[Any, Any] = {str: "lamp-1", int: 1, msgspec.Raw: msgspec.Raw(b'{"a": 1}')}
-    values = {}
+    values: dict[str, Any] = {}
     for field in msgspec.structs.fields(cls):
         if field.required:
             kind = field.type if field.type in given else None

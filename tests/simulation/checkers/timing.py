@@ -14,6 +14,7 @@ from tests.simulation.checkers.wire import CALM_MS, Calm
 from tests.simulation.facts import Facts, data
 from tests.simulation.history import Row, Wire
 
+STOOD_MS = 1_000
 SLACK_MS = 1_500  # of a commit, and of what waits for it
 STOOD_STILL_MS = 10_000
 DRAINED_MS = 1_500
@@ -164,8 +165,20 @@ def salts(facts: Facts) -> Iterator[str]:
 
 
 def late_by_true_time(facts: Facts, record: Wire, row: Row, starts: list[int]) -> int:
-    """How long after its end a command was sent, ms, by true time; within one life of the process."""
+    """How long after its end a command was sent, ms, by true time; within one life of the process.
+
+    After a start with the wall clock before the log's end, the broker's clock stands until the wall clock has
+    caught up (lifecycle.md, "Clock"). What is created meanwhile is measured by that clock.
+    """
     created = facts.created[record.command_id or ""]
+    earlier = reversed(facts.rows[: created["position"]])
+    started = next(each for each in earlier if each["type"] == "started")
+    begun = facts.commit_of(started)
+    made = facts.commit_of(created)
+    if begun is None or made is None:
+        return -1
+    if made.t - begun.t - (created["recorded_at"] - started["recorded_at"]) > STOOD_MS:
+        return -1
     commit, ttl = facts.commit_of(created), data(created).get("ttl_ms")
     if commit is None or ttl is None or any(created["position"] < at < row["position"] for at in starts):
         return -1

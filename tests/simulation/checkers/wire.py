@@ -151,6 +151,10 @@ def s6(facts: Facts) -> Iterator[str]:
             if first is None or last is None or any(0 <= first.t - at < MENDED_MS for at in begun):
                 continue
             # It was decided before its write was asked for, which may have taken long.
-            asked = [write.began for write in facts.history.writes if write.ok and write.t == first.t]
+            asked = [
+                write.began
+                for write in facts.history.writes
+                if write.ok and write.began <= first.t <= write.t
+            ]
             if (took := last.t - min([first.t, *asked])) < ttl - EARLY_MS:
                 yield f"{command_id} had {ttl} ms and ended by time after {took} ms"
