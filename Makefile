@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
 
-.PHONY: help setup run test test-all test-ends check fix docs bench simulate soak dist sbom fuzz audit lock clean \
+.PHONY: help setup run test test-all test-ends test-simulation check fix docs bench simulate soak dist sbom fuzz audit lock clean \
 	mosquitto browser api-tools
 
 help: ## list these targets
@@ -23,6 +23,9 @@ test-all: mosquitto browser ## run all tests with every Python from 3.11 on that
 
 test-ends: mosquitto ## run unit and integration tests with the oldest and the newest Python here
 	@scripts/test-pythons ends
+
+test-simulation: .venv/dev ## run 300 seeds and all planted bugs of the simulation; takes an hour
+	@ORDAIN_SIMULATION=whole .venv/bin/pytest --timeout 3600 tests/simulation/test_simulation.py
 
 check: .venv/dev ## check style and types
 	@.venv/bin/ruff check

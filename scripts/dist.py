@@ -21,7 +21,7 @@ import uv_build
 
 ROOT = Path(__file__).parents[1]
 # The packages that `devices/` imports. pyproject.toml has their versions.
-NEEDED = ("aiomqtt", "paho-mqtt", "msgspec", "pyjwt", "cryptography", "rfc8785", "jsonschema-rs")
+NEEDED = ("aiomqtt", "paho-mqtt", "jmespath", "msgspec", "pyjwt", "cryptography", "rfc8785", "jsonschema-rs")
 NEEDED_BY_RELAY = ("httpx2",)
 
 DEVICE_PROJECT = """\

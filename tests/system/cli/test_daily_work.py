@@ -28,6 +28,8 @@ from tests.system.support import (
     until,
 )
 
+OLD = "UPDATE events SET recorded_at = 1000000000000 + position, decided_at = 1000000000000 + position"
+
 
 def as_json(broker: Broker, *arguments: str) -> Any:
     done = broker.ordain(*arguments, "--json")
@@ -129,7 +131,7 @@ def test_a_purge_asks_first_and_a_dry_run_erases_nothing(new_broker: NewBroker) 
     old = made(broker.ordain("send", "lamp", "on"))
     broker.ordain("commands", "cancel", old)
     with closing(sqlite3.connect(broker.data / "ordain.db")) as sql, sql:  # it is from the year 2001
-        sql.execute("UPDATE events SET recorded_at = 1000000000000 + position")
+        sql.execute(OLD)
         sql.execute("UPDATE commands SET closed_at = 1000000000009")
     purge = ("purge", "--older-than-days", "30")
 
@@ -153,7 +155,7 @@ def test_a_purge_of_device_events_asks_first(broker: Broker) -> None:
         changed = broker.operator("PATCH", "/v1/devices/lamp", {"attributes": {"n": number}})
         assert changed.status_code == 200
     with closing(sqlite3.connect(broker.data / "ordain.db")) as sql, sql:  # they are from the year 2001
-        sql.execute("UPDATE events SET recorded_at = 1000000000000 + position")
+        sql.execute(OLD)
     purge = ("purge", "--device-events", "--older-than-days", "30")
 
     assert as_json(broker, *purge, "--dry-run")["erased"] == 2
