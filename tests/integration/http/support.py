@@ -30,11 +30,19 @@ class NoServer:
     def __init__(self) -> None:
         self.up = False
         self.sent: list[Outgoing] = []
+        self.due: list[Callable[[Receipt], None]] = []
 
     def publish(self, outgoing: Outgoing, done: Callable[[Receipt], None]) -> bool:
         if self.up:
             self.sent.append(outgoing)
+            self.due.append(done)
         return self.up
+
+    def confirm(self) -> None:
+        """Confirms what was published, as an MQTT server does before it delivers an answer."""
+        due, self.due = self.due, []
+        for done in due:
+            done(Receipt(written=True, reason=0))
 
     def listens(self, topic: str) -> bool:
         return True
@@ -72,6 +80,7 @@ class Broker:
 
     def says(self, hardware_id: str, payload: bytes) -> None:
         """Sends an answer of the device."""
+        self.link.confirm()
         self.core.intake.message(Message(topic=f"iotee/dev/{hardware_id}/ack", payload=payload))
 
 

@@ -95,7 +95,8 @@ async def test_a_command_never_expires_unless_its_type_sets_a_ttl(broker: Broker
 
     assert (await command(client, found["lamp-1"]))["expires_at"] is None
     lock = await command(client, found["lock-1"])
-    assert parse_rfc3339(lock["expires_at"]) - parse_rfc3339(lock["created_at"]) == 60_000
+    lives = parse_rfc3339(lock["expires_at"]) - parse_rfc3339(lock["created_at"])
+    assert 59_000 < lives <= 60_000  # the decision is some ms before its event
 
 
 async def test_the_reason_against_a_device_is_a_short_sentence(tmp_path: Path) -> None:

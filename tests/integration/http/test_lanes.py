@@ -350,6 +350,8 @@ async def test_the_system_state_counts_only_what_the_key_may_see(broker: Broker)
         "up": True,
         "url": "mqtt://127.0.0.1:1883",
         "listener": None,
+        "rules": None,
+        "users": "none",
     }
     assert seen["not_ready"] == []
     assert seen["uptime_sec"] >= 0

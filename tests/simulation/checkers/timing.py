@@ -172,7 +172,7 @@ def late_by_true_time(facts: Facts, record: Wire, row: Row, starts: list[int]) -
     """
     created = facts.created[record.command_id or ""]
     earlier = reversed(facts.rows[: created["position"]])
-    started = next(each for each in earlier if each["type"] == "started")
+    started = next((each for each in earlier if each["type"] == "started"), created)
     begun = facts.commit_of(started)
     made = facts.commit_of(created)
     if begun is None or made is None:
