@@ -45,8 +45,7 @@ class Flight:
     server refused. `dropped`: number of attempts that ended because the device went offline.
 
     For attempts that met no subscriber: `missed` is their number, `unheard` their number in a row,
-    `unheard_at` the time of the last one. `hastened`: a live message of the device has ended one of the
-    pauses between them.
+    `unheard_at` the time of the last one. `hastened`: a live message has ended a pause between them.
 
     `unsent`: number of attempts whose bytes never left. `unconfirmed`: the MQTT server has not yet said that
     it has the bytes. `confirmed_at`: when it did. `trip_ms`: the longest time until that, or until an ack.
@@ -165,7 +164,7 @@ def due(
     """The commands to hand over by MQTT now, in lane order; at most `slots`.
 
     `drained`: the answers queued at the MQTT server have been read. Before that, an answer without id may
-    belong to an earlier command, so no command of a type without ids may start. `listens(topic)`: does the
+    belong to an earlier command, so no command of a type without ids is sent. `listens(topic)`: does the
     device subscribe to this topic? It may subscribe to only some of its topics.
 
     The caller checks that the link is up. A pending command that may not be handed over blocks the
@@ -175,6 +174,7 @@ def due(
     taken = 0
     for member in lane.members.values():
         state, definition = member.state, member.definition
+        unsure = not (drained or definition.carries_ids)
         if len(found) >= slots:
             break
         if state.state is State.PENDING:
@@ -183,7 +183,7 @@ def due(
             if (
                 taken >= definition.max_in_flight
                 or now < lane.shut_until
-                or not (drained or definition.carries_ids)
+                or unsure
                 or "mqtt" not in definition.transports
                 or not reachable(definition, presence)
                 or not _hears(member, listens)
@@ -193,7 +193,7 @@ def due(
             taken += 1
         elif member.holds_slot:
             taken += 1
-            if resendable(member, presence, now) and _hears(member, listens):
+            if not unsure and resendable(member, presence, now) and _hears(member, listens):
                 found.append(member)
     return found
 

@@ -110,7 +110,7 @@ class Drain:
 
     def __init__(self) -> None:
         self._ends: int | None = None
-        self._back: dict[str, int] = {}  # earlier ends, for devices that have reconnected
+        self._back: dict[str, int] = {}  # the ends of devices that have reconnected
 
     def begin(self, now: int, *, direct: bool) -> int:
         """Starts the drain; returns its latest end. `direct`: devices connect to the broker directly."""
@@ -123,9 +123,13 @@ class Drain:
         self._ends = None
 
     def came(self, device_id: str, now: int) -> None:
-        """A device reconnected and sends its queued answers now: its drain ends `AFTER_MS` from now."""
-        if self._ends is not None and now < self._ends:
-            self._back.setdefault(device_id, now + AFTER_MS)
+        """A device reconnected and sends the answers that it kept: its drain ends `AFTER_MS` from now."""
+        if self._ends is None:
+            return
+        if now < self._ends:
+            self._back.setdefault(device_id, min(self._ends, now + AFTER_MS))
+        else:
+            self._back[device_id] = now + AFTER_MS
 
     def ends(self, device_id: str) -> int | None:
-        return None if self._ends is None else min(self._ends, self._back.get(device_id, self._ends))
+        return None if self._ends is None else self._back.get(device_id, self._ends)

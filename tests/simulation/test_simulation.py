@@ -28,7 +28,6 @@ WHOLE = os.environ.get("ORDAIN_SIMULATION") == "whole"
 SEEDS, CHUNK = (300, 5) if WHOLE else (60, 5)
 # Seeds that break an invariant today, with what is known about them. A mended one makes its test fail.
 RED = {
-    43: "A3: a device repeats old answers without id while it gets a new command, at the listener",
     47: "S6: a command whose commit took 70 s has its TTL counted from the decision",
 }
 # Planted bugs that take more than some seeds, so more than some seconds.

@@ -256,6 +256,15 @@ def test_a_non_repeatable_command_is_never_due_again() -> None:
     assert due(lane(member("a", PUBLISHED, repeatable=False))) == []
 
 
+def test_nothing_without_ids_is_sent_while_answers_from_before_may_come() -> None:
+    for carries_ids in (True, False):
+        for events in ((), (PUBLISHED,)):
+            waiting = lane(member("a", *events, carries_ids=carries_ids))
+            found = lanes.due(waiting, Presence.ONLINE, T, 100, drained=False)
+            assert [hand.state.id for hand in found] == (["a"] if carries_ids else [])
+            assert due(waiting) == ["a"]
+
+
 # --- fetches without MQTT
 
 PULLED: dict[str, Any] = {"transports": ("mqtt", "relay", "heartbeat")}
