@@ -20,6 +20,7 @@ EARLY_MS = 15_000
 MENDED_MS = 400_000
 DAY_MS = 86_400_000
 LEEWAY_MS = 3_000
+WAITED_MS = 1_000
 
 
 class Calm:
@@ -69,8 +70,13 @@ def d2(facts: Facts) -> Iterator[str]:
 
 
 def _left(facts: Facts, device_id: str, at: int) -> bool:
-    rows = facts.streams.get(f"device/{device_id}", ())
-    return any(row["type"] == "offline" and abs(row["recorded_at"] - at) < WRITTEN_MS for row in rows)
+    """Was the device away then, or did it leave at about that time?"""
+    rows = [
+        row for row in facts.streams.get(f"device/{device_id}", ()) if row["type"] in ("online", "offline")
+    ]
+    before = [row["type"] for row in rows if row["recorded_at"] <= at]
+    left = any(row["type"] == "offline" and abs(row["recorded_at"] - at) < WRITTEN_MS for row in rows)
+    return left or before[-1:] == ["offline"]
 
 
 def d5(facts: Facts) -> Iterator[str]:
@@ -150,11 +156,12 @@ def s6(facts: Facts) -> Iterator[str]:
             # A process that starts with a clock before its log takes a new one once it is mended.
             if first is None or last is None or any(0 <= first.t - at < MENDED_MS for at in begun):
                 continue
-            # It was decided before its write was asked for, which may have taken long.
+            # It was decided before its write was asked for, maybe while the write before that took long.
+            own = [write.began for write in facts.history.writes if write.ok and write.t == first.t]
             asked = [
                 write.began
                 for write in facts.history.writes
-                if write.ok and write.began <= first.t <= write.t
+                if write.ok and own and own[0] - WAITED_MS <= write.t <= first.t
             ]
             if (took := last.t - min([first.t, *asked])) < ttl - EARLY_MS:
                 yield f"{command_id} had {ttl} ms and ended by time after {took} ms"
