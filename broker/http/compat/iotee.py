@@ -17,13 +17,13 @@ from msgspec import UNSET, Meta, UnsetType
 from broker.domain.errors import Refusal, invalid
 from broker.domain.lifecycle import CommandState, State
 from broker.engine.commands import Order
-from broker.engine.erasures import MAX_DAYS
 from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
 from broker.http.v1 import views
 from broker.http.v1.commands import CommandName, KeyHeader, one_key
 from broker.http.v1.devices import find_device
+from broker.http.v1.events import WholeDays
 from broker.http.v1.reading import find
 from broker.http.v1.repairs import MAY_REPEAT
 from broker.http.v1.views import CommandError, Time
@@ -133,15 +133,7 @@ class RetriedCommand(msgspec.Struct, frozen=True, kw_only=True):
 class PurgeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The age of the commands to erase."""
 
-    older_than_days: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=MAX_DAYS,
-            description="Whole days before today (UTC); 0 means everything before today.",
-            examples=[90],
-        ),
-    ]
+    older_than_days: WholeDays
 
 
 class PurgedCommands(msgspec.Struct, frozen=True, kw_only=True):

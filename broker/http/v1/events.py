@@ -296,18 +296,21 @@ def _seen(feed: Feed, field: str, position: int) -> int:
     return position
 
 
+WholeDays = Annotated[
+    int,
+    Meta(
+        ge=0,
+        le=MAX_DAYS,
+        description="Whole days before today (UTC); 0 means everything before today.",
+        examples=[90],
+    ),
+]
+
+
 class EventPurgeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The age of the device events to erase."""
 
-    older_than_days: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=MAX_DAYS,
-            description="Whole days before today (UTC); 0 means everything before today.",
-            examples=[90],
-        ),
-    ]
+    older_than_days: WholeDays
     dry_run: Annotated[bool, Meta(description="Only count them.")] = False
 
 
