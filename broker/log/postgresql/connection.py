@@ -92,6 +92,13 @@ async def goodbye(connection: Connection | None) -> None:
 FAILURES = (pg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 _CONFLICTS = ("23505", "OD002", "OD003", "OD004")
 _BROKEN = ("XX001", "XX002", "58030")
+# Lost connection, rollback, resources, locks, an operator's act, the server's system.
+_PASSING = ("08", "40", "53", "55", "57", "58")
+
+
+def passes(error: BaseException | None) -> bool:
+    """True if the same statement may succeed later. What the server refuses as such, it refuses again."""
+    return not isinstance(error, pg.PostgresError) or (error.sqlstate or "")[:2] in _PASSING
 
 
 def translated(error: BaseException) -> Exception:

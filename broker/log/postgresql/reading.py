@@ -16,6 +16,7 @@ from broker.log.postgresql.connection import (
     connect,
     end,
     goodbye,
+    passes,
     translated,
 )
 from broker.log.postgresql.form import fault
@@ -76,7 +77,7 @@ class Readers:
         `patience` of this task lasts.
 
         Raises:
-            Unknown: the server cannot be reached, or the connection was lost.
+            Unknown: the server cannot be reached, the connection was lost, or it refuses what `work` asks.
         """
         loop, bound = asyncio.get_running_loop(), patience.get()
         until = None if bound is None else loop.time() + bound
@@ -84,7 +85,7 @@ class Readers:
             try:
                 return await self._read(work)
             except Unknown as error:
-                if until is not None and loop.time() >= until:
+                if not passes(error.__cause__) or (until is not None and loop.time() >= until):
                     raise
                 logger.warning("log.read_waits", error=str(error))
             await asyncio.sleep(AGAIN_SEC)
