@@ -223,7 +223,7 @@ function Search() {
   const [text, write] = useState("");
   const [found, set] = useState(null);
   const [active, move] = useState(0);
-  const entered = useRef(false); // Enter came before the answer for this text: its first entry is opened then
+  const entered = useRef(null); // the text for which Enter came before the answer: its first entry is opened then
   const open = (one) => {
     if (!one) return;
     write("");
@@ -231,7 +231,6 @@ function Search() {
     go(one.to, one.query);
   };
   useEffect(() => {
-    entered.current = false;
     if (!text.trim()) {
       set(null);
       return;
@@ -241,19 +240,22 @@ function Search() {
       if (stop.signal.aborted) return;
       set({ of: text, list });
       move(0);
-      if (entered.current) open(list[0]);
     };
     const later = setTimeout(() => search(text.trim(), stop.signal).then(show, (error) => stop.signal.aborted || set({ of: text, list: [], error })), 120);
     return () => (clearTimeout(later), stop.abort());
   }, [text]);
+  useEffect(() => {
+    if (found && found.of === entered.current) open(found.list[0]);
+  }, [found]);
   const list = found?.list ?? [];
   const shown = found !== null;
   const key = (event) => {
-    if (!text.trim()) return;
+    const { value } = event.target; // `text` is older until the next frame
+    if (!value.trim()) return;
     if (event.key === "ArrowDown") move(Math.max(0, Math.min(active + 1, list.length - 1)));
     else if (event.key === "ArrowUp") move(Math.max(active - 1, 0));
-    else if (event.key === "Enter" && found?.of === text) open(list[active]);
-    else if (event.key === "Enter") entered.current = true;
+    else if (event.key === "Enter" && found?.of === value) open(list[active]);
+    else if (event.key === "Enter") entered.current = value;
     else if (event.key === "Escape") write("");
     else return;
     event.preventDefault();
@@ -261,7 +263,7 @@ function Search() {
   return html`<div class="search" role="search">
     <input id="search" type="search" placeholder="/ search" aria-label="Search by id, device or name" autocomplete="off" spellcheck="false"
       role="combobox" aria-expanded=${shown} aria-controls="found" aria-activedescendant=${list.length ? `found-${active}` : null}
-      value=${text} onInput=${(event) => write(event.target.value)} onKeyDown=${key} />
+      value=${text} onInput=${(event) => ((entered.current = null), write(event.target.value))} onKeyDown=${key} />
     ${shown && html`<ul id="found" role="listbox" aria-label="Found">
       ${list.map((one, index) => html`<li key=${one.to + one.kind} id="found-${index}" role="option" aria-selected=${index === active} onMouseDown=${(event) => (event.preventDefault(), open(one))}><bdi>${one.title}</bdi> <span class="dim">${one.kind}</span></li>`)}
       ${!list.length && html`<li role="option" aria-selected="false" class="dim">${found.error ? found.error.message : "Not found. Parts of names are searched in the newest 1,000 devices."}</li>`}
