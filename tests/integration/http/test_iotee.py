@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,19 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 @pytest.fixture
 async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
-    async with running(tmp_path / "data") as broker:
+    """A broker whose clock moves by the turns of its loop. On a busy machine, a real clock would bring a
+    second attempt, and with it the device's word would be ambiguous."""
+    clock = ManualClock()
+
+    async def ticks() -> None:
+        while True:
+            clock.pass_ms(1)
+            await asyncio.sleep(0.001)
+
+    async with running(tmp_path / "data", clock=clock) as broker:
+        ticking = asyncio.create_task(ticks())
         yield broker
+        ticking.cancel()
 
 
 async def admin(broker: Broker) -> httpx2.AsyncClient:
@@ -156,25 +166,8 @@ async def test_a_repeated_request_returns_the_first_command(broker: Broker) -> N
         error_of(gone, 410, "gone")
 
 
-@asynccontextmanager
-async def by_turns(directory: Path) -> AsyncIterator[Broker]:
-    """A broker whose clock moves by the turns of its loop. On a busy machine, a real clock would bring a
-    second attempt, and with it the device's word would be ambiguous."""
-    clock = ManualClock()
-
-    async def ticks() -> None:
-        while True:
-            clock.pass_ms(1)
-            await asyncio.sleep(0.001)
-
-    async with running(directory, clock=clock) as broker:
-        ticking = asyncio.create_task(ticks())
-        yield broker
-        ticking.cancel()
-
-
-async def test_every_state_has_its_status_word(tmp_path: Path) -> None:
-    async with by_turns(tmp_path / "data") as broker, await broker.someone() as client:
+async def test_every_state_has_its_status_word(broker: Broker) -> None:
+    async with await broker.someone() as client:
         await register(client, "ABC123", type="iotee_device")
         waits = (await client.post("/devices/ABC123/commands", json={"command": "lock"})).json()
         await client.delete(f"/v1/devices/ABC123/commands/{waits['command_id']}")
