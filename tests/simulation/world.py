@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import gc
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any, Literal
 
 import apsw
@@ -465,7 +463,6 @@ def simulate(seed: int, *, synchronous: Synchronous = "FULL", kind: ServerKind |
             world.inspect()
         return world
 
-    _settle()
     began = time.process_time()
     with quiet(logged):
         world = run(main, seed, max_time=LONGEST_SEC)
@@ -489,14 +486,6 @@ def simulate(seed: int, *, synchronous: Synchronous = "FULL", kind: ServerKind |
         virtual_sec=world.loop.time(),
         cpu_sec=time.process_time() - began,
     )
-
-
-@cache
-def _settle() -> None:
-    """Excludes imported modules from garbage collection: scanning them after each run takes a sixth of the
-    time."""
-    gc.collect()
-    gc.freeze()
 
 
 @contextmanager
