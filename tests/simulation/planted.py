@@ -351,13 +351,14 @@ LISTENER_BUGS = (
     ),
     Bug(
         name="a packet id is used twice",
+        first=29,
         caught_by=frozenset({"M1"}),
         patches=((Session, "_next_id", _always_the_same),),
         kind=LISTENER,
     ),
     Bug(
         name="the window is one too large",
-        first=5,
+        first=17,
         caught_by=frozenset({"M2"}),
         patches=((Session, "_connect", _one_more),),
         kind=LISTENER,
@@ -378,12 +379,13 @@ BUGS = (
     ),
     Bug(
         name="erased and still in memory",
-        first=2,
+        first=18,
         caught_by=frozenset({"E2", "E3", "S4"}),
         patches=((Live, "forget", _kept_in_memory),),
     ),
     Bug(
         name="a purge ends with its process",
+        first=18,
         caught_by=frozenset({"E3"}),
         patches=((Erasures, "load", _never_resumed),),
     ),
@@ -404,13 +406,13 @@ BUGS = (
     ),
     Bug(
         name="no device de-duplication",
-        first=2,
+        first=6,
         caught_by=frozenset({"D3"}),
         patches=((RamMemory, "get", _forgotten),),
     ),
     Bug(
         name="cancel race",
-        first=1,
+        first=8,
         caught_by=frozenset({"R6", "L1"}),
         patches=((Commands, "cancel", _cancel_by_projection),),
     ),
@@ -431,12 +433,13 @@ BUGS = (
     ),
     Bug(
         name="synchronous=NORMAL",
-        first=1,
+        first=8,
         caught_by=frozenset({"R1", "S1"}),
         synchronous="NORMAL",
     ),
     Bug(
         name="no resend",
+        first=24,
         caught_by=frozenset({"L4"}),
         patches=((lanes, "resendable", _never_again),),
     ),
@@ -453,11 +456,13 @@ BUGS = (
     ),
     Bug(
         name="presence ignored",
+        first=6,
         caught_by=frozenset({"D9"}),
         patches=((lanes, "reachable", _always_there),),
     ),
     Bug(
         name="attempts that end by going offline are not bounded",
+        first=10,
         caught_by=frozenset({"D12"}),
         patches=(
             (attempts, "is_exhausted", _never_exhausted),
@@ -477,11 +482,13 @@ BUGS = (
     ),
     Bug(
         name="retry of an open command",
+        first=6,
         caught_by=frozenset({"R8"}),
         patches=((Commands, "_check_retry", _never_checked),),
     ),
     Bug(
         name="timers fire while the link is down",
+        first=10,
         caught_by=frozenset({"A5"}),
         patches=((Dispatch, "drained", _no_waiting),),
     ),
@@ -492,21 +499,25 @@ BUGS = (
     ),
     Bug(
         name="leases forgotten at a restart",
+        first=5,
         caught_by=frozenset({"D11"}),
         patches=((attempts, "recovered", _lease_forgotten),),
     ),
     Bug(
         name="anybody may report",
+        first=20,
         caught_by=frozenset({"A6", "R9"}),
         patches=((decisions, "_as_report", _take_their_word),),
     ),
     Bug(
         name="webhook's cursor beyond what is undelivered",
+        first=1,
         caught_by=frozenset({"S5"}),
         patches=((Window, "progress", _all_delivered),),
     ),
     Bug(
         name="webhooks out of order",
+        first=1,
         caught_by=frozenset({"S5"}),
         patches=((Window, "looked", _each_for_itself),),
     ),
@@ -517,11 +528,13 @@ BUGS = (
     ),
     Bug(
         name="a gap between history and live",
+        first=1,
         caught_by=frozenset({"S5"}),
         patches=((Subscription, "put", _deaf_while_reading),),
     ),
     Bug(
         name="any answer is a delivery",
+        first=1,
         caught_by=frozenset({"S5"}),
         patches=((Attempt, "delivered", True),),
     ),
