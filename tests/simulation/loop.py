@@ -77,27 +77,74 @@ class _Future(asyncio.Future[T]):
 
 
 class _Task(asyncio.Task[T]):
-    """A task that hashes by its number, for the same reason as `_Future`."""
+    """A task that hashes by its number, for the same reason as `_Future`. `label`: its part of the trace."""
 
-    __slots__ = ("_number",)
+    __slots__ = ("_number", "label")
 
     def __init__(self, coro: Coroutine[Any, Any, T], *, loop: SimLoop, **options: Any) -> None:
         self._number = loop.number()
+        self.label = _named(coro)
         super().__init__(coro, loop=loop, **options)
 
     def __hash__(self) -> int:
         return self._number
 
 
+class _Handle:
+    """A call that is due, or a timer: asyncio's handles without their debug mode, which costs more than most
+    calls."""
+
+    __slots__ = ("_args", "_callback", "_cancelled", "_context", "_loop", "_scheduled", "_when")
+
+    def __init__(
+        self,
+        loop: SimLoop,
+        when: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        context: contextvars.Context | None,
+    ) -> None:
+        self._loop = loop
+        self._when = when
+        self._callback = callback
+        self._args = args
+        self._context = contextvars.copy_context() if context is None else context
+        self._cancelled = self._scheduled = False
+
+    def cancel(self) -> None:
+        if not self._cancelled:
+            self._cancelled = True
+            self._callback, self._args = _nothing, ()
+            if self._scheduled:
+                self._loop.timer_cancelled()
+
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def when(self) -> float:
+        return self._when
+
+    def run(self) -> None:
+        try:
+            self._context.run(self._callback, *self._args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._loop.call_exception_handler({"message": "a callback failed", "exception": error})
+
+
+def _nothing() -> None:
+    """The callback of a cancelled handle."""
+
+
 class SimLoop(asyncio.BaseEventLoop):
     """The loop. `kill` ends a process: its handles never run again, and its `finally` blocks do not run."""
 
     # Private attributes of BaseEventLoop; they are the same in Python 3.11 to 3.14.
-    _ready: deque[Any]
-    _scheduled: list[Any]
+    _ready: deque[_Handle]
+    _scheduled: list[tuple[float, int, _Handle]]
     _stopping: bool
     _thread_id: int | None
-    _timer_cancelled_count: int
 
     def __init__(
         self,
@@ -113,6 +160,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self.trace = 0
         self.unhandled: list[tuple[str, BaseException | None]] = []
         self._now = 0.0
+        self._cancelled = 0  # of the timers that are kept
         self._moved_at = 0
         self._max_steps = max_steps
         self._max_idle_steps = max_idle_steps
@@ -207,11 +255,32 @@ class SimLoop(asyncio.BaseEventLoop):
                     continue
             self.steps += 1
             self.trace = zlib.crc32(_label(handle._callback), self.trace)
-            handle._run()
+            handle.run()
             if self._stopping:
                 return
             if not self.steps % 1024:
                 self._check_budget()
+
+    def call_soon(
+        self,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        if self.is_closed():
+            raise RuntimeError("Event loop is closed")
+        handle = _Handle(self, self._now, callback, args, context)
+        self._ready.append(handle)
+        return cast(asyncio.Handle, handle)
+
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self._now + delay, callback, *args, context=context)
 
     def call_at(
         self,
@@ -221,20 +290,23 @@ class SimLoop(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         """Keeps timers as tuples: comparing two TimerHandles is slow Python code."""
-        timer: Any = asyncio.TimerHandle(when, callback, args, self, context)
+        timer = _Handle(self, when, callback, args, context)
         heapq.heappush(self._scheduled, (when, self.number(), timer))
         timer._scheduled = True
         return cast(asyncio.TimerHandle, timer)
 
+    def timer_cancelled(self) -> None:
+        self._cancelled += 1
+
     def _advance(self) -> None:
         """Nothing is ready: moves the clock to the next timer and makes all due timers ready."""
         timers, pop = self._scheduled, heapq.heappop
-        if self._timer_cancelled_count > 100 and self._timer_cancelled_count * 2 > len(timers):
+        if self._cancelled > 100 and self._cancelled * 2 > len(timers):
             self._keep_timers(lambda timer: not timer._cancelled)
             timers = self._scheduled
         while timers and timers[0][2]._cancelled:
             pop(timers)[2]._scheduled = False
-            self._timer_cancelled_count -= 1
+            self._cancelled -= 1
         if not timers:
             raise Deadlock(f"at {self._now:.3f} s nothing is ready and no timer is set")
         self._now = now = max(self._now, timers[0][0])
@@ -256,7 +328,7 @@ class SimLoop(asyncio.BaseEventLoop):
                 each[2]._scheduled = False
         heapq.heapify(kept)
         self._scheduled = kept
-        self._timer_cancelled_count = 0
+        self._cancelled = 0
 
     def _check_budget(self) -> None:
         if self.steps > self._max_steps:
@@ -324,9 +396,14 @@ class SimLoop(asyncio.BaseEventLoop):
 
 
 def _label(callback: Any) -> bytes:
-    owner = getattr(callback, "__self__", None)
+    owner: Any = getattr(callback, "__self__", None)
     if owner.__class__ is _Task:
-        callback = owner.get_coro()
+        label: bytes = owner.label
+        return label
+    return _named(callback)
+
+
+def _named(callback: Any) -> bytes:
     name: str = getattr(callback, "__qualname__", None) or type(callback).__name__
     label = _LABELS.get(name)
     if label is None:

@@ -198,13 +198,13 @@ class World:
         return close
 
     def _committed(self, connection: apsw.Connection) -> None:
-        new = "SELECT position, data FROM events WHERE position > ? AND data IS NOT NULL ORDER BY position"
+        new = "SELECT position, data FROM events WHERE position > ? ORDER BY position"
         rows: Any = connection.execute(new, (self._seen,)).fetchall()
         for position, data in rows:
-            self.history.recorded(position, data)
+            if data is not None:
+                self.history.recorded(position, data)
             self._seen = position
-        found: Any = connection.execute("SELECT coalesce(max(position), 0) FROM events").fetchall()
-        self.history.committed(found[0][0])
+        self.history.committed(self._seen)
 
     def _process_ended(self, task: asyncio.Task[None]) -> None:
         """The process ended by itself: on request, or because its storage failed."""
