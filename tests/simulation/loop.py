@@ -28,6 +28,7 @@ Ts = TypeVarTuple("Ts")
 _NODE: contextvars.ContextVar[Node | None] = contextvars.ContextVar("node", default=None)
 # Collect garbage after a fixed number of steps, not by allocation count, which differs between processes.
 _STEPS_PER_COLLECTION = 1 << 16
+_RUNS, _RUNS_PER_COLLECTION = itertools.count(), 12
 # A coroutine that awaits in `finally` ignores its first GeneratorExit; each further one passes one more
 # await.
 _CLOSE_TRIES = 100
@@ -413,6 +414,8 @@ def _named(callback: Any) -> bytes:
 
 def run(main: Callable[[SimLoop], Awaitable[T]], seed: int | str = 0, **budgets: Any) -> T:
     """Runs a whole world from one seed. Raises RuntimeError for an exception that no code handled."""
+    if next(_RUNS) % _RUNS_PER_COLLECTION == 0:
+        gc.collect()  # the worlds of earlier runs
     gc.freeze()  # only this world is searched for garbage: all modules and tests of a process take 0.4 s
     loop = SimLoop(seed, **budgets)
     try:

@@ -450,7 +450,7 @@ BUGS = (
     ),
     Bug(
         name="no result timer",
-        first=1,
+        first=9,
         caught_by=frozenset({"L4"}),
         patches=((Attempts, "set_timer", _never_timed),),
     ),
@@ -511,13 +511,13 @@ BUGS = (
     ),
     Bug(
         name="webhook's cursor beyond what is undelivered",
-        first=1,
+        first=12,
         caught_by=frozenset({"S5"}),
         patches=((Window, "progress", _all_delivered),),
     ),
     Bug(
         name="webhooks out of order",
-        first=1,
+        first=6,
         caught_by=frozenset({"S5"}),
         patches=((Window, "looked", _each_for_itself),),
     ),
@@ -528,13 +528,13 @@ BUGS = (
     ),
     Bug(
         name="a gap between history and live",
-        first=1,
+        first=8,
         caught_by=frozenset({"S5"}),
         patches=((Subscription, "put", _deaf_while_reading),),
     ),
     Bug(
         name="any answer is a delivery",
-        first=1,
+        first=6,
         caught_by=frozenset({"S5"}),
         patches=((Attempt, "delivered", True),),
     ),
