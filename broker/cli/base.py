@@ -15,7 +15,6 @@ import msgspec
 from cyclopts import Parameter
 
 from broker.operations.asking import REFUSED, Client, Failed
-from broker.private_socket import SocketClient, answers
 from broker.settings import Settings, load
 
 T = TypeVar("T")
@@ -78,6 +77,8 @@ def ask(
     `work` awaits its client and `pause`, nothing else. `make`: `work` may create the log. All other
     commands must not create a log in a wrong directory.
     """
+    from broker.private_socket import SocketClient, answers  # an HTTP client, which help does not need
+
     settings = settings_of(config, data=data)
     directory = Path(settings.data)
     if answers(directory):

@@ -22,7 +22,6 @@ from broker import __version__
 from broker.cli.base import escaped
 from broker.domain.errors import Unavailable
 from broker.operations.asking import DONE, REFUSED, UNREACHABLE, USAGE, Failed
-from broker.seams import Broken, Conflict, Fenced, Full, InUse, Unknown
 from broker.settings import BadSetting
 
 # Name -> the function or App behind it, and its line in `ordain --help`, which is the first line of its help.
@@ -93,10 +92,9 @@ COMMANDS = {
 
 # Errors with a sentence for the user, by where they are defined. What no module has loaded cannot have
 # been raised, so none of these is imported here.
-EXPECTED = (
-    CycloptsError, BadSetting, Failed, Broken, Conflict, Fenced, Full, InUse, Unavailable, Unknown, OSError,
-)  # fmt: skip
+EXPECTED = (CycloptsError, BadSetting, Failed, Unavailable, OSError)
 EXPECTED_IF_LOADED = (
+    *(("broker.seams", name) for name in ("Broken", "Conflict", "Fenced", "Full", "InUse", "Unknown")),
     ("sqlite3", "Error"),
     ("httpx2", "HTTPError"),
     ("devices.types", "BadType"),
