@@ -26,7 +26,6 @@ from litestar.types import ASGIApp
 from broker import supervisor
 from broker.control import refuse_replay, remember_prefix, services
 from broker.core import Core
-from broker.demo import Demo
 from broker.http.app import create_app, metrics_app
 from broker.http.edge.protocol import Bounded
 from broker.http.edge.services import Services
@@ -156,6 +155,8 @@ async def _serve(
 
 async def _demo(core: Core, settings: Settings, url: str, base: str, say: Callable[[str], None]) -> None:
     """The demo only helps a newcomer. If it fails, the log says why, and the broker goes on."""
+    from broker.demo import Demo  # a device's agent, which a broker does not need
+
     try:
         # Not the broker's own client certificate: a server may take it for who a device is.
         tls = trust(settings.mqtt_ca) if settings.mqtt_ca else None
