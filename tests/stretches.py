@@ -22,7 +22,6 @@ class Stretches:
         self._handle: asyncio.Handle | None = None
 
     async def __aenter__(self) -> Self:
-        gc.collect()
         gc.freeze()  # as `ordain serve` does: what other tests left behind must not be searched
         await asyncio.sleep(0)
         self._since = time.thread_time()
