@@ -109,7 +109,10 @@ class Session:
         left = self._limits.packets_at_once
         try:
             while left > 0 and self._paid_until <= now:
-                if self.state in ("judged", "closed") or len(self._heard) >= self._most_heard:
+                if self.state == "closed" or len(self._heard) >= self._most_heard:
+                    return
+                if self.state == "judged":
+                    self.paused = False  # what is read waits, within a bound; a client that hangs up is noticed
                     return
                 cut = self._splitter.next()
                 if cut is None:

@@ -548,7 +548,7 @@ async def test_a_device_that_is_held_is_not_cut_as_silent() -> None:
 async def test_a_client_that_hangs_up_before_its_verdict_uses_up_no_turn() -> None:
     owner = Owner()
     owner.may_answer.clear()
-    async with listening(owner, admitted_at_once=1, admit_within_sec=30.0) as server:
+    async with listening(owner, admitted_at_once=1, admit_within_sec=600.0) as server:
         async with raw(server, greeting=False) as first:
             first.say(connect())
             await owner.asked.wait()
