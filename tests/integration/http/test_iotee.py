@@ -11,9 +11,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.integration.core_support import ManualClock
 from tests.integration.http.support import READ, Broker, error_of, register, running
-from tests.integration.http.test_commands import state_is
+from tests.integration.http.test_commands import DEADLINE_SEC, state_is
 
 SENT = [
     "command_id", "hardware_id", "device_id", "device_type", "topic", "command", "status", "created_at",
@@ -24,19 +23,8 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 @pytest.fixture
 async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
-    """A broker whose clock moves by the turns of its loop. On a busy machine, a real clock would bring a
-    second attempt, and with it the device's word would be ambiguous."""
-    clock = ManualClock()
-
-    async def ticks() -> None:
-        while True:
-            clock.pass_ms(1)
-            await asyncio.sleep(0.001)
-
-    async with running(tmp_path / "data", clock=clock) as broker:
-        ticking = asyncio.create_task(ticks())
+    async with running(tmp_path / "data") as broker:
         yield broker
-        ticking.cancel()
 
 
 async def admin(broker: Broker) -> httpx2.AsyncClient:
@@ -44,13 +32,16 @@ async def admin(broker: Broker) -> httpx2.AsyncClient:
 
 
 async def lock(broker: Broker, client: httpx2.AsyncClient) -> dict[str, Any]:
-    """Registers the lock ABC123, sets it online, and waits until it may get commands."""
+    """Sends a command to ABC123, and waits until it is on the wire: the device can answer only then."""
+    broker.link.took.clear()
     if not broker.link.up:
         broker.online("ABC123")
     answer = await client.post("/devices/ABC123/commands", json={"command": "lock"})
     assert answer.status_code == 201, answer.text
     sent: dict[str, Any] = answer.json()
     await state_is(client, sent["command_id"], "published")
+    async with asyncio.timeout(DEADLINE_SEC):
+        await broker.link.took.wait()
     return sent
 
 
