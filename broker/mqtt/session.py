@@ -112,7 +112,7 @@ class Session:
                 if self.state == "closed" or len(self._heard) >= self._most_heard:
                     return
                 if self.state == "judged":
-                    self.paused = False  # what is read waits, within a bound; a client that hangs up is noticed
+                    self.paused = False  # what is read waits; a client that hangs up is noticed
                     return
                 cut = self._splitter.next()
                 if cut is None:
