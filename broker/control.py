@@ -42,11 +42,16 @@ FREE_WITHIN_SEC = 10.0
 LOOK_AGAIN_SEC = 0.05
 
 
-def services(core: Core, shown: Settings | None = None, rules: MqttRules | None = None) -> Services:
+def services(
+    core: Core,
+    shown: Settings | None = None,
+    rules: MqttRules | None = None,
+    strangers: Strangers | None = None,
+) -> Services:
     """Builds what the HTTP app needs from a core that is open and has its MQTT link.
 
     `shown`: the settings that `/v1/system` shows, with the real port instead of port 0.
-    `rules`: of the MQTT server; None: no broker serves.
+    `rules`: of the MQTT server; None: no broker serves. `strangers`: if the connections are older.
     """
     metrics = Metrics(core.writer.clock)
     metrics.watch(core)
@@ -55,7 +60,7 @@ def services(core: Core, shown: Settings | None = None, rules: MqttRules | None 
     waits = Waits(core.feed, core.settings.limits.waits_per_project)
     tickets = Tickets(core.writer, core.keys)
     limits = (shown or core.settings).limits
-    strangers = Strangers(limits.strangers, limits.strangers_per_address)
+    strangers = strangers or Strangers(limits.strangers, limits.strangers_per_address)
     metrics.watch_strangers(lambda: strangers.open, strangers.limit, lambda: strangers.closed)
     metrics.watch_streams(lambda: streams.open, lambda: waits.open, lambda: tickets.unused)
     told = metrics.subscribers("mqtt", lambda: core.mqtt_events.lag if core.settings.mqtt_events else 0)

@@ -76,6 +76,8 @@ class Core:
         pepper: bytes | None = None,
     ) -> None:
         self.also_not_ready: Callable[[], list[str]] = list
+        # Whether this process may hand over: with several nodes, only while its lease lasts.
+        self.holds: Callable[[], bool] = lambda: True
         self.storage = storage
         self.settings = settings
         self.writer = Writer(storage, clock, entropy)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from broker.engine.ids import new_id
 from broker.seams import Broken, Node, Served, Sql, Sqlite
-from broker.settings import Settings, log_address
+from broker.settings import BadSetting, Settings, log_address
 from broker.world import DATABASE, LOCK, SqliteStorage, SystemClock, SystemEntropy, lock, open_for_reading
 
+if TYPE_CHECKING:
+    from broker.log.postgresql.log import PostgresLog
+
 INCARNATION = "node.incarnation"
+SHORTEST_SECRET = 32
 
 
 async def open_log(settings: Settings) -> Served:
@@ -40,6 +45,43 @@ async def open_log(settings: Settings) -> Served:
     clock = SystemClock()
     last, incarnation = _incarnation(directory, new_id("node", clock.wall_ms(), SystemEntropy()))
     return OwnedLog(where, Node(incarnation, os.uname().nodename), clock.wall_ms, last, held.close)
+
+
+class Shared(NamedTuple):
+    """A log that several nodes share, which this one does not own yet. `last`: the run of a process in this
+    data directory before this one; it has ended. `secret`: what the nodes know each other by."""
+
+    log: PostgresLog
+    node: Node
+    last: str | None
+    secret: str
+    closed: Callable[[], None]
+
+
+def open_shared(settings: Settings) -> Shared:
+    """The log of these settings, for one node of several.
+
+    Raises:
+        InUse: another process uses the data directory.
+        BadSetting: the setting `log` is wrong, or the secret cannot be read or is too short.
+        OSError: the directory cannot be created or written.
+    """
+    from broker.log.postgresql.log import PostgresLog
+
+    directory, where = Path(settings.data), log_address(settings)
+    try:
+        secret = Path(settings.cluster_secret_file).read_text().strip()
+    except OSError as error:
+        raise BadSetting(
+            f"cluster_secret_file = {settings.cluster_secret_file!r}: cannot be read: {error.strerror}"
+        ) from error
+    if len(secret) < SHORTEST_SECRET or not secret.isascii():
+        raise BadSetting(f"cluster_secret_file: needs at least {SHORTEST_SECRET} letters and digits")
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    held = lock(directory / LOCK)
+    last, incarnation = _incarnation(directory, new_id("node", SystemClock().wall_ms(), SystemEntropy()))
+    node = Node(incarnation, settings.node or os.uname().nodename, settings.advertise)
+    return Shared(PostgresLog(where, incarnation), node, last, secret, held.close)
 
 
 async def _not_moved(sql: Sql) -> None:

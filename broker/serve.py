@@ -1,6 +1,6 @@
 """`ordain serve`: puts all parts together, runs them until a signal arrives, and stops them cleanly.
 
-The only module that knows every part. It must never decide anything about a command.
+It must never decide anything about a command.
 """
 
 from __future__ import annotations
@@ -12,51 +12,26 @@ import resource
 import signal
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
-from functools import partial
-from ipaddress import ip_network
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-import msgspec
 import structlog
-import uvicorn
-from litestar.types import ASGIApp
 
-from broker import supervisor
-from broker.control import refuse_replay, remember_prefix, services
 from broker.core import Core
 from broker.http.app import create_app, metrics_app
-from broker.http.edge.protocol import Bounded
-from broker.http.edge.services import Services
-from broker.mqtt.door import Door, mqtt_door
-from broker.mqtt.external.watch import untrusted
-from broker.mqtt.figures import figures
 from broker.mqtt.tls import Certificates
 from broker.mqtt.websocket import upgrades
 from broker.opening import open_log
-from broker.pepper import pepper_of
-from broker.private_socket import SOCKET, listen
 from broker.seams import Served
-from broker.settings import METRICS, BadSetting, Settings, address, within_files
-from broker.subscriptions.outbound import HttpOutbound
-from broker.type_files import load_types
-from broker.world import SystemClock, SystemEntropy
-from devices.mqtt_url import joined, parse_url
+from broker.serving import supervisor
+from broker.serving.listening import Apps, bound, served
+from broker.serving.owning import owning, trusted
+from broker.settings import METRICS, BadSetting, Settings, within_files
+from devices.mqtt_url import joined
 from devices.tls import trust
 
 logger = structlog.get_logger()
-
-GRACE_SEC = 5  # time for open requests after a signal; the whole shutdown stays under 10 s
-BACKLOG = 2_048
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: they would re-raise SIGTERM and skip the broker's own shutdown."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -> None:
@@ -83,16 +58,21 @@ async def serve(settings: Settings, *, demo: bool, say: Callable[[str], None]) -
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    certificates, tls = _certificates(settings), _trust(settings)
+    certificates, tls = _certificates(settings), trusted(settings)
     if certificates is not None:
         loop.add_signal_handler(signal.SIGHUP, lambda: certificates.look(again=True))
     with ExitStack() as sockets:
-        listening = [sockets.enter_context(_bound("http", settings.http))]
+        listening = [sockets.enter_context(bound("http", settings.http))]
         if settings.https:
-            listening.append(sockets.enter_context(_bound("https", settings.https)))
+            listening.append(sockets.enter_context(bound("https", settings.https)))
         scraped = None
         if settings.metrics not in METRICS:
-            scraped = sockets.enter_context(_bound("metrics", settings.metrics))
+            scraped = sockets.enter_context(bound("metrics", settings.metrics))
+        if settings.advertise:
+            from broker.serving.sharing import share  # others need no HTTP client
+
+            await share(settings, listening, scraped, certificates, tls, stop)
+            return
         storage = await open_log(settings)
         try:
             await _serve(settings, storage, listening, scraped, certificates, tls, demo, say, stop)
@@ -112,45 +92,35 @@ async def _serve(
     say: Callable[[str], None],
     stop: asyncio.Event,
 ) -> None:
-    types = load_types(settings.types, settings.prefix)
-    outbound = HttpOutbound(settings.webhook_allow, verify=_of_webhooks(settings), limits=settings.limits)
-    pepper = pepper_of(Path(settings.data), settings.key_pepper_file)
-    core = Core(storage, SystemClock(), SystemEntropy(), types, settings, outbound, pepper)
-    embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
-    await core.open(embedded=embedded)
-    await refuse_replay(core)
-    await remember_prefix(core)
-    async with core.running("embedded" if embedded else "external") as group:
-        keeping = group.create_task(storage.keep())
-        async with mqtt_door(settings, core, types, stop, certificates, tls) as door:
-            if not settings.mqtt_url:
-                settings = msgspec.structs.replace(settings, mqtt_listen=door.devices_url)
-            parts = services(core, settings, door.rules)
-            if settings.require_mqtt_acl:
-                core.also_not_ready = lambda: untrusted(door.rules)
-            if door.listener is None:
-                parts.metrics.watch_rules(door.rules)
-            parts.metrics.watch_lookups(lambda: outbound.lookups.under_way, lambda: outbound.lookups.refused)
-            if door.listener is not None:
-                parts.metrics.watch_listener(figures(door.listener), door.listener.refusals)
-            async with _http(parts, listening, scraped, Path(settings.data), door, certificates):
-                base = f"http://{joined(*listening[0].getsockname()[:2])}"
-                if scraped is not None:
-                    logger.info("metrics.serving", at=joined(*scraped.getsockname()[:2]))
-                logger.info("broker.serving", http=base, data=settings.data, log=core.log_id)
-                helpers = []
-                if demo:
-                    helpers = [group.create_task(_demo(core, settings, door.devices_url, base, say))]
-                gc.collect()
-                gc.freeze()
-                gc.set_threshold(10_000, 20, 50)
-                supervisor.notify(supervisor.READY, os.environ)
-                await stop.wait()
-                supervisor.notify(supervisor.STOPPING, os.environ)
-                logger.info("broker.ending")
-                for helper in (*helpers, keeping):
-                    helper.cancel()
-    await outbound.aclose()
+    async with owning(settings, storage, certificates, tls, stop) as own:
+        keeping = own.group.create_task(storage.keep())
+        core, parts, listener, settings = own.core, own.parts, own.door.listener, own.settings
+        apps = Apps(create_app(parts), create_app(parts, local=True), metrics_app(parts.metrics.text))
+        websockets = None if listener is None else upgrades(listener, settings.cors_origins)
+
+        def ending() -> None:  # uvicorn would wait for open streams, and for waiting requests
+            parts.streams.close()
+            parts.waits.close()
+
+        async with served(
+            apps, settings, parts.strangers, listening, scraped, certificates, websockets, ending
+        ):
+            base = f"http://{joined(*listening[0].getsockname()[:2])}"
+            if scraped is not None:
+                logger.info("metrics.serving", at=joined(*scraped.getsockname()[:2]))
+            logger.info("broker.serving", http=base, data=settings.data, log=core.log_id)
+            helpers = []
+            if demo:
+                helpers = [own.group.create_task(_demo(core, settings, own.door.devices_url, base, say))]
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(10_000, 20, 50)
+            supervisor.notify(supervisor.READY, os.environ)
+            await stop.wait()
+            supervisor.notify(supervisor.STOPPING, os.environ)
+            logger.info("broker.ending")
+            for helper in (*helpers, keeping):
+                helper.cancel()
 
 
 async def _demo(core: Core, settings: Settings, url: str, base: str, say: Callable[[str], None]) -> None:
@@ -165,70 +135,6 @@ async def _demo(core: Core, settings: Settings, url: str, base: str, say: Callab
         logger.error("demo.failed", why=str(error) or repr(error), exc_info=True)
 
 
-@asynccontextmanager
-async def _http(
-    parts: Services,
-    listening: list[socket.socket],
-    scraped: socket.socket | None,
-    directory: Path,
-    door: Door,
-    certificates: Certificates | None,
-) -> AsyncIterator[None]:
-    """Runs the public app on its addresses, the operator's on the private socket, and metrics at `scraped`.
-
-    At the end, open requests may finish for up to GRACE_SEC.
-    """
-    private = listen(directory)
-    websockets = None if door.listener is None else upgrades(door.listener, parts.settings.cors_origins)
-    public = create_app(parts)
-    keep = parts.settings.http_keep_alive_sec
-    proxies = [ip_network(text) for text in parts.settings.http_trusted_proxies]
-    public_http = partial(Bounded, strangers=parts.strangers, proxies=proxies)
-    served = [(private, _uvicorn(create_app(parts, local=True), keep, Bounded))]
-    served.append((listening[0], _uvicorn(public, keep, public_http, websockets)))
-    if len(listening) > 1 and certificates is not None:
-        served.append((listening[1], _uvicorn(public, keep, public_http, websockets, certificates)))
-    if scraped is not None:
-        served.append((scraped, _uvicorn(metrics_app(parts), keep, public_http)))
-    async with asyncio.TaskGroup() as group:
-        for listener, server in served:
-            group.create_task(server.serve(sockets=[listener]))
-        try:
-            yield
-        finally:
-            parts.streams.close()  # uvicorn would wait for open streams, and for waiting requests
-            parts.waits.close()
-            for _, server in served:
-                server.should_exit = True
-    (directory / SOCKET).unlink(missing_ok=True)
-
-
-def _uvicorn(
-    app: ASGIApp,
-    keep_alive_sec: int,
-    protocol: Callable[..., asyncio.Protocol],
-    websockets: Callable[..., asyncio.Protocol] | None = None,
-    certificates: Certificates | None = None,
-) -> _Server:
-    config = uvicorn.Config(
-        app,
-        loop="none",
-        http=protocol,  # type: ignore[arg-type] # it is only called
-        ws="none" if websockets is None else websockets,  # type: ignore[arg-type] # it is only called
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_SEC,
-        timeout_keep_alive=keep_alive_sec,
-    )
-    config.load()
-    if certificates is not None:
-        config.ssl = certificates.for_http
-    return _Server(config)
-
-
 def _certificates(settings: Settings) -> Certificates | None:
     if not settings.tls_certificate:
         return None
@@ -237,41 +143,3 @@ def _certificates(settings: Settings) -> Certificates | None:
         return Certificates(settings.tls_certificate, settings.tls_key, *cas)
     except OSError as error:  # of files, and of what is in them
         raise BadSetting(f"tls_certificate = {settings.tls_certificate!r}: {error}") from error
-
-
-def _of_webhooks(settings: Settings) -> ssl.SSLContext:
-    """Whose certificates webhook receivers must have, and the broker's own certificate for them."""
-    files = settings.webhook_ca, settings.webhook_certificate, settings.webhook_key
-    try:
-        return trust(*files)
-    except OSError as error:  # of files, and of what is in them
-        names = ", ".join(filter(None, files))
-        raise BadSetting(f"webhook_ca, webhook_certificate: {names}: {error.strerror or error}") from error
-
-
-def _trust(settings: Settings) -> ssl.SSLContext | None:
-    """How the link to an external MQTT server is secured; None: without TLS."""
-    if not settings.mqtt_url or not parse_url(settings.mqtt_url).tls:
-        return None
-    key = "mqtt_ca"
-    try:
-        trust(settings.mqtt_ca)
-        key = "mqtt_certificate"
-        return trust(settings.mqtt_ca, settings.mqtt_certificate, settings.mqtt_key)
-    except OSError as error:  # of files, and of what is in them
-        raise BadSetting(f"{key} = {getattr(settings, key)!r}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _bound(key: str, text: str) -> Iterator[socket.socket]:
-    host, port = address(key, text)
-    try:
-        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(where)
-        listening.listen(BACKLOG)  # clients can connect from now on, and no other process can take the port
-    except OSError as error:
-        raise BadSetting(f"{key} = {text!r}: cannot be listened on: {error.strerror or error}") from error
-    with listening:
-        yield listening

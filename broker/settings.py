@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
+from broker.limits import Limits as Limits
+from broker.limits import MqttLimits as MqttLimits
+from broker.limits import ProjectLimits as ProjectLimits
+from broker.limits import limits_of as limits_of
 from broker.log_url import Address
 from broker.log_url import address as parse_log_url
 from devices import toml
@@ -27,99 +31,6 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 class BadSetting(Exception):
     """A setting is wrong; the message names it."""
-
-
-Queue = Annotated[int, Meta(ge=1)]
-Count = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
-Bytes = Annotated[int, Meta(ge=2)]
-PerMinute = Annotated[int, Meta(ge=0, le=1_000_000_000)]
-Retention = Annotated[int, Meta(ge=1, le=3_153_600_000)]
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits on requests, stored data and messages in flight; `…_bytes` in bytes, `…_sec` in seconds.
-
-    `…_per_minute…` 0: no limit. A project's table may set the commands, a key its own limits.
-    """
-
-    queue_per_name: Queue = 100
-    queue_per_device: Queue = 1_000
-    params_bytes: Bytes = 65_536
-    params_values: Annotated[int, Meta(ge=100)] = 4_000
-    attributes_bytes: Bytes = 4_096
-    commands_per_minute: PerMinute = 0
-    commands_per_minute_per_key: PerMinute = 0
-    commands_per_minute_per_device: PerMinute = 0
-    requests_per_minute_per_key: PerMinute = 0
-    requests_per_minute_per_device: PerMinute = 0
-    history_retention_sec: Retention = 2_592_000
-    body_bytes: Annotated[int, Meta(ge=1_024)] = 262_144
-    body_values: Annotated[int, Meta(ge=1_024)] = 20_000
-    default_ttl_sec: Annotated[int, Meta(ge=1, le=31_536_000)] = 300
-    idempotency_sec: Annotated[int, Meta(ge=86_400)] = 604_800
-    send_slots: Annotated[int, Meta(ge=1, le=100)] = 100
-    qos0_per_device: Count = 100
-    qos0_per_project: Count = 2_000
-    qos0_in_all: Count = 10_000
-    qos0_bytes: Annotated[int, Meta(ge=1_048_576)] = 16_777_216
-    strangers: Count = 5_000
-    strangers_per_address: Count = 2_500
-    unmatched_per_device: Annotated[int, Meta(ge=1)] = 100
-    unmatched_in_all: Annotated[int, Meta(ge=1)] = 10_000
-    lookups: Count = 256
-    lookups_per_project: Count = 8
-    webhooks_per_project: Annotated[int, Meta(ge=0, le=1_000)] = 20
-    streams_per_project: Annotated[int, Meta(ge=1)] = 2_000
-    waits_per_project: Annotated[int, Meta(ge=0)] = 2_000
-    device_events_per_sec: Annotated[int, Meta(ge=1, le=1_000)] = 1
-    device_events_burst: Count = 30
-
-
-class MqttLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one client of our own MQTT server, and all together, may make it hold or do; sizes in bytes.
-
-    `strangers` are connections that are not let in yet. Of each client: `unacknowledged` messages from it
-    that wait for our PUBACK (MQTT 5 clients are told `receive_maximum`), `in_flight` to it without its PUBACK
-    and `queued` behind those. Its rates may be exceeded for `burst_sec`.
-    """
-
-    connections: Count = 50_000
-    connections_per_address: Count = 50_000
-    strangers: Count = 5_000
-    strangers_per_address: Count = 2_500
-    admitted_at_once: Count = 64
-    admit_within_sec: Seconds = 3.0
-    connect_bytes: Annotated[int, Meta(ge=256)] = 16_384
-    connect_sec: Seconds = 10.0
-    packet_bytes: Annotated[int, Meta(ge=1_024, le=268_435_455)] = 262_144
-    filters: Count = 100
-    receive_maximum: Annotated[int, Meta(ge=1, le=65_535)] = 20
-    unacknowledged: Count = 100
-    unacknowledged_bytes: Annotated[int, Meta(ge=65_536)] = 67_108_864
-    in_flight: Annotated[int, Meta(ge=1, le=65_000)] = 100
-    queued: Count = 100
-    packets_at_once: Count = 200
-    packets_per_sec: Seconds = 500.0
-    bytes_per_sec: Seconds = 1_048_576.0
-    burst_sec: Seconds = 4.0
-    keepalive_sec: Annotated[int, Meta(ge=1, le=65_535)] = 300
-    unanswered_sec: Seconds = 30.0
-    stalled_sec: Seconds = 30.0
-    close_within_sec: Seconds = 1.0
-    tick_sec: Seconds = 0.5
-
-
-class ProjectLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The limits of one project; an unset field has the value of the common limits."""
-
-    queue_per_name: Queue | UnsetType = UNSET
-    queue_per_device: Queue | UnsetType = UNSET
-    params_bytes: Bytes | UnsetType = UNSET
-    commands_per_minute: PerMinute | UnsetType = UNSET
-    commands_per_minute_per_key: PerMinute | UnsetType = UNSET
-    commands_per_minute_per_device: PerMinute | UnsetType = UNSET
-    history_retention_sec: Retention | UnsetType = UNSET
 
 
 def within_files(settings: Settings, files: int) -> Settings:
@@ -137,10 +48,6 @@ def within_files(settings: Settings, files: int) -> Settings:
     )
 
 
-def limits_of(limits: Limits, project: ProjectLimits) -> Limits:
-    return msgspec.structs.replace(limits, **msgspec.to_builtins(project))
-
-
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings. `mqtt_url` empty: the broker starts its own MQTT server at `mqtt_listen`. `log` empty:
     the log is a file in `data`."""
@@ -148,6 +55,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     data: str = "./data"
     log: str = ""
     log_password_file: str = ""
+    node: str = ""
+    advertise: str = ""
+    cluster_secret_file: str = ""
     http: str = "127.0.0.1:8080"
     https: str = ""
     https_client_ca: str = ""
@@ -191,6 +101,9 @@ ENVIRONMENT = {
     "data": "ORDAIN_DATA",
     "log": "ORDAIN_LOG",
     "log_password_file": "ORDAIN_LOG_PASSWORD_FILE",
+    "node": "ORDAIN_NODE",
+    "advertise": "ORDAIN_ADVERTISE",
+    "cluster_secret_file": "ORDAIN_CLUSTER_SECRET_FILE",
     "http": "ORDAIN_HTTP",
     "mqtt_listen": "ORDAIN_MQTT_LISTEN",
     "mqtt_url": "ORDAIN_MQTT_URL",
@@ -231,6 +144,7 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str], config
     _check_mqtt_url(settings)
     if settings.log:
         log_address(settings, read=False)
+    _check_node(settings)
     for origin in settings.cors_origins:
         if not ORIGIN.fullmatch(origin):
             raise BadSetting(
@@ -372,6 +286,28 @@ def _check_mqtt_url(settings: Settings) -> None:
     ):
         if getattr(settings, key) and not getattr(settings, needed):
             raise BadSetting(f"{key} = {getattr(settings, key)!r}: needs {needed}, {what}")
+
+
+def _check_node(settings: Settings) -> None:
+    """One of several nodes on a log: what it needs, and what all of them must have in common."""
+    if not settings.advertise:
+        for key in ("node", "cluster_secret_file"):
+            if getattr(settings, key):
+                raise BadSetting(
+                    f"{key} = {getattr(settings, key)!r}: needs advertise, HOST:PORT of this node"
+                )
+        return
+    address("advertise", settings.advertise)
+    if settings.node and not is_name(settings.node):
+        raise BadSetting(f"node = {settings.node!r}: must be letters, digits, _ and -, at most 64")
+    for key, what in (
+        ("log", "a log in PostgreSQL, which the nodes share"),
+        ("mqtt_url", "an MQTT server that every node can reach"),
+        ("cluster_secret_file", "a file with the secret that the nodes share"),
+        ("key_pepper_file", "a file with the pepper of API keys that the nodes share"),
+    ):
+        if not getattr(settings, key):
+            raise BadSetting(f"advertise = {settings.advertise!r}: needs {key}, {what}")
 
 
 def _check_tls(settings: Settings, endpoints: list[Endpoint]) -> None:

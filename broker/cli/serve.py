@@ -16,6 +16,8 @@ from broker.serve import serve as serve_until_signal
 def serve(
     *,
     data: Data = None,
+    node: Text = None,
+    advertise: Text = None,
     http: Text = None,
     mqtt_listen: Text = None,
     mqtt_server: Text = None,
@@ -27,6 +29,11 @@ def serve(
 
     Parameters
     ----------
+    node
+        Name of this node, where several share a log; else ORDAIN_NODE, else the machine's name.
+    advertise
+        HOST:PORT at which the other nodes reach this one's HTTP server; else ORDAIN_ADVERTISE. Needs a log in
+        PostgreSQL, and mqtt_url, cluster_secret_file and key_pepper_file in the settings.
     http
         HOST:PORT of the HTTP server; else ORDAIN_HTTP, else 127.0.0.1:8080.
     mqtt_listen
@@ -41,6 +48,8 @@ def serve(
     """
     settings = settings_of(
         data=data,
+        node=node,
+        advertise=advertise,
         http=http,
         mqtt_listen=mqtt_listen,
         mqtt_server=mqtt_server,

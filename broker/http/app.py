@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -61,13 +61,13 @@ def _routes(local: bool) -> Litestar:
     )
 
 
-def metrics_app(services: Services) -> ASGIApp:
+def metrics_app(text: Callable[[], bytes]) -> ASGIApp:
     """The app on the listener of `metrics = "HOST:PORT"`: `GET /metrics`, and nothing else."""
 
     async def app(scope: Scope, _: Receive, send: Send) -> None:
         asked: dict[str, Any] = {**scope}
         found = asked["path"] == "/metrics" and asked["method"] in ("GET", "HEAD")
-        body = services.metrics.text() if found else b""
+        body = text() if found else b""
         headers = [(b"content-type", CONTENT_TYPE_LATEST.encode()), (b"content-length", b"%d" % len(body))]
         status = 200 if found else 404
         await send({"type": "http.response.start", "status": status, "headers": [*headers, NO_STORE]})

@@ -140,6 +140,7 @@ async def _linked(
         clean_session=False,
         entropy=core.writer.entropy,
         tls=tls,
+        holds=lambda: core.holds(),
     )
     core.attach(link)
     link.want(list(core.commands.addresses.filters))

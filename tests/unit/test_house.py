@@ -46,12 +46,13 @@ SEAMS = (
     "broker/pepper",
     "broker/log/postgresql/blocking",
     "broker/serve",
+    "broker/serving",
     "broker/control",
     "broker/private_socket",
-    "broker/supervisor",
     "broker/client",
     "broker/cli",
     "broker/mqtt/client/link",
+    "broker/mqtt/client/connection",
     "broker/mqtt/sockets",
     "broker/mqtt/tls",
     "broker/mqtt/mosquitto",
@@ -74,14 +75,20 @@ WORLD_NAMES = {
 # The rooms from the lowest floor up: each may import the rooms of earlier lines and no other of this project.
 # A module directly in `broker/` is a room of its own. Rooms on one line do not import each other.
 FLOORS = (
-    ("devices", "broker/__init__", "broker/often", "broker/client_types", "broker/log_url"),
+    (
+        "devices",
+        "broker/__init__",
+        "broker/often",
+        "broker/client_types",
+        "broker/log_url",
+        "broker/limits",
+    ),
     (
         "devices/fleet",
         "broker/client",
         "broker/domain",
         "broker/settings",
         "broker/private_socket",
-        "broker/supervisor",
     ),
     ("broker/seams",),
     ("broker/log", "broker/type_files"),
@@ -96,7 +103,8 @@ FLOORS = (
     ("broker/http/compat",),
     ("broker/http/schema",),
     ("broker/http",),
-    ("broker/control",),
+    ("broker/nodes", "broker/control"),
+    ("broker/serving",),
     ("broker/serve",),
     ("broker/cli",),
 )  # fmt: skip
@@ -117,13 +125,19 @@ MUST_NOT_IMPORT = {
 }
 # An imported module -> the only rooms and modules of `broker/` and `projections/` that may.
 IMPORTED_ONLY_BY = {
-    "aiomqtt": {"broker/mqtt/client/link"},
-    "paho": {"broker/mqtt/client/link"},
+    "aiomqtt": {"broker/mqtt/client/link", "broker/mqtt/client/connection"},
+    "paho": {"broker/mqtt/client/link", "broker/mqtt/client/connection"},
     "amqtt": set(),
     "asyncpg": {"broker/log/postgresql"},
-    "broker.world": {"broker/serve", "broker/control", "broker/cli", "broker/operations", "broker/opening"},
-    "broker.mqtt": {"broker/mqtt", "broker/serve"},
-    "broker.subscriptions.outbound": {"broker/serve", "broker/cli"},
+    "broker.world": {
+        "broker/serving",
+        "broker/control",
+        "broker/cli",
+        "broker/operations",
+        "broker/opening",
+    },
+    "broker.mqtt": {"broker/mqtt", "broker/serve", "broker/serving"},
+    "broker.subscriptions.outbound": {"broker/serving", "broker/cli"},
 }
 
 Checker = Callable[[str, str], list[str]]

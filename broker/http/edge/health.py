@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 from litestar import Response, Router, get
 from litestar.openapi.datastructures import ResponseSpec
+from msgspec import UNSET, UnsetType
 
 from broker import metrics
 from broker.domain.errors import Refusal
@@ -24,9 +25,11 @@ NO_METRICS = {
 
 
 class Health(msgspec.Struct, frozen=True):
-    """The state of the broker as one word."""
+    """The state of the broker as one word. `role`: only with several nodes; a door passes requests on to the
+    owner."""
 
     status: Literal["ok", "ready"]
+    role: Literal["owner", "door"] | UnsetType = UNSET
 
 
 class Jwk(msgspec.Struct, frozen=True, kw_only=True):

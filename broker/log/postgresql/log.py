@@ -38,7 +38,8 @@ logger = structlog.get_logger()
 
 ANSWER_SEC = 10.0  # for one statement of ours; a longer silence is a lost connection
 LOOK_SEC = 1.0  # a lost notification is made good by looking
-CHANNEL = "ordain"
+CHANNEL, OF_NODES = "ordain", "ordain_nodes"
+BEAT_WITHIN_SEC = 3.0
 HEAD = "SELECT coalesce(max(position), 0) FROM events"
 END = """SELECT
     coalesce((SELECT version FROM events WHERE stream = 'owner' ORDER BY version DESC LIMIT 1), 0),
@@ -49,6 +50,7 @@ BEAT = """INSERT INTO nodes (incarnation, name, address, beat, link_up, draining
         beat = nodes.beat + 1, link_up = excluded.link_up, draining = excluded.draining"""
 NODES = "SELECT incarnation, name, address, beat, link_up, draining FROM nodes ORDER BY incarnation"
 OWNED_BY = "SELECT version, data FROM events WHERE stream = 'owner' ORDER BY version DESC LIMIT 1"
+STIR = f"SELECT pg_notify('{OF_NODES}', '')"
 SETTLE = "SELECT pg_logical_emit_message(true, 'ordain', '')"
 
 
@@ -71,6 +73,7 @@ class PostgresLog:
         self._term = 0
         self._number = 0
         self._news = asyncio.Event()
+        self.stirred = asyncio.Event()  # another node said that something about the nodes has changed
 
     async def prepare(self, log_id: str, cursor_key: str) -> None:
         """Creates the tables, or checks those that are there. Rebuilds the projections if their form changed.
@@ -265,9 +268,9 @@ class PostgresLog:
 
     # --- nodes ---
 
-    async def beat(self, node: Node) -> View:
+    async def beat(self, node: Node, *, stir: bool = False) -> View:
         """Says that this node lives, and reads what the others said. On a connection of its own: an append
-        that waits must not look like a dead node.
+        that waits must not look like a dead node. `stir`: makes the other nodes look at once.
 
         Raises:
             Unknown: the server cannot be reached now.
@@ -275,11 +278,14 @@ class PostgresLog:
         try:
             if self._beating is None or self._beating.is_closed():
                 self._beating = await connect(self.where)
+                await self._beating.add_listener(OF_NODES, lambda *_: self.stirred.set())
             connection = self._beating
-            async with asyncio.timeout(self.answer_sec):
+            async with asyncio.timeout(min(self.answer_sec, BEAT_WITHIN_SEC)):
                 await connection.execute(
                     BEAT, node.incarnation, node.name, node.address, int(node.link_up), int(node.draining)
                 )
+                if stir:
+                    await connection.execute(STIR)
                 owner = await connection.fetchrow(OWNED_BY)
                 found = await connection.fetch(NODES)
         except FAILURES as error:
@@ -303,6 +309,7 @@ class PostgresLog:
             connection = await connect(self.where)
             try:
                 await connection.execute("DELETE FROM nodes WHERE incarnation = $1", node.incarnation)
+                await connection.execute(STIR)
             finally:
                 await goodbye(connection)
         except FAILURES as error:

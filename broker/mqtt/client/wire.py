@@ -37,6 +37,12 @@ class Wire(asyncio.Protocol):
         if out and self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"".join(out))
 
+    def abort(self) -> None:
+        """Closes the connection at once, without what was not sent yet."""
+        self._out.clear()
+        if self._transport is not None:
+            self._transport.abort()
+
     async def goodbye(self) -> None:
         """Ends the connection if there is one, by force if the other side does not listen any more."""
         if self._transport is None:

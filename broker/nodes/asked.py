@@ -1,0 +1,147 @@
+"""One HTTP request that waits at this node: its body is read, so that it can be sent more than once."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import msgspec
+from litestar.types import Message, Receive, Send
+
+from broker.http.edge.errors import HEADERS, STATUS, error_body
+from broker.http.edge.strangers import PASSED
+
+T = TypeVar("T")
+Headers = Sequence[tuple[bytes, bytes]]
+
+BODY_BYTES = 4_194_304 + 65_536  # no route takes more
+# Harmless if done twice: answers of devices, and the end of a command.
+REPEATABLE = re.compile(
+    r"DELETE /v1/devices/[^/]+/commands/[^/]+"
+    r"|POST /v1/devices/[^/]+/commands/[^/]+/(ack|result)"
+    r"|POST /v1/commands/[^/]+/abandon"
+)
+
+
+def let_go(task: asyncio.Future[Any]) -> None:
+    """Cancels a task that nobody waits for any more; what it then raises concerns nobody."""
+    task.cancel()
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+class Gone(Exception):
+    """The client has closed its connection."""
+
+
+class Asked:
+    def __init__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.method: str = self.scope["method"]
+        self.headers: list[tuple[bytes, bytes]] = list(self.scope["headers"])
+        self.body = b""
+        self.started = False
+        self.receive, self._send = receive, send
+        self._gone: asyncio.Future[None] | None = None
+
+    @property
+    def target(self) -> str:
+        query = self.scope["query_string"].decode("latin-1")
+        path: str = self.scope["raw_path"].decode("latin-1")
+        return f"{path}?{query}" if query else path
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it does no harm if it is done twice."""
+        path = self.scope["path"]
+        if self.method in ("GET", "HEAD", "OPTIONS"):
+            return not path.endswith("/commands/pending")  # it hands commands over
+        keyed = any(name == b"idempotency-key" for name, _ in self.headers)
+        return keyed or REPEATABLE.fullmatch(f"{self.method} {path}") is not None
+
+    async def read(self) -> None:
+        """Reads the body, and from then on watches whether the client goes away.
+
+        Raises:
+            Gone: it did.
+            ValueError: the body is too large.
+        """
+        body, more = bytearray(), True
+        while more:
+            event = cast(dict[str, Any], await self.receive())
+            if event["type"] == "http.disconnect":
+                raise Gone
+            body += event.get("body", b"")
+            more = event.get("more_body", False)
+            if len(body) > BODY_BYTES:
+                raise ValueError("the body is too large")
+        self.body = bytes(body)
+        self._gone = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        while cast(dict[str, Any], await self.receive())["type"] != "http.disconnect":
+            pass
+
+    async def unless_gone(self, work: Awaitable[T]) -> T:
+        """Raises:
+        Gone: the client went away first; the work was cancelled.
+        """
+        assert self._gone is not None
+        task = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {task, self._gone}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Gone
+            return task.result()
+        finally:
+            let_go(task)
+
+    def close(self) -> None:
+        if self._gone is not None:
+            self._gone.cancel()
+
+    def replay(self) -> Receive:
+        """What an app of this node receives: the body, then the end."""
+        given = False
+
+        async def receive() -> Message:
+            nonlocal given
+            if not given:
+                given = True
+                return cast(Message, {"type": "http.request", "body": self.body, "more_body": False})
+            assert self._gone is not None
+            await asyncio.shield(self._gone)
+            return cast(Message, {"type": "http.disconnect"})
+
+        return cast(Receive, receive)
+
+    def passed(self) -> None:
+        """A key was accepted on this connection."""
+        if (told := self.scope.get(PASSED)) is not None:
+            told()
+
+    # --- answering ---
+
+    async def start(self, status: int, headers: Headers) -> None:
+        self.started = True
+        start = {"type": "http.response.start", "status": status, "headers": list(headers)}
+        await self._send(cast(Message, start))
+
+    async def piece(self, body: bytes, *, more: bool = True) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def json(self, status: int, value: object, headers: Mapping[str, str] = {}) -> None:
+        """A whole answer of this node itself."""
+        body = msgspec.json.encode(value)
+        given = {"content-type": "application/json", "content-length": str(len(body)), **headers}
+        given |= {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+        await self.start(status, [(name.lower().encode(), text.encode()) for name, text in given.items()])
+        await self.piece(b"" if self.method == "HEAD" else body, more=False)
+
+    async def refuse(
+        self, code: str, message: str, details: dict[str, Any] | None = None, headers: Mapping[str, str] = {}
+    ) -> None:
+        body = error_body(code, message, details)
+        await self.json(STATUS[code], body, {**HEADERS.get(code, {}), **headers})

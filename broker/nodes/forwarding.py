@@ -1,0 +1,123 @@
+"""HTTP to the owner: one attempt to have a request answered there.
+
+The answer is passed on as it comes. Whether a request may be sent again after a lost owner is for the caller
+to say: `Lost` tells whether the owner may have got it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import httpx2
+
+from broker.nodes.asked import Asked, Headers, let_go
+from broker.nodes.cluster import Cluster
+from broker.seams import Node
+
+T = TypeVar("T")
+
+CONNECT_SEC = 2.0
+QUIET_SEC = 120.0  # longer than any request waits, and than an event stream is silent
+LOOK_SEC = 1.0
+CONNECTIONS, KEPT = 1_000, 100
+# What the nodes tell each other with a request: the shared secret, the client's address, and whether it is
+# the operator of the machine; and with an answer: that this node does not own the log and did nothing.
+SECRET, PEER, LOCAL, MOVED = b"x-ordain-secret", b"x-ordain-peer", b"x-ordain-local", b"x-ordain-moved"
+BETWEEN_NODES = frozenset({SECRET, PEER, LOCAL, MOVED})
+# Of one connection only.
+HOP = BETWEEN_NODES | {
+    b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"te", b"trailer", b"upgrade",
+    b"expect", b"content-length",
+}  # fmt: skip
+
+
+class Lost(Exception):
+    """The owner gave no answer. `reached`: it may have got the request."""
+
+    def __init__(self, *, reached: bool) -> None:
+        super().__init__("the owner gave no answer")
+        self.reached = reached
+
+
+class Peers:
+    """This node's connections to the owner. `secret`: what the nodes know each other by."""
+
+    def __init__(self, cluster: Cluster, secret: str) -> None:
+        self._cluster, self._secret = cluster, secret.encode()
+        limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=KEPT)
+        timeout = httpx2.Timeout(CONNECT_SEC, read=QUIET_SEC)
+        self._http = httpx2.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
+        self._http.headers.clear()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def send(
+        self, owner: Node, asked: Asked, *, local: bool, after: bytes | None = None
+    ) -> httpx2.Response:
+        """The beginning of the owner's answer. `local`: the operator asks. `after`: the id of the last event
+        that an event stream has passed on.
+
+        Raises:
+            Lost: there is no answer, another node became the owner, or that node says that it is not.
+        """
+        peer = (asked.scope.get("client") or ("", 0))[0]
+        headers = [each for each in asked.headers if each[0] not in HOP]
+        if after is not None:
+            headers = [each for each in headers if each[0] != b"last-event-id"]
+            headers.append((b"last-event-id", after))
+        headers += [(SECRET, self._secret), (PEER, str(peer).encode()), (LOCAL, b"1" if local else b"0")]
+        url = f"http://{owner.address}{asked.target}"
+        made = self._http.build_request(asked.method, url, headers=headers, content=asked.body or None)
+        try:
+            answer = await self.unless_moved(owner, self._http.send(made, stream=True))
+        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
+            raise Lost(reached=False) from error
+        except httpx2.TransportError as error:
+            raise Lost(reached=True) from error
+        if MOVED.decode() in answer.headers:
+            await answer.aclose()
+            raise Lost(reached=False)
+        return answer
+
+    async def unless_moved(self, owner: Node, work: Awaitable[T]) -> T:
+        """Raises:
+        Lost: another node became the owner meanwhile; the work was cancelled.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                if self._cluster.members.view.owner != owner.incarnation:
+                    raise Lost(reached=True)
+                news = asyncio.ensure_future(self._cluster.news(LOOK_SEC))
+                await asyncio.wait({task, news}, return_when=asyncio.FIRST_COMPLETED)
+                news.cancel()
+            return task.result()
+        finally:
+            let_go(task)
+
+    async def whole(self, owner: Node, asked: Asked, answer: httpx2.Response) -> None:
+        """Passes on an answer that ends, when all of it is here: until then another owner can give it.
+
+        Raises:
+            Lost: the owner was lost in the middle.
+        """
+        try:
+            body = await self.unless_moved(owner, _raw(answer))
+        except httpx2.TransportError as error:
+            raise Lost(reached=True) from error
+        await asked.start(answer.status_code, shown(answer))
+        await asked.piece(body, more=False)
+
+
+def shown(answer: httpx2.Response) -> Headers:
+    """The headers that the client gets too."""
+    hidden = HOP - {b"content-length"}
+    found = ((name.lower(), value) for name, value in answer.headers.raw)
+    return [(name, value) for name, value in found if name not in hidden]
+
+
+async def _raw(answer: httpx2.Response) -> bytes:
+    return b"".join([piece async for piece in answer.aiter_raw()])

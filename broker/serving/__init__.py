@@ -1,0 +1,1 @@
+"""What `ordain serve` consists of: what a process that owns a log runs, HTTP servers, several nodes."""

@@ -1,0 +1,106 @@
+"""What the process that owns a log runs, apart from HTTP: the core, the MQTT server, what watches both."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from broker.control import refuse_replay, remember_prefix, services
+from broker.core import Core
+from broker.http.edge.services import Services
+from broker.http.edge.strangers import Strangers
+from broker.mqtt.door import Door, mqtt_door
+from broker.mqtt.external.watch import untrusted
+from broker.mqtt.figures import figures
+from broker.mqtt.tls import Certificates
+from broker.pepper import pepper_of
+from broker.seams import Storage
+from broker.settings import BadSetting, Settings
+from broker.subscriptions.outbound import HttpOutbound
+from broker.type_files import load_types
+from broker.world import SystemClock, SystemEntropy
+from devices.mqtt_url import parse_url
+from devices.tls import trust
+
+
+class Owning(NamedTuple):
+    """`group`: ends with the core. `settings`: with the real address of the MQTT server."""
+
+    core: Core
+    parts: Services
+    door: Door
+    group: asyncio.TaskGroup
+    settings: Settings
+
+
+@asynccontextmanager
+async def owning(
+    settings: Settings,
+    storage: Storage,
+    certificates: Certificates | None,
+    tls: ssl.SSLContext | None,
+    stop: asyncio.Event,
+    strangers: Strangers | None = None,
+    holds: Callable[[], bool] = lambda: True,
+) -> AsyncIterator[Owning]:
+    """Reads the log, connects the MQTT server and runs both. At the end everything staged is durable.
+
+    `holds`: whether this process may hand over now.
+
+    Raises:
+        BadSetting: an address cannot be listened on, or `ordain replay` made the log.
+        BadType: a file of device types is wrong.
+        ExceptionGroup (of Broken): the storage failed while serving.
+    """
+    types = load_types(settings.types, settings.prefix)
+    outbound = HttpOutbound(settings.webhook_allow, verify=_of_webhooks(settings), limits=settings.limits)
+    pepper = pepper_of(Path(settings.data), settings.key_pepper_file)
+    core = Core(storage, SystemClock(), SystemEntropy(), types, settings, outbound, pepper)
+    core.holds = holds
+    embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
+    await core.open(embedded=embedded)
+    await refuse_replay(core)
+    await remember_prefix(core)
+    async with core.running("embedded" if embedded else "external") as group:
+        async with mqtt_door(settings, core, types, stop, certificates, tls) as door:
+            if not settings.mqtt_url:
+                settings = msgspec.structs.replace(settings, mqtt_listen=door.devices_url)
+            parts = services(core, settings, door.rules, strangers)
+            if settings.require_mqtt_acl:
+                core.also_not_ready = lambda: untrusted(door.rules)
+            if door.listener is None:
+                parts.metrics.watch_rules(door.rules)
+            parts.metrics.watch_lookups(lambda: outbound.lookups.under_way, lambda: outbound.lookups.refused)
+            if door.listener is not None:
+                parts.metrics.watch_listener(figures(door.listener), door.listener.refusals)
+            yield Owning(core, parts, door, group, settings)
+    await outbound.aclose()
+
+
+def _of_webhooks(settings: Settings) -> ssl.SSLContext:
+    """Whose certificates webhook receivers must have, and the broker's own certificate for them."""
+    files = settings.webhook_ca, settings.webhook_certificate, settings.webhook_key
+    try:
+        return trust(*files)
+    except OSError as error:  # of files, and of what is in them
+        names = ", ".join(filter(None, files))
+        raise BadSetting(f"webhook_ca, webhook_certificate: {names}: {error.strerror or error}") from error
+
+
+def trusted(settings: Settings) -> ssl.SSLContext | None:
+    """How the link to an external MQTT server is secured; None: without TLS."""
+    if not settings.mqtt_url or not parse_url(settings.mqtt_url).tls:
+        return None
+    key = "mqtt_ca"
+    try:
+        trust(settings.mqtt_ca)
+        key = "mqtt_certificate"
+        return trust(settings.mqtt_ca, settings.mqtt_certificate, settings.mqtt_key)
+    except OSError as error:  # of files, and of what is in them
+        raise BadSetting(f"{key} = {getattr(settings, key)!r}: {error.strerror or error}") from error
