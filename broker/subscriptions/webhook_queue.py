@@ -72,17 +72,19 @@ class Window:
 
     def progress(self) -> Progress:
         reached = max(self.reached, self._before_until)
-        # `_before` was open before the restart and is not yet read again: its positions are higher.
-        left = [*self._open.values(), *self._before.values()]
         return Progress(
             cursor=self.cursor,
             reached=reached,
-            open=tuple(msgspec.structs.replace(pending, device_id="") for pending in left),
+            open=tuple(msgspec.structs.replace(pending, device_id="") for pending in self._left()),
         )
+
+    def _left(self) -> list[Pending]:
+        """What is not delivered. `_before`: open before the restart and not yet read again; later ones."""
+        return [*self._open.values(), *self._before.values()]
 
     def failing(self) -> Pending | None:
         """The event that has failed for the longest time."""
-        failed = [pending for pending in self._open.values() if pending.failed_since is not None]
+        failed = [pending for pending in self._left() if pending.failed_since is not None]
         return min(failed, key=lambda pending: pending.failed_since or 0, default=None)
 
     def looked(self, entries: Iterable[tuple[int, str]], reached: int, now: int) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -84,6 +84,8 @@ class Receiver:
             pass
         finally:
             writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()  # else its transport may outlive the test
 
 
 @asynccontextmanager
@@ -108,3 +110,4 @@ async def receiving(
             task.cancel()
         if connections:
             await asyncio.wait(connections)
+        await server.wait_closed()

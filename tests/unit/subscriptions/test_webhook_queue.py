@@ -90,6 +90,18 @@ def test_events_delivered_ahead_of_the_cursor_are_not_sent_again_after_a_restart
     assert sorted(taken(after)) == [1, 4]
 
 
+def test_a_failure_before_a_restart_is_shown_before_its_event_is_read_again() -> None:
+    before = window((1, "a"))
+    pending = before.take(0)
+    assert pending is not None
+    before.failed(pending, 5, most)
+
+    shown = Window(before.progress()).failing()
+
+    assert shown is not None
+    assert (shown.position, shown.failed_since) == (1, 5)
+
+
 def test_an_event_that_is_no_longer_wanted_does_not_hold_the_cursor() -> None:
     stored = window((1, "a"), (2, "b")).progress()
     after = window((2, "b"), progress=stored)
