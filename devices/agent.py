@@ -30,9 +30,11 @@ from devices.core import Core, Effect, Send
 from devices.grant import GrantVerifier, keys_from_jwks
 from devices.memory import Memory, RamMemory
 from devices.mqtt_url import parse_url
+from devices.names import status_topic
+from devices.speech.signing import SigningKey
 from devices.tls import trust
 from devices.types import DeviceType, shipped_types
-from devices.wire import CommandMessage, encode_status, status_topic
+from devices.wire import CommandMessage, encode_status
 
 log = logging.getLogger("ordain.device")
 # paho logs an error when a connection ends; the agent logs that itself.
@@ -89,11 +91,13 @@ class Agent:
 
     `jwks` holds the public keys of grants: the address of the broker's `/.well-known/jwks.json`, which is
     read before the first connection and every 5 minutes, or the document itself. `verifier` replaces it, for
-    a device with a secret (HS256). With `grants="none"` everyone who may publish on the MQTT server can make
-    the device act: only for device types whose commands carry no grant.
+    a device with a secret (HS256). `signs_with`: the device's own key, an Ed25519 private key or the bytes of
+    its secret; then it signs its answers, as its type must allow. With `grants="none"` everyone who may
+    publish on the MQTT server can make the device act: only for device types whose commands carry no grant.
 
     Raises:
-        ValueError: the URL is wrong, or grants are required and there are no keys. The message never contains
+        ValueError: the URL is wrong, grants are required and there are no keys, or the type has no signed
+            answers and `signs_with` is given. The message never contains
             a password.
     """
 
@@ -110,6 +114,7 @@ class Agent:
         jwks: str | Mapping[str, Any] | None = None,
         issuer: str = "ordain",
         verifier: GrantVerifier | None = None,
+        signs_with: SigningKey | None = None,
         session: str | None = None,
         clean_session: bool = False,
         tls: ssl.SSLContext | None = None,
@@ -136,6 +141,7 @@ class Agent:
             self._idempotent,
             prefix=prefix,
             verifier=verifier,
+            signs_with=signs_with,
         )
         self._runs: asyncio.Queue[CommandMessage] = asyncio.Queue()
         self._unsent: deque[Send] = deque(maxlen=MAX_UNSENT)

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import aiomqtt
 
 from devices.mqtt_url import parse_url
+from devices.names import status_topic
 from devices.tls import Tls, trust
-from devices.wire import status_topic
 
 silent = logging.getLogger("ordain.canary.mqtt")
 silent.setLevel(logging.CRITICAL)

@@ -17,6 +17,8 @@ import msgspec
 from devices.clock import parse_rfc3339, rfc3339
 from devices.grant import GrantRefused, GrantVerifier
 from devices.memory import Memory, Remembered
+from devices.names import device_topic, parse_topic
+from devices.speech.signing import SigningKey, sign
 from devices.types import DeviceType
 from devices.wire import (
     Answer,
@@ -27,9 +29,7 @@ from devices.wire import (
     as_result,
     decode_answer,
     decode_command,
-    device_topic,
     encode_answer,
-    parse_topic,
 )
 
 # The broker sends at most 100 commands at a time (`max_in_flight`). Any beyond that are dropped unrecorded.
@@ -53,7 +53,8 @@ Effect = Send | Run
 
 
 class Core:
-    """One device. `handlers` maps its command names to whether the command is idempotent."""
+    """One device. `handlers` maps its command names to whether the command is idempotent. `signs_with`: its
+    own key; then every answer is signed."""
 
     def __init__(
         self,
@@ -64,10 +65,14 @@ class Core:
         *,
         prefix: str = "iotee",
         verifier: GrantVerifier | None = None,
+        signs_with: SigningKey | None = None,
     ) -> None:
         self._hardware_id, self._type, self._prefix = hardware_id, device_type, prefix
         self._memory, self._handlers, self._verifier = memory, handlers, verifier
+        self._signs_with, self._seq = signs_with, 0
         self._bare = device_type.payload == "bare"
+        if signs_with is not None and device_type.answers_signed == "none":
+            raise ValueError(f"answers of the type {device_type.name} are not signed")
         self._words = {
             (command.command_suffix or device_type.command_suffix, command.text): name
             for name, command in device_type.commands.items()
@@ -134,7 +139,15 @@ class Core:
         if command is not self._running:
             return []
         report = Progress(percent=percent, note=note)
-        answer = Answer(id=command.id or None, status="progress", progress=report, at=rfc3339(now_ms))
+        # The clock, because a restarted device has forgotten what it counted.
+        self._seq = max(self._seq + 1, now_ms)
+        answer = Answer(
+            id=command.id or None,
+            status="progress",
+            progress=report,
+            at=rfc3339(now_ms),
+            seq=None if self._signs_with is None else self._seq,
+        )
         sendable = self._sendable(answer)
         if sendable is None:
             raise ValueError(f"not a progress: {percent!r:.40} %, note {note!r:.40}")
@@ -213,13 +226,18 @@ class Core:
                 return []
             payload = text.encode()
         else:
-            payload = encode_answer(answer, self._type.payload)
+            payload = self._encoded(answer)
         topic = device_topic(self._prefix, self._hardware_id, self._type.answer_suffix)
         return [Send(topic=topic, payload=payload)]
+
+    def _encoded(self, answer: Answer) -> bytes:
+        if self._signs_with is None:
+            return encode_answer(answer, self._type.payload)
+        return sign(encode_answer(answer), self._hardware_id, self._signs_with)
 
     def _sendable(self, answer: Answer) -> Answer | None:
         """The answer as the broker will decode it, or None if the broker could not decode it."""
         try:
-            return decode_answer(encode_answer(answer, self._type.payload), None, {})
+            return msgspec.structs.replace(decode_answer(self._encoded(answer), None, {}), token=None)
         except (Malformed, TypeError, ValueError, RecursionError, OverflowError):
             return None

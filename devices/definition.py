@@ -17,6 +17,7 @@ AnswerStatus = Literal["acknowledged", "executed", "failed", "progress"]
 Transport = Literal["mqtt", "heartbeat", "relay"]
 CompletesOn = Literal["executed", "published"]
 GrantAlgorithm = Literal["EdDSA", "HS256"]
+Signing = Literal["none", "optional", "required"]
 PresenceRule = Literal["required", "none", "optional"]
 
 
@@ -28,7 +29,8 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     `text` is the payload of a `bare` command. `answers` maps a bare answer to its status. `carries_ids`: the
     device receives the command's id or a number, and can return it in its answer. `presence`: `optional`
     holds a command only while the device is known to be offline. `speech`: how the command is spoken, where
-    that is not Ordain's own form.
+    that is not Ordain's own form. `answers_signed`: whether an unsigned answer counts (`optional`) or not
+    (`required`); `none`: no answer is signed.
     """
 
     device_type: str
@@ -60,6 +62,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     grant_algorithm: GrantAlgorithm = "EdDSA"
     result_schema: dict[str, Any] | None = None
     speech: Speech | None = None
+    answers_signed: Signing = "none"
 
     def result_fault(self, result: dict[str, Any] | None) -> str | None:
         """Why a recorded result does not match the command's result schema; None if it matches."""

@@ -110,11 +110,16 @@ class Relay:
         Returns whether the broker gave a final response, which can also be a refusal.
         """
         path = f"/v1/devices/{device}/commands/{answer.id}"
-        if answer.status in ("acknowledged", "progress"):
-            path, body = f"{path}/ack", None
+        said: dict[str, Any]
+        if answer.token is not None:
+            said = {"signed": answer.token}  # only the device can sign, so the relay passes it on as it is
         else:
-            said = {"status": answer.status, "result": answer.result, "error": answer.error}
-            path, body = f"{path}/result", {key: value for key, value in said.items() if value is not None}
+            said = {"result": answer.result, "error": answer.error}
+        if answer.status in ("acknowledged", "progress"):
+            path += "/ack"
+        else:
+            path, said = f"{path}/result", said | {"status": answer.status}
+        body = {key: value for key, value in said.items() if value is not None} or None
         for pause in TRY_AGAIN_SEC:
             try:
                 status = (await self._http.post(path, json=body)).status_code

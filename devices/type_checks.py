@@ -45,6 +45,7 @@ def contradictions(device_type: DeviceType) -> Iterator[Fault]:
     if t.backoff_cap_sec < t.backoff_base_sec:
         yield "backoff_cap_sec", t.backoff_cap_sec, f"at least backoff_base_sec ({t.backoff_base_sec})"
     yield from _wrong_answers("", t.answers)
+    yield from _wrong_signing(t)
     yield from _wrong_topics(t)
     if t.open:
         yield from _wrong_end("", t.completes_on, t)
@@ -89,6 +90,22 @@ def _wrong_end(where: str, completes_on: CompletesOn, t: DeviceType) -> Iterator
         yield where + "completes_on", completes_on, right
     if completes_on == "published" and t.transports != ("mqtt",):
         yield where + "completes_on", completes_on, 'needs transports = ["mqtt"]: only MQTT has a PUBACK'
+
+
+def _wrong_signing(t: DeviceType) -> Iterator[Fault]:
+    """Where answers are signed, nothing else may say that a device has executed a command."""
+    if t.answers_signed == "none":
+        return
+    definitions = [t.definition(name) for name in _names(t)]
+    if t.payload == "bare" or not all(each.carries_ids for each in definitions):
+        right = "needs commands with an id, which the signature covers: no bare payload, carries_ids = true"
+        yield "answers_signed", t.answers_signed, right
+    if any(speech.rules or speech.state_topics for speech in t.speeches):
+        right = "needs answers in Ordain's own form: no rules and no state_topics"
+        yield "answers_signed", t.answers_signed, right
+    if any(each.completes_on == "published" for each in definitions):
+        right = 'needs completes_on = "executed": a PUBACK of the MQTT server is not signed'
+        yield "answers_signed", t.answers_signed, right
 
 
 def _wrong_answers(where: str, answers: dict[str, AnswerStatus]) -> Iterator[Fault]:

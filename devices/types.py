@@ -24,6 +24,7 @@ from devices.definition import AnswerStatus as AnswerStatus
 from devices.definition import CompletesOn, GrantAlgorithm, PresenceRule
 from devices.definition import Definition as Definition
 from devices.definition import PayloadFormat as PayloadFormat
+from devices.definition import Signing as Signing
 from devices.definition import Transport as Transport
 from devices.names import is_name
 from devices.schema import MAX_DEPTH as MAX_DEPTH
@@ -122,6 +123,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     commands: dict[str, CommandType] = {}
     carries_ids: bool | None = None
     grants: GrantAlgorithm | Literal["none"] | None = None
+    answers_signed: Signing = "none"
     completes_on: CompletesOn = "executed"
     repeatable: bool | None = None
     presence: PresenceRule = "required"
@@ -277,6 +279,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             max_payload_bytes=self.max_payload_bytes,
             result_schema=own.result,
             speech=speech,
+            answers_signed=self.answers_signed,
         )
 
     def default_ttl(self, command: str) -> int | None:

@@ -16,6 +16,7 @@ from devices.clock import parse_rfc3339
 from devices.names import is_name
 from devices.schema import not_json
 from devices.speech.messages import message_of, text_of
+from devices.speech.signing import looks_signed, unverified
 from devices.speech.templates import Facts, Missing
 from devices.types import AnswerStatus, Definition, PayloadFormat
 
@@ -66,6 +67,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A device's answer about one command. `result` and `error` are normalised. `at`: the device's clock.
 
     `unfit`: names of parts that cannot be used and were left out. They only inform, so the answer counts.
+    `seq`: in a signed report of progress, greater than in the one before. `token`: the JWS that it came in;
+    nothing of it is verified yet.
     """
 
     id: str | None = None
@@ -75,6 +78,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     progress: Progress | None = None
     at: str | None = None
     unfit: tuple[str, ...] = ()
+    seq: int | None = None
+    token: str | None = None
 
 
 class AnswerMessage(msgspec.Struct):
@@ -202,15 +207,17 @@ def encode_answer(answer: Answer, payload: PayloadFormat = "json") -> bytes:
 
 
 def decode_answer(payload: bytes, correlation: bytes | None, answers: Mapping[str, AnswerStatus]) -> Answer:
-    """Decodes an answer from JSON, msgpack or a bare text of `answers`.
+    """Decodes an answer from JSON, msgpack, a JWS or a bare text of `answers`.
 
-    The command id is the answer's `id`, else `correlation`, else None.
+    The command id is the answer's `id`, else `correlation`, else None. In a JWS it is the `id` only.
 
     Raises:
         Malformed: it cannot be decoded. No other exception is raised.
     """
     if len(payload) > MAX_ANSWER_BYTES:
         raise Malformed(f"the answer has {len(payload)} bytes, at most {MAX_ANSWER_BYTES} are allowed")
+    if looks_signed(trimmed := _trimmed(payload)):
+        return _signed_answer(trimmed.decode("ascii", "replace"))
     word = bare_word(payload)
     if word is not None:
         return _bare_answer(word, correlation, answers)
@@ -242,9 +249,24 @@ def decode_answer(payload: bytes, correlation: bytes | None, answers: Mapping[st
 
 
 def bare_word(payload: bytes) -> str | None:
-    """The text of an answer that is neither JSON nor msgpack, else None."""
+    """The text of an answer that is neither JSON nor msgpack nor a JWS, else None."""
     text = _trimmed(payload)
-    return None if text.startswith(b"{") or _is_map(payload) else text.decode(errors="replace")
+    wordless = text.startswith(b"{") or _is_map(payload) or looks_signed(text)
+    return None if wordless else text.decode(errors="replace")
+
+
+def _signed_answer(token: str) -> Answer:
+    """The answer in a JWS. It names its command itself, because the signature covers nothing else."""
+    try:
+        text, seq = unverified(token)
+    except ValueError as error:
+        raise Malformed(f"signed answer: {error}") from error
+    answer = decode_answer(text, None, {})
+    if answer.id is None:
+        raise Malformed("a signed answer needs the id of its command")
+    if answer.status == "progress" and seq is None:
+        raise Malformed("signed progress needs `seq`, so that it cannot be repeated later")
+    return msgspec.structs.replace(answer, token=token, seq=seq)
 
 
 def as_result(result: Any) -> dict[str, Any] | None:
@@ -289,31 +311,6 @@ def decode_status(payload: bytes) -> Status:
 
 def encode_status(online: bool, session: str) -> bytes:
     return msgspec.json.encode(StatusMessage(status="online" if online else "offline", session=session))
-
-
-def command_topic(prefix: str, hardware_id: str, definition: Definition) -> str:
-    return device_topic(prefix, hardware_id, definition.command_suffix)
-
-
-def answer_topic(prefix: str, hardware_id: str, definition: Definition) -> str:
-    return device_topic(prefix, hardware_id, definition.answer_suffix)
-
-
-def status_topic(prefix: str, hardware_id: str) -> str:
-    return device_topic(prefix, hardware_id, "status")
-
-
-def device_topic(prefix: str, hardware_id: str, suffix: str) -> str:
-    return f"{prefix}/dev/{hardware_id}/{suffix}"
-
-
-def parse_topic(prefix: str, topic: str) -> tuple[str, str] | None:
-    """(hardware_id, suffix) of a device topic, or None if it is not one. A suffix may have several levels."""
-    start = f"{prefix}/dev/"
-    if not topic.startswith(start):
-        return None
-    hardware_id, _, suffix = topic[len(start) :].partition("/")
-    return (hardware_id, suffix) if all(map(is_name, (hardware_id, *suffix.split("/")))) else None
 
 
 def _bare_answer(word: str, correlation: bytes | None, answers: Mapping[str, AnswerStatus]) -> Answer:

@@ -18,8 +18,9 @@ from cyclopts import App
 from broker.cli.main import application
 from broker.http.edge.errors import BY_STATUS, DOCUMENTED, STATUS
 from devices.grant import TYPE, Claims, params_hash
+from devices.names import command_topic
 from devices.types import DeviceType, load_type, shipped_types
-from devices.wire import command_topic, encode_command
+from devices.wire import encode_command
 from scripts import vocabulary
 from scripts.picture import picture
 

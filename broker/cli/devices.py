@@ -33,11 +33,12 @@ def add_device(
     project: str = "default",
     id: Text = None,
     name: Text = None,
+    answer_key: Text = None,
     data: Data = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Register a device. Prints only its token, and only this once.
+    """Register a device. Prints only its token, and only this once; with --json also its secret.
 
     Parameters
     ----------
@@ -47,8 +48,11 @@ def add_device(
         The device type, such as generic, recorder or iotee_device.
     project
         The project that the device belongs to.
+    answer_key
+        The Ed25519 public key that it signs its answers with, in base64url.
     """
     given = {"hardware_id": hardware_id, "type": type, "project": project, "id": id, "name": name}
+    given["answer_key"] = answer_key
     body = {key: value for key, value in given.items() if value is not None}
     made = ask(data, config, lambda client, _: call(client, "POST", "/v1/devices", body), make=True)
     if as_json:

@@ -25,6 +25,7 @@ from broker.domain.events import (
     TimedOut,
 )
 from broker.domain.lifecycle import (
+    ANSWERS,
     MAX_PROGRESS_RECORDED,
     PROGRESS_INTERVAL_MS,
     CommandState,
@@ -156,12 +157,21 @@ def _acknowledged_late(state: CommandState, _: Request) -> Cell:
 
 
 def _progress_again(state: CommandState, request: Request) -> Cell:
+    if _repeated(state, request):
+        return NOTHING
     changed = (request.percent, request.note) != (state.percent, state.note)
     soon = state.progress_count > 0 and request.now - state.updated_at < PROGRESS_INTERVAL_MS
     return NOTHING if not changed or soon else _progress_late(state, request)
 
 
+def _repeated(state: CommandState, request: Request) -> bool:
+    """Somebody sends an older signed report again."""
+    return None not in (request.seq, state.seq) and request.seq <= state.seq  # type: ignore[operator]
+
+
 def _progress_late(state: CommandState, request: Request) -> Cell:
+    if _repeated(state, request):
+        return NOTHING
     copy = state.progress_count > 0 and (request.percent, request.note) == (state.percent, state.note)
     return NOTHING if copy or state.progress_count >= MAX_PROGRESS_RECORDED else record("progressed")
 
@@ -262,6 +272,8 @@ def decide(state: CommandState | None, request: Request) -> Decision:
 
     A refusal is a verdict, never an exception.
     """
+    if state is not None and (word := _distrusted(request)):
+        return Decision(Verdict.UNMATCHED, word)
     found = TABLE[request.input][State.NONE if state is None else state.state]
     if isinstance(found, Cell):
         cell = found
@@ -275,6 +287,15 @@ def decide(state: CommandState | None, request: Request) -> Decision:
     return Decision(cell.verdict, cell.word)
 
 
+def _distrusted(request: Request) -> str:
+    """Why an answer is not the device's word, where answers are signed; else empty."""
+    if request.signing == "none" or request.input not in OF_DEVICE or request.signature == "valid":
+        return ""
+    return "" if (request.signing, request.signature) == ("optional", "unsigned") else request.signature
+
+
+# What the device itself says about a command.
+OF_DEVICE = frozenset((*ANSWERS.values(), Input.OBSERVED))
 HANDED_OVER = (State.PUBLISHED, State.ACKNOWLEDGED, State.TIMED_OUT)
 
 
@@ -293,6 +314,7 @@ def _as_report(state: CommandState | None, request: Request, cell: Cell) -> Cell
 
 def _event(state: CommandState | None, request: Request, cell: Cell) -> CommandEvent:
     late = state is not None and state.state is State.TIMED_OUT
+    signed = None if request.signing == "none" else request.signature == "valid"
     match cell.word:
         case "created":
             assert request.created is not None, "a create request carries its event"
@@ -304,7 +326,7 @@ def _event(state: CommandState | None, request: Request, cell: Cell) -> CommandE
                 attempt=number, transport=request.transport, counts=counts, number=request.number
             )
         case "acknowledged":
-            return Acknowledged(late=late, at=request.at, evidence=request.evidence)
+            return Acknowledged(late=late, at=request.at, evidence=request.evidence, signed=signed)
         case "progressed":
             return Progressed(
                 percent=request.percent,
@@ -312,12 +334,14 @@ def _event(state: CommandState | None, request: Request, cell: Cell) -> CommandE
                 late=late,
                 at=request.at,
                 evidence=request.evidence,
+                signed=signed,
+                seq=request.seq,
             )
         case "executed":
             evidence = "mqtt_puback" if request.input is Input.ACCEPTED else request.evidence
-            return Executed(result=request.result, late=late, at=request.at, evidence=evidence)
+            return Executed(result=request.result, late=late, at=request.at, evidence=evidence, signed=signed)
         case "failed":
-            return _failed(request, cell, late)
+            return _failed(request, cell, late, signed)
         case "timed_out":
             by = None if cell.reason in ("no_answer", "no_result", "ttl", "unsendable") else request.by
             source = "timer" if by is None else "operator"
@@ -335,7 +359,7 @@ def _event(state: CommandState | None, request: Request, cell: Cell) -> CommandE
             )
 
 
-def _failed(request: Request, cell: Cell, late: bool) -> Failed:
+def _failed(request: Request, cell: Cell, late: bool, signed: bool | None) -> Failed:
     if cell.reason == "refused":
         error = Error(code="refused", message=request.reason or "the MQTT server refused the publish")
         return Failed(error=error, by="mqtt_server", evidence="mqtt_refused")
@@ -343,5 +367,10 @@ def _failed(request: Request, cell: Cell, late: bool) -> Failed:
         error = Error(code="unsendable", message=request.reason or "the device type cannot encode it")
         return Failed(error=error, by="broker", evidence="broker")
     return Failed(
-        error=request.error or UNEXPLAINED, by="device", late=late, at=request.at, evidence=request.evidence
+        error=request.error or UNEXPLAINED,
+        by="device",
+        late=late,
+        at=request.at,
+        evidence=request.evidence,
+        signed=signed,
     )

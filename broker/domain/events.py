@@ -25,6 +25,8 @@ Evidence = Literal[
     "operator",
     "broker",
 ]
+# Whether the answer was signed by its device; None: answers of its type are not signed.
+Signed = bool | None
 TimeoutReason = Literal["no_answer", "no_result", "ttl", "unsendable", "device_deleted", "operator"]
 
 SYSTEM = "system"
@@ -94,16 +96,20 @@ class Acknowledged(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid
     late: bool = False
     at: str | None = None
     evidence: Evidence = "device_ack"
+    signed: Signed = None
 
 
 class Progressed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The device reports progress, 0 to 100 percent."""
+    """The device reports progress, 0 to 100 percent. `seq`: of a signed report, greater than in those
+    before."""
 
     percent: int | float | None = None
     note: str | None = None
     late: bool = False
     at: str | None = None
     evidence: Evidence = "device_ack"
+    signed: Signed = None
+    seq: int | None = None
 
 
 class Executed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -113,6 +119,7 @@ class Executed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     late: bool = False
     at: str | None = None
     evidence: Evidence = "device_result"
+    signed: Signed = None
 
 
 class Failed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -123,6 +130,7 @@ class Failed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unkno
     late: bool = False
     at: str | None = None
     evidence: Evidence = "device_result"
+    signed: Signed = None
 
 
 class TimedOut(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -153,13 +161,15 @@ class Cancelled(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_un
 
 
 class Registered(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A device was registered. `token_digest`: in the format of Mosquitto's password file."""
+    """A device was registered. `token_digest`: in the format of Mosquitto's password file. `answer_key`: the
+    public key that it signs its answers with."""
 
     hardware_id: str
     device_type: str
     token_digest: str
     name: str | None = None
     attributes: dict[str, Any] = {}
+    answer_key: str | None = None
 
 
 class Changed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -168,6 +178,7 @@ class Changed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unkn
     device_type: str | msgspec.UnsetType = msgspec.UNSET
     name: str | msgspec.UnsetType | None = msgspec.UNSET
     attributes: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    answer_key: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class TokenRotated(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -11,6 +11,8 @@ import msgspec
 from msgspec import Meta
 
 from broker.domain import attempts, lanes
+from broker.domain.ended import Facts as Facts
+from broker.domain.ended import Parts, closed, times, with_signature
 from broker.domain.lanes import Lane, Member, Presence
 from broker.domain.lifecycle import CommandState, State
 from devices.clock import rfc3339
@@ -55,25 +57,12 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     ]
 
 
-Facts = dict[str, Any]
-Parts = tuple[str, list[Facts], Facts | None]
-
-TIMED_OUT = {
-    "no_answer": "no answer from the device",
-    "no_result": "the device acknowledged it, but no result came in time",
-    "ttl": "it expired after it was handed over",
-    "unsendable": "its device type can no longer encode it",
-    "device_deleted": "its device was deleted",
-    "operator": "an operator stopped waiting",
-}
-
-
 def explain(situation: Situation) -> Explanation:
     """Explains any command in any state."""
     state, member = situation.state, situation.member
     parts: Parts
     if state.closed:
-        parts = _unreached(situation, _closed(state))
+        parts = _unreached(situation, closed(state))
     elif member is None:
         # Open commands are always in memory, so this one was closed since its state was read.
         parts = "It has just been closed; repeat the request.", [{"code": "just_closed"}], None
@@ -83,59 +72,10 @@ def explain(situation: Situation) -> Explanation:
         published = state.state is State.PUBLISHED
         parts = _published(situation, member) if published else _acknowledged(member)
         parts = _stopped(situation, _unreached(situation, parts) if published else parts)
-    summary, reasons, following = parts
+    summary, reasons, following = with_signature(state, parts)
     return Explanation(
         command_id=state.id, state=state.state.value, summary=summary, reasons=reasons, next=following
     )
-
-
-# --- closed ----------------------------------------------------------------------------------------
-
-
-def _closed(state: CommandState) -> Parts:
-    at = rfc3339(state.closed_at or state.updated_at)
-    late = ", after it had timed out" if state.late else ""
-    reason: Facts = {"code": state.state.value, "at": at} | ({"late": True} if state.late else {})
-    match state.state:
-        case State.EXECUTED:
-            sentence = f"The device reported at {at} that it executed the command{late}."
-            if state.delivered_at is None:
-                reason["one_way"] = True
-                sentence = f"The MQTT server accepted it at {at}; devices of this type send no answers."
-        case State.FAILED:
-            error = state.error
-            assert error is not None, "failed carries its error"
-            who = {"device": "The device reported this", "mqtt_server": "The MQTT server refused it"}
-            reason |= {"by": state.by, "error": error.code}
-            text = (error.message or error.code).rstrip(". ")
-            sentence = f"It failed: {text}. {who.get(state.by or '', 'Ordain detected this')} at {at}{late}."
-            if state.published_at is None:
-                sentence += " It was never handed over."
-        case State.EXPIRED:
-            sentence = f"It expired at {at}; it was never handed over."
-        case State.CANCELLED:
-            reason |= {"by": state.by, "reason": state.reason}
-            if state.superseded_by is not None:
-                reason["superseded_by"] = state.superseded_by
-            sentence = f"It was cancelled at {at} by {state.by}{_cause(state)}; it was never handed over."
-        case _:
-            reason |= {"reason": state.reason, "attempts": state.attempts, "by": state.by}
-            cause = TIMED_OUT.get(state.reason or "", state.reason)
-            correctable = state.reason != "device_deleted"
-            sentence = (
-                f"It timed out at {at} ({cause}) after it was handed over {_times(state)}. It is not known "
-                f"whether the device executed it"
-                f"{'; a late answer still corrects this' if correctable else ''}."
-            )
-    return sentence, [reason], None
-
-
-def _cause(state: CommandState) -> str:
-    if state.superseded_by is not None:
-        return f" (replaced by {state.superseded_by})"
-    if state.reason == "device_deleted":
-        return " (its device was deleted)"
-    return "" if state.reason is None else f" ({state.reason})"
 
 
 # --- waiting to be handed over -----------------------------------------------------------------------
@@ -252,7 +192,7 @@ def _published(situation: Situation, member: Member) -> Parts:
     reason: Facts = {"code": "no_answer", "attempts": state.attempts, "counted": member.counted}
     who = "device" if definition.completes_on == "executed" else "MQTT server"
     last = rfc3339(state.handed_over_at or state.updated_at)
-    said = f"Handed over {_times(state)} ({counting}), last at {last}; no answer from the {who} yet"
+    said = f"Handed over {times(state)} ({counting}), last at {last}; no answer from the {who} yet"
     text, reasons, following = (_in_the_air if flight.open else _between)(situation, member)
     return f"{said}; {text}.", [reason | {"max_attempts": most, "last_at": last}, *reasons], following
 
@@ -393,7 +333,3 @@ def _stopped(situation: Situation, parts: Parts) -> Parts:
 
 def _halted(situation: Situation) -> Facts:
     return {"code": "halted", "why": situation.halted}
-
-
-def _times(state: CommandState) -> str:
-    return "once" if state.attempts == 1 else f"{state.attempts} times"

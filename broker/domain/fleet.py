@@ -32,7 +32,8 @@ class DeviceSet(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Times in ms. `online`: from the last presence event; not valid once a later `started` is in the log.
 
-    `seen_at`: time of that event. `reported`: the last known state, from `reported_at`.
+    `seen_at`: time of that event. `reported`: the last known state, from `reported_at`. `answer_key`: the
+    Ed25519 key (base64url) that it signs its answers with.
     """
 
     id: str
@@ -52,6 +53,7 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     deleted_at: int | None = None
     reported: dict[str, Any] | None = None
     reported_at: int | None = None
+    answer_key: str | None = None
 
 
 class News(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,13 +136,14 @@ def evolve_device(state: DeviceState | None, pending: Pending) -> DeviceState:
             updated_at=at,
             name=event.name,
             attributes=event.attributes,
+            answer_key=event.answer_key,
         )
     if state is None:
         raise ValueError(f"{pending.type} cannot be the first event of {pending.stream}")
     changes: dict[str, object] = {"version": pending.version, "updated_at": at}
     match event:
         case Changed():
-            for field in ("device_type", "name", "attributes"):
+            for field in ("device_type", "name", "attributes", "answer_key"):
                 if (value := getattr(event, field)) is not msgspec.UNSET:
                     changes[field] = value
         case TokenRotated():

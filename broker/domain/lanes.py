@@ -40,13 +40,12 @@ class Flight:
     `sent_at`: when the link took the bytes of the last attempt; None if it did not, or nobody was subscribed.
     `counts`: the last attempt was recorded as counting towards max_attempts. `due_at`: when the next
     attempt is due. `not_before`: a device that comes online does not make it due earlier than this.
-    `heard_at`: time of the last progress report that was not recorded (over the limit). `voided`: number of
-    attempts recorded as counting that do not count after all. `refused`: number of attempts that the MQTT
-    server refused. `dropped`: number of attempts that ended because the device went offline.
+    `heard_at`: time of the last progress report that was not recorded; `seq`: of the last signed one.
+    `voided`: number of attempts recorded as counting that do not count after all. `refused`: number that the
+    MQTT server refused. `dropped`: number of attempts that ended because the device went offline.
 
     For attempts that met no subscriber: `missed` is their number, `unheard` their number in a row,
     `unheard_at` the time of the last one. `hastened`: a live message has ended a pause between them.
-
     `unsent`: number of attempts whose bytes never left. `unconfirmed`: the MQTT server has not yet said that
     it has the bytes. `confirmed_at`: when it did. `trip_ms`: the longest time until that, or until an ack.
     """
@@ -71,6 +70,7 @@ class Flight:
     unconfirmed: bool = False
     confirmed_at: int = 0
     trip_ms: int = 0
+    seq: int = -1
 
     def confirm(self, now: int, *, known: bool) -> None:
         """The receipt for the open attempt came. Not `known`: the link died, and none will come."""

@@ -32,7 +32,7 @@ says what follows. A cell is one of
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import assert_never
+from typing import Literal, assert_never
 
 import msgspec
 
@@ -52,6 +52,7 @@ from broker.domain.events import (
     TimedOut,
     Transport,
 )
+from devices.types import Signing
 
 
 class State(StrEnum):
@@ -158,6 +159,8 @@ class CommandState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     late: bool = False
     reopened: bool = False
     numbers: tuple[int, ...] = ()
+    signed: bool | None = None  # whether the last recorded answer was; None: answers are not signed
+    seq: int | None = None  # of the last recorded signed progress
 
     @property
     def closed(self) -> bool:
@@ -226,21 +229,25 @@ def _changes(state: CommandState, event: CommandEvent, at: int) -> dict[str, obj
         case Acknowledged() | Progressed():
             first = at if state.acknowledged_at is None else state.acknowledged_at
             heard |= {"acknowledged_at": first, "reported_at": at, "late": state.late or event.late}
+            heard["signed"] = event.signed
             if isinstance(event, Progressed):
                 heard |= {
                     "percent": event.percent,
                     "note": event.note,
                     "progress_count": state.progress_count + 1,
+                    "seq": event.seq,
                 }
             return heard
         case Executed():
             if event.evidence == "mqtt_puback":
                 heard = {}
-            return heard | {"result": event.result, "executed_at": at, "late": state.late or event.late}
+            late = state.late or event.late
+            return heard | {"result": event.result, "executed_at": at, "late": late, "signed": event.signed}
         case Failed():
             if event.by != "device":
                 heard = {}
-            return heard | {"error": event.error, "by": event.by, "late": state.late or event.late}
+            late = state.late or event.late
+            return heard | {"error": event.error, "by": event.by, "late": late, "signed": event.signed}
         case TimedOut():
             return {"reason": event.reason, "by": event.by}
         case Expired():
@@ -302,13 +309,18 @@ ANSWERS = {
 }
 
 
+# `no_key`: the broker has none to check the signature with.
+Signature = Literal["valid", "unsigned", "bad_signature", "no_key"]
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One input for one command, with the facts that the rules of its row need.
 
     `now` in ms. `exhausted`: the open attempt is the last one that the log allows (`attempts.is_exhausted`).
     `always_sent`: the type has no presence. `candidates`: how many commands an answer without id can belong
     to. `over_http`: the answer is an HTTP report. `may_report`: the reporter is the device itself, which may
-    also report for a command that went by MQTT only.
+    also report for a command that went by MQTT only. `signing`: whether answers to this command are signed.
+    `signature`: of this answer; `seq`: its number, if it is signed progress.
     """
 
     input: Input
@@ -338,3 +350,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     over_http: bool = False
     may_report: bool = False
     candidates: int = 1
+    signing: Signing = "none"
+    signature: Signature = "unsigned"
+    seq: int | None = None

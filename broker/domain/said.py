@@ -27,6 +27,9 @@ CONTRADICTING = {
     "contradiction": "the device has also reported a different outcome",
     "promise_broken": "the device has reported on it although it was never handed over",
     "never_handed_over": "an answer to it came before it was handed over",
+    "unsigned": "an answer to it came without a signature and was not used",
+    "bad_signature": "an answer to it came with a signature that is not the device's and was not used",
+    "no_key": "a signed answer to it was not used, because no key of the device is known",
 }
 UNUSABLE = {
     "malformed": "could not be read",

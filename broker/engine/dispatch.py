@@ -184,8 +184,13 @@ class Dispatch:
                 self.attempts.end(member, Input.CAME_ONLINE)
                 self.pump(device_id)
 
-    def reported(self, member: Member) -> None:
-        """A progress report that was not recorded (over the limit) still restarts the result timer."""
+    def reported(self, member: Member, seq: int | None) -> None:
+        """A progress report that was not recorded (over the limit) still restarts the result timer, but not
+        an old signed one that somebody sends again."""
+        if seq is not None:
+            if seq <= max(member.flight.seq, -1 if member.state.seq is None else member.state.seq):
+                return
+            member.flight.seq = seq
         member.flight.heard_at = self.writer.now()
         self.attempts.set_timer(member)
 

@@ -30,7 +30,8 @@ KEPT = 4_096  # grants in memory, about 700 bytes each
 
 
 class Secrets:
-    """The secrets that sign HS256 grants, by device id. Loaded by `Grants.load`."""
+    """The secrets that devices share with the broker, by device id: for HS256 grants, and for answers signed
+    with HMAC. Loaded by `Grants.load`."""
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer

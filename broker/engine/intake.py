@@ -16,23 +16,26 @@ import structlog
 
 from broker.domain.decisions import Verdict, decide
 from broker.domain.errors import Unavailable
-from broker.domain.events import Error, Evidence
+from broker.domain.events import Evidence
 from broker.domain.fleet import DeviceState
 from broker.domain.lanes import Member, Presence, candidates, is_answerable, ms
-from broker.domain.lifecycle import ANSWERS, CommandState, Input, Request
+from broker.domain.lifecycle import CommandState, Input, Request
 from broker.domain.waiting import first
 from broker.engine.commands import Commands
 from broker.engine.dispatch import SILENCE, Dispatch
 from broker.engine.quotas import waiting_room
 from broker.engine.registry import Registry
 from broker.engine.speech.addresses import ANSWER, PRESENCE, STATE, Place
+from broker.engine.speech.answers import SIGNED_BYTES, request_of
 from broker.engine.speech.kept import Kept
 from broker.engine.speech.reading import Found, Reader
 from broker.often import shown
 from broker.seams import Link, Message
+from devices.names import status_topic
 from devices.speech.rules import Decoded
+from devices.speech.signing import looks_signed
 from devices.types import AnswerStatus
-from devices.wire import Answer, Malformed, as_result, bare_word, decode_answer, status_topic
+from devices.wire import Answer, Malformed, as_result, bare_word, decode_answer
 
 logger = structlog.get_logger()
 
@@ -44,6 +47,9 @@ SAYS = {
     "malformed": (0x99, "this cannot be read as an answer or a status of this device's type"),
     "wrong_device": (0x87, "this is not the device's own topic, or not its own command"),
     "unknown_device": (0x87, "this device is not known"),
+    "unsigned": (0x87, "answers to this command must be signed"),
+    "bad_signature": (0x87, "the signature is not this device's"),
+    "no_key": (0x87, "no key is known that could verify the signature"),
 }
 TAKEN = (0, "")
 
@@ -120,7 +126,7 @@ class Intake(Kept):
 
     async def _take_batch(self) -> None:
         self._queue.extend(self._waiting.take(QOS0_AT_ONCE - len(self._queue)))
-        batch = first(self._queue, BATCH, BATCH_BYTES, lambda message: len(message.payload))
+        batch = first(self._queue, BATCH, BATCH_BYTES, _weight)
         names = {name for each in batch if each.foreign is None for name in self.addresses.owners(each.topic)}
         names |= {message.foreign for message in batch if message.foreign is not None}
         await self._ready(names)
@@ -271,7 +277,8 @@ class Intake(Kept):
         """A live state shows that a command is done."""
         result = msgspec.Raw(msgspec.json.encode(as_result(said.value)))
         now = self.writer.now()
-        request = Request(input=Input.OBSERVED, now=now, evidence="observed", result=result)
+        signing = member.definition.answers_signed
+        request = Request(input=Input.OBSERVED, now=now, evidence="observed", result=result, signing=signing)
         self.commands.apply(member.state, decide(member.state, request), f"device:{device.id}")
 
     def _take_status(
@@ -338,6 +345,9 @@ class Intake(Kept):
                 self.unmatched(message, device, "wrong_device" if ours else "unknown", answer.id)
                 return
             state = known
+        if answer.token is not None and self.live.definitions[state.definition].answers_signed == "none":
+            self.unmatched(message, device, "malformed", state.id)
+            return
         if (word := bare_word(message.payload)) is not None:
             # The command's own definition says what a text means: "ON" is no answer to an `off` command.
             own = self.live.definitions[state.definition].answers
@@ -360,17 +370,8 @@ class Intake(Kept):
         self, state: CommandState, answer: Answer, evidence: Evidence, message: Message, device: DeviceState
     ) -> None:
         """Decides one answer to one command and carries the decision out."""
-        error = answer.error
-        request = Request(
-            input=ANSWERS[answer.status],
-            now=self.writer.now(),
-            evidence=evidence,
-            at=answer.at,
-            result=msgspec.Raw(msgspec.json.encode(answer.result)),
-            error=msgspec.convert(error, Error) if error is not None else None,
-            percent=answer.progress.percent if answer.progress else None,
-            note=answer.progress.note if answer.progress else None,
-        )
+        definition, secrets = self.live.definitions[state.definition], self.registry.secrets
+        request = request_of(answer, definition, device, secrets, now=self.writer.now(), evidence=evidence)
         decision = decide(state, request)
         if answer.unfit:
             self.left_out(message, device, answer.unfit, state.id)
@@ -380,4 +381,10 @@ class Intake(Kept):
         elif decision.verdict is Verdict.UNMATCHED:
             self.unmatched(message, device, decision.word, state.id)
         elif answer.status == "progress" and (member := self.live.members.get(state.id)) is not None:
-            self.dispatch.reported(member)
+            self.dispatch.reported(member, answer.seq)
+
+
+def _weight(message: Message) -> int:
+    """How much of `BATCH_BYTES` a message takes."""
+    size = len(message.payload)
+    return max(size, SIGNED_BYTES) if looks_signed(message.payload) else size

@@ -13,17 +13,18 @@ import msgspec
 from broker.domain import lanes
 from broker.domain.decisions import Verdict, decide
 from broker.domain.errors import Refusal, invalid, not_found
-from broker.domain.events import Error
 from broker.domain.fleet import DeviceState, News, same_attributes
 from broker.domain.lanes import Lane, Member
-from broker.domain.lifecycle import ANSWERS, CommandState, Input, Request, State
+from broker.domain.lifecycle import CommandState, Input, Request, State
 from broker.engine.commands import Caller, conflict
 from broker.engine.dispatch import Dispatch
 from broker.engine.grants import Grants
-from broker.engine.intake import Intake
+from broker.engine.intake import SAYS, Intake
 from broker.engine.registry import Registry
+from broker.engine.speech.answers import request_of
 from broker.seams import Message
-from devices.wire import MAX_ANSWER_BYTES, Malformed, Unsendable, decode_answer
+from devices.speech.signing import looks_signed
+from devices.wire import MAX_ANSWER_BYTES, Answer, Malformed, Unsendable, decode_answer
 
 ME = "me"
 
@@ -161,24 +162,25 @@ class Pull:
     # --- reporting ---
 
     async def report(
-        self, caller: Caller, name: str, command_id: str, status: str, result: Any = None, error: Any = None
+        self,
+        caller: Caller,
+        name: str,
+        command_id: str,
+        status: str,
+        result: Any = None,
+        error: Any = None,
+        signed: str | None = None,
     ) -> CommandState:
-        """Takes in an answer to one command, from the device itself or from a relay.
+        """Takes in an answer to one command, from the device itself or from a relay. `signed`: the answer as
+        the device signed it, instead of its result or error.
 
         Raises:
             Refusal: not_found; conflict, which names the state; invalid_request; too_large.
             Unavailable: the log could not be written.
         """
         said = {"id": command_id, "status": status, "result": result, "error": error}
-        payload = msgspec.json.encode(said)
-        if len(payload) > MAX_ANSWER_BYTES:
-            raise Refusal("too_large", f"the report has {len(payload)} bytes; at most {MAX_ANSWER_BYTES}")
-        try:
-            answer = decode_answer(payload, None, {})
-        except Malformed as fault:
-            if "command id" in fault.reason:
-                raise not_found("command", command_id) from fault
-            raise invalid("error" if status == "failed" else "result", fault.reason) from fault
+        payload = msgspec.json.encode(said) if signed is None else signed.encode()
+        answer = _read(payload, command_id, status, signed=signed is not None)
         await self.commands.ready([self.name(caller, name)], [command_id], project=caller.project)
         device = self.device(caller, name)
         state = self.commands.seen(caller, command_id)
@@ -186,12 +188,16 @@ class Pull:
             raise not_found("command", command_id)
         itself = caller.device_id == device.id
         own_word = "device_ack" if status == "acknowledged" else "device_result"
-        request = Request(
-            input=ANSWERS[answer.status],
+        definition = self.live.definitions[state.definition]
+        if signed is not None and definition.answers_signed == "none":
+            raise invalid("signed", f"answers of the type {state.device_type} are not signed")
+        request = request_of(
+            answer,
+            definition,
+            device,
+            self.registry.secrets,
             now=self.writer.now(),
-            evidence=own_word if itself else "relay_report",  # type: ignore[arg-type]
-            result=msgspec.Raw(msgspec.json.encode(answer.result)),
-            error=None if answer.error is None else msgspec.convert(answer.error, Error),
+            evidence=own_word if itself else "relay_report",
             over_http=True,
             may_report=itself,
         )
@@ -199,11 +205,37 @@ class Pull:
         if decision.verdict is Verdict.RECORD:
             state = self.commands.apply(state, decision, caller.actor)
             self.intake.check_result(state, answer)
-        elif decision.word == "promise_broken":
+        elif decision.verdict is Verdict.UNMATCHED or decision.word == "promise_broken":
             message = Message(topic=f"http/{caller.actor}", payload=payload)
             self.intake.unmatched(message, device, decision.word, state.id)
         await self.writer.barrier()
+        if decision.verdict is Verdict.UNMATCHED:
+            raise invalid("signed", SAYS[decision.word][1])
         if decision.verdict is Verdict.CONFLICT:
             by_mqtt = "" if itself or state.pulled else " (no relay or heartbeat has fetched it)"
             raise conflict(state, request.input, by_mqtt)
         return state
+
+
+def _read(payload: bytes, command_id: str, status: str, *, signed: bool) -> Answer:
+    """The answer in a report.
+
+    Raises:
+        Refusal: not_found; invalid_request; too_large.
+    """
+    if len(payload) > MAX_ANSWER_BYTES:
+        raise Refusal("too_large", f"the report has {len(payload)} bytes; at most {MAX_ANSWER_BYTES}")
+    if signed and not looks_signed(payload):
+        raise invalid("signed", "must be a JWS in compact form")
+    try:
+        answer = decode_answer(payload, None, {})
+    except Malformed as fault:
+        if signed:
+            raise invalid("signed", fault.reason) from fault
+        if "command id" in fault.reason:
+            raise not_found("command", command_id) from fault
+        raise invalid("error" if status == "failed" else "result", fault.reason) from fault
+    told = "acknowledged" if answer.status == "progress" else answer.status
+    if signed and (answer.id, told) != (command_id, status):
+        raise invalid("signed", f"it is about {answer.id} ({answer.status}), not {command_id} ({status})")
+    return answer

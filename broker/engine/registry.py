@@ -36,6 +36,7 @@ from broker.engine.quotas import Told
 from broker.log import sqlite as log
 from broker.seams import New, Sql
 from devices.names import is_name
+from devices.speech.signing import public_key
 from devices.types import DeviceType
 from projections import devices as devices_view
 
@@ -55,6 +56,19 @@ def check_name(field: str, value: str | None) -> None:
         raise invalid(field, NAME_RULE, value)
 
 
+def _check_answer_key(key: str | None) -> None:
+    """Checks that it is an Ed25519 public key; None is allowed.
+
+    Raises:
+        Refusal: invalid_request.
+    """
+    try:
+        if key is not None:
+            public_key(key)
+    except ValueError as error:
+        raise invalid("answer_key", f"no Ed25519 public key: {error}", key) from error
+
+
 class NewDevice(msgspec.Struct, frozen=True, kw_only=True):
     """A request to register a device. `id` None: the broker makes one."""
 
@@ -64,10 +78,12 @@ class NewDevice(msgspec.Struct, frozen=True, kw_only=True):
     id: str | None = None
     name: str | None = None
     attributes: dict[str, Any] = {}
+    answer_key: str | None = None
 
 
 class Issued(NamedTuple):
-    """A device with its new token, which is shown only once. `secret`: base64url, for HS256 types only."""
+    """A device with its new token, which is shown only once. `secret`: base64url, only for types that sign
+    grants or answers with it."""
 
     device: DeviceState
     token: str
@@ -148,6 +164,7 @@ class Registry:
         if new.type not in self.types:
             raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", new.type)
         self.check_attributes(new.attributes)
+        _check_answer_key(new.answer_key)
         if caller.devices is not None and not caller.devices.covers(device_id, new.hardware_id):
             raise Refusal("forbidden", f"this key is limited to devices that {new.hardware_id} is not one of")
         rivals = self.addresses.rivals(self.types[new.type], new.hardware_id, new.name)
@@ -163,6 +180,7 @@ class Registry:
             token_digest=token_digest(token, self.writer.entropy),
             name=new.name,
             attributes=new.attributes,
+            answer_key=new.answer_key,
         )
         device = self.record(event, device_id, None, new.project, caller.actor)
         secret = self._new_secret(device)
@@ -182,6 +200,8 @@ class Registry:
             raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", change.device_type)
         if change.attributes is not msgspec.UNSET:
             self.check_attributes(change.attributes)
+        if change.answer_key is not msgspec.UNSET:
+            _check_answer_key(change.answer_key)
         device = await self.find(caller, name)
         kind, title = self._changed(device, change)
         if kind is not None and (rivals := self.addresses.rivals(kind, device.hardware_id, title)):
@@ -269,12 +289,14 @@ class Registry:
         return f"{new_secret(OF_DEVICE, self.writer.entropy)}.{device_id}"
 
     def _new_secret(self, device: DeviceState) -> str | None:
-        """A new device secret for HS256 types; for other types the old one is deleted, and None returned.
+        """A new device secret, if the type signs grants with one, or answers and the device has no public
+        key; else the old one is deleted, and None returned.
 
         It is staged together with the token, so that both become valid in one transaction.
         """
         kind = self.types.get(device.device_type)
-        if kind is not None and kind.grants == "HS256":
+        answers = kind is not None and kind.answers_signed != "none" and device.answer_key is None
+        if answers or (kind is not None and kind.grants == "HS256"):
             return self.secrets.renew(device.id)
         self.secrets.forget(device.id)
         return None

@@ -8,7 +8,7 @@ not checked: random draws, the time when bytes were written, and whether an atte
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -147,6 +147,7 @@ def _request(
 ) -> Request:
     """The request that leads to an event, rebuilt from the log."""
     repeatable = definition is None or definition.repeatable
+    signed = _signed(event, definition)
     match event:
         case Created():
             return Request(input=Input.CREATE, now=now, created=event)
@@ -161,7 +162,9 @@ def _request(
                 number=event.number,
             )
         case Acknowledged():
-            return Request(input=Input.ANSWER_ACKNOWLEDGED, now=now, at=event.at, evidence=event.evidence)
+            return Request(
+                input=Input.ANSWER_ACKNOWLEDGED, now=now, at=event.at, evidence=event.evidence, **signed
+            )
         case Progressed():
             return Request(
                 input=Input.ANSWER_PROGRESS,
@@ -170,6 +173,8 @@ def _request(
                 note=event.note,
                 at=event.at,
                 evidence=event.evidence,
+                seq=event.seq,
+                **signed,
             )
         case Executed(evidence="mqtt_puback"):
             one_way = definition is not None and definition.completes_on == "published"
@@ -181,9 +186,10 @@ def _request(
                 result=event.result,
                 at=event.at,
                 evidence=event.evidence,
+                **signed,
             )
         case Failed():
-            return _failed(event, now)
+            return _failed(event, now, signed)
         case TimedOut():
             counted = 0 if state is None else state.counted
             return Request(
@@ -203,11 +209,24 @@ def _request(
             )
 
 
-def _failed(event: Failed, now: int) -> Request:
+def _signed(event: CommandEvent, definition: Definition | None) -> dict[str, Any]:
+    """The verdict on the signature is part of the event: keys may have changed since."""
+    if not isinstance(event, Acknowledged | Progressed | Executed | Failed) or definition is None:
+        return {}
+    signature = "valid" if event.signed else "unsigned"
+    return {"signing": definition.answers_signed, "signature": signature}
+
+
+def _failed(event: Failed, now: int, signed: dict[str, Any]) -> Request:
     if event.by == "broker":
         return Request(input=Input.UNSENDABLE, now=now, reason=event.error.message)
     if event.by == "mqtt_server":
         return Request(input=Input.REFUSED, now=now, reason=event.error.message, every_attempt_refused=True)
     return Request(
-        input=Input.ANSWER_FAILED, now=now, error=event.error, at=event.at, evidence=event.evidence
+        input=Input.ANSWER_FAILED,
+        now=now,
+        error=event.error,
+        at=event.at,
+        evidence=event.evidence,
+        **signed,
     )

@@ -15,6 +15,7 @@ from typing import Any
 from devices.core import Core, Effect, Send
 from devices.grant import GrantVerifier
 from devices.memory import Memory
+from devices.speech.signing import SigningKey
 from devices.types import DeviceType
 from devices.wire import CommandMessage
 
@@ -36,9 +37,11 @@ class BleDevice:
         handlers: Mapping[str, Handler],
         now_ms: Callable[[], int],
         verifier: GrantVerifier | None = None,
+        signs_with: SigningKey | None = None,
     ) -> None:
         self._handlers, self._now_ms = handlers, now_ms
-        self._core = Core(hardware_id, device_type, memory, dict.fromkeys(handlers, False), verifier=verifier)
+        names = dict.fromkeys(handlers, False)
+        self._core = Core(hardware_id, device_type, memory, names, verifier=verifier, signs_with=signs_with)
         self._connection: BleConnection | None = None
         self._unconfirmed: deque[bytes] = deque(maxlen=MAX_UNCONFIRMED)
         self._runs: asyncio.Queue[CommandMessage] = asyncio.Queue()

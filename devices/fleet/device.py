@@ -14,15 +14,9 @@ from devices.core import Core, Effect, Run, Send
 from devices.fleet.mqtt import Connection
 from devices.fleet.summary import Ledger
 from devices.memory import RamMemory
+from devices.names import status_topic
 from devices.types import shipped_types
-from devices.wire import (
-    CommandMessage,
-    Malformed,
-    decode_answer,
-    decode_command,
-    encode_status,
-    status_topic,
-)
+from devices.wire import CommandMessage, Malformed, decode_answer, decode_command, encode_status
 
 COMMAND = "simulate"
 TYPE = "generic"

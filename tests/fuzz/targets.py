@@ -34,7 +34,7 @@ from broker.settings import BadSetting, Settings, load
 from broker.type_files import load_types
 from devices import wire
 from devices.grant import TYPE, GrantRefused, GrantVerifier, Key, keys_from_jwks, params_hash
-from devices.names import is_name
+from devices.names import device_topic, is_name, parse_topic
 from devices.types import AnswerStatus, BadParams, BadType, Definition
 from projections import follower
 from tests.fuzz.packets import kept, packets
@@ -93,9 +93,9 @@ def topics(data: bytes) -> None:
     """A filter and a topic. Where both are right by MQTT's rules, paho must agree on whether they match."""
     text = data.decode(errors="replace").replace("\0", "")
     topic_filter, _, topic = text.partition("\n")
-    parsed = wire.parse_topic("iotee", topic)
+    parsed = parse_topic("iotee", topic)
     if parsed is not None:
-        assert wire.device_topic("iotee", *parsed) == topic, "a topic that is read as another"
+        assert device_topic("iotee", *parsed) == topic, "a topic that is read as another"
         assert all(map(is_name, (parsed[0], *parsed[1].split("/"))))
     covered, right = fits(topic_filter, topic), is_filter(topic_filter)
     plain = topic != "" and not {"+", "#", "$"} & set(topic)

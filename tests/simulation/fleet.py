@@ -18,9 +18,10 @@ from broker.seams import Message, Receipt
 from devices.core import Core, Effect, Run, Send
 from devices.grant import Claims, GrantRefused, GrantVerifier, keys_from_jwks
 from devices.memory import RamMemory
+from devices.names import device_topic, status_topic
 from devices.relay import message_of
 from devices.types import DeviceType, load_type, shipped_types
-from devices.wire import CommandMessage, device_topic, status_topic
+from devices.wire import CommandMessage
 from tests.simulation.history import Call, History
 from tests.simulation.link import SimDevicePort
 from tests.simulation.loop import Node, SimClock, SimLoop

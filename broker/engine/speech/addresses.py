@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from broker.domain.fleet import DeviceState
 from broker.engine.live import Live, Recent
+from devices.names import answer_topic, device_topic, parse_topic
 from devices.speech.speech import Speech
 from devices.speech.topics import (
     HARDWARE_ID,
@@ -22,7 +23,6 @@ from devices.speech.topics import (
     with_prefix,
 )
 from devices.types import Definition, DeviceType
-from devices.wire import answer_topic, device_topic, parse_topic
 
 STATUS = "status"
 ANSWER, STATE, PRESENCE = "answer", "state", "presence"

@@ -17,8 +17,9 @@ from broker.http.edge.auth import Call
 from broker.http.edge.services import served
 from devices.grant import Claims
 from devices.names import PATTERN as NAME_PATTERN
+from devices.names import device_topic
 from devices.types import ANY, CommandType, DeviceType, PayloadFormat
-from devices.wire import AnswerMessage, CommandMessage, StatusMessage, device_topic
+from devices.wire import AnswerMessage, CommandMessage, StatusMessage
 
 CONTENT: dict[PayloadFormat, str] = {
     "json": "application/json",

@@ -31,6 +31,13 @@ Force = Annotated[bool, QueryParameter(description="Delete it even if it has ope
 Attributes = Annotated[
     dict[str, Any], Meta(description="Any JSON object that you want to keep.", examples=[{"floor": 2}])
 ]
+AnswerKey = Annotated[
+    str,
+    Meta(
+        max_length=64,
+        description="The Ed25519 public key that the device signs its answers with: `x` of its JWK.",
+    ),
+]
 # Attributes are decoded again later, perhaps deep in a call stack; deep nesting could then exceed the
 # recursion limit.
 ATTRIBUTE_LEVELS = 16
@@ -51,6 +58,7 @@ class DeviceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     id: Annotated[Name | UnsetType, Meta(description="Generated (`dev_…`) if absent.")] = UNSET
     name: Annotated[Title | None, Meta(examples=["Front door"])] = None
     attributes: Attributes = {}
+    answer_key: AnswerKey | None = None
     project: Annotated[
         Name | UnsetType, Meta(description="For admin keys only: another project than the key's.")
     ] = UNSET
@@ -62,6 +70,7 @@ class DeviceChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     type: TypeName | UnsetType = UNSET
     name: Annotated[Title | UnsetType | None, Meta(examples=["Back door"])] = UNSET
     attributes: Attributes | UnsetType = UNSET
+    answer_key: AnswerKey | UnsetType | None = UNSET
 
 
 @post("/", status_code=201, opt=needs("devices:write"), responses=documented(409, 413, 415))
@@ -81,6 +90,7 @@ async def register(request: Call, data: JSONBody[DeviceBody]) -> Device:
         id=None if data.id is UNSET else data.id,
         name=data.name,
         attributes=data.attributes,
+        answer_key=data.answer_key,
     )
     return _issued(request, await request.services.registry.register(request.user, new))
 
@@ -136,12 +146,14 @@ async def get_device(request: Call, device: FromPath[str], as_of: AsOf = None) -
 async def change_device(request: Call, device: FromPath[str], data: JSONBody[DeviceChange]) -> Device:
     """Change a device
 
-    Changes its type, name or attributes. Commands that were accepted before keep the definition of the old
-    type. Attributes are replaced as a whole.
+    Changes its type, name, attributes or the key of its answers. Commands that were accepted before keep the
+    definition of the old type. Attributes are replaced as a whole.
     """
     if data.attributes is not UNSET:
         check_levels(data.attributes)
-    change = Changed(device_type=data.type, name=data.name, attributes=data.attributes)
+    change = Changed(
+        device_type=data.type, name=data.name, attributes=data.attributes, answer_key=data.answer_key
+    )
     return _shown(request, await request.services.registry.change(request.user, device, change))
 
 
@@ -149,8 +161,8 @@ async def change_device(request: Call, device: FromPath[str], data: JSONBody[Dev
 async def rotate_token(request: Call, device: FromPath[str]) -> Device:
     """Give a device a new token
 
-    The token is shown only in this answer. The old token stops working immediately. If the device's type
-    signs grants with HMAC, the device also gets a new `device_secret`.
+    The token is shown only in this answer. The old token stops working immediately. If grants or answers of
+    the device are signed with HMAC, it also gets a new `device_secret`.
     """
     return _issued(request, await request.services.registry.rotate_token(request.user, device))
 

@@ -13,6 +13,7 @@ from litestar import Router, get, post
 from litestar.params import FromPath, JSONBody
 from msgspec import UNSET, Meta, UnsetType
 
+from broker.domain.errors import invalid
 from broker.domain.lifecycle import CommandState
 from broker.engine.pull import Fetched
 from broker.http.edge.auth import Call, authorize, needs
@@ -20,6 +21,7 @@ from broker.http.edge.errors import documented
 from broker.http.v1 import views
 from broker.http.v1.devices import check_levels
 from broker.http.v1.views import Command
+from devices.wire import MAX_ANSWER_BYTES
 
 OPTIONS = needs("devices:write", device=True)
 
@@ -40,8 +42,20 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     ]
 
 
+Signed = Annotated[
+    str,
+    Meta(
+        max_length=MAX_ANSWER_BYTES,
+        description="The answer as the device signed it (a JWS), if its type has signed answers. Then "
+        "`result` and `error` must be absent.",
+    ),
+]
+
+
 class AckBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An empty object."""
+    """Empty, or the device's signed answer."""
+
+    signed: Signed | UnsetType = UNSET
 
 
 class ResultBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +67,7 @@ class ResultBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         dict[str, Any] | str | UnsetType | None,
         Meta(description="For `failed`: `{code, message, details?}`, or a text."),
     ] = UNSET
+    signed: Signed | UnsetType = UNSET
 
 
 @post(
@@ -114,9 +129,9 @@ async def acknowledge_command(
     The command is then not handed over again. The device may report for all its commands; other keys only
     for commands that were handed over by heartbeat or relay.
     """
-    return _shown(
-        request, await request.services.pull.report(request.user, device, command_id, "acknowledged")
-    )
+    signed = None if data is None or data.signed is UNSET else data.signed
+    pull = request.services.pull
+    return _shown(request, await pull.report(request.user, device, command_id, "acknowledged", signed=signed))
 
 
 @post(
@@ -135,8 +150,11 @@ async def report_result(
     report for a command that was never handed over.
     """
     result, error = (None if value is UNSET else value for value in (data.result, data.error))
-    pull = request.services.pull
-    return _shown(request, await pull.report(request.user, device, command_id, data.status, result, error))
+    signed = None if data.signed is UNSET else data.signed
+    if signed is not None and (data.result is not UNSET or data.error is not UNSET):
+        raise invalid("signed", "it has the result or the error: leave those out")
+    report = request.services.pull.report
+    return _shown(request, await report(request.user, device, command_id, data.status, result, error, signed))
 
 
 async def _claim(request: Call, device: str) -> Fetch:

@@ -19,7 +19,7 @@ from broker.domain.lifecycle import CommandState, State
 from broker.log.chain import Row
 from devices.clock import rfc3339
 from devices.names import PATTERN
-from devices.types import DeviceType
+from devices.types import DeviceType, Signing
 
 Status = Literal["pending", "delivered", "executed", "failed", "expired", "cancelled"]
 StateName = Literal[
@@ -156,11 +156,15 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     last_seen_at: Annotated[Time | None, Meta(description="When it last went online or offline.")]
     created_at: Time
     updated_at: Time
+    answer_key: Annotated[
+        str | None, Meta(description="The Ed25519 public key that it signs its answers with, base64url.")
+    ]
     device_token: Annotated[str | UnsetType, Meta(description="`dtok_…`, its MQTT password. Shown once.")] = (
         UNSET
     )
     device_secret: Annotated[
-        str | UnsetType, Meta(description="The key of HS256 grants, base64url. Shown once.")
+        str | UnsetType,
+        Meta(description="The key of HS256 grants and of answers signed with HMAC, base64url. Shown once."),
     ] = UNSET
     deleted_at: Annotated[Time | UnsetType, Meta(description="Present only if the device was deleted.")] = (
         UNSET
@@ -198,6 +202,7 @@ class Type(msgspec.Struct, frozen=True, kw_only=True):
     presence: str
     transports: list[str]
     max_in_flight: int
+    answers_signed: Signing
     commands: list[TypeCommand]
 
 
@@ -274,6 +279,7 @@ def device(state: DeviceState, presence: Presence | None, token: str | UnsetType
         last_seen_at=time(state.seen_at),
         created_at=rfc3339(state.created_at),
         updated_at=rfc3339(state.updated_at),
+        answer_key=state.answer_key,
         device_token=token,
         deleted_at=UNSET if state.deleted_at is None else rfc3339(state.deleted_at),
     )
@@ -313,5 +319,6 @@ def _type(kind: DeviceType) -> Type:
         presence=kind.presence,
         transports=list(kind.transports),
         max_in_flight=kind.max_in_flight,
+        answers_signed=kind.answers_signed,
         commands=commands,
     )

@@ -12,15 +12,9 @@ from typing import NamedTuple, Protocol
 import aiomqtt
 
 from broker.type_files import load_types
+from devices.names import answer_topic, command_topic, parse_topic
 from devices.types import Definition, DeviceType
-from devices.wire import (
-    Answer,
-    answer_topic,
-    command_topic,
-    decode_answer,
-    encode_command,
-    parse_topic,
-)
+from devices.wire import Answer, decode_answer, encode_command
 
 DOCS = Path(__file__).parents[3] / "docs"
 HARDWARE_ID = "PLUG"

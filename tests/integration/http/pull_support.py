@@ -35,6 +35,7 @@ TYPES = {
         load_type('name = "tag"\npayload = "json"\nopen = true\ntransports = ["relay", "heartbeat"]\n'),
         load_type('name = "fuse"\nopen = true\nrepeatable = false\ntransports = ["relay", "heartbeat"]\n'),
         load_type('name = "two"\nopen = true\nmax_in_flight = 2\ntransports = ["relay"]\n'),
+        load_type('name = "sealed"\nopen = true\nanswers_signed = "required"\ntransports = ["relay"]\n'),
         load_type('name = "small"\nopen = true\ngrants = "HS256"\ntransports = ["mqtt", "relay"]\n'),
     )
 }

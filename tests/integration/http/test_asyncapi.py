@@ -12,16 +12,9 @@ import msgspec
 import pytest
 
 from broker.http.schema.asyncapi import document
+from devices.names import answer_topic, command_topic, status_topic
 from devices.types import DeviceType, load_type, shipped_types
-from devices.wire import (
-    Answer,
-    answer_topic,
-    command_topic,
-    encode_answer,
-    encode_command,
-    encode_status,
-    status_topic,
-)
+from devices.wire import Answer, encode_answer, encode_command, encode_status
 from tests.integration.http.support import Broker, running
 
 HERE = Path(__file__).parent

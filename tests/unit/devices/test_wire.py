@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from devices.clock import parse_rfc3339, rfc3339
+from devices.names import answer_topic, command_topic, parse_topic, status_topic
 from devices.types import AnswerStatus, Definition, shipped_types
 from devices.wire import (
     MAP_BYTES,
@@ -22,16 +23,12 @@ from devices.wire import (
     Malformed,
     Progress,
     Unsendable,
-    answer_topic,
-    command_topic,
     decode_answer,
     decode_command,
     decode_status,
     encode_answer,
     encode_command,
     encode_status,
-    parse_topic,
-    status_topic,
 )
 
 TEXTS: dict[str, AnswerStatus] = {"ack": "acknowledged", "ok": "executed", "error": "failed"}

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from broker.domain.ended import TIMED_OUT
 from broker.domain.events import (
     Acknowledged,
     Cancelled,
@@ -21,7 +22,7 @@ from broker.domain.events import (
     Published,
     TimedOut,
 )
-from broker.domain.explain import TIMED_OUT, Explanation, Situation, explain
+from broker.domain.explain import Explanation, Situation, explain
 from broker.domain.lanes import Flight, Lane, Member, Presence
 from broker.domain.lifecycle import State
 from devices.clock import parse_rfc3339, rfc3339

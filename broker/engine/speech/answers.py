@@ -1,0 +1,47 @@
+"""The request to `decide` that an answer of a device leads to, with the verdict on its signature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from broker.domain.events import Error
+from broker.domain.fleet import DeviceState
+from broker.domain.lifecycle import ANSWERS, Request, Signature
+from broker.engine.grants import Secrets
+from devices.speech.signing import is_signed_by, public_key
+from devices.types import Definition
+from devices.wire import Answer
+
+# Checking a signature takes as long as reading so many bytes of other answers.
+SIGNED_BYTES = 4_096
+
+
+def request_of(
+    answer: Answer, definition: Definition, device: DeviceState, secrets: Secrets, **facts: Any
+) -> Request:
+    """`facts`: the fields of the request that do not come from the answer."""
+    progress, signing = answer.progress, definition.answers_signed
+    return Request(
+        input=ANSWERS[answer.status],
+        at=answer.at,
+        result=msgspec.Raw(msgspec.json.encode(answer.result)),
+        error=None if answer.error is None else msgspec.convert(answer.error, Error),
+        percent=None if progress is None else progress.percent,
+        note=None if progress is None else progress.note,
+        signing=signing,
+        signature="unsigned" if signing == "none" else _signature(answer, device, secrets),
+        seq=answer.seq,
+        **facts,
+    )
+
+
+def _signature(answer: Answer, device: DeviceState, secrets: Secrets) -> Signature:
+    """A device with a public key signs with that one only, never with its secret."""
+    if answer.token is None:
+        return "unsigned"
+    key = secrets.get(device.id) if device.answer_key is None else public_key(device.answer_key)
+    if key is None:
+        return "no_key"
+    return "valid" if is_signed_by(answer.token, device.hardware_id, key) else "bad_signature"
