@@ -92,7 +92,7 @@ class Cluster:
             return
         before = self.members.view
         self.members.took(view, began, self._now())
-        if self._log.term and view.term > self._log.term:
+        if self._log.term and view.term > self._log.term and not self.node.draining:
             raise Fenced(view.term)
         if (before.term, before.owner) != (view.term, view.owner):
             logger.info("node.owner", term=view.term, owner=_name(view))

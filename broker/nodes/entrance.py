@@ -42,13 +42,13 @@ class Apps:
 
 
 class Entrance:
-    """`apps`: only while this node handles requests itself. `leaves`: it never will again. `outcomes`:
-    requests passed on, by outcome."""
+    """`apps`: only while this node handles requests itself. `leaves`: it never will again. `failed`: it
+    neither handles nor passes on any more. `outcomes`: requests passed on, by outcome."""
 
     def __init__(self, cluster: Cluster, peers: Peers, secret: str) -> None:
         self.cluster = cluster
         self.apps: Apps | None = None
-        self.leaves = False
+        self.leaves = self.failed = False
         self.metrics: Callable[[], bytes] = bytes
         self.shows_metrics = True
         self.outcomes = {"answered": 0, "unknown": 0, "held": 0}
@@ -151,13 +151,15 @@ class Entrance:
             TimeoutError: there was none.
         """
         loop = asyncio.get_running_loop()
-        while self.apps is None:
+        while self.apps is None and not self.failed:
             owner = self.cluster.members.owner
             if owner is not None and not self.cluster.owns and not owner.draining:
                 return owner
             if loop.time() >= until:
                 raise TimeoutError
             await self.cluster.news(LOOK_SEC)
+        if self.apps is None:
+            raise TimeoutError
         return None
 
     async def _answer(self, asked: Asked, local: bool, passed_on: bool) -> None:

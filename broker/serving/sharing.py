@@ -10,8 +10,8 @@ import gc
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import msgspec
 import structlog
@@ -65,9 +65,10 @@ async def share(
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(cluster.run()), group.create_task(cluster.watch())]
             async with _http(settings, entrance, strangers, listening, scraped, certificates):
-                await _until(stop, group.create_task(cluster.claimed()))
-                if not stop.is_set():
-                    await _own(settings, shared, entrance, strangers, certificates, tls, stop)
+                with _failing(entrance):
+                    await _until(stop, group.create_task(cluster.claimed()))
+                    if not stop.is_set():
+                        await _own(settings, shared, entrance, strangers, certificates, tls, stop)
                 entrance.leaves = True
                 supervisor.notify(supervisor.STOPPING, os.environ)
                 logger.info("broker.ending")
@@ -89,6 +90,17 @@ async def _prepared(shared: Shared) -> None:
     await shared.log.prepare(log_id, entropy.token(32).hex())
     if shared.last is not None:
         await shared.log.leave(msgspec.structs.replace(shared.node, incarnation=shared.last))
+
+
+@contextmanager
+def _failing(entrance: Entrance) -> Iterator[None]:
+    """After an error, requests that wait are refused at once."""
+    try:
+        yield
+    except BaseException:
+        entrance.failed = True
+        entrance.cluster.tell()
+        raise
 
 
 async def _until(stop: asyncio.Event, claimed: asyncio.Task[None]) -> None:
@@ -124,10 +136,12 @@ async def _own(
         gc.freeze()
         gc.set_threshold(10_000, 20, 50)
         logger.info("broker.owns", term=cluster.term, log=own.core.log_id, open=len(own.core.live.members))
-        await stop.wait()
-        entrance.leaves, entrance.apps, entrance.metrics = True, None, before
-        parts.streams.close()
-        parts.waits.close()
+        try:
+            await stop.wait()
+        finally:
+            entrance.leaves, entrance.apps, entrance.metrics = True, None, before
+            parts.streams.close()
+            parts.waits.close()
         await entrance.quiet(FINISH_SEC)
     await cluster.release()
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import httpx2
 import pytest
 
-from tests.conftest import Mosquitto, unused_port
+from tests.conftest import Mosquitto, program, unused_port
 from tests.system.conftest import NewBroker
-from tests.system.support import WITHIN_SEC, Broker, Device, executed, until
+from tests.system.support import WITHIN_SEC, Broker, Device, Process, executed, until
 
 NewNode = Callable[[str], Broker]
 
@@ -100,3 +103,124 @@ def test_after_kill_9_of_the_owner_a_door_goes_on_without_losing_or_doubling_a_c
     two.reaches(between, "executed")
     assert two.events(done) == ["created", "published", "executed"]
     assert two.end(signal.SIGTERM) == 0
+
+
+def test_a_hand_over_at_sigterm_refuses_nothing_and_loses_nothing(
+    new_node: NewNode, mosquitto: Mosquitto
+) -> None:
+    one = new_node("one")
+    assert owns(one)
+    two = new_node("two")
+    assert is_door(two)
+    two.key = one.key = two._make_key()
+    registered(two, mosquitto)
+    made: list[str] = []
+    enough, over = Event(), Event()
+
+    def create() -> None:
+        """Creates commands at the door, until after the hand-over."""
+        while not over.is_set():
+            made.append(two.create("door-7", f"c{len(made)}"))
+            if len(made) > 5:
+                enough.set()
+
+    with ThreadPoolExecutor() as pool:
+        creating = pool.submit(create)
+        assert enough.wait(WITHIN_SEC)
+        assert one.end(signal.SIGTERM) == 0
+        assert owns(two)
+        before = len(made)
+        until(lambda: len(made) > before + 5 or creating.done())
+        over.set()
+        creating.result(WITHIN_SEC)
+
+    listed = two.http("GET", "/v1/devices/door-7/commands?limit=100").json()["data"]
+    assert [each["id"] for each in reversed(listed)] == made
+    three = new_node("three")
+    assert is_door(three)
+    assert two.end(signal.SIGTERM) == 0
+    assert owns(three)
+    three.key = one.key
+    assert three.command(made[0])["type"] == "c0"
+
+
+def test_an_owner_that_was_stopped_past_its_lease_does_nothing_when_it_wakes(
+    new_node: NewNode, mosquitto: Mosquitto, database: str
+) -> None:
+    one = new_node("one")
+    assert owns(one)
+    two = new_node("two")
+    assert is_door(two)
+    two.key = one.key = two._make_key()
+    door = registered(two, mosquitto)
+    first = two.create("door-7")
+    assert heard(door)["id"] == first
+    tap = Process(program("mosquitto_sub"), "-p", str(mosquitto.port), "-t", "iotee/dev/+/rls")
+
+    one.run.signal(signal.SIGSTOP)
+    with ThreadPoolExecutor() as pool:
+        asked: Future[httpx2.Response] = pool.submit(one.http, "GET", f"/v1/commands/{first}")
+        assert owns(two)
+        assert heard(door)["attempt"] == 2
+        door.say(executed(first))
+        two.reaches(first, "executed")
+        before = two.http("GET", "/v1/events?limit=1000").json()["data"]
+        one.run.signal(signal.SIGCONT)
+        assert one.run.wait(WITHIN_SEC) == 3
+        failed = asked.exception()
+        assert isinstance(failed, httpx2.TransportError) or asked.result().status_code == 503
+
+    assert "another node owns it" in one.run.err.all()
+    assert two.http("GET", "/v1/events?limit=1000").json()["data"] == before
+    second = two.create("door-7")
+    tap.out.wait(second)
+    sent = [json.loads(line) for line in tap.out.so_far().splitlines()]
+    assert [(each["id"], each["attempt"]) for each in sent] == [(first, 2), (second, 1)]
+    log = two.ordain("log", "verify", "--log", database)
+    assert "no fault" in log.stdout
+
+
+@contextmanager
+def following(node: Broker) -> Iterator[list[int]]:
+    """The positions of the events that a stream at this node gives."""
+    got: list[int] = []
+    opened = Event()
+
+    def follow() -> None:
+        headers = {"Authorization": f"Bearer {node.key}", "Accept": "text/event-stream"}
+        with httpx2.stream(
+            "GET", node.url + "/v1/events", headers=headers, timeout=None, trust_env=False
+        ) as s:
+            for line in s.iter_lines():
+                opened.set()
+                if line.startswith("data:"):
+                    got.append(int(json.loads(line[5:])["id"].rpartition(":")[2]))
+
+    Thread(target=follow, daemon=True).start()
+    assert opened.wait(WITHIN_SEC)
+    yield got
+
+
+def test_event_streams_at_doors_go_on_through_the_end_of_the_owner(
+    new_node: NewNode, mosquitto: Mosquitto
+) -> None:
+    one = new_node("one")
+    assert owns(one)
+    two, three = new_node("two"), new_node("three")
+    assert is_door(two)
+    assert is_door(three)
+    for node in (one, two, three):
+        node.key = one.key or one._make_key()
+    registered(three, mosquitto)
+    with following(two) as at_two, following(three) as at_three:
+        for number in range(3):
+            three.create("door-7", f"c{number}")
+        one.run.kill()
+        last = ""
+        for number in range(3, 6):
+            last = two.create("door-7", f"c{number}")
+        page = three.http("GET", "/v1/events?limit=1000").json()["data"]
+        places = [int(each["id"].rpartition(":")[2]) for each in page]
+        until(lambda: at_two[-1:] == at_three[-1:] == places[-1:], lambda: (at_two, at_three, places))
+        assert at_two == at_three == places[places.index(at_two[0]) :]
+        assert last in str(page)
