@@ -52,6 +52,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     waits_per_project: Annotated[int, Meta(ge=0)] = 2_000
     device_events_per_sec: Annotated[int, Meta(ge=1, le=1_000)] = 1
     device_events_burst: Count = 30
+    devices_per_gateway: Annotated[int, Meta(ge=1, le=1_000)] = 500
 
 
 class MqttLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

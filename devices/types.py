@@ -108,8 +108,9 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """One kind of device. `open`: any command name is allowed. `any_params`: params need not be an object.
 
     `grants`: the algorithm that signs grants, or "none" if commands carry no grant. `rules`: the list form of
-    `answers`. `other_topics`: what the device publishes too and nobody reads. The fields from `command_topic`
-    on are described in `devices/speech`.
+    `answers`. `gateway`: such a device speaks for others too, over its own connection. `other_topics`: what
+    the device publishes too and nobody reads. The fields from `command_topic` on are described in
+    `devices/speech`.
     """
 
     name: str
@@ -127,6 +128,7 @@ class DeviceType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     completes_on: CompletesOn = "executed"
     repeatable: bool | None = None
     presence: PresenceRule = "required"
+    gateway: bool = False
     transports: tuple[Transport, ...] = ("mqtt",)
     default_ttl_sec: Ttl | None = None
     max_in_flight: Annotated[int, Meta(ge=1, le=100)] = 1

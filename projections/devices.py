@@ -138,6 +138,13 @@ async def of_types(sql: Sql, types: Iterable[str]) -> list[DeviceState]:
     return [_decode(row[0]) for row in found]
 
 
+async def with_gateway(sql: Sql) -> list[DeviceState]:
+    """The devices that a gateway speaks for and that are not deleted."""
+    gateway = KIND.replace("device_type", "gateway")
+    found = await sql.all(f"SELECT body FROM devices WHERE deleted = 0 AND {gateway} IS NOT NULL")
+    return [_decode(row[0]) for row in found]
+
+
 async def dump(sql: Sql) -> list[tuple[Any, ...]]:
     """Every row of the three tables; used to compare a rebuilt projection with the maintained one."""
     found: list[tuple[Any, ...]] = []

@@ -1,4 +1,4 @@
-"""`ordain devices`: registers, lists, shows and deletes devices, and gives them new tokens."""
+"""`ordain devices`: registers, lists, shows, moves and deletes devices, and gives them new tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from broker.cli.base import (
 )
 from broker.operations.asking import Client, call, pages
 
-devices = App(name="devices", help="Devices: add, list, show, delete, give a new token.")
+devices = App(name="devices", help="Devices: add, list, show, move, delete, give a new token.")
 
 
 @devices.command(name="add")
@@ -34,6 +34,7 @@ def add_device(
     id: Text = None,
     name: Text = None,
     answer_key: Text = None,
+    gateway: Text = None,
     data: Data = None,
     config: Config = None,
     as_json: Json = False,
@@ -50,9 +51,11 @@ def add_device(
         The project that the device belongs to.
     answer_key
         The Ed25519 public key that it signs its answers with, in base64url.
+    gateway
+        The gateway that speaks for it: its id or hardware id.
     """
     given = {"hardware_id": hardware_id, "type": type, "project": project, "id": id, "name": name}
-    given["answer_key"] = answer_key
+    given |= {"answer_key": answer_key, "gateway": gateway}
     body = {key: value for key, value in given.items() if value is not None}
     made = ask(data, config, lambda client, _: call(client, "POST", "/v1/devices", body), make=True)
     if as_json:
@@ -106,6 +109,30 @@ def give_token(device: str, /, *, data: Data = None, config: Config = None, as_j
         print_json(made)
     else:
         print(made["device_token"])
+
+
+@devices.command(name="move")
+def move_device(
+    device: str,
+    /,
+    *,
+    gateway: Text = None,
+    data: Data = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Move a device to another gateway. Without --gateway it connects itself from now on.
+
+    Parameters
+    ----------
+    device
+        The device's id or hardware id.
+    gateway
+        The gateway that speaks for it: its id or hardware id.
+    """
+    body = {"gateway": gateway}
+    moved = ask(data, config, lambda client, _: call(client, "PATCH", _path(device), body))
+    (print_json if as_json else print_fields)(moved)
 
 
 @devices.command(name="delete")

@@ -28,7 +28,7 @@ from broker.settings import BadSetting
 COMMANDS = {
     "serve": ("broker.cli.serve:serve", "Run the broker until SIGTERM or Ctrl-C."),
     "keys": ("broker.cli.keys:keys", "API keys: make, list, show, revoke."),
-    "devices": ("broker.cli.devices:devices", "Devices: add, list, show, delete, give a new token."),
+    "devices": ("broker.cli.devices:devices", "Devices: add, list, show, move, delete, give a new token."),
     "commands": ("broker.cli.commands:commands", "Commands: list, show, cancel, retry."),
     "send": (
         "broker.cli.commands:send",

@@ -162,7 +162,8 @@ class Cancelled(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_un
 
 class Registered(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """A device was registered. `token_digest`: in the format of Mosquitto's password file. `answer_key`: the
-    public key that it signs its answers with."""
+    public key that it signs its answers with. `gateway`: the hardware id of the gateway that speaks for it.
+    """
 
     hardware_id: str
     device_type: str
@@ -170,15 +171,18 @@ class Registered(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_u
     name: str | None = None
     attributes: dict[str, Any] = {}
     answer_key: str | None = None
+    gateway: str | None = None
 
 
 class Changed(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Fields of a device were changed; unset fields keep their value."""
+    """Fields of a device were changed; unset fields keep their value. `gateway`: the device moved to this one
+    (a hardware id); None: from here on it connects itself."""
 
     device_type: str | msgspec.UnsetType = msgspec.UNSET
     name: str | msgspec.UnsetType | None = msgspec.UNSET
     attributes: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
     answer_key: str | msgspec.UnsetType | None = msgspec.UNSET
+    gateway: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class TokenRotated(Caused, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -33,7 +33,8 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Times in ms. `online`: from the last presence event; not valid once a later `started` is in the log.
 
     `seen_at`: time of that event. `reported`: the last known state, from `reported_at`. `answer_key`: the
-    Ed25519 key (base64url) that it signs its answers with.
+    Ed25519 key (base64url) that it signs its answers with. `gateway`: the hardware id of the gateway that
+    speaks for it.
     """
 
     id: str
@@ -54,6 +55,7 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     reported: dict[str, Any] | None = None
     reported_at: int | None = None
     answer_key: str | None = None
+    gateway: str | None = None
 
 
 class News(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,13 +139,14 @@ def evolve_device(state: DeviceState | None, pending: Pending) -> DeviceState:
             name=event.name,
             attributes=event.attributes,
             answer_key=event.answer_key,
+            gateway=event.gateway,
         )
     if state is None:
         raise ValueError(f"{pending.type} cannot be the first event of {pending.stream}")
     changes: dict[str, object] = {"version": pending.version, "updated_at": at}
     match event:
         case Changed():
-            for field in ("device_type", "name", "attributes", "answer_key"):
+            for field in ("device_type", "name", "attributes", "answer_key", "gateway"):
                 if (value := getattr(event, field)) is not msgspec.UNSET:
                     changes[field] = value
         case TokenRotated():

@@ -7,7 +7,7 @@ after that event is durable. All that can end an attempt (receipt, timer, presen
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import structlog
@@ -69,6 +69,8 @@ class Dispatch:
         self._drain = Drain()
         # Records the presence that waits for its event, before a hand-over that was decided on it.
         self.settle: Callable[[str], bool] = lambda device_id: True
+        # The ids of the devices that a gateway speaks for, by its own id.
+        self.others: Callable[[str], Iterable[str]] = lambda device_id: ()
         commands.changed = self.changed
 
     # --- state changes ---
@@ -367,8 +369,9 @@ class Dispatch:
 
     def _silent(self, device_id: str) -> None:
         """The device said nothing for as long as its type allows: whether it is online is unknown now."""
-        if self.live.presence.get(device_id) is Presence.ONLINE and not self.embedded:
-            self.presence(device_id, Presence.UNKNOWN)
+        for each in (device_id, *self.others(device_id)):
+            if self.live.presence.get(each) is Presence.ONLINE and not self.embedded:
+                self.presence(each, Presence.UNKNOWN)
 
     def drained(self, now: int, device_id: str) -> bool:
         """True once the answers that waited during our absence have been read."""

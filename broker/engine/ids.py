@@ -9,8 +9,12 @@ import base64
 import hashlib
 import hmac
 
+from broker.domain.errors import invalid
 from broker.seams import Entropy
+from devices.names import is_name
+from devices.speech.signing import public_key
 
+NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be me or pending"
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _PAIRS = [high + low for high in _ALPHABET for low in _ALPHABET]
 
@@ -64,3 +68,26 @@ def _pbkdf2(token: str, salt: bytes, rounds: int) -> bytes:
 
 def _base64(value: bytes) -> str:
     return base64.b64encode(value).decode()
+
+
+def check_name(field: str, value: str | None) -> None:
+    """Checks that a value is an identifier; None is allowed.
+
+    Raises:
+        Refusal: invalid_request.
+    """
+    if value is not None and not is_name(value):
+        raise invalid(field, NAME_RULE, value)
+
+
+def check_answer_key(key: str | None) -> None:
+    """Checks that it is an Ed25519 public key; None is allowed.
+
+    Raises:
+        Refusal: invalid_request.
+    """
+    try:
+        if key is not None:
+            public_key(key)
+    except ValueError as error:
+        raise invalid("answer_key", f"no Ed25519 public key: {error}", key) from error

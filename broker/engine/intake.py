@@ -67,7 +67,10 @@ class Intake(Kept):
         self.dispatch = dispatch
         self.link = link
         self.embedded = dispatch.embedded = embedded
-        registry.presence = dispatch.presence
+        self.gateways = registry.gateways
+        self.gateways.direct = embedded
+        dispatch.others = self.gateways.others
+        registry.presence = self.gateways.presence = dispatch.presence
         self._queue: deque[Message] = deque()
         self._waiting = waiting_room(commands.limits)
         self._wake = asyncio.Event()
@@ -129,6 +132,7 @@ class Intake(Kept):
         batch = first(self._queue, BATCH, BATCH_BYTES, _weight)
         names = {name for each in batch if each.foreign is None for name in self.addresses.owners(each.topic)}
         names |= {message.foreign for message in batch if message.foreign is not None}
+        names |= {child for name in names for child in self.gateways.children(name)}
         await self._ready(names)
         places = [self.addresses.place(each.topic) if each.foreign is None else None for each in batch]
         answers = [self._read(message, place) for message, place in zip(batch, places, strict=True)]
@@ -284,7 +288,7 @@ class Intake(Kept):
     def _take_status(
         self, message: Message, device: DeviceState, place: Place, said: Answer | Decoded | Malformed | None
     ) -> None:
-        if self.embedded and message.token is not OWN:
+        if self.embedded and message.token is not OWN and device.gateway is None:
             return  # with the embedded server, presence is the connection, not a message
         try:
             online, session, unfit = self.reader.status(device, place, message.payload, said)
@@ -298,6 +302,7 @@ class Intake(Kept):
         if message.retain:
             # A retained `online` may be years old, a retained `offline` the late will of another session.
             unsure = online or (None not in (session, device.session) and session != device.session)
+            unsure = unsure and not self.gateways.away(device)
             self.registry.heard(device, Presence.UNKNOWN if unsure else Presence.OFFLINE, session)
         elif online:
             self.registry.heard(device, Presence.ONLINE, session)

@@ -18,8 +18,7 @@ import structlog
 from broker.domain.errors import invalid, not_found
 from broker.domain.fleet import DeviceSet
 from broker.engine.commands import Caller
-from broker.engine.ids import new_id, new_secret, peppered_digest, secret_digest
-from broker.engine.registry import check_name
+from broker.engine.ids import check_name, new_id, new_secret, peppered_digest, secret_digest
 from broker.engine.writer import Writer
 from broker.seams import Change, New, Put, Sql
 from devices.names import is_name

@@ -31,46 +31,22 @@ from broker.domain.lanes import Presence
 from broker.domain.lifecycle import Input, Request
 from broker.engine.commands import Caller, Commands
 from broker.engine.grants import Secrets
-from broker.engine.ids import is_token, new_id, new_secret, token_digest
+from broker.engine.ids import check_answer_key, check_name, is_token, new_id, new_secret, token_digest
 from broker.engine.quotas import Told
+from broker.engine.speech.gateways import Gateways
 from broker.log import sqlite as log
 from broker.seams import New, Sql
 from devices.names import is_name
-from devices.speech.signing import public_key
 from devices.types import DeviceType
 from projections import devices as devices_view
 
 MQTT_USERS = frozenset({"ordain", "service"})
 OF_DEVICE = "dtok_"
 NOBODY = "$7$1$AAAAAAAAAAAAAAAA$"  # the digest of no token
-NAME_RULE = "must match [A-Za-z0-9][A-Za-z0-9_-]{0,63} and not be me or pending"
-
-
-def check_name(field: str, value: str | None) -> None:
-    """Checks that a value is an identifier; None is allowed.
-
-    Raises:
-        Refusal: invalid_request.
-    """
-    if value is not None and not is_name(value):
-        raise invalid(field, NAME_RULE, value)
-
-
-def _check_answer_key(key: str | None) -> None:
-    """Checks that it is an Ed25519 public key; None is allowed.
-
-    Raises:
-        Refusal: invalid_request.
-    """
-    try:
-        if key is not None:
-            public_key(key)
-    except ValueError as error:
-        raise invalid("answer_key", f"no Ed25519 public key: {error}", key) from error
 
 
 class NewDevice(msgspec.Struct, frozen=True, kw_only=True):
-    """A request to register a device. `id` None: the broker makes one."""
+    """A request to register a device. `id` None: the broker makes one. `gateway`: id or hardware id."""
 
     hardware_id: str
     type: str
@@ -79,6 +55,7 @@ class NewDevice(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
     attributes: dict[str, Any] = {}
     answer_key: str | None = None
+    gateway: str | None = None
 
 
 class Issued(NamedTuple):
@@ -104,6 +81,7 @@ class Registry:
         self.live = commands.live
         self.types = commands.types
         self.addresses = commands.addresses
+        self.gateways = Gateways(self.live, self.types, commands.limits.devices_per_gateway, self.heard)
         self.secrets = Secrets(commands.writer)
         self.presence: Callable[[str, Presence], None] = lambda device_id, presence: None
         self._system_version = 0
@@ -134,6 +112,7 @@ class Registry:
         self.live.put_device(device)
         if not isinstance(event, Online | Offline | Reported):
             self.addresses.put(device)
+            self.gateways.put(device)
         return device
 
     # --- requests ---
@@ -164,15 +143,16 @@ class Registry:
         if new.type not in self.types:
             raise invalid("type", f"must be one of {', '.join(sorted(self.types))}", new.type)
         self.check_attributes(new.attributes)
-        _check_answer_key(new.answer_key)
+        check_answer_key(new.answer_key)
         if caller.devices is not None and not caller.devices.covers(device_id, new.hardware_id):
             raise Refusal("forbidden", f"this key is limited to devices that {new.hardware_id} is not one of")
         rivals = self.addresses.rivals(self.types[new.type], new.hardware_id, new.name)
-        await self.commands.ready([device_id, new.hardware_id, *rivals])
+        await self.commands.ready([device_id, new.hardware_id, *rivals, new.gateway or device_id])
         for name in (device_id, new.hardware_id):
             if self.live.device(name) is not None:
                 raise Refusal("conflict", f"the name {name} is taken; a name is never used again")
         self._check_topics(self.types[new.type], new.hardware_id, new.name, device_id)
+        gateway = self.gateways.wanted(new.gateway, caller.sees, new.type, new.project)
         token = self._new_token(device_id)
         event = Registered(
             hardware_id=new.hardware_id,
@@ -181,19 +161,24 @@ class Registry:
             name=new.name,
             attributes=new.attributes,
             answer_key=new.answer_key,
+            gateway=gateway,
         )
         device = self.record(event, device_id, None, new.project, caller.actor)
         secret = self._new_secret(device)
+        self.gateways.moved(device)
         await self.writer.barrier()
         self.entitled(device)
         self.issued(device, token)
+        await self.gateways.regroup(self.writer.storage, gateway)
         return Issued(device, token, secret)
 
     async def change(self, caller: Caller, name: str, change: Changed) -> DeviceState:
-        """Changes the fields that are set in `change`; unset fields keep their value.
+        """Changes the fields that are set in `change`; unset fields keep their value. A move to another
+        gateway has an event of its own.
 
         Raises:
-            Refusal: not_found; invalid_request; too_large, if the attributes exceed `attributes_bytes`.
+            Refusal: not_found; invalid_request; too_large, if the attributes exceed `attributes_bytes`;
+                conflict, if it is a gateway with devices and would not be one any more.
             Unavailable: the log could not be written.
         """
         if isinstance(change.device_type, str) and change.device_type not in self.types:
@@ -201,25 +186,32 @@ class Registry:
         if change.attributes is not msgspec.UNSET:
             self.check_attributes(change.attributes)
         if change.answer_key is not msgspec.UNSET:
-            _check_answer_key(change.answer_key)
+            check_answer_key(change.answer_key)
         device = await self.find(caller, name)
         kind, title = self._changed(device, change)
-        if kind is not None and (rivals := self.addresses.rivals(kind, device.hardware_id, title)):
-            await self.commands.ready([name, *rivals], project=caller.project)
+        more = [change.gateway] if isinstance(change.gateway, str) else []
+        more += [] if kind is None else self.addresses.rivals(kind, device.hardware_id, title)
+        if more:
+            await self.commands.ready([name, *more], project=caller.project)
             device = self.commands.device(caller, name)
             kind, title = self._changed(device, change)
-        topics_changed = (
-            kind is not None
-            and self.addresses.speaks(device, kind)
-            and ((title, kind.name) != (device.name, device.device_type))
-        )
+        topics_changed = False
+        if kind is not None and self.addresses.speaks(device, kind):
+            topics_changed = (title, kind.name) != (device.name, device.device_type)
         if kind is not None and topics_changed:
             self._check_topics(kind, device.hardware_id, title, device.id)
-        if change != Changed():
-            device = self.record(change, device.id, device, device.project, caller.actor)
+        old = device.gateway
+        new = self.gateways.after(device, change, caller.sees)
+        rest = msgspec.structs.replace(change, gateway=msgspec.UNSET)
+        for each in (rest, Changed(gateway=msgspec.UNSET if new == old else new)):
+            if each != Changed():
+                device = self.record(each, device.id, device, device.project, caller.actor)
+        if new != old:
+            self.gateways.moved(device)
         await self.writer.barrier()
-        if topics_changed:
+        if topics_changed or new != old:
             self.entitled(device)
+            await self.gateways.regroup(self.writer.storage, old, new)
         return device
 
     def _changed(self, device: DeviceState, change: Changed) -> tuple[DeviceType | None, str | None]:
@@ -248,6 +240,7 @@ class Registry:
             Unavailable: the log could not be written.
         """
         device = await self.find(caller, name)
+        self.gateways.check_free(device, "deleting it")
         lane = self.live.lanes.get(device.id)
         open_ones = list(lane.members.values()) if lane is not None else []
         if open_ones and not force:
@@ -265,6 +258,7 @@ class Registry:
             self.commands.apply(member.state, decide(member.state, request), caller.actor)
         await self.writer.barrier()
         self.entitled(device)
+        await self.gateways.regroup(self.writer.storage, device.gateway)
         return device
 
     async def rotate_token(self, caller: Caller, name: str) -> Issued:
@@ -279,6 +273,7 @@ class Registry:
         event = TokenRotated(token_digest=token_digest(token, self.writer.entropy))
         device = self.record(event, device.id, device, device.project, caller.actor)
         secret = self._new_secret(device)
+        await self.live.bring(self.writer.storage, self.gateways.children(device.hardware_id))
         await self.writer.barrier()
         self.entitled(device)
         self.issued(device, token)
@@ -342,13 +337,16 @@ class Registry:
     async def load(self) -> None:
         by_name = self.addresses.by_name
 
-        async def work(sql: Sql) -> tuple[int, list[str], list[DeviceState]]:
-            last = await log.last_version(sql, SYSTEM)
+        async def work(sql: Sql) -> tuple[list[str], list[DeviceState], list[DeviceState]]:
+            self._system_version = await log.last_version(sql, SYSTEM)
             used = await devices_view.types_in_use(sql)
-            return last, used, await devices_view.of_types(sql, by_name)
+            children = await devices_view.with_gateway(sql) if any(map(is_gateway, used)) else []
+            return used, await devices_view.of_types(sql, by_name), children
 
-        self._system_version, used, devices = await self.writer.storage.read(work)
+        is_gateway = self.gateways.is_gateway
+        used, devices, children = await self.writer.storage.read(work)
         self.addresses.load(used, devices)
+        self.gateways.load(children)
 
     async def started(
         self, release: str, mqtt: Literal["embedded", "external"], settings: dict[str, Any]
@@ -384,12 +382,16 @@ class Registry:
             event = (Online if presence is Presence.ONLINE else Offline)(session=session)
             if changes_presence(device, event):
                 self.told.tell(device.id, News(presence=event))
-        if presence is Presence.ONLINE is known and session != device.session:
+        renewed = presence is Presence.ONLINE is known and session != device.session
+        if renewed:
             # A new session while online: the device was away unnoticed, so open attempts are lost.
             self.presence(device.id, Presence.OFFLINE)
             self.presence(device.id, Presence.ONLINE)
         elif presence is not known:
             self.presence(device.id, presence)
+        if renewed or presence is not known:
+            back = renewed or (presence is Presence.ONLINE and known is Presence.OFFLINE)
+            self.gateways.follow(device, presence, back=back)
 
     def _gone(self, device_id: str) -> None:
         self.live.presence.pop(device_id, None)

@@ -6,7 +6,7 @@ It only judges. Before it has accepted a CONNECT, the state of the claimed clien
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import NamedTuple
 
 from broker.domain.fleet import DeviceSet
@@ -46,7 +46,8 @@ class Peer(NamedTuple):
 
     The name of a device is its hardware id. The name of a service contains a colon; a hardware id cannot.
     `commands`: the topics that a device receives. `answers`: the topics that it may publish on. `others`:
-    filters of what it publishes too and nobody reads; it may subscribe to them and gets nothing.
+    filters of what it publishes too and nobody reads; it may subscribe to them and gets nothing. `devices`:
+    the devices that it speaks for, itself first, by hardware id, each with the topics that it receives.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Peer(NamedTuple):
     answers: frozenset[str] = frozenset()
     scope: Scope | None = None
     others: tuple[str, ...] = ()
+    devices: Mapping[str, frozenset[str]] = {}
 
 
 class Refused(NamedTuple):
@@ -68,12 +70,14 @@ class Refused(NamedTuple):
 
 
 class Own(NamedTuple):
-    """The topics of one device that its type describes. `will`: where its last will may be."""
+    """The topics of one device that its type describes. `will`: where its last will may be. `devices`: those
+    of the devices that it speaks for, if it is a gateway."""
 
     commands: frozenset[str]
     answers: frozenset[str]
     others: tuple[str, ...]
     will: str
+    devices: Mapping[str, Own] = {}
 
 
 class Access(NamedTuple):
@@ -140,11 +144,21 @@ class Access(NamedTuple):
         own = self.own(user)
         if connect.will is not None and connect.will.topic not in (status if own is None else {own.will}):
             return Refused(Reason.BAD_TOPIC, "the will may be on the device's own status topic only")
-        commands = self.topics(user, self.command_suffixes)
-        answers = self.topics(user, self.answer_suffixes) | status
-        if own is None:
-            return Peer(user, commands, answers)
-        return Peer(user, commands | own.commands, answers | own.answers, others=own.others)
+        return self.peer(user, own)
+
+    def peer(self, hardware_id: str, own: Own | None) -> Peer:
+        """A device with all that it may say and hear, also for the devices that it speaks for."""
+        found = {hardware_id: own, **({} if own is None else own.devices)}
+        devices, answers, others = dict[str, frozenset[str]](), set[str](), list[str]()
+        for name, each in found.items():
+            devices[name] = self.topics(name, self.command_suffixes)
+            answers |= self.topics(name, {*self.answer_suffixes, self.status})
+            if each is not None:
+                devices[name] |= each.commands
+                answers |= each.answers
+                others += each.others
+        commands = frozenset[str]().union(*devices.values()) if len(devices) > 1 else devices[hardware_id]
+        return Peer(hardware_id, commands, frozenset(answers), others=tuple(others), devices=devices)
 
 
 def _text(password: bytes | None) -> str | None:

@@ -60,6 +60,10 @@ class Admission:
         for connection, claimed in self._users.items():
             connection.barred = connection.barred or claimed == user
 
+    def peer(self, hardware_id: str) -> Peer:
+        """A device as it is now, with all that it may say and hear."""
+        return self._access.peer(hardware_id, self._access.own(hardware_id))
+
     def forget(self) -> None:
         now = self._loop.time()
         self._rivals = {

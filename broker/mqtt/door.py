@@ -18,7 +18,14 @@ from broker.core import Core
 from broker.domain.fleet import DeviceState
 from broker.domain.mqtt_rules import MqttRules
 from broker.engine.ids import new_secret, token_digest
-from broker.engine.speech.access_rules import STATUS, answer_suffixes, command_suffixes, common, of_device
+from broker.engine.speech.access_rules import (
+    STATUS,
+    answer_suffixes,
+    command_suffixes,
+    common,
+    of_device,
+    topics_of,
+)
 from broker.mqtt.access import Access, Own, Scope
 from broker.mqtt.client.link import MqttLink
 from broker.mqtt.external.dynsec import RESPONSE, Dynsec, Shared, Topics
@@ -96,11 +103,12 @@ async def _external(
         dynsec = Dynsec(
             parse_url(url).username or "",
             sends=[f"{settings.prefix}/#", *_bought(settings.prefix, types)],
-            topics=partial(_topics_of, core, types),
+            topics=partial(_topics_of, core),
             devices=devices,
             rules=rules,
         )
         core.registry.issued, core.registry.entitled = dynsec.issued, dynsec.entitled
+        core.registry.gateways.regrouped = dynsec.regrouped
         events = Shared(core.intake, dynsec)
     elif settings.mqtt_users == "password_file":
         places = Path(settings.mqtt_password_file), Path(settings.mqtt_pid_file)
@@ -191,6 +199,7 @@ async def _listening(
 
     core.attach(listener)
     core.registry.entitled = entitled
+    core.registry.gateways.regrouped = lambda gateway: listener.regrouped(gateway.hardware_id)
     core.mqtt_events.wanted = lambda: False  # each service has its own position in the log
     listener.start()
     try:
@@ -206,7 +215,8 @@ async def _listening(
 
 
 async def _check_device(core: Core, hardware_id: str, token: str | None) -> str | None:
-    """Checks the token of a device; with None (client certificate), only that the device exists.
+    """Checks the token of a device; with None (client certificate), only that the device exists. Brings the
+    devices into memory that it speaks for.
 
     Returns None if the device is accepted, else the reason, for the log only.
     """
@@ -217,17 +227,25 @@ async def _check_device(core: Core, hardware_id: str, token: str | None) -> str 
         return "no device has this hardware id"
     if device.deleted_at is not None:
         return "the device was deleted"
-    return None if right else "wrong token"
+    if device.gateway is not None:
+        return "its gateway speaks for it"
+    if not right:
+        return "wrong token"
+    await core.live.bring(core.storage, core.registry.gateways.children(hardware_id))
+    return None
 
 
 def _own(core: Core, hardware_id: str) -> Own | None:
-    """The topics of a device whose type has topics of its own. The device is in memory: see
-    `_check_device`."""
+    """The topics of a device whose type has topics of its own, or that speaks for others. They are in memory:
+    see `_check_device`."""
     device, addresses = core.live.device(hardware_id), core.commands.addresses
-    if device is None or not addresses.speaks(device):
+    children = core.registry.gateways.states(hardware_id)
+    if device is None or not (children or addresses.speaks(device)):
         return None
-    reach = addresses.reach(device)
-    return Own(reach.hears, frozenset(reach.says), reach.others, reach.will)
+    found = [addresses.reach(each) for each in (device, *children)]
+    own, *others = (Own(each.hears, frozenset(each.says), each.others, each.will) for each in found)
+    devices = {child.hardware_id: each for child, each in zip(children, others, strict=True)}
+    return own._replace(devices=devices)
 
 
 async def _check_service(core: Core, secret: str) -> Scope | None:
@@ -246,17 +264,17 @@ async def _mosquitto(
     entropy = core.writer.entropy
     host, port, _ = listened(settings)[0]
     password = new_secret("", entropy)
+    devices = await core.storage.read(lambda sql: devices_view.newest(sql, None, None, EVERY))
     child = Mosquitto(
         Path(settings.data) / "mosquitto",
         host,
         port,
         link_digest=token_digest(password, entropy),
         acl="\n".join([*common(settings.prefix, types, LINK_USER), ""]),
-        acl_of=partial(of_device, core.commands.addresses),
+        acl_of=partial(_rules_of, core, {each.hardware_id: each for each in devices if each.gateway}),
         entropy=entropy,
     )
-    devices = await core.storage.read(lambda sql: devices_view.newest(sql, None, None, EVERY))
-    core.registry.entitled = child.admit
+    core.registry.entitled = core.registry.gateways.regrouped = child.admit
     core.mqtt_events.wanted = lambda: False  # only devices have users there
     async with asyncio.TaskGroup() as group:
         ready = asyncio.Event()
@@ -276,12 +294,17 @@ def _bought(prefix: str, types: dict[str, DeviceType]) -> set[str]:
     return {filter_of(each, prefix) for kind in types.values() if kind.speeches for each in kind.listens}
 
 
-def _topics_of(core: Core, types: dict[str, DeviceType], device: DeviceState) -> Topics:
-    if core.commands.addresses.speaks(device):
-        reach = core.commands.addresses.reach(device)
-        return Topics(reach.hears, {*reach.says, *reach.others, reach.will})
-    own = f"{core.commands.prefix}/dev/{device.hardware_id}/"
-    return Topics(
-        {own + suffix for suffix in command_suffixes(types)},
-        {own + suffix for suffix in answer_suffixes(types)},
-    )
+def _topics_of(core: Core, device: DeviceState) -> Topics:
+    """All topics of a device, and of those that it speaks for."""
+    speaking = (device, *core.registry.gateways.states(device.hardware_id))
+    both = [topics_of(core.commands.addresses, each) for each in speaking]
+    reads, writes = (set[str]().union(*found) for found in zip(*both, strict=True))
+    return Topics(reads, writes)
+
+
+def _rules_of(core: Core, known: dict[str, DeviceState], device: DeviceState) -> list[str]:
+    """`known`: the devices that have a gateway, as they were last seen in memory."""
+    names = core.registry.gateways.children(device.hardware_id)
+    children = [core.live.device(name) or known[name] for name in names]
+    known |= {child.hardware_id: child for child in children}
+    return of_device(core.commands.addresses, device, children)

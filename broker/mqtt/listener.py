@@ -57,16 +57,14 @@ class Listener:
         self.peers: dict[str, Connection] = {}
         self._routes = Routes()
         self.admission = Admission(access, bounds)
-        self._held: dict[Connection, None] = {}
-        self._answered: dict[Connection, None] = {}
+        self._held, self._answered = dict[Connection, None](), dict[Connection, None]()
         self._arrivals = 0
         self._watch = Watch(self.crowd, bounds, self.admission.forget)
 
     # --- called by its owner ---
 
     @property
-    def connected(self) -> int:
-        """The number of connected devices."""
+    def connected(self) -> int:  # devices
         return sum(":" not in name for name in self.peers)
 
     @property
@@ -104,6 +102,14 @@ class Listener:
         connection = self.peers.get(hardware_id)
         if connection is not None:
             self._end(connection, Reason.ADMINISTRATIVE, why)
+
+    def regrouped(self, hardware_id: str) -> None:
+        """A gateway has other topics now. If it is just being let in, it is refused, and comes again."""
+        self.admission.bar(hardware_id)
+        connection = self.peers.get(hardware_id)
+        if connection is not None and connection.peer is not None:
+            old, connection.peer = connection.peer, self.admission.peer(hardware_id)
+            self._tell_presence(connection, connection.peer, old)
 
     # --- the link ---
 
@@ -347,12 +353,12 @@ class Listener:
         self._tell_presence(connection, peer)
         return [Reason.SUCCESS if each else Reason.NO_SUBSCRIPTION for each in known]
 
-    def _tell_presence(self, connection: Connection, peer: Peer) -> None:
-        there, gained = self._routes.renew(connection, peer.commands)
-        if gained:
-            self._events.device_online(peer.name)
-        elif there and not connection.routes:
-            self._events.device_offline(peer.name)
+    def _tell_presence(self, connection: Connection, peer: Peer, old: Peer | None = None) -> None:
+        came, left = self._routes.renew(connection, peer, old or peer)
+        for name in left:
+            self._events.device_offline(name)
+        for name in came:
+            self._events.device_online(name)
 
     # --- the end ---
 
@@ -379,12 +385,11 @@ class Listener:
         self._had.left(peer.name, connection.had, closed.unanswered)
         if connection.dropped:
             self._log("mqtt.qos0_lost", peer=self._name(connection), messages=connection.dropped)
-        was_there = self._routes.drop(connection)
-        will = connection.session.will
+        left, will = self._routes.drop(connection, peer), connection.session.will
         if not self.up:
             return
-        if was_there:
-            self._events.device_offline(peer.name)
+        for name in left:
+            self._events.device_offline(name)
         if closed.will and will is not None:
             self._events.message(Message(topic=will.topic, payload=will.payload, qos=will.qos, token=None))
 

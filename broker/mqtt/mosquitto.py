@@ -74,8 +74,9 @@ class Mosquitto:
         )
 
     def admit(self, device: DeviceState) -> None:
-        """Puts the device's token digest into the password file; removes a deleted device from it."""
-        if device.deleted_at is None:
+        """Puts the device's token digest into the password file; removes a device that was deleted, or for
+        which a gateway speaks."""
+        if device.deleted_at is None and device.gateway is None:
             self._users[device.hardware_id] = device.token_digest
             self._rules[device.hardware_id] = self._acl_of(device)
         else:

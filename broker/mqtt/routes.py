@@ -7,6 +7,8 @@ from broker.mqtt.packets import Filter, Properties, Publish, Reason
 from broker.mqtt.shell import Connection
 from broker.seams import Outgoing
 
+NO_TOPICS = frozenset[str]()
+
 
 class Routes:
     """The topics of devices that a connection is subscribed to."""
@@ -36,28 +38,41 @@ class Routes:
         connection.filters[topic] = min(wanted.qos, 1)
         return connection.filters[topic]
 
-    def renew(self, connection: Connection, commands: frozenset[str]) -> tuple[bool, bool]:
-        """Routes the device's topics as its filters say now.
+    def renew(self, connection: Connection, peer: Peer, old: Peer) -> tuple[list[str], list[str]]:
+        """Routes the topics of the peer's devices as its filters say now. `old`: the peer as it was before.
 
-        Returns whether it had any topic before, and whether it has one more now.
+        Returns the devices that have one more topic than before, and those that have none any more.
         """
         before, connection.routes = connection.routes, {}
         filters = connection.filters
-        for topic in commands:
+        for topic in peer.commands:
             found = [qos for each, qos in filters.items() if fits(each, topic)]
             if found:
                 connection.routes[topic] = max(found)
                 self._to[topic] = connection
         for topic in before.keys() - connection.routes.keys():
-            del self._to[topic]
-        return bool(before), bool(connection.routes.keys() - before.keys())
+            self._remove(topic, connection)
+        came, left = list[str](), list[str]()
+        for name in {**peer.devices, **old.devices}:
+            topics = peer.devices.get(name, NO_TOPICS) | old.devices.get(name, NO_TOPICS)
+            had, has = topics & before.keys(), topics & connection.routes.keys()
+            if has - had:
+                came.append(name)
+            elif had and not has:
+                left.append(name)
+        return came, left
 
-    def drop(self, connection: Connection) -> bool:
-        """Removes the routes of a connection that ended. Returns whether it had any."""
+    def drop(self, connection: Connection, peer: Peer) -> list[str]:
+        """Removes the routes of a connection that ended. Returns the devices that had any."""
         heard, connection.routes = connection.routes, {}
         for topic in heard:
+            self._remove(topic, connection)
+        return [name for name, topics in peer.devices.items() if topics & heard.keys()]
+
+    def _remove(self, topic: str, connection: Connection) -> None:
+        """A device that moved to another gateway may have its topic there already."""
+        if self._to.get(topic) is connection:
             del self._to[topic]
-        return bool(heard)
 
 
 def message_of(outgoing: Outgoing, qos: int, version: int) -> Publish:

@@ -90,7 +90,8 @@ def access_rules(settings: Settings, types: dict[str, DeviceType]) -> list[str]:
 
 
 def _digests(settings: Settings) -> dict[str, str]:
-    return {device.hardware_id: device.token_digest for device in _devices(settings)}
+    own = (device for device in _devices(settings) if device.gateway is None)
+    return {device.hardware_id: device.token_digest for device in own}
 
 
 def _devices(settings: Settings) -> list[DeviceState]:

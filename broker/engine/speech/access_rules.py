@@ -36,20 +36,39 @@ def common(prefix: str, types: Mapping[str, DeviceType], broker_user: str) -> li
     return lines + [f"pattern write {prefix}/dev/%u/{suffix}" for suffix in sorted(answer_suffixes(types))]
 
 
-def of_device(addresses: Addresses, device: DeviceState) -> list[str]:
-    """The rules of one device whose type has topics of its own; none for others."""
-    if not addresses.speaks(device):
+def topics_of(addresses: Addresses, device: DeviceState) -> tuple[set[str], set[str]]:
+    """The topics that a device receives, and those on which it publishes."""
+    if addresses.speaks(device):
+        reach = addresses.reach(device)
+        return {*reach.hears}, {*reach.says, *reach.others, reach.will}
+    own = f"{addresses.prefix}/dev/{device.hardware_id}/"
+    suffixes = command_suffixes(addresses.types), answer_suffixes(addresses.types)
+    hears, says = ({own + suffix for suffix in each} for each in suffixes)
+    return hears, says
+
+
+def of_device(addresses: Addresses, device: DeviceState, children: Iterable[DeviceState] = ()) -> list[str]:
+    """The rules of one device whose type has topics of its own, and of a gateway with its devices; none for
+    others."""
+    speaking = [*([device] if addresses.speaks(device) else []), *children]
+    if not speaking or device.gateway is not None:
         return []
-    reach = addresses.reach(device)
+    both = [topics_of(addresses, each) for each in speaking]
+    hears, says = (set[str]().union(*found) for found in zip(*both, strict=True))
     lines = [f"user {device.hardware_id}"]
-    lines += [f"topic read {topic}" for topic in sorted(reach.hears)]
-    return lines + [f"topic write {topic}" for topic in sorted({*reach.says, *reach.others, reach.will})]
+    lines += [f"topic read {topic}" for topic in sorted(hears)]
+    return lines + [f"topic write {topic}" for topic in sorted(says)]
 
 
 def whole_file(
     prefix: str, types: dict[str, DeviceType], devices: Iterable[DeviceState], broker_user: str
 ) -> list[str]:
     """The rules of the broker, of programs that read events, and of all devices."""
-    addresses = Addresses(types, prefix, Live())
+    addresses, known = Addresses(types, prefix, Live()), list(devices)
+    children: dict[str, list[DeviceState]] = {}
+    for device in known:
+        if device.gateway is not None:
+            children.setdefault(device.gateway, []).append(device)
     lines = [*common(prefix, types, broker_user), "user service", f"topic read {prefix}/evt/#"]
-    return lines + [line for device in devices for line in of_device(addresses, device)]
+    own = (of_device(addresses, each, children.get(each.hardware_id, ())) for each in known)
+    return lines + [line for lines_of_one in own for line in lines_of_one]

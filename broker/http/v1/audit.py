@@ -12,7 +12,7 @@ from msgspec import Meta
 from broker.domain.cloudevents import event_data
 from broker.domain.errors import invalid
 from broker.domain.events import Caused, Operated, decode, subject_kind
-from broker.engine.registry import check_name
+from broker.engine.ids import check_name
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
 from broker.http.edge.pages import Cursor, Limit, Pager

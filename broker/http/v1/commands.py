@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 from broker.domain.errors import invalid
 from broker.domain.lifecycle import CommandState
 from broker.engine.commands import MAX_TTL_SEC, Order
-from broker.engine.registry import check_name
+from broker.engine.ids import check_name
 from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented

@@ -59,6 +59,9 @@ class DeviceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     name: Annotated[Title | None, Meta(examples=["Front door"])] = None
     attributes: Attributes = {}
     answer_key: AnswerKey | None = None
+    gateway: Annotated[
+        Name | None, Meta(description="The gateway that speaks for it: its id or hardware id.")
+    ] = None
     project: Annotated[
         Name | UnsetType, Meta(description="For admin keys only: another project than the key's.")
     ] = UNSET
@@ -71,6 +74,9 @@ class DeviceChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     name: Annotated[Title | UnsetType | None, Meta(examples=["Back door"])] = UNSET
     attributes: Attributes | UnsetType = UNSET
     answer_key: AnswerKey | UnsetType | None = UNSET
+    gateway: Annotated[
+        Name | UnsetType | None, Meta(description="The gateway to which it moves; null: it connects itself.")
+    ] = UNSET
 
 
 @post("/", status_code=201, opt=needs("devices:write"), responses=documented(409, 413, 415))
@@ -79,6 +85,9 @@ async def register(request: Call, data: JSONBody[DeviceBody]) -> Device:
 
     Registers a device and returns its token. The token is shown only in this answer. An `id` or `hardware_id`
     can be used only once in the whole broker, also after the device was deleted: 409 if it is taken.
+
+    With `gateway`, the device does not connect itself: its gateway uses its topics over its own connection. A
+    gateway is a device whose type says `gateway = true`.
     """
     if data.id == "":
         raise invalid("id", "must not be empty; leave it out and the broker generates one")
@@ -91,6 +100,7 @@ async def register(request: Call, data: JSONBody[DeviceBody]) -> Device:
         name=data.name,
         attributes=data.attributes,
         answer_key=data.answer_key,
+        gateway=data.gateway,
     )
     return _issued(request, await request.services.registry.register(request.user, new))
 
@@ -142,17 +152,22 @@ async def get_device(request: Call, device: FromPath[str], as_of: AsOf = None) -
     return _shown(request, await request.services.commands.writer.storage.read(work))
 
 
-@patch("/{device:str}", opt=needs("devices:write"), responses=documented(404, 413, 415))
+@patch("/{device:str}", opt=needs("devices:write"), responses=documented(404, 409, 413, 415))
 async def change_device(request: Call, device: FromPath[str], data: JSONBody[DeviceChange]) -> Device:
     """Change a device
 
-    Changes its type, name, attributes or the key of its answers. Commands that were accepted before keep the
-    definition of the old type. Attributes are replaced as a whole.
+    Changes its type, name, attributes, gateway or the key of its answers. Commands that were accepted before
+    keep the definition of the old type. Attributes are replaced as a whole. A move to another gateway is an
+    event of its own; open commands are then sent through the new one.
     """
     if data.attributes is not UNSET:
         check_levels(data.attributes)
     change = Changed(
-        device_type=data.type, name=data.name, attributes=data.attributes, answer_key=data.answer_key
+        device_type=data.type,
+        name=data.name,
+        attributes=data.attributes,
+        answer_key=data.answer_key,
+        gateway=data.gateway,
     )
     return _shown(request, await request.services.registry.change(request.user, device, change))
 
@@ -173,7 +188,7 @@ async def delete_device(request: Call, device: FromPath[str], force: Force = Fal
 
     This cannot be undone, and its names cannot be used again. A device with open commands can only be deleted
     with `force`: commands that were never handed over are cancelled; the others become `timed_out`, because
-    the device may have executed them.
+    the device may have executed them. A gateway can only be deleted once its devices have moved.
 
     Its connection to Ordain's own MQTT server ends at once. At an external MQTT server an open connection
     lasts until that server ends it, for example by its dynamic security.

@@ -17,7 +17,7 @@ from msgspec import Meta
 from broker.domain.cloudevents import BARE_TYPES, EVENTS, CloudEvent, Wanted, cloud_event
 from broker.domain.errors import Refusal, invalid, not_found
 from broker.engine.erasures import MAX_DAYS
-from broker.engine.registry import check_name
+from broker.engine.ids import check_name
 from broker.http.edge import positions
 from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize, header, needs

@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, UnsetType
 from broker.domain.errors import Refusal
 from broker.engine import fanout
 from broker.engine.commands import Order
-from broker.engine.registry import check_name
+from broker.engine.ids import check_name
 from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import ErrorDetail, documented, error_body

@@ -11,7 +11,7 @@ from litestar.params import FromPath, QueryParameter
 
 from broker.domain.errors import not_found
 from broker.domain.lifecycle import CommandState, State
-from broker.engine.registry import check_name
+from broker.engine.ids import check_name
 from broker.http.edge.auth import Call, needs
 from broker.http.edge.errors import documented
 from broker.http.edge.pages import Cursor, Limit, Pager, cut

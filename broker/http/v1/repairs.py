@@ -17,7 +17,7 @@ from broker.domain.errors import invalid
 from broker.domain.explain import Explanation
 from broker.domain.lifecycle import CommandState, State
 from broker.domain.said import Said, with_answers
-from broker.engine.registry import check_name
+from broker.engine.ids import check_name
 from broker.engine.repairs import Which
 from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize, needs

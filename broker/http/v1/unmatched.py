@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from broker.domain.lifecycle import CommandState
 from broker.domain.said import UNUSABLE, Said
-from broker.engine.registry import check_name
+from broker.engine.ids import check_name
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
 from broker.http.edge.pages import Cursor, Limit, Pager, cut

@@ -145,6 +145,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     type: str
     name: str | None
     attributes: dict[str, Any]
+    gateway: Annotated[str | None, Meta(description="The hardware id of the gateway that speaks for it.")]
     project: str
     presence: Annotated[
         PresenceName,
@@ -193,12 +194,13 @@ class TypeCommand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Type(msgspec.Struct, frozen=True, kw_only=True):
-    """One device type. `open`: it accepts any command name."""
+    """One device type. `open`: it accepts any command name. `gateway`: such devices speak for others too."""
 
     name: str
     title: str | None
     payload: str
     open: bool
+    gateway: bool
     presence: str
     transports: list[str]
     max_in_flight: int
@@ -274,6 +276,7 @@ def device(state: DeviceState, presence: Presence | None, token: str | UnsetType
         type=state.device_type,
         name=state.name,
         attributes=state.attributes,
+        gateway=state.gateway,
         project=state.project,
         presence=presence_of(state, presence).value,
         last_seen_at=time(state.seen_at),
@@ -316,6 +319,7 @@ def _type(kind: DeviceType) -> Type:
         title=kind.title,
         payload=kind.payload,
         open=kind.open,
+        gateway=kind.gateway,
         presence=kind.presence,
         transports=list(kind.transports),
         max_in_flight=kind.max_in_flight,

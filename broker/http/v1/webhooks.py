@@ -13,7 +13,7 @@ from litestar.params import FromPath, JSONBody, QueryParameter
 from msgspec import UNSET, UnsetType
 
 from broker.domain.errors import Refusal, invalid
-from broker.engine.registry import NAME_RULE
+from broker.engine.ids import NAME_RULE
 from broker.http.edge import positions
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented

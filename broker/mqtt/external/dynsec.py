@@ -31,6 +31,7 @@ AT_ONCE = 100  # devices in one message to the plugin
 # What the plugin says when there is nothing to do.
 HARMLESS = frozenset({"Client not found", "Role not found", "Role already exists", "Client already exists"})
 DENIED = ("publishClientSend", "subscribe")
+LAST = ("createClient", "deleteRole", "modifyRole")  # of the commands that change one device
 
 
 class Topics(NamedTuple):
@@ -43,7 +44,7 @@ class Topics(NamedTuple):
 class Entry(NamedTuple):
     """What the plugin must know of a device."""
 
-    token: str
+    token: str | None  # None: only its topics changed
     reads: Collection[str]
     writes: Collection[str]
 
@@ -76,7 +77,7 @@ class Dynsec:
     ) -> None:
         self._user = user
         self._sends, self._topics = sorted(sends), topics
-        self._names = {device.hardware_id for device in devices if device.deleted_at is None}
+        self._names = {each.hardware_id for each in devices if each.deleted_at is None and not each.gateway}
         self._rules = rules
         rules.fault = "the dynamic-security plugin has not answered yet"
         self.link: Link | None = None
@@ -86,13 +87,20 @@ class Dynsec:
     # --- called by the registry ---
 
     def issued(self, device: DeviceState, token: str) -> None:
-        self._names.add(device.hardware_id)
-        self._want(device.hardware_id, Entry(token, *self._topics(device)))
+        if device.gateway is None:
+            self._names.add(device.hardware_id)
+            self._want(device.hardware_id, Entry(token, *self._topics(device)))
 
     def entitled(self, device: DeviceState) -> None:
-        if device.deleted_at is not None:
+        """A device that was deleted, or for which a gateway speaks, must not connect."""
+        if device.deleted_at is not None or device.gateway is not None:
             self._names.discard(device.hardware_id)
             self._want(device.hardware_id, None)
+
+    def regrouped(self, gateway: DeviceState) -> None:
+        waiting = self._wanted.get(gateway.hardware_id)
+        token = None if waiting is None else waiting.token
+        self._want(gateway.hardware_id, Entry(token, *self._topics(gateway)))
 
     def _want(self, hardware_id: str, entry: Entry | None) -> None:
         self._wanted[hardware_id] = entry
@@ -130,7 +138,7 @@ class Dynsec:
             elif each.command == "listClients":
                 self._rules.fault = None
                 self._compare({str(name) for name in each.data.get("clients", ())})
-            if each.correlationData in self._sent and each.command in ("createClient", "deleteRole"):
+            if each.correlationData in self._sent and each.command in LAST:
                 del self._sent[each.correlationData]
         self._work()
 
@@ -169,6 +177,9 @@ class Dynsec:
             return gone
         acls = [_allow("subscribeLiteral", topic) for topic in sorted(entry.reads)]
         acls += [_allow("publishClientSend", topic) for topic in sorted(entry.writes)]
+        if entry.token is None:
+            change = {"command": "modifyRole", "rolename": role, "acls": acls, "correlationData": hardware_id}
+            return [change]
         client = {
             "command": "createClient",
             "username": hardware_id,

@@ -29,7 +29,7 @@ class PasswordFile:
 
     def __init__(self, path: Path, pid_file: Path, devices: Iterable[DeviceState], rules: MqttRules) -> None:
         self._path, self._pid_file = path, pid_file
-        self._users: dict[str, str | None] = {}  # by hardware id: digest, or None: the device was deleted
+        self._users: dict[str, str | None] = {}  # by hardware id: digest, or None: it must not connect
         self._stale = asyncio.Event()
         self._rules = rules
         rules.fault = "the password file was not written yet"
@@ -38,7 +38,8 @@ class PasswordFile:
         self._stale.set()
 
     def entitled(self, device: DeviceState) -> None:
-        self._users[device.hardware_id] = None if device.deleted_at is not None else device.token_digest
+        gone = device.deleted_at is not None or device.gateway is not None  # its gateway speaks for it
+        self._users[device.hardware_id] = None if gone else device.token_digest
         self._stale.set()
 
     async def run(self) -> None:

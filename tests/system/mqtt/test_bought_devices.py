@@ -36,7 +36,8 @@ class Connected:
         self.client = paho.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv311)
         if token is not None:
             self.client.username_pw_set(name, token)
-        self.client.will_set(*will, qos=1, retain=True)
+        if will[0]:
+            self.client.will_set(*will, qos=1, retain=True)
         self._subscribes, self._reply = subscribes, reply
         self.client.on_connect = self._connected
         self.client.on_subscribe = self._subscribed

@@ -48,6 +48,7 @@ ASKING = (
     ["devices", "list"],
     ["devices", "show", "door-7"],
     ["devices", "token", "door-7"],
+    ["devices", "move", "door-7", "--gateway", "gw-1"],
     ["devices", "delete", "door-7"],
     ["commands", "list", "--state", "failed"],
     ["commands", "show", "cmd_1"],

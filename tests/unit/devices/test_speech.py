@@ -230,7 +230,7 @@ def test_a_type_that_has_the_topics_of_another_is_refused_unless_it_says_so(tmp_
     with pytest.raises(BadType, match="zigbee2mqtt"):
         load_types(str(tmp_path))
     file.write_text(BASE.replace("x/{hardware_id}/out", "site/dev/{hardware_id}/rls") + COMMAND)
-    with pytest.raises(BadType, match="generic"):
+    with pytest.raises(BadType, match="a device of type gateway"):
         load_types(str(tmp_path), "site")
 
 

@@ -7,7 +7,7 @@ from broker.engine.speech.access_rules import whole_file
 from devices.types import shipped_types
 
 
-def device(hardware_id: str, kind: str, name: str | None = None) -> DeviceState:
+def device(hardware_id: str, kind: str, name: str | None = None, gateway: str | None = None) -> DeviceState:
     return DeviceState(
         id=f"dev_{hardware_id}",
         project="acme",
@@ -18,6 +18,7 @@ def device(hardware_id: str, kind: str, name: str | None = None) -> DeviceState:
         created_at=0,
         updated_at=0,
         name=name,
+        gateway=gateway,
     )
 
 
@@ -38,3 +39,26 @@ def test_each_bought_device_gets_its_own_topics_and_others_share_patterns() -> N
         "topic write zigbee2mqtt/kitchen lamp/availability",
     ]
     assert not any("Front door" in line for line in lines)
+
+
+def test_a_gateway_has_the_topics_of_its_devices_which_have_no_rules_of_their_own() -> None:
+    devices = [
+        device("gw", "gateway"),
+        device("door", "iotee_device", gateway="gw"),
+        device("lamp", "home_assistant_switch", gateway="gw"),
+        device("other", "gateway"),
+    ]
+
+    lines = whole_file("site", shipped_types(), devices, "ordain")
+
+    assert lines[lines.index("user gw") :] == [
+        "user gw",
+        "topic read homeassistant/switch/lamp/set",
+        "topic read site/dev/door/rbt",
+        "topic read site/dev/door/rls",
+        "topic write homeassistant/switch/lamp/availability",
+        "topic write homeassistant/switch/lamp/config",
+        "topic write homeassistant/switch/lamp/state",
+        "topic write site/dev/door/ack",
+        "topic write site/dev/door/status",
+    ]

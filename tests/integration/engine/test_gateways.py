@@ -1,0 +1,198 @@
+"""Gateways in a running core, on virtual time: who belongs to whom, presence, moves, what the log keeps."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Any
+
+import msgspec
+import pytest
+
+from broker.domain.errors import Refusal
+from broker.domain.events import Changed
+from broker.domain.lanes import Presence
+from broker.engine.registry import NewDevice
+from projections import past
+from tests.integration.core_support import ME, PROJECT, Bench
+from tests.integration.engine.test_bought_devices import says, scene, sent
+
+BRIDGE, OTHER = "zigbee2mqtt", "gw-2"
+
+
+async def register(bench: Bench, hardware_id: str, type: str, **more: Any) -> str:
+    new = NewDevice(hardware_id=hardware_id, type=type, project=PROJECT, **more)
+    return (await bench.core.registry.register(ME, new)).device.id
+
+
+async def family(bench: Bench) -> str:
+    """A bridge with a lamp, which has been heard; a second gateway. Returns the lamp's id."""
+    await register(bench, BRIDGE, "zigbee2mqtt_bridge")
+    await register(bench, OTHER, "gateway")
+    lamp = await register(bench, "lamp", "zigbee2mqtt", gateway=BRIDGE)
+    says(bench, f"{BRIDGE}/bridge/state", '{"state":"online"}')
+    says(bench, "zigbee2mqtt/lamp", '{"state":"OFF"}')
+    await asyncio.sleep(0.1)
+    assert bench.live.presence[lamp] is Presence.ONLINE
+    return lamp
+
+
+async def told(bench: Bench, device_id: str) -> list[tuple[str, dict[str, Any]]]:
+    await bench.writer.barrier()
+    rows = [row for row in await bench.rows() if row.stream == f"device/{device_id}"]
+    return [(row.type, msgspec.json.decode(row.data or b"{}")) for row in rows]
+
+
+def test_devices_go_offline_with_their_gateway_and_are_unknown_when_it_is_back() -> None:
+    async def going(bench: Bench) -> None:
+        lamp = await family(bench)
+
+        says(bench, f"{BRIDGE}/bridge/state", '{"state":"offline"}')
+        await asyncio.sleep(0.1)
+        assert bench.live.presence[lamp] is Presence.OFFLINE
+        assert [type for type, _ in await told(bench, lamp)][-1] == "offline"
+
+        says(bench, "zigbee2mqtt/lamp/availability", '{"state":"online"}', retain=True)
+        command = await bench.order("lamp", "turn_on")
+        await asyncio.sleep(1)
+        assert bench.live.presence[lamp] is Presence.OFFLINE  # it is old news, and its gateway is away
+        assert bench.state(command.id) == "pending"
+
+        says(bench, f"{BRIDGE}/bridge/state", '{"state":"online"}')
+        assert await sent(bench, 1) == ("zigbee2mqtt/lamp/set", {"state": "ON"})
+        assert bench.live.presence[lamp] is Presence.UNKNOWN
+        says(bench, "zigbee2mqtt/lamp", '{"state":"ON"}')
+        await asyncio.sleep(0.1)
+        assert bench.state(command.id) == "executed"
+
+    scene(going)
+
+
+def test_a_device_whose_gateway_stays_and_that_says_offline_itself_is_offline() -> None:
+    async def leaving(bench: Bench) -> None:
+        lamp = await family(bench)
+        says(bench, "zigbee2mqtt/lamp/availability", '{"state":"offline"}')
+        says(bench, f"{BRIDGE}/bridge/state", '{"state":"online"}')
+        await asyncio.sleep(0.1)
+        assert bench.live.presence[lamp] is Presence.OFFLINE
+
+    scene(leaving)
+
+
+def test_at_our_own_listener_a_device_of_a_gateway_may_be_away_while_the_gateway_is_there() -> None:
+    async def leaving(bench: Bench) -> None:
+        await register(bench, BRIDGE, "zigbee2mqtt_bridge")
+        lamp = await register(bench, "lamp", "zigbee2mqtt", gateway=BRIDGE)
+        bench.core.intake.device_online(BRIDGE)
+        bench.core.intake.device_online("lamp")
+        says(bench, "zigbee2mqtt/lamp/availability", '{"state":"offline"}')
+        await asyncio.sleep(0.1)
+        assert bench.live.presence[lamp] is Presence.OFFLINE
+        says(bench, "zigbee2mqtt/lamp/availability", '{"state":"online"}')
+        await asyncio.sleep(0.1)
+        assert bench.live.presence[lamp] is Presence.ONLINE
+
+    scene(leaving, embedded=True)
+
+
+def test_a_move_is_an_event_and_its_presence_follows_the_new_gateway() -> None:
+    async def moving(bench: Bench) -> None:
+        lamp = await family(bench)
+        says(bench, f"iotee/dev/{OTHER}/status", "offline")
+        await asyncio.sleep(0.1)
+        before = bench.core.feed.head
+
+        change = Changed(name="Lamp", gateway=OTHER)
+        moved = await bench.core.registry.change(ME, "lamp", change)
+
+        assert moved.gateway == OTHER
+        changed = [(type, data) for type, data in await told(bench, lamp) if type == "changed"]
+        assert changed == [("changed", {"name": "Lamp"}), ("changed", {"gateway": OTHER})]
+        assert bench.live.presence[lamp] is Presence.OFFLINE
+        says(bench, f"iotee/dev/{OTHER}/status", "online")
+        await asyncio.sleep(0.1)
+        assert bench.live.presence[lamp] is Presence.UNKNOWN
+        says(bench, f"{BRIDGE}/bridge/state", '{"state":"offline"}')  # of no concern to it any more
+        await asyncio.sleep(0.1)
+        assert bench.live.presence[lamp] is Presence.UNKNOWN
+        then = await bench.core.storage.read(lambda sql: past.device(sql, lamp, before))
+        assert then is not None
+        assert then.state.gateway == BRIDGE
+        await bench.core.registry.change(ME, "lamp", Changed(gateway=None))
+        assert (await told(bench, lamp))[-1] == ("changed", {"gateway": None})
+        assert bench.core.registry.gateways.children(OTHER) == {}
+
+    scene(moving)
+
+
+def test_the_log_alone_says_who_belongs_to_whom() -> None:
+    async def again(bench: Bench) -> None:
+        lamp = await family(bench)
+        gateways = bench.core.registry.gateways
+        gateways.load([])
+
+        await bench.core.registry.load()
+
+        assert gateways.children(BRIDGE) == {"lamp": lamp}
+
+    scene(again)
+
+
+@pytest.mark.parametrize(
+    ("type", "gateway", "kind"),
+    [
+        ("zigbee2mqtt", "nobody", "invalid_request"),
+        ("zigbee2mqtt", "lamp", "invalid_request"),
+        ("gateway", BRIDGE, "invalid_request"),
+        ("generic", "full", "conflict"),
+    ],
+)
+def test_a_gateway_that_cannot_be_one_is_refused(type: str, gateway: str, kind: str) -> None:
+    async def refused(bench: Bench) -> None:
+        await family(bench)
+        await register(bench, "full", "gateway")
+        gateways = bench.core.registry.gateways
+        gateways._most = 2
+        for name in ("a", "b"):
+            await register(bench, name, "generic", gateway="full")
+
+        with pytest.raises(Refusal) as wrong:
+            await register(bench, "new", type, gateway=gateway)
+
+        assert wrong.value.kind == kind
+        assert bench.live.device("new") is None
+
+    scene(refused)
+
+
+def test_a_gateway_with_devices_stays_one() -> None:
+    async def refused(bench: Bench) -> None:
+        await family(bench)
+        registry = bench.core.registry
+        with pytest.raises(Refusal, match="gateway of 1 devices"):
+            await registry.delete(ME, BRIDGE, force=True)
+        with pytest.raises(Refusal, match="gateway of 1 devices"):
+            await registry.change(ME, BRIDGE, Changed(device_type="generic"))
+        with pytest.raises(Refusal):
+            await registry.change(ME, "lamp", Changed(device_type="gateway"))
+        await registry.delete(ME, "lamp", force=False)
+        assert (await registry.delete(ME, BRIDGE, force=False)).deleted_at is not None
+
+    scene(refused)
+
+
+def test_the_grant_of_a_command_names_the_device_and_not_its_gateway() -> None:
+    async def granted(bench: Bench) -> None:
+        await register(bench, OTHER, "gateway")
+        await register(bench, "lock-1", "generic", gateway=OTHER)
+        says(bench, "iotee/dev/lock-1/status", "online")
+        await bench.order("lock-1", "unlock")
+
+        topic, message = await sent(bench, 1)
+
+        assert topic == "iotee/dev/lock-1/rls"
+        payload = message["grant"].split(".")[1]
+        claims = msgspec.json.decode(base64.urlsafe_b64decode(payload + "=="))
+        assert claims["aud"] == "lock-1"
+
+    scene(granted)
