@@ -15,6 +15,7 @@ import pytest
 from devices.agent import Agent, Call
 from tests.conftest import program, unused_port
 from tests.system.conftest import NewBroker
+from tests.system.mqtt.test_bought_devices import Connected
 from tests.system.support import Broker, Device, running, until
 
 PLUGIN = next(iter(glob.glob("/usr/lib/*/mosquitto_dynamic_security.so")), None)
@@ -102,6 +103,39 @@ def test_the_dynamic_security_plugin_learns_of_devices_tokens_and_deletions(
         assert broker.http("DELETE", "/v1/devices/lamp?force=true").status_code == 200
         until(lambda: not enters(port, "lamp", renewed) or None)
         assert mqtt(broker)["users"] == "dynsec"
+
+
+@pytest.mark.skipif(PLUGIN is None, reason="Mosquitto's dynamic-security plugin is not installed")
+def test_the_dynamic_security_plugin_gives_a_gateway_the_topics_of_its_devices(
+    new_broker: NewBroker, tmp_path: Path
+) -> None:
+    users, port = tmp_path / "dynsec.json", unused_port()
+    subprocess.run([program("mosquitto_ctrl"), "dynsec", "init", str(users), "ordain", "secret"], check=True)
+    config = tmp_path / "config.toml"
+    config.write_text('mqtt_users = "dynsec"\n')
+    plugin = ("allow_anonymous false", f"plugin {PLUGIN}", f"plugin_opt_config_file {users}")
+    with mosquitto(tmp_path, port, *plugin):
+        url = f"mqtt://ordain:secret@127.0.0.1:{port}"
+        broker = new_broker("--config", str(config), "--mqtt-url", url).start()
+        in_step(broker)
+        token = broker.device("gw", "gateway")
+        until(lambda: enters(port, "gw", token) or None)
+        theirs = broker.device("stranger")
+        until(lambda: enters(port, "stranger", theirs) or None)
+
+        def codes() -> list[int]:
+            topics = [f"iotee/dev/{name}/rls" for name in ("gw", "lamp", "stranger")]
+            device = Connected(port, "gw", token, topics, lambda *said: [], ("", ""))
+            assert device.ready.wait(60)
+            device.end()
+            return device.codes
+
+        assert codes() == [0, 128, 128]
+        own = broker.http("POST", "/v1/devices", {"hardware_id": "lamp", "type": "generic", "gateway": "gw"})
+        until(lambda: codes() == [0, 0, 128] or None)
+        assert not enters(port, "lamp", own.json()["device_token"])
+        broker.http("PATCH", "/v1/devices/lamp", {"gateway": None})
+        until(lambda: codes() == [0, 128, 128] or None)
 
 
 def test_a_password_file_is_written_and_read_again_after_each_change(
