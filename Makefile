@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
 
-.PHONY: help setup run test test-all test-ends test-simulation check fix docs bench simulate soak dist sbom fuzz audit lock clean \
+.PHONY: help setup run test test-all test-ends test-simulation check fix docs bench bench-long bench-compare simulate soak dist sbom fuzz audit lock clean \
 	mosquitto browser api-tools
 
 help: ## list these targets
@@ -39,8 +39,18 @@ fix: .venv/dev ## correct style automatically where possible
 docs: .venv/dev ## build the documentation as a site in dist/site
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --config-file .mkdocs.yml
 
-bench: .venv/dev mosquitto ## measure this machine
-	@.venv/bin/python -m scripts.bench
+JSON ?=
+bench: .venv/dev mosquitto ## measure this machine; JSON=FILE writes the named figures
+	@.venv/bin/python -m scripts.bench $(if $(JSON),--json $(JSON))
+
+bench-long: .venv/dev mosquitto ## measure reading a million events again, purging while serving, and travel in time
+	@.venv/bin/python -m scripts.bench --only h --events 1000000
+	@.venv/bin/python -m scripts.bench.purge
+	@.venv/bin/python -m scripts.bench.travel
+
+OLD ?= HEAD~1
+bench-compare: .venv/dev mosquitto ## measure the commit OLD and this one in turn, and compare
+	@.venv/bin/python -m scripts.bench.compare $(OLD)
 
 SEEDS ?= 1000
 simulate: .venv/dev ## run the real broker under simulated faults, with SEEDS seeds; a second call goes on where the first ended

@@ -1,5 +1,6 @@
 """`make bench`: measures this machine. It measures MQTT round trips, full command lives over HTTP, appending
-to the log, one command to ten thousand devices, devices on our own MQTT server, and starting.
+to the log, one command to ten thousand devices, devices on our own MQTT server, starting, the same lives in
+gmqtt alone, and reading the log again.
 
 It prints figures and sets no limits. Absolute figures vary by a third from run to run, so compare the CPU
 time per operation and the ratios. It starts real servers on this machine and stops all of them at the end.
@@ -26,14 +27,17 @@ import uvloop
 from broker import __version__
 from scripts.bench import append as bench_append
 from scripts.bench import fanout as bench_fanout
+from scripts.bench import floor_life as bench_floor
 from scripts.bench import life as bench_life
 from scripts.bench import listener as bench_listener
+from scripts.bench import replay as bench_replay
 from scripts.bench import start as bench_start
+from scripts.bench.named import named
 from scripts.bench.processes import mosquitto
 
 Figures = dict[str, list[float]]
 
-PARTS = ("a", "b", "c", "d", "e", "f")
+PARTS = ("a", "b", "c", "d", "e", "f", "g", "h")
 # One command life takes about as long as 5 round trips, or as 10 appended events.
 TRIPS_PER_LIFE, EVENTS_PER_LIFE = 5, 10
 FSYNCS = 20
@@ -55,9 +59,14 @@ def main() -> None:
                 figures["b"]["lives/s / round trips/s"] = _ratio(figures["b"], figures["a"])
             for name, values in figures[part].items():
                 print(_line(part, name, values), flush=True)
+    for one in named(figures):
+        print(f"{one.name:24} {_number(one.value):>11} {one.unit:13} floor {_number(one.floor):>9}"
+              f"   ratio {one.ratio:.3f}")  # fmt: skip
     if given.json:
+        given.json.write_bytes(msgspec.json.format(msgspec.json.encode(named(figures))) + b"\n")
+    if given.report:
         report = {"machine": machine, "options": vars(given), "figures": figures}
-        given.json.write_bytes(msgspec.json.format(msgspec.json.encode(report, enc_hook=str)) + b"\n")
+        given.report.write_bytes(msgspec.json.format(msgspec.json.encode(report, enc_hook=str)) + b"\n")
     if given.profile:
         print(f"\nThe broker's profile: python -m pstats {given.profile}")
 
@@ -67,7 +76,8 @@ def _options() -> argparse.Namespace:
         prog="python -m scripts.bench",
         description="a: MQTT round trips without a broker; b: full command lives over HTTP; c: log appends; "
         "d: one command to many devices; e: devices on our own MQTT server, beside amqtt and Mosquitto; "
-        "f: starting the command line and the broker.",
+        "f: starting the command line and the broker; g: the lives of b in gmqtt alone, the floor; "
+        "h: reading the log again.",
     )
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, such as a,c (default: all)")
     parser.add_argument(
@@ -79,13 +89,24 @@ def _options() -> argparse.Namespace:
         "--connections", type=int, default=4, help="MQTT connections of the devices (default: 4)"
     )
     parser.add_argument("--dir", type=Path, help="directory for the log; not a file system in memory")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures of all rounds here")
+    parser.add_argument(
+        "--events", type=int, default=200_000, help="events that h reads again (default: 200,000)"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help="write a list of {name, value, unit, floor, ratio}",
+    )
+    parser.add_argument("--report", type=Path, metavar="PATH", help="write the figures of all rounds here")
     parser.add_argument("--profile", type=Path, metavar="PATH", help="cProfile of the broker in b; slows it")
     given = parser.parse_args()
     given.only = given.only.split(",")
     given.profile = given.profile and given.profile.absolute()  # the broker has another working directory
     if set(given.only) - set(PARTS):
-        parser.error("--only takes a, b, c, d, e and f, separated by commas")
+        parser.error(f"--only takes {', '.join(PARTS)}, separated by commas")
+    if given.events < 1_000:
+        parser.error("--events must be at least 1000")
     if min(given.count, given.rounds, given.devices, given.connections) < 1 or given.count < 100:
         parser.error("--count must be at least 100, the other numbers at least 1")
     return given
@@ -101,6 +122,8 @@ def _parts(given: argparse.Namespace, home: Path) -> dict[str, Callable[[], Coro
         "d": partial(bench_fanout.fan_outs, _made(home / "d"), rounds),
         "e": partial(bench_listener.measured, rounds, count * TRIPS_PER_LIFE, _made(home / "e")),
         "f": partial(bench_start.starts, _made(home / "f"), rounds),
+        "g": partial(bench_floor.floors, _made(home / "g"), rounds, count, **fleet),
+        "h": partial(bench_replay.replays, _made(home / "h"), rounds, given.events),
     }
     return {part: measure for part, measure in all_parts.items() if part in given.only}
 

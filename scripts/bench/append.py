@@ -10,8 +10,12 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 import msgspec
+from eventsourcing.application import Application
+from eventsourcing.domain import Aggregate
+from eventsourcing.domain import event as step
 
 from broker.domain.events import Acknowledged, CommandEvent, Created, Executed, Published
 from broker.domain.lifecycle import CommandState, evolve
@@ -26,6 +30,7 @@ WAITING = (1_000, 100)
 PER_TRANSACTION = 100
 DEVICES = 100
 LIFE_MS = 300_000
+LIBRARY_SHARE = 20  # the library is so much slower that it gets so much less to do
 PROJECT, ACTOR = "bench", "key:key_01kagbx5wpf2ts6n8y7zq3v4me"
 PARAMS = msgspec.Raw(b'{"duration_sec":30,"reason":"door 7","by":"bench"}')
 FOLLOWING = (
@@ -45,10 +50,11 @@ async def appends(home: Path, rounds: int, count: int) -> Figures:
         found: dict[str, float] = {}
         for waiting in WAITING:
             directory = home / f"append-{number}-{waiting}"
-            rate, cost = await _through_the_writer(directory, waiting, count)
+            rate, cost = await through_the_writer(directory, waiting, count)
             found |= {f"events/s, {waiting} waiting": rate, f"CPU µs per event, {waiting} waiting": cost}
         rate, cost = _bare(directory / DATABASE, home / f"bare-{number}.db", count)
         found |= {f"events/s, bare SQLite by {PER_TRANSACTION}": rate, "CPU µs per event, bare SQLite": cost}
+        found["events/s, eventsourcing library"] = _library(home / f"library-{number}.db", count)
         for waiting in WAITING:
             found[f"events/s / bare, {waiting} waiting"] = found[f"events/s, {waiting} waiting"] / rate
             found[f"CPU / bare, {waiting} waiting"] = found[f"CPU µs per event, {waiting} waiting"] / cost
@@ -58,7 +64,7 @@ async def appends(home: Path, rounds: int, count: int) -> Figures:
     return figures
 
 
-async def _through_the_writer(directory: Path, waiting: int, count: int) -> tuple[float, float]:
+async def through_the_writer(directory: Path, waiting: int, count: int) -> tuple[float, float]:
     """(events/s, CPU µs per event) of the writer. `waiting`: how many lives wait for a commit at once."""
     storage = await SqliteStorage.open(directory)
     try:
@@ -130,3 +136,46 @@ def _bare(source: Path, target: Path, count: int) -> tuple[float, float]:
     seconds, cpu = time.perf_counter() - since, time.process_time() - cpu
     bare.close()
     return count / seconds, cpu / count * 1e6
+
+
+class _Command(Aggregate):
+    """A command in the library `eventsourcing`: the same events with the same fields, without ours around."""
+
+    @step("Created")
+    def __init__(self, fields: dict[str, object]) -> None:
+        self.fields = fields
+
+    @step("Published")
+    def publish(self, attempt: int) -> None:
+        self.attempt = attempt
+
+    @step("Acknowledged")
+    def acknowledge(self) -> None:
+        self.acknowledged = True
+
+    @step("Executed")
+    def execute(self, result: dict[str, object]) -> None:
+        self.result = result
+
+
+def _library(path: Path, count: int) -> float:
+    """Events/s of the library with SQLite, which saves each step of a life."""
+    application = Application[UUID](
+        env={"PERSISTENCE_MODULE": "eventsourcing.sqlite", "SQLITE_DBNAME": str(path)}
+    )
+    lives = max(1, count // 4 // LIBRARY_SHARE)
+    fields: dict[str, object] = {"type": "lock", "params": msgspec.json.decode(PARAMS), "ttl_ms": LIFE_MS}
+    since = time.perf_counter()
+    for _ in range(lives):
+        command = _Command(fields)
+        application.save(command)
+        for following in (
+            lambda command=command: command.publish(1),
+            command.acknowledge,
+            lambda command=command: command.execute({"ok": True, "battery_percent": 87}),
+        ):
+            following()
+            application.save(command)
+    seconds = time.perf_counter() - since
+    application.close()
+    return lives * 4 / seconds

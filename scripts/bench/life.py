@@ -11,9 +11,10 @@ import sqlite3
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import httpx2
 import msgspec
@@ -32,7 +33,12 @@ LIVES = """SELECT c.recorded_at, e.recorded_at FROM events c JOIN events e ON e.
     WHERE c.type = 'created' AND e.type = 'executed' AND c.position > ?"""
 
 Figures = dict[str, list[float]]
-Round = Callable[[], Awaitable[dict[str, float]]]
+
+
+class Round(Protocol):
+    """Makes one round of lives: one request for each command, or, `fan_out`, one for all devices."""
+
+    def __call__(self, *, fan_out: bool = False) -> Awaitable[dict[str, float]]: ...
 
 
 class _Trips:
@@ -93,6 +99,8 @@ async def lives(
     async with living(home, count, devices, connections, profile=profile) as one_round:
         for number in range(rounds + 1):
             found = await one_round()
+            fan_out = await one_round(fan_out=True)
+            found |= {f"fan-out: {name}": value for name, value in fan_out.items()}
             if number:
                 for name, value in found.items():
                     figures.setdefault(name, []).append(value)
@@ -123,9 +131,10 @@ async def living(
         log = open_for_reading(home)
         stack.callback(log.close)
 
-        async def one_round() -> dict[str, float]:
+        async def one_round(*, fan_out: bool = False) -> dict[str, float]:
             async with asyncio.timeout(ROUND_WITHIN_SEC):
-                return await _round(log, port, key, devices, count, pids)
+                load = _load(port, key, devices, count, fan_out)
+                return await _round(log, load, count - count % devices if fan_out else count, pids)
 
         yield one_round
 
@@ -142,12 +151,12 @@ async def _register(port: int, key: str, devices: int) -> dict[str, str]:
 
 
 async def _round(
-    log: sqlite3.Connection, port: int, key: str, devices: int, count: int, pids: dict[str, int]
+    log: sqlite3.Connection, load: Coroutine[Any, Any, Report], count: int, pids: dict[str, int]
 ) -> dict[str, float]:
     """One round: from the first request of a load process until the last command is executed."""
     (after,) = log.execute("SELECT max(position) FROM events").fetchone()
     before = {name: processes.cpu_sec(pid) for name, pid in pids.items()}
-    report = await _load(port, key, devices, count)
+    report = await load
     while log.execute("SELECT 1 FROM lanes LIMIT 1").fetchone():  # noqa: ASYNC110 - another process's
         await asyncio.sleep(LOOK_AGAIN_SEC)
     spent = {name: processes.cpu_sec(pid) - before[name] for name, pid in pids.items()}
@@ -168,9 +177,10 @@ async def _round(
     }
 
 
-async def _load(port: int, key: str, devices: int, count: int) -> Report:
+async def _load(port: int, key: str, devices: int, count: int, fan_out: bool) -> Report:
     program = [sys.executable, "-m", "scripts.bench.load", "--port", str(port), "--key", key]
     program += ["--devices", str(devices), "--count", str(count)]
+    program += ["--fan-out"] if fan_out else []
     load = await asyncio.create_subprocess_exec(*program, cwd=processes.ROOT, stdout=asyncio.subprocess.PIPE)
     try:
         said, _ = await load.communicate()

@@ -1,7 +1,7 @@
 """The benchmark's load: creates commands over keep-alive HTTP, one request at a time per connection.
 
 It is a separate process, so that it does not use the CPU time of the measured process. It prints one line of
-JSON: seconds, CPU seconds, and the latencies of the requests in ms. Any status other than 201 ends it.
+JSON: seconds, CPU seconds, and the latencies of the requests in ms. A status that is not 200 or 201 ends it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from scripts.bench.devices import hardware_id
 
 CONNECTIONS = 32
 BODY = b'{"type":"lock","params":{"duration_sec":30,"reason":"door 7","by":"bench"}}'
+FAN_OUT = b'{"devices":%s,"type":"lock","params":{"duration_sec":30,"reason":"door 7","by":"bench"}}'
 REQUEST = (
-    b"POST /v1/devices/%s/commands HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer %s\r\n"
+    b"POST %s HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer %s\r\n"
     b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
 )
 LENGTH = b"\r\ncontent-length: "
@@ -37,10 +38,15 @@ class Report(msgspec.Struct, kw_only=True):
 class _Load:
     """The shared state of all connections: the requests, and how many are still to be sent."""
 
-    def __init__(self, key: str, devices: int, count: int) -> None:
-        names = [hardware_id(number).encode() for number in range(devices)]
-        self._requests = [REQUEST % (name, key.encode(), len(BODY), BODY) for name in names]
-        self._count = count
+    def __init__(self, key: str, devices: int, count: int, fan_out: bool) -> None:
+        names = [hardware_id(number) for number in range(devices)]
+        bodies = {f"/v1/devices/{name}/commands": BODY for name in names}
+        if fan_out:
+            bodies = {"/v1/commands": FAN_OUT % msgspec.json.encode(names)}
+        self._requests = [
+            REQUEST % (path.encode(), key.encode(), len(body), body) for path, body in bodies.items()
+        ]
+        self._count = count // devices if fan_out else count
         self._sent = 0
         self.latencies_ms: list[float] = []
         self.done = asyncio.get_running_loop().create_future()
@@ -85,8 +91,8 @@ class _Connection(asyncio.Protocol):
         head, blank, body = self._rest.partition(b"\r\n\r\n")
         if not blank:
             return
-        if not head.startswith(b"HTTP/1.1 201"):
-            self._load.failed(f"expected 201, got {self._rest.decode(errors='replace')[:300]}")
+        if not head.startswith((b"HTTP/1.1 200", b"HTTP/1.1 201")):
+            self._load.failed(f"expected 200 or 201, got {self._rest.decode(errors='replace')[:300]}")
             return
         if len(body) >= int(head.partition(LENGTH)[2].partition(b"\r\n")[0]):
             self._rest = b""
@@ -94,8 +100,8 @@ class _Connection(asyncio.Protocol):
             self.send()
 
 
-async def _run(port: int, key: str, devices: int, count: int) -> Report:
-    load = _Load(key, devices, count)
+async def _run(port: int, key: str, devices: int, count: int, fan_out: bool) -> Report:
+    load = _Load(key, devices, count, fan_out)
     loop = asyncio.get_running_loop()
     connections = [
         (await loop.create_connection(lambda: _Connection(load), "127.0.0.1", port))[1]
@@ -117,9 +123,10 @@ def main() -> None:
     for name in ("--port", "--devices", "--count"):
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--key", required=True)
+    parser.add_argument("--fan-out", action="store_true", help="each request is for all devices")
     given = parser.parse_args()
     try:
-        report = uvloop.run(_run(given.port, given.key, given.devices, given.count))
+        report = uvloop.run(_run(given.port, given.key, given.devices, given.count, given.fan_out))
     except OSError as error:
         sys.exit(f"load: {error}")
     print(msgspec.json.encode(report).decode())
