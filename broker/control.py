@@ -18,7 +18,7 @@ import uvloop
 from broker.core import Core
 from broker.domain.mqtt_rules import MqttRules
 from broker.http.app import create_app
-from broker.http.edge.services import Services
+from broker.http.edge.services import NodesFacts, Services
 from broker.http.edge.strangers import Strangers
 from broker.http.edge.streams import Streams
 from broker.http.edge.tickets import Tickets
@@ -47,11 +47,13 @@ def services(
     shown: Settings | None = None,
     rules: MqttRules | None = None,
     strangers: Strangers | None = None,
+    nodes: Callable[[], NodesFacts | None] = lambda: None,
 ) -> Services:
     """Builds what the HTTP app needs from a core that is open and has its MQTT link.
 
     `shown`: the settings that `/v1/system` shows, with the real port instead of port 0.
     `rules`: of the MQTT server; None: no broker serves. `strangers`: if the connections are older.
+    `nodes`: what is known of the other brokers on this log.
     """
     metrics = Metrics(core.writer.clock)
     metrics.watch(core)
@@ -98,6 +100,7 @@ def services(
         settings=shown or core.settings,
         log_id=core.log_id,
         cursor_key=core.cursor_key,
+        nodes=nodes,
         ready=core.not_ready,
     )
 

@@ -55,6 +55,7 @@ COMMANDS = {
         "broker.cli.replay:replay",
         "Send recorded events again, with their original ids. No command is sent again.",
     ),
+    "nodes": ("broker.cli.doctor:nodes", "Nodes: list the brokers that share a log."),
     "projections": (
         "broker.cli.projections:projections",
         "Projections: tables that are computed from the log.",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Literal
 
 import msgspec
 import structlog
 
+from broker.http.edge.services import NodeFacts, NodesFacts
 from broker.log.postgresql.log import PostgresLog
 from broker.nodes.membership import Membership
 from broker.seams import Conflict, Fenced, Node, Unknown, View
@@ -58,6 +60,19 @@ class Cluster:
         """Since when this node's own beats are not confirmed; None: none ever was."""
         confirmed = self.members.confirmed
         return None if confirmed is None else self._now() - confirmed
+
+    def facts(self) -> NodesFacts:
+        found = []
+        for node in sorted(self.members.view.nodes, key=lambda node: (node.name, node.incarnation)):
+            role: Literal["owner", "door", "leaving", "silent"] = "door"
+            if not self.lives(node):
+                role = "silent"
+            elif node.draining:
+                role = "leaving"
+            elif node.incarnation == self.members.view.owner:
+                role = "owner"
+            found.append(NodeFacts(node.name, node.address, role, self.silent_ms(node)))
+        return NodesFacts(self.term, found)
 
     async def news(self, within_sec: float) -> None:
         """Waits until something about the nodes has changed, or that long."""

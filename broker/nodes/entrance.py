@@ -237,6 +237,10 @@ class Entrance:
         try:
             scope = cast(Scope, asked.scope)
             await (apps.local if local else apps.public)(scope, receive, send)
+        except asyncio.CancelledError:  # the process ends
+            if not asked.started:
+                await asked.refuse("unavailable", LOST)
+            raise
         finally:
             self._under_way -= 1
             if not self._under_way:

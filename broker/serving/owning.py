@@ -13,7 +13,7 @@ import msgspec
 
 from broker.control import refuse_replay, remember_prefix, services
 from broker.core import Core
-from broker.http.edge.services import Services
+from broker.http.edge.services import NodesFacts, Services
 from broker.http.edge.strangers import Strangers
 from broker.mqtt.door import Door, mqtt_door
 from broker.mqtt.external.watch import untrusted
@@ -48,10 +48,11 @@ async def owning(
     stop: asyncio.Event,
     strangers: Strangers | None = None,
     holds: Callable[[], bool] = lambda: True,
+    nodes: Callable[[], NodesFacts | None] = lambda: None,
 ) -> AsyncIterator[Owning]:
     """Reads the log, connects the MQTT server and runs both. At the end everything staged is durable.
 
-    `holds`: whether this process may hand over now.
+    `holds`: whether this process may hand over now. `nodes`: what is known of the other brokers.
 
     Raises:
         BadSetting: an address cannot be listened on, or `ordain replay` made the log.
@@ -71,7 +72,7 @@ async def owning(
         async with mqtt_door(settings, core, types, stop, certificates, tls) as door:
             if not settings.mqtt_url:
                 settings = msgspec.structs.replace(settings, mqtt_listen=door.devices_url)
-            parts = services(core, settings, door.rules, strangers)
+            parts = services(core, settings, door.rules, strangers, nodes)
             if settings.require_mqtt_acl:
                 core.also_not_ready = lambda: untrusted(door.rules)
             if door.listener is None:

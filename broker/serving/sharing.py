@@ -25,6 +25,7 @@ from broker.mqtt.tls import Certificates
 from broker.nodes import entrance as nodes
 from broker.nodes.cluster import Cluster
 from broker.nodes.entrance import Entrance
+from broker.nodes.figures import watch_node
 from broker.nodes.forwarding import Peers
 from broker.opening import Shared, open_shared
 from broker.seams import Broken, Unknown
@@ -124,11 +125,14 @@ async def _own(
 ) -> None:
     """Owns the log until `stop`, and then lets another node have it."""
     cluster = entrance.cluster
-    async with owning(settings, shared.log, certificates, tls, stop, strangers, cluster.holds) as own:
+    async with owning(
+        settings, shared.log, certificates, tls, stop, strangers, cluster.holds, cluster.facts
+    ) as own:
         parts, link = own.parts, own.core.link
         if isinstance(link, MqttLink):
             cluster.lapsed = link.cut
         apps = nodes.Apps(create_app(parts), create_app(parts, local=True), parts.ready)
+        _watch(parts.metrics, entrance)
         before, entrance.metrics = entrance.metrics, parts.metrics.text
         entrance.apps = apps
         cluster.tell()
@@ -155,7 +159,9 @@ async def _http(
     scraped: socket.socket | None,
     certificates: Certificates | None,
 ) -> AsyncIterator[None]:
-    entrance.metrics = Metrics(SystemClock()).text
+    metrics = Metrics(SystemClock())
+    _watch(metrics, entrance)
+    entrance.metrics = metrics.text
     apps = Apps(entrance.app(local=False), entrance.app(local=True), metrics_app(lambda: entrance.metrics()))
     async with served(apps, settings, strangers, listening, scraped, certificates, None, lambda: None):
         base = f"http://{joined(*listening[0].getsockname()[:2])}"
@@ -164,3 +170,15 @@ async def _http(
         logger.info("broker.serving", http=base, data=settings.data, node=entrance.cluster.node.name)
         supervisor.notify(supervisor.READY, os.environ)
         yield
+
+
+def _watch(metrics: Metrics, entrance: Entrance) -> None:
+    cluster = entrance.cluster
+    watch_node(
+        metrics.registry,
+        owns=lambda: entrance.apps is not None and cluster.holds(),
+        term=lambda: cluster.term,
+        beat_age_sec=lambda: (cluster.beat_age_ms or 0) / 1_000,
+        alive=lambda: sum(cluster.lives(node) for node in cluster.members.view.nodes),
+        outcomes=entrance.outcomes,
+    )

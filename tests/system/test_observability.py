@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from broker.domain.events import TYPES
 from broker.metrics import Metrics
 from broker.mqtt.figures import figures
+from broker.nodes.figures import watch_node
 from broker.world import SystemClock
 from tests.integration.mqtt.listener_support import Owner, listening
 from tests.system.api_support import served
@@ -35,11 +36,19 @@ Samples = dict[str, list[dict[str, str]]]
 
 
 async def _of_listener() -> str:
-    """What a broker with its own MQTT server exposes beside the rest."""
+    """What a broker with its own MQTT server, or with other nodes, exposes beside the rest."""
     async with listening(Owner()) as server:
         metrics = Metrics(SystemClock())
         metrics.watch_lookups(lambda: 0, lambda: 0)
         metrics.watch_listener(figures(server.listener), {0x87: 1})
+        watch_node(
+            metrics.registry,
+            owns=lambda: 1,
+            term=lambda: 1,
+            beat_age_sec=lambda: 1,
+            alive=lambda: 1,
+            outcomes={"answered": 1, "held": 1},
+        )
         return metrics.text().decode()
 
 

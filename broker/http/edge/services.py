@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from broker.domain.mqtt_rules import MqttRules
 from broker.engine.commands import Commands
@@ -31,12 +31,28 @@ from broker.subscriptions.mqtt import MqttEvents
 from broker.subscriptions.webhooks import Webhooks
 
 
+class NodeFacts(NamedTuple):
+    """One of several nodes on a log. `silent_ms`: how long ago its last sign of life was seen."""
+
+    name: str
+    address: str | None
+    role: Literal["owner", "door", "leaving", "silent"]
+    silent_ms: int
+
+
+class NodesFacts(NamedTuple):
+    """All of them. `term`: how many times the log has had an owner."""
+
+    term: int
+    nodes: list[NodeFacts]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """`cursor_key` signs the cursors of lists. `ready` returns the reasons why the broker is not ready; an
     empty list means it is.
 
-    `settings`: shown by `/v1/system`; also the origins for CORS.
+    `settings`: shown by `/v1/system`; also the origins for CORS. `nodes`: None if there is only this one.
     """
 
     commands: Commands
@@ -66,6 +82,7 @@ class Services:
     cursor_key: bytes
     ready: Callable[[], list[str]]
     settings: Settings = field(default_factory=Settings)
+    nodes: Callable[[], NodesFacts | None] = lambda: None
 
 
 @dataclass(slots=True)

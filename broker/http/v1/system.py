@@ -20,7 +20,7 @@ from broker.engine.commands import Caller
 from broker.engine.verification import Report
 from broker.http.edge.auth import Call, authorize, needs
 from broker.http.edge.errors import documented
-from broker.http.edge.services import Services
+from broker.http.edge.services import NodeFacts, Services
 from broker.http.v1.stats import percentile
 from broker.http.v1.views import Time
 from broker.log import sqlite as log
@@ -139,6 +139,18 @@ class VerifyView(msgspec.Struct, frozen=True, kw_only=True):
     fault: Annotated[str | None, Meta(description="What is wrong. Only admin keys see it.")]
 
 
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """One of several brokers on this log."""
+
+    name: str
+    address: Annotated[str | None, Meta(description="Where the other nodes reach it.")]
+    role: Annotated[
+        Literal["owner", "door", "leaving", "silent"],
+        Meta(description="`silent`: no sign of life for 5 seconds."),
+    ]
+    silent_sec: Annotated[float, Meta(description="How long ago its last sign of life was seen.")]
+
+
 class CallerView(msgspec.Struct, frozen=True, kw_only=True):
     """The key of this request and what it may do."""
 
@@ -165,6 +177,12 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     log: LogView
     subscribers: list[SubscriberView]
     limits: list[LimitView]
+    term: Annotated[
+        int | None, Meta(description="How many times the log has had an owner. Null: one broker.")
+    ]
+    nodes: Annotated[
+        list[NodeView], Meta(description="The brokers on this log, for admin keys; empty: only this one.")
+    ]
     verify: Annotated[VerifyView | None, Meta(description="Null: none since the broker started.")]
     caller: CallerView
     settings: Annotated[dict[str, Any], Meta(description="The settings that matter to clients and devices.")]
@@ -193,7 +211,7 @@ async def read_system(request: Call) -> System:
     online = {device_id for device_id, known in live.presence.items() if known is Presence.ONLINE}
     found = await writer.storage.read(lambda sql: _find(sql, project, within, online))
     kind = "none" if found.started is None else found.started.mqtt
-    now = writer.now()
+    now, nodes = writer.now(), services.nodes()
     return System(
         release=__version__,
         log_id=services.log_id,
@@ -215,6 +233,8 @@ async def read_system(request: Call) -> System:
         log=_log(services, found),
         subscribers=_subscribers(services),
         limits=_limits(services, project, found),
+        term=None if nodes is None else nodes.term,
+        nodes=[_node(each) for each in nodes.nodes] if nodes is not None and project is None else [],
         verify=_verify(services.verification.report, request.user),
         caller=_caller(request.user),
         settings={
@@ -235,6 +255,12 @@ async def verify_log(request: Call) -> VerifyView:
     view = _verify(request.services.verification.start(), request.user)
     assert view is not None
     return view
+
+
+def _node(node: NodeFacts) -> NodeView:
+    return NodeView(
+        name=node.name, address=node.address, role=node.role, silent_sec=round(node.silent_ms / 1_000, 1)
+    )
 
 
 def _rules(rules: MqttRules) -> RulesView | None:

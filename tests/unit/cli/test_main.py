@@ -67,8 +67,8 @@ ASKING = (
 )
 # These look at files, run for long, or are the broker: they may load what they need.
 OWN_WORK = {
-    "backup", "completion", "doctor", "log", "migrate", "mqtt", "projections", "replay", "restore", "serve",
-    "simulate", "types",
+    "backup", "completion", "doctor", "log", "migrate", "mqtt", "nodes", "projections", "replay", "restore",
+    "serve", "simulate", "types",
 }  # fmt: skip
 LOOK = "import json, sys; from broker.cli.main import run; c = run(sys.argv[1:]); sys.stdout.flush(); "
 LOOK += "print(json.dumps([c, sorted(sys.modules)]), file=sys.stderr)"
