@@ -18,6 +18,7 @@ import msgspec
 MAX_SIGNED_INTEGER = 2**53 - 1
 # A fixed bound, so that an accepted value never reaches the interpreter's recursion limit later.
 MAX_DEPTH = 64
+MAX_CONTAINERS = 10_000  # in one message of a device
 _JSON_TYPES = frozenset({dict, list, str, int, float, bool, type(None)})
 
 
@@ -102,9 +103,10 @@ def _below(level: list[Any]) -> list[Any]:
 def not_json(value: Any) -> str | None:
     """Why JSON cannot represent a decoded msgpack value: bytes, times, keys that are not text, NaN, infinity.
 
-    It goes level by level, without a Python call per value: 64 KiB may contain 32,000 values.
+    It goes level by level, without a Python call per value: 64 KiB may contain 32,000 values. More than
+    `MAX_CONTAINERS` lists and objects are refused too, because walking them would hold the event loop up.
     """
-    level = [value]
+    level, containers = [value], 0
     for depth in range(MAX_DEPTH + 1):
         kinds = set(map(type, level))
         if foreign := kinds - _JSON_TYPES:
@@ -116,9 +118,13 @@ def not_json(value: Any) -> str | None:
         if depth == MAX_DEPTH:
             return f"nested deeper than {MAX_DEPTH} levels"
         maps = [each for each in level if type(each) is dict]
+        lists = [each for each in level if type(each) is list]
+        containers += len(maps) + len(lists)
+        if containers > MAX_CONTAINERS:
+            return f"more than {MAX_CONTAINERS} lists and objects"
         if not set(map(type, chain.from_iterable(maps))) <= {str}:
             return "a key is not a text"
-        level = _below(level)
+        level = [*chain.from_iterable(lists), *chain.from_iterable(map(dict.values, maps))]
     return None
 
 
