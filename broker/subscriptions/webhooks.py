@@ -341,7 +341,8 @@ class Webhooks:
         of_project.set(project)
         fault = await self.sender.outbound.fault(url)
         if fault is not None:
-            raise invalid("url", fault, url)
+            # A password in a refused URL is not repeated: answers get logged.
+            raise invalid("url", fault, None if "@" in url else url)
 
     # --- metrics ---
 

@@ -21,13 +21,13 @@ def refused(tmp_path: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("trusted_proxies = [1]", "trusted_proxies = [1]: Expected `str`"),
+        ("trusted_proxies = [1]", "trusted_proxies = [1]: must be text"),
         (
             'mqtt_listen = ["127.0.0.1:1883", ["x"]]',
-            "mqtt_listen = ['127.0.0.1:1883', ['x']]: Expected `str`",
+            "mqtt_listen = ['127.0.0.1:1883', ['x']]: must be text",
         ),
-        ("cors_origins = [{a = 1}]", "cors_origins = [{'a': 1}]: Expected `str`"),
-        ("[projects.acme]\nparams_bytes = [1]", "projects.acme.params_bytes = [1]: Expected `int`"),
+        ("cors_origins = [{a = 1}]", "cors_origins = [{'a': 1}]: must be text"),
+        ("[projects.acme]\nparams_bytes = [1]", "projects.acme.params_bytes = [1]: must be a whole number"),
     ],
 )
 def test_a_wrong_item_of_a_list_names_the_list(tmp_path: Path, text: str, named: str) -> None:

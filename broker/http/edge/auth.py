@@ -79,7 +79,7 @@ class Call(Request[Caller, Any, State]):
             check_size(body, self.services.limits, self.route_handler.opt.get("many", ""))
             return msgspec.json.decode(body, type=field.annotation)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise body_fault(error, field.annotation) from error
+            raise body_fault(error, field.annotation, body) from error
 
 
 def needs(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import msgspec
 import structlog
@@ -76,6 +76,8 @@ DOCUMENTED = {
 TOLD = frozenset({"unauthorized", "forbidden", "rate_limit_exceeded"})
 # Handler parameters whose name in Python differs from their name in the API.
 RENAMED = {"in_state": "state", "with_grant": "grant"}
+_BOUNDS = ("gt", "ge", "lt", "le", "min_length", "max_length", "pattern")
+_STEP = re.compile(r"\.([^.\[\]]+)|\[([^\]]*)\]")
 _NAMED = re.compile(r"Object (?:(contains unknown)|missing required) field `(.*)`", re.DOTALL)
 
 
@@ -92,13 +94,18 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
     ]
     message: Annotated[
         str,
-        Meta(description="The reason as a sentence, for people.", examples=["ttl_sec: Expected `int` >= 1"]),
+        Meta(
+            description="The reason as a sentence, for people.",
+            examples=["ttl_sec: must be a whole number from 1 to 31536000 or null (got 0)"],
+        ),
     ]
     details: Annotated[
         dict[str, Any] | UnsetType,
         Meta(
             description="More facts. An `invalid_request` always has `field` and `reason`.",
-            examples=[{"field": "ttl_sec", "reason": "Expected `int` >= 1"}],
+            examples=[
+                {"field": "ttl_sec", "reason": "must be a whole number from 1 to 31536000 or null (got 0)"}
+            ],
         ),
     ] = UNSET
 
@@ -224,13 +231,19 @@ def _parameter_fault(request: Request[Any, Any, Any], error: ValidationException
     reason = str(first.get("message", error.detail)).partition(" - at `")[0]
     field = str(first.get("key", "request"))
     parameter = request.route_handler.parsed_fn_signature.parameters.get(field)
+    field = RENAMED.get(field, field)
     if parameter is not None:
-        reason = right(parameter.annotation, "", reason)
-    return invalid(RENAMED.get(field, field), reason)
+        bounds = {bound: getattr(parameter.kwarg_definition, bound, None) for bound in _BOUNDS}
+        # A query has no null: an optional parameter is left out.
+        kinds = [kind for kind in get_args(parameter.annotation) if kind is not type(None)]
+        kind = kinds[0] if parameter.is_optional and len(kinds) == 1 else parameter.annotation
+        reason = right(Annotated[kind, Meta(**bounds)], "", reason)
+        reason = _with_value(reason, request.query_params.get(field, UNSET))
+    return invalid(field, reason)
 
 
-def body_fault(error: Exception, kind: Any) -> Refusal:
-    """A refusal that names the wrong field of a body, taken from the decoder's message.
+def body_fault(error: Exception, kind: Any, body: bytes) -> Refusal:
+    """A refusal that names the wrong field of a body and its value, taken from the decoder's message.
 
     `kind`: the type that the body should have.
     """
@@ -243,5 +256,24 @@ def body_fault(error: Exception, kind: Any) -> Refusal:
     field = path.removesuffix("`").removeprefix(".")
     if named := _NAMED.fullmatch(reason):
         field = ".".join(filter(None, [field, named[2]]))
-        reason = "is not known here" if named[1] else "is required"
-    return invalid(field[:200] or "body", reason)
+        return invalid(field[:200], "is not known here" if named[1] else "is required")
+    return invalid(field[:200] or "body", _with_value(reason, _value_at(body, path) if field else UNSET))
+
+
+def _value_at(body: bytes, path: str) -> Any:
+    """The value at a path of msgspec's messages; UNSET if it cannot be found."""
+    try:
+        value = msgspec.json.decode(body)
+        for name, index in _STEP.findall(path.removesuffix("`")):
+            value = value[name] if name else value[int(index)]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, ValueError, TypeError):
+        return UNSET
+    return value
+
+
+def _with_value(reason: str, value: Any) -> str:
+    """The reason with the value (first 80 characters); text in quotes, so that "5" is not taken for 5."""
+    if value is UNSET or " (got " in reason:
+        return reason
+    text = repr(value[:80]) if isinstance(value, str) else msgspec.json.encode(value).decode()[:80]
+    return f"{reason} (got {text})"

@@ -54,7 +54,7 @@ class Pager:
         except ValueError:
             place = 0
         if not hmac.compare_digest(self.seal(place).encode(), cursor.encode("utf-8", "replace")):
-            raise invalid("cursor", "was not given by this list with these filters")
+            raise invalid("cursor", "was not given by this list with these filters", cursor)
         return place
 
 

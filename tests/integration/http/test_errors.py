@@ -88,6 +88,53 @@ async def test_a_wrong_field_of_a_command_is_named(broker: Broker) -> None:
     assert (await client.get("/v1/commands")).json()["data"] == []
 
 
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("limit=abc", "limit: must be a whole number from 1 to 100 (got 'abc')"),
+        ("limit=0", "limit: must be a whole number from 1 to 100 (got '0')"),
+        ("grant=maybe", "grant: must be true or false (got 'maybe')"),
+        ("state=odd", "state: must be one of "),
+        ("cursor=x", "cursor: was not given by this list with these filters (got 'x')"),
+    ],
+)
+async def test_a_wrong_query_parameter_is_answered_with_its_value_and_what_is_right(
+    broker: Broker, query: str, reason: str
+) -> None:
+    client = await broker.someone()
+    error = error_of(await client.get(f"/v1/commands?{query}"), 400, "invalid_request")
+    assert error["message"].startswith(reason)
+    assert f"(got '{query.partition('=')[2]}')" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"ttl_sec": -1}, "ttl_sec: must be a whole number from 1 to 31536000 or null (got -1)"),
+        ({"ttl_sec": "5"}, "ttl_sec: must be a whole number from 1 to 31536000 or null (got '5')"),
+        ({"type": None}, "type: must be text (got null)"),
+        ({"idempotency_key": ""}, "idempotency_key: must be text of 1 to 255 characters (got '')"),
+    ],
+)
+async def test_a_wrong_field_is_answered_with_its_value_and_what_is_right(
+    broker: Broker, body: dict[str, Any], reason: str
+) -> None:
+    client = await broker.someone()
+    await register(client)
+    answer = await client.post(COMMANDS, json={"type": "blink"} | body)
+    assert error_of(answer, 400, "invalid_request")["message"] == reason
+    wait = error_of(await client.post(f"{COMMANDS}?wait=abc", json={"type": "blink"}), 400, "invalid_request")
+    assert wait["message"] == "wait: must be a whole number from 1 to 60 (got 'abc')"
+
+
+async def test_a_wrong_item_of_a_list_is_answered_with_its_value(broker: Broker) -> None:
+    client = await broker.someone()
+    wrong = await client.post("/v1/commands", json={"devices": ["a", 7], "type": "blink"})
+    assert error_of(wrong, 400, "invalid_request")["message"] == "devices[1]: must be text (got 7)"
+    none = await client.post("/v1/commands", json={"devices": [], "type": "blink"})
+    assert "devices: must be a list of " in error_of(none, 400, "invalid_request")["message"]
+
+
 async def test_parameters_are_checked_against_the_device_type(broker: Broker) -> None:
     client = await broker.someone()
     await register(client, "rec-1", type="recorder")
