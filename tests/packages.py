@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,24 @@ def node_modules(example: Path) -> Path:
                 pytest.skip(f"npm cannot install {example.name}: {error}")
             (home / "complete").touch()
     return home / "node_modules"
+
+
+def python_packages(example: Path) -> Path:
+    """The packages of an example in Python, installed once and kept; skips where pip cannot install them."""
+    wanted = (example / "requirements.txt").read_bytes()
+    home = ROOT / ".venv" / "pip" / hashlib.sha256(wanted).hexdigest()[:16]
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / "complete").exists():
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(home / "packages")]
+            command += ["-r", str(example / "requirements.txt")]
+            try:
+                subprocess.run(command, check=True, capture_output=True, timeout=INSTALL_WITHIN_SEC)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                pytest.skip(f"pip cannot install {example.name}: {error}")
+            (home / "complete").touch()
+    return home / "packages"
 
 
 def has_c() -> None:

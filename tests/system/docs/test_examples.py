@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from tests.conftest import Mosquitto, program, unused_port
-from tests.packages import EXAMPLES, has_c, need, node_modules
+from tests.packages import EXAMPLES, has_c, need, node_modules, python_packages
 from tests.system.conftest import NewBroker
 from tests.system.support import ROOT, Broker, Process, environment, until
 
@@ -26,13 +26,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Starts a copy of an example by its `run`, with these variables; ended at the end."""
     started: list[Process] = []
 
-    def run(name: str, **variables: str) -> Process:
-        home = tmp_path / name
+    def run(name: str, *arguments: str, **variables: str) -> Process:
+        home = tmp_path / "-".join((name, *arguments))
         shutil.copytree(EXAMPLES / name, home, ignore=shutil.ignore_patterns("node_modules", ".venv"))
         if (home / "package.json").exists():
             (home / "node_modules").symlink_to(node_modules(EXAMPLES / name))
-        environ = environment(PYTHON=sys.executable, PYTHONPATH=str(ROOT), **variables)
-        started.append(Process(str(home / "run"), cwd=home, env=environ))
+        environ = environment(**{"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **variables})
+        started.append(Process(str(home / "run"), *arguments, cwd=home, env=environ))
         return started[-1]
 
     yield run
@@ -132,6 +132,51 @@ def with_claims(grant: str, **claims: str) -> str:
     said = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
     changed = base64.urlsafe_b64encode(json.dumps(said | claims, separators=(",", ":")).encode())
     return f"{header}.{changed.decode().rstrip('=')}.{signature}"
+
+
+def test_a_gateway_of_sparkplug_b_writes_metrics_and_the_node_s_reports_end_the_commands(
+    new_broker: NewBroker, mosquitto: Mosquitto, start: Callable[..., Process]
+) -> None:
+    example = EXAMPLES / "sparkplug-b"
+    broker = new_broker("--mqtt-url", mosquitto.url)
+    (broker.cwd / "types").mkdir()
+    shutil.copy(example / "sparkplug_node.toml", broker.cwd / "types")
+    settings = broker.cwd / "ordain.toml"
+    settings.write_text('types = "types"\n')
+    broker.start("--config", str(settings))
+    token = broker.device("sparkplug-gw", "gateway")
+    child = {"hardware_id": "press-1", "type": "sparkplug_node", "gateway": "sparkplug-gw"}
+    assert broker.http("POST", "/v1/devices", child).status_code == 201
+    variables = {"TOKEN": token, "ORDAIN_URL": broker.url, "MQTT_URL": mosquitto.url}
+    variables["PYTHONPATH"] = f"{python_packages(example)}:{ROOT}"
+    edge = start("sparkplug-b", "edge", **variables)
+    gateway = start("sparkplug-b", **variables)
+
+    def written(metric: str, value: Any) -> dict[str, Any]:
+        params = {"metric": metric, "value": value}
+        return broker.reaches(broker.create("press-1", "write", params=params), "executed")
+
+    assert written("speed", -40)["result"] == {"speed": -40}, gateway.err.so_far()
+    assert written("valve", True)["result"] == {"valve": True}
+    assert written("recipe", "B")["result"] == {"recipe": "B"}
+    again = written("recipe", "B")["result"]  # nothing changes: the node is asked
+    assert (again["recipe"], again["speed"]) == ("B", -40)
+    assert edge.out.so_far().splitlines() == ["speed = -40", "valve = True", "recipe = B"]
+    broker.reaches(broker.create("press-1", "rebirth"), "executed")
+    for metric, value in (("speed", "fast"), ("pressure", 1)):
+        refused = broker.create("press-1", "write", params={"metric": metric, "value": value})
+        assert broker.reaches(refused, "failed")["error"]["code"] == "not_written"
+    forged = {
+        "id": "cmd_forged",
+        "type": "write",
+        "params": {"metric": "valve", "value": False},
+        "grant": None,
+    }
+    publish = [program("mosquitto_pub"), "-p", str(mosquitto.port), "-q", "1", "-t", "iotee/dev/press-1/rls"]
+    subprocess.run([*publish, "-m", json.dumps(forged)], check=True)
+    gateway.out.wait("press-1 failed cmd_forged")
+    edge.kill()
+    until(lambda: broker.http("GET", "/v1/devices/press-1").json()["presence"] == "offline" or None)
 
 
 @pytest.mark.parametrize("language", ["python", "node"])
