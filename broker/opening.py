@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from broker.engine.ids import new_id
-from broker.seams import Broken, Node, Served, Sql, Sqlite
+from broker.seams import Broken, Node, Readable, Served, Sql
 from broker.settings import BadSetting, Settings, log_address
 from broker.world import DATABASE, LOCK, SqliteStorage, SystemClock, SystemEntropy, lock, open_for_reading
 
@@ -95,7 +95,7 @@ async def _not_moved(sql: Sql) -> None:
         raise Broken(f"this log was moved to {moved[0]}: name that with --log")
 
 
-class Reading(Sqlite, Protocol):
+class Reading(Readable, Protocol):
     """A log that is only read, until `close`."""
 
     def close(self) -> None: ...
@@ -122,7 +122,7 @@ def snapshot(settings: Settings) -> Reading:
     return sql
 
 
-def space(settings: Settings, sql: Sqlite) -> dict[str, Any]:
+def space(settings: Settings, sql: Readable) -> dict[str, Any]:
     """What the log takes on the disk, in bytes."""
     if settings.log:
         found = sql.execute(

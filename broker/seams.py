@@ -78,10 +78,14 @@ class Sql(Protocol):
         ...
 
 
-class Sqlite(Protocol):
-    """The part of a SQLite connection that is used for writing (sqlite3 or apsw)."""
+class Readable(Protocol):
+    """The part of a SQLite connection that is used for reading (sqlite3 or apsw)."""
 
     def execute(self, sql: str, parameters: Sequence[Any] = ..., /) -> Rows: ...
+
+
+class Sqlite(Readable, Protocol):
+    """The part that is used for writing."""
 
     def executemany(self, sql: str, parameters: Iterable[Sequence[Any]], /) -> Any: ...
 

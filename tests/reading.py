@@ -15,7 +15,7 @@ def plain(work: Callable[[Sqlite], R]) -> Callable[[Sql], Awaitable[R]]:
     """The function as a read of the storage: it gets the connection itself."""
 
     async def read(sql: Sql) -> R:
-        return work(cast(Driven, sql).connection)
+        return work(cast(Sqlite, cast(Driven, sql).connection))
 
     return read
 

@@ -21,7 +21,7 @@ from broker.opening import open_to_read
 from broker.operations import doctor as looks
 from broker.operations.asking import REFUSED, Failed
 from broker.operations.doctor import Finding
-from broker.seams import Sqlite
+from broker.seams import Readable
 
 BROKEN_LOG = (
     "format",
@@ -99,13 +99,13 @@ def list_nodes(*, data: Data = None, config: Config = None, as_json: Json = Fals
     )
 
 
-def _rows(sql: Sqlite) -> list[Any]:
+def _rows(sql: Readable) -> list[Any]:
     return sql.execute(
         "SELECT incarnation, name, address, beat, draining FROM nodes ORDER BY name, incarnation"
     ).fetchall()
 
 
-def _owner(sql: Sqlite) -> tuple[int, str | None]:
+def _owner(sql: Readable) -> tuple[int, str | None]:
     """The term, and the run of a process that has claimed it."""
     row = sql.execute(
         "SELECT version, data FROM events WHERE stream = ? ORDER BY version DESC LIMIT 1", (OWNER,)

@@ -21,7 +21,7 @@ from broker.opening import open_to_read, snapshot, space
 from broker.operations import checkpoint, transfer
 from broker.operations.asking import POLL_SEC, REFUSED, USAGE, Failed
 from broker.operations.backup import Refused
-from broker.seams import Sqlite
+from broker.seams import Readable
 from broker.world import compact
 from devices.clock import rfc3339
 from projections import devices
@@ -59,7 +59,7 @@ def tail_log(
             _show(row, as_json)
 
 
-def _following(sql: Sqlite, after: int, follow: bool) -> Iterator[Row]:
+def _following(sql: Readable, after: int, follow: bool) -> Iterator[Row]:
     while True:
         while page := _page(sql, after):
             after = page[-1].position
@@ -69,7 +69,7 @@ def _following(sql: Sqlite, after: int, follow: bool) -> Iterator[Row]:
         time.sleep(POLL_SEC)
 
 
-def _page(sql: Sqlite, after: int) -> list[Row]:
+def _page(sql: Readable, after: int) -> list[Row]:
     sql.execute("BEGIN")  # one snapshot of the rows and of the pending erasures
     page = read_now(sql, veiled, read_now(sql, log.rows, after))
     sql.execute("COMMIT")

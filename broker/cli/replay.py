@@ -23,7 +23,7 @@ from broker.log.erasing import bound
 from broker.opening import snapshot
 from broker.operations.asking import REFUSED, UNREACHABLE, USAGE, Failed, call
 from broker.operations.replay import Played, Send, copy_log, entries, play
-from broker.seams import Sqlite
+from broker.seams import Readable
 from broker.settings import Settings
 from broker.subscriptions.outbound import HttpOutbound
 from broker.subscriptions.webhook_worker import delivery
@@ -98,7 +98,7 @@ def replay(
         print(f"{into}: {said}", file=sys.stderr if into == "stdout" else sys.stdout)
 
 
-def _span(sql: Sqlite, first: str, last: str | None) -> tuple[int, int]:
+def _span(sql: Readable, first: str, last: str | None) -> tuple[int, int]:
     """The range to replay: events after the first position, up to the second one."""
     head = read_now(sql, log.head).position
     after = _point(sql, "--from", first, head, before=True)
@@ -108,7 +108,7 @@ def _span(sql: Sqlite, first: str, last: str | None) -> tuple[int, int]:
     return after, until
 
 
-def _point(sql: Sqlite, flag: str, text: str, head: int, *, before: bool) -> int:
+def _point(sql: Readable, flag: str, text: str, head: int, *, before: bool) -> int:
     """The position of the last event before a point (`before`), or at the point or before it."""
     whose, colon, number = text.rpartition(":")
     if colon and whose.startswith("log_"):
@@ -128,7 +128,7 @@ def _point(sql: Sqlite, flag: str, text: str, head: int, *, before: bool) -> int
     return read_now(sql, bound, at if before else at + 1) - 1
 
 
-def _device(sql: Sqlite, name: str) -> str:
+def _device(sql: Readable, name: str) -> str:
     found = read_now(sql, devices_view.by_name, [name]).get(name)
     if found is None:
         raise Failed(USAGE, f"--device = {name}: there is no such device in this log")
@@ -151,7 +151,7 @@ def _secret(text: str | None) -> str | None:
     return text
 
 
-def _into_directory(sql: Sqlite, directory: Path, until: int, *, dry_run: bool) -> Played:
+def _into_directory(sql: Readable, directory: Path, until: int, *, dry_run: bool) -> Played:
     """Makes a new data directory that no broker serves. It gets its final name when it is complete."""
     if directory.exists():
         raise Failed(USAGE, f"--into {directory}: it already exists; name a new directory")
@@ -170,7 +170,7 @@ def _into_directory(sql: Sqlite, directory: Path, until: int, *, dry_run: bool) 
 
 
 async def _play(
-    sql: Sqlite,
+    sql: Readable,
     settings: Settings,
     into: str,
     span: tuple[int, int],

@@ -18,7 +18,7 @@ from broker.operations.asking import REFUSED, USAGE, Failed
 from broker.operations.backup import Refused
 from broker.operations.redecide import redecide
 from broker.operations.transfer import Moved, Only
-from broker.seams import Sqlite
+from broker.seams import Readable
 from broker.settings import password_of
 from broker.world import open_for_reading
 from devices.clock import parse_rfc3339, rfc3339
@@ -195,7 +195,7 @@ def _say(moved: Moved, where: str, more: str, as_json: bool) -> None:
         print(f"{where} log {moved.log_id} up to position {moved.position}; hash {moved.hash.hex()}{more}")
 
 
-def _point(sql: Sqlite, option: str, text: str, *, first: bool) -> int:
+def _point(sql: Readable, option: str, text: str, *, first: bool) -> int:
     """The position that an option names. For a time: the first event at or after it (`first`), or the last
     event up to it."""
     if text.isascii() and text.isdigit() and len(text) <= 18:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from broker.seams import Rows, Sqlite
+from broker.seams import Readable, Rows
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -20,7 +20,7 @@ class Driven:
 
     __slots__ = ("_execute", "connection")
 
-    def __init__(self, connection: Sqlite) -> None:
+    def __init__(self, connection: Readable) -> None:
         self.connection = connection
         self._execute = connection.execute
 
@@ -74,7 +74,10 @@ def drive(work: Awaitable[T]) -> T:
 
 
 def read_now(
-    connection: Sqlite, work: Callable[Concatenate[Driven, P], Awaitable[T]], *more: P.args, **named: P.kwargs
+    connection: Readable,
+    work: Callable[Concatenate[Driven, P], Awaitable[T]],
+    *more: P.args,
+    **named: P.kwargs,
 ) -> T:
     """What `work` reads from a connection of SQLite."""
     return drive(work(Driven(connection), *more, **named))

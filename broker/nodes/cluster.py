@@ -139,7 +139,7 @@ class Cluster:
     async def claimed(self) -> None:
         """Waits for this node's turn, claims the log, and returns when it may act as the owner."""
         while not self.holds():
-            if self.members.confirmed is not None and self.members.may_claim(self._now()):
+            if self._log.term <= self.members.view.term and self.members.may_claim(self._now()):
                 await self._claim()
             await self.news(BEAT_SEC)
 

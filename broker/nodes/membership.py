@@ -25,6 +25,7 @@ class Membership:
         self.lease_ms = lease_ms
         self.view = View(0, None, [])
         self.confirmed: int | None = None  # when the last confirmed beat began
+        self._looked = 0  # when it was answered
         self._seen: dict[str, tuple[int, int]] = {}  # its last new beat, and when it was seen
         self._vacant_since: int | None = None
 
@@ -35,11 +36,11 @@ class Membership:
             self._vacant_since = None
         self._seen = {
             node.incarnation: self._seen[node.incarnation]
-            if self._seen.get(node.incarnation, (0, 0))[0] == node.beat
+            if self._seen.get(node.incarnation, (-1, 0))[0] == node.beat
             else (node.beat, now)
             for node in view.nodes
         }
-        self.view, self.confirmed = view, began
+        self.view, self.confirmed, self._looked = view, began, now
         owner = self.owner
         if owner is not None and not owner.draining:
             self._vacant_since = None
@@ -67,20 +68,26 @@ class Membership:
         )
 
     def may_claim(self, now: int) -> bool:
-        """Whether it is this node's turn to claim the log. Asked after each confirmed beat."""
-        owner = self.owner
+        """Whether it is this node's turn to claim the log. Its last confirmed beat says so, and is young."""
+        if self.confirmed is None or now - self.confirmed > OUTAGE_MS:
+            return False
+        owner, now = self.owner, self._looked
         if owner is not None and owner.incarnation == self.incarnation:
             return True  # a claim of ours whose outcome we did not learn
+        return self._free_ms(owner, now) >= self._before(now) * TURN_MS
+
+    def _free_ms(self, owner: Node | None, now: int) -> int:
+        """For how long the log has been free to claim; less than 0: it is not."""
         if owner is None or owner.draining:
-            free = 0 if self._vacant_since is None else now - self._vacant_since
-        else:
-            free = self.silent_ms(owner.incarnation, now) - self.lease_ms
-        before = [
-            node
-            for node in self.view.nodes
-            if node.incarnation < self.incarnation
+            return 0 if self._vacant_since is None else now - self._vacant_since
+        return self.silent_ms(owner.incarnation, now) - self.lease_ms
+
+    def _before(self, now: int) -> int:
+        """How many nodes have the right to claim it before this one."""
+        return sum(
+            node.incarnation < self.incarnation
             and node.incarnation != self.view.owner
             and not node.draining
             and self.lives(node.incarnation, now)
-        ]
-        return free >= len(before) * TURN_MS
+            for node in self.view.nodes
+        )

@@ -18,7 +18,7 @@ from broker.engine.grants import jwk, read_key
 from broker.log import sqlite as log
 from broker.log.driven import read_now
 from broker.operations.backup import Refused
-from broker.seams import Sqlite
+from broker.seams import Readable
 from devices.clock import rfc3339
 
 TYPE = "checkpoint+jwt"
@@ -41,7 +41,7 @@ class Checkpoint(NamedTuple):
     thumbprint: str
 
 
-def sign(sql: Sqlite) -> str:
+def sign(sql: Readable) -> str:
     """A checkpoint of the current log: a JWT (EdDSA) that contains the public key.
 
     The signing key is also the key for grants, so the JWKS publishes its public key. The `typ` header
@@ -90,7 +90,7 @@ def read(content: bytes) -> Checkpoint:
         raise Refused(f"it is not a checkpoint, or was changed: {error}") from error
 
 
-def contradiction(sql: Sqlite, said: Claims) -> str | None:
+def contradiction(sql: Readable, said: Claims) -> str | None:
     """Why a log cannot be the continuation of the log that the checkpoint was made from; None if it can be.
 
     The check compares only the hash of one row. If the chain verifies up to that row, this hash covers all

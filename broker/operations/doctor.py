@@ -22,7 +22,7 @@ from broker.log.driven import read_now
 from broker.opening import snapshot
 from broker.operations.asking import POLL_SEC, Failed, call
 from broker.operations.passwords import canaries
-from broker.seams import Sqlite, UnknownFormat
+from broker.seams import Readable, UnknownFormat
 from broker.settings import Settings
 from broker.world import DATABASE, SystemClock, open_for_reading
 from devices.canary import Canary, Server, Untried, server_of, strangers
@@ -62,7 +62,7 @@ def postgresql(settings: Settings) -> Iterator[Finding]:
         yield from _contents(sql)
 
 
-def _server(sql: Sqlite) -> Iterator[Finding]:
+def _server(sql: Readable) -> Iterator[Finding]:
     """How the server keeps what it confirms."""
     names = ("fsync", "full_page_writes", "data_checksums", "synchronous_standby_names")
     found = {name: sql.execute(f"SHOW {name}").fetchone()[0] for name in names}
@@ -118,7 +118,7 @@ def _database(sql: sqlite3.Connection, path: Path) -> Iterator[Finding]:
     yield from _contents(sql)
 
 
-def _contents(sql: Sqlite) -> Iterator[Finding]:
+def _contents(sql: Readable) -> Iterator[Finding]:
     verified = read_now(sql, log.verify)
     if verified.fault is not None:
         do = "the log was changed from outside; keep a copy, and restore an older backup"

@@ -16,7 +16,7 @@ from typing import Any
 from broker.domain.events import Recorded
 from broker.log import sqlite as log
 from broker.log.driven import read_now
-from broker.seams import Sqlite
+from broker.seams import Readable, Sqlite
 from projections.commands import veiled
 
 PAGE = 5_000
@@ -67,7 +67,7 @@ class OwnProjection:
             raise Wrong(f"{self.file}: TABLES: {error}") from error
         return sql
 
-    def follow(self, source: Sqlite, sql: sqlite3.Connection) -> int:
+    def follow(self, source: Readable, sql: sqlite3.Connection) -> int:
         """Applies at most PAGE events after the checkpoint. Returns how many rows it read; 0 at the head.
 
         Events whose data was erased are skipped.

@@ -13,7 +13,7 @@ from broker.domain.cloudevents import Entry, Wanted
 from broker.log import erasing
 from broker.log import sqlite as log
 from broker.log.driven import read_now
-from broker.seams import Sqlite
+from broker.seams import Readable, Sqlite
 from projections import follower, outgoing
 from projections.commands import veiled
 
@@ -31,14 +31,14 @@ class Played(NamedTuple):
     last_at: int
 
 
-def entries(sql: Sqlite, wanted: Wanted, after: int, until: int) -> Iterator[Entry]:
+def entries(sql: Readable, wanted: Wanted, after: int, until: int) -> Iterator[Entry]:
     """The wanted events after one position and up to another, ascending, read page by page."""
     while after < until:
         page, after = read_now(sql, outgoing.page, wanted, after, until, PAGE)
         yield from page
 
 
-def copy_log(source: Sqlite, target: Sqlite, until: int) -> None:
+def copy_log(source: Readable, target: Sqlite, until: int) -> None:
     """Copies a log up to a position, row by row, into a new file, and computes its projections.
 
     Call it inside one read transaction. Data that a purge has marked for erasure is not copied. The copy is

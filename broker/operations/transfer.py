@@ -29,7 +29,7 @@ from broker.log.chain import Row
 from broker.log.driven import read_now
 from broker.log.lines import Header
 from broker.operations.backup import Refused
-from broker.seams import Sqlite
+from broker.seams import Readable
 from broker.world import DATABASE, SystemEntropy, create, part_of
 from devices.clock import rfc3339
 from devices.names import is_name
@@ -63,7 +63,7 @@ class Only(NamedTuple):
         return {name: str(value) for name, value in self._asdict().items() if value is not None}
 
 
-def export(sql: Sqlite, to: Path | None, only: Only, reached: Reached) -> Moved:
+def export(sql: Readable, to: Path | None, only: Only, reached: Reached) -> Moved:
     """Writes the rows that match the filter, as this transaction sees them, to a new file or standard output.
 
     Raises:
@@ -83,7 +83,7 @@ def export(sql: Sqlite, to: Path | None, only: Only, reached: Reached) -> Moved:
     return Moved(log_id, count, head.position, head.hash)
 
 
-def _pages(sql: Sqlite, only: Only) -> Iterator[list[Row]]:
+def _pages(sql: Readable, only: Only) -> Iterator[list[Row]]:
     where, values = "", list[Any]()
     for column, value in (("project", only.project), ("type", only.type)):
         if value is not None:
@@ -140,7 +140,7 @@ def _take_its_name(part: Path, path: Path) -> None:
         os.close(directory)
 
 
-def export_command(sql: Sqlite, to: Path | None, command_id: str) -> Moved:
+def export_command(sql: Readable, to: Path | None, command_id: str) -> Moved:
     """Writes all events that influenced the decisions about one command, up to its last event.
 
     These are its own events, those of the commands that shared its lane, those of its device (type, online,
@@ -333,7 +333,7 @@ def _unfit(row: Row) -> str | None:
     return None
 
 
-def stats(sql: Sqlite) -> dict[str, Any]:
+def stats(sql: Readable) -> dict[str, Any]:
     """Statistics of a log. Times are RFC 3339, sizes are in bytes."""
     first, last, events = sql.execute(
         "SELECT min(recorded_at), max(recorded_at), count(*) FROM events"
@@ -350,7 +350,7 @@ def stats(sql: Sqlite) -> dict[str, Any]:
     }
 
 
-def _counted(sql: Sqlite, column: str) -> dict[str, int]:
+def _counted(sql: Readable, column: str) -> dict[str, int]:
     return dict(
         sql.execute(f"SELECT {column}, count(*) FROM events GROUP BY 1 ORDER BY 2 DESC, 1").fetchall()
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from broker.log.postgresql import form, making
@@ -22,7 +22,7 @@ AT_ONCE = 1_000
 
 
 class Blocking:
-    """`seams.Sqlite` for reading only. `BEGIN` and `COMMIT` begin and end a snapshot."""
+    """`seams.Readable`. `BEGIN` and `COMMIT` begin and end a snapshot."""
 
     def __init__(self, where: Address) -> None:
         """Raises:
@@ -54,9 +54,6 @@ class Blocking:
         if not connection.is_in_transaction():
             return Answered(self, None, self._wait(connection.fetch(translation(sql), *parameters)))
         return Answered(self, self._wait(self._cursor(connection, translation(sql), parameters)))
-
-    def executemany(self, sql: str, parameters: Iterable[Sequence[Any]], /) -> Any:
-        raise NotImplementedError("the command line only reads a log on PostgreSQL")
 
     async def _cursor(self, connection: Connection, text: str, values: Sequence[Any]) -> Any:
         return await connection.cursor(text, *values)
