@@ -14,7 +14,7 @@ from broker.mqtt.codec import encode
 from broker.settings import Limits, MqttLimits, Settings
 from devices import wire
 from devices.types import CommandType, DeviceType
-from tests.fuzz.targets import GOOD_HEADERS, GRANTED, golden_rows, signed
+from tests.fuzz.targets import ANSWER_HEADER, GOOD_HEADERS, GRANTED, golden_rows, signed
 
 
 def packets() -> list[bytes]:
@@ -55,7 +55,10 @@ def answers() -> list[bytes]:
     ]  # fmt: skip
     packed = [msgspec.msgpack.encode(msgspec.json.decode(text)) for text in texts if text[:1] == b"{"]
     bare = wire.encode_status(True, "s" * 128)
-    return [bytes((choice,)) + text for choice in (0, 5, 10) for text in (*texts, *packed, bare)]
+    jws = b'{"iss":"door-7","id":"cmd_1","status":"progress","progress":{"percent":5},"seq":7}'
+    return [b"\x40" + jws] + [
+        bytes((choice,)) + text for choice in (0, 5, 10) for text in (*texts, *packed, bare)
+    ]
 
 
 def topics() -> list[bytes]:
@@ -72,6 +75,7 @@ def grants() -> list[bytes]:
         *raw,
         b"\1" + GOOD_HEADERS["EdDSA"] + b"\n" + claims,
         b"\2" + GOOD_HEADERS["HS256"] + b"\n" + claims,
+        b"\2" + ANSWER_HEADER + b'\n{"iss":"door-7","id":"cmd_1","status":"executed"}',
     ]
 
 

@@ -35,6 +35,7 @@ from broker.type_files import load_types
 from devices import wire
 from devices.grant import TYPE, GrantRefused, GrantVerifier, Key, keys_from_jwks, params_hash
 from devices.names import device_topic, is_name, parse_topic
+from devices.speech.signing import is_signed_by
 from devices.types import AnswerStatus, BadParams, BadType, Definition
 from projections import follower
 from tests.fuzz.packets import kept, packets
@@ -65,6 +66,8 @@ GRANTED = {
 def answers(data: bytes) -> None:
     """What devices send: answers, statuses and, on the device, commands."""
     choice, payload = data[0] if data else 0, data[1:]
+    if choice & 0x40:  # as the payload of a JWS
+        payload = signed(ANSWER_HEADER, payload, hmac=True).encode()
     correlation = (None, b"cmd_1", payload[:8], b"")[choice & 3]
     try:
         answer = wire.decode_answer(payload, correlation, ANSWERS[choice >> 2 & 3 & len(ANSWERS) - 1])
@@ -72,6 +75,7 @@ def answers(data: bytes) -> None:
         str(malformed).encode()
     else:
         assert answer.id is None or is_name(answer.id), "an id that is no identifier"
+        assert answer.token is None or answer.id is not None, "a signed answer that names no command"
         # The broker writes results and errors into its log, and devices may send them as JSON or msgpack.
         again = msgspec.json.decode(msgspec.json.encode(answer), type=wire.Answer)
         assert msgspec.json.encode(again) == msgspec.json.encode(answer), "an answer changes in the log"
@@ -125,6 +129,11 @@ def grants(data: bytes) -> None:
         assert claims.exp > NOW
         assert claims.phs == GRANTED["phs"]
         assert token.count(".") == 2, "a token that is not of three parts"
+        assert not any(is_signed_by(token, "door-7", key) for key in keys.values()), "a grant as an answer"
+    if any(is_signed_by(token, "door-7", key) for key in keys.values()):
+        assert jwt.get_unverified_header(token)["typ"] == "answer+jwt"
+        payload = jwt.utils.base64url_decode(token.split(".")[1])
+        assert msgspec.json.decode(payload)["iss"] == "door-7", "another device's answer"
     try:
         document = json.loads(rest)
     except (ValueError, RecursionError):
@@ -297,6 +306,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "types": types,
     "imports": imports,
 }
+ANSWER_HEADER = b'{"alg":"HS256","typ":"answer+jwt"}'
 GOOD_HEADERS = {
     "EdDSA": json.dumps({"alg": "EdDSA", "typ": TYPE, "kid": "ed"}).encode(),
     "HS256": json.dumps({"alg": "HS256", "typ": TYPE, "kid": "hs"}).encode(),
