@@ -86,6 +86,7 @@ class Postgres:
     def __init__(self, **more: str) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="ordain-pg-"))
         self._settings = SETTINGS | more
+        self._there = ("-h", str(self.home), "-p", self._settings.get("port", "5432"), "-U", USER)
         self._process: subprocess.Popen[bytes] | None = None
         self._owner: str | None = UNPRIVILEGED if os.geteuid() == 0 else None
         self._programs = programs()
@@ -113,7 +114,7 @@ class Postgres:
 
     def create(self, database: str) -> str:
         """Makes an empty database; returns its URL."""
-        self._run("createdb", "-h", self.home, "-U", USER, database)
+        self._run("createdb", *self._there, database)
         return self.url(database)
 
     def clear(self, database: str) -> None:
@@ -128,7 +129,7 @@ class Postgres:
 
     def sql(self, database: str, text: str) -> None:
         """Runs statements as the owner of the server."""
-        self._run("psql", "-q", "-o", os.devnull, "-h", self.home, "-U", USER, database, "-c", text)
+        self._run("psql", "-q", "-o", os.devnull, *self._there, database, "-c", text)
 
     def url(self, database: str) -> str:
         return f"postgresql://{USER}@/{database}?host={self.home}"

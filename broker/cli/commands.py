@@ -229,7 +229,7 @@ def purge(
     older_than_days
         0 to 36500; 0 erases all closed commands created before today.
     device_events
-        Not commands: the data of presence and attribute events that a newer one had replaced by then.
+        Not commands: the data of presence, attribute and state events that a newer one had replaced by then.
     dry_run
         Show how many would be erased, and erase none.
     """

@@ -25,6 +25,8 @@ CLOSING = frozenset(state.value for state in CLOSED)
 # The events of a device that newer ones can replace. The others are never erased.
 PRESENCE = ("online", "offline")
 ATTRIBUTES = "changed"
+REPORTED = "reported"
+REPLACEABLE = (*PRESENCE, ATTRIBUTES, REPORTED)
 DECIDED = "coalesce(decided_at, recorded_at)"  # rows of format 1 have only recorded_at
 
 
@@ -122,8 +124,9 @@ class Excused:
     """Tells which rows may have no data.
 
     A command's rows may have none if an `erased` event names the command, or the command was created before
-    the event's cutoff; and the command was closed before that event. A presence or attribute event of a
-    device may have none if an `erased` event names its position, and its stream has a newer one of its kind.
+    the event's cutoff; and the command was closed before that event. A presence, attribute or state event of
+    a device may have none if an `erased` event names its position, and its stream has a newer one of the
+    kind.
     """
 
     def __init__(self) -> None:
@@ -187,8 +190,7 @@ class Excused:
         if not self._later:
             return False
         if subject_kind(row.stream) == "device":
-            kind = row.type in PRESENCE or row.type == ATTRIBUTES
-            return kind and any(row.position in each.positions for each in self._later)
+            return row.type in REPLACEABLE and any(row.position in each.positions for each in self._later)
         if subject_kind(row.stream) != "command":
             return False
         first = f"SELECT {DECIDED} FROM events WHERE stream = ? ORDER BY version LIMIT 1"
@@ -211,11 +213,14 @@ class Excused:
 
 
 async def replaced(sql: Sql, row: Row) -> bool:
-    """Whether the row is a presence or attribute event of a device, and a newer one of its kind follows."""
+    """Whether the row is a presence, attribute or state event of a device, and a newer one of its kind
+    follows."""
     if row.type in PRESENCE:
         newer = "type IN ('online', 'offline')"
     elif row.type == ATTRIBUTES:
         newer = "type = 'changed' AND instr(data, '\"attributes\"')"
+    elif row.type == REPORTED:
+        newer = "type = 'reported'"
     else:
         return False
     query = f"SELECT 1 FROM events WHERE stream = ? AND version > ? AND {newer} LIMIT 1"

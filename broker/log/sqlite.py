@@ -15,7 +15,7 @@ from broker.domain.events import NAMES, SCHEMA, Pending, Recorded, decode, encod
 from broker.log import chain, shape
 from broker.log.chain import Row
 from broker.log.driven import read_now
-from broker.log.erasing import ATTRIBUTES, PRESENCE, Excused, first_at
+from broker.log.erasing import REPLACEABLE, REPORTED, Excused, first_at
 from broker.seams import Conflict, Sql, Sqlite, UnknownFormat
 
 TABLES = """
@@ -248,6 +248,9 @@ async def place(sql: Sql, at: int) -> int:
     return await first_at(sql, at + 1, "recorded_at") - 1
 
 
+NO_STATE = b'{"state":{}}'
+
+
 def recorded(row: Row) -> Recorded:
     """Decodes a row into its event. Only device events that newer ones replaced are decoded without their
     data: when they are folded, what remains of them is that they happened.
@@ -255,8 +258,7 @@ def recorded(row: Row) -> Recorded:
     Raises:
         ValueError: the data was erased, or a later release wrote it.
     """
-    replaced = row.type in (*PRESENCE, ATTRIBUTES)
-    if row.data is None and not replaced:
+    if row.data is None and row.type not in REPLACEABLE:
         raise ValueError(f"the data of position {row.position} was erased")
     return Recorded(
         position=row.position,
@@ -267,7 +269,7 @@ def recorded(row: Row) -> Recorded:
         project=row.project,
         device_id=row.device_id,
         actor=row.actor,
-        event=decode(row.type, row.data or b"{}", row.schema),
+        event=decode(row.type, row.data or (NO_STATE if row.type == REPORTED else b"{}"), row.schema),
     )
 
 

@@ -325,9 +325,10 @@ class PurgedEvents(msgspec.Struct, frozen=True, kw_only=True):
 async def purge_device_events(request: Call, data: JSONBody[EventPurgeBody]) -> PurgedEvents:
     """Erase old device events
 
-    Erases the data of presence and attribute events, of all projects, that a newer event had replaced before
-    midnight (UTC), `older_than_days` days ago. What a device is now does not change. Registrations and tokens
-    stay, and so does the presence on which a hand-over relied. That the events happened stays in the log.
+    Erases the data of presence, attribute and state events, of all projects, that a newer event had replaced
+    before midnight (UTC), `older_than_days` days ago. What a device is now does not change. Registrations and
+    tokens stay, and so does the presence on which a hand-over relied. That the events happened stays in the
+    log.
 
     The answer comes when all of it is done: minutes for a large log. If the broker stops meanwhile, what was
     erased stays erased; ask again for the rest.

@@ -20,6 +20,7 @@ from broker.domain.events import (
     DeviceEvent,
     Offline,
     Online,
+    Reported,
     TokenRotated,
     device_stream,
 )
@@ -546,10 +547,13 @@ async def test_replaced_device_events_lose_their_data_and_all_else_stays(tmp_pat
 
         said(Online(session=SECRET), Offline(session=SECRET), Changed(attributes={"seen": SECRET}))
         said(Online(session="s-2"), Changed(attributes={"n": 2}, name="lamp"))
+        said(Reported(state={"seen": SECRET}), Reported(state={"on": False}))
         registry.heard(bench.live.devices.get(device.id) or device, Presence.ONLINE, "s-2")
         made = await bench.order()
         await bench.becomes(made.id, "published")  # so the online of the session s-2 stays
         said(Offline(session="s-2"), TokenRotated(token_digest="$7$new"), Changed(attributes={"n": 3}))
+        said(Changed(attributes={"n": 4}, answer_key="A" * 43), Changed(attributes={"n": 5}))
+        said(Reported(state={"on": True}))
         await bench.writer.barrier()
         before = await bench.writer.storage.read(lambda sql: devices_view.by_name(sql, ["lamp-1"]))
 
@@ -557,16 +561,19 @@ async def test_replaced_device_events_lose_their_data_and_all_else_stays(tmp_pat
             "all is of today"
         )
         clock.pass_ms(2 * DAY)
-        assert (await bench.core.erasures.purge_events(ADMIN, 1, dry_run=True)).amount == 3
+        assert (await bench.core.erasures.purge_events(ADMIN, 1, dry_run=True)).amount == 6
         assert with_secret(tmp_path)
-        assert (await bench.core.erasures.purge_events(ADMIN, 1, dry_run=False)).amount == 3
+        assert (await bench.core.erasures.purge_events(ADMIN, 1, dry_run=False)).amount == 6
         assert (await bench.core.erasures.purge_events(ADMIN, 1, dry_run=False)).amount == 0
         await settled(bench)
 
         rows = await bench.writer.storage.read(lambda sql: log.stream(sql, stream))
         empty = [row.version for row in rows if row.data is None]
-        assert [row.type for row in rows if row.version in empty] == ["online", "offline", "changed"]
-        assert empty == [2, 3, 4]
+        erased = [row.type for row in rows if row.version in empty]
+        assert erased == ["online", "offline", "changed", "reported", "reported", "changed"]
+        assert [row.type for row in rows if row.type == "reported" and row.data is not None] == ["reported"]
+        assert any(b"answer_key" in (row.data or b"") for row in rows), "a new key stays"
+        assert [log.recorded(row).type for row in rows] == [row.type for row in rows]
         assert with_secret(tmp_path) == []
         assert await bench.writer.storage.read(lambda sql: devices_view.by_name(sql, ["lamp-1"])) == before
         await sound(bench)
