@@ -6,11 +6,13 @@ so that the checkers do not depend on the code they check.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
+
+import msgspec
 
 from tests.simulation.history import Commit, History, Row
 
@@ -40,6 +42,15 @@ NEVER = 1 << 62
 _NO_COMMANDS = ("system", "erasures", "audit")
 
 
+class Run(msgspec.Struct):
+    """One life of the broker's process. `ahead`: how far true time was ahead of its clock, at most, ms: the
+    shortest time from an event's own time to its commit."""
+
+    start: int
+    behind: bool
+    ahead: int = NEVER
+
+
 class Facts:
     """A history, indexed for lookups."""
 
@@ -67,6 +78,29 @@ class Facts:
         """The first observed commit that covers the row. From this moment on the row is durable."""
         index = bisect_left(self._heads, row["position"])
         return self._commits[index] if index < len(self._commits) else None
+
+    @cached_property
+    def lives(self) -> list[Run]:
+        """The lives of the broker's process, in order of their `started` events."""
+        found: list[Run] = []
+        before: Row | None = None
+        for row in self.rows:
+            if row["type"] == "started":
+                # It starts with the time of the last event if the wall clock shows less.
+                behind = before is not None and row["recorded_at"] <= before["recorded_at"] + 1
+                found.append(Run(start=row["position"], behind=behind))
+            commit, before = self.commit_of(row), row
+            if found and commit is not None:
+                found[-1].ahead = min(found[-1].ahead, commit.t - row["recorded_at"])
+        return found
+
+    def true_time(self, row: Row, broker_time: int) -> int | None:
+        """When the process that recorded the row saw this time on its clock, at the latest; None if that
+        clock stood still after its start, because it was before the last event."""
+        index = bisect_right(self.lives, row["position"], key=lambda life: life.start) - 1
+        if index < 0 or self.lives[index].behind:
+            return None
+        return broker_time + self.lives[index].ahead
 
     def durable(self, row: Row) -> int:
         commit = self.commit_of(row)

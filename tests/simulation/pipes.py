@@ -24,7 +24,7 @@ from broker.seams import Message, Outgoing, Receipt
 from broker.settings import MqttLimits
 from tests.simulation.history import History
 from tests.simulation.link import Client, Done, SimDevicePort
-from tests.simulation.loop import SimLoop
+from tests.simulation.loop import EPOCH_MS, SimLoop
 from tests.simulation.network import Connection, Inbox, ServerKind, SimMqttServer
 
 LISTENER = ServerKind(name="listener", mqtt5=True, retains=False, keeps_sessions=False)
@@ -130,6 +130,8 @@ class Wire(Connection):
 
     def go_half_open(self, noticed_after_sec: float) -> None:
         """Nothing passes any more, and neither side is told; each has its own keepalive."""
+        if self.deaf_since is not None:
+            return
         self.to_server.deaf = self.to_client.deaf = True
         loop = self.net.loop
         self.deaf_since = loop.time()
@@ -458,9 +460,19 @@ class PipeNet(SimMqttServer):
 
     def _judge(self, wire: Wire) -> None:
         since = wire.deaf_since or 0.0
-        if self.loop.time() > since + 1.5 * wire.client.keepalive + LATE_SEC:
-            late = self.loop.time() - since
+        late = self.loop.time() - since - self._stood_still(since)
+        if late > 1.5 * wire.client.keepalive + LATE_SEC:
             self.found.append(f"M4: {wire.client.client_id} was gone for {late:.0f} s before it was noticed")
+
+    def _stood_still(self, since: float) -> float:
+        """For how long the broker's process was stopped from then on, s: it notices nothing meanwhile."""
+        assert self.history is not None
+        stood, paused, start = 0.0, None, EPOCH_MS + 1_000 * since
+        for each in self.history.lives:
+            if paused is not None and each.t > start:
+                stood += each.t - max(paused, start)
+            paused = each.t if each.what == "paused" else None
+        return stood / 1_000
 
     def of(self, packet: Publish) -> Outgoing:
         """What the broker handed over as this packet, which on MQTT 3.1.1 does not name its command."""

@@ -39,6 +39,7 @@ from tests.simulation.link import SimLink
 from tests.simulation.loop import EPOCH_MS, Node, SimClock, SimEntropy, SimLoop, run
 from tests.simulation.nemesis import Nemesis
 from tests.simulation.network import LATEST_WILL_SEC, MOSQUITTO, ServerKind, SimMqttServer
+from tests.simulation.pairs import Pairs
 from tests.simulation.phones import Phone
 from tests.simulation.pipes import LISTENER, PipeNet
 from tests.simulation.readers import READERS, Reader
@@ -51,6 +52,7 @@ SUBSCRIPTIONS = (f"{PREFIX}/dev/+/ack", f"{PREFIX}/dev/+/status")
 NARROW = Limits(send_slots=2, queue_per_name=2, queue_per_device=5)
 LATENCIES = ((0.0002, 0.004), (0.0002, 0.004), (0.003, 0.03), (0.02, 0.2))
 FAULT_EVERY_SEC = 40.0
+WITH_PAIRS = 0.25  # of the runs
 UP_WITHIN_SEC, LONGEST_HEAL_SEC = 60, 7_200
 GRACE_SEC = 8  # as `ordain serve` gives open requests
 ALL_SCOPES = ("devices:read", "devices:write", "events:read")
@@ -307,10 +309,14 @@ class World:
         self.clients.stranger = self.stranger
         nemesis = Nemesis(self, FAULT_EVERY_SEC)
         self.loop.create_task(nemesis.run())
+        pairs = Pairs(self)
+        if self.loop.rng("parts").random() < WITH_PAIRS:
+            self.loop.create_task(pairs.run())
         await self.tide.run()
         self.history.said("heal")
         self.tide.end()
         nemesis.heal()
+        pairs.heal()
         self.clients.stopped = True
         await self.end()
 

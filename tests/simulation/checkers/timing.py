@@ -37,12 +37,13 @@ def d13(facts: Facts) -> Iterator[str]:
             sent, commit = written.get((command_id, attempt)), facts.commit_of(after)
             if sent is None or commit is None or not by_timer or (command_id, attempt) not in taken:
                 continue
-            if before["type"] != "published" or commit.t - sent.t >= patience - 50:
+            decided = facts.true_time(after, after["recorded_at"]) or commit.t
+            if before["type"] != "published" or min(decided, commit.t) - sent.t >= patience - 50:
                 continue
             heard = status.get(sent.hardware_id, [])
             first, last = bisect_right(heard, sent.t - SLACK_MS), bisect_right(heard, commit.t)
             if first == last and calm.between(sent.t - SLACK_MS, commit.t):
-                yield f"{command_id} attempt {attempt} was given {commit.t - sent.t} ms of {patience}"
+                yield f"{command_id} attempt {attempt} was given {decided - sent.t} ms of {patience}"
 
 
 def _first(facts: Facts, what: str) -> set[tuple[str | None, int | None]]:
@@ -141,13 +142,17 @@ def fresh(facts: Facts) -> Iterator[str]:
     if healed is None or ended is None:
         return
     handed = {each.command_id for each in facts.publishes}
+    reached = {each.command_id for each in facts.history.wire if each.what == "reached"}
     for call in facts.history.calls:
         if call.kind == "create" and call.key is not None and call.key.startswith(FRESH) and call.ids:
             row = facts.created.get(call.ids[0])
             by_mqtt = facts.definition(call.ids[0]).get("transports", MQTT)
             # A device that asks by itself may take as long as the command lives.
             past = facts.first(call.ids[0], "expired") or "mqtt" in by_mqtt
-            if row is None or not past or call.ids[0] in handed:
+            ran_out = facts.first(call.ids[0], "expired") or facts.first(call.ids[0], "timed_out")
+            named = facts.definition(call.ids[0]).get("carries_ids", True) and list(by_mqtt) == ["mqtt"]
+            there = reached if ran_out and named else handed
+            if row is None or not past or call.ids[0] in there:
                 continue
             if ended > row["recorded_at"] + CALM_MS:
                 yield f"{call.ids[0]}, created when all was well, never reached its device"

@@ -145,7 +145,8 @@ def s6(facts: Facts) -> Iterator[str]:
     Judged by true time; the moment of a commit may be some seconds after that of its event.
     """
     starts = [row["position"] for row in facts.rows if row["type"] == "started"]
-    begun = [commit.t for row in facts.rows if row["type"] == "started" and (commit := facts.commit_of(row))]
+    behind = [facts.rows[life.start - 1] for life in facts.lives if life.behind]
+    begun = [commit.t for row in behind if (commit := facts.commit_of(row))]
     for command_id, created in facts.created.items():
         ttl = data(created).get("ttl_ms")
         for row in facts.commands[command_id]:
