@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
 
-.PHONY: help setup run test test-all test-ends test-simulation check fix docs bench bench-long bench-compare simulate soak dist sbom fuzz audit lock clean \
+.PHONY: help setup run test test-all test-ends test-simulation check fix docs bench bench-long bench-compare simulate soak faults dist sbom fuzz audit lock clean \
 	mosquitto browser api-tools
 
 help: ## list these targets
@@ -60,6 +60,10 @@ soak: .venv/dev mosquitto ## long runs: 100,000 queued commands, memory over 400
 	@.venv/bin/python -m scripts.soak backlog
 	@.venv/bin/python -m scripts.soak slope
 	@.venv/bin/python -m scripts.soak away
+
+MINUTES ?= 10
+faults: .venv/dev mosquitto ## MINUTES of kills, cuts, full disks and power cuts with real processes; as root all of them
+	@.venv/bin/python -m scripts.soak faults --minutes $(MINUTES)
 
 dist: .venv/dev ## the packages ordain and ordain-device, into dist/
 	@.venv/bin/python -m scripts.dist

@@ -2,6 +2,7 @@
 
 backlog: a long queue while all devices are offline, two kill -9, then all devices come online at once. slope:
 does memory grow with the number of closed commands? away: the MQTT server or the broker is down for a while.
+faults (`make faults`): everything fails at random moments.
 The exit code is 1 if a promise was broken. Speed is never judged.
 """
 
@@ -21,11 +22,17 @@ import uvloop
 
 from scripts.soak import away as soak_away
 from scripts.soak import backlog as soak_backlog
+from scripts.soak import faults as soak_faults
 from scripts.soak import slope as soak_slope
 from scripts.soak.judge import Figures
 
 Run = Callable[[Path, argparse.Namespace, Figures], Coroutine[None, None, list[str]]]
-RUNS: dict[str, Run] = {"backlog": soak_backlog.run, "slope": soak_slope.run, "away": soak_away.run}
+RUNS: dict[str, Run] = {
+    "backlog": soak_backlog.run,
+    "slope": soak_slope.run,
+    "away": soak_away.run,
+    "faults": soak_faults.run,
+}
 
 
 def main() -> int:
@@ -85,6 +92,11 @@ def _options() -> argparse.Namespace:
         "--time-out", type=int, default=5, help="ack time-out, s; the result time-out is three times it"
     )
     away.add_argument("--how", nargs="+", choices=soak_away.WAYS, default=list(soak_away.USUAL))
+    faults = runs.add_parser("faults", help="kills, stops, cuts, full disks and power cuts at random moments")
+    faults.add_argument("--devices", type=int, default=20)
+    faults.add_argument("--rate", type=float, default=20, help="commands a second during the whole run")
+    faults.add_argument("--minutes", type=float, default=10)
+    faults.add_argument("--seed", type=int, default=0, help="decides the faults, but not when they strike")
     return parser.parse_args()
 
 

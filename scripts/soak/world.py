@@ -108,13 +108,25 @@ class Program:
 
 
 class World:
-    """The processes of one run, in its directory. `child`: the broker runs Mosquitto as its child process."""
+    """The processes of one run, in its directory.
+
+    `child`: the broker runs Mosquitto as its child process. `via`: ports through which broker and fleet reach
+    Mosquitto, if not its own.
+    """
 
     def __init__(
-        self, home: Path, device_type: str, *, child: bool = False, trace: Path | None = None
+        self,
+        home: Path,
+        device_type: str,
+        *,
+        child: bool = False,
+        trace: Path | None = None,
+        data: Path | None = None,
+        via: tuple[int, int] | None = None,
     ) -> None:
-        self.home, self.data, self.names = home, home / "data", list[str]()
+        self.home, self.data, self.names = home, data or home / "data", list[str]()
         self.port, self.mqtt_port = processes.unused_port(), processes.unused_port()
+        broker_via, self._fleet_via = via or (self.mqtt_port, self.mqtt_port)
         self.key = ""
         (home / "types").mkdir(parents=True)
         (home / "types" / "soak.toml").write_text(device_type)
@@ -125,7 +137,7 @@ class World:
         serve += (
             ["--mqtt-server", "mosquitto", "--mqtt-listen", f"127.0.0.1:{self.mqtt_port}"]
             if child
-            else ["--mqtt-url", f"mqtt://127.0.0.1:{self.mqtt_port}"]
+            else ["--mqtt-url", f"mqtt://127.0.0.1:{broker_via}"]
         )
         server = [processes.mosquitto(), "-c", str(home / "mosquitto.conf")]
         self.mosquitto = None if child else Program("mosquitto", server, home)
@@ -144,7 +156,7 @@ class World:
         tokens = await self._register(devices)
         self.names = list(tokens)
         (self.home / "tokens.json").write_bytes(msgspec.json.encode(tokens))
-        fleet = [sys.executable, "-m", "scripts.soak.fleet", "--port", str(self.mqtt_port)]
+        fleet = [sys.executable, "-m", "scripts.soak.fleet", "--port", str(self._fleet_via)]
         fleet += ["--tokens", str(self.home / "tokens.json"), "--slow", str(slow)]
         fleet += ["--slow-sec", *map(str, slow_sec)]
         self._fleet = Program("fleet", fleet, self.home)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from scripts.soak.proxy import Proxy
+from tests.conftest import unused_port
 from tests.system.support import ROOT, environment
 
 ENDS_WITHIN_SEC = 600
@@ -46,3 +49,39 @@ def test_answers_that_wait_at_the_server_for_a_dead_broker_count_after_their_tim
     figures = soaked(tmp_path, "away", *size, "--how", "broker-killed")
 
     assert figures["log: executed"] == figures["log: created"]
+
+
+def test_under_real_faults_every_command_is_executed_once_and_backups_are_prefixes(tmp_path: Path) -> None:
+    size = ("--devices", "4", "--rate", "10", "--minutes", "0.1", "--seed", "1")
+
+    figures = soaked(tmp_path, "faults", *size)
+
+    assert figures["log: executed"] == figures["log: created"] == 60
+
+
+async def test_a_half_open_connection_passes_nothing_and_is_cut_in_the_end() -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(100):
+            writer.write(data)
+        writer.close()
+
+    async def asked(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"1")
+        assert await reader.readexactly(1) == b"1"
+        return reader, writer
+
+    async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
+        proxy = Proxy(unused_port(), server.sockets[0].getsockname()[1])
+        await proxy.start()
+        reader, writer = await asked(proxy.port)
+        halving = asyncio.create_task(proxy.halve(0.2))
+        await asyncio.sleep(0)
+        writer.write(b"2")
+        _, later = await asked(proxy.port)  # a new connection works
+
+        assert await reader.read() == b""
+        await halving
+        for each in (writer, later):
+            each.close()
+        proxy.close()
