@@ -35,6 +35,7 @@ from broker.log import sqlite as log
 from broker.seams import Clock, Drop, Entropy, Link, Message, Outbound, Outgoing, Put, Receipt, Sql, Storage
 from broker.settings import Settings, differing
 from broker.subscriptions.feed import Feed
+from broker.subscriptions.home_assistant import HomeAssistant
 from broker.subscriptions.mqtt import MqttEvents
 from broker.subscriptions.webhook_worker import NoWayOut
 from broker.subscriptions.webhooks import Webhooks
@@ -101,7 +102,10 @@ class Core:
         )
         self.mqtt_events = MqttEvents(self.writer, self.feed, settings.prefix)
         self.link: Link = NoLink()
-        self.mqtt_events.link = self.link
+        self.home_assistant = HomeAssistant(
+            self.writer, self.feed, types, settings.prefix, settings.home_assistant
+        )
+        self.mqtt_events.link = self.home_assistant.link = self.link
         self.log_id = ""
         self.cursor_key = b""
         self.dispatch: Dispatch
@@ -158,6 +162,7 @@ class Core:
 
     def attach(self, link: Link) -> None:
         self.link = self.dispatch.link = self.intake.link = self.mqtt_events.link = link
+        self.home_assistant.link = link
 
     def tasks(self) -> list[Coroutine[Any, Any, None]]:
         """The tasks that run as long as the broker; each ends only by an error or by cancellation."""
@@ -192,6 +197,8 @@ class Core:
                     tasks.append(group.create_task(self.webhooks.run()))
                     if self.settings.mqtt_events:
                         tasks.append(group.create_task(self.mqtt_events.run()))
+                    if self.settings.home_assistant:
+                        tasks.append(group.create_task(self.home_assistant.run()))
                 yield group
                 self.webhooks.save()
                 self.mqtt_events.save()

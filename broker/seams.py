@@ -203,10 +203,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
-    """One MQTT message to send, with QoS 1 and not retained. The last four fields need MQTT 5."""
+    """One MQTT message to send, with QoS 1. A command is never retained. The last four fields need MQTT 5."""
 
     topic: str
     payload: bytes
+    retain: bool = False
     correlation: bytes | None = None
     response_topic: str | None = None
     expiry_sec: int | None = None

@@ -75,6 +75,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     require_mqtt_acl: bool = False
     mqtt_server: Literal["embedded", "mosquitto"] = "embedded"
     mqtt_events: bool = True
+    home_assistant: str = ""
     prefix: str = "iotee"
     issuer: str = "ordain"
     key_pepper_file: str = ""
@@ -264,6 +265,12 @@ def listened(settings: Settings) -> list[Endpoint]:
     return found
 
 
+def discovery(settings: Settings) -> list[str]:
+    """The filter of the topics on which the broker announces devices to Home Assistant, if it does."""
+    prefix = settings.home_assistant
+    return [f"{prefix}/binary_sensor/ordain/+/config"] if prefix else []
+
+
 def _check_mqtt_url(settings: Settings) -> None:
     try:
         tls = settings.mqtt_url != "" and parse_url(settings.mqtt_url).tls
@@ -271,6 +278,10 @@ def _check_mqtt_url(settings: Settings) -> None:
         raise BadSetting(f"mqtt_url: {error}") from error
     if settings.mqtt_users != "none" and not settings.mqtt_url:
         raise BadSetting(f"mqtt_users = {settings.mqtt_users!r}: needs mqtt_url, a server of your own")
+    if settings.home_assistant and not (settings.mqtt_url and settings.mqtt_events):
+        raise BadSetting(f"home_assistant = {settings.home_assistant!r}: needs mqtt_url and mqtt_events")
+    if settings.home_assistant and not is_name(settings.home_assistant):
+        raise BadSetting(f"home_assistant = {settings.home_assistant!r}: must be one topic level")
     if (settings.mqtt_users == "password_file") != bool(settings.mqtt_password_file):
         raise BadSetting("mqtt_users = 'password_file' and mqtt_password_file, its path, need each other")
     for key in ("mqtt_ca", "mqtt_certificate", "mqtt_key"):

@@ -37,7 +37,7 @@ from broker.mqtt.services import Services
 from broker.mqtt.sockets import Sockets
 from broker.mqtt.tls import Certificates
 from broker.seams import Link
-from broker.settings import BadSetting, Settings, listened
+from broker.settings import BadSetting, Settings, discovery, listened
 from devices.canary import server_of
 from devices.mqtt_url import Endpoint, parse_url
 from devices.speech.topics import filter_of
@@ -102,7 +102,7 @@ async def _external(
     if settings.mqtt_users == "dynsec":
         dynsec = Dynsec(
             parse_url(url).username or "",
-            sends=[f"{settings.prefix}/#", *_bought(settings.prefix, types)],
+            sends=[f"{settings.prefix}/#", *_bought(settings.prefix, types), *discovery(settings)],
             topics=partial(_topics_of, core),
             devices=devices,
             rules=rules,

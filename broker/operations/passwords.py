@@ -18,7 +18,7 @@ from broker.engine.speech.access_rules import whole_file
 from broker.log.driven import read_now
 from broker.opening import open_to_read
 from broker.operations.asking import Client, call
-from broker.settings import Settings
+from broker.settings import Settings, discovery
 from broker.world import SystemEntropy
 from devices.canary import Login
 from devices.mqtt_url import parse_url
@@ -86,7 +86,9 @@ def access_rules(settings: Settings, types: dict[str, DeviceType]) -> list[str]:
         Broken: there is no log, or it cannot be read.
     """
     broker = parse_url(settings.mqtt_url).username if settings.mqtt_url else None
-    return whole_file(settings.prefix, types, _devices(settings), broker or BROKER)
+    lines = whole_file(settings.prefix, types, _devices(settings), broker or BROKER)
+    # The first line names the broker's user; its rules follow.
+    return [lines[0], *(f"topic write {each}" for each in discovery(settings)), *lines[1:]]
 
 
 def _digests(settings: Settings) -> dict[str, str]:

@@ -31,11 +31,12 @@ class BadPacket(Exception):
 
 
 def publish_packet(mid: int, outgoing: Outgoing, *, five: bool) -> bytes:
-    """QoS 1, not retained, sent for the first time."""
+    """QoS 1, sent for the first time."""
     topic = _text(outgoing.topic.encode()) + mid.to_bytes(2, "big")
     head = topic + _properties(outgoing) if five else topic
     length = _varint(len(head) + len(outgoing.payload))
-    return b"".join((bytes((PUBLISH | QOS_1,)), length, head, outgoing.payload))
+    first = PUBLISH | QOS_1 | (RETAIN if outgoing.retain else 0)
+    return b"".join((bytes((first,)), length, head, outgoing.payload))
 
 
 def acknowledgement(mid: int, qos: int) -> bytes:
