@@ -101,10 +101,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 ENVIRONMENT = {
     "data": "ORDAIN_DATA",
     "log": "ORDAIN_LOG",
-    "log_password_file": "ORDAIN_LOG_PASSWORD_FILE",
+    "log_password_file": "ORDAIN_LOG_PASSWORD_FILE",  # nosec B105 - a name
     "node": "ORDAIN_NODE",
     "advertise": "ORDAIN_ADVERTISE",
-    "cluster_secret_file": "ORDAIN_CLUSTER_SECRET_FILE",
+    "cluster_secret_file": "ORDAIN_CLUSTER_SECRET_FILE",  # nosec B105 - a name
     "http": "ORDAIN_HTTP",
     "mqtt_listen": "ORDAIN_MQTT_LISTEN",
     "mqtt_url": "ORDAIN_MQTT_URL",
