@@ -260,7 +260,7 @@ def _signed_answer(token: str) -> Answer:
     try:
         text, seq = unverified(token)
     except ValueError as error:
-        raise Malformed(f"signed answer: {error}") from error
+        raise Malformed(f"not a signed answer: {error}") from error
     answer = decode_answer(text, None, {})
     if answer.id is None:
         raise Malformed("a signed answer needs the id of its command")

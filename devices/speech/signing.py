@@ -7,6 +7,7 @@ never accept an algorithm that does not belong to the key.
 
 from __future__ import annotations
 
+import base64
 import binascii
 from functools import lru_cache
 from typing import Annotated
@@ -14,6 +15,7 @@ from typing import Annotated
 import jwt
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from msgspec import Meta
 
 from devices.grant import GrantRefused, Key, ed25519_key, header_of, signed_payload
@@ -86,4 +88,8 @@ def public_key(text: str) -> Ed25519PublicKey:
     """
     if len(text) != KEY_CHARS:
         raise ValueError(f"{len(text)} characters; 32 bytes in base64url without padding have {KEY_CHARS}")
-    return ed25519_key(text)
+    key = ed25519_key(text)
+    raw = key.public_bytes(Encoding.Raw, PublicFormat.Raw)
+    if base64.urlsafe_b64encode(raw).decode().rstrip("=") != text:
+        raise ValueError("not base64url in its only spelling")
+    return key
