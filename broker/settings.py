@@ -105,6 +105,7 @@ ENVIRONMENT = {
     "node": "ORDAIN_NODE",
     "advertise": "ORDAIN_ADVERTISE",
     "cluster_secret_file": "ORDAIN_CLUSTER_SECRET_FILE",  # nosec B105 - a name
+    "key_pepper_file": "ORDAIN_KEY_PEPPER_FILE",
     "http": "ORDAIN_HTTP",
     "mqtt_listen": "ORDAIN_MQTT_LISTEN",
     "mqtt_url": "ORDAIN_MQTT_URL",

@@ -106,6 +106,40 @@ def test_the_compose_files_build_these_images_and_give_them_no_rights() -> None:
     assert [port for port in service["ports"] if port.endswith(":8080")] == ["127.0.0.1:8080:8080"]
 
 
+def test_the_nodes_of_the_compose_file_have_settings_that_ordain_knows_and_no_rights() -> None:
+    found = yaml.safe_load((DEPLOY / "compose.nodes.yaml").read_text())
+    nodes = {name: service for name, service in found["services"].items() if service.get("image") == "ordain"}
+    assert len(nodes) == 3
+    for name, service in nodes.items():
+        assert service["environment"].keys() <= set(ENVIRONMENT.values())
+        settings = load({}, service["environment"], None)
+        assert (settings.node, settings.advertise) == (name, f"{name}:8080")
+        assert (service["read_only"], service["cap_drop"], service["restart"]) == (True, ["ALL"], "always")
+        places = {settings.cluster_secret_file, settings.key_pepper_file, settings.log_password_file}
+        assert places == {f"/run/secrets/{each}" for each in service["secrets"]}
+        assert set(service["secrets"]) == found["secrets"].keys()
+
+
+def test_the_kubernetes_manifest_has_settings_that_ordain_knows_and_services_that_find_its_pods() -> None:
+    found = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+    kinds = {each["kind"] for each in found}
+    assert kinds == {"Service", "PodDisruptionBudget", "StatefulSet"}
+    (nodes,) = (each["spec"] for each in found if each["kind"] == "StatefulSet")
+    services = {each["metadata"]["name"]: each["spec"] for each in found if each["kind"] == "Service"}
+    labels = nodes["template"]["metadata"]["labels"]
+    assert all(each["selector"] == labels for each in services.values())
+    assert services[nodes["serviceName"]]["clusterIP"] == "None"
+    (container,) = nodes["template"]["spec"]["containers"]
+    given = {each["name"]: each.get("value", "ordain-0") for each in container["env"]}
+    assert given.keys() <= set(ENVIRONMENT.values())
+    given["ORDAIN_ADVERTISE"] = given["ORDAIN_ADVERTISE"].replace("$(ORDAIN_NODE)", given["ORDAIN_NODE"])
+    settings = load({}, given, None)
+    assert settings.advertise == f"ordain-0.{nodes['serviceName']}:8080"
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    mounted = {each["mountPath"] for each in container["volumeMounts"]}
+    assert mounted == {settings.data, str(Path(settings.cluster_secret_file).parent)}
+
+
 @pytest.fixture
 def unit(tmp_path: Path) -> Path:
     """The unit with a program that is there."""
