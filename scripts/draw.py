@@ -128,6 +128,7 @@ PARTS: Mapping[Path, Mapping[str, Draw]] = {
         "c_check": partial(code, "device-c/grant.c", "check"),
         "sizes": sizes,
     },
+    DOCS / "how-to" / "signed-answers.md": {"c_sign": partial(code, "device-c/sign.c", "sign")},
 }
 DRAWN = [*WHOLE, *PARTS]
 

@@ -62,9 +62,10 @@ def python_packages(example: Path) -> Path:
     return home / "packages"
 
 
-def has_c() -> None:
+def has_c(*headers: str) -> None:
+    """`headers`: those that the program needs; else all that the examples need."""
     need("cc")
-    for header in HEADERS:
+    for header in headers or HEADERS:
         found = subprocess.run(["cc", "-E", "-include", header, "-xc", "/dev/null"], capture_output=True)
         if found.returncode != 0:
             pytest.skip(
