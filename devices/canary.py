@@ -1,8 +1,8 @@
 """A canary for the MQTT server's access rules: one device tries everything that it must not be able to do.
 
-It needs two registered devices, a thief and a victim, and a callback that sends the victim a command. It
-judges by effects, not by the server's answers: some servers grant subscriptions that they do not serve, and
-acknowledge publishes that they discard.
+It needs three registered devices, a thief, a victim, and a bought device with topics of its own, and a
+callback that sends a device a command. It judges by effects, not by the server's answers: some servers grant
+subscriptions that they do not serve, and acknowledge publishes that they discard.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ WITHIN_SEC = 10.0
 LATE_SEC = 0.05
 QUIET_SEC = 0.5  # wait for a leak this long after the victim has received the message
 FORGED = b"a will of the canary"
+# The bought device: its type, a command, its topics, and the states that say it was done, and that it failed.
+BOUGHT_TYPE, BOUGHT_COMMAND = "home_assistant_lock", "lock"
+BOUGHT_TOPIC = "homeassistant/lock/{}/{}"
+DONE, NOT_DONE = "LOCKED", "JAMMED"
 CLEAN_WITH_WILL_AND_LOGIN = 0xCE  # CONNECT flags of MQTT 3.1.1, section 3.1.2.3; the will with QoS 1
 
 
@@ -79,7 +83,7 @@ class Ears:
 class Canary:
     """Checks an MQTT server with topics under `prefix`.
 
-    `send` sends the victim a command and returns its id. `outcome` waits until the command is closed and
+    `send` sends a device a command and returns its id. `outcome` waits until the command is closed and
     returns its state.
     """
 
@@ -89,11 +93,12 @@ class Canary:
         prefix: str,
         thief: Login,
         victim: Login,
-        send: Callable[[], Awaitable[str]],
+        bought: Login,
+        send: Callable[[str, str], Awaitable[str]],
         outcome: Callable[[str], Awaitable[str]],
     ) -> None:
         self._server, self._prefix = server, prefix
-        self._thief, self._victim = thief, victim
+        self._thief, self._victim, self._bought = thief, victim, bought
         self._send, self._outcome = send, outcome
 
     async def breaches(self) -> list[str]:
@@ -124,7 +129,7 @@ class Canary:
             await self._leave_a_will()
             found += await self._steals(victim)
             found += await self._takes_over(victim)
-        return found
+        return found + await self._steals_from_a_bought_device()
 
     async def _leave_a_will(self) -> None:
         """Leaves a last will on the victim's command topic, as a forged command. Some servers publish wills
@@ -150,8 +155,8 @@ class Canary:
             for topic in (self._topic("+"), f"{self._prefix}/#", "#", f"{self._prefix}/dev/+/rls"):
                 with suppress(aiomqtt.MqttError):
                     await thief.client.subscribe(topic, qos=1)
-            command_id = await self._send()
-            await self._hears(victim, command_id)
+            command_id = await self._send(self._victim.hardware_id, "canary")
+            await self._hears(victim, command_id.encode())
             with suppress(aiomqtt.MqttError):
                 await thief.client.publish(self._topic("ack"), _answer(command_id, "failed"), qos=1)
             await asyncio.sleep(QUIET_SEC)
@@ -167,6 +172,35 @@ class Canary:
             found.append("a device's last will reaches another device as a command")
         return found
 
+    async def _steals_from_a_bought_device(self) -> list[str]:
+        """As `_steals`, on the topics that a device type has of its own. A server whose rules do not have
+        them lets nobody use them: then there is nothing to steal."""
+        name, found = self._bought.hardware_id, list[str]()
+        command, state, there = (BOUGHT_TOPIC.format(name, each) for each in ("set", "state", "availability"))
+        if not await _connects(self._server, self._bought):
+            return []
+        async with (
+            _connected(self._server, self._bought) as bought,
+            _connected(self._server, self._thief) as thief,
+        ):
+            await bought.client.publish(there, "online", qos=1)
+            for ears, topics in ((bought, [command]), (thief, [command, BOUGHT_TOPIC.format("+", "set")])):
+                for topic in topics:
+                    with suppress(aiomqtt.MqttError):
+                        await ears.client.subscribe(topic, qos=1)
+            command_id = await self._send(name, BOUGHT_COMMAND)
+            if not await self._hears_before_its_end(bought, command_id):
+                return []
+            with suppress(aiomqtt.MqttError):
+                await thief.client.publish(state, DONE, qos=1)
+            await asyncio.sleep(QUIET_SEC)
+            if any(topic == command for topic, _ in thief.heard):
+                found.append(f"a device receives messages for other devices: {command}")
+            await bought.client.publish(state, NOT_DONE, qos=1)
+            if (outcome := await self._outcome(command_id)) != "failed":
+                found.append(f"a device can answer for another device on {state}: its command is {outcome}")
+        return found
+
     async def _takes_over(self, victim: Ears) -> list[str]:
         with suppress(aiomqtt.MqttError):
             async with _connected(self._server, self._thief, client_id=self._victim.hardware_id):
@@ -179,9 +213,20 @@ class Canary:
             return ["a device can take over another device's connection with its client id"]
         return []
 
-    async def _hears(self, victim: Ears, command_id: str) -> None:
+    async def _hears_before_its_end(self, bought: Ears, command_id: str) -> bool:
+        """Whether the bought device gets its command. The server may refuse it, which ends the command."""
+        hears = asyncio.ensure_future(self._hears(bought, b"LOCK"))
+        ends = asyncio.ensure_future(self._outcome(command_id))
+        await asyncio.wait((hears, ends), return_when=asyncio.FIRST_COMPLETED)
+        heard = hears.done() and hears.exception() is None
+        for each in (hears, ends):
+            each.cancel()
+        await asyncio.gather(hears, ends, return_exceptions=True)
+        return heard
+
+    async def _hears(self, victim: Ears, part: bytes) -> None:
         async with asyncio.timeout(WITHIN_SEC):
-            while not any(command_id.encode() in payload for _, payload in victim.heard):
+            while not any(part in payload for _, payload in victim.heard):
                 victim.news.clear()
                 await victim.news.wait()
 

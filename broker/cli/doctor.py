@@ -43,8 +43,8 @@ def doctor(
     Parameters
     ----------
     canary
-        Also check the MQTT server's access rules as a device. The first run registers two devices for it, and
-        keeps their tokens in the data directory.
+        Also check the MQTT server's access rules as a device. The first run registers three devices for it,
+        and keeps their tokens in the data directory.
     """
     settings = settings_of(config, data=data)
     found = list(looks.postgresql(settings) if settings.log else looks.files(Path(settings.data)))

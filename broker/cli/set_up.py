@@ -136,7 +136,7 @@ def password_file(
     to
         The file to write or replace, readable for its owner only; else standard output.
     canary
-        Also the two devices of ordain doctor --canary. They are registered if they are not there.
+        Also the devices of ordain doctor --canary. They are registered if they are not there.
     """
     settings = settings_of(config, data=data)
     if canary:

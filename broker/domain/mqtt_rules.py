@@ -12,7 +12,7 @@ class MqttRules(msgspec.Struct, kw_only=True):
 
     `users`: how the server learns of devices. `missing`: devices that it does not know. `fault`: why it is
     not in step. `breaches`: sentences about what it allows and must not; None: not tried yet. `as_device`:
-    they were tried with the canary's two devices. `checked_at`: Unix time in ms.
+    they were tried with the canary's devices. `checked_at`: Unix time in ms.
     """
 
     users: Literal["listener", "child", "dynsec", "password_file", "none"]

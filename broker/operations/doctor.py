@@ -1,6 +1,6 @@
 """`ordain doctor`: checks everything a broker depends on, and says how to correct each problem.
 
-It changes nothing, except for the canary, which registers two devices and sends one of them a command. A
+It changes nothing, except for the canary, which registers three devices and sends two of them a command. A
 *fault* loses commands, stops them, or shows them to others; a *warning* may become a fault.
 """
 
@@ -203,7 +203,7 @@ async def mqtt(
         breaches = await work
     except (Untried, Failed, OSError) as error:
         says = f"{url}: its access rules could not be checked: {str(error) or type(error).__name__}"
-        hint = "is it running? An external server needs the canary's two devices: ordain mqtt passwd-file"
+        hint = "is it running? An external server needs the canary's devices: ordain mqtt passwd-file"
         return [*found, Finding("warning" if canary else "fault", "mqtt", says, hint)]
     if breaches:
         return found + [Finding("fault", "mqtt", f"{url}: {breach}", do) for breach in breaches]
@@ -231,12 +231,12 @@ def _users(url: str, rules: dict[str, Any] | None) -> list[Finding]:
 
 
 async def _canary(client: httpx2.AsyncClient, server: Server, prefix: str, settings: Settings) -> list[str]:
-    """Runs the canary with its two devices."""
-    thief, victim = await canaries(client, settings)
+    """Runs the canary with its devices."""
+    thief, victim, bought = await canaries(client, settings)
 
-    async def send() -> str:
-        command = {"type": "canary", "ttl_sec": 60}
-        made = await call(client, "POST", f"/v1/devices/{victim.hardware_id}/commands", command)
+    async def send(hardware_id: str, name: str) -> str:
+        command = {"type": name, "ttl_sec": 60}
+        made = await call(client, "POST", f"/v1/devices/{hardware_id}/commands", command)
         return str(made["id"])
 
     async def outcome(command_id: str) -> str:
@@ -244,4 +244,4 @@ async def _canary(client: httpx2.AsyncClient, server: Server, prefix: str, setti
             await asyncio.sleep(POLL_SEC)
         return str(state)
 
-    return await Canary(server, prefix, thief, victim, send, outcome).breaches()
+    return await Canary(server, prefix, thief, victim, bought, send, outcome).breaches()

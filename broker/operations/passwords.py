@@ -1,4 +1,4 @@
-"""Passwords for an MQTT server of one's own: its password file, and the tokens of the canary's two devices.
+"""Passwords for an MQTT server of one's own: its password file, and the tokens of the canary's devices.
 
 A Mosquitto of one's own lets devices in by a password file. The log has the digest of each device's token in
 the form that Mosquitto reads.
@@ -20,13 +20,17 @@ from broker.opening import open_to_read
 from broker.operations.asking import Client, call
 from broker.settings import Settings, discovery
 from broker.world import SystemEntropy
-from devices.canary import Login
+from devices.canary import BOUGHT_TYPE, Login
 from devices.mqtt_url import parse_url
 from devices.types import DeviceType
 from projections import devices as devices_view
 
 CANARY_PROJECT = "ordain-canary"
-CANARIES = ("ordain-canary-thief", "ordain-canary-victim")
+CANARIES = {
+    "ordain-canary-thief": "generic",
+    "ordain-canary-victim": "generic",
+    "ordain-canary-bought": BOUGHT_TYPE,
+}
 TOKENS = "canary.tokens"
 EVERY = 1_000_000_000
 BROKER = "ordain"
@@ -34,7 +38,8 @@ ROUNDS = 10_000  # a person may have chosen this password
 
 
 async def canaries(client: Client, settings: Settings) -> list[Login]:
-    """The canary's thief and victim, in a separate project. They are registered if they are not there.
+    """The canary's thief, victim and bought device, in a project of their own. They are registered if they
+    are not there.
 
     Their tokens are kept in the data directory, readable for its owner only: an external server must know
     them before the canary runs. If a token was lost or replaced, a new one is made.
@@ -46,12 +51,12 @@ async def canaries(client: Client, settings: Settings) -> list[Login]:
     path = Path(settings.data) / TOKENS
     kept: dict[str, str] = msgspec.json.decode(path.read_bytes()) if path.exists() else {}
     tokens = {}
-    for name in CANARIES:
+    for name, type_name in CANARIES.items():
         digest = _digests(settings).get(name)
         if digest is not None and name in kept and is_token(kept[name], digest):
             tokens[name] = kept[name]
             continue
-        body = {"hardware_id": name, "type": "generic", "project": CANARY_PROJECT}
+        body = {"hardware_id": name, "type": type_name, "project": CANARY_PROJECT}
         there = "/v1/devices" if digest is None else f"/v1/devices/{name}/token"
         made = await call(client, "POST", there, body if digest is None else None)
         tokens[name] = made["device_token"]

@@ -56,7 +56,7 @@ class RulesView(msgspec.Struct, frozen=True, kw_only=True):
     breaches: Annotated[
         list[str] | None, Meta(description="What it allows and must refuse. Null: not tried yet.")
     ]
-    tried_as_device: Annotated[bool, Meta(description="Tried with the canary's two devices.")]
+    tried_as_device: Annotated[bool, Meta(description="Tried with the canary's devices.")]
     checked_at: Time | None
 
 

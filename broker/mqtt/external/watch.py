@@ -1,6 +1,6 @@
 """Tries the rules of an external MQTT server at the start and every hour, and tells what it must not allow.
 
-Whether a client without a password connects is always tried. All else needs the two devices of the canary.
+Whether a client without a password connects is always tried. All else needs the devices of the canary.
 They are there once `ordain mqtt passwd-file` or `ordain doctor --canary` has registered them.
 """
 
@@ -67,15 +67,15 @@ class Watch:
         for breach in breaches:
             logger.warning("mqtt.rule_broken", what=breach, do="ordain doctor --canary")
 
-    def _logins(self) -> tuple[Login, Login] | None:
+    def _logins(self) -> tuple[Login, Login, Login] | None:
         if not self._tokens.exists():
             return None
         kept = msgspec.json.decode(self._tokens.read_bytes(), type=dict[str, str])
-        thief, victim = (Login(name, kept.get(name, "")) for name in CANARIES)
-        return (thief, victim) if thief.token and victim.token else None
+        thief, victim, bought = (Login(name, kept.get(name, "")) for name in CANARIES)
+        return (thief, victim, bought) if thief.token and victim.token and bought.token else None
 
-    async def _send(self) -> str:
-        order = Order(device=CANARIES[1], type="canary", ttl_sec=60)
+    async def _send(self, hardware_id: str, name: str) -> str:
+        order = Order(device=hardware_id, type=name, ttl_sec=60)
         return (await self._core.commands.create(ME, order)).state.id
 
     async def _outcome(self, command_id: str) -> str:
@@ -89,6 +89,6 @@ def untrusted(rules: MqttRules) -> list[str]:
     if rules.breaches:
         return [f"mqtt: {breach}" for breach in rules.breaches]
     if not rules.tried:
-        do = "; the canary needs its two devices: ordain doctor --canary" if rules.breaches == [] else ""
+        do = "; the canary needs its devices: ordain doctor --canary" if rules.breaches == [] else ""
         return [f"mqtt: the rules of its server were not tried yet{do}"]
     return []

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from broker.cli.main import COMMANDS, run
+from broker.operations.passwords import CANARIES
 from tests.conftest import program, unused_port
 from tests.integration.mqtt.test_link import certificate
 from tests.system.conftest import NewBroker
@@ -202,10 +203,10 @@ def test_a_mosquitto_with_the_password_file_accepts_devices_canary_and_broker(
 
     written = broker.ordain("mqtt", "passwd-file", "--to", str(passwords), **url)
 
-    assert written.stdout == f"{passwords}: 4 users\n", written.stderr
+    assert written.stdout == f"{passwords}: 5 users\n", written.stderr
     assert passwords.stat().st_mode & 0o777 == 0o600
     names = {line.partition(":")[0] for line in passwords.read_text().splitlines()}
-    assert names == {"lamp", "ordain", "ordain-canary-thief", "ordain-canary-victim"}
+    assert names == {"lamp", "ordain", *CANARIES}
     plain = broker.ordain("mqtt", "passwd-file", "--no-canary")
     assert {line.partition(":")[0] for line in plain.stdout.splitlines()} == names - {"ordain"}
     server = subprocess.Popen([program("mosquitto"), "-c", str(config)])
