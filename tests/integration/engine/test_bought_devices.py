@@ -320,3 +320,37 @@ def test_the_last_known_state_can_be_read_as_it_was() -> None:
         assert then.state.reported == {"state": "OFF", "brightness": 10}
 
     scene(lamp)
+
+
+def test_the_state_of_a_type_without_record_state_is_not_kept() -> None:
+    silent = ALARM.replace('name = "alarm"\n', 'name = "alarm"\nrecord_state = "none"\n').replace(
+        "[[answers]]", 'state_topics = ["plant/{hardware_id}/state"]\n[[answers]]', 1
+    )
+
+    async def alarm(bench: Bench) -> None:
+        device_id = await register(bench, "bell-1", "alarm")
+        says(bench, "plant/bell-1/state", '{"ringing":true}')
+        await asyncio.sleep(5)
+        assert [each["type"] for each in await events(bench, f"device/{device_id}")] == [
+            "registered",
+            "online",
+        ]
+
+    scene(alarm, type=silent)
+
+
+def test_a_device_that_reports_all_the_time_fills_the_log_within_its_rate_and_its_newest_state_counts() -> (
+    None
+):
+    async def lamp(bench: Bench) -> None:
+        device_id = await register(bench, "lamp", "zigbee2mqtt")
+        limits = bench.core.commands.limits
+        for number in range(500):
+            says(bench, "zigbee2mqtt/lamp", f'{{"state":"ON","power":{number}}}')
+            await asyncio.sleep(0.01)
+        await until(lambda: reported(bench) == {"state": "ON", "power": 499})
+        found = [each for each in await events(bench, f"device/{device_id}") if each["type"] == "reported"]
+        assert len(found) <= limits.device_events_burst + 8 * limits.device_events_per_sec
+        assert found[-1]["state"]["power"] == 499
+
+    scene(lamp)
