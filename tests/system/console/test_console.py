@@ -69,6 +69,7 @@ def test_a_command_is_sent_from_the_form_and_watched_to_its_end(console: Console
 def test_the_list_is_live_and_the_address_has_its_filters(console: Console) -> None:
     broker = console.broker
     console.device("away-1")
+    broker.create("door-7", "unlock")
     page = console.tab().open()
     page.get_by_role("grid").wait_for()
     waiting = broker.create("away-1", "unlock")
@@ -151,6 +152,29 @@ def test_the_keyboard_reaches_everything(console: Console) -> None:
     page.keyboard.insert_text(made[0])
     page.keyboard.press("Enter")  # before the search is answered
     page.wait_for_url(f"**/commands/{made[0]}")
+
+
+LONG_LIFE = """async () => {
+  const { html, render } = await import("/console/assets/html.mjs");
+  const { Waterfall } = await import("/console/assets/waterfall.mjs");
+  const event = (type, at) => ({ type, position: 1, recorded_at: `2026-01-01T00:0${at}:00.000Z`, data: {} });
+  const events = [event("created", 0), event("expired", 5)];
+  document.body.replaceChildren();
+  render(html`<${Waterfall} command=${{ state: "expired" }} events=${events} />`, document.body);
+}"""
+
+
+def test_a_life_of_more_than_a_minute_has_an_axis_in_percent(console: Console) -> None:
+    page = console.tab().open()
+    page.get_by_role("navigation", name="Pages").wait_for()
+    page.evaluate(LONG_LIFE)
+    track, axis = page.locator(".track").first.bounding_box(), page.locator(".axis.percent")
+    marks = [mark.bounding_box() for mark in axis.locator("span").all()]
+    assert axis.inner_text().split("\n") == ["0 %", "25 %", "50 %", "75 %", "100 %"]
+    assert track is not None
+    for mark, quarter in zip(marks, range(5), strict=True):
+        assert mark is not None
+        assert abs(mark["x"] - track["x"] - track["width"] * quarter / 4) < 2
 
 
 def test_abandoning_a_command_asks_for_a_reason_and_records_it(console: Console) -> None:
@@ -237,6 +261,8 @@ def test_every_page_is_shown_as_it_was(console: Console) -> None:
     page.get_by_text("read-only").wait_for(state="detached")
     page.goto(f"{broker.url}/console/time?at={created}")
     page.get_by_role("button", name="this moment").first.click()
+    beside = page.locator(".moment", has=page.get_by_label("To"))
+    assert beside.get_by_role("button", name="this moment").count() == 1
     page.get_by_role("button", name="Compare").click()
     change = page.locator(".changes li", has=page.locator(f"a[href*='{command}']"))
     change.wait_for()

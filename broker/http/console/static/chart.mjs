@@ -16,6 +16,8 @@ function load() {
 
 const HEIGHT_PX = 140;
 const tens = (_, all) => all.map((value) => (value !== null && Number.isInteger(Math.log10(value)) ? value : null));
+// Labels show whole seconds; where ticks are closer than that, only the first one of a second has a label.
+const once = (labels) => labels.map((label, place) => (label === labels[place - 1] ? "" : label));
 const round = (ms) => (ms === null ? "" : ms < 1_000 ? `${ms} ms` : `${ms / 1_000} s`);
 
 /** The series: time of creation in seconds; ms from hand-over to result of executed commands; and of failed ones. */
@@ -62,7 +64,7 @@ export function Latency({ commands }) {
           cursor: { show: false },
           scales: { y: { distr: 3 } },
           axes: [
-            { ...axis, values: (_, all) => all.map((sec) => clock(sec * 1_000)) },
+            { ...axis, values: (_, all) => once(all.map((sec) => clock(sec * 1_000))) },
             { ...axis, size: 56, filter: tens, grid: { ...axis.grid, filter: tens }, values: (_, all) => all.map(round) },
           ],
           series: [{}, dots(real("--s-executed")), dots(real("--s-failed"))],

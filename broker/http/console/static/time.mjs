@@ -189,8 +189,8 @@ function Diff() {
     event.preventDefault();
     compare({ from: point(points.from), to: point(points.to) });
   };
-  const field = (name, title, hint) => html`<label><span>${title}</span><input value=${points[name]} placeholder=${hint} onInput=${(event) => set({ ...points, [name]: event.target.value })} /></label>
-    <button type="button" disabled=${at === null} onClick=${() => set({ ...points, [name]: at })}>this moment</button>`;
+  const field = (name, title, hint) => html`<div class="moment"><label><span>${title}</span><input value=${points[name]} placeholder=${hint} onInput=${(event) => set({ ...points, [name]: event.target.value })} /></label>
+    <button type="button" disabled=${at === null} onClick=${() => set({ ...points, [name]: at })}>this moment</button></div>`;
   return html`<${Section} title="Compare two moments">
     <form class="diff" onSubmit=${submit}>${field("from", "From", "the beginning")} ${field("to", "To", "now")} <button type="submit" class="primary">Compare</button></form>
     ${asked && (asked.from === null || asked.to === null ? html`<p class="wrong" role="alert">Enter a position, or a time such as 2026-11-20 12:00:03.</p>` : html`<${Changes} key=${`${asked.from} ${asked.to}`} from=${asked.from} to=${asked.to} />`)}

@@ -82,7 +82,7 @@ export function Waterfall({ command, events }) {
         <span class="n">${name === "result" ? "" : length(spent)}</span>
       </div>`;
     })}
-    ${total > 60_000 && html`<div class="axis share" aria-hidden="true">${[0, 25, 50, 75, 100].map((share) => html`<span key=${share} style=${{ left: `${share}%` }}>${share} %</span>`)}</div>`}
+    ${total > 60_000 && html`<div class="axis percent" aria-hidden="true">${[0, 25, 50, 75, 100].map((share) => html`<span key=${share} style=${{ left: `${share}%` }}>${share} %</span>`)}</div>`}
     <figcaption class="dim"><span class="key b-wait"></span> waiting <span class="key b-sent"></span> handed over <span class="key b-lost"></span> no answer <span class="key b-run"></span> on the device</figcaption>
   </figure>`;
 }
