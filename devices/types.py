@@ -55,11 +55,11 @@ class UnknownCommand(Exception):
 
 
 class BadType(Exception):
-    """A device type file is wrong. Its author must correct it."""
+    """A device type file is wrong. Its author must correct it. `key` is empty if the whole file is wrong."""
 
     def __init__(self, file: str, key: str, value: Any, right: str) -> None:
         self.file, self.key, self.value, self.right = file, key, value, right
-        super().__init__(f"{file}: {key} = {value!r:.120}: {right}")
+        super().__init__(f"{file}: {key} = {value!r:.120}: {right}" if key else f"{file}: {right}")
 
 
 class CommandType(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
@@ -314,8 +314,10 @@ def load_type(source: Path | str) -> DeviceType:
     try:
         text = source.read_text("utf-8-sig") if isinstance(source, Path) else source.removeprefix("\ufeff")
         table = toml.parse(text)
-    except (OSError, ValueError) as error:
-        raise BadType(file, "(file)", None, f"cannot be read as TOML: {error}") from error
+    except OSError as error:
+        raise BadType(file, "", None, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise BadType(file, "", None, f"is not TOML: {error}") from error
     commands = table.pop("commands", {})
     if not isinstance(commands, dict):
         raise BadType(file, "commands", commands, "must be tables, [commands.<name>]")

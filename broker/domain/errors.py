@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import msgspec
+
 Kind = Literal[
     "invalid_request",
     "unauthorized",
@@ -44,11 +46,15 @@ class Refusal(Exception):
 
 
 def invalid(field: str, reason: str, value: object = None) -> Refusal:
-    """The refusal of a wrong field. Names the field, what is wrong, and the value (first 80 characters)."""
-    shown = "" if value is None else f" (got {str(value)[:80]!r})"
-    return Refusal(
-        "invalid_request", f"{field}: {reason}{shown}", {"field": field, "reason": f"{reason}{shown}"}
-    )
+    """The refusal of a wrong field. Names the field, what is wrong, and the value."""
+    reason += "" if value is None else got(value)
+    return Refusal("invalid_request", f"{field}: {reason}", {"field": field, "reason": reason})
+
+
+def got(value: object) -> str:
+    """A wrong value (its first 80 characters), for the end of a reason. Text is in quotes: "5" is not 5."""
+    shown = repr(value[:80]) if isinstance(value, str) else msgspec.json.encode(value).decode()[:80]
+    return f" (got {shown})"
 
 
 def not_found(what: str, name: str) -> Refusal:

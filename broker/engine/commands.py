@@ -220,7 +220,7 @@ class Commands:
         except UnknownCommand as error:
             raise invalid("type", str(error)) from error
         except BadParams as error:
-            raise invalid(error.field, error.reason) from error
+            raise invalid(error.field, error.reason, error.value) from error
         except (ValueError, OverflowError, RecursionError) as error:
             raise invalid("params", f"cannot be encoded as JSON: {error}") from error
         return msgspec.Raw(encoded), definition

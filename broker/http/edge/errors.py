@@ -18,7 +18,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import UNSET, Meta, UnsetType
 
-from broker.domain.errors import Refusal, Unavailable, invalid
+from broker.domain.errors import Refusal, Unavailable, got, invalid
 from broker.http.edge.answers import Json
 from broker.http.edge.services import Services, served
 from broker.often import shown
@@ -272,8 +272,4 @@ def _value_at(body: bytes, path: str) -> Any:
 
 
 def _with_value(reason: str, value: Any) -> str:
-    """The reason with the value (first 80 characters); text in quotes, so that "5" is not taken for 5."""
-    if value is UNSET or " (got " in reason:
-        return reason
-    text = repr(value[:80]) if isinstance(value, str) else msgspec.json.encode(value).decode()[:80]
-    return f"{reason} (got {text})"
+    return reason if value is UNSET or " (got " in reason else reason + got(value)

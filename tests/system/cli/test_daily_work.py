@@ -284,6 +284,12 @@ def test_a_wrong_type_file_is_named(
     assert all(word in error["message"] for word in words), error
 
 
+def test_a_type_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "type.toml"
+    assert run(["types", "check", str(missing)]) == 2
+    assert capsys.readouterr().err == f"ordain: {missing}: cannot be read: No such file or directory\n"
+
+
 def test_a_valid_type_file_is_named_too_also_with_a_byte_order_mark(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

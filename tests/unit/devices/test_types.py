@@ -49,10 +49,10 @@ def shipped(name: str) -> DeviceType:
 
 
 def test_these_types_are_shipped() -> None:
-    own = {"iotee_device", "generic", "recorder"}
+    own = {"iotee_device", "generic", "recorder", "gateway"}
     bought = {
-        "shelly_gen1", "shelly_gen2", "tasmota", "zigbee2mqtt", "esphome_switch", "home_assistant_lock",
-        "home_assistant_switch",
+        "shelly_gen1", "shelly_gen2", "tasmota", "zigbee2mqtt", "zigbee2mqtt_bridge", "esphome_switch",
+        "home_assistant_lock", "home_assistant_switch",
     }  # fmt: skip
     assert set(shipped_types()) == own | bought
 
@@ -237,7 +237,7 @@ def test_a_command_inherits_missing_options_from_its_type() -> None:
         ('commands = 5\nname = "x"', "commands"),
         ('name = "x"\n[commands]\ny = 5', "commands.y"),
         ("open = true", "name"),
-        ("open = yes", "(file)"),
+        ("open = yes", ""),
     ],
 )
 def test_the_error_of_a_wrong_file_names_the_key(text: str, key: str) -> None:
