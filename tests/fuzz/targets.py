@@ -133,7 +133,7 @@ def grants(data: bytes) -> None:
     if any(is_signed_by(token, "door-7", key) for key in keys.values()):
         assert jwt.get_unverified_header(token)["typ"] == "answer+jwt"
         payload = jwt.utils.base64url_decode(token.split(".")[1])
-        assert msgspec.json.decode(payload)["iss"] == "door-7", "another device's answer"
+        assert json.loads(payload)["iss"] == "door-7", "another device's answer"
     try:
         document = json.loads(rest)
     except (ValueError, RecursionError):

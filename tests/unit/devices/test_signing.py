@@ -90,6 +90,7 @@ def test_an_algorithm_that_is_not_of_the_key_is_refused() -> None:
         token({**CLAIMS, "iss": 7}),
         token(b"[" * 100_000),
         token(b"{}"),
+        token(b'{"iss":"lamp-1","id":"cmd_1","status":"executed","\x88":1}'),
         "eyJ..",
         "..",
         "",
@@ -123,6 +124,7 @@ def test_no_grant_is_an_answer_and_no_answer_is_a_grant() -> None:
         [CLAIMS],
         b'{"iss": "lamp-1"',
         b"\xff",
+        b'{"iss":"lamp-1","id":"cmd_1","status":"executed","\x88":1}',
         b'{"iss":"lamp-1","id":"cmd_1","status":"executed","result":' + b"[" * 50_000,
     ],
 )
