@@ -138,7 +138,8 @@ class _Then:
         if self.device is None or not self.device.heard:
             return Presence.NEVER
         if not self.device.online:
-            return Presence.OFFLINE
+            # The return of a gateway makes its devices unknown. It is an event of the gateway only.
+            return Presence.OFFLINE if self.device.gateway is None else Presence.UNKNOWN
         return Presence.UNKNOWN if self.void else Presence.ONLINE
 
 

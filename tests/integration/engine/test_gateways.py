@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,9 +14,12 @@ from broker.domain.errors import Refusal
 from broker.domain.events import Changed
 from broker.domain.lanes import Presence
 from broker.engine.registry import NewDevice
+from broker.operations import transfer
+from broker.operations.redecide import redecide
 from projections import past
 from tests.integration.core_support import ME, PROJECT, Bench
 from tests.integration.engine.test_bought_devices import says, scene, sent
+from tests.reading import plain
 
 BRIDGE, OTHER = "zigbee2mqtt", "gw-2"
 
@@ -43,7 +47,17 @@ async def told(bench: Bench, device_id: str) -> list[tuple[str, dict[str, Any]]]
     return [(row.type, msgspec.json.decode(row.data or b"{}")) for row in rows]
 
 
-def test_devices_go_offline_with_their_gateway_and_are_unknown_when_it_is_back() -> None:
+async def repeated(bench: Bench, command_id: str, tmp_path: Path) -> list[str]:
+    """What `redecide` finds in the export of a command."""
+    await bench.writer.barrier()
+    file = tmp_path / "bundle.jsonl"
+    await bench.writer.storage.read(plain(lambda sql: transfer.export_command(sql, file, command_id)))
+    command, events = transfer.read_command(file)
+    first = min(each.position for each in events if each.stream == command)
+    return [step.fault for step in redecide(events, first) if step.fault is not None]
+
+
+def test_devices_go_offline_with_their_gateway_and_are_unknown_when_it_is_back(tmp_path: Path) -> None:
     async def going(bench: Bench) -> None:
         lamp = await family(bench)
 
@@ -64,6 +78,7 @@ def test_devices_go_offline_with_their_gateway_and_are_unknown_when_it_is_back()
         says(bench, "zigbee2mqtt/lamp", '{"state":"ON"}')
         await asyncio.sleep(0.1)
         assert bench.state(command.id) == "executed"
+        assert await repeated(bench, command.id, tmp_path) == []
 
     scene(going)
 
