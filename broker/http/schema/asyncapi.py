@@ -196,6 +196,17 @@ def _answers(prefix: str, kind: DeviceType) -> dict[str, Any]:
             "payload": {"$ref": "#/components/schemas/AnswerMessage"},
         }
     }
+    if kind.answers_signed != "none":
+        messages["signed"] = {
+            "name": f"{kind.name}.signed",
+            "title": "A signed answer",
+            "description": "A JWS in compact form. Its payload is the answer, with the hardware id as `iss`; "
+            "progress has a rising `seq`.",
+            "contentType": "application/jose",
+            "payload": {"type": "string", "pattern": "^eyJ[^.]+\\.[^.]+\\.[^.]+$"},
+        }
+    if kind.answers_signed == "required":
+        del messages["answer"]
     if kind.words:
         meaning = "; ".join(f"`{word}`: {status}" for word, status in kind.words.items())
         messages["text"] = {

@@ -13,6 +13,7 @@ import pytest
 
 from broker.http.schema.asyncapi import document
 from devices.names import answer_topic, command_topic, status_topic
+from devices.speech.signing import sign
 from devices.types import DeviceType, load_type, shipped_types
 from devices.wire import Answer, encode_answer, encode_command, encode_status
 from tests.integration.http.support import Broker, running
@@ -35,6 +36,10 @@ required = ["percent"]
 type = "object"
 """)
 TYPES["valve"] = VALVE
+for rule in ("optional", "required"):
+    TYPES[rule] = load_type(
+        f'name = "{rule}"\nopen = true\nanswers_signed = "{rule}"\nanswer_suffix = "{rule}"\n'
+    )
 PARAMS: dict[str, dict[str, Any]] = {"turn": {"percent": 5}}
 COMMANDS = [(kind, name) for kind in TYPES.values() for name in (*kind.commands, *(["x"] * kind.open))]
 
@@ -150,7 +155,11 @@ def test_answers_fit_the_description(described: dict[str, Any], kind: DeviceType
     topic = answer_topic("site", "d-1", definition)
     said = encode_answer(Answer(id="cmd_1", status="executed", result={"a": 1}))
 
-    assert fitting(described, topic, kind, msgspec.json.decode(said)) == [f"{kind.name}.answer"]
+    signed = sign(said, "d-1", b"s" * 32).decode()
+    plain = [] if kind.answers_signed == "required" else [f"{kind.name}.answer"]
+    assert fitting(described, topic, kind, msgspec.json.decode(said)) == plain
+    sealed = [] if kind.answers_signed == "none" else [f"{kind.name}.signed"]
+    assert fitting(described, topic, kind, signed) == sealed
     for word in kind.words:
         assert fitting(described, topic, kind, word) == [f"{kind.name}.text"]
     assert fitting(described, topic, kind, {"status": "done"}) == []
