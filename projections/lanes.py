@@ -26,12 +26,12 @@ CLOSE = "DELETE FROM lanes WHERE device_id = ? AND position = (SELECT position F
 async def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:
     """All open commands, or those of one device; lane by lane, each lane in order of creation."""
     where, values = ("WHERE l.device_id = ?", (device_id,)) if device_id is not None else ("", ())
-    found = await sql.all(
+    found = sql.each(
         f"SELECT {COLUMNS} FROM lanes l CROSS JOIN commands c ON c.position = l.position "
         f"CROSS JOIN events f ON f.position = l.position {where} ORDER BY l.device_id, l.position",
         values,
     )
-    return [folded(row) for row in found]
+    return [folded(row) async for row in found]
 
 
 async def dump(sql: Sql) -> list[tuple[Any, ...]]:

@@ -6,6 +6,7 @@ their events without an `await` in between, so that no other request can change 
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Generic, NamedTuple, TypeVar
@@ -30,6 +31,7 @@ Ids = Iterable[str]
 Key = tuple[str, str, str]  # project, idempotency key, scope
 
 KEPT = 20_000
+AT_ONCE = 1_000
 KEPT_PURGES = 100
 
 
@@ -218,7 +220,9 @@ class Live:
         self._purged = [*self._purged, *(each for each in promised if each not in self._purged)]
         self.epoch += 1
         self.definitions = read.definitions
-        for state in read.open:
+        for count, state in enumerate(read.open, 1):
+            if count % AT_ONCE == 0:
+                await asyncio.sleep(0)  # a node must show signs of life while it reads
             definition = self.definitions[state.definition]
             member = self.put_command(state, definition)
             member.flight = attempts.recovered(state, definition, now, entropy.uniform)

@@ -19,6 +19,7 @@ logger = structlog.get_logger()
 
 BEAT_SEC = 1.0
 SOON_SEC = 0.25  # how often the end of a lease is looked for
+SILENT_MS = 2_500
 
 
 class Cluster:
@@ -92,10 +93,15 @@ class Cluster:
                 event.clear()
             waits = [asyncio.ensure_future(event.wait()) for event in (self._soon, self._log.stirred)]
             try:
-                await asyncio.wait(waits, timeout=BEAT_SEC, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(waits, timeout=self._pause(), return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for each in waits:
                     each.cancel()
+
+    def _pause(self) -> float:
+        """Shorter while the owner is silent: the end of its lease shall not be seen late."""
+        owner = self.members.owner
+        return BEAT_SEC if owner is None or self.silent_ms(owner) < SILENT_MS else SOON_SEC
 
     async def beat(self) -> None:
         began, stir, self._stir = self._now(), self._stir, False

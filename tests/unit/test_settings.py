@@ -75,3 +75,20 @@ def test_bounds_of_connections_stay_within_the_limit_of_open_files() -> None:
     few = within_files(Settings(), 1_024)
     assert few.mqtt_limits.connections + few.limits.strangers < 1_024
     assert few.limits.strangers_per_address < few.limits.strangers
+
+
+def test_one_of_several_nodes_needs_what_all_of_them_share(tmp_path: Path) -> None:
+    file = tmp_path / "ordain.toml"
+    lines = ['advertise = "10.0.0.1:8080"']
+    for key, value in (
+        ("log", "postgresql://ordain@db/ordain"),
+        ("mqtt_url", "mqtt://mqtt:1883"),
+        ("cluster_secret_file", "/etc/ordain/secret"),
+        ("key_pepper_file", "/etc/ordain/pepper"),
+    ):
+        assert f"advertise = '10.0.0.1:8080': needs {key}, " in refused(tmp_path, "\n".join(lines))
+        lines.append(f'{key} = "{value}"')
+    file.write_text("\n".join(lines))
+    assert load({}, {}, str(file)).advertise == "10.0.0.1:8080"
+    assert "node = 'one': needs advertise" in refused(tmp_path, 'node = "one"')
+    assert "advertise = 'here': must be HOST:PORT" in refused(tmp_path, 'advertise = "here"')

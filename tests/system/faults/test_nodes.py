@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from tests.conftest import Mosquitto, program, unused_port
+from tests.postgres import Postgres
 from tests.system.conftest import NewBroker
 from tests.system.support import WITHIN_SEC, Broker, Device, Process, executed, until
 
@@ -88,6 +89,10 @@ def test_after_kill_9_of_the_owner_a_door_goes_on_without_losing_or_doubling_a_c
     assert heard(door)["id"] == done
     door.say(executed(done))
     assert two.reaches(done, "executed") == one.command(done)
+    wrong = two.http("GET", f"/v1/commands/{done}", **{"X-Ordain-Secret": "t" * 40})
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (403, "forbidden")
+    passed_on = two.http("GET", f"/v1/commands/{done}", **{"X-Ordain-Secret": "s" * 40})
+    assert (passed_on.status_code, passed_on.headers["x-ordain-moved"]) == (503, "1")
     left = one.create("door-7")
     first = heard(door)
     assert (first["id"], first["attempt"]) == (left, 1)
@@ -243,3 +248,33 @@ def test_event_streams_at_doors_go_on_through_the_end_of_the_owner(
     figures = three.http("GET", "/metrics").text + two.http("GET", "/metrics").text
     owners = re.findall(r"^ordain_node_owner (.*)$", figures, re.MULTILINE)
     assert sorted(owners) == ["0.0", "1.0"]
+
+
+def test_after_an_outage_of_the_database_the_same_owner_goes_on(
+    new_node: NewNode, mosquitto: Mosquitto, postgres: Postgres
+) -> None:
+    one = new_node("one")
+    assert owns(one)
+    two = new_node("two")
+    assert is_door(two)
+    two.key = one.key = two._make_key()
+    door = registered(two, mosquitto)
+    first = two.create("door-7")
+    assert heard(door)["id"] == first
+
+    postgres.kill()
+    try:
+        one.run.err.wait("event=node.lapsed")
+        one.run.err.wait("event=mqtt.link_down")
+        assert one.http("GET", f"/v1/commands/{first}").status_code == 503
+        until(lambda: role(two) != "door")
+    finally:
+        postgres.start()
+    assert owns(one)
+    assert is_door(two)
+    door.say(executed(first))
+    two.reaches(first, "executed")
+    second = two.create("door-7")
+    assert heard(door)["id"] == second
+    nodes = two.operator("GET", "/v1/system").json()
+    assert nodes["term"] == 1
