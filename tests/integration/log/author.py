@@ -31,6 +31,9 @@ class Author:
     def rename(self, name: str, device_id: str = DEVICE) -> None:
         self._device(device_id, Changed(name=name))
 
+    def move(self, gateway: str | None, device_id: str = DEVICE) -> None:
+        self._device(device_id, Changed(gateway=gateway))
+
     def _device(self, device_id: str, event: Event) -> None:
         pending = self._stage(device_stream(device_id), event, device_id)
         known = self._states.get(device_id)

@@ -34,6 +34,7 @@ from broker.seams import (
     Unmatched,
 )
 from broker.world import SqliteStorage
+from projections import devices as devices_view
 from projections import follower
 from tests.integration.core_support import DEVICE, PROJECT, T
 from tests.integration.log.author import Author
@@ -99,6 +100,20 @@ async def test_events_get_positions_and_a_chain_that_verifies(storage: Storage) 
         (1, "device/dev_grüße", 1), (2, ONE, 1), (3, ONE, 2), (4, "audit", 1), (5, ONE, 3),
     ]  # fmt: skip
     await sound(storage)
+
+
+async def test_the_devices_of_gateways_are_found(storage: Storage) -> None:
+    author = Author(storage.term)
+    for name in ("dev_a", "dev_b", "dev_c"):
+        author.register(name)
+        author.move("gw", name)
+    author.move(None, "dev_b")
+    author.move("other", "dev_c")
+    await storage.append(author.batch())
+
+    found = await storage.read(devices_view.with_gateway)
+
+    assert {device.id: device.gateway for device in found} == {"dev_a": "gw", "dev_c": "other"}
 
 
 async def test_a_batch_is_recorded_once_however_often_it_is_sent(storage: Storage) -> None:
