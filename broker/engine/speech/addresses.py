@@ -105,6 +105,13 @@ class Addresses:
         """The types whose topics have the device's name."""
         return [name for name, kind in self.types.items() if _by_name(kind)]
 
+    def alike(self, device: DeviceState) -> dict[str, DeviceType]:
+        """The types that a command to this device may have instead of its own: those that ask for signed
+        answers as its own does, so that nobody can choose a type that believes more."""
+        own = self.types.get(device.device_type)
+        rule = "none" if own is None else own.answers_signed
+        return {name: kind for name, kind in self.types.items() if kind.answers_signed == rule}
+
     def load(self, used: Iterable[str], devices: Iterable[DeviceState]) -> None:
         """Forgets everything, and takes in the types in use and the devices of types with names in topics."""
         self._named.clear()

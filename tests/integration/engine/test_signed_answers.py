@@ -278,3 +278,15 @@ def test_a_key_that_is_none_is_refused(wrong: str) -> None:
             await bench.core.registry.change(ME, "lamp-1", Changed(answer_key=wrong))
 
     story(part)
+
+
+def test_a_command_cannot_have_a_type_that_believes_more_than_the_devices_own() -> None:
+    async def part(bench: Bench) -> None:
+        await lamp(bench)
+        for other in ("generic", "optional"):
+            with pytest.raises(Refusal, match="must be one of required"):
+                await bench.order(device_type=other)
+        command = await bench.order(device_type="required")
+        assert command.device_type == "required"
+
+    story(part)
