@@ -51,7 +51,8 @@ class Repairs:
             type=old.type,
             params=msgspec.json.decode(old.params),
             ttl_sec=None if old.ttl_ms is None else max(1, old.ttl_ms // 1_000),
-            device_type=old.device_type,
+            # Of a device whose type now has another rule for signed answers: as its type says now.
+            device_type=old.device_type if old.device_type in commands.addresses.alike(device) else None,
             idempotency_key=key,
             fingerprint=hashlib.sha256(f"retry {old.id}".encode()).digest(),
         )

@@ -290,3 +290,23 @@ def test_a_command_cannot_have_a_type_that_believes_more_than_the_devices_own() 
         assert command.device_type == "required"
 
     story(part)
+
+
+def test_a_retry_has_the_rule_that_the_devices_type_has_now() -> None:
+    async def part(bench: Bench) -> None:
+        await bench.device()
+        await bench.core.registry.change(ME, "lamp-1", Changed(answer_key=public(PRIVATE)))
+        old = await handed_over(bench)
+        await said(bench, answer(old, "failed", error="jammed"))
+        await bench.becomes(old.id, "failed")
+        await bench.core.registry.change(ME, "lamp-1", Changed(device_type="required"))
+        before = len(bench.wire.sent)
+        new = (await bench.core.repairs.retry(ME, old.id)).state
+        await until(lambda: len(bench.wire.sent) > before)
+        assert (new.retry_of, new.device_type) == (old.id, "required")
+        await said(bench, answer(new))
+        assert await bench.unmatched() == ["unsigned"]
+        await said(bench, signed(new))
+        await bench.becomes(new.id, "executed")
+
+    story(part)
