@@ -232,12 +232,12 @@ def open_file(path: Path) -> sqlite3.Connection:
         log.check_format(connection, path)
         log.show_as_format_2(connection)
         connection.execute("PRAGMA query_only = ON")
-    except sqlite3.Error as error:
+    except (sqlite3.Error, Broken) as error:
         connection.close()
-        raise Broken(f"{path}: {error}") from error
-    except Broken:
-        connection.close()
-        raise
+        if isinstance(error, Broken):
+            raise
+        none = "no such table: events" in str(error)
+        raise Broken(f"{path}: {'it holds no log yet; a broker makes one' if none else error}") from error
     return connection
 
 

@@ -16,7 +16,7 @@ from broker.opening import snapshot, space
 from broker.operations import transfer
 from broker.seams import Broken, Full
 from broker.settings import Settings
-from broker.world import DATABASE, InUse, SqliteStorage, compact
+from broker.world import DATABASE, InUse, SqliteStorage, compact, open_for_reading
 from projections import follower
 from tests.integration.log.test_golden import put
 
@@ -103,3 +103,9 @@ def test_stats_count_rows_and_bytes(data: Path) -> None:
     assert found["erased"] == 0
     assert found["free_bytes_in_the_file"] > 400 * KIB
     assert found["first_recorded_at"] < found["last_recorded_at"]
+
+
+def test_a_file_that_a_refused_start_left_empty_holds_no_log_yet(tmp_path: Path) -> None:
+    (tmp_path / DATABASE).touch()
+    with pytest.raises(Broken, match="it holds no log yet; a broker makes one"):
+        open_for_reading(tmp_path)
