@@ -12,13 +12,17 @@ the first one of format 2.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import sha256
+from struct import Struct
+from struct import error as StructError
 from typing import NamedTuple
 
 GENESIS = bytes(32)
 FORMAT_2 = b"\x00\x00\x00\x08ordain-2"  # the first part of what is hashed
 NULL = b"\xff\xff\xff\xff"  # an impossible length, so a null value differs from an empty one
-
+_number = Struct(">Iq").pack  # a part with a number: its length, which is 8, and the number
+_numbers = Struct(">IqIqIq").pack
 
 Header = tuple[int, str, int, str, int, int, int | None, str, str | None, str]
 
@@ -58,12 +62,10 @@ def _part(value: bytes) -> bytes:
 
 
 def _text(value: str) -> bytes:
-    encoded = value.encode()
-    return len(encoded).to_bytes(4, "big") + encoded
+    return _part(value.encode())
 
 
-def _number(value: int) -> bytes:
-    return b"\x00\x00\x00\x08" + value.to_bytes(8, "big", signed=True)
+_often = lru_cache(4_096)(_text)  # of columns whose values repeat
 
 
 def digest(salt: bytes, data: bytes) -> bytes:
@@ -86,19 +88,21 @@ def link(
     row_digest: bytes,
 ) -> bytes:
     """The hash of one row: SHA-256, 32 bytes. The arguments after `previous` are the row's header."""
+    if decided_at is None:
+        form, times = b"", _number(8, schema) + _number(8, recorded_at)
+    else:
+        form, times = FORMAT_2, _numbers(8, schema, 8, recorded_at, 8, decided_at)
     parts = (
-        b"" if decided_at is None else FORMAT_2,
+        form,
         _part(previous),
-        _number(position),
+        _number(8, position),
         _text(stream),
-        _number(version),
-        _text(type_name),
-        _number(schema),
-        _number(recorded_at),
-        b"" if decided_at is None else _number(decided_at),
-        _text(project),
-        NULL if device_id is None else _text(device_id),
-        _text(actor),
+        _number(8, version),
+        _often(type_name),
+        times,
+        _often(project),
+        NULL if device_id is None else _often(device_id),
+        _often(actor),
         _part(row_digest),
     )
     return sha256(b"".join(parts)).digest()
@@ -113,7 +117,7 @@ def fault(row: Row, previous: bytes, expected_position: int, erased: bool) -> st
         return f"position {expected_position} is missing: the next row is {row.position}"
     try:
         return _mismatch(row, previous, erased)
-    except (TypeError, AttributeError):  # SQLite stores text in a BLOB column without an error
+    except (TypeError, AttributeError, StructError):  # SQLite stores text in a BLOB column without an error
         return f"position {row.position} was changed: a column has the wrong type"
 
 

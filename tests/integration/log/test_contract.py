@@ -252,7 +252,10 @@ def played(steps: list[tuple[str, Any, Any]], term: int) -> Iterator[tuple[int, 
             author.now += number
         elif what == "commit":
             batch = author.batch()
-            yield author.now, batch if number else msgspec.structs.replace(batch, term=term + 1)
+            if not number:
+                yield author.now, msgspec.structs.replace(batch, term=term + 1)
+                return  # a node that is fenced off appends no more
+            yield author.now, batch
 
 
 async def told(storage: Storage, batch: Batch) -> object:
