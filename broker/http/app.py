@@ -61,6 +61,12 @@ def _routes(local: bool) -> Litestar:
     )
 
 
+def warm() -> None:
+    """Builds all routes, so that the first app is there at once."""
+    for local in (False, True):
+        _routes(local)
+
+
 def metrics_app(text: Callable[[], bytes]) -> ASGIApp:
     """The app on the listener of `metrics = "HOST:PORT"`: `GET /metrics`, and nothing else."""
 

@@ -27,6 +27,26 @@ from broker.type_files import load_types
 from broker.world import SystemClock, SystemEntropy
 from devices.mqtt_url import parse_url
 from devices.tls import trust
+from devices.types import DeviceType
+
+
+class Beforehand(NamedTuple):
+    """What is read from files, and may take its time, before a log is owned. `verify`: see `_of_webhooks`."""
+
+    types: dict[str, DeviceType]
+    verify: ssl.SSLContext
+    pepper: bytes
+
+
+def beforehand(settings: Settings) -> Beforehand:
+    """Raises:
+    BadSetting, BadType, Broken: a file is missing or wrong.
+    """
+    return Beforehand(
+        load_types(settings.types, settings.prefix),
+        _of_webhooks(settings),
+        pepper_of(Path(settings.data), settings.key_pepper_file),
+    )
 
 
 class Owning(NamedTuple):
@@ -49,6 +69,7 @@ async def owning(
     strangers: Strangers | None = None,
     holds: Callable[[], bool] = lambda: True,
     nodes: Callable[[], NodesFacts | None] = lambda: None,
+    files: Beforehand | None = None,
 ) -> AsyncIterator[Owning]:
     """Reads the log, connects the MQTT server and runs both. At the end everything staged is durable.
 
@@ -59,9 +80,8 @@ async def owning(
         BadType: a file of device types is wrong.
         ExceptionGroup (of Broken): the storage failed while serving.
     """
-    types = load_types(settings.types, settings.prefix)
-    outbound = HttpOutbound(settings.webhook_allow, verify=_of_webhooks(settings), limits=settings.limits)
-    pepper = pepper_of(Path(settings.data), settings.key_pepper_file)
+    types, verify, pepper = files or beforehand(settings)
+    outbound = HttpOutbound(settings.webhook_allow, verify=verify, limits=settings.limits)
     core = Core(storage, SystemClock(), SystemEntropy(), types, settings, outbound, pepper)
     core.holds = holds
     embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"

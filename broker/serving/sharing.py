@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from broker.engine.ids import new_id
-from broker.http.app import create_app, metrics_app
+from broker.http.app import create_app, metrics_app, warm
 from broker.http.edge.strangers import Strangers
 from broker.metrics import Metrics
 from broker.mqtt.client.link import MqttLink
@@ -31,7 +31,7 @@ from broker.opening import Shared, open_shared
 from broker.seams import Broken, Unknown
 from broker.serving import supervisor
 from broker.serving.listening import Apps, served
-from broker.serving.owning import owning
+from broker.serving.owning import Beforehand, beforehand, owning
 from broker.settings import Settings
 from broker.world import SystemClock, SystemEntropy, boot_ms
 from devices.mqtt_url import joined
@@ -57,6 +57,12 @@ async def share(
     """
     shared = open_shared(settings)
     try:
+        # All that takes time is done before: when the log is taken over, requests wait.
+        files = beforehand(settings)
+        warm()
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(10_000, 20, 50)
         await _prepared(shared)
         cluster = Cluster(shared.log, shared.node, boot_ms, SystemClock().wall_ms)
         peers = Peers(cluster, shared.secret)
@@ -69,7 +75,7 @@ async def share(
                 with _failing(entrance):
                     await _until(stop, group.create_task(cluster.claimed()))
                     if not stop.is_set():
-                        await _own(settings, shared, entrance, strangers, certificates, tls, stop)
+                        await _own(settings, shared, files, entrance, strangers, certificates, tls, stop)
                 entrance.leaves = True
                 supervisor.notify(supervisor.STOPPING, os.environ)
                 logger.info("broker.ending")
@@ -117,6 +123,7 @@ async def _until(stop: asyncio.Event, claimed: asyncio.Task[None]) -> None:
 async def _own(
     settings: Settings,
     shared: Shared,
+    files: Beforehand,
     entrance: Entrance,
     strangers: Strangers,
     certificates: Certificates | None,
@@ -125,9 +132,8 @@ async def _own(
 ) -> None:
     """Owns the log until `stop`, and then lets another node have it."""
     cluster = entrance.cluster
-    async with owning(
-        settings, shared.log, certificates, tls, stop, strangers, cluster.holds, cluster.facts
-    ) as own:
+    log, holds, facts = shared.log, cluster.holds, cluster.facts
+    async with owning(settings, log, certificates, tls, stop, strangers, holds, facts, files) as own:
         parts, link = own.parts, own.core.link
         if isinstance(link, MqttLink):
             cluster.lapsed = link.cut
@@ -136,9 +142,7 @@ async def _own(
         before, entrance.metrics = entrance.metrics, parts.metrics.text
         entrance.apps = apps
         cluster.tell()
-        gc.collect()
         gc.freeze()
-        gc.set_threshold(10_000, 20, 50)
         logger.info("broker.owns", term=cluster.term, log=own.core.log_id, open=len(own.core.live.members))
         try:
             await stop.wait()

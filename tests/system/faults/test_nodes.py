@@ -222,17 +222,15 @@ def test_event_streams_at_doors_go_on_through_the_end_of_the_owner(
     for node in (one, two, three):
         node.key = one.key or one._make_key()
     registered(three, mosquitto)
-    nodes = three.operator("GET", "/v1/system").json()["nodes"]
-    assert [(each["name"], each["role"]) for each in nodes] == [
-        ("one", "owner"),
-        ("three", "door"),
-        ("two", "door"),
-    ]
+    roles = {"one": "owner", "two": "door", "three": "door"}
+
+    def shown(nodes: list[dict[str, Any]]) -> dict[str, str]:
+        return {each["name"]: each["role"] for each in nodes}
+
+    until(lambda: shown(three.operator("GET", "/v1/system").json()["nodes"]) == roles)
     listed = json.loads(two.ordain("nodes", "list", "--json", ORDAIN_LOG=database).stdout)
     assert listed["term"] == 1
-    assert {each["name"]: each["role"] for each in listed["nodes"]} == {
-        each["name"]: each["role"] for each in nodes
-    }
+    assert shown(listed["nodes"]) == roles
     with following(two) as at_two, following(three) as at_three:
         for number in range(3):
             three.create("door-7", f"c{number}")
