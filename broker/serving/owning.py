@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from broker.mqtt.external.watch import untrusted
 from broker.mqtt.figures import figures
 from broker.mqtt.tls import Certificates
 from broker.pepper import pepper_of
-from broker.seams import Storage
+from broker.seams import Answer, Outbound, Storage
 from broker.settings import BadSetting, Settings
 from broker.subscriptions.outbound import HttpOutbound
 from broker.type_files import load_types
@@ -47,6 +47,21 @@ def beforehand(settings: Settings) -> Beforehand:
         _of_webhooks(settings),
         pepper_of(Path(settings.data), settings.key_pepper_file),
     )
+
+
+class WhileHolding:
+    """Outgoing HTTP that sends nothing for a node which must not act as the owner any more."""
+
+    def __init__(self, outbound: Outbound, holds: Callable[[], bool]) -> None:
+        self._outbound, self._holds = outbound, holds
+
+    async def fault(self, url: str) -> str | None:
+        return await self._outbound.fault(url)
+
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout_sec: float) -> Answer:
+        if not self._holds():
+            return Answer(error="the lease of this node has ended")
+        return await self._outbound.post(url, headers, body, timeout_sec)
 
 
 class Owning(NamedTuple):
@@ -82,7 +97,8 @@ async def owning(
     """
     types, verify, pepper = files or beforehand(settings)
     outbound = HttpOutbound(settings.webhook_allow, verify=verify, limits=settings.limits)
-    core = Core(storage, SystemClock(), SystemEntropy(), types, settings, outbound, pepper)
+    sending = WhileHolding(outbound, holds)
+    core = Core(storage, SystemClock(), SystemEntropy(), types, settings, sending, pepper)
     core.holds = holds
     embedded = not settings.mqtt_url and settings.mqtt_server == "embedded"
     await core.open(embedded=embedded)
