@@ -24,7 +24,7 @@ test-all: mosquitto browser ## run all tests with every Python from 3.11 on that
 test-ends: mosquitto ## run unit and integration tests with the oldest and the newest Python here
 	@scripts/test-pythons ends
 
-test-simulation: .venv/dev ## run 300 seeds and all planted bugs of the simulation; takes an hour
+test-simulation: .venv/dev ## run 300 seeds and all planted bugs of the simulation; takes several minutes
 	@ORDAIN_SIMULATION=whole .venv/bin/pytest --timeout 3600 tests/simulation/test_simulation.py
 
 check: .venv/dev ## check style and types

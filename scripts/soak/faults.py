@@ -1,8 +1,8 @@
 """`make faults`: real processes under faults at random moments, and at named points of the broker's start.
 
 The broker is killed, stopped and ended; Mosquitto is stopped and restarted; the connections between them and
-the devices are slow, cut and half-open; the disk is full, fails, and loses power (as root). Backups are taken
-meanwhile. When all faults are over, `judge` compares the log with the devices' books.
+the devices are slow, cut and half-open; writes fail; the disk is full and loses power (as root). Backups are
+taken meanwhile. When all faults are over, `judge` compares the log with the devices' books.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import os
 import random
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -33,6 +34,7 @@ SLOW, SLOW_SEC = 0.3, (0.2, 3.0)
 PAUSE_SEC = 4.0
 HALF_OPEN_SEC, STOPPED_SEC, DELAY_SEC, FULL_SEC = (2.0, 8.0), (1.0, 15.0), (0.05, 1.0), (1.0, 8.0)
 ENDS_WITHIN_SEC, CLOSED_WITHIN_SEC = 60, 900
+LONGEST_FILE = 2 << 20  # shorter than the journal gets between two checkpoints, longer than what is logged
 POINTS = ("ordain.sock", "event=broker.serving", "event=mqtt.link_up")
 LAST = "SELECT position, hash FROM events ORDER BY position DESC LIMIT 1"
 HASH = "SELECT hash FROM events WHERE position = {}"
@@ -101,9 +103,10 @@ class Trouble:
             self._cut: 3,
             self._halve: 3,
             self._back_up: 2,
+            self._fail: 1,
         }
         if drive is not None:
-            self._faults |= {self._fill: 2, self._fail: 1, self._lose_power: 3}
+            self._faults |= {self._fill: 2, self._lose_power: 3}
 
     async def run(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -174,6 +177,18 @@ class Trouble:
             if sql.execute(LAST).fetchone()[0] < before:
                 self.found.append(f"{file.name} ends before position {before}, which was there before it")
 
+    async def _fail(self) -> None:
+        """O3: after the first I/O error the broker ends, and says so. The error: a file may not grow."""
+        broker = self._world.broker.running
+        resource.prlimit(broker.pid, resource.RLIMIT_FSIZE, (LONGEST_FILE, resource.RLIM_INFINITY))
+        try:
+            async with asyncio.timeout(ENDS_WITHIN_SEC):
+                if await broker.wait() == 0:
+                    self.found.append("after an I/O error the broker ended with 0")
+        except TimeoutError:
+            self.found.append(f"{ENDS_WITHIN_SEC} s after an I/O error the broker still runs")
+        await self._kill()
+
     # --- Mosquitto, and the ways to it
 
     async def _stop_mosquitto(self) -> None:
@@ -206,25 +221,9 @@ class Trouble:
         await asyncio.sleep(self._random.uniform(*FULL_SEC))
         self._drive.make_room()
 
-    async def _fail(self) -> None:
-        """O3: after the first I/O error the broker ends, and says so."""
-        assert self._drive is not None
-        broker = self._world.broker.running
-        await asyncio.to_thread(self._drive.fail)
-        try:
-            async with asyncio.timeout(ENDS_WITHIN_SEC):
-                if await broker.wait() == 0:
-                    self.found.append("after an I/O error the broker ended with 0")
-        except TimeoutError:
-            self.found.append(f"{ENDS_WITHIN_SEC} s after an I/O error the broker still runs")
-        await self._start_again(self._drive)
-
     async def _lose_power(self) -> None:
         assert self._drive is not None
         self._drive.lose_power()
-        await self._start_again(self._drive)
-
-    async def _start_again(self, drive: Drive) -> None:
         await self._world.broker.end()
-        await asyncio.to_thread(drive.mend)
+        await asyncio.to_thread(self._drive.mend)
         await self._world.start_broker()

@@ -428,6 +428,7 @@ BUGS = (
     ),
     Bug(
         name="successors end nothing",
+        first=84,
         caught_by=frozenset({"R10"}),
         patches=((lanes, "collapsing", _none_gives_way),),
     ),
