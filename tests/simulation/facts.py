@@ -44,11 +44,11 @@ _NO_COMMANDS = ("system", "erasures", "audit")
 
 class Run(msgspec.Struct):
     """One life of the broker's process. `ahead`: how far true time was ahead of its clock, at most, ms: the
-    shortest time from an event's own time to its commit."""
+    shortest time from an event's own time to its commit. `runs`: its clock ran from the start."""
 
-    start: int
-    behind: bool
+    first: int  # the head of its first commit: rows before that may be of the life before
     ahead: int = NEVER
+    runs: bool = False
 
 
 class Facts:
@@ -81,26 +81,49 @@ class Facts:
 
     @cached_property
     def lives(self) -> list[Run]:
-        """The lives of the broker's process, in order of their `started` events."""
-        found: list[Run] = []
-        before: Row | None = None
+        """The lives of the broker's process. A process may record some events before its `started`."""
+        found = [Run(first=0)]
+        for down in self._downs:
+            index = bisect_right(self._commits, down, key=lambda commit: commit.seq)
+            found.append(Run(first=self._commits[index].head if index < len(self._commits) else NEVER))
         for row in self.rows:
+            commit = self.commit_of(row)
+            if commit is None:
+                continue
+            life = found[bisect_left(self._downs, commit.seq)]
             if row["type"] == "started":
-                # It starts with the time of the last event if the wall clock shows less.
-                behind = before is not None and row["recorded_at"] <= before["recorded_at"] + 1
-                found.append(Run(start=row["position"], behind=behind))
-            commit, before = self.commit_of(row), row
-            if found and commit is not None:
-                found[-1].ahead = min(found[-1].ahead, commit.t - row["recorded_at"])
+                life.runs = not self.behind(row)
+            if row["position"] > life.first:
+                life.ahead = min(life.ahead, commit.t - row["recorded_at"])
         return found
+
+    @cached_property
+    def _downs(self) -> list[int]:
+        return [each.seq for each in self.history.lives if each.what in ("down", "ended")]
+
+    def behind(self, started: Row) -> bool:
+        """Whether the process may have started with a clock before the last event. Then the clock stands, and
+        shows the time of that event."""
+        position = started["position"]
+        before: int = self.rows[position - 2]["recorded_at"] if position > 1 else -NEVER
+        at: int = started["recorded_at"]
+        return at <= before + 1
 
     def true_time(self, row: Row, broker_time: int) -> int | None:
         """When the process that recorded the row saw this time on its clock, at the latest; None if that
-        clock stood still after its start, because it was before the last event."""
-        index = bisect_right(self.lives, row["position"], key=lambda life: life.start) - 1
-        if index < 0 or self.lives[index].behind:
+        is not known."""
+        life = self.life_of(row)
+        if life is None or not life.runs or life.ahead == NEVER:
             return None
-        return broker_time + self.lives[index].ahead
+        return broker_time + life.ahead
+
+    def life_of(self, row: Row) -> Run | None:
+        """The life of the process that recorded the row; None if that is not known."""
+        commit = self.commit_of(row)
+        if commit is None:
+            return None
+        life = self.lives[bisect_left(self._downs, commit.seq)]
+        return life if row["position"] > life.first else None
 
     def durable(self, row: Row) -> int:
         commit = self.commit_of(row)

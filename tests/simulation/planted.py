@@ -440,7 +440,7 @@ BUGS = (
     ),
     Bug(
         name="no resend",
-        first=24,
+        first=22,
         caught_by=frozenset({"L4"}),
         patches=((lanes, "resendable", _never_again),),
     ),

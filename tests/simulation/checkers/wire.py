@@ -144,14 +144,16 @@ def s6(facts: Facts) -> Iterator[str]:
 
     Judged by true time; the moment of a commit may be some seconds after that of its event.
     """
-    starts = [row["position"] for row in facts.rows if row["type"] == "started"]
-    behind = [facts.rows[life.start - 1] for life in facts.lives if life.behind]
+    behind = [row for row in facts.rows if row["type"] == "started" and facts.behind(row)]
     begun = [commit.t for row in behind if (commit := facts.commit_of(row))]
     for command_id, created in facts.created.items():
         ttl = data(created).get("ttl_ms")
         for row in facts.commands[command_id]:
             by_time = row["type"] == "expired" or data(row).get("reason") == "ttl"
-            if ttl is None or not by_time or any(created["position"] < at < row["position"] for at in starts):
+            if ttl is None or not by_time:
+                continue
+            life = facts.life_of(row)
+            if life is None or facts.life_of(created) is not life:
                 continue
             first, last = facts.commit_of(created), facts.commit_of(row)
             # A process that starts with a clock before its log takes a new one once it is mended.
