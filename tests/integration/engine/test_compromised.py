@@ -209,7 +209,7 @@ class Town:
         return found + [fault for name in HONEST for fault in self._redecided(events, owners, name)]
 
     def _redecided(self, events: list[Recorded], owners: dict[str, str], name: str) -> list[str]:
-        """Decisions that are not repeated with the same result."""
+        """Decisions about answers that are not repeated with the same result."""
         lane = [
             each
             for each in events
@@ -217,7 +217,8 @@ class Town:
             and each.device_id in (None, self.tokens[name].device_id)
             and each.stream != "audit"
         ]
-        return [step.fault for step in redecide(lane, 1) if step.fault is not None]
+        steps = [step for step in redecide(lane, 1) if _claim(step.recorded) is not None]
+        return [step.fault for step in steps if step.fault is not None]
 
 
 def _claim(recorded: Recorded) -> tuple[str, str, Any] | None:
