@@ -46,6 +46,9 @@ def _succeeded(call: Call, *kinds: str) -> bool:
     return call.kind in kinds and call.status in (200, 201)
 
 
+COME_BACK_MS = 30_000
+
+
 # --- requests --------------------------------------------------------------------------------------
 
 
@@ -124,8 +127,10 @@ def l2(facts: Facts) -> Iterator[str]:
 def l4(facts: Facts) -> Iterator[str]:
     """Once faults have stopped, every command closes: by `expires_at` + 15 s, or, once acknowledged, by its
     last report + its result timeout + 15 s. A command without expiry closes as well, because its device is
-    online then."""
+    online then. A start of the listener is the end of a fault: devices have some time to come back."""
     healed, ended = facts.history.healed_at or 0, facts.history.ended_at or 0
+    starts = [row for row in facts.streams.get("system", ()) if data(row).get("mqtt") == "embedded"]
+    healed = max(healed, *(row["recorded_at"] + COME_BACK_MS for row in starts[-1:]), 0)
     for command_id, created in facts.created.items() if ended else ():
         due: int = data(created).get("expires_at") or NEVER
         result_ms = round(1000 * facts.definition(command_id).get("result_timeout_sec", 60))

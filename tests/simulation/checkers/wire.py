@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
 from collections.abc import Iterator
+from itertools import pairwise
 
 from tests.simulation.facts import CLOSING, Facts, data
 from tests.simulation.history import Wire
@@ -146,6 +147,9 @@ def s6(facts: Facts) -> Iterator[str]:
     """
     behind = [row for row in facts.rows if row["type"] == "started" and facts.behind(row)]
     begun = [commit.t for row in behind if (commit := facts.commit_of(row))]
+    stood = [
+        (before.t, after.t) for before, after in pairwise(facts.history.lives) if before.what == "paused"
+    ]
     for command_id, created in facts.created.items():
         ttl = data(created).get("ttl_ms")
         for row in facts.commands[command_id]:
@@ -166,5 +170,7 @@ def s6(facts: Facts) -> Iterator[str]:
                 for write in facts.history.writes
                 if write.ok and own and own[0] - WAITED_MS <= write.t <= first.t
             ]
+            # Or before the process stood still, which then wrote it first of all.
+            asked += [since for since, until in stood if own and own[0] - WAITED_MS <= until <= first.t]
             if (took := last.t - min([first.t, *asked])) < ttl - EARLY_MS:
                 yield f"{command_id} had {ttl} ms and ended by time after {took} ms"
