@@ -26,6 +26,7 @@ from broker.engine.erasures import Erasures
 from broker.engine.intake import OWN, Intake
 from broker.engine.live import Key, Live
 from broker.engine.writer import Writer
+from broker.mqtt.access import Peer
 from broker.mqtt.listener import Listener
 from broker.mqtt.packets import Packet, Publish
 from broker.mqtt.routes import Routes
@@ -293,20 +294,12 @@ def _always_the_same(self: Session) -> int:
     return 1
 
 
-def _left_where_it_was(self: Routes, connection: Shell, commands: frozenset[str]) -> tuple[bool, bool]:
+def _left_where_it_was(self: Routes, connection: Shell, peer: Peer, old: Peer) -> tuple[list[str], list[str]]:
     """A later connection of the same device does not take its topics over."""
-    connection.routes = dict.fromkeys(commands, 1)
-    for topic in commands:
+    connection.routes = dict.fromkeys(peer.commands, 1)
+    for topic in peer.commands:
         self._to.setdefault(topic, connection)
-    return False, True
-
-
-def _dropped_if_there(self: Routes, connection: Shell) -> bool:
-    heard, connection.routes = connection.routes, {}
-    for topic in heard:
-        if self.get(topic) is connection:
-            del self._to[topic]
-    return bool(heard)
+    return list(peer.devices), []
 
 
 def _not_taken_over(self: Listener, connection: Shell, reason: int, why: str) -> None:
@@ -331,7 +324,6 @@ TAKEOVER_BUG = Bug(
     caught_by=frozenset({"M3"}),
     patches=(
         (Routes, "renew", _left_where_it_was),
-        (Routes, "drop", _dropped_if_there),
         (Listener, "_end", _not_taken_over),
     ),
     kind=LISTENER,

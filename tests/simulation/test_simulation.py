@@ -9,6 +9,7 @@ fails, choose another one. `make test-simulation` runs 300 seeds. For more seeds
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 from collections import Counter
 from typing import Any
@@ -21,7 +22,7 @@ from tests.simulation.checkers.life import check
 from tests.simulation.fleet import COMMANDS
 from tests.simulation.loop import SimLoop, run
 from tests.simulation.network import MOSQUITTO
-from tests.simulation.planted import BUGS, Bug
+from tests.simulation.planted import BUGS, KEEPALIVE_BUG, TAKEOVER_BUG, Bug
 from tests.simulation.planted_outside import MORE_BUGS
 from tests.simulation.test_loop import printed_elsewhere
 from tests.simulation.world import World, quiet, simulate
@@ -58,6 +59,17 @@ def test_a_seed_gives_the_same_run_in_every_process() -> None:
 @pytest.mark.parametrize("bug", [*BUGS, *MORE_BUGS], ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: Bug) -> None:
     assert any(bug.names(bug.run(seed).found) for seed in (bug.first, *range(bug.within)))
+
+
+def test_a_planted_function_takes_what_the_function_that_it_replaces_takes() -> None:
+    """Otherwise the planted bug is another one than its name says, as when the product's function changed."""
+    for bug in (*BUGS, *MORE_BUGS, TAKEOVER_BUG, KEEPALIVE_BUG):
+        for owner, name, replacement in bug.patches:
+            original = getattr(owner, name)
+            if callable(original) and callable(replacement):
+                taken = inspect.signature(original).parameters.values()
+                named = {each.name: None for each in taken if each.kind is each.KEYWORD_ONLY}
+                inspect.signature(replacement).bind(*[None] * (len(taken) - len(named)), **named)
 
 
 def test_at_least_45_bugs_are_planted() -> None:
