@@ -18,6 +18,7 @@ from broker.client import App, AppError
 from broker.client_types import ERRORS
 from broker.http.edge.errors import STATUS
 from tests.sdk_driver import LANGUAGES, MODULE, sdk
+from tests.streams import stream_server
 
 CUT = b""
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
@@ -88,9 +89,8 @@ class Script:
 @asynccontextmanager
 async def server(*answers: bytes | list[bytes]) -> AsyncIterator[Script]:
     script = Script(answers)
-    listening = await asyncio.start_server(script.serve, "127.0.0.1", 0)
-    async with listening:
-        script.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    async with stream_server(script.serve) as port:
+        script.url = f"http://127.0.0.1:{port}"
         yield script
 
 

@@ -255,7 +255,7 @@ def body_fault(error: Exception, kind: Any, body: bytes) -> Refusal:
     reason = right(kind, path.removesuffix("`"), reason)
     field = path.removesuffix("`").removeprefix(".")
     if named := _NAMED.fullmatch(reason):
-        field = ".".join(filter(None, [field, named[2]]))
+        field = ".".join(filter(None, [field, named[2] or '""']))
         return invalid(field[:200], "is not known here" if named[1] else "is required")
     return invalid(field[:200] or "body", _with_value(reason, _value_at(body, path) if field else UNSET))
 

@@ -32,6 +32,7 @@ from devices.agent import Agent
 from devices.mqtt_url import joined, parse_url, parted
 from devices.tls import trust
 from tests.conftest import MINIMAL, Mosquitto, program, unused_port
+from tests.streams import stream_server
 
 ANSWERS = "iotee/dev/+/ack"
 DEADLINE_SEC = 120
@@ -491,9 +492,7 @@ async def test_a_server_that_breaks_the_protocol_is_disconnected_and_tried_again
         writer.close()
 
     owner = Owner()
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
+    async with stream_server(serve) as port:
         async with linked(f"mqtt://127.0.0.1:{port}?v=5", owner):
             await owner.until(lambda: owner.told[:3] == ["up", "down", "up"])
             assert owner.payloads[0] == b"good"
@@ -517,9 +516,7 @@ async def test_a_server_that_answers_a_subscription_with_a_wrong_number_of_codes
         writer.close()
 
     owner = Owner()
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
+    async with stream_server(serve) as port:
         async with linked(f"mqtt://127.0.0.1:{port}?v=5", owner):
             await eventually(lambda: connections > 1)
     assert "up" not in owner.told
@@ -756,8 +753,8 @@ async def test_a_server_that_hangs_up_on_a_connect_is_tried_with_the_other_versi
         target.close()
 
     owner = Owner()
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        url = f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with stream_server(serve) as port:
+        url = f"mqtt://127.0.0.1:{port}"
         with capture_logs() as logs:
             async with linked(url, owner) as link:
                 await owner.until(lambda: link.up)

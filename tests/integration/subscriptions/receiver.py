@@ -6,10 +6,12 @@ import asyncio
 import json
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
+
+from tests.streams import stream_server
 
 
 class Got(msgspec.Struct, frozen=True):
@@ -84,8 +86,6 @@ class Receiver:
             pass
         finally:
             writer.close()
-            with suppress(ConnectionError):
-                await writer.wait_closed()  # else its transport may outlive the test
 
 
 @asynccontextmanager
@@ -93,21 +93,5 @@ async def receiving(
     host: str = "127.0.0.1", context: ssl.SSLContext | None = None, port: int = 0
 ) -> AsyncIterator[Receiver]:
     receiver = Receiver()
-    connections: set[asyncio.Task[None]] = set()
-
-    def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(receiver.served(reader, writer))
-        connections.add(task)
-        task.add_done_callback(connections.discard)
-
-    server = await asyncio.start_server(served, host, port, ssl=context)
-    try:
-        receiver.port = server.sockets[0].getsockname()[1]
+    async with stream_server(receiver.served, host, port, context) as receiver.port:
         yield receiver
-    finally:
-        server.close()
-        for task in list(connections):
-            task.cancel()
-        if connections:
-            await asyncio.wait(connections)
-        await server.wait_closed()

@@ -20,6 +20,7 @@ from broker.seams import of_project
 from broker.subscriptions.outbound import HttpOutbound, Lookups, Refused, is_public, target_of
 from tests.integration.core_support import until
 from tests.integration.subscriptions.receiver import Receiver, receiving
+from tests.streams import stream_server
 from tests.stretches import LONGEST_SEC, Stretches
 
 HERE = "127.0.0.0/8"
@@ -129,9 +130,8 @@ async def test_an_endless_answer_is_cut_off_and_holds_the_loop_up_for_no_more_th
                 await writer.drain()
         writer.close()
 
-    server = await asyncio.start_server(endless, "127.0.0.1", 0)
-    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-    async with server, outbound(HERE) as out, Stretches() as longest:
+    async with stream_server(endless) as port, outbound(HERE) as out, Stretches() as longest:
+        url = f"http://127.0.0.1:{port}/"
         answers = await asyncio.gather(*(out.post(url, {}, b"", 60) for _ in range(20)))
 
     assert {answer.status for answer in answers} == {status}
@@ -145,9 +145,7 @@ async def test_a_refused_connection_and_a_non_http_answer_are_errors_and_no_exce
         writer.write(b"220 smtp.example ready\r\n")
         writer.close()
 
-    server = await asyncio.start_server(rude, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with server, outbound(HERE) as out:
+    async with stream_server(rude) as port, outbound(HERE) as out:
         nobody = await out.post(f"http://127.0.0.1:{free_port}/", {}, b"", 5)
         nonsense = await out.post(f"http://127.0.0.1:{port}/", {}, b"", 5)
 

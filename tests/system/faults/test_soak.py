@@ -11,6 +11,7 @@ from typing import Any
 
 from scripts.soak.proxy import Proxy
 from tests.conftest import unused_port
+from tests.streams import stream_server
 from tests.system.support import ROOT, environment
 
 ENDS_WITHIN_SEC = 600
@@ -71,8 +72,8 @@ async def test_a_half_open_connection_passes_nothing_and_is_cut_in_the_end() -> 
         assert await reader.readexactly(1) == b"1"
         return reader, writer
 
-    async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
-        proxy = Proxy(unused_port(), server.sockets[0].getsockname()[1])
+    async with stream_server(echo) as port:
+        proxy = Proxy(unused_port(), port)
         await proxy.start()
         reader, writer = await asked(proxy.port)
         halving = asyncio.create_task(proxy.halve(0.2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ EXAMPLES = int(os.environ.get("EXAMPLES", "15"))
 BEYOND_A_SCHEMA = {
     "cursor", "type", "command", "device_type", "params", "all", "project", "start", "end", "as_of", "from",
     "to", "url", "device", "after", "Last-Event-ID", "expires_at", "expires_in_sec", "devices",
-    "device_prefixes",
+    "device_prefixes", "answer_key", "signed", "gateway",
 }  # fmt: skip
 
 schema = schemathesis.openapi.from_dict(
@@ -48,7 +49,7 @@ def fit_data_is_refused_only_for_what_a_schema_cannot_say(
     if case.meta is not None and case.meta.generation.mode.is_positive and response.status_code == 400:
         details = response.json()["error"]["details"]
         # In JSON Schema 5.0 is an integer; the broker reads it as a float and refuses it.
-        if "got `float`" not in details["reason"]:
+        if not re.search(r"whole number.*\(got -?[0-9]+\.0\)$", details["reason"]):
             assert details["field"].partition(".")[0] in BEYOND_A_SCHEMA, response.text
 
 

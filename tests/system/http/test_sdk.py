@@ -7,7 +7,7 @@ import asyncio
 import re
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from itertools import count
 from typing import Any
@@ -18,6 +18,7 @@ from playwright.sync_api import Page
 from devices.agent import Agent, Call, CommandFailed
 from tests.conftest import unused_port
 from tests.sdk_driver import LANGUAGES, Outcome, Sdk, sdk
+from tests.streams import stream_server
 from tests.system.conftest import NewBroker
 from tests.system.support import SECRET, WITHIN_SEC, Broker, running, until
 
@@ -94,7 +95,7 @@ class Proxy:
         self.cuts = list(cuts)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
+        with closing(writer), suppress(ConnectionError, asyncio.IncompleteReadError):
             cut = self.cuts.pop(0) if self.cuts else "nothing"
             request = await message(reader)
             from_broker, to_broker = await asyncio.open_connection(*self._broker)
@@ -105,12 +106,11 @@ class Proxy:
                 writer.write(answer if cut == "nothing" else answer[:-20] if cut == "the answer" else b"")
                 await writer.drain()
             to_broker.close()
-        writer.close()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
-        async with await asyncio.start_server(self._serve, "127.0.0.1", 0) as server:
-            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with stream_server(self._serve) as port:
+            yield f"http://127.0.0.1:{port}"
 
 
 async def message(reader: asyncio.StreamReader) -> bytes:
