@@ -132,8 +132,9 @@ class Intake(Kept):
         batch = first(self._queue, BATCH, BATCH_BYTES, _weight)
         names = {name for each in batch if each.foreign is None for name in self.addresses.owners(each.topic)}
         names |= {message.foreign for message in batch if message.foreign is not None}
-        names |= {child for name in names for child in self.gateways.children(name)}
         await self._ready(names)
+        known = [device for device in map(self.live.device, names) if device is not None]
+        names |= {child for device in known for child in self.gateways.children(device.hardware_id)}
         places = [self.addresses.place(each.topic) if each.foreign is None else None for each in batch]
         answers = [self._read(message, place) for message, place in zip(batch, places, strict=True)]
         named = {answer.id for answer in answers if isinstance(answer, Answer) and answer.id is not None}

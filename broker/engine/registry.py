@@ -81,13 +81,14 @@ class Registry:
         self.live = commands.live
         self.types = commands.types
         self.addresses = commands.addresses
-        self.gateways = Gateways(self.live, self.types, commands.limits.devices_per_gateway, self.heard)
         self.secrets = Secrets(commands.writer)
         self.presence: Callable[[str, Presence], None] = lambda device_id, presence: None
         self._system_version = 0
         self.entitled: Callable[[DeviceState], None] = lambda device: None
         self.issued: Callable[[DeviceState, str], None] = lambda device, token: None
         self.told = Told(commands.writer, commands.live, commands.limits, commands.ready, self._append)
+        most = commands.limits.devices_per_gateway
+        self.gateways = Gateways(self.live, self.types, most, self.heard, self.told.newest)
 
     def record(
         self, event: DeviceEvent, device_id: str, before: DeviceState | None, project: str, actor: str
@@ -210,6 +211,7 @@ class Registry:
             self.gateways.moved(device)
         await self.writer.barrier()
         if topics_changed or new != old:
+            await self.live.bring(self.writer.storage, self.gateways.children(device.hardware_id))
             self.entitled(device)
             await self.gateways.regroup(self.writer.storage, old, new)
         return device

@@ -63,11 +63,15 @@ class Routes:
         return came, left
 
     def drop(self, connection: Connection, peer: Peer) -> list[str]:
-        """Removes the routes of a connection that ended. Returns the devices that had any."""
+        """Removes the routes of a connection that ended.
+
+        Returns the devices that are away now: those that had any, and all others that a gateway spoke for,
+        because their status topic may have said that they are there.
+        """
         heard, connection.routes = connection.routes, {}
         for topic in heard:
             self._remove(topic, connection)
-        return [name for name, topics in peer.devices.items() if topics & heard.keys()]
+        return [each for each, topics in peer.devices.items() if topics & heard.keys() or each != peer.name]
 
     def _remove(self, topic: str, connection: Connection) -> None:
         """A device that moved to another gateway may have its topic there already."""

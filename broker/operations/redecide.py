@@ -17,6 +17,7 @@ from broker.domain.decisions import decide
 from broker.domain.events import (
     Acknowledged,
     Cancelled,
+    Changed,
     CommandEvent,
     Created,
     Defined,
@@ -76,6 +77,7 @@ class _Then:
         self.definitions: dict[str, Definition] = {}
         self.device: DeviceState | None = None
         self.void = False  # a restart made the device's presence unknown
+        self.moved = False  # to another gateway or to none, and not heard since
 
     def take(self, recorded: Recorded) -> None:
         event = recorded.event
@@ -87,6 +89,8 @@ class _Then:
         elif subject_kind(recorded.stream) == "device":
             self.device = evolve_device(self.device, recorded)
             self.void = self.void and recorded.type != "online"
+            left = isinstance(event, Changed) and event.gateway is not msgspec.UNSET
+            self.moved = left or (self.moved and recorded.type != "online")
         elif subject_kind(recorded.stream) == "command":
             self._fold(recorded)
 
@@ -138,8 +142,10 @@ class _Then:
         if self.device is None or not self.device.heard:
             return Presence.NEVER
         if not self.device.online:
-            # The return of a gateway makes its devices unknown. It is an event of the gateway only.
-            return Presence.OFFLINE if self.device.gateway is None else Presence.UNKNOWN
+            # The return of a gateway makes its devices unknown. It is an event of the gateway only. A device
+            # that leaves its gateway is unknown too.
+            sure = self.device.gateway is None and not self.moved
+            return Presence.OFFLINE if sure else Presence.UNKNOWN
         return Presence.UNKNOWN if self.void else Presence.ONLINE
 
 

@@ -28,6 +28,7 @@ class Gateways:
 
     `regrouped(gateway)` is called when a gateway speaks for other devices than before, or for other topics.
     `heard(device, presence, session)` and `presence(device_id, presence)`: see `Registry`.
+    `newest(name)`: see `Told`.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Gateways:
         types: Mapping[str, DeviceType],
         most: int,
         heard: Callable[[DeviceState, Presence, str | None], None],
+        newest: Callable[[str], DeviceState | None],
     ) -> None:
         self.direct = False
         self.regrouped: Callable[[DeviceState], None] = lambda gateway: None
@@ -44,6 +46,7 @@ class Gateways:
         self._types = types
         self._most = most
         self._heard = heard
+        self._newest = newest
         self._children: dict[str, dict[str, str]] = {}  # of each gateway: hardware ids with device ids
         self._of: dict[str, str] = {}  # device id -> hardware id of its gateway
 
@@ -171,7 +174,7 @@ class Gateways:
         return gateway is not None and self._live.presence.get(gateway.id) is Presence.OFFLINE
 
     def _away(self, name: str, device_id: str) -> None:
-        device = self._live.device(name)
+        device = self._newest(name)
         if device is None:
             self.presence(device_id, Presence.OFFLINE)
         else:

@@ -211,3 +211,77 @@ def test_the_grant_of_a_command_names_the_device_and_not_its_gateway() -> None:
         assert claims["aud"] == "lock-1"
 
     scene(granted)
+
+
+def test_a_device_that_leaves_its_gateway_is_unknown_and_redecide_knows_it(tmp_path: Path) -> None:
+    async def leaving(bench: Bench) -> None:
+        await register(bench, OTHER, "gateway")
+        lock = await register(bench, "lock-1", "generic", gateway=OTHER)
+        says(bench, "iotee/dev/lock-1/status", "online")
+        await asyncio.sleep(0.1)
+
+        await bench.core.registry.change(ME, "lock-1", Changed(gateway=None))
+
+        assert bench.live.presence[lock] is Presence.UNKNOWN
+        command = await bench.order("lock-1", "unlock")
+        await sent(bench, 1)
+        assert await repeated(bench, command.id, tmp_path) == []
+
+    scene(leaving)
+
+
+def test_a_presence_that_waits_for_its_event_is_overtaken_by_the_end_of_the_gateway() -> None:
+    async def leaving(bench: Bench) -> None:
+        await register(bench, OTHER, "gateway")
+        lock = await register(bench, "lock-1", "generic", gateway=OTHER)
+        for word in ["online", "offline"] * 40 + ["online"]:
+            says(bench, "iotee/dev/lock-1/status", word)
+        await asyncio.sleep(0.02)
+        assert lock in bench.core.registry.told
+
+        says(bench, f"iotee/dev/{OTHER}/status", "online")
+        says(bench, f"iotee/dev/{OTHER}/status", "offline")
+        await asyncio.sleep(5)
+
+        assert bench.live.presence[lock] is Presence.OFFLINE
+        assert (await told(bench, lock))[-1][0] == "offline"
+
+    scene(leaving)
+
+
+NAMED = """
+name = "named_bridge"
+payload = "json"
+presence = "required"
+gateway = true
+open = true
+command_topic = "bridges/{name}/do"
+answer_topics = ["bridges/{name}/done"]
+presence_topic = "bridges/{name}/state"
+online = "@ == 'online'"
+offline = "@ == 'offline'"
+
+[[answers]]
+when = "ok"
+id = "id"
+status = "executed"
+"""
+
+
+def test_the_devices_of_a_gateway_are_read_from_the_log_also_if_its_topics_have_its_name() -> None:
+    async def leaving(bench: Bench) -> None:
+        await register(bench, OTHER, "named_bridge", name="attic")
+        lock = await register(bench, "lock-1", "generic", gateway=OTHER)
+        says(bench, "bridges/attic/state", "online")
+        says(bench, "iotee/dev/lock-1/status", "online")
+        await asyncio.sleep(0.1)
+        bench.live.devices.clear()
+        bench.live.names.clear()
+
+        says(bench, "bridges/attic/state", "offline")
+        await asyncio.sleep(0.1)
+
+        assert bench.live.presence[lock] is Presence.OFFLINE
+        assert (await told(bench, lock))[-1][0] == "offline"
+
+    scene(leaving, type=NAMED)
