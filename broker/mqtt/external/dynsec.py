@@ -92,15 +92,21 @@ class Dynsec:
             self._want(device.hardware_id, Entry(token, *self._topics(device)))
 
     def entitled(self, device: DeviceState) -> None:
-        """A device that was deleted, or for which a gateway speaks, must not connect."""
+        """A device that was deleted, or for which a gateway speaks, must not connect. Others may have other
+        topics now: their type or name changed."""
         if device.deleted_at is not None or device.gateway is not None:
             self._names.discard(device.hardware_id)
             self._want(device.hardware_id, None)
+        elif device.hardware_id in self._names:
+            self.regrouped(device)
 
-    def regrouped(self, gateway: DeviceState) -> None:
-        waiting = self._wanted.get(gateway.hardware_id)
+    def regrouped(self, device: DeviceState) -> None:
+        """A device has other topics now, or other devices that it speaks for."""
+        name = device.hardware_id
+        # A token that is sent already may have to be sent again, if the link is lost before the answer.
+        waiting = self._wanted.get(name) or self._sent.get(name)
         token = None if waiting is None else waiting.token
-        self._want(gateway.hardware_id, Entry(token, *self._topics(gateway)))
+        self._want(name, Entry(token, *self._topics(device)))
 
     def _want(self, hardware_id: str, entry: Entry | None) -> None:
         self._wanted[hardware_id] = entry
