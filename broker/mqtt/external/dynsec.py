@@ -183,6 +183,9 @@ class Dynsec:
             return gone
         acls = [_allow("subscribeLiteral", topic) for topic in sorted(entry.reads)]
         acls += [_allow("publishClientSend", topic) for topic in sorted(entry.writes)]
+        # A subscription outlives the right to make it, so each message is judged too.
+        acls += [_allow("publishClientReceive", topic) for topic in sorted(entry.reads)]
+        acls.append({"acltype": "publishClientReceive", "topic": "#", "priority": -1, "allow": False})
         if entry.token is None:
             change = {"command": "modifyRole", "rolename": role, "acls": acls, "correlationData": hardware_id}
             return [change]

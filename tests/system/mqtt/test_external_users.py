@@ -138,6 +138,44 @@ def test_the_dynamic_security_plugin_gives_a_gateway_the_topics_of_its_devices(
         until(lambda: codes() == [0, 128, 128] or None)
 
 
+@pytest.mark.skipif(PLUGIN is None, reason="Mosquitto's dynamic-security plugin is not installed")
+def test_a_gateway_that_was_subscribed_hears_nothing_of_a_device_that_moved_to_another(
+    new_broker: NewBroker, tmp_path: Path
+) -> None:
+    users, port = tmp_path / "dynsec.json", unused_port()
+    subprocess.run([program("mosquitto_ctrl"), "dynsec", "init", str(users), "ordain", "secret"], check=True)
+    config = tmp_path / "config.toml"
+    config.write_text('mqtt_users = "dynsec"\n')
+    plugin = ("allow_anonymous false", f"plugin {PLUGIN}", f"plugin_opt_config_file {users}")
+    topic = "iotee/dev/lamp/rls"
+    with mosquitto(tmp_path, port, *plugin):
+        url = f"mqtt://ordain:secret@127.0.0.1:{port}"
+        broker = new_broker("--config", str(config), "--mqtt-url", url).start()
+        in_step(broker)
+        tokens = {name: broker.device(name, "gateway") for name in ("gw-1", "gw-2")}
+
+        def speaks(name: str) -> Connected | None:
+            device = Connected(port, name, tokens[name], [topic], lambda *said: [], ("", ""))
+            if device.ready.wait(60) and device.codes == [0]:
+                return device
+            device.end()
+            return None
+
+        until(lambda: all(enters(port, *each) for each in tokens.items()) or None)
+        broker.http("POST", "/v1/devices", {"hardware_id": "lamp", "type": "generic", "gateway": "gw-1"})
+        first = until(lambda: speaks("gw-1"))
+        broker.http("PATCH", "/v1/devices/lamp", {"gateway": "gw-2"})
+        second = until(lambda: speaks("gw-2"))
+        second.say("iotee/dev/lamp/status", "online")
+
+        broker.create("lamp", "open")
+
+        until(lambda: second.heard or None)
+        assert first.heard == []
+        first.end()
+        second.end()
+
+
 def test_a_password_file_is_written_and_read_again_after_each_change(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
