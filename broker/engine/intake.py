@@ -393,4 +393,4 @@ class Intake(Kept):
 def _weight(message: Message) -> int:
     """How much of `BATCH_BYTES` a message takes."""
     size = len(message.payload)
-    return max(size, SIGNED_BYTES) if looks_signed(message.payload) else size
+    return max(size, SIGNED_BYTES) if looks_signed(message.payload.lstrip()) else size

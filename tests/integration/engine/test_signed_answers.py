@@ -17,10 +17,13 @@ from broker.domain.events import Changed, Executed, Progressed, Recorded
 from broker.domain.explain import Explanation
 from broker.domain.lifecycle import CommandState
 from broker.domain.said import with_answers
+from broker.engine.intake import BATCH_BYTES, _weight
 from broker.engine.registry import NewDevice
+from broker.engine.speech.answers import SIGNED_BYTES
 from broker.http.v1.unmatched import of_command
 from broker.log import sqlite as log
 from broker.operations.redecide import redecide
+from broker.seams import Message
 from devices.grant import secret_key
 from devices.speech.signing import SigningKey, sign
 from devices.types import load_type
@@ -310,3 +313,9 @@ def test_a_retry_has_the_rule_that_the_devices_type_has_now() -> None:
         await bench.becomes(new.id, "executed")
 
     story(part)
+
+
+def test_a_signature_is_counted_with_the_time_that_it_takes_also_behind_white_space() -> None:
+    token = sign(b'{"status":"executed"}', "lamp-1", PRIVATE)
+    for payload in (token, b" \n" + token):
+        assert _weight(Message(topic="iotee/dev/lamp-1/ack", payload=payload)) == SIGNED_BYTES < BATCH_BYTES
