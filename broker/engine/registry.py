@@ -392,8 +392,7 @@ class Registry:
         elif presence is not known:
             self.presence(device.id, presence)
         if renewed or presence is not known:
-            back = renewed or (presence is Presence.ONLINE and known is Presence.OFFLINE)
-            self.gateways.follow(device, presence, back=back)
+            self.gateways.follow(device, known, presence, renewed=renewed)
 
     def _gone(self, device_id: str) -> None:
         self.live.presence.pop(device_id, None)

@@ -147,15 +147,22 @@ class Gateways:
 
     # --- presence ---
 
-    def follow(self, gateway: DeviceState, presence: Presence, *, back: bool) -> None:
-        """What a gateway's presence says of its devices. `back`: it was away before."""
+    def follow(
+        self, gateway: DeviceState, before: Presence | None, presence: Presence, *, renewed: bool
+    ) -> None:
+        """What a gateway's presence says of its devices. `before`: what was known; None: nothing since the
+        start, and the log says what was then. `renewed`: it was away unnoticed."""
+        offline = gateway.heard and not gateway.online
+        was_away = offline if before in (None, Presence.NEVER) else before is Presence.OFFLINE
+        back = renewed or (was_away and presence is not Presence.OFFLINE)
         for name, device_id in self.children(gateway.hardware_id).items() if not self.direct else ():
             known = self._live.presence.get(device_id, Presence.NEVER)
-            if presence is Presence.OFFLINE or (back and known is Presence.ONLINE):
+            if presence is Presence.OFFLINE or (back and presence is known is Presence.ONLINE):
                 self._away(name, device_id)
             if presence is Presence.UNKNOWN and known is Presence.ONLINE:
                 self.presence(device_id, Presence.UNKNOWN)
-            if back and self._live.presence.get(device_id) is Presence.OFFLINE:
+            known = self._live.presence.get(device_id, Presence.NEVER)
+            if back and known in (Presence.OFFLINE, Presence.NEVER):
                 self._unsure(name, device_id)
 
     def moved(self, device: DeviceState) -> None:

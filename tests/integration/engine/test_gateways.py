@@ -285,3 +285,27 @@ def test_the_devices_of_a_gateway_are_read_from_the_log_also_if_its_topics_have_
         assert (await told(bench, lock))[-1][0] == "offline"
 
     scene(leaving, type=NAMED)
+
+
+@pytest.mark.parametrize("retained", [False, True])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_commands_are_sent_once_the_gateway_is_back_however_its_return_is_learnt(
+    retained: bool, restarted: bool
+) -> None:
+    async def returning(bench: Bench) -> None:
+        await register(bench, OTHER, "gateway")
+        lock = await register(bench, "lock-1", "generic", gateway=OTHER)
+        says(bench, f"iotee/dev/{OTHER}/status", "online")
+        says(bench, "iotee/dev/lock-1/status", "online")
+        says(bench, f"iotee/dev/{OTHER}/status", "offline")
+        await asyncio.sleep(0.1)
+        await bench.order("lock-1", "unlock")
+        if restarted:
+            bench.live.presence.clear()  # a new process knows only what was online
+
+        says(bench, f"iotee/dev/{OTHER}/status", "online", retain=retained)
+
+        await sent(bench, 1)
+        assert bench.live.presence[lock] is Presence.UNKNOWN
+
+    scene(returning)
