@@ -333,8 +333,9 @@ class Listener:
         if "subscription_id" in packet.properties:
             connection.session.close(Reason.NO_SUBSCRIPTION_IDS, "there are no subscription identifiers")
             return []
+        before = dict(connection.filters)
         codes = [self._grant(connection, peer, each) for each in packet.filters]
-        self._tell_presence(connection, peer)
+        self._route(connection, peer, before)
         return codes
 
     def _grant(self, connection: Connection, peer: Peer, wanted: p.Filter) -> int:
@@ -349,9 +350,29 @@ class Listener:
         assert peer is not None
         if peer.scope is not None:
             return self.services.unsubscribe(connection, packet.topics)
+        before = dict(connection.filters)
         known = [connection.filters.pop(topic, None) is not None for topic in packet.topics]
-        self._tell_presence(connection, peer)
+        self._route(connection, peer, before)
         return [Reason.SUCCESS if each else Reason.NO_SUBSCRIPTION for each in known]
+
+    def _route(self, connection: Connection, peer: Peer, before: dict[str, int]) -> None:
+        """Routes topics by changed filters. A gateway has many topics, so its are routed once in a turn."""
+        if connection.filters == before:
+            return
+        if len(peer.devices) <= 1:
+            self._tell_presence(connection, peer)
+            return
+        if not self._to_route:
+            self._loop.call_soon(self._route_next)
+        self._to_route[connection] = None
+
+    def _route_next(self) -> None:
+        connection, _ = self._to_route.popitem()
+        peer = connection.peer
+        if peer is not None and self.peers.get(peer.name) is connection:
+            self._tell_presence(connection, peer)
+        if self._to_route:
+            self._loop.call_soon(self._route_next)
 
     def _tell_presence(self, connection: Connection, peer: Peer, old: Peer | None = None) -> None:
         came, left = self._routes.renew(connection, peer, old or peer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from broker.mqtt.access import Peer, fits, is_filter
+from broker.mqtt.matching import tree
 from broker.mqtt.packets import Filter, Properties, Publish, Reason
 from broker.mqtt.shell import Connection
 from broker.seams import Outgoing
@@ -29,7 +30,7 @@ class Routes:
             return Reason.NO_SHARED
         if not is_filter(topic):
             return Reason.BAD_FILTER
-        if not any(fits(topic, command) for command in peer.commands) and not (
+        if next(tree(peer.commands).fitting(topic), None) is None and not (
             any(fits(each, topic) for each in peer.others)
         ):
             return Reason.NOT_AUTHORIZED
@@ -44,18 +45,16 @@ class Routes:
         Returns the devices that have one more topic than before, and those that have none any more.
         """
         before, connection.routes = connection.routes, {}
-        filters = connection.filters
-        for topic in peer.commands:
-            found = [qos for each, qos in filters.items() if fits(each, topic)]
-            if found:
-                connection.routes[topic] = max(found)
-                self._to[topic] = connection
+        topics = tree(peer.commands)
+        for each, qos in sorted(connection.filters.items(), key=lambda item: item[1]):
+            connection.routes.update(dict.fromkeys(topics.fitting(each), qos))
+        self._to.update(dict.fromkeys(connection.routes, connection))
         for topic in before.keys() - connection.routes.keys():
             self._remove(topic, connection)
         came, left = list[str](), list[str]()
         for name in {**peer.devices, **old.devices}:
-            topics = peer.devices.get(name, NO_TOPICS) | old.devices.get(name, NO_TOPICS)
-            had, has = topics & before.keys(), topics & connection.routes.keys()
+            own = peer.devices.get(name, NO_TOPICS) | old.devices.get(name, NO_TOPICS)
+            had, has = own & before.keys(), own & connection.routes.keys()
             if has - had:
                 came.append(name)
             elif had and not has:
