@@ -98,7 +98,8 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
         if request["type"] != "http":
             await inner(scope, receive, send)
             return
-        if request["method"] == "HEAD" and not request["path"].endswith("/commands/pending"):
+        pending = request["path"].rstrip("/").endswith("/commands/pending")
+        if request["method"] == "HEAD" and not pending:
             # HEAD runs as GET, and uvicorn drops the body because its own scope still says HEAD.
             # `commands/pending` is excluded: its answer hands commands over, and they would be lost.
             request["method"], request["head"] = "GET", True
@@ -107,7 +108,7 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
             # Litestar's own answer to OPTIONS omits methods. An unknown method gets 405 with the full list.
             request["method"] = "-"
         since, status = metrics.now_ms(), 0
-        changes = request["method"] != "GET" or request["path"].endswith("/commands/pending")
+        changes = request["method"] != "GET" or pending
         caused = _via(ours, request) if changes else None
 
         def note(status: int) -> None:

@@ -249,12 +249,13 @@ def test_a_command_without_a_signing_secret_fails_and_the_next_is_tried() -> Non
     on_desk(story)
 
 
-def test_a_head_request_hands_nothing_over() -> None:
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_head_request_hands_nothing_over(slash: str) -> None:
     async def story(desk: Desk) -> None:
         await desk.registered()
         command_id = await desk.sent()
 
-        answer = await desk.key.head(f"/v1/devices/{RECORDER}/commands/pending")
+        answer = await desk.key.head(f"/v1/devices/{RECORDER}/commands/pending{slash}")
 
         assert answer.status_code == 405
         assert desk.state(command_id) == "pending"
