@@ -95,6 +95,8 @@ class Connection:
         async with asyncio.timeout(OPEN_WITHIN_SEC):
             # asyncio and uvloop both set TCP_NODELAY. Without it a round trip takes 88 ms instead of 0.7 ms.
             await self._loop.create_connection(lambda: self._wire, host, port, ssl=tls)
+            if self.lost.done():  # cut before CONNECT, which would end the connection of another node
+                raise _Ended(str(self.lost.exception()))
             self._paho._create_socket = lambda: self._wire  # type: ignore[method-assign]
             self._aio._client_connect()
             self._alive = asyncio.create_task(self._keep_alive())

@@ -78,6 +78,7 @@ class MqttLink:
         self._holds = holds
         self._hung_up = 0  # in a row, on a CONNECT of this version
         self._connection: Connection | None = None
+        self._newest: Connection | None = None  # also while it opens
         self._task: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -96,8 +97,8 @@ class MqttLink:
 
     def cut(self) -> None:
         """Ends the connection at once: another node may have taken the place of this one."""
-        if self._connection is not None:
-            self._connection.cut()
+        if self._newest is not None:
+            self._newest.cut()
 
     def want(self, filters: Sequence[str]) -> None:
         """Subscribes to these topics too, now and at each reconnect. The link stays up if one is refused."""
@@ -141,7 +142,7 @@ class MqttLink:
 
     async def _once(self) -> bool:
         """Opens one connection and waits until it ends. Returns whether the link was up."""
-        connection = Connection(self._client(), self._events, version=self.version)
+        self._newest = connection = Connection(self._client(), self._events, version=self.version)
         why = "closed"
         try:
             await connection.open(self.address.host, self.address.port, self._tls, self._subscriptions)

@@ -522,6 +522,29 @@ async def test_a_server_that_answers_a_subscription_with_a_wrong_number_of_codes
     assert "up" not in owner.told
 
 
+async def test_a_link_that_is_cut_while_it_connects_leaves_the_server_at_once() -> None:
+    """Its CONNECT would end the connection of the node that owns the log now."""
+    heard, left, holding = asyncio.Event(), asyncio.Event(), [True]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1_000)
+        heard.set()
+        with contextlib.suppress(OSError):
+            await reader.read()
+        left.set()
+        writer.close()
+
+    owner = Owner()
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with linked(url, owner, holds=lambda: holding[0]) as link, asyncio.timeout(5):
+            await heard.wait()
+            holding[0] = False
+            link.cut()
+            await left.wait()
+    assert owner.told == []
+
+
 @pytest.mark.parametrize("scheme", ["mqtt", "mqtts"])
 def test_the_production_event_loop_works_too(
     tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
