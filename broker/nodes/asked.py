@@ -23,6 +23,12 @@ REPEATABLE = re.compile(
     r"|POST /v1/devices/[^/]+/commands/[^/]+/(ack|result)"
     r"|POST /v1/commands/[^/]+/abandon"
 )
+# Harmless if done twice with an `Idempotency-Key`. All other routes ignore that header.
+KEYED = re.compile(
+    r"POST /v1/commands"
+    r"|POST /v1/devices/[^/]+/commands"
+    r"|POST /v1/(devices/[^/]+/)?commands/[^/]+/retry"
+)
 
 
 def let_go(task: asyncio.Future[Any]) -> None:
@@ -41,7 +47,7 @@ class Asked:
         self.method: str = self.scope["method"]
         self.headers: list[tuple[bytes, bytes]] = list(self.scope["headers"])
         self.body = b""
-        self.started = False
+        self.started = self.accepted = False
         self.receive, self._send = receive, send
         self._gone: asyncio.Future[None] | None = None
 
@@ -54,11 +60,12 @@ class Asked:
     @property
     def repeatable(self) -> bool:
         """Whether it does no harm if it is done twice."""
-        path = self.scope["path"]
+        path = self.scope["path"].rstrip("/")  # as the routes see it
         if self.method in ("GET", "HEAD", "OPTIONS"):
             return not path.endswith("/commands/pending")  # it hands commands over
         keyed = any(name == b"idempotency-key" for name, _ in self.headers)
-        return keyed or REPEATABLE.fullmatch(f"{self.method} {path}") is not None
+        route = f"{self.method} {path}"
+        return (keyed and KEYED.fullmatch(route) is not None) or REPEATABLE.fullmatch(route) is not None
 
     async def read(self) -> None:
         """Reads the body, and from then on watches whether the client goes away.
@@ -121,6 +128,14 @@ class Asked:
         """A key was accepted on this connection."""
         if (told := self.scope.get(PASSED)) is not None:
             told()
+
+    def report_passed(self) -> None:
+        """From now on, an accepted key is noted in `accepted`: the connection is another node's."""
+
+        def accepted() -> None:
+            self.accepted = True
+
+        self.scope[PASSED] = accepted
 
     # --- answering ---
 

@@ -33,6 +33,7 @@ class Cluster:
         self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stir = False
         self._soon = asyncio.Event()
+        self._beating = asyncio.Lock()
 
     # --- what is known ---
 
@@ -48,7 +49,7 @@ class Cluster:
 
     def holds(self) -> bool:
         """Whether this node may act as the owner now. Asked before every byte that follows from owning."""
-        return self.members.holds(self._log.term, self._now())
+        return not self.node.draining and self.members.holds(self._log.term, self._now())
 
     def lives(self, node: Node) -> bool:
         return self.members.lives(node.incarnation, self._now())
@@ -88,9 +89,9 @@ class Cluster:
             Fenced: this node owned the log, and another one has claimed it.
         """
         while True:
-            await self.beat()
             for event in (self._soon, self._log.stirred):
                 event.clear()
+            await self.beat()
             waits = [asyncio.ensure_future(event.wait()) for event in (self._soon, self._log.stirred)]
             try:
                 await asyncio.wait(waits, timeout=self._pause(), return_when=asyncio.FIRST_COMPLETED)
@@ -104,6 +105,10 @@ class Cluster:
         return BEAT_SEC if owner is None or self.silent_ms(owner) < SILENT_MS else SOON_SEC
 
     async def beat(self) -> None:
+        async with self._beating:  # the log has one connection for it
+            await self._beat()
+
+    async def _beat(self) -> None:
         began, stir, self._stir = self._now(), self._stir, False
         try:
             view = await self._log.beat(self.node, stir=stir)
@@ -134,7 +139,7 @@ class Cluster:
         held = False
         while True:
             holds = self.holds()
-            if held and not holds:
+            if held and not holds and not self.node.draining:
                 logger.error("node.lapsed", term=self._log.term, beat_age_ms=self.beat_age_ms)
                 self.lapsed()
             held = holds

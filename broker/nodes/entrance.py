@@ -17,7 +17,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from broker.http.edge.health import Health
 from broker.nodes.asked import Asked, Gone
 from broker.nodes.cluster import Cluster
-from broker.nodes.forwarding import LOCAL, MOVED, PEER, SECRET, Lost, Peers
+from broker.nodes.forwarding import ACCEPTED, LOCAL, MOVED, PEER, SECRET, Lost, Peers
 from broker.nodes.streaming import is_stream, pass_on
 from broker.seams import Node
 
@@ -31,6 +31,10 @@ LOST = (
     "the owner of the log ended before it answered: it is unknown whether this was done; look, or repeat it"
 )
 NOBODY = "no node owns the log now; try again later"
+
+
+class _Lapsed(Exception):
+    """The lease of this node ended in the middle of an answer."""
 
 
 class Apps:
@@ -93,6 +97,7 @@ class Entrance:
                 await asked.refuse("forbidden", "this is not the secret of the nodes of this log")
                 return
             asked.passed()
+            asked.report_passed()
             local = given.get(LOCAL) == b"1"
             asked.scope["client"] = (given.get(PEER, b"").decode("latin-1"), 0)
         elif await self._own(asked, local):
@@ -153,7 +158,7 @@ class Entrance:
         loop = asyncio.get_running_loop()
         while self.apps is None and not self.failed:
             owner = self.cluster.members.owner
-            if owner is not None and not self.cluster.owns and not owner.draining:
+            if owner is not None and owner.address and not self.cluster.owns and not owner.draining:
                 return owner
             if loop.time() >= until:
                 raise TimeoutError
@@ -166,10 +171,13 @@ class Entrance:
         """Answers a request that this node cannot handle at once."""
         until = asyncio.get_running_loop().time() + HELD_SEC
         if passed_on and (self.leaves or not self.cluster.owns):
-            await asked.refuse("unavailable", NOBODY, headers={MOVED.decode(): "1"})
+            await self._moved(asked)
             return
         try:
             while (owner := await asked.unless_gone(self.owner(until))) is not None:
+                if passed_on:  # this node was about to own the log, and another one does now
+                    await self._moved(asked)
+                    return
                 try:
                     await self._pass_on(owner, asked, local)
                     return
@@ -188,13 +196,16 @@ class Entrance:
         assert self.apps is not None
         await self._handle(self.apps, asked, asked.replay(), local)
 
+    async def _moved(self, asked: Asked) -> None:
+        await asked.refuse("unavailable", NOBODY, headers={MOVED.decode(): "1"})
+
     async def _pass_on(self, owner: Node, asked: Asked, local: bool) -> None:
         """Raises:
         Lost: the owner gave no answer.
         """
         answer = await asked.unless_gone(self._peers.send(owner, asked, local=local))
         try:
-            if answer.status_code != 401:
+            if ACCEPTED.decode() in answer.headers:
                 asked.passed()
             if is_stream(answer) and asked.method != "HEAD":
                 stream = pass_on(self._peers, self._next_owner, owner, asked, answer, local=local)
@@ -218,7 +229,8 @@ class Entrance:
         return found or self.cluster.node
 
     async def _handle(self, apps: Apps, asked: Asked, receive: Receive, local: bool) -> None:
-        """Runs the app of this node. Nothing is sent after the end of its lease."""
+        """Runs the app of this node. Nothing is sent after the end of its lease: an answer that had begun is
+        broken off, so that the client does not wait for the rest."""
         self._under_way += 1
         self._idle.clear()
         lapsed = False
@@ -226,10 +238,13 @@ class Entrance:
         async def send(message: Message) -> None:
             nonlocal lapsed
             lapsed = lapsed or not self.cluster.holds()
+            if lapsed and asked.started:
+                raise _Lapsed
             if lapsed:
                 return
             if message["type"] == "http.response.start":
-                await asked.start(message["status"], list(message["headers"]))
+                accepted = [(ACCEPTED, b"1")] if asked.accepted else []
+                await asked.start(message["status"], [*message["headers"], *accepted])
             else:
                 body = cast(dict[str, Any], message)
                 await asked.piece(body.get("body", b""), more=body.get("more_body", False))
@@ -241,6 +256,9 @@ class Entrance:
             if not asked.started:
                 await asked.refuse("unavailable", LOST)
             raise
+        except Exception:  # Litestar wraps what `send` raises
+            if not (lapsed and asked.started):
+                raise
         finally:
             self._under_way -= 1
             if not self._under_way:

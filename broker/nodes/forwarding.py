@@ -21,11 +21,13 @@ T = TypeVar("T")
 CONNECT_SEC = 2.0
 QUIET_SEC = 120.0  # longer than any request waits, and than an event stream is silent
 LOOK_SEC = 1.0
-CONNECTIONS, KEPT = 1_000, 100
+KEPT = 100
 # What the nodes tell each other with a request: the shared secret, the client's address, and whether it is
-# the operator of the machine; and with an answer: that this node does not own the log and did nothing.
+# the operator of the machine; and with an answer: that this node does not own the log and did nothing, or
+# that it accepted the client's key.
 SECRET, PEER, LOCAL, MOVED = b"x-ordain-secret", b"x-ordain-peer", b"x-ordain-local", b"x-ordain-moved"
-BETWEEN_NODES = frozenset({SECRET, PEER, LOCAL, MOVED})
+ACCEPTED = b"x-ordain-accepted"
+BETWEEN_NODES = frozenset({SECRET, PEER, LOCAL, MOVED, ACCEPTED})
 # Of one connection only.
 HOP = BETWEEN_NODES | {
     b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"te", b"trailer", b"upgrade",
@@ -46,7 +48,8 @@ class Peers:
 
     def __init__(self, cluster: Cluster, secret: str) -> None:
         self._cluster, self._secret = cluster, secret.encode()
-        limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=KEPT)
+        # No bound here: the entrance bounds the requests that wait, and the owner each project's streams.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=KEPT)
         timeout = httpx2.Timeout(CONNECT_SEC, read=QUIET_SEC)
         self._http = httpx2.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
         self._http.headers.clear()
@@ -69,8 +72,14 @@ class Peers:
             headers = [each for each in headers if each[0] != b"last-event-id"]
             headers.append((b"last-event-id", after))
         headers += [(SECRET, self._secret), (PEER, str(peer).encode()), (LOCAL, b"1" if local else b"0")]
-        url = f"http://{owner.address}{asked.target}"
-        made = self._http.build_request(asked.method, url, headers=headers, content=asked.body or None)
+        # The target goes on as it came: a URL would lose `..`, and the owner would see another path.
+        made = self._http.build_request(
+            asked.method,
+            f"http://{owner.address}/",
+            headers=headers,
+            content=asked.body or None,
+            extensions={"target": asked.target.encode("latin-1")},
+        )
         try:
             answer = await self.unless_moved(owner, self._http.send(made, stream=True))
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
@@ -114,7 +123,7 @@ class Peers:
 
 def shown(answer: httpx2.Response) -> Headers:
     """The headers that the client gets too."""
-    hidden = HOP - {b"content-length"}
+    hidden = HOP - {b"content-length"} | {b"date"}  # the server of this node adds its own
     found = ((name.lower(), value) for name, value in answer.headers.raw)
     return [(name, value) for name, value in found if name not in hidden]
 

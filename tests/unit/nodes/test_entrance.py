@@ -1,0 +1,261 @@
+"""What a node does with requests, and at the end of its lease: an ASGI app on a log that only knows nodes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import httpx2
+import pytest
+
+from broker.http.edge.strangers import PASSED
+from broker.nodes.asked import Asked
+from broker.nodes.cluster import Cluster
+from broker.nodes.entrance import Apps, Entrance
+from broker.nodes.forwarding import ACCEPTED, LOCAL, MOVED, SECRET, Peers, shown
+from broker.seams import Node, View
+from tests.conftest import unused_port
+
+OURS, THEIRS = "node_b", "node_a"
+KEY = "s" * 40
+WITHIN_SEC = 10
+
+
+class Beats:
+    """A log that only knows nodes. It refuses two beats at once, as one connection does."""
+
+    def __init__(self, owner: str, address: str | None = None) -> None:
+        self.stirred = asyncio.Event()
+        self.term, self.owner, self.address = int(owner == OURS), owner, address
+        self.beats: list[Node] = []
+        self.slow = asyncio.Event()
+        self.slow.set()
+        self._under_way = False
+
+    async def beat(self, node: Node, *, stir: bool = False) -> View:
+        assert not self._under_way, "another beat is under way"
+        self._under_way = True
+        self.beats.append(node)
+        await self.slow.wait()
+        self._under_way = False
+        return View(1, self.owner, [Node(self.owner, "a", self.address, beat=len(self.beats))])
+
+
+class Clock:
+    ms = 0
+
+    def __call__(self) -> int:
+        return self.ms
+
+
+def cluster_on(log: Beats, clock: Clock | None = None) -> Cluster:
+    return Cluster(cast(Any, log), Node(OURS, "b"), clock or Clock(), Clock())
+
+
+class Client:
+    """One request: what is sent to it. It stays connected."""
+
+    def __init__(self, target: str = "/v1/devices", method: str = "GET", **headers: str) -> None:
+        path, _, query = target.partition("?")
+        names = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        self.scope: dict[str, Any] = {"type": "http", "method": method, "path": path}
+        self.scope |= {"raw_path": path.encode(), "query_string": query.encode(), "client": ("192.0.2.1", 1)}
+        self.scope["headers"] = [(b"host", b"a"), *names]
+        self.passed = False
+        self.scope[PASSED] = self._pass
+        self.sent: list[dict[str, Any]] = []
+        self._said = False
+
+    def _pass(self) -> None:
+        self.passed = True
+
+    async def receive(self) -> Any:
+        if self._said:
+            await asyncio.Event().wait()
+        self._said = True
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"])
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.sent[0]["headers"])
+
+    def asked(self) -> Asked:
+        return Asked(self.scope, self.receive, self.send)
+
+
+async def ask(entrance: Entrance, client: Client) -> Client:
+    async with asyncio.timeout(WITHIN_SEC):
+        await entrance.app(local=False)(cast(Any, client.scope), client.receive, client.send)
+    return client
+
+
+def served(entrance: Entrance, app: Any) -> None:
+    entrance.apps = Apps(app, app, list)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "keyed", "repeatable"),
+    [
+        ("POST", "/v1/devices/a/commands", True, True),
+        ("POST", "/v1/devices/a/commands", False, False),
+        ("POST", "/v1/commands", True, True),
+        ("POST", "/v1/commands/c/retry", True, True),
+        ("POST", "/v1/devices/a/commands/c/retry", True, True),
+        ("POST", "/v1/devices", True, False),
+        ("POST", "/v1/keys", True, False),
+        ("POST", "/v1/devices/a/token", True, False),
+        ("POST", "/v1/devices/a/commands/claim", True, False),
+        ("DELETE", "/v1/devices/a", True, False),
+        ("DELETE", "/v1/devices/a/commands/c", False, True),
+        ("GET", "/v1/devices/a/commands", False, True),
+        ("GET", "/v1/devices/a/commands/pending", False, False),
+        ("GET", "/v1/devices/a/commands/pending/", False, False),
+    ],
+)
+def test_a_door_repeats_only_what_does_no_harm_twice(
+    method: str, path: str, keyed: bool, repeatable: bool
+) -> None:
+    client = Client(path, method, **({"idempotency_key": "k"} if keyed else {}))
+    assert client.asked().repeatable is repeatable
+
+
+async def test_an_answer_that_had_begun_breaks_off_at_the_end_of_the_lease() -> None:
+    clock = Clock()
+    cluster = cluster_on(Beats(OURS), clock)
+    await cluster.beat()
+    entrance = Entrance(cluster, Peers(cluster, KEY), KEY)
+    client = Client()
+
+    async def streaming(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        clock.ms = 60_000
+        try:
+            while True:  # as an event stream: it ends when its client is gone
+                await send({"type": "http.response.body", "body": b": ping\n", "more_body": True})
+                await asyncio.sleep(0)
+        except Exception as error:
+            raise ValueError("as Litestar wraps it") from error
+
+    served(entrance, streaming)
+    await ask(entrance, client)
+    assert [message["type"] for message in client.sent] == ["http.response.start"]
+
+
+async def test_a_node_that_let_the_log_go_does_not_act_for_the_rest_of_its_lease() -> None:
+    log = Beats(OURS)
+    cluster = cluster_on(log)
+    await cluster.beat()
+    assert cluster.holds()
+    log.slow.clear()
+    running = asyncio.create_task(cluster.run())
+    async with asyncio.timeout(WITHIN_SEC):
+        while len(log.beats) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        released = asyncio.create_task(cluster.release())  # while a beat is under way
+        await asyncio.sleep(0)
+        log.slow.set()
+        await released
+    running.cancel()
+    assert log.beats[-1].draining
+    assert not cluster.holds()
+
+
+async def test_news_during_a_beat_make_the_node_beat_again_at_once() -> None:
+    log = Beats(THEIRS)
+    cluster = cluster_on(log)
+    log.slow.clear()
+    running = asyncio.create_task(cluster.run())
+    async with asyncio.timeout(0.9):  # without news a beat comes each second
+        while not log.beats:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        log.stirred.set()
+        log.slow.set()
+        while len(log.beats) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    running.cancel()
+
+
+async def test_what_a_node_passed_on_is_not_passed_on_again() -> None:
+    log = Beats(OURS)
+    cluster = cluster_on(log)
+    await cluster.beat()
+    entrance = Entrance(cluster, Peers(cluster, KEY), KEY)
+    client = Client(**{"x-ordain-secret": KEY})
+    asking = asyncio.create_task(ask(entrance, client))
+    await asyncio.sleep(0.01)
+    assert not client.sent  # this node owns the log, and reads it
+    log.owner, log.address, log.term = THEIRS, f"127.0.0.1:{unused_port()}", 0
+    await cluster.beat()
+    await asking
+    assert (client.status, client.headers[MOVED]) == (503, b"1")
+
+
+async def test_an_owner_tells_the_door_whether_it_accepted_the_key() -> None:
+    cluster = cluster_on(Beats(OURS))
+    await cluster.beat()
+    entrance = Entrance(cluster, Peers(cluster, KEY), KEY)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/v1/devices":
+            scope[PASSED]()
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    served(entrance, app)
+    given = {SECRET.decode(): KEY, LOCAL.decode(): "0"}
+    assert ACCEPTED in (await ask(entrance, Client(**given))).headers
+    assert ACCEPTED not in (await ask(entrance, Client("/nothing", **given))).headers
+    assert ACCEPTED not in (await ask(entrance, Client())).headers  # a client has no use for it
+
+
+class Owner:
+    """An HTTP server that notes request lines, and answers all with 404."""
+
+    def __init__(self, *headers: str) -> None:
+        self.lines: list[str] = []
+        self._headers = "".join(f"{each}\r\n" for each in headers)
+
+    async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.lines.append(head.partition(b"\r\n")[0].decode())
+        answer = f"HTTP/1.1 404 Not Found\r\ndate: then\r\ncontent-length: 0\r\n{self._headers}\r\n"
+        writer.write(answer.encode())
+        await writer.drain()
+        writer.close()
+
+
+async def through_a_door(owner: Owner, client: Client) -> Client:
+    server = await asyncio.start_server(owner.take, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        cluster = cluster_on(Beats(THEIRS, f"127.0.0.1:{port}"))
+        await cluster.beat()
+        peers = Peers(cluster, KEY)
+        await ask(Entrance(cluster, peers, KEY), client)
+        await peers.close()
+    return client
+
+
+async def test_a_stranger_stays_one_at_a_door_until_the_owner_accepts_a_key() -> None:
+    assert not (await through_a_door(Owner(), Client("/nothing"))).passed
+    known = await through_a_door(Owner(f"{ACCEPTED.decode()}: 1"), Client("/nothing"))
+    assert known.passed
+    assert set(known.headers) == {b"content-length"}  # this node's own server adds the date
+
+
+async def test_the_target_goes_on_as_it_came() -> None:
+    owner, target = Owner(), "/v1/devices/../../local/x?q=%zz&r='[\""
+    await through_a_door(owner, Client(target))
+    assert owner.lines == [f"GET {target} HTTP/1.1"]
+
+
+def test_headers_between_nodes_are_hidden_from_clients() -> None:
+    answer = httpx2.Response(200, headers=[(b"X-Ordain-Accepted", b"1"), (b"ETag", b"a")])
+    assert shown(answer) == [(b"etag", b"a")]
