@@ -41,6 +41,17 @@ class Gone(Exception):
     """The client has closed its connection."""
 
 
+class NoRoom(Exception):
+    """The bodies of the requests that wait at this node fill the memory that they may have."""
+
+
+class Room:
+    """The memory for those bodies, in bytes. They are read before any key is checked."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.taken = most, 0
+
+
 class Asked:
     def __init__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         self.scope = scope
@@ -50,6 +61,7 @@ class Asked:
         self.started = self.accepted = False
         self.receive, self._send = receive, send
         self._gone: asyncio.Future[None] | None = None
+        self._room, self._taken = Room(0), 0
 
     @property
     def target(self) -> str:
@@ -67,19 +79,25 @@ class Asked:
         route = f"{self.method} {path}"
         return (keyed and KEYED.fullmatch(route) is not None) or REPEATABLE.fullmatch(route) is not None
 
-    async def read(self) -> None:
+    async def read(self, room: Room) -> None:
         """Reads the body, and from then on watches whether the client goes away.
 
         Raises:
             Gone: it did.
             ValueError: the body is too large.
+            NoRoom: too much is read already, of other requests.
         """
-        body, more = bytearray(), True
+        self._room, body, more = room, bytearray(), True
         while more:
             event = cast(dict[str, Any], await self.receive())
             if event["type"] == "http.disconnect":
                 raise Gone
-            body += event.get("body", b"")
+            piece: bytes = event.get("body", b"")
+            self._taken += len(piece)
+            room.taken += len(piece)
+            if room.taken > room.most:
+                raise NoRoom
+            body += piece
             more = event.get("more_body", False)
             if len(body) > BODY_BYTES:
                 raise ValueError("the body is too large")
@@ -106,6 +124,8 @@ class Asked:
             let_go(task)
 
     def close(self) -> None:
+        self._room.taken -= self._taken
+        self._taken = 0
         if self._gone is not None:
             self._gone.cancel()
 

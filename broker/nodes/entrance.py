@@ -15,7 +15,7 @@ import structlog
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from broker.http.edge.health import Health
-from broker.nodes.asked import Asked, Gone
+from broker.nodes.asked import Asked, Gone, NoRoom, Room
 from broker.nodes.cluster import Cluster
 from broker.nodes.forwarding import ACCEPTED, LOCAL, MOVED, PEER, SECRET, Lost, Peers
 from broker.nodes.streaming import is_stream, pass_on
@@ -27,6 +27,8 @@ HELD_SEC = 10.0  # a lease, and 5 s
 LOOK_SEC = 0.25
 AGAIN_SEC = 0.1
 HELD = 2_000  # requests that wait at this node, for an owner or for its answer
+HELD_BYTES = 268_435_456  # of their bodies
+CROWDED = "too many requests wait at this node"
 LOST = (
     "the owner of the log ended before it answered: it is unknown whether this was done; look, or repeat it"
 )
@@ -59,6 +61,7 @@ class Entrance:
         self._peers, self._secret = peers, secret.encode()
         self._under_way = 0
         self._held = 0
+        self._room = Room(HELD_BYTES)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -103,15 +106,21 @@ class Entrance:
         elif await self._own(asked, local):
             return
         if self.apps is not None:
-            await self._handle(self.apps, asked, asked.receive, local)
+            if self.cluster.holds():
+                await self._handle(self.apps, asked, asked.receive, local)
+            else:  # now it is certain that nothing is done; after a decision it would not be
+                await self._moved(asked)
             return
         try:
-            await asked.read()
+            await asked.read(self._room)
+        except NoRoom:
+            await asked.refuse("unavailable", CROWDED, headers={"connection": "close"})
+            return
         except ValueError as error:
             await asked.refuse("too_large", str(error), headers={"connection": "close"})
             return
         if self._held >= HELD:
-            await asked.refuse("unavailable", "too many requests wait at this node")
+            await asked.refuse("unavailable", CROWDED)
             return
         self._held += 1
         try:

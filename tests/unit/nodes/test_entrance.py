@@ -9,6 +9,7 @@ import httpx2
 import pytest
 
 from broker.http.edge.strangers import PASSED
+from broker.nodes import entrance as module
 from broker.nodes.asked import Asked
 from broker.nodes.cluster import Cluster
 from broker.nodes.entrance import Apps, Entrance
@@ -55,6 +56,8 @@ def cluster_on(log: Beats, clock: Clock | None = None) -> Cluster:
 class Client:
     """One request: what is sent to it. It stays connected."""
 
+    body = b"7 bytes"
+
     def __init__(self, target: str = "/v1/devices", method: str = "GET", **headers: str) -> None:
         path, _, query = target.partition("?")
         names = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
@@ -73,7 +76,7 @@ class Client:
         if self._said:
             await asyncio.Event().wait()
         self._said = True
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return {"type": "http.request", "body": self.body, "more_body": False}
 
     async def send(self, message: Any) -> None:
         self.sent.append(message)
@@ -146,6 +149,40 @@ async def test_an_answer_that_had_begun_breaks_off_at_the_end_of_the_lease() -> 
     served(entrance, streaming)
     await ask(entrance, client)
     assert [message["type"] for message in client.sent] == ["http.response.start"]
+
+
+async def test_after_the_end_of_the_lease_nothing_is_begun() -> None:
+    clock, begun = Clock(), 0
+    cluster = cluster_on(Beats(OURS), clock)
+    await cluster.beat()
+    entrance = Entrance(cluster, Peers(cluster, KEY), KEY)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal begun
+        begun += 1
+
+    served(entrance, app)
+    clock.ms = 60_000
+    client = await ask(entrance, Client("/v1/devices/a/commands/claim", "POST"))
+    assert (client.status, client.headers[MOVED], begun) == (503, b"1", 0)
+
+
+async def test_the_bodies_of_waiting_requests_have_a_bound_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HELD_BYTES", 10)
+    cluster = cluster_on(Beats(THEIRS))
+    await cluster.beat()
+    entrance = Entrance(cluster, Peers(cluster, KEY), KEY)
+    waiting, other, third = Client(), Client(), Client()
+    asking = asyncio.create_task(ask(entrance, waiting))
+    await asyncio.sleep(0.01)
+    await ask(entrance, other)
+    assert (waiting.sent, other.status) == ([], 503)
+    asking.cancel()
+    await asyncio.wait({asking})
+    asking = asyncio.create_task(ask(entrance, third))
+    await asyncio.sleep(0.01)
+    assert third.sent == []  # the first has given its room back
+    asking.cancel()
 
 
 async def test_a_node_that_let_the_log_go_does_not_act_for_the_rest_of_its_lease() -> None:
