@@ -25,9 +25,10 @@ REPEATABLE = re.compile(
 )
 # Harmless if done twice with an `Idempotency-Key`. All other routes ignore that header.
 KEYED = re.compile(
-    r"POST /v1/commands"
-    r"|POST /v1/devices/[^/]+/commands"
-    r"|POST /v1/(devices/[^/]+/)?commands/[^/]+/retry"
+    r"POST /v1/commands|POST /v1/app/command/send"
+    r"|POST (/v1)?/devices/[^/]+/commands"
+    r"|POST (/v1)?/commands/[^/]+/retry"
+    r"|POST /v1/devices/[^/]+/commands/[^/]+/retry"
 )
 
 
@@ -78,6 +79,14 @@ class Asked:
         keyed = any(name == b"idempotency-key" for name, _ in self.headers)
         route = f"{self.method} {path}"
         return (keyed and KEYED.fullmatch(route) is not None) or REPEATABLE.fullmatch(route) is not None
+
+    @property
+    def lasts(self) -> bool:
+        """Whether its answer may take long: an event stream, or one that waits for the end of a command."""
+        accepts = any(
+            name == b"accept" and b"text/event-stream" in value.lower() for name, value in self.headers
+        )
+        return accepts or b"wait=" in self.scope["query_string"]
 
     async def read(self, room: Room) -> None:
         """Reads the body, and from then on watches whether the client goes away.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any, cast
 
 import httpx2
 import pytest
 
+from broker.http.app import _routes
 from broker.http.edge.strangers import PASSED
 from broker.nodes import entrance as module
-from broker.nodes.asked import Asked
+from broker.nodes.asked import KEYED, Asked
 from broker.nodes.cluster import Cluster
 from broker.nodes.entrance import Apps, Entrance
 from broker.nodes.forwarding import ACCEPTED, LOCAL, MOVED, SECRET, Peers, shown
@@ -127,6 +129,21 @@ def test_a_door_repeats_only_what_does_no_harm_twice(
 ) -> None:
     client = Client(path, method, **({"idempotency_key": "k"} if keyed else {}))
     assert client.asked().repeatable is repeatable
+
+
+def test_the_routes_that_a_door_repeats_with_a_key_are_those_that_use_it() -> None:
+    for route in _routes(False).routes:
+        for handler in getattr(route, "route_handlers", ()):
+            for method in handler.http_methods:
+                path = re.sub(r"{[^}]+}", "x", route.path)
+                uses_it = "idempotency_key" in handler.parsed_fn_signature.parameters
+                assert (KEYED.fullmatch(f"{method} {path}") is not None) == uses_it, (method, path)
+
+
+def test_streams_and_waiting_requests_have_connections_of_their_own() -> None:
+    assert Client(accept="application/json, Text/Event-Stream;q=0.9").asked().lasts
+    assert Client("/v1/commands/c?wait=30").asked().lasts
+    assert not Client(accept="application/json").asked().lasts
 
 
 async def test_an_answer_that_had_begun_breaks_off_at_the_end_of_the_lease() -> None:
