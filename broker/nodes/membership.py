@@ -26,6 +26,7 @@ class Membership:
         self.view = View(0, None, [])
         self.confirmed: int | None = None  # when the last confirmed beat began
         self._looked = 0  # when it was answered
+        self._resumes = 0  # before that nobody acts: see `took`
         self._seen: dict[str, tuple[int, int]] = {}  # its last new beat, and when it was seen
         self._vacant_since: int | None = None
 
@@ -34,6 +35,10 @@ class Membership:
         if self.confirmed is None or now - self.confirmed > OUTAGE_MS:
             self._seen.clear()
             self._vacant_since = None
+        if self.confirmed is not None and now - self.confirmed >= self.lease_ms - MARGIN_MS:
+            # An owner whose lease had ended goes on only when nobody claims any more because of what it saw
+            # before this beat.
+            self._resumes = now + OUTAGE_MS
         self._seen = {
             node.incarnation: self._seen[node.incarnation]
             if self._seen.get(node.incarnation, (-1, 0))[0] == node.beat
@@ -64,7 +69,7 @@ class Membership:
         return (
             self.confirmed is not None
             and (self.view.owner, self.view.term) == (self.incarnation, term)
-            and now - self.confirmed < self.lease_ms - MARGIN_MS
+            and self._resumes <= now < self.confirmed + self.lease_ms - MARGIN_MS
         )
 
     def may_claim(self, now: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from broker.nodes.asked import Asked
@@ -80,6 +80,7 @@ def test_an_owner_stops_acting_before_the_others_believe_it_dead() -> None:
     assert not members.holds(1, 1_000)
 
 
+@example([("b", 0, 0), ("b", 2_500, 0), ("b", 0, 2_500), ("a", 0, 0)])  # its lease had ended meanwhile
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 3_000), st.integers(0, 2_900)), max_size=40))
 def test_no_node_may_claim_while_the_owner_may_act(steps: list[tuple[str, int, int]]) -> None:
     """Each step: some time passes, then one of two nodes beats, and its answer takes a while."""
