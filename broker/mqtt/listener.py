@@ -19,7 +19,7 @@ from broker.mqtt.access import Access, Peer, Refused, fits
 from broker.mqtt.admission import Admission
 from broker.mqtt.crowd import Crowd, Had, Watch
 from broker.mqtt.packets import Publish, Reason
-from broker.mqtt.routes import Routes, message_of
+from broker.mqtt.routes import Routes, Subscriptions, message_of
 from broker.mqtt.services import Services
 from broker.mqtt.session import Closed, Effect, Taken
 from broker.mqtt.shell import Connection
@@ -56,6 +56,7 @@ class Listener:
         self._had = Had()
         self.peers: dict[str, Connection] = {}
         self._routes = Routes()
+        self._subscriptions = Subscriptions(self._routes, events, bounds.filters, self.peers, self._refused)
         self.admission = Admission(access, bounds)
         self._held, self._answered = dict[Connection, None](), dict[Connection, None]()
         self._arrivals = 0
@@ -109,7 +110,7 @@ class Listener:
         connection = self.peers.get(hardware_id)
         if connection is not None and connection.peer is not None:
             old, connection.peer = connection.peer, self.admission.peer(hardware_id)
-            self._tell_presence(connection, connection.peer, old)
+            self._subscriptions.renew(connection, connection.peer, old)
 
     # --- the link ---
 
@@ -333,53 +334,18 @@ class Listener:
         if "subscription_id" in packet.properties:
             connection.session.close(Reason.NO_SUBSCRIPTION_IDS, "there are no subscription identifiers")
             return []
-        before = dict(connection.filters)
-        codes = [self._grant(connection, peer, each) for each in packet.filters]
-        self._route(connection, peer, before)
-        return codes
+        return self._subscriptions.subscribe(connection, peer, packet.filters)
 
-    def _grant(self, connection: Connection, peer: Peer, wanted: p.Filter) -> int:
-        code = self._routes.grant(connection, peer, wanted, self.bounds.filters)
-        if code == Reason.NOT_AUTHORIZED:
-            self.counts["denied"] += 1
-            self._deny(connection, "subscribe", wanted.topic)
-        return code
+    def _refused(self, connection: Connection, topic: str) -> None:
+        self.counts["denied"] += 1
+        self._deny(connection, "subscribe", topic)
 
     def _unsubscribe(self, connection: Connection, packet: p.Unsubscribe) -> list[int]:
         peer = connection.peer
         assert peer is not None
         if peer.scope is not None:
             return self.services.unsubscribe(connection, packet.topics)
-        before = dict(connection.filters)
-        known = [connection.filters.pop(topic, None) is not None for topic in packet.topics]
-        self._route(connection, peer, before)
-        return [Reason.SUCCESS if each else Reason.NO_SUBSCRIPTION for each in known]
-
-    def _route(self, connection: Connection, peer: Peer, before: dict[str, int]) -> None:
-        """Routes topics by changed filters. A gateway has many topics, so its are routed once in a turn."""
-        if connection.filters == before:
-            return
-        if len(peer.devices) <= 1:
-            self._tell_presence(connection, peer)
-            return
-        if not self._to_route:
-            self._loop.call_soon(self._route_next)
-        self._to_route[connection] = None
-
-    def _route_next(self) -> None:
-        connection, _ = self._to_route.popitem()
-        peer = connection.peer
-        if peer is not None and self.peers.get(peer.name) is connection:
-            self._tell_presence(connection, peer)
-        if self._to_route:
-            self._loop.call_soon(self._route_next)
-
-    def _tell_presence(self, connection: Connection, peer: Peer, old: Peer | None = None) -> None:
-        came, left = self._routes.renew(connection, peer, old or peer)
-        for name in left:
-            self._events.device_offline(name)
-        for name in came:
-            self._events.device_online(name)
+        return self._subscriptions.unsubscribe(connection, peer, packet.topics)
 
     # --- the end ---
 

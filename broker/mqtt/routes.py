@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
 from broker.mqtt.access import Peer, fits, is_filter
 from broker.mqtt.matching import tree
 from broker.mqtt.packets import Filter, Properties, Publish, Reason
 from broker.mqtt.shell import Connection
-from broker.seams import Outgoing
+from broker.seams import Outgoing, Presence
 
 NO_TOPICS = frozenset[str]()
 
@@ -76,6 +79,71 @@ class Routes:
         """A device that moved to another gateway may have its topic there already."""
         if self._to.get(topic) is connection:
             del self._to[topic]
+
+
+class Subscriptions:
+    """What devices subscribe to, and what follows from it: routes, and who is there.
+
+    `peers`: the connections by name. `refused`: told of each filter that a device may not have.
+    """
+
+    def __init__(
+        self,
+        routes: Routes,
+        events: Presence,
+        most: int,
+        peers: Mapping[str, Connection],
+        refused: Callable[[Connection, str], None],
+    ) -> None:
+        self._routes, self._events, self._most = routes, events, most
+        self._peers, self._refused = peers, refused
+        self._loop = asyncio.get_running_loop()
+        self._waiting: dict[Connection, None] = {}
+
+    def subscribe(self, connection: Connection, peer: Peer, filters: Sequence[Filter]) -> list[int]:
+        """The codes of the SUBACK."""
+        before = dict(connection.filters)
+        codes = [self._routes.grant(connection, peer, each, self._most) for each in filters]
+        for each, code in zip(filters, codes, strict=True):
+            if code == Reason.NOT_AUTHORIZED:
+                self._refused(connection, each.topic)
+        self._changed(connection, peer, before)
+        return codes
+
+    def unsubscribe(self, connection: Connection, peer: Peer, topics: Sequence[str]) -> list[int]:
+        """The codes of the UNSUBACK."""
+        before = dict(connection.filters)
+        known = [connection.filters.pop(topic, None) is not None for topic in topics]
+        self._changed(connection, peer, before)
+        return [Reason.SUCCESS if each else Reason.NO_SUBSCRIPTION for each in known]
+
+    def renew(self, connection: Connection, peer: Peer, old: Peer | None = None) -> None:
+        """Routes the peer's topics as its filters say now, and tells which devices came or left."""
+        came, left = self._routes.renew(connection, peer, old or peer)
+        for name in left:
+            self._events.device_offline(name)
+        for name in came:
+            self._events.device_online(name)
+
+    def _changed(self, connection: Connection, peer: Peer, before: dict[str, int]) -> None:
+        """A gateway has many topics: they are routed once for all its packets of this turn of the loop."""
+        if connection.filters == before:
+            return
+        if len(peer.devices) <= 1:
+            self.renew(connection, peer)
+            return
+        if not self._waiting:
+            self._loop.call_soon(self._next)
+        self._waiting[connection] = None
+
+    def _next(self) -> None:
+        """One gateway in each turn."""
+        connection, _ = self._waiting.popitem()
+        if self._waiting:
+            self._loop.call_soon(self._next)
+        peer = connection.peer
+        if peer is not None and self._peers.get(peer.name) is connection:
+            self.renew(connection, peer)
 
 
 def message_of(outgoing: Outgoing, qos: int, version: int) -> Publish:
