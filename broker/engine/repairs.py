@@ -46,13 +46,14 @@ class Repairs:
         device = commands.live.device(old.device_id)
         if device is None or device.deleted_at is not None:
             raise Refusal("device_deleted", f"the device of {old.id} was deleted")
+        types, allowed = commands.addresses.types, commands.addresses.alike(device)
         order = Order(
             device=old.device_id,
             type=old.type,
             params=msgspec.json.decode(old.params),
             ttl_sec=None if old.ttl_ms is None else max(1, old.ttl_ms // 1_000),
-            # Of a device whose type now has another rule for signed answers: as its type says now.
-            device_type=old.device_type if old.device_type in commands.addresses.alike(device) else None,
+            # Where the device's type now has another rule for signed answers, that type is used.
+            device_type=None if old.device_type in types.keys() - allowed.keys() else old.device_type,
             idempotency_key=key,
             fingerprint=hashlib.sha256(f"retry {old.id}".encode()).digest(),
         )

@@ -213,7 +213,8 @@ class Listener:
         if connection.session.state != "judged":
             return
         if connection.barred:
-            verdict = Refused(Reason.ADMINISTRATIVE, "its token is not valid any more")
+            why = "its token or its topics have changed; connect again"
+            verdict = Refused(Reason.ADMINISTRATIVE, why)
         if isinstance(verdict, Refused):
             self._refuse(connection, connect, verdict)
         else:

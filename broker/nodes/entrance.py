@@ -48,8 +48,8 @@ class Apps:
 
 
 class Entrance:
-    """`apps`: only while this node handles requests itself. `leaves`: it never will again. `failed`: it
-    neither handles nor passes on any more. `outcomes`: requests passed on, by outcome."""
+    """`apps`: set while this node handles requests itself. `leaves`: it will not handle any again. `failed`:
+    it neither handles requests nor passes them on any more. `outcomes`: requests passed on, by outcome."""
 
     def __init__(self, cluster: Cluster, peers: Peers, secret: str) -> None:
         self.cluster = cluster

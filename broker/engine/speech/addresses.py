@@ -106,8 +106,8 @@ class Addresses:
         return [name for name, kind in self.types.items() if _by_name(kind)]
 
     def alike(self, device: DeviceState) -> dict[str, DeviceType]:
-        """The types that a command to this device may have instead of its own: those that ask for signed
-        answers as its own does, so that nobody can choose a type that believes more."""
+        """The types that a command to this device may have instead of its own: those with the same rule for
+        signed answers, so that nobody can choose a type that accepts unsigned ones."""
         own = self.types.get(device.device_type)
         rule = "none" if own is None else own.answers_signed
         return {name: kind for name, kind in self.types.items() if kind.answers_signed == rule}
