@@ -41,6 +41,9 @@ def test_a_page_opened_as_a_file_asks_no_network_and_can_be_searched(site: Path,
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto((site / "index.html").as_uri())
-    page.get_by_role("textbox", name="Search").fill("checkpoint")
+    box = page.get_by_role("textbox", name="Search")
+    box.focus()  # the page loads its index now
+    page.get_by_text("Type to start searching").wait_for(state="attached")
+    box.fill("checkpoint")
     page.locator(".md-search-result__link[href*=html]").first.wait_for()  # the list is drawn anew as it grows
     assert [url for url in asked if not url.startswith(("file:", "blob:", "data:"))] == []
