@@ -230,7 +230,8 @@ def _claim(recorded: Recorded) -> tuple[str, str, Any] | None:
         case Executed(result=result):
             return recorded.stream, "executed", msgspec.json.decode(result)
         case Failed(by="device", error=error):
-            return recorded.stream, "failed", {"code": error.code, "message": error.message}
+            details = {} if error.details is None else {"details": error.details}
+            return recorded.stream, "failed", {"code": error.code, "message": error.message, **details}
         case _:
             return None
 

@@ -34,7 +34,9 @@ from broker.seams import Outgoing
 PROTOCOLS = {True: MQTTProtocolVersion.MQTTv5, False: MQTTProtocolVersion.MQTTv311}
 OWNER = object()
 
-texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+texts = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=20
+)  # paho refuses U+FEFF
 topics = texts.map(lambda text: text.replace("+", "").replace("#", "") or "t")
 ids = st.integers(1, 65_535)
 pairs = st.lists(st.tuples(texts, texts), max_size=3)
