@@ -72,6 +72,17 @@ def enters(port: int, name: str, token: str) -> bool:
         return client.recv(4) == b"\x20\x02\x00\x00"
 
 
+def with_dynsec(new_broker: NewBroker, tmp_path: Path) -> tuple[Broker, int, tuple[str, ...]]:
+    """A broker that keeps a Mosquitto's dynamic-security plugin in step, not started; the port of that
+    Mosquitto, and the lines of its configuration."""
+    users, port = tmp_path / "dynsec.json", unused_port()
+    subprocess.run([program("mosquitto_ctrl"), "dynsec", "init", str(users), "ordain", "secret"], check=True)
+    config = tmp_path / "config.toml"
+    config.write_text('mqtt_users = "dynsec"\n')
+    broker = new_broker("--config", str(config), "--mqtt-url", f"mqtt://ordain:secret@127.0.0.1:{port}")
+    return broker, port, ("allow_anonymous false", f"plugin {PLUGIN}", f"plugin_opt_config_file {users}")
+
+
 def in_step(broker: Broker) -> None:
     until(lambda: mqtt(broker)["rules"]["in_step"] or None, lambda: mqtt(broker))
 
@@ -80,13 +91,8 @@ def in_step(broker: Broker) -> None:
 def test_the_dynamic_security_plugin_learns_of_devices_tokens_and_deletions(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
-    users, port = tmp_path / "dynsec.json", unused_port()
-    subprocess.run([program("mosquitto_ctrl"), "dynsec", "init", str(users), "ordain", "secret"], check=True)
-    config = tmp_path / "config.toml"
-    config.write_text('mqtt_users = "dynsec"\n')
-    url = f"mqtt://ordain:secret@127.0.0.1:{port}"
-    broker = new_broker("--config", str(config), "--mqtt-url", url).start()
-    plugin = ("allow_anonymous false", f"plugin {PLUGIN}", f"plugin_opt_config_file {users}")
+    broker, port, plugin = with_dynsec(new_broker, tmp_path)
+    broker.start()
     early = broker.device("early")  # before the server is there
     with mosquitto(tmp_path, port, *plugin):
         in_step(broker)
@@ -109,14 +115,9 @@ def test_the_dynamic_security_plugin_learns_of_devices_tokens_and_deletions(
 def test_the_dynamic_security_plugin_gives_a_gateway_the_topics_of_its_devices(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
-    users, port = tmp_path / "dynsec.json", unused_port()
-    subprocess.run([program("mosquitto_ctrl"), "dynsec", "init", str(users), "ordain", "secret"], check=True)
-    config = tmp_path / "config.toml"
-    config.write_text('mqtt_users = "dynsec"\n')
-    plugin = ("allow_anonymous false", f"plugin {PLUGIN}", f"plugin_opt_config_file {users}")
+    broker, port, plugin = with_dynsec(new_broker, tmp_path)
     with mosquitto(tmp_path, port, *plugin):
-        url = f"mqtt://ordain:secret@127.0.0.1:{port}"
-        broker = new_broker("--config", str(config), "--mqtt-url", url).start()
+        broker.start()
         in_step(broker)
         token = broker.device("gw", "gateway")
         until(lambda: enters(port, "gw", token) or None)
@@ -142,15 +143,10 @@ def test_the_dynamic_security_plugin_gives_a_gateway_the_topics_of_its_devices(
 def test_a_gateway_that_was_subscribed_hears_nothing_of_a_device_that_moved_to_another(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:
-    users, port = tmp_path / "dynsec.json", unused_port()
-    subprocess.run([program("mosquitto_ctrl"), "dynsec", "init", str(users), "ordain", "secret"], check=True)
-    config = tmp_path / "config.toml"
-    config.write_text('mqtt_users = "dynsec"\n')
-    plugin = ("allow_anonymous false", f"plugin {PLUGIN}", f"plugin_opt_config_file {users}")
+    broker, port, plugin = with_dynsec(new_broker, tmp_path)
     topic = "iotee/dev/lamp/rls"
     with mosquitto(tmp_path, port, *plugin):
-        url = f"mqtt://ordain:secret@127.0.0.1:{port}"
-        broker = new_broker("--config", str(config), "--mqtt-url", url).start()
+        broker.start()
         in_step(broker)
         tokens = {name: broker.device(name, "gateway") for name in ("gw-1", "gw-2")}
 
