@@ -3,8 +3,10 @@
 PYTHON ?= python3
 export PYTHON
 export PATH := $(PATH):/usr/sbin
+# Where this is set, every start of Python would compile the whole project again.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup run test test-all test-ends test-simulation check fix docs bench bench-long bench-compare simulate soak faults dist sbom fuzz audit lock clean \
+.PHONY: help setup run test style test-all test-ends test-simulation check fix docs bench bench-long bench-compare simulate soak faults dist sbom fuzz audit lock clean \
 	mosquitto browser api-tools
 
 help: ## list these targets
@@ -15,8 +17,10 @@ setup: .venv/runtime ## create .venv with all packages that `ordain` needs, pinn
 run: .venv/runtime ## run the broker, an MQTT server and a few simulated devices until Ctrl-C
 	@exec .venv/bin/ordain serve --demo
 
-test: .venv/dev mosquitto browser api-tools check ## run everything that a change must pass: check, then all tests
-	@.venv/bin/pytest
+test: .venv/dev mosquitto browser api-tools style ## run everything that a change must pass: check, and all tests
+	@# The types are checked beside the tests; what was found is shown last.
+	@found=$$(mktemp); .venv/bin/mypy >$$found 2>&1 & types=$$!; .venv/bin/pytest; tests=$$?; \
+	wait $$types; types=$$?; cat $$found; rm $$found; exit $$((tests | types))
 
 test-all: mosquitto browser ## run all tests with every Python from 3.11 on that this machine has
 	@scripts/test-pythons all
@@ -27,10 +31,12 @@ test-ends: mosquitto ## run unit and integration tests with the oldest and the n
 test-simulation: .venv/dev ## run 300 seeds and all planted bugs of the simulation; takes several minutes
 	@ORDAIN_SIMULATION=whole .venv/bin/pytest --timeout 3600 tests/simulation/test_simulation.py
 
-check: .venv/dev ## check style and types
+check: style ## check style and types
+	@.venv/bin/mypy
+
+style: .venv/dev
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
-	@.venv/bin/mypy
 
 fix: .venv/dev ## correct style automatically where possible
 	@.venv/bin/ruff format
@@ -43,10 +49,15 @@ JSON ?=
 bench: .venv/dev mosquitto ## measure this machine; JSON=FILE writes the named figures
 	@.venv/bin/python -m scripts.bench $(if $(JSON),--json $(JSON))
 
-bench-long: .venv/dev mosquitto ## measure reading a million events again, purging while serving, and travel in time
+bench-long: .venv/dev mosquitto ## measure a million events read again, growth, purges, travel in time, PostgreSQL, peers and failover
 	@.venv/bin/python -m scripts.bench --only h --events 1000000
+	@.venv/bin/python -m scripts.bench.growth
 	@.venv/bin/python -m scripts.bench.purge
 	@.venv/bin/python -m scripts.bench.travel
+	@.venv/bin/python -m scripts.bench.postgresql
+	@.venv/bin/python -m scripts.bench.peers
+	@.venv/bin/python -m scripts.failover --rounds 50 --open 1000 --creates 1000
+	@.venv/bin/python -m scripts.failover --rounds 5 --open 100000
 
 OLD ?= HEAD~1
 bench-compare: .venv/dev mosquitto ## measure the commit OLD and this one in turn, and compare
@@ -56,13 +67,15 @@ SEEDS ?= 1000
 simulate: .venv/dev ## run the real broker under simulated faults, with SEEDS seeds; a second call goes on where the first ended
 	@.venv/bin/python -m scripts.simulate --seeds $(SEEDS) --keep .simulate.jsonl
 
-soak: .venv/dev mosquitto ## long runs: 100,000 queued commands, memory over 400,000 commands, outages
+soak: .venv/dev mosquitto ## long runs: 100,000 queued commands, 5,000 devices at once, twice the load, memory, outages
 	@.venv/bin/python -m scripts.soak backlog
+	@.venv/bin/python -m scripts.soak backlog --devices 5000 --count 50000
+	@.venv/bin/python -m scripts.soak overload
 	@.venv/bin/python -m scripts.soak slope
 	@.venv/bin/python -m scripts.soak away
 
 MINUTES ?= 10
-faults: .venv/dev mosquitto ## MINUTES of kills, cuts, full disks and power cuts with real processes; as root all of them
+faults: .venv/dev mosquitto ## MINUTES of kills, cuts, clock steps, full disks and power cuts with real processes; as root all of them
 	@.venv/bin/python -m scripts.soak faults --minutes $(MINUTES)
 
 dist: .venv/dev ## the packages ordain and ordain-device, into dist/

@@ -10,9 +10,9 @@ import asyncio
 import json
 import random
 import secrets
+import ssl
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import quote, urlsplit
 
@@ -125,6 +125,8 @@ class App:
         self._backoff_sec, self._backoff_cap_sec = backoff_sec, backoff_cap_sec
         self._http = httpx2.AsyncClient(
             base_url=url,
+            # For plain http a context that trusts nobody; the usual one takes 0.06 s to make.
+            verify=urlsplit(url).scheme == "https" or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             headers={"Authorization": f"Bearer {api_key}"},
             timeout=timeout_sec,
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=20),
@@ -135,9 +137,7 @@ class App:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:

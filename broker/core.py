@@ -243,6 +243,7 @@ class Core:
             if self.writer.open:
                 self._watch_clock()
                 self.keys.tick()
+                await self.registry.gateways.tell_rest(self.storage)
                 if number % KEY_USES_TICKS == 0:
                     self.keys.save_uses()
 
@@ -253,8 +254,8 @@ class Core:
             dispatch.halted = f"clock: it is {writer.behind_log_ms()} ms before the last event of the log"
         elif dispatch.halted:
             dispatch.halted = None
-            dispatch.pump_all()
-            self.deadlines.look_again()
+            self.intake.backlog_begins()  # the broker's clock may have jumped over the end of the wait for it
+            dispatch.clock_set()
         step = writer.wall_step_ms()
         if abs(step - self._stepped_ms) > CLOCK_STEP_MS and writer.open:
             self._stepped_ms = step

@@ -33,7 +33,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     requests_per_minute_per_device: PerMinute = 0
     history_retention_sec: Retention = 2_592_000
     body_bytes: Annotated[int, Meta(ge=1_024)] = 262_144
-    body_values: Annotated[int, Meta(ge=1_024)] = 20_000
+    body_values: Annotated[int, Meta(ge=1_024)] = 8_000
     default_ttl_sec: Annotated[int, Meta(ge=1, le=31_536_000)] = 300
     idempotency_sec: Annotated[int, Meta(ge=86_400)] = 604_800
     send_slots: Annotated[int, Meta(ge=1, le=100)] = 100
@@ -52,7 +52,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     waits_per_project: Annotated[int, Meta(ge=0)] = 2_000
     device_events_per_sec: Annotated[int, Meta(ge=1, le=1_000)] = 1
     device_events_burst: Count = 30
-    devices_per_gateway: Annotated[int, Meta(ge=1, le=1_000)] = 500
+    devices_per_gateway: Annotated[int, Meta(ge=1, le=1_000)] = 250
 
 
 class MqttLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

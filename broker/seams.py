@@ -183,6 +183,9 @@ class UnknownFormat(Broken):
     """Another release wrote the file, in a format that this one does not read. Nothing was changed."""
 
 
+UNREADABLE = (Full, Unknown, Broken)  # what `Storage.read` raises if it cannot read now
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     """One received MQTT message. `token`: the link's own handle for the PUBACK.
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from broker.settings import BadSetting
-from devices.speech.topics import clash, with_prefix
+from devices.speech.topics import GATEWAY, HARDWARE_ID, clash, with_prefix
 from devices.types import BadType, DeviceType, load_type, shipped_types
 
 
@@ -66,20 +66,26 @@ def topic_faults(
 ) -> Iterator[tuple[str, Any, str]]:
     """Topics that could belong to a device of this type and to one of another: (key, value, what is right).
 
-    Types in Ordain's own layout share its topics: there the hardware_id says which device it is.
+    Types in Ordain's own layout share its topics: there the hardware_id says which device it is. Variants of
+    the same type share topics too, with `{gateway}` in place of `{hardware_id}`.
     """
     for name in kind.shares_topics_with:
         if name not in others:
             yield "shares_topics_with", name, f"must name other types: {', '.join(sorted(others))}"
-    own = [(each, "says") for each in kind.says] + [(each, "listens") for each in kind.listens]
+    own, family = _roles(kind), {kind.name, *kind.shares_topics_with}
     for other in others.values():
-        shared = other.name in kind.shares_topics_with or kind.name in other.shares_topics_with
-        theirs = [(each, "says") for each in other.says] + [(each, "listens") for each in other.listens]
-        for (one, role), (two, its) in product(own, theirs):
-            same = one == two and role == its and (shared or one.startswith("{prefix}/dev/{hardware_id}/"))
-            if not same and clash(with_prefix(one, prefix), with_prefix(two, prefix)):
+        shared = not family.isdisjoint({other.name, *other.shares_topics_with})
+        for (one, role), (two, its) in product(own, _roles(other)):
+            same = one == two and one.startswith("{prefix}/dev/{hardware_id}/")
+            if shared:
+                same = one.replace(GATEWAY, HARDWARE_ID) == two.replace(GATEWAY, HARDWARE_ID)
+            if not (same and role == its) and clash(with_prefix(one, prefix), with_prefix(two, prefix)):
                 right = f"another topic: it could belong to a device of type {other.name}, which has {two}"
                 yield _key_of(kind, one), one, right
+
+
+def _roles(kind: DeviceType) -> list[tuple[str, str]]:
+    return [(each, "says") for each in kind.says] + [(each, "listens") for each in kind.listens]
 
 
 def _key_of(kind: DeviceType, pattern: str) -> str:

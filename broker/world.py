@@ -280,8 +280,7 @@ def back_up(sql: sqlite3.Connection, to: Path) -> None:
     create(to)
     try:
         sql.execute("PRAGMA query_only = OFF")  # VACUUM INTO needs this, although it writes only the new file
-        with log.as_it_is(sql):
-            sql.execute("VACUUM INTO ?", (str(to),))
+        log.copy(sql, str(to))
     except sqlite3.Error as error:
         raise _translated(error) from error
     with open(to, "rb") as made:

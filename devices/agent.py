@@ -48,6 +48,10 @@ SESSION_EXPIRY_SEC = 86_400  # in MQTT 5, of a session that is not a clean one
 KEYS_AGAIN_SEC = 300
 KEYS_RETRY_SEC = 2
 KEYS_WITHIN_SEC = 10
+# For a grant that names an unknown key. Commands behind it wait meanwhile, and anyone can name a key.
+LEARN_WITHIN_SEC = 3
+LEARN_AGAIN_SEC = 5
+LEARN_AFTER_FAILURE_SEC = 60
 KEYS_BYTES = 65_536
 RECONNECT_FIRST_SEC = 0.5
 RECONNECT_CAP_SEC = 30
@@ -89,11 +93,12 @@ class Agent:
     authorities. `session` is part of its status messages. The broker uses it to ignore the last will of an
     older session.
 
-    `jwks` holds the public keys of grants: the address of the broker's `/.well-known/jwks.json`, which is
-    read before the first connection and every 5 minutes, or the document itself. `verifier` replaces it, for
-    a device with a secret (HS256). `signs_with`: the device's own key, an Ed25519 private key or the bytes of
-    its secret; then it signs its answers, as its type must allow. With `grants="none"` everyone who may
-    publish on the MQTT server can make the device act: only for device types whose commands carry no grant.
+    `jwks` holds the public keys of grants: the document itself, or the address of the broker's
+    `/.well-known/jwks.json`, which is read before the first connection, every 5 minutes, and when a grant
+    names an unknown key. `verifier` replaces it, for a device with a secret (HS256). `signs_with`: the
+    device's own key, an Ed25519 private key or the bytes of its secret; then it signs its answers, as its
+    type must allow. With `grants="none"` everyone who may publish on the MQTT server can make the device act:
+    only for device types whose commands carry no grant.
 
     Raises:
         ValueError: the URL is wrong, grants are required and there are no keys, or the type has no signed
@@ -149,6 +154,8 @@ class Agent:
         self._connections = 0
         self._failures = 0
         self._leaving = False
+        self._reading_keys = asyncio.Lock()  # so that an older document never replaces a newer one
+        self._learn_from = 0.0
 
     def command(self, name: str, *, idempotent: bool = False) -> Callable[[Handler], Handler]:
         """Registers a handler. `idempotent`: if the device crashes during the command, it is run again."""
@@ -166,10 +173,11 @@ class Agent:
             await self._run()
 
     async def _run(self) -> None:
-        self._apply(self._core.recover(_now_ms()))
         if self._jwks is not None:
             while not await self._read_keys(self._jwks):  # noqa: ASYNC110 - the other side is a server
                 await asyncio.sleep(KEYS_RETRY_SEC)
+        # After the keys: a command that a crash interrupted is run again only if its grant is good.
+        self._apply(self._core.recover(_now_ms()))
         async with asyncio.TaskGroup() as tasks:
             if self._jwks is not None:
                 tasks.create_task(self._keep_keys(self._jwks))
@@ -185,15 +193,27 @@ class Agent:
             await asyncio.sleep(KEYS_AGAIN_SEC)
             await self._read_keys(address)
 
-    async def _read_keys(self, address: str) -> bool:
+    async def _read_keys(self, address: str, within: float = KEYS_WITHIN_SEC) -> bool:
         """Reads the keys of grants; returns whether that worked. Otherwise the old ones stay."""
         assert self._verifier is not None
         try:
-            self._verifier.use(keys_from_jwks(await asyncio.to_thread(_fetched, address)))
+            async with asyncio.timeout(within), self._reading_keys:
+                self._verifier.use(keys_from_jwks(await asyncio.to_thread(_fetched, address)))
         except (OSError, ValueError, http.client.HTTPException) as error:
-            log.warning("device.no_keys: %s: %s: %s", self._hardware_id, address, error)
+            log.warning(
+                "device.no_keys: %s: %s: %s", self._hardware_id, address, error or type(error).__name__
+            )
             return False
         return True
+
+    async def _learn_keys(self, topic: str, payload: bytes) -> None:
+        """Reads the keys again for a grant of an unknown key: the broker may sign with a new one."""
+        if self._jwks is None or time.monotonic() < self._learn_from:
+            return
+        if self._core.needs_keys(topic, payload):
+            read = await self._read_keys(self._jwks, LEARN_WITHIN_SEC)
+            pause = LEARN_AGAIN_SEC if read else LEARN_AFTER_FAILURE_SEC
+            self._learn_from = time.monotonic() + pause
 
     def _apply(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -294,6 +314,7 @@ class Agent:
         async for message in client.messages:
             # A bare device cannot recognise a repeated command, so a retained one would run at every connect.
             if isinstance(message.payload, bytes) and not (self._bare and message.retain):
+                await self._learn_keys(message.topic.value, message.payload)
                 self._apply(self._core.receive(_now_ms(), message.topic.value, message.payload))
             client._client.ack(message.mid, message.qos)
 

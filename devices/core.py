@@ -128,6 +128,19 @@ class Core:
         self._waiting.append(command)
         return self._send(answer, command)
 
+    def needs_keys(self, topic: str, payload: bytes) -> bool:
+        """Whether a message is a new command whose grant names a key that the verifier does not know."""
+        place = parse_topic(self._prefix, topic)
+        command = None if place is None else self._understand(place[1], payload)
+        if self._verifier is None or command is None or not command.grant:
+            return False
+        if self._memory.get(command.id) is not None:
+            return False  # it only gets its last answer again
+        try:
+            return not self._verifier.knows(command.grant)
+        except GrantRefused:
+            return False
+
     def progress(
         self, now_ms: int, command: CommandMessage, percent: float, note: str | None
     ) -> list[Effect]:

@@ -121,15 +121,15 @@ def secret_key(device_secret: str) -> bytes:
     return _unbase64(device_secret)
 
 
-def keys_from_jwks(document: Mapping[str, Any]) -> dict[str, Key]:
+def keys_from_jwks(document: Any) -> dict[str, Key]:
     """The Ed25519 signature keys of a JWKS, by `kid`. Keys of other kinds are ignored.
 
     Raises:
         ValueError: the JWKS is malformed, two keys have the same `kid`, or a key is of small order.
     """
-    entries = document.get("keys")
+    entries = document.get("keys") if isinstance(document, Mapping) else None
     if not isinstance(entries, list):
-        raise ValueError("a JWKS needs a list `keys`")
+        raise ValueError("a JWKS is an object with a list `keys`")
     keys: dict[str, Key] = {}
     for entry in entries:
         if not isinstance(entry, dict) or (entry.get("kty"), entry.get("crv")) != ("OKP", "Ed25519"):
@@ -180,6 +180,15 @@ class GrantVerifier:
             if isinstance(key, bytes) and len(key) < MIN_SECRET_BYTES:
                 raise ValueError(f"the HS256 secret {kid!r} is shorter than {MIN_SECRET_BYTES} bytes")
         self._keys = dict(keys)
+
+    def knows(self, token: str) -> bool:
+        """Whether there is a key with the `kid` that a grant names. Nothing of the grant is verified.
+
+        Raises:
+            GrantRefused: it is not a grant.
+        """
+        kid = header_of(token).get("kid")
+        return isinstance(kid, str) and kid in self._keys
 
     def verify(self, token: str | None, *, command_id: str, command: str, params: Any) -> Claims:
         """Returns the claims of a grant that allows exactly this command with these parameters.

@@ -16,6 +16,7 @@ from devices.clock import parse_rfc3339
 from devices.names import is_name
 from devices.schema import not_json
 from devices.speech.messages import message_of, text_of
+from devices.speech.numbers import too_hard
 from devices.speech.signing import looks_signed, unverified
 from devices.speech.templates import Facts, Missing
 from devices.types import AnswerStatus, Definition, PayloadFormat
@@ -216,6 +217,8 @@ def decode_answer(payload: bytes, correlation: bytes | None, answers: Mapping[st
     """
     if len(payload) > MAX_ANSWER_BYTES:
         raise Malformed(f"the answer has {len(payload)} bytes, at most {MAX_ANSWER_BYTES} are allowed")
+    if (fault := too_hard(payload)) is not None:
+        raise Malformed(fault)
     if looks_signed(trimmed := _trimmed(payload)):
         return _signed_answer(trimmed.decode("ascii", "replace"))
     word = bare_word(payload)

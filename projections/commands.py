@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from broker.domain.events import Created, Executed, Failed, decode, subject_kind
+from broker.domain.events import Executed, Failed, decode, subject_kind
 from broker.domain.fleet import DeviceSet
 from broker.domain.lifecycle import NO_RESULT, CommandState, State
 from broker.log.chain import Row
@@ -52,6 +52,15 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(CommandState).decode
 
 
+class _Created(msgspec.Struct):
+    """The part of a `created` event that is not in the row of its command."""
+
+    params: msgspec.Raw
+
+
+_created = msgspec.json.Decoder(_Created).decode
+
+
 def summary(state: CommandState) -> bytes:
     """The state as its row stores it: without parameters, result and error."""
     return _encode(msgspec.structs.replace(state, params=NO_PARAMS, result=NO_RESULT, error=None))
@@ -60,14 +69,22 @@ def summary(state: CommandState) -> bytes:
 def folded(row: Any) -> CommandState:
     """The full state from a row of `COLUMNS`; equal to the fold of the command's events."""
     known, first, name, last = row
-    content: dict[str, Any] = {"params": _params(first)}
+    state = opened(known, first)
     if last is not None:
         match decode(name, last):
             case Executed(result=result):
-                content["result"] = result
+                return msgspec.structs.replace(state, result=result)
             case Failed(error=error):
-                content["error"] = error
-    return msgspec.structs.replace(_decode(known), **content)
+                return msgspec.structs.replace(state, error=error)
+    return state
+
+
+def opened(known: bytes, first: bytes) -> CommandState:
+    """The full state of a command without result and error. `known`: its summary; `first`: the data of its
+    `created`."""
+    state = _decode(known)
+    msgspec.structs.force_setattr(state, "params", _created(first).params.copy())  # nobody else has it yet
+    return state
 
 
 def added(s: CommandState, position: int, last: int) -> tuple[Any, ...]:
@@ -169,13 +186,7 @@ async def sent(sql: Sql, device_id: str, type: str, first: int, before: int | No
         f"AND c.position < ? AND NOT {HIDDEN} ORDER BY c.position LIMIT ?",
         (device_id, type, first, LAST if before is None else before, limit),
     )
-    return [Sent(row[0], State(row[1]), row[2], _params(row[3])) for row in found]
-
-
-def _params(data: bytes) -> msgspec.Raw:
-    created = decode("created", data)
-    assert isinstance(created, Created)
-    return created.params
+    return [Sent(row[0], State(row[1]), row[2], _created(row[3]).params) for row in found]
 
 
 async def timed_out_since(sql: Sql, at: int) -> list[CommandState]:

@@ -107,6 +107,11 @@ async def newest(
     return [_decode(row[0]) for row in found]
 
 
+async def deleted(sql: Sql) -> list[DeviceState]:
+    """All devices that were ever deleted."""
+    return [_decode(row[0]) for row in await sql.all("SELECT body FROM devices WHERE deleted != 0")]
+
+
 async def position(sql: Sql, device_id: str) -> int:
     """The position of the first event of a device."""
     return int((await sql.one("SELECT position FROM devices WHERE id = ?", (device_id,)))[0])

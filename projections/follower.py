@@ -6,10 +6,11 @@ All three use the same fold, so a rebuilt projection equals the maintained one.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import closing
 from hashlib import sha256
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import msgspec
 
@@ -35,8 +36,8 @@ SHAPE = sha256(
 class Fold:
     """The newest state of everything that some events changed.
 
-    `commands`, `devices`: those that can still change, by id, from one page of events to the next. `states`
-    and `rows`: what the events since `clear` change in the projections, as a batch has it.
+    `commands`, `devices`: by id. `states`, by stream, and `rows`: what the events change in the projections,
+    as a batch has it. `ended`: the streams of commands that no event will change any more.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class Fold:
         self.devices: dict[str, DeviceState] = {}
         self.states: dict[str, Newest] = {}
         self.rows: list[SideRow] = []
+        self.ended: dict[str, None] = {}
 
     def fold(self, recorded: Recorded) -> None:
         """Folds one event in. The earlier state must be here, unless the event is the first of its stream."""
@@ -52,6 +54,8 @@ class Fold:
             state = self.commands.get(recorded.stream)
             self.commands[recorded.stream] = now = evolve(state, recorded)
             self._put(now, recorded, now.version == 1 or now.reopened)
+            if now.state in FINAL:
+                self.ended[recorded.stream] = None
         elif kind == "device":
             device_id = recorded.device_id or ""
             self.devices[device_id] = device = evolve_device(self.devices.get(device_id), recorded)
@@ -70,12 +74,14 @@ class Fold:
             newest = self.states[recorded.stream] = Newest(state, at, at, recorded.version - 1)
         newest.state, newest.last, newest.opened = state, at, newest.opened or opened
 
-    def clear(self) -> None:
-        """Forgets what was changed, and the commands that cannot change any more."""
-        for stream, newest in self.states.items():
-            if isinstance(newest.state, CommandState) and newest.state.state in FINAL:
-                del self.commands[stream]
-        self.states, self.rows = {}, []
+    def take(self, streams: Iterable[str]) -> Fold:
+        """Moves what changed in these streams, and all rows, into a fold of its own."""
+        taken = Fold()
+        for stream in streams:
+            taken.states[stream] = self.states.pop(stream)
+            self.commands.pop(stream, None)
+        taken.rows, self.rows = self.rows, []
+        return taken
 
 
 def open_log(sql: Sqlite, log_id: str, cursor_key: str) -> None:
@@ -107,10 +113,12 @@ def renew(sql: Sqlite) -> None:
     batches.put(sql, Put("meta", ("projections", SHAPE)), 0)
 
 
-def create(sql: Sqlite) -> None:
+def create(sql: Sqlite, what: Literal["", "TABLE"] = "") -> None:
+    """Creates the tables and indices that are missing, or the tables alone."""
     for part in PARTS:
         for statement in part.TABLES:
-            sql.execute(statement)
+            if statement.startswith(f"CREATE {what}"):
+                sql.execute(statement)
 
 
 def write(sql: Sqlite, fold: Fold) -> None:
@@ -125,35 +133,42 @@ def rebuild(sql: Sqlite) -> None:
     for part in PARTS:
         for table in part.KEYS:
             sql.execute(f"DROP TABLE IF EXISTS {table}")
+    # Before the rows: SQLite builds an index of many rows in a temporary file, which may find no space.
+    create(sql)
     read_now(sql, replay, sql)
 
 
 async def replay(source: Sql, target: Sqlite, progress: Callable[[int], None] = lambda _: None) -> None:
-    """Builds the projections in `target` from the log in `source`; both may be the same database."""
+    """Builds the projections in `target` from the log in `source`; both may be the same database. Indices
+    that are missing stay so."""
 
     async def put(fold: Fold) -> None:
         write(target, fold)
 
-    create(target)
+    create(target, "TABLE")
     await folded(source, put, progress)
 
 
 async def folded(
     source: Sql, put: Callable[[Fold], Awaitable[None]], progress: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Folds a whole log, page by page, and gives each page's changes to `put`.
+    """Folds a whole log, page by page, and gives what cannot change any more to `put`; at the end the rest.
 
-    Commands that can still change stay in memory. `progress` is called with the position after each page.
+    Devices, and commands that can still change, stay in memory. `progress` is called with the position after
+    each page.
     """
     fold, after = Fold(), 0
-    while page := await log.rows(source, after, PAGE):
-        after = page[-1].position
+    query = f"SELECT {log.OF_EVENT} FROM events WHERE position > ? ORDER BY position LIMIT ?"
+    while page := await source.all(query, (after, PAGE)):
+        after = page[-1][0]
         for row in page:
-            if row.data is not None or subject_kind(row.stream) != "command":
+            if row[-1] is not None or subject_kind(row[1]) != "command":
                 fold.fold(log.recorded(row))  # erased commands have no row in any projection
-        await put(fold)
-        fold.clear()
+        ended, fold.ended = fold.ended, {}
+        await put(fold.take(ended))
         progress(after)
+    while fold.states:
+        await put(fold.take(list(islice(fold.states, PAGE))))
 
 
 async def difference(kept: Sql, made: Sql) -> str | None:

@@ -5,11 +5,12 @@ Rows are written in the transaction of the events that open and close commands.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 from broker.domain.lifecycle import CommandState
 from broker.seams import Sql
-from projections.commands import COLUMNS, folded
+from projections.commands import opened
 
 TABLES = (
     """CREATE TABLE IF NOT EXISTS lanes (
@@ -24,14 +25,19 @@ CLOSE = "DELETE FROM lanes WHERE device_id = ? AND position = (SELECT position F
 
 
 async def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:
-    """All open commands, or those of one device; lane by lane, each lane in order of creation."""
-    where, values = ("WHERE l.device_id = ?", (device_id,)) if device_id is not None else ("", ())
-    found = sql.each(
-        f"SELECT {COLUMNS} FROM lanes l CROSS JOIN commands c ON c.position = l.position "
-        f"CROSS JOIN events f ON f.position = l.position {where} ORDER BY l.device_id, l.position",
+    """All open commands, or those of one device, in order of creation."""
+    where, values = ("WHERE device_id = ?", (device_id,)) if device_id is not None else ("", ())
+    # PostgreSQL would sort the rows of 100,000 commands on its disk. With their positions sorted first, it
+    # reads the rows in nearly this order. SQLite reads them lane by lane. So they are sorted here as well.
+    rows = sql.each(
+        "SELECT l.position, c.summary, f.data "
+        f"FROM (SELECT position FROM lanes {where} ORDER BY position) l "
+        "CROSS JOIN commands c ON c.position = l.position CROSS JOIN events f ON f.position = l.position",
         values,
     )
-    return [folded(row) async for row in found]
+    found = [(position, opened(known, first)) async for position, known, first in rows]
+    found.sort(key=itemgetter(0))
+    return [state for _, state in found]
 
 
 async def dump(sql: Sql) -> list[tuple[Any, ...]]:

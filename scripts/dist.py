@@ -107,7 +107,9 @@ def _built(project: Path, to: Path) -> Iterator[str]:
     yield archive
     with tempfile.TemporaryDirectory() as scratch:
         with tarfile.open(to / archive) as file:
-            file.extractall(scratch, filter="data")
+            # The argument `filter` is newer than Python 3.11.3, and so is what it names.
+            file.extraction_filter = getattr(tarfile, "data_filter", None)
+            file.extractall(scratch)
         with _working_in(Path(scratch) / archive.removesuffix(".tar.gz")):
             yield uv_build.build_wheel(str(to))
 

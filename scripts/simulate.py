@@ -2,7 +2,7 @@
 
 Exits with 1 if a run found a fault. The result of a run depends only on its seed and on the code. With
 `--keep FILE` each chunk of seeds is written down when it is done: the same call again goes on after the last
-one, and the file holds each red seed with the command that runs it again.
+one. The file holds each red seed with the command that runs it again, with as few parts as show the fault.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -20,11 +21,14 @@ from pathlib import Path
 import msgspec
 
 from tests.simulation.history import History
-from tests.simulation.planted import BUGS as OLD_BUGS
-from tests.simulation.planted_outside import MORE_BUGS
+from tests.simulation.loop import rng
+from tests.simulation.nodes.world import Ran, simulate_nodes
+from tests.simulation.planted import FIRST, FOUND_BY
+from tests.simulation.planted_log import EVERY_BUG
+from tests.simulation.shrinking import shrunk
+from tests.simulation.tide import ALL, Parts, stretches
 from tests.simulation.world import Outcome, simulate
 
-BUGS = (*OLD_BUGS, *MORE_BUGS)
 SHOWN = 5  # faults printed of one run
 DONE_EVERY, CHUNK = 100, 10
 
@@ -39,10 +43,16 @@ def main() -> int:
         "--only", default="", metavar="TEXT", help="with --print: only lines with this text, and faults"
     )
     parser.add_argument("--keep", type=Path, metavar="FILE", help="go on from this file, and write it")
-    parser.add_argument("--bug", choices=[bug.name for bug in BUGS], help="plant this bug in the broker")
+    parser.add_argument("--nodes", action="store_true", help="several nodes on one database")
+    parser.add_argument("--bug", choices=[bug.name for bug in EVERY_BUG], help="plant this bug in the broker")
+    parser.add_argument("--parts", metavar="JSON", help="with --print: leave out all other parts of the run")
+    parser.add_argument("--planted", action="store_true", help="find a seed for each planted bug again")
     asked = parser.parse_args()
+    if asked.planted:
+        return search(asked.workers)
     if asked.print is not None:
-        outcome = run(asked.bug, asked.print)
+        parts = None if asked.parts is None else msgspec.json.decode(asked.parts, type=Parts)
+        outcome = run(asked.bug, asked.print, asked.nodes, parts)
         for line in lines(outcome.history):
             if asked.only in line or " FAULT " in line:
                 print(line)
@@ -54,12 +64,13 @@ def main() -> int:
         print(f"{asked.seeds - len(left)} seeds are known from {asked.keep}", flush=True)
     total = Total()
     with ProcessPoolExecutor(asked.workers) as pool:
-        for each in pool.map(partial(one, asked.bug), left, chunksize=CHUNK):
+        for each in pool.map(partial(one, asked.bug, nodes=asked.nodes), left, chunksize=CHUNK):
             report(each.seed, each.found)
+            if each.again is not None:
+                print(f"seed {each.seed}: {each.again}", flush=True)
             total.add(each)
             if asked.keep is not None:
-                with asked.keep.open("ab") as file:
-                    file.write(msgspec.json.encode(each) + b"\n")
+                keep(asked.keep, each)
             if total.seeds % DONE_EVERY == 0 or total.seeds == len(left):
                 print(total, flush=True)
     return int(bool(total.broken or any(each.found for each in known.values())))
@@ -98,6 +109,12 @@ class Total:
         )
 
 
+def keep(file: Path, run: Run) -> None:
+    """Every run begins a line: an earlier call may have ended within one."""
+    with file.open("ab") as lines:
+        lines.write(b"\n" + msgspec.json.encode(run))
+
+
 def kept(file: Path | None) -> dict[int, Run]:
     """The runs of an earlier call. A line that was cut off by its end does not count."""
     known: dict[int, Run] = {}
@@ -119,30 +136,81 @@ def code() -> str:
     return digest.hexdigest()[:16]
 
 
-def one(bug: str | None, seed: int) -> Run:
+def one(bug: str | None, seed: int, nodes: bool = False) -> Run:
     try:
-        outcome = run(bug, seed)
+        outcome = run(bug, seed, nodes)
     except Exception as error:
-        sentence = f"RUN: {type(error).__name__}: {error}"
-        return Run(seed=seed, found=[sentence], again=again(seed), code=code())
+        return Run(seed=seed, found=[raised(error)], again=again(bug, seed, nodes), code=code())
+    smaller = None
+    if outcome.found and isinstance(outcome, Outcome):
+        first = outcome.found[0].partition(":")[0]
+        smaller = shrunk(outcome.asked, lambda parts: names(first, found(bug, seed, parts)))
     return Run(
         seed=seed,
         found=outcome.found,
         virtual_sec=outcome.virtual_sec,
         cpu_sec=outcome.cpu_sec,
         faults=len(outcome.history.notes),
-        again=again(seed) if outcome.found else None,
+        again=again(bug, seed, nodes, smaller) if outcome.found else None,
         code=code(),
     )
 
 
-def again(seed: int) -> str:
-    return f"python -m scripts.simulate --print {seed}"
+def again(bug: str | None, seed: int, nodes: bool, parts: Parts | None = None) -> str:
+    planted = "" if bug is None else f" --bug {shlex.quote(bug)}"
+    fewer = "" if parts is None else f" --parts {shlex.quote(msgspec.json.encode(parts).decode())}"
+    return f"python -m scripts.simulate{' --nodes' if nodes else ''} --print {seed}{planted}{fewer}"
 
 
-def run(bug: str | None, seed: int) -> Outcome:
-    planted = next((each for each in BUGS if each.name == bug), None)
-    return simulate(seed) if planted is None else planted.run(seed)
+def run(bug: str | None, seed: int, nodes: bool = False, parts: Parts | None = None) -> Outcome | Ran:
+    if nodes:
+        return simulate_nodes(seed)
+    planted = next((each for each in EVERY_BUG if each.name == bug), None)
+    return simulate(seed, parts=parts or ALL) if planted is None else planted.run(seed, parts)
+
+
+def found(bug: str | None, seed: int, parts: Parts | None = None) -> list[str]:
+    try:
+        return run(bug, seed, parts=parts).found
+    except Exception as error:
+        return [raised(error)]
+
+
+def raised(error: Exception) -> str:
+    return f"RUN: {type(error).__name__}: {error}"
+
+
+def names(invariant: str, found: list[str]) -> bool:
+    return any(sentence.startswith(f"{invariant}:") for sentence in found)
+
+
+def search(workers: int) -> int:
+    """Finds a short seed that shows each planted bug, and writes them down for the tests. A seed that is
+    written down already and still shows its bug stays; what is no bug any more goes."""
+    seeds = {bug.name: FIRST[bug.name] for bug in EVERY_BUG if bug.name in FIRST}
+    missed = 0
+    with ProcessPoolExecutor(workers) as pool:
+        for done in as_completed(pool.submit(shows, bug.name) for bug in EVERY_BUG):
+            name, seed = done.result()
+            missed += seed is None
+            print(f"{name}: {'no seed shows it' if seed is None else f'seed {seed}'}", flush=True)
+            if seed is not None:
+                seeds[name] = seed
+                text = msgspec.json.encode(seeds, order="sorted")
+                FOUND_BY.write_bytes(msgspec.json.format(text) + b"\n")
+    return int(missed > 0)
+
+
+def shows(name: str) -> tuple[str, int | None]:
+    bug = next(each for each in EVERY_BUG if each.name == name)
+
+    def length(seed: int) -> float:
+        return sum(busy + quiet / 40 for busy, quiet in stretches(rng(seed, "tide"), bug.parts))
+
+    seeds = sorted(range(bug.within), key=length)
+    if name in FIRST:
+        seeds.insert(0, FIRST[name])
+    return name, next((seed for seed in seeds if bug.names(found(name, seed))), None)
 
 
 def report(seed: int, found: list[str]) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import subprocess
-from contextlib import aclosing, redirect_stdout
+from contextlib import aclosing, closing, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ DRIVER = ROOT / "tests" / "sdk_driver.mjs"
 WITHIN_SEC = 300  # a whole story, on a machine with other things to do
 LINE_BYTES = 2**24  # an answer for thousands of devices is one line
 LANGUAGES = ("python", "javascript")
+
+
+class Thrown(Exception):
+    """What the JavaScript SDK threw, if it is none of its own errors."""
 
 
 @dataclass
@@ -98,25 +102,41 @@ class Sdk:
             "arguments": arguments,
             "take": take,
         }
-        running = await asyncio.create_subprocess_exec(
-            node(), DRIVER, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=LINE_BYTES
-        )
-        assert running.stdin is not None
-        assert running.stdout is not None
-        try:
-            running.stdin.write(json.dumps(asked).encode())
-            running.stdin.close()
-            async for line in running.stdout:
+        reader, writer = await asyncio.open_connection("127.0.0.1", driver(), limit=LINE_BYTES)
+        with closing(writer):
+            writer.write(json.dumps(asked).encode() + b"\n")
+            said: dict[str, Any] = {}
+            async for line in reader:  # to the end, when nothing of the call is left
                 said = json.loads(line)
-                if "answer" in said or "error" in said:
-                    outcome.answer, outcome.error = said.get("answer"), said.get("error", {})
-                else:
+                if not said.keys() & {"answer", "error", "thrown"}:
                     outcome.events.append(said)
-            assert await running.wait() == 0
-        finally:
-            if running.returncode is None:
-                running.kill()
-                await running.wait()
+        if "thrown" in said:
+            raise Thrown(said["thrown"])
+        assert said.keys() & {"answer", "error"}, "the call ended without an outcome"
+        outcome.answer, outcome.error = said.get("answer"), said.get("error", {})
+
+
+_driver: list[tuple[subprocess.Popen[bytes], int]] = []
+
+
+def driver() -> int:
+    """The port of the node that makes the calls of this test process. It is started at the first use: a start
+    takes longer than a call."""
+    if not _driver:
+        started = subprocess.Popen([node(), DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert started.stdout is not None
+        _driver.append((started, int(started.stdout.readline())))
+    process, port = _driver[0]
+    assert process.poll() is None, f"an earlier call ended node, with exit code {process.returncode}"
+    return port
+
+
+def end_driver() -> None:
+    """Node ends with its standard input. Another exit code than 0 means an error that no call has caught."""
+    for process, _ in _driver:
+        process.communicate(timeout=WITHIN_SEC)
+        assert process.returncode == 0, f"a call ended node, with exit code {process.returncode}"
+    _driver.clear()
 
 
 def sdk(language: str, url: str, key: str = "sk_live_test", **options: float) -> Sdk:

@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+# A connection that arrives within the last turns of the loop before `close()` is never handed to us and stays
+# open. asyncio needs this number of turns to hand it over.
+ACCEPTING_TURNS = 5
 Handle = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -35,6 +38,8 @@ async def stream_server(
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
+        for _ in range(ACCEPTING_TURNS):
+            await asyncio.sleep(0)
         server.close()
         running = list(tasks)
         for task in running:

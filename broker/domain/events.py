@@ -33,6 +33,7 @@ SYSTEM = "system"
 ERASURES = "erasures"
 AUDIT = "audit"
 OWNER = "owner"
+_OF_BROKER = frozenset({SYSTEM, ERASURES, AUDIT, OWNER})
 
 
 class Error(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -375,8 +376,6 @@ def definition_stream(digest: str) -> str:
 
 def subject_kind(stream: str) -> Literal["command", "device", "broker"]:
     """The kind of thing that a stream is about; the middle word of the CloudEvent type."""
-    if stream.startswith("device/"):
-        return "device"
-    if "/" in stream or stream in (SYSTEM, ERASURES, AUDIT, OWNER):
-        return "broker"
-    return "command"
+    if "/" in stream:
+        return "device" if stream.startswith("device/") else "broker"
+    return "broker" if stream in _OF_BROKER else "command"

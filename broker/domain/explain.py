@@ -5,7 +5,7 @@ Pure: all facts are in `Situation`. It must never guess: if something is not kno
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -19,11 +19,19 @@ from devices.clock import rfc3339
 from devices.types import Definition
 
 
+class Speaker(NamedTuple):
+    """The gateway that speaks for a device: its hardware id, and what is known of its presence."""
+
+    hardware_id: str
+    presence: Presence
+
+
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """The facts about a command at `now` (ms). `member` None: the command is not in the live state, because
     it was closed. `offline_since`: ms. `halted`: the reason why hand-over is stopped. `status_topic`: where
     the device says that it is online; None if its connection itself says so. `listens`: it is subscribed to
-    the command's topic, as far as known. `definition`: the command's."""
+    the command's topic, as far as known. `definition`: the command's. `gateway`: None if the device has
+    none."""
 
     state: CommandState
     now: int
@@ -37,6 +45,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     status_topic: str | None = None
     listens: bool = True
     definition: Definition | None = None
+    gateway: Speaker | None = None
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,12 +167,27 @@ def _away(situation: Situation) -> tuple[str, Facts]:
         since = None if situation.offline_since is None else rfc3339(situation.offline_since)
         text = "the device is offline" if since is None else f"the device has been offline since {since}"
         facts = {"code": "offline", "since": since}
+    if situation.gateway is not None:
+        return _behind_gateway(situation, situation.gateway, text, facts)
     if situation.status_topic is None:
         topic = situation.state.topic
         text = f"{text} (it is online while it is connected and subscribed to {topic})"
         return text, facts | {"online": "connection", "topic": topic}
     text = f"{text} (it must publish `online` on {situation.status_topic})"
     return text, facts | {"online": "status", "topic": situation.status_topic}
+
+
+def _behind_gateway(situation: Situation, gateway: Speaker, text: str, facts: Facts) -> tuple[str, Facts]:
+    name, topic = gateway.hardware_id, situation.state.topic
+    facts = facts | {"gateway": name, "gateway_presence": gateway.presence.value}
+    if gateway.presence is Presence.NEVER:
+        return f"{text}; its gateway {name} has not been heard either", facts
+    if gateway.presence is Presence.OFFLINE:
+        return f"{text}; its gateway {name} is offline", facts
+    if situation.status_topic is None:
+        text = f"{text} (it is online while its gateway {name} is subscribed to {topic})"
+        return text, facts | {"online": "connection", "topic": topic}
+    return f"{text} (its gateway {name} must publish a message of it)", facts | {"online": "status"}
 
 
 def _next_of_pending(situation: Situation, reasons: list[Facts]) -> Facts:

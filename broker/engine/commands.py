@@ -203,10 +203,7 @@ class Commands:
         Raises:
             Refusal: invalid_request, which names the field; too_large.
         """
-        types = self.types if order.device_type is None else self.addresses.alike(device)
-        kind = types.get(name := device.device_type if order.device_type is None else order.device_type)
-        if kind is None:
-            raise invalid("device_type", f"must be one of {', '.join(sorted(types))}", name)
+        kind = self.addresses.kind(device, order.device_type)
         if isinstance(order.ttl_sec, int) and not 1 <= order.ttl_sec <= MAX_TTL_SEC:
             raise invalid("ttl_sec", f"must be 1 to {MAX_TTL_SEC} seconds, or null for never", order.ttl_sec)
         try:

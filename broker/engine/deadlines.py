@@ -51,9 +51,12 @@ class Deadlines:
         if self._asleep and (self._asleep_until is None or at < self._asleep_until):
             self._wake.set()
 
-    def clear(self) -> None:
-        self._heap.clear()
-        self._set.clear()
+    def replace(self, times: dict[str, int]) -> None:
+        """Forgets all times, and sets these."""
+        self._set = times
+        self._heap = [(at, key) for key, at in times.items()]
+        heapq.heapify(self._heap)
+        self._wake.set()
 
     def look_again(self) -> None:
         """Checks all times again after the broker clock jumped."""

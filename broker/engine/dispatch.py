@@ -23,6 +23,7 @@ from broker.engine.commands import Commands
 from broker.engine.deadlines import Deadlines, Drain
 from broker.engine.grants import Grants
 from broker.engine.speech.encoder import Encoder
+from broker.engine.speech.gateways import speaker_of
 from broker.engine.speech.queries import TIMER, Queries
 from broker.seams import Link, Outgoing, Receipt
 from devices.wire import Unsendable
@@ -88,11 +89,12 @@ class Dispatch:
     def recovered(self) -> None:
         """After a start or a reload: sets every timer again and checks every lane."""
         self.staged = 0
-        self.deadlines.clear()
         self._undrained.clear()
-        for member in list(self.live.members.values()):
-            if not member.state.closed:
-                self.attempts.set_timer(member)
+        now = self.writer.now()
+        members = self.live.members
+        self.deadlines.replace(
+            {key: at for key, each in members.items() if (at := lanes.wake_at(each, now)) is not None}
+        )
         self.pump_all()
 
     def go_on(self) -> None:
@@ -113,6 +115,13 @@ class Dispatch:
 
     def link_down(self) -> None:
         self._drain.away()
+
+    def clock_set(self) -> None:
+        """The broker's clock stood, and may have jumped: timers wait until queued answers have been read."""
+        if self.link.up:
+            self._wait_for_answers(direct=self.link.direct)
+        self.pump_all()
+        self.deadlines.look_again()
 
     def _stalled(self) -> None:
         """The event loop was blocked: reads the answers in the buffers before any timer counts again."""
@@ -155,6 +164,7 @@ class Dispatch:
         member = self.live.members.get(state.id)
         device = self.live.device(state.device_id)
         presence = self.live.presence.get(state.device_id, Presence.NEVER)
+        gateway = None if device is None else await speaker_of(device, self.live, self.writer.storage)
         return explain(
             Situation(
                 state=self.live.command(state.id) or state,
@@ -171,6 +181,7 @@ class Dispatch:
                 else self.commands.addresses.status_topic(state.hardware_id),
                 listens=self.link.listens(state.topic),
                 definition=self.live.definitions.get(state.definition),
+                gateway=gateway,
             )
         )
 
@@ -325,8 +336,9 @@ class Dispatch:
             return
         self.attempts.receipt(member, reason)
         held = member.definition.presence != "none"
-        if reason == NO_SUBSCRIBER and held and not self.link.direct:
-            # It says only that nobody was subscribed at one moment: nothing is known of the device.
+        offline = self.live.presence.get(member.state.device_id) is Presence.OFFLINE
+        if reason == NO_SUBSCRIBER and held and not offline and not self.link.direct:
+            # Nobody was subscribed at one moment: the device may be away. Of an offline one it says nothing.
             self.presence(member.state.device_id, Presence.UNKNOWN)
         self.writer.then(lambda: None, lambda: self._untaken.append((send, reason)))
 

@@ -8,8 +8,9 @@ would sign every row again. Grants are kept in memory only, never stored. Format
 from __future__ import annotations
 
 import base64
+from functools import lru_cache
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jwt
 import msgspec
@@ -48,7 +49,7 @@ class Secrets:
         secret = self._writer.entropy.token(32)
         self._writer.also(Put("device_secrets", (device_id, secret)))
         self._writer.then(lambda: self._held.update({device_id: secret}))
-        return base64.urlsafe_b64encode(secret).decode().rstrip("=")
+        return _base64url(secret).decode()
 
     def forget(self, device_id: str) -> None:
         def forgotten() -> None:
@@ -134,7 +135,7 @@ class Grants:
             "cmd": state.type,
             "phs": self._hash(state),
         }
-        token = jwt.encode(claims, key, algorithm=algorithm, headers={"typ": TYPE, "kid": kid})
+        token = _signed(claims, kid, key, algorithm)
         self._made.put(state.id, Made(key, now, exp, token))
         return token
 
@@ -231,10 +232,26 @@ def _end(state: CommandState, now_ms: int) -> int:
     return min([now_ms // 1_000 + LIFE_SEC, *ends])
 
 
+def _signed(claims: dict[str, Any], kid: str, key: Ed25519PrivateKey | bytes, algorithm: str) -> str:
+    """The same as `jwt.encode`, which makes and checks the header and the key again for each token."""
+    text = _header(kid, algorithm) + b"." + _base64url(msgspec.json.encode(claims))
+    signature = jwt.get_algorithm_by_name(algorithm).sign(text, key)
+    return (text + b"." + _base64url(signature)).decode()
+
+
+@lru_cache(KEPT)
+def _header(kid: str, algorithm: str) -> bytes:
+    return _base64url(msgspec.json.encode({"alg": algorithm, "kid": kid, "typ": TYPE}))
+
+
+def _base64url(value: bytes) -> bytes:
+    return base64.urlsafe_b64encode(value).rstrip(b"=")
+
+
 def jwk(key: GrantKey) -> dict[str, str]:
     """The public key as a JWK (RFC 8037)."""
     public = key.private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-    x = base64.urlsafe_b64encode(public).decode().rstrip("=")
+    x = _base64url(public).decode()
     return {"kty": "OKP", "crv": "Ed25519", "x": x, "kid": key.kid, "use": "sig", "alg": "EdDSA"}
 
 

@@ -26,20 +26,20 @@ from broker.engine.dispatch import SILENCE, Dispatch
 from broker.engine.quotas import waiting_room
 from broker.engine.registry import Registry
 from broker.engine.speech.addresses import ANSWER, PRESENCE, STATE, Place
-from broker.engine.speech.answers import SIGNED_BYTES, request_of
+from broker.engine.speech.answers import request_of, weight
 from broker.engine.speech.kept import Kept
 from broker.engine.speech.reading import Found, Reader
 from broker.often import shown
 from broker.seams import Link, Message
 from devices.names import status_topic
 from devices.speech.rules import Decoded
-from devices.speech.signing import looks_signed
 from devices.types import AnswerStatus
 from devices.wire import Answer, Malformed, as_result, bare_word, decode_answer
 
 logger = structlog.get_logger()
 
 BATCH, BATCH_BYTES = 100, 65_536  # taken in without a pause: more would block the event loop too long
+CHILD_BYTES = 200  # one device of a gateway takes as long as this many bytes of a message
 QOS0_AT_ONCE = 32  # QoS 0 messages of an external MQTT server in one batch
 OWN = object()  # `Message.token` of presence messages that come from our own MQTT server
 # Reason code (MQTT 5) and reason string of the PUBACK for a message that could not be used.
@@ -81,7 +81,7 @@ class Intake(Kept):
     # --- called by the link ---
 
     def link_up(self) -> None:
-        self._backlog_until = self.writer.now() + 2_000
+        self.backlog_begins()
         self._sessions += 1
         if not self.embedded:
             self.registry.nobody_known_online()
@@ -89,6 +89,10 @@ class Intake(Kept):
 
     def link_down(self, why: str) -> None:
         self.dispatch.link_down()
+
+    def backlog_begins(self) -> None:
+        """For 2 s from now, a message may be from before: it does not show that its device is online."""
+        self._backlog_until = self.writer.now() + 2_000
 
     def message(self, message: Message) -> None:
         arrived = msgspec.structs.replace(message, arrived_at=self.writer.now())
@@ -129,7 +133,7 @@ class Intake(Kept):
 
     async def _take_batch(self) -> None:
         self._queue.extend(self._waiting.take(QOS0_AT_ONCE - len(self._queue)))
-        batch = first(self._queue, BATCH, BATCH_BYTES, _weight)
+        batch = first(self._queue, BATCH, BATCH_BYTES, self._cost)
         names = {name for each in batch if each.foreign is None for name in self.addresses.owners(each.topic)}
         names |= {message.foreign for message in batch if message.foreign is not None}
         await self._ready(names)
@@ -162,6 +166,11 @@ class Intake(Kept):
             self._behind = max(0, self._behind - len(batch))
             if not self._behind:
                 self.dispatch.go_on()
+
+    def _cost(self, message: Message) -> int:
+        """How much of `BATCH_BYTES` a message takes, with the devices that a gateway's message may change."""
+        children = (len(self.gateways.children(name)) for name in self.addresses.owners(message.topic))
+        return weight(message.payload) + CHILD_BYTES * sum(children)
 
     async def _ready(self, names: Iterable[str], command_ids: Iterable[str] = ()) -> None:
         """Like `Commands.ready`, but waits while the log cannot be written: answers are never refused."""
@@ -388,9 +397,3 @@ class Intake(Kept):
             self.unmatched(message, device, decision.word, state.id)
         elif answer.status == "progress" and (member := self.live.members.get(state.id)) is not None:
             self.dispatch.reported(member, answer.seq)
-
-
-def _weight(message: Message) -> int:
-    """How much of `BATCH_BYTES` a message takes."""
-    size = len(message.payload)
-    return max(size, SIGNED_BYTES) if looks_signed(message.payload.lstrip()) else size

@@ -129,10 +129,8 @@ class Live:
         member = self.members.get(state.id)
         if member is None:
             member = Member(state, definition)
-            self.members[state.id] = member
+            self.members[state.id] = lane.members[state.id] = member
             self.closed.forget(state.id)
-            if not state.closed:
-                lane.members[state.id] = member
         for number in state.numbers:
             self.numbers.put((state.device_id, number), state.id)
         before, member.state = member.state, state
@@ -224,9 +222,12 @@ class Live:
             if count % AT_ONCE == 0:
                 await asyncio.sleep(0)  # a node must show signs of life while it reads
             definition = self.definitions[state.definition]
-            member = self.put_command(state, definition)
-            member.flight = attempts.recovered(state, definition, now, entropy.uniform)
+            member = Member(state, definition, attempts.recovered(state, definition, now, entropy.uniform))
             member.flight.heard_at = heard.get(state.id, 0)
+            self.members[state.id] = self.lane(state.device_id).members[state.id] = member
+            self.closed.forget(state.id)
+            for number in state.numbers:
+                self.numbers.put((state.device_id, number), state.id)
             if not definition.carries_ids:
                 # A command that closed just before the stop may be answered a second time now.
                 self.lane(state.device_id).shut_until = now + lanes.IDLESS_PAUSE_MS

@@ -80,6 +80,7 @@ class Pull:
         await self.commands.ready([self.name(caller, name)], project=caller.project)
         device = self.device(caller, name)
         if attributes:
+            self.registry.check_attributes(attributes)
             self._keep(caller, device, attributes)
         taken = self._take(caller, device, transport)
         await self.writer.barrier()

@@ -33,6 +33,7 @@ from broker.engine.commands import Caller, Commands
 from broker.engine.grants import Secrets
 from broker.engine.ids import check_answer_key, check_name, is_token, new_id, new_secret, token_digest
 from broker.engine.quotas import Told
+from broker.engine.speech.addresses import Names, names_of
 from broker.engine.speech.gateways import Gateways
 from broker.log import sqlite as log
 from broker.seams import New, Sql
@@ -147,13 +148,16 @@ class Registry:
         check_answer_key(new.answer_key)
         if caller.devices is not None and not caller.devices.covers(device_id, new.hardware_id):
             raise Refusal("forbidden", f"this key is limited to devices that {new.hardware_id} is not one of")
-        rivals = self.addresses.rivals(self.types[new.type], new.hardware_id, new.name)
-        await self.commands.ready([device_id, new.hardware_id, *rivals, new.gateway or device_id])
+        kind, own = self.types[new.type], [device_id, new.hardware_id, new.gateway or device_id]
+        await self.commands.ready(own)
+        names = Names(new.hardware_id, new.name, self.gateways.named(new.gateway))
+        if rivals := self.addresses.rivals(kind, names):
+            await self.commands.ready([*own, *rivals])
         for name in (device_id, new.hardware_id):
             if self.live.device(name) is not None:
                 raise Refusal("conflict", f"the name {name} is taken; a name is never used again")
-        self._check_topics(self.types[new.type], new.hardware_id, new.name, device_id)
         gateway = self.gateways.wanted(new.gateway, caller.sees, new.type, new.project)
+        self.addresses.check(kind, names, device_id)
         token = self._new_token(device_id)
         event = Registered(
             hardware_id=new.hardware_id,
@@ -168,8 +172,7 @@ class Registry:
         secret = self._new_secret(device)
         self.gateways.moved(device)
         await self.writer.barrier()
-        self.entitled(device)
-        self.issued(device, token)
+        await self._tell(token, device)
         await self.gateways.regroup(self.writer.storage, gateway)
         return Issued(device, token, secret)
 
@@ -188,21 +191,19 @@ class Registry:
             self.check_attributes(change.attributes)
         if change.answer_key is not msgspec.UNSET:
             check_answer_key(change.answer_key)
-        device = await self.find(caller, name)
-        kind, title = self._changed(device, change)
         more = [change.gateway] if isinstance(change.gateway, str) else []
-        more += [] if kind is None else self.addresses.rivals(kind, device.hardware_id, title)
-        if more:
-            await self.commands.ready([name, *more], project=caller.project)
-            device = self.commands.device(caller, name)
-            kind, title = self._changed(device, change)
+        device = await self.find(caller, name, *more)
+        kind, names = self._changed(device, change)
+        if kind is not None and (rivals := self.addresses.rivals(kind, names)):
+            device = await self.find(caller, name, *more, *rivals)
+            kind, names = self._changed(device, change)
         topics_changed = False
         if kind is not None and self.addresses.speaks(device, kind):
-            topics_changed = (title, kind.name) != (device.name, device.device_type)
-        if kind is not None and topics_changed:
-            self._check_topics(kind, device.hardware_id, title, device.id)
+            topics_changed = (names, kind.name) != (names_of(device), device.device_type)
         old = device.gateway
         new = self.gateways.after(device, change, caller.sees)
+        if kind is not None and topics_changed:
+            self.addresses.check(kind, names, device.id)
         rest = msgspec.structs.replace(change, gateway=msgspec.UNSET)
         for each in (rest, Changed(gateway=msgspec.UNSET if new == old else new)):
             if each != Changed():
@@ -211,25 +212,17 @@ class Registry:
             self.gateways.moved(device)
         await self.writer.barrier()
         if topics_changed or new != old:
-            await self.live.bring(self.writer.storage, self.gateways.children(device.hardware_id))
-            self.entitled(device)
+            await self.gateways.tell(self.writer.storage, device.hardware_id, self.entitled)
             await self.gateways.regroup(self.writer.storage, old, new)
         return device
 
-    def _changed(self, device: DeviceState, change: Changed) -> tuple[DeviceType | None, str | None]:
-        """The type and the name of the device after a change."""
-        kind = device.device_type if change.device_type is msgspec.UNSET else change.device_type
-        return self.types.get(kind), device.name if change.name is msgspec.UNSET else change.name
-
-    def _check_topics(self, kind: DeviceType, hardware_id: str, name: str | None, device_id: str) -> None:
-        """Checks that no other device has one of this device's topics.
-
-        Raises:
-            Refusal: invalid_request, which names the field.
-        """
-        if (wrong := self.addresses.taken(kind, hardware_id, name, device_id)) is not None:
-            field, right = wrong
-            raise invalid(field, right, hardware_id if name is None or field == "hardware_id" else name)
+    def _changed(self, device: DeviceState, change: Changed) -> tuple[DeviceType | None, Names]:
+        """The type and the names of the device after a change."""
+        unset = msgspec.UNSET
+        kind = device.device_type if change.device_type is unset else change.device_type
+        name = device.name if change.name is unset else change.name
+        gateway = device.gateway if change.gateway is unset else self.gateways.named(change.gateway)
+        return self.types.get(kind), Names(device.hardware_id, name, gateway)
 
     async def delete(self, caller: Caller, name: str, *, force: bool) -> DeviceState:
         """Deletes a device for ever; with `force` also while it has open commands.
@@ -259,7 +252,7 @@ class Registry:
         for member in reversed(open_ones):
             self.commands.apply(member.state, decide(member.state, request), caller.actor)
         await self.writer.barrier()
-        self.entitled(device)
+        await self.gateways.tell(self.writer.storage, device.hardware_id, self.entitled)
         await self.gateways.regroup(self.writer.storage, device.gateway)
         return device
 
@@ -275,11 +268,19 @@ class Registry:
         event = TokenRotated(token_digest=token_digest(token, self.writer.entropy))
         device = self.record(event, device.id, device, device.project, caller.actor)
         secret = self._new_secret(device)
-        await self.live.bring(self.writer.storage, self.gateways.children(device.hardware_id))
         await self.writer.barrier()
-        self.entitled(device)
-        self.issued(device, token)
+        await self._tell(token, device)
         return Issued(device, token, secret)
+
+    async def _tell(self, token: str, made: DeviceState) -> None:
+        """Tells the MQTT server of a new token, unless the device is deleted or has a newer one now."""
+
+        def tell(device: DeviceState) -> None:
+            self.entitled(device)
+            if device.deleted_at is None and device.token_digest == made.token_digest:
+                self.issued(device, token)
+
+        await self.gateways.tell(self.writer.storage, made.hardware_id, tell)
 
     def _new_token(self, device_id: str) -> str:
         """`dtok_<secret>.<device id>`: the id lets a request with only a token name its device."""
@@ -298,13 +299,14 @@ class Registry:
         self.secrets.forget(device.id)
         return None
 
-    async def find(self, caller: Caller, name: str) -> DeviceState:
+    async def find(self, caller: Caller, name: str, *more: str) -> DeviceState:
         """A device of the caller's project by id or hardware id. The caller may stage until its next `await`.
+        `more`: other devices that are brought into memory.
 
         Raises:
             Refusal: not_found; also for a device that the caller may not see and for a deleted one.
         """
-        await self.commands.ready([name], project=caller.project)
+        await self.commands.ready([name, *more], project=caller.project)
         return self.commands.device(caller, name)
 
     async def authenticate(self, name: str, token: str) -> DeviceState | None:

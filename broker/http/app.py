@@ -18,6 +18,7 @@ from broker.engine.writer import via
 from broker.http import local as local_routes
 from broker.http import sdk
 from broker.http.console import pages as console
+from broker.http.direct import with_direct_create
 from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call
 from broker.http.edge.cors import allowing
@@ -49,7 +50,7 @@ class _Litestar(Litestar):
 
 
 @cache
-def _routes(local: bool) -> Litestar:
+def _routes(*, local: bool) -> Litestar:
     """The public routes, or those under /local. They do not depend on the broker: once in a process."""
     return _Litestar(
         route_handlers=[local_routes.routes] if local else ROUTES,
@@ -64,7 +65,7 @@ def _routes(local: bool) -> Litestar:
 def warm() -> None:
     """Builds all routes, so that the first app is there at once."""
     for local in (False, True):
-        _routes(local)
+        _routes(local=local)
 
 
 def metrics_app(text: Callable[[], bytes]) -> ASGIApp:
@@ -88,8 +89,8 @@ def create_app(services: Services, *, local: bool = False) -> ASGIApp:
     A request on the private socket comes from the operator: it needs no key, has all scopes, and can use
     the routes under /local. The public app does not have those routes.
     """
-    ours, public = Served(services, local), _routes(local=False)
-    operators = _routes(local=True) if local else public
+    ours, public = Served(services, local), with_direct_create(_routes(local=False))
+    operators: ASGIApp = _routes(local=True) if local else public
     metrics = services.metrics
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

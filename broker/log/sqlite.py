@@ -7,9 +7,8 @@ deleted. The unique index on (stream, version) is the only concurrency rule.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from broker.domain.events import NAMES, SCHEMA, Pending, Recorded, decode, encode
 from broker.log import chain, shape
@@ -50,10 +49,8 @@ CREATE TABLE IF NOT EXISTS device_secrets (device_id TEXT PRIMARY KEY, secret BL
 CREATE TABLE IF NOT EXISTS webhooks (
     id TEXT PRIMARY KEY, endpoint BLOB NOT NULL, progress BLOB NOT NULL) WITHOUT ROWID;
 """
-COLUMNS = (
-    "position, stream, version, type, schema, recorded_at, decided_at, "
-    "project, device_id, actor, data, salt, digest, hash"
-)
+OF_EVENT = "position, stream, version, type, schema, recorded_at, decided_at, project, device_id, actor, data"
+COLUMNS = f"{OF_EVENT}, salt, digest, hash"
 LAST = 2**63 - 1
 # The format of the tables, in `meta`. It is counted up when an older release could not read or write them.
 FORMAT = 2
@@ -62,6 +59,7 @@ UNWRITABLE = (
     ValueError, TypeError, OverflowError, Warning,
     sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError,
 )  # fmt: skip
+HAS_VERSION = "SELECT 1 FROM events WHERE stream = ? AND version = ?"
 INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 
 
@@ -108,13 +106,12 @@ def show_as_format_2(sql: Sqlite) -> None:
         sql.execute(f"CREATE TEMP VIEW events AS SELECT {columns} FROM main.events")
 
 
-@contextmanager
-def as_it_is(sql: Sqlite) -> Iterator[None]:
-    """Hides what `show_as_format_2` shows, for a copy of the whole file."""
+def copy(sql: Sqlite, to: str) -> None:
+    """Copies one consistent state of the whole file to a new one, without its free pages."""
     shown = sql.execute("SELECT 1 FROM sqlite_temp_master WHERE name = 'events'").fetchone() is not None
-    sql.execute("DROP VIEW IF EXISTS temp.events")
+    sql.execute("DROP VIEW IF EXISTS temp.events")  # the copy has the rows as they are
     try:
-        yield
+        sql.execute("VACUUM INTO ?", (to,))
     finally:
         if shown:
             show_as_format_2(sql)
@@ -165,12 +162,18 @@ def append(sql: Sqlite, after: Head, events: Sequence[Pending], salts: bytes) ->
     """Appends events after the head, which is in the same transaction. `salts`: 16 bytes for each event.
 
     Raises:
-        Conflict: the time of an event is before that of the last one.
+        Conflict: an event is older than the last one, or not the next one of its stream.
     """
     rows: list[Row] = []
     position, recorded_at, previous, decided_at = after
+    versions: dict[str, int] = {}
     for index, event in enumerate(events):
         position += 1
+        # The unique index refuses a version that is taken; a version that leaves a gap is refused here.
+        stream, before = event.stream, event.version - 1
+        if before != versions.get(stream, 0) and not sql.execute(HAS_VERSION, (stream, before)).fetchone():
+            raise Conflict(f"position {position}: {stream} has no version {before} yet")
+        versions[event.stream] = event.version
         if event.decided_at < decided_at:
             raise Conflict(f"position {position} would be older than the event before it")
         decided_at = event.decided_at
@@ -200,7 +203,7 @@ async def rows(sql: Sql, after: int = 0, limit: int = 1_000) -> list[Row]:
     found = await sql.all(
         f"SELECT {COLUMNS} FROM events WHERE position > ? ORDER BY position LIMIT ?", (after, limit)
     )
-    return [Row(*row) for row in found]
+    return [*map(Row._make, found)]
 
 
 async def all_rows(sql: Sql, after: int = 0) -> list[Row]:
@@ -214,7 +217,7 @@ async def stream(sql: Sql, name: str, until: int = LAST) -> list[Row]:
         f"SELECT {COLUMNS} FROM events WHERE stream = ? AND position BETWEEN 1 AND ? ORDER BY version",
         (name, until),
     )
-    return [Row(*row) for row in found]
+    return [*map(Row._make, found)]
 
 
 async def last_version(sql: Sql, name: str) -> int:
@@ -240,7 +243,7 @@ async def device_stream(sql: Sql, name: str, until: int) -> list[Row]:
             f"AND position BETWEEN 1 AND ? AND type IN ({newest}) ORDER BY version DESC LIMIT 1",
             (name, until),
         )
-    return sorted(Row(*row) for row in found)
+    return sorted(map(Row._make, found))
 
 
 async def place(sql: Sql, at: int) -> int:
@@ -251,25 +254,30 @@ async def place(sql: Sql, at: int) -> int:
 NO_STATE = b'{"state":{}}'
 
 
-def recorded(row: Row) -> Recorded:
-    """Decodes a row into its event. Only device events that newer ones replaced are decoded without their
-    data: when they are folded, what remains of them is that they happened.
+def recorded(row: tuple[Any, ...]) -> Recorded:
+    """Decodes a row, or its columns `OF_EVENT`, into its event. Only device events that newer ones replaced
+    are decoded without their data: when they are folded, what remains of them is that they happened.
 
     Raises:
         ValueError: the data was erased, or a later release wrote it.
     """
-    if row.data is None and row.type not in REPLACEABLE:
-        raise ValueError(f"the data of position {row.position} was erased")
+    position, stream, version, name, schema, recorded_at, decided_at, project, device_id, actor, data = row[
+        :11
+    ]
+    if data is None:
+        if name not in REPLACEABLE:
+            raise ValueError(f"the data of position {position} was erased")
+        data = NO_STATE if name == REPORTED else b"{}"
     return Recorded(
-        position=row.position,
-        stream=row.stream,
-        version=row.version,
-        recorded_at=row.recorded_at,
-        decided_at=row.decided,
-        project=row.project,
-        device_id=row.device_id,
-        actor=row.actor,
-        event=decode(row.type, row.data or (NO_STATE if row.type == REPORTED else b"{}"), row.schema),
+        position=position,
+        stream=stream,
+        version=version,
+        recorded_at=recorded_at,
+        decided_at=recorded_at if decided_at is None else decided_at,
+        project=project,
+        device_id=device_id,
+        actor=actor,
+        event=decode(name, data, schema),
     )
 
 

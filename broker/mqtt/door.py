@@ -104,15 +104,18 @@ async def _external(
             parse_url(url).username or "",
             sends=[f"{settings.prefix}/#", *_bought(settings.prefix, types), *discovery(settings)],
             topics=partial(_topics_of, core),
+            known=partial(_known, core),
             devices=devices,
             rules=rules,
         )
         core.registry.issued, core.registry.entitled = dynsec.issued, dynsec.entitled
         core.registry.gateways.regrouped = dynsec.regrouped
         events = Shared(core.intake, dynsec)
+        work.append(dynsec.run())
     elif settings.mqtt_users == "password_file":
         places = Path(settings.mqtt_password_file), Path(settings.mqtt_pid_file)
-        passwords = PasswordFile(*places, devices, rules)
+        deleted = await core.storage.read(devices_view.deleted)
+        passwords = PasswordFile(*places, [*devices, *deleted], rules)
         core.registry.entitled = passwords.entitled
         work.append(passwords.run())
     async with _linked(settings, core, types, url, tls, events) as link:
@@ -300,6 +303,13 @@ def _topics_of(core: Core, device: DeviceState) -> Topics:
     both = [topics_of(core.commands.addresses, each) for each in speaking]
     reads, writes = (set[str]().union(*found) for found in zip(*both, strict=True))
     return Topics(reads, writes)
+
+
+async def _known(core: Core, hardware_id: str) -> DeviceState | None:
+    """A device, also a deleted one. Those that it speaks for are in memory then."""
+    await core.live.bring(core.storage, [hardware_id, *core.registry.gateways.children(hardware_id)])
+    device = core.live.device(hardware_id)
+    return device if device is not None and device.hardware_id == hardware_id else None
 
 
 def _rules_of(core: Core, known: dict[str, DeviceState], device: DeviceState) -> list[str]:

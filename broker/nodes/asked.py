@@ -71,13 +71,18 @@ class Asked:
         return f"{path}?{query}" if query else path
 
     @property
+    def path(self) -> str:
+        """As the routes see it."""
+        path: str = self.scope["path"].rstrip("/")
+        return path
+
+    @property
     def repeatable(self) -> bool:
         """Whether it does no harm if it is done twice."""
-        path = self.scope["path"].rstrip("/")  # as the routes see it
         if self.method in ("GET", "HEAD", "OPTIONS"):
-            return not path.endswith("/commands/pending")  # it hands commands over
+            return not self.path.endswith("/commands/pending")  # it hands commands over
         keyed = any(name == b"idempotency-key" for name, _ in self.headers)
-        route = f"{self.method} {path}"
+        route = f"{self.method} {self.path}"
         return (keyed and KEYED.fullmatch(route) is not None) or REPEATABLE.fullmatch(route) is not None
 
     @property
@@ -176,13 +181,15 @@ class Asked:
     async def piece(self, body: bytes, *, more: bool = True) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
-    async def json(self, status: int, value: object, headers: Mapping[str, str] = {}) -> None:
+    async def whole(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """A whole answer of this node itself."""
-        body = msgspec.json.encode(value)
-        given = {"content-type": "application/json", "content-length": str(len(body)), **headers}
+        given = {"content-length": str(len(body)), **headers}
         given |= {"cache-control": "no-store", "x-content-type-options": "nosniff"}
         await self.start(status, [(name.lower().encode(), text.encode()) for name, text in given.items()])
         await self.piece(b"" if self.method == "HEAD" else body, more=False)
+
+    async def json(self, status: int, value: object, headers: Mapping[str, str] = {}) -> None:
+        await self.whole(status, msgspec.json.encode(value), {"content-type": "application/json", **headers})
 
     async def refuse(
         self, code: str, message: str, details: dict[str, Any] | None = None, headers: Mapping[str, str] = {}

@@ -18,7 +18,7 @@ from broker.seams import Conflict, Fenced, Node, Unknown, View
 logger = structlog.get_logger()
 
 BEAT_SEC = 1.0
-SOON_SEC = 0.25  # how often the end of a lease is looked for
+LOOK_SEC = 0.25  # how often the end of a lease is looked for
 SILENT_MS = 2_500
 
 
@@ -30,9 +30,9 @@ class Cluster:
         self.members = Membership(node.incarnation)
         self.lapsed: Callable[[], None] = lambda: None
         self._log, self._now, self._wall = log, now, wall
-        self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._stir = False
-        self._soon = asyncio.Event()
+        self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._notify = False
+        self._due = asyncio.Event()
         self._beating = asyncio.Lock()
 
     # --- what is known ---
@@ -76,9 +76,9 @@ class Cluster:
             found.append(NodeFacts(node.name, node.address, role, self.silent_ms(node)))
         return NodesFacts(self.term, found)
 
-    async def news(self, within_sec: float) -> None:
+    async def change(self, within_sec: float) -> None:
         """Waits until something about the nodes has changed, or that long."""
-        await asyncio.wait({self._news}, timeout=within_sec)
+        await asyncio.wait({self._changed}, timeout=within_sec)
 
     # --- beating ---
 
@@ -89,10 +89,10 @@ class Cluster:
             Fenced: this node owned the log, and another one has claimed it.
         """
         while True:
-            for event in (self._soon, self._log.stirred):
+            for event in (self._due, self._log.notified):
                 event.clear()
             await self.beat()
-            waits = [asyncio.ensure_future(event.wait()) for event in (self._soon, self._log.stirred)]
+            waits = [asyncio.ensure_future(event.wait()) for event in (self._due, self._log.notified)]
             try:
                 await asyncio.wait(waits, timeout=self._pause(), return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -102,18 +102,18 @@ class Cluster:
     def _pause(self) -> float:
         """Shorter while the owner is silent: the end of its lease shall not be seen late."""
         owner = self.members.owner
-        return BEAT_SEC if owner is None or self.silent_ms(owner) < SILENT_MS else SOON_SEC
+        return BEAT_SEC if owner is None or self.silent_ms(owner) < SILENT_MS else LOOK_SEC
 
     async def beat(self) -> None:
         async with self._beating:  # the log has one connection for it
             await self._beat()
 
     async def _beat(self) -> None:
-        began, stir, self._stir = self._now(), self._stir, False
+        began, notify, self._notify = self._now(), self._notify, False
         try:
-            view = await self._log.beat(self.node, stir=stir)
+            view = await self._log.beat(self.node, notify=notify)
         except Unknown as error:
-            self._stir = self._stir or stir
+            self._notify = self._notify or notify
             logger.warning("node.no_beat", error=str(error))
             return
         before = self.members.view
@@ -122,17 +122,17 @@ class Cluster:
             raise Fenced(view.term)
         if (before.term, before.owner) != (view.term, view.owner):
             logger.info("node.owner", term=view.term, owner=_name(view))
-        self.tell()
+        self.wake()
 
-    def tell(self) -> None:
-        """Wakes those that wait for news."""
-        self._news.set_result(None)
-        self._news = asyncio.get_running_loop().create_future()
+    def wake(self) -> None:
+        """Wakes those that wait for a change."""
+        self._changed.set_result(None)
+        self._changed = asyncio.get_running_loop().create_future()
 
-    def stir(self) -> None:
+    def hurry(self) -> None:
         """Beats at once, and makes the other nodes look."""
-        self._stir = True
-        self._soon.set()
+        self._notify = True
+        self._due.set()
 
     async def watch(self) -> None:
         """Calls `lapsed` when this node owns the log and must not act as its owner any more, for ever."""
@@ -143,16 +143,16 @@ class Cluster:
                 logger.error("node.lapsed", term=self._log.term, beat_age_ms=self.beat_age_ms)
                 self.lapsed()
             held = holds
-            await asyncio.sleep(SOON_SEC)
+            await asyncio.sleep(LOOK_SEC)
 
     # --- owning ---
 
     async def claimed(self) -> None:
         """Waits for this node's turn, claims the log, and returns when it may act as the owner."""
         while not self.holds():
-            if self._log.term <= self.members.view.term and self.members.may_claim(self._now()):
+            if not self._log.term and self.members.may_claim(self._now()):
                 await self._claim()
-            await self.news(BEAT_SEC)
+            await self.change(BEAT_SEC)
 
     async def _claim(self) -> None:
         before = self.members.owner
@@ -165,12 +165,12 @@ class Cluster:
         if before is not None and before.incarnation != self.node.incarnation:
             with suppress(Unknown):
                 await self._log.leave(before)
-        self.stir()
+        self.hurry()
 
     async def release(self) -> None:
         """Lets another node claim the log at once. This one has recorded its last event."""
         self.node = msgspec.structs.replace(self.node, draining=True)
-        self._stir = True
+        self._notify = True
         await self.beat()
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
 
 import structlog
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from broker.http.edge.health import Health
 from broker.nodes.asked import Asked, Gone, NoRoom, Room
@@ -26,13 +28,14 @@ logger = structlog.get_logger()
 HELD_SEC = 10.0  # a lease, and 5 s
 LOOK_SEC = 0.25
 AGAIN_SEC = 0.1
-HELD = 2_000  # requests that wait at this node, for an owner or for its answer
+# Requests that wait at this node, for an owner or for its answer; those that ask to wait are counted apart.
+HELD = 2_000
 HELD_BYTES = 268_435_456  # of their bodies
 CROWDED = "too many requests wait at this node"
 LOST = (
     "the owner of the log ended before it answered: it is unknown whether this was done; look, or repeat it"
 )
-NOBODY = "no node owns the log now; try again later"
+NOBODY = "no node owns the log now, or this node cannot reach it; try again later"
 
 
 class _Lapsed(Exception):
@@ -57,13 +60,22 @@ class Entrance:
         self.leaves = self.failed = False
         self.metrics: Callable[[], bytes] = bytes
         self.shows_metrics = True
-        self.outcomes = {"answered": 0, "unknown": 0, "held": 0}
+        self.outcomes = {"answered": 0, "unknown": 0, "held": 0, "crowded": 0}
         self._peers, self._secret = peers, secret.encode()
         self._under_way = 0
-        self._held = 0
+        self._held = Counter[bool]()
         self._room = Room(HELD_BYTES)
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def held(self) -> int:
+        """How many requests wait at this node."""
+        return self._held.total()
+
+    @property
+    def held_bytes(self) -> int:
+        return self._room.taken
 
     # --- what is run where ---
 
@@ -114,23 +126,25 @@ class Entrance:
         try:
             await asked.read(self._room)
         except NoRoom:
+            self.outcomes["crowded"] += 1
             await asked.refuse("unavailable", CROWDED, headers={"connection": "close"})
             return
         except ValueError as error:
             await asked.refuse("too_large", str(error), headers={"connection": "close"})
             return
-        if self._held >= HELD:
+        if self._held[asked.lasts] >= HELD:
+            self.outcomes["crowded"] += 1
             await asked.refuse("unavailable", CROWDED)
             return
-        self._held += 1
+        self._held[asked.lasts] += 1
         try:
             await self._answer(asked, local, passed_on)
         finally:
-            self._held -= 1
+            self._held[asked.lasts] -= 1
 
     async def _own(self, asked: Asked, local: bool) -> bool:
         """Answers what is about this node, and nothing else; False if the request is about the broker."""
-        path = asked.scope["path"] if asked.method in ("GET", "HEAD") else ""
+        path = asked.path if asked.method in ("GET", "HEAD") else ""
         if path == "/readyz":
             apps = self.apps
             reasons = self._not_a_door() if apps is None else apps.ready()
@@ -141,11 +155,13 @@ class Entrance:
         elif path == "/healthz":
             await asked.json(200, Health("ok", "door" if self.apps is None else "owner"))
         elif path == "/metrics" and self.apps is None and (local or self.shows_metrics):
-            await asked.start(200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")])
-            await asked.piece(self.metrics(), more=False)
+            await self._figures(asked)
         else:
             return False
         return True
+
+    async def _figures(self, asked: Asked) -> None:
+        await asked.whole(200, self.metrics(), {"content-type": CONTENT_TYPE_LATEST})
 
     def _not_a_door(self) -> list[str]:
         age = self.cluster.beat_age_ms
@@ -171,19 +187,21 @@ class Entrance:
                 return owner
             if loop.time() >= until:
                 raise TimeoutError
-            await self.cluster.news(LOOK_SEC)
+            await self.cluster.change(LOOK_SEC)
         if self.apps is None:
             raise TimeoutError
         return None
 
     async def _answer(self, asked: Asked, local: bool, passed_on: bool) -> None:
         """Answers a request that this node cannot handle at once."""
-        until = asyncio.get_running_loop().time() + HELD_SEC
+        loop = asyncio.get_running_loop()
+        until, waited = loop.time() + HELD_SEC, False
         if passed_on and (self.leaves or not self.cluster.owns):
             await self._moved(asked)
             return
         try:
             while (owner := await asked.unless_gone(self.owner(until))) is not None:
+                sent = loop.time()
                 if passed_on:  # this node was about to own the log, and another one does now
                     await self._moved(asked)
                     return
@@ -191,13 +209,15 @@ class Entrance:
                     await self._pass_on(owner, asked, local)
                     return
                 except Lost as error:
-                    if asked.started:
-                        raise
                     if error.reached and not asked.repeatable:
                         self.outcomes["unknown"] += 1
                         await asked.refuse("unavailable", LOST)
                         return
-                await self.cluster.news(AGAIN_SEC)
+                if loop.time() - sent > HELD_SEC and not waited:  # for its answer, at an owner that lived
+                    waited, until = True, loop.time() + HELD_SEC
+                if loop.time() >= until:
+                    raise TimeoutError
+                await self.cluster.change(AGAIN_SEC)
         except TimeoutError:
             self.outcomes["held"] += 1
             await asked.refuse("unavailable", NOBODY)
@@ -218,11 +238,13 @@ class Entrance:
                 asked.passed()
             if is_stream(answer) and asked.method != "HEAD":
                 stream = pass_on(self._peers, self._next_owner, owner, asked, answer, local=local)
-                self._held -= 1  # it does not wait for an answer
+                self._held[asked.lasts] -= 1  # it does not wait for an answer
                 try:
                     await asked.unless_gone(stream)
                 finally:
-                    self._held += 1
+                    self._held[asked.lasts] += 1
+            elif asked.path == "/metrics" and answer.status_code == 200:
+                await self._figures(asked)  # of this node; the owner has checked the key
             else:
                 await asked.unless_gone(self._peers.whole(owner, asked, answer))
             self.outcomes["answered"] += 1

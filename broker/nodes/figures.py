@@ -16,6 +16,8 @@ def watch_node(
     term: Callable[[], float],
     beat_age_sec: Callable[[], float],
     alive: Callable[[], float],
+    held: Callable[[], float],
+    held_bytes: Callable[[], float],
     outcomes: Mapping[str, int],
 ) -> None:
     """`outcomes`: requests passed on, by outcome."""
@@ -24,6 +26,8 @@ def watch_node(
         ("term", "How many times the log has had an owner", term),
         ("beat_age_seconds", "Age of this node's last confirmed sign of life", beat_age_sec),
         ("peers", "Nodes on this log that show signs of life, with this one", alive),
+        ("waiting_requests", "Requests that wait here for an owner or its answer; at most 2,000", held),
+        ("waiting_bytes", "Their bodies, in bytes; at most 256 MiB", held_bytes),
     ):
         Gauge(f"ordain_node_{name}", what, registry=registry).set_function(look)
     registry.register(_PassedOn(outcomes))
@@ -35,7 +39,8 @@ class _PassedOn(Collector):
 
     def collect(self) -> Iterator[Metric]:
         what = (
-            "Requests passed on to the owner: answered, of unknown outcome, or refused because none was found"
+            "Requests for the owner: answered, of unknown outcome, refused because it was not found in time "
+            "(held), or because too many waited (crowded)"
         )
         found = CounterMetricFamily("ordain_node_passed_on_total", what, labels=["outcome"])
         for outcome, count in self._outcomes.items():

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import httpx2
 
+from broker.log.postgresql.vanished import options
 from broker.nodes.asked import Asked, Headers, let_go
 from broker.nodes.cluster import Cluster
 from broker.seams import Node
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 CONNECT_SEC = 2.0
 QUIET_SEC = 120.0  # longer than any request waits, and than an event stream is silent
+TIMES = httpx2.Timeout(CONNECT_SEC, read=QUIET_SEC).as_dict()
+VANISHED_SEC = 8  # an owner whose machine confirms nothing for so long gives no answer any more
 LOOK_SEC = 1.0
 KEPT = 100
 # What the nodes tell each other with a request: the shared secret, the client's address, and whether it is
@@ -44,20 +47,22 @@ class Lost(Exception):
 
 
 class Peers:
-    """This node's connections to the owner. `secret`: what the nodes know each other by."""
+    """This node's connections to the owner. `secret`: what the nodes know each other by. `transport`: how
+    they are made; None: over the network."""
 
-    def __init__(self, cluster: Cluster, secret: str) -> None:
+    def __init__(
+        self, cluster: Cluster, secret: str, transport: httpx2.AsyncBaseTransport | None = None
+    ) -> None:
         self._cluster, self._secret = cluster, secret.encode()
         # No bound here: the entrance bounds the requests that wait, and the owner each project's streams.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=KEPT)
-        timeout = httpx2.Timeout(CONNECT_SEC, read=QUIET_SEC)
         # The pool looks at all its connections for each request: with 1,500 streams among them a request
         # took 10 ms instead of 1. So what stays open for long has a pool of its own.
         self._short, self._long = (
-            httpx2.AsyncClient(limits=limits, timeout=timeout, trust_env=False) for _ in range(2)
+            transport
+            or httpx2.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=options(VANISHED_SEC))
+            for _ in range(2)
         )
-        for each in (self._short, self._long):
-            each.headers.clear()
 
     async def close(self) -> None:
         for each in (self._short, self._long):
@@ -80,15 +85,15 @@ class Peers:
         headers += [(SECRET, self._secret), (PEER, str(peer).encode()), (LOCAL, b"1" if local else b"0")]
         # The target goes on as it came: a URL would lose `..`, and the owner would see another path.
         pool = self._long if asked.lasts else self._short
-        made = pool.build_request(
+        made = httpx2.Request(
             asked.method,
             f"http://{owner.address}/",
             headers=headers,
             content=asked.body or None,
-            extensions={"target": asked.target.encode("latin-1")},
+            extensions={"target": asked.target.encode("latin-1"), "timeout": TIMES},
         )
         try:
-            answer = await self.unless_moved(owner, pool.send(made, stream=True))
+            answer = await self.unless_moved(owner, pool.handle_async_request(made))
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
             raise Lost(reached=False) from error
         except httpx2.TransportError as error:
@@ -107,9 +112,9 @@ class Peers:
             while not task.done():
                 if self._cluster.members.view.owner != owner.incarnation:
                     raise Lost(reached=True)
-                news = asyncio.ensure_future(self._cluster.news(LOOK_SEC))
-                await asyncio.wait({task, news}, return_when=asyncio.FIRST_COMPLETED)
-                news.cancel()
+                change = asyncio.ensure_future(self._cluster.change(LOOK_SEC))
+                await asyncio.wait({task, change}, return_when=asyncio.FIRST_COMPLETED)
+                change.cancel()
             return task.result()
         finally:
             let_go(task)

@@ -17,6 +17,7 @@ from broker.seams import Node
 
 STREAM = "text/event-stream"
 AGAIN_SEC = 0.2
+WITHIN_SEC = 30.0  # then the stream ends, and its client may find another door
 MESSAGE_BYTES = 16_777_216  # no event is larger; a peer must not fill our memory
 
 # Where the owner is: waits for one; None: there is none in time, or it is this node.
@@ -79,8 +80,10 @@ def _id(message: bytes) -> bytes | None:
 async def _again(
     peers: Peers, next_owner: Owner, asked: Asked, after: bytes | None, *, local: bool
 ) -> tuple[Node, httpx2.Response | None]:
-    """Opens the stream once more at the owner; None if that refuses it, or none is found."""
-    while (owner := await next_owner()) is not None:
+    """Opens the stream once more at the owner; None if that refuses it, or none is found in time."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + WITHIN_SEC
+    while loop.time() < until and (owner := await next_owner()) is not None:
         try:
             answer = await peers.send(owner, asked, local=local, after=after)
         except Lost:

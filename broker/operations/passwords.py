@@ -61,11 +61,12 @@ async def canaries(client: Client, settings: Settings) -> list[Login]:
         made = await call(client, "POST", there, body if digest is None else None)
         tokens[name] = made["device_token"]
     if tokens != kept:
-        _keep(path, tokens)
+        keep(path, tokens)
     return [Login(name, tokens[name]) for name in CANARIES]
 
 
-def _keep(path: Path, tokens: dict[str, str]) -> None:
+def keep(path: Path, tokens: dict[str, str]) -> None:
+    """Writes the tokens of the canary's devices. Only the owner can read them."""
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(msgspec.json.encode(tokens))
 

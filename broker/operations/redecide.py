@@ -2,7 +2,8 @@
 
 Pure. For each recorded event of a command, this module rebuilds the request from the log, calls `decide` and
 the lane again, and compares the result with the recorded event. Some inputs are not in the log, so they are
-not checked: random draws, the time when bytes were written, and whether an attempt still counted.
+not checked: random draws, whether an attempt still counted, and when an attempt by MQTT ended (its timer, the
+receipt of the MQTT server, or the device's going offline ends it).
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class _Then:
         self.known: dict[str, Member] = {}
         self.definitions: dict[str, Definition] = {}
         self.device: DeviceState | None = None
+        self.embedded = False  # its MQTT server is ours
         self.void = False  # a restart made the device's presence unknown
         self.moved = False  # to another gateway or to none, and not heard since
 
@@ -85,7 +87,7 @@ class _Then:
             definition = msgspec.convert(event.definition, Definition)
             self.definitions[recorded.stream.removeprefix("type/")] = definition
         elif isinstance(event, Started):
-            self.void = True
+            self.void, self.embedded = True, event.mqtt == "embedded"
         elif subject_kind(recorded.stream) == "device":
             self.device = evolve_device(self.device, recorded)
             self.void = self.void and recorded.type != "online"
@@ -126,25 +128,31 @@ class _Then:
     def _untimely(self, member: Member, event: CommandEvent, request: Request, now: int) -> str | None:
         """Why a timer would not have been due, or the lane would not have sent the command; else None."""
         state = member.state
-        if request.input in (Input.EXPIRY, Input.RESULT_TIMER, Input.ATTEMPT_TIMER):
-            # The answer time-out starts when the bytes are written, so not before the hand-over.
-            member.flight = Flight(open=True, written_at=state.handed_over_at)
-            if lanes.overdue(member, now) is not request.input:
-                return f"{request.input.value}: not at {now}"
+        timers, member.flight = [Input.EXPIRY, Input.RESULT_TIMER], Flight()
+        if state.handed_over_at is not None and state.transport in ("heartbeat", "relay"):
+            timers.append(Input.ATTEMPT_TIMER)
+            lease = lanes.lease_ms(member.definition, state.transport)
+            member.flight = Flight(open=True, lease_until=state.handed_over_at + lease)
+        if request.input in timers and lanes.overdue(member, now) is not request.input:
+            return f"{request.input.value}: not at {now}"
         if isinstance(event, Published) and event.transport == "mqtt":
             for each in self.lane.members.values():
                 each.flight = Flight(open=each is not member)
-            if member not in lanes.due(self.lane, self._presence(), now, SLOTS):
-                return f"hand over by MQTT: not due at {now}, with the device {self._presence().value}"
+            presence = self._presence(sure=event.counts)
+            if member not in lanes.due(self.lane, presence, now, SLOTS):
+                return f"hand over by MQTT: not due at {now}, with the device {presence.value}"
         return None
 
-    def _presence(self) -> Presence:
+    def _presence(self, *, sure: bool) -> Presence:
+        """`sure`: the attempt counts. At an external MQTT server, a retained or old message makes the device
+        unknown without an event; then attempts do not count."""
+        sure = sure or self.embedded
         if self.device is None or not self.device.heard:
-            return Presence.NEVER
+            return Presence.NEVER if sure else Presence.UNKNOWN
         if not self.device.online:
             # The return of a gateway makes its devices unknown. It is an event of the gateway only. A device
             # that leaves its gateway is unknown too.
-            sure = self.device.gateway is None and not self.moved
+            sure = sure and self.device.gateway is None and not self.moved
             return Presence.OFFLINE if sure else Presence.UNKNOWN
         return Presence.UNKNOWN if self.void else Presence.ONLINE
 

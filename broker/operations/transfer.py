@@ -14,21 +14,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from broker.domain.events import (
-    SYSTEM,
-    Created,
-    Recorded,
-    Registered,
-    definition_stream,
-    device_stream,
-    subject_kind,
-)
+from broker.domain.events import SYSTEM, Created, Recorded, definition_stream, device_stream
 from broker.log import chain, lines
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.driven import read_now
 from broker.log.lines import Header
 from broker.operations.backup import Refused
+from broker.operations.fit import unfit
 from broker.seams import Readable
 from broker.world import DATABASE, SystemEntropy, create, part_of
 from devices.clock import rfc3339
@@ -37,7 +30,6 @@ from projections import devices, follower
 from projections.commands import HIDDEN, veiled
 
 PAGE = 5_000
-LAST_TIME = 253_402_300_799_999  # the end of the year 9999, in ms: later times cannot be shown
 Reached = Callable[[int], None]
 
 
@@ -275,7 +267,7 @@ def _fill(
         # A row without data needs an `erased` event, which comes later: `verify` checks that at the end.
         if (fault := chain.fault(row, previous, position + 1, erased=True)) is not None:
             raise Refused(f"{source}, line {number}: {fault}")
-        if (fault := _unfit(row)) is not None:
+        if (fault := unfit(row)) is not None:
             raise Refused(f"{source}, line {number}: {fault}")
         position, previous = row.position, row.hash
         page.append(row)
@@ -305,32 +297,6 @@ def _put(sql: sqlite3.Connection, source: Path, page: list[Row]) -> None:
         raise Refused(
             f"{source}: up to position {page[-1].position}, two events of a stream have the same version"
         ) from None
-
-
-def _unfit(row: Row) -> str | None:
-    """Why a broker could not have recorded this row: an identifier is not one, or its event has no sense."""
-    times = [("recorded_at", row.recorded_at), ("decided_at", row.decided)]
-    names = [("project", row.project)] if row.project else []
-    names += [] if row.device_id is None else [("device_id", row.device_id)]
-    if subject_kind(row.stream) != "broker":
-        names.append(("stream", row.stream.removeprefix("device/")))
-    if row.data is not None:
-        try:
-            event = log.recorded(row).event
-        except (ValueError, TypeError) as error:
-            return f"it is no event of a log: {error}"
-        if isinstance(event, Registered):
-            names += [("hardware_id", event.hardware_id), ("device_type", event.device_type)]
-        elif isinstance(event, Created):
-            names.append(("type", event.type))
-            times += [("expires_at", event.expires_at or 0), ("ttl_ms", event.ttl_ms or 0)]
-    for field, name in names:
-        if not is_name(name):
-            return f"{field} = {name[:64]!r} is no identifier: it must match [A-Za-z0-9][A-Za-z0-9_-]{{0,63}}"
-    for field, time in times:
-        if not 0 <= time <= LAST_TIME:
-            return f"{field} = {time} is not in the years 1970 to 9999"
-    return None
 
 
 def stats(sql: Readable) -> dict[str, Any]:

@@ -16,12 +16,15 @@ from litestar.types import ASGIApp
 
 from broker.http.edge.protocol import Bounded
 from broker.http.edge.strangers import Strangers
+from broker.log.postgresql.vanished import options
 from broker.mqtt.tls import Certificates
 from broker.private_socket import SOCKET, listen
 from broker.settings import BadSetting, Settings, address
 
 GRACE_SEC = 5  # time for open requests after a signal; the whole shutdown stays under 10 s
 BACKLOG = 2_048
+VANISHED_SEC = 30  # a client that has vanished while nothing was under way to it; see `vanished`
+UNREAD_SEC = 120  # one that reads nothing
 
 
 class _Server(uvicorn.Server):
@@ -111,6 +114,8 @@ def bound(key: str, text: str) -> Iterator[socket.socket]:
         family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for each in options(VANISHED_SEC, UNREAD_SEC):  # connections inherit them
+            listening.setsockopt(*each)
         listening.bind(where)
         listening.listen(BACKLOG)  # clients can connect from now on, and no other process can take the port
     except OSError as error:

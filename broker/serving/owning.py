@@ -34,7 +34,7 @@ class Beforehand(NamedTuple):
     """What is read from files, and may take its time, before a log is owned. `verify`: see `_of_webhooks`."""
 
     types: dict[str, DeviceType]
-    verify: ssl.SSLContext
+    verify: ssl.SSLContext | None
     pepper: bytes
 
 
@@ -120,9 +120,12 @@ async def owning(
     await outbound.aclose()
 
 
-def _of_webhooks(settings: Settings) -> ssl.SSLContext:
-    """Whose certificates webhook receivers must have, and the broker's own certificate for them."""
+def _of_webhooks(settings: Settings) -> ssl.SSLContext | None:
+    """Whose certificates webhook receivers must have, and the broker's own certificate for them. None: those
+    of the system's authorities, and none."""
     files = settings.webhook_ca, settings.webhook_certificate, settings.webhook_key
+    if not any(files):
+        return None
     try:
         return trust(*files)
     except OSError as error:  # of files, and of what is in them

@@ -10,8 +10,9 @@ import gc
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import msgspec
 import structlog
@@ -22,23 +23,22 @@ from broker.http.edge.strangers import Strangers
 from broker.metrics import Metrics
 from broker.mqtt.client.link import MqttLink
 from broker.mqtt.tls import Certificates
-from broker.nodes import entrance as nodes
 from broker.nodes.cluster import Cluster
-from broker.nodes.entrance import Entrance
+from broker.nodes.entrance import Apps, Entrance
 from broker.nodes.figures import watch_node
 from broker.nodes.forwarding import Peers
+from broker.nodes.turns import Owned, take_turns
 from broker.opening import Shared, open_shared
 from broker.seams import Broken, Unknown
 from broker.serving import supervisor
-from broker.serving.listening import Apps, served
+from broker.serving.listening import Apps as Served
+from broker.serving.listening import served
 from broker.serving.owning import Beforehand, beforehand, owning
 from broker.settings import Settings
 from broker.world import SystemClock, SystemEntropy, boot_ms
 from devices.mqtt_url import joined
 
 logger = structlog.get_logger()
-
-FINISH_SEC = 1.0  # for requests under way, when the log is handed over
 
 
 async def share(
@@ -69,18 +69,9 @@ async def share(
         entrance = Entrance(cluster, peers, shared.secret)
         entrance.shows_metrics = settings.metrics == "open"
         strangers = Strangers(settings.limits.strangers, settings.limits.strangers_per_address)
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(cluster.run()), group.create_task(cluster.watch())]
-            async with _http(settings, entrance, strangers, listening, scraped, certificates):
-                with _failing(entrance):
-                    await _until(stop, group.create_task(cluster.claimed()))
-                    if not stop.is_set():
-                        await _own(settings, shared, files, entrance, strangers, certificates, tls, stop)
-                entrance.leaves = True
-                supervisor.notify(supervisor.STOPPING, os.environ)
-                logger.info("broker.ending")
-            for task in tasks:
-                task.cancel()
+        serving = _http(settings, entrance, strangers, listening, scraped, certificates)
+        own = partial(_own, settings, shared, files, entrance, strangers, certificates, tls, stop)
+        await take_turns(entrance, serving, own, stop)
         await peers.close()
         with suppress(Unknown, Broken):  # then the others see it by its beats
             await shared.log.leave(cluster.node)
@@ -99,27 +90,7 @@ async def _prepared(shared: Shared) -> None:
         await shared.log.leave(msgspec.structs.replace(shared.node, incarnation=shared.last))
 
 
-@contextmanager
-def _failing(entrance: Entrance) -> Iterator[None]:
-    """After an error, requests that wait are refused at once."""
-    try:
-        yield
-    except BaseException:
-        entrance.failed = True
-        entrance.cluster.tell()
-        raise
-
-
-async def _until(stop: asyncio.Event, claimed: asyncio.Task[None]) -> None:
-    """Waits until this node has claimed the log, or shall end."""
-    stopped = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({stopped, claimed}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        stopped.cancel()
-        claimed.cancel()
-
-
+@asynccontextmanager
 async def _own(
     settings: Settings,
     shared: Shared,
@@ -129,29 +100,29 @@ async def _own(
     certificates: Certificates | None,
     tls: ssl.SSLContext | None,
     stop: asyncio.Event,
-) -> None:
-    """Owns the log until `stop`, and then lets another node have it."""
+) -> AsyncIterator[Owned]:
+    """Opens the log that this node has claimed, and the way to the MQTT server."""
     cluster = entrance.cluster
     log, holds, facts = shared.log, cluster.holds, cluster.facts
-    async with owning(settings, log, certificates, tls, stop, strangers, holds, facts, files) as own:
-        parts, link = own.parts, own.core.link
+    async with owning(settings, log, certificates, tls, stop, strangers, holds, facts, files) as owned:
+        parts, link = owned.parts, owned.core.link
         if isinstance(link, MqttLink):
             cluster.lapsed = link.cut
-        apps = nodes.Apps(create_app(parts), create_app(parts, local=True), parts.ready)
-        _watch(parts.metrics, entrance)
-        before, entrance.metrics = entrance.metrics, parts.metrics.text
-        entrance.apps = apps
-        cluster.tell()
-        gc.freeze()
-        logger.info("broker.owns", term=cluster.term, log=own.core.log_id, open=len(own.core.live.members))
-        try:
-            await stop.wait()
-        finally:
-            entrance.leaves, entrance.apps, entrance.metrics = True, None, before
+
+        def hang_up() -> None:
             parts.streams.close()
             parts.waits.close()
-        await entrance.quiet(FINISH_SEC)
-    await cluster.release()
+
+        _watch(parts.metrics, entrance)
+        before, entrance.metrics = entrance.metrics, parts.metrics.text
+        gc.freeze()
+        logger.info(
+            "broker.owns", term=cluster.term, log=owned.core.log_id, open=len(owned.core.live.members)
+        )
+        try:
+            yield Owned(Apps(create_app(parts), create_app(parts, local=True), parts.ready), hang_up)
+        finally:
+            entrance.metrics = before
 
 
 @asynccontextmanager
@@ -166,7 +137,9 @@ async def _http(
     metrics = Metrics(SystemClock())
     _watch(metrics, entrance)
     entrance.metrics = metrics.text
-    apps = Apps(entrance.app(local=False), entrance.app(local=True), metrics_app(lambda: entrance.metrics()))
+    apps = Served(
+        entrance.app(local=False), entrance.app(local=True), metrics_app(lambda: entrance.metrics())
+    )
     async with served(apps, settings, strangers, listening, scraped, certificates, None, lambda: None):
         base = f"http://{joined(*listening[0].getsockname()[:2])}"
         if scraped is not None:
@@ -174,6 +147,8 @@ async def _http(
         logger.info("broker.serving", http=base, data=settings.data, node=entrance.cluster.node.name)
         supervisor.notify(supervisor.READY, os.environ)
         yield
+        supervisor.notify(supervisor.STOPPING, os.environ)
+        logger.info("broker.ending")
 
 
 def _watch(metrics: Metrics, entrance: Entrance) -> None:
@@ -184,5 +159,7 @@ def _watch(metrics: Metrics, entrance: Entrance) -> None:
         term=lambda: cluster.term,
         beat_age_sec=lambda: (cluster.beat_age_ms or 0) / 1_000,
         alive=lambda: sum(cluster.lives(node) for node in cluster.members.view.nodes),
+        held=lambda: entrance.held,
+        held_bytes=lambda: entrance.held_bytes,
         outcomes=entrance.outcomes,
     )

@@ -1,14 +1,14 @@
 """The feed of the log for subscribers: history first, then new events, without gaps and without duplicates.
 
-A subscriber gets an entry only after its commit. The feed does not wait for slow subscribers: the queue of
-each subscriber is bounded, and a subscriber that falls behind continues from the log.
+A subscriber gets an entry only after its commit. The feed does not wait for slow subscribers: the list of new
+events is bounded, and a subscriber that falls behind continues from the log.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 
 from broker.domain.cloudevents import Entry, Wanted, entry, is_outward
@@ -19,26 +19,46 @@ from broker.seams import Placed
 from projections import outgoing
 
 LOOKS = 20  # reads per page: a filter that matches few events must not scan a whole log in one request
-QUEUED = 1_000  # bound of the queue of one subscriber (positions), and of the shared cache (entries)
+LATE = 500  # after so many later events a subscriber is woken at once, before its events leave the cache
+# Bound of the cache (entries) and of each filter's list (positions): LATE and two full commits.
+QUEUED = 2_500
 BATCH = 100  # entries that one subscriber gets at a time: bounds the memory that a slow one holds
+WOKEN_AT_ONCE = 10  # in one turn of the loop; each may have a batch to encode
 
-Key = tuple[str | None, str | None]  # project, device (id or hardware id); None: any
+Key = tuple[str | None, str | None, str | None]  # project, device (id or hardware id), command id; None: any
+
+
+class Channel:
+    """The positions of the newest events that fit one filter, shared by all subscribers with that filter."""
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+        self.newest = 0
+        self.dropped = 0  # the last position that is no longer in the list
+        self.subscriptions: dict[Subscription, None] = {}  # a set, but in the order of insertion
+
+    def put(self, position: int) -> None:
+        self.positions.append(position)
+        self.newest = position
+        if len(self.positions) >= QUEUED + BATCH:
+            self.dropped = self.positions[BATCH - 1]
+            del self.positions[:BATCH]
 
 
 class Subscription:
     """One subscriber's position in the log: it was given every wanted event up to `reached`.
 
-    Events up to `_since` are read from the log. Later events arrive as positions in a queue.
+    Events up to `_since` are read from the log. The positions of later events are in the channel.
     """
 
-    def __init__(self, feed: Feed, wanted: Wanted, after: int) -> None:
+    def __init__(self, feed: Feed, wanted: Wanted, after: int, channel: Channel) -> None:
         self.wanted = wanted
         self.reached = after
         self.ended = False
         self._feed = feed
         self._since = feed.head
         self._erasures = feed.erasures
-        self._queue: deque[int] = deque()
+        self._channel = channel
         self._wake = asyncio.Event()
 
     @property
@@ -54,22 +74,15 @@ class Subscription:
     @property
     def lag(self) -> int:
         """How many events of the log were not yet checked for this subscriber."""
-        behind = self._queue or self.reached < self._since
+        behind = self.reached < max(self._since, self._channel.newest)
         return self._feed.head - self.reached if behind else 0
 
-    def put(self, position: int) -> None:
-        """Queues the position of a wanted event that became durable."""
-        if position <= self._since:
-            return
-        self._queue.append(position)
-        self._wake.set()
-        if len(self._queue) > QUEUED:
-            self.fall_behind()
-
     def fall_behind(self) -> None:
-        """Drops the queue: everything up to the head is read from the log instead."""
-        self._queue.clear()
+        """Everything up to the head is read from the log."""
         self._since = self._feed.head
+
+    def wake(self) -> None:
+        """Lets a waiting `next` look again."""
         self._wake.set()
 
     def end(self) -> None:
@@ -87,7 +100,7 @@ class Subscription:
             if self.reached < self._since:
                 entries, self.reached = await self._feed.read(self.wanted, self.reached, self._since, BATCH)
                 return entries
-            if entries := self._queued():
+            if entries := self._newest():
                 return entries
             if self.reached < self._since:
                 continue
@@ -101,16 +114,20 @@ class Subscription:
                 break
         return None
 
-    def _queued(self) -> list[Entry]:
+    def _newest(self) -> list[Entry]:
         entries: list[Entry] = []
-        while self._queue and len(entries) < BATCH:
-            found = self._feed.recent.get(self._queue[0])
+        if self.reached < self._channel.dropped:
+            self.fall_behind()
+            return entries
+        positions = self._channel.positions
+        start = bisect_right(positions, self.reached)
+        for position in positions[start : start + BATCH]:
+            found = self._feed.recent.get(position)
             if found is None:
                 self.fall_behind()
                 break
-            self._queue.popleft()
             entries.append(found)
-            self.reached = found.position
+            self.reached = position
         return entries
 
 
@@ -125,7 +142,9 @@ class Feed:
         self._writer = writer
         self._live = live
         # Dicts keep the order of insertion, so a simulation run is the same in every process.
-        self._subscriptions: dict[Key, dict[Subscription, None]] = {}
+        self._channels: dict[Key, dict[Wanted, Channel]] = {}
+        self._asleep: dict[Subscription, int] = {}  # those to be woken, with the head since then
+        self._waking = False
         writer.listeners.append(self._committed)
 
     async def open(self) -> None:
@@ -145,11 +164,11 @@ class Feed:
         """Makes every subscriber continue from the log, for example after a failed commit, whose outcome
         was not reported."""
         self._told = self.head
-        for subscription in self._all():
-            subscription.fall_behind()
-
-    def _all(self) -> list[Subscription]:
-        return [subscription for found in self._subscriptions.values() for subscription in found]
+        channels = [channel for found in self._channels.values() for channel in found.values()]
+        for channel in channels:
+            for subscription in channel.subscriptions:
+                subscription.fall_behind()
+        self._rouse(channels)
 
     def _committed(self, events: list[Pending], placed: Placed) -> None:
         gap, self._told = placed.first != self._told + 1, placed.last
@@ -160,7 +179,8 @@ class Feed:
             self.recent.clear()
             self.reread()
             return
-        for index, pending in enumerate(events) if self._subscriptions else ():
+        told: dict[Channel, None] = {}
+        for index, pending in enumerate(events) if self._channels else ():
             if not is_outward(pending):
                 continue
             state = self._live.command(pending.stream)
@@ -168,21 +188,47 @@ class Feed:
             if device is None or (state is None and subject_kind(pending.stream) == "command"):
                 self.reread()  # the device's names are no longer in memory; the log has them
                 return
-            found = self._interested(pending.project, pending.device_id, device.hardware_id)
+            found = self._interested(pending, device.hardware_id)
             if not found:
                 continue
             name = None if state is None else state.type
             made = entry(pending, placed.first + index, placed.times[index], device.hardware_id, name)
             self._keep(made)
-            for subscription in found:
-                if subscription.wanted.fits(made):
-                    subscription.put(made.position)
+            for wanted, channel in found:
+                if wanted.fits(made):
+                    channel.put(made.position)
+                    told[channel] = None
+        self._rouse(told)
 
-    def _interested(self, project: str, device_id: str | None, hardware_id: str) -> list[Subscription]:
-        find = self._subscriptions.get
+    def _rouse(self, channels: Iterable[Channel]) -> None:
+        for channel in channels:
+            for subscription in channel.subscriptions:
+                self._asleep.setdefault(subscription, self.head)
+        if self._asleep and not self._waking:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        """Wakes only some subscribers in each turn of the loop: a project may have thousands, and each of
+        them then writes to its client. Late ones do not wait longer: their events would leave the cache."""
+        for count, (subscription, since) in enumerate(list(self._asleep.items())):
+            if count >= WOKEN_AT_ONCE and self.head - since < LATE:
+                break
+            del self._asleep[subscription]
+            subscription.wake()
+        self._waking = bool(self._asleep)
+        if self._waking:
+            asyncio.get_running_loop().call_soon(self._wake_some)
+
+    def _interested(self, pending: Pending, hardware_id: str) -> list[tuple[Wanted, Channel]]:
         # The device id and the hardware id can be equal: the dict removes the duplicate.
-        devices = dict.fromkeys((None, device_id, hardware_id))
-        return [s for owner in (None, project) for device in devices for s in find((owner, device), ())]
+        devices = dict.fromkeys((None, pending.device_id, hardware_id))
+        return [
+            found
+            for owner in (None, pending.project)
+            for device in devices
+            for command in (None, pending.stream)
+            for found in self._channels.get((owner, device, command), {}).items()
+        ]
 
     def _keep(self, made: Entry) -> None:
         self.recent[made.position] = made
@@ -192,16 +238,19 @@ class Feed:
     @contextmanager
     def subscribed(self, wanted: Wanted, after: int) -> Iterator[Subscription]:
         """A subscription to everything after a position."""
-        key = wanted.project, wanted.device
-        subscription = Subscription(self, wanted, after)
-        found = self._subscriptions.setdefault(key, {})
-        found[subscription] = None
+        key = wanted.project, wanted.device, wanted.command_id
+        channels = self._channels.setdefault(key, {})
+        channel = channels.setdefault(wanted, Channel())
+        subscription = Subscription(self, wanted, after, channel)
+        channel.subscriptions[subscription] = None
         try:
             yield subscription
         finally:
-            del found[subscription]
-            if not found:
-                del self._subscriptions[key]
+            del channel.subscriptions[subscription]
+            if not channel.subscriptions:
+                del channels[wanted]
+            if not channels:
+                del self._channels[key]
 
     async def page(self, wanted: Wanted, after: int, limit: int) -> tuple[list[Entry], int]:
         """The durable and wanted entries after a position, ascending, at most `limit`; and the position up

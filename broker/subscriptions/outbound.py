@@ -29,6 +29,8 @@ Network = IPv4Network | IPv6Network
 Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
 
 URL_CHARS = 2_048
+# OSError: the system's authorities cannot be read.
+FAILED = (httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError, OSError)
 # What one response may cost. Its body is not used: it is read only so that the connection can be used again.
 ANSWER_BYTES = 32_768  # head, 1xx responses and body together
 PIECE_BYTES = 1_024  # read at a time: in so few bytes, even the smallest chunks take 3 ms
@@ -118,7 +120,8 @@ def _embedded(address: IPv6Address) -> IPv4Address | None:
 
 class HttpOutbound:
     """`allow`: private networks that may be reached, also with plain http. `lookup` returns the addresses of
-    a host name and raises OSError if there are none. `verify`: the SSL context that checks certificates."""
+    a host name and raises OSError if there are none. `verify`: the SSL context that checks certificates;
+    None: the system's authorities."""
 
     def __init__(
         self,
@@ -131,17 +134,9 @@ class HttpOutbound:
         self._allow = networks(allow)
         self.lookups = Lookups(bounds.lookups, bounds.lookups_per_project)
         self._lookup = lookup or self.lookups
+        self._verify = verify
         # One pool per scheme, because plain http is allowed only to some addresses.
-        self._pools = {
-            tls: httpcore2.AsyncConnectionPool(
-                ssl_context=(verify or ssl.create_default_context()) if tls else None,
-                network_backend=_Guarded(self, tls=tls),
-                max_connections=None,
-                max_keepalive_connections=KEPT_CONNECTIONS,
-                keepalive_expiry=KEPT_SEC,
-            )
-            for tls in (False, True)
-        }
+        self._pools: dict[bool, httpcore2.AsyncConnectionPool] = {}
 
     async def fault(self, url: str) -> str | None:
         try:
@@ -185,14 +180,29 @@ class HttpOutbound:
             return Answer(error=f"no answer within {timeout_sec:g} s")
         except Refused as refused:
             return Answer(error=f"the URL {refused}")
-        except (httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError) as error:
+        except FAILED as error:
             return Answer(error=f"{type(error).__name__}: {error}"[:200])
+
+    async def _pool(self, *, tls: bool) -> httpcore2.AsyncConnectionPool:
+        """Made at its first use: the system's authorities take 0.06 s to read."""
+        if tls and self._verify is None:
+            self._verify = await asyncio.to_thread(ssl.create_default_context)
+        if tls not in self._pools:
+            self._pools[tls] = httpcore2.AsyncConnectionPool(
+                ssl_context=self._verify if tls else None,
+                network_backend=_Guarded(self, tls=tls),
+                max_connections=None,
+                max_keepalive_connections=KEPT_CONNECTIONS,
+                keepalive_expiry=KEPT_SEC,
+            )
+        return self._pools[tls]
 
     async def _post(self, target: Target, headers: Mapping[str, str], body: bytes) -> Answer:
         scheme, usual = (b"https", 443) if target.tls else (b"http", 80)
         name = joined(target.host, None if target.port == usual else target.port)
         fields = {"host": name, "content-length": str(len(body)), **headers}
-        async with self._pools[target.tls].stream(
+        pool = await self._pool(tls=target.tls)
+        async with pool.stream(
             "POST",
             httpcore2.URL(
                 scheme=scheme, host=target.host.encode(), port=target.port, target=target.path.encode()

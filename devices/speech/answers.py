@@ -13,7 +13,7 @@ import msgspec
 from devices.speech.messages import Unreadable, decoded
 from devices.speech.rules import Decoded, Reading, holds, read
 from devices.speech.speech import Speech
-from devices.speech.topics import owner_of, with_prefix
+from devices.speech.topics import Owner, owner_of, with_prefix
 from devices.types import Definition, DeviceType
 from devices.wire import Answer, Malformed, Progress, as_error, as_result, decode_answer, decode_status
 
@@ -72,7 +72,7 @@ def trial(
         return Trial(topic=topic, roles=())
     pattern = patterns[0]
     owner = owner_of(with_prefix(pattern, prefix), topic)
-    found = Trial(topic=topic, roles=_roles(kind, pattern), pattern=pattern, device=owner and owner.value)
+    found = Trial(topic=topic, roles=_roles(kind, pattern), pattern=pattern, device=owner and _shown(owner))
     if "presence" in found.roles:
         return _presence(kind, payload, found)
     try:
@@ -88,6 +88,10 @@ def trial(
         _outcome(each, pattern, message, payload, known.get(each.command, params)) for each in definitions
     )
     return msgspec.structs.replace(found, commands=tuple(outcomes))
+
+
+def _shown(owner: Owner) -> str:
+    return owner.value if owner.gateway is None else f"{owner.value} of {owner.gateway}"
 
 
 def _roles(kind: DeviceType, pattern: str) -> tuple[str, ...]:

@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from jmespath import exceptions, parser, visitor  # type: ignore[import-untyped]
+import jmespath  # type: ignore[import-untyped]
+from jmespath import exceptions, functions, parser, visitor
 
 MAX_LENGTH = 1_024
 MAX_DEPTH = 32
 MAX_STEPS = 20_000
 # A literal that begins so is a parameter. TOML and JSON texts of a type cannot contain it: see `compiled`.
 _MARK = "\0"
+# Nodes that return a new value; the others return a part of one.
+_MAKES_VALUES = {"multi_select_list", "multi_select_dict", "function_expression"}
 _PART = re.compile(
     r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`(?:\\.|[^`\\])*`|\$params((?:\.[A-Za-z0-9_-]+)*)""", re.DOTALL
 )
@@ -102,18 +105,33 @@ def at_path(value: Any, path: str) -> tuple[bool, Any]:
     return True, value
 
 
+class _Functions(functions.Functions):  # type: ignore[misc]
+    """`join` writes its separator many times, so its result is measured before it is made."""
+
+    @functions.signature({"types": ["string"]}, {"types": ["array-string"]})  # type: ignore[untyped-decorator]
+    def _func_join(self, separator: str, texts: list[str]) -> str:
+        if len(separator) * len(texts) > 16 * MAX_STEPS:
+            raise Unanswerable(f"it takes more than {MAX_STEPS} steps")
+        return separator.join(texts)
+
+
+_OPTIONS = jmespath.Options(custom_functions=_Functions())
+
+
 class _Bounded(visitor.TreeInterpreter):  # type: ignore[misc]
     """Evaluates a tree, and stops after `MAX_STEPS`."""
 
     def __init__(self, params: Any) -> None:
-        super().__init__()
+        super().__init__(_OPTIONS)
         self._params = params
         self._steps = 0
 
     def visit(self, node: Any, *args: Any, **kwargs: Any) -> Any:
         self._take(1)
         found = super().visit(node, *args, **kwargs)
-        if isinstance(found, list | dict | str):
+        if node["type"] in _MAKES_VALUES:
+            self._take_whole(found)
+        elif isinstance(found, list | dict | str):
             self._take(len(found) // 16 if isinstance(found, str) else len(found))
         return found
 
@@ -125,6 +143,19 @@ class _Bounded(visitor.TreeInterpreter):  # type: ignore[misc]
                 raise Unanswerable(f"$params.{literal[1:]} is absent")
             return found
         return literal
+
+    def _take_whole(self, value: Any) -> None:
+        """Counts every part of a value as often as it occurs: `[@, @]` holds one value twice, and a chain of
+        them is small in memory, but not when it is written out or compared."""
+        parts = [value]
+        while parts:
+            part = parts.pop()
+            self._take(1 + (len(part) // 16 if isinstance(part, str) else 0))
+            if isinstance(part, dict):
+                parts += part.keys()
+                parts += part.values()
+            elif isinstance(part, list):
+                parts += part
 
     def _take(self, steps: int) -> None:
         self._steps += steps

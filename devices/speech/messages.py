@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from devices.schema import not_json
+from devices.speech.numbers import too_hard
 from devices.speech.rules import Decoded
 from devices.speech.speech import Query, Speech
 from devices.speech.templates import Facts, filled, filled_text
@@ -29,6 +30,8 @@ def decoded(payload: bytes) -> Decoded:
     """
     if len(payload) > MAX_BYTES:
         raise Unreadable(f"the message has {len(payload)} bytes, at most {MAX_BYTES} are allowed")
+    if (fault := too_hard(payload)) is not None:
+        raise Unreadable(fault)
     try:
         if payload[:1] and payload[0] in _PACKED:
             value, text = msgspec.msgpack.decode(payload), None

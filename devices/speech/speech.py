@@ -14,7 +14,7 @@ from msgspec import Meta
 from devices.speech import rules as rules_
 from devices.speech.rules import Rule
 from devices.speech.templates import declared, places, template_fault, text_places
-from devices.speech.topics import PREFIX, clash, pattern_fault
+from devices.speech.topics import PREFIX, VARYING, clash, pattern_fault
 
 LARGEST_NUMBER = 2**31 - 1
 MAX_TOPICS = 16
@@ -115,12 +115,9 @@ def _topic_faults(speech: Speech) -> Iterator[Fault]:
             yield key, pattern, "must not be the presence topic too"
     if speech.reply_topic is not None:
         filled = speech.reply_topic.split("/")
-        if any("{" in level and level not in ("{hardware_id}", "{name}", PREFIX) for level in filled):
-            yield (
-                "reply_topic",
-                speech.reply_topic,
-                "may have {prefix}, {hardware_id} and {name}, as whole levels",
-            )
+        if any("{" in level and level not in (*VARYING, PREFIX) for level in filled):
+            right = f"may have {PREFIX}, {', '.join(VARYING)}, as whole levels"
+            yield "reply_topic", speech.reply_topic, right
     for key in ("online", "offline"):
         condition = getattr(speech, key)
         if (condition is None) is not (speech.presence_topic is None):

@@ -1,26 +1,33 @@
 """Patterns of topics: which topics one device has, and which device a topic belongs to.
 
 Pure. A pattern has `{hardware_id}` or `{name}` as a whole level, so that each topic belongs to one device. It
-may also have `{prefix}` (the broker's prefix) and `{command}` (the command's name on the wire) as whole
-levels.
+may also have `{gateway}` (the hardware id of the device's gateway, or its own if it has none), `{prefix}`
+(the broker's prefix) and `{command}` (the command's name on the wire) as whole levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from typing import NamedTuple
 
-HARDWARE_ID, NAME, PREFIX, COMMAND = "{hardware_id}", "{name}", "{prefix}", "{command}"
+HARDWARE_ID, NAME, GATEWAY = "{hardware_id}", "{name}", "{gateway}"
+PREFIX, COMMAND = "{prefix}", "{command}"
 OWNERS = (HARDWARE_ID, NAME)
+VARYING = (*OWNERS, GATEWAY)
 MAX_CHARACTERS = 256
 MAX_NAME_BYTES = 128
 
 
 class Owner(NamedTuple):
-    """Who a topic may belong to: the device with this hardware id, or with this name if `by` is `{name}`."""
+    """Who a topic may belong to: the device with this hardware id, or with this name if `by` is `{name}`.
+
+    `gateway`: the level of `{gateway}`, if the pattern has it and only the name says which device it is.
+    """
 
     by: str
     value: str
+    gateway: str | None = None
 
 
 def pattern_fault(pattern: str, *, rest: bool = False, command: bool = True) -> str | None:
@@ -34,7 +41,7 @@ def pattern_fault(pattern: str, *, rest: bool = False, command: bool = True) -> 
         return "must not begin with $: such topics belong to the MQTT server"
     if any(char in level for level in levels for char in "+#\0"):
         return "must not contain +, # or NUL"
-    known = [*OWNERS, PREFIX, *([COMMAND] if command else [])]
+    known = [*VARYING, PREFIX, *([COMMAND] if command else [])]
     for index, level in enumerate(levels):
         if level in known and (level != PREFIX or index == 0):
             continue
@@ -67,30 +74,69 @@ def with_prefix(pattern: str, prefix: str) -> str:
     return f"{prefix}{pattern.removeprefix(PREFIX)}" if pattern.split("/")[0] == PREFIX else pattern
 
 
-def topic_of(pattern: str, prefix: str, hardware_id: str, name: str) -> str:
+def topic_of(pattern: str, prefix: str, hardware_id: str, name: str, gateway: str | None = None) -> str:
     """The topic of one device. `{command}` is already replaced."""
-    filled = {HARDWARE_ID: hardware_id, NAME: name}
+    filled = {HARDWARE_ID: hardware_id, NAME: name, GATEWAY: gateway or hardware_id}
     return "/".join(filled.get(level, level) for level in with_prefix(pattern, prefix).split("/"))
 
 
 def filter_of(pattern: str, prefix: str) -> str:
     """The filter that covers the topics of all devices."""
-    return "/".join("+" if level in OWNERS else level for level in with_prefix(pattern, prefix).split("/"))
+    return "/".join("+" if level in VARYING else level for level in with_prefix(pattern, prefix).split("/"))
 
 
 def owner_of(pattern: str, topic: str) -> Owner | None:
     """Whose topic this is by one pattern, which has its prefix already; None if it is not of this pattern."""
-    wanted, found = pattern.split("/"), topic.split("/")
+    owners = _filled(pattern.split("/"), topic.split("/"))
+    if owners is None:
+        return None
+    if HARDWARE_ID in owners:
+        return Owner(HARDWARE_ID, owners[HARDWARE_ID])
+    return Owner(NAME, owners[NAME], owners.get(GATEWAY))
+
+
+def _filled(wanted: list[str], found: list[str]) -> dict[str, str] | None:
+    """What the placeholders of a pattern are in a topic; None if the topic is not of this pattern."""
     if len(wanted) != len(found):
         return None
     owners = {}
     for level, value in zip(wanted, found, strict=True):
-        if level in OWNERS:
+        if level in VARYING:
             owners[level] = value
         elif level != value:
             return None
-    by = HARDWARE_ID if HARDWARE_ID in owners else NAME
-    return Owner(by, owners[by])
+    return owners
+
+
+def meeting(pattern: str, topic: str) -> dict[str, str] | None:
+    """What the placeholders are where a pattern and a topic have a topic in common; None if they never have.
+
+    One of both may end with `#`. The placeholders below it may be anything, and are left out.
+    """
+    wanted, found = pattern.split("/"), topic.split("/")
+    for one, other in ((wanted, found), (found, wanted)):
+        if one[-1] == "#":
+            one.pop()
+            del other[len(one) :]
+    return _filled(wanted, found)
+
+
+def contains(topic_filter: str, topic: str) -> bool:
+    """Whether a filter without `+` matches a topic."""
+    if topic_filter.endswith("/#"):
+        return f"{topic}/".startswith(topic_filter[:-1])
+    return topic == topic_filter
+
+
+def covers(topic_filter: str, pattern: str) -> bool:
+    """Whether a filter that ends with `#` covers the topics of a pattern, whatever the devices are called.
+
+    `{hardware_id}/#` of a device that is called `stat` covers those of `stat/{hardware_id}/RESULT`.
+    """
+    for wanted, level in zip_longest(topic_filter.split("/"), pattern.split("/")):
+        if wanted == "#" or wanted != level:
+            return wanted == "#"
+    return False
 
 
 def clash(one: str, other: str) -> bool:
@@ -101,7 +147,7 @@ def clash(one: str, other: str) -> bool:
     """
     left, right = one.split("/"), other.split("/")
     return len(left) == len(right) and all(
-        a == b or (a in OWNERS and b in OWNERS) for a, b in zip(left, right, strict=True)
+        a == b or (a in VARYING and b in VARYING) for a, b in zip(left, right, strict=True)
     )
 
 

@@ -33,6 +33,7 @@ from scripts.bench import listener as bench_listener
 from scripts.bench import replay as bench_replay
 from scripts.bench import start as bench_start
 from scripts.bench.named import named
+from scripts.bench.plot import plot
 from scripts.bench.processes import mosquitto
 
 Figures = dict[str, list[float]]
@@ -67,6 +68,8 @@ def main() -> None:
     if given.report:
         report = {"machine": machine, "options": vars(given), "figures": figures}
         given.report.write_bytes(msgspec.json.format(msgspec.json.encode(report, enc_hook=str)) + b"\n")
+    if given.plot:
+        given.plot.write_text(plot(figures, machine))
     if given.profile:
         print(f"\nThe broker's profile: python -m pstats {given.profile}")
 
@@ -99,6 +102,7 @@ def _options() -> argparse.Namespace:
         help="write a list of {name, value, unit, floor, ratio}",
     )
     parser.add_argument("--report", type=Path, metavar="PATH", help="write the figures of all rounds here")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the ratios as an SVG picture here")
     parser.add_argument("--profile", type=Path, metavar="PATH", help="cProfile of the broker in b; slows it")
     given = parser.parse_args()
     given.only = given.only.split(",")

@@ -54,7 +54,11 @@ async def appends(home: Path, rounds: int, count: int) -> Figures:
             found |= {f"events/s, {waiting} waiting": rate, f"CPU µs per event, {waiting} waiting": cost}
         rate, cost = _bare(directory / DATABASE, home / f"bare-{number}.db", count)
         found |= {f"events/s, bare SQLite by {PER_TRANSACTION}": rate, "CPU µs per event, bare SQLite": cost}
-        found["events/s, eventsourcing library"] = _library(home / f"library-{number}.db", count)
+        kept = {
+            "PERSISTENCE_MODULE": "eventsourcing.sqlite",
+            "SQLITE_DBNAME": str(home / f"library-{number}.db"),
+        }
+        found["events/s, eventsourcing library"] = through_the_library(kept, count)
         for waiting in WAITING:
             found[f"events/s / bare, {waiting} waiting"] = found[f"events/s, {waiting} waiting"] / rate
             found[f"CPU / bare, {waiting} waiting"] = found[f"CPU µs per event, {waiting} waiting"] / cost
@@ -76,7 +80,7 @@ async def through_the_writer(directory: Path, waiting: int, count: int) -> tuple
         since, cpu = time.perf_counter(), time.process_time()
         async with asyncio.TaskGroup() as group:
             for _ in range(waiting):
-                group.create_task(_lives(writer, numbers))
+                group.create_task(lives(writer, numbers))
         seconds, cpu = time.perf_counter() - since, time.process_time() - cpu
         running.cancel()
         await asyncio.wait({running})
@@ -91,7 +95,8 @@ def _create(sql: Sqlite) -> None:
     follower.create(sql)
 
 
-async def _lives(writer: Writer, numbers: Iterator[int]) -> None:
+async def lives(writer: Writer, numbers: Iterator[int]) -> None:
+    """Whole lives of commands; each step waits until the one before is durable."""
     for number in numbers:
         now = writer.now()
         name = f"bench_{number % DEVICES:04}"
@@ -158,11 +163,9 @@ class _Command(Aggregate):
         self.result = result
 
 
-def _library(path: Path, count: int) -> float:
-    """Events/s of the library with SQLite, which saves each step of a life."""
-    application = Application[UUID](
-        env={"PERSISTENCE_MODULE": "eventsourcing.sqlite", "SQLITE_DBNAME": str(path)}
-    )
+def through_the_library(settings: dict[str, str], count: int) -> float:
+    """Events/s of the library, which saves each step of a life. `settings` say where."""
+    application = Application[UUID](env=settings)
     lives = max(1, count // 4 // LIBRARY_SHARE)
     fields: dict[str, object] = {"type": "lock", "params": msgspec.json.decode(PARAMS), "ttl_ms": LIFE_MS}
     since = time.perf_counter()

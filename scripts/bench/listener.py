@@ -12,8 +12,8 @@ import shutil
 import ssl
 import subprocess
 import sys
-import tarfile
 import time
+import zipfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -173,7 +173,7 @@ async def _lives(figures: Figures, rounds: int, count: int, home: Path) -> None:
 
 def _old_code(home: Path) -> Path | None:
     """The code of the last commit with amqtt as the server. None without this repository's history."""
-    packed = home / "old.tar"
+    packed = home / "old.zip"
     git = [
         "git",
         "-C",
@@ -189,8 +189,8 @@ def _old_code(home: Path) -> Path | None:
     if shutil.which("git") is None or subprocess.run(git, capture_output=True, check=False).returncode:
         print("e  amqtt is not measured: its commit is not in this repository", flush=True)
         return None
-    with tarfile.open(packed) as archive:
-        archive.extractall(home / "old", filter="data")
+    with zipfile.ZipFile(packed) as archive:
+        archive.extractall(home / "old")
     return home / "old"
 
 

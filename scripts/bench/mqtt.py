@@ -1,6 +1,6 @@
 """A minimal MQTT 3.1.1 client with QoS 1, for the benchmark's round trips and its devices.
 
-It has no session, never resends, and ends with its connection. The product must not use it.
+It never resends, and ends with its connection. The product must not use it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,23 @@ class Client(asyncio.Protocol):
         return client
 
     async def enter(
-        self, port: int, name: str, *, password: str = "-", tls: ssl.SSLContext | None = None
+        self,
+        port: int,
+        name: str,
+        *,
+        password: str | None = "-",
+        tls: ssl.SSLContext | None = None,
+        clean: bool = True,
     ) -> None:
-        """Connects; client id and user name are both `name`."""
+        """Connects; client id and user name are both `name`. `password`: None for no user at all. `clean`:
+        false to have a session that the server keeps."""
         await asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", port, ssl=tls)
-        # Protocol level 4, clean session, no keep-alive, which a short benchmark does not need.
-        body = _text(b"MQTT") + b"\x04\xc2\x00\x00" + _text(name.encode()) * 2 + _text(password.encode())
-        if await self._ask(CONNECT, body) != b"\x00\x00":
+        flags = (0 if password is None else 0xC0) | (0x02 if clean else 0)
+        # Protocol level 4, no keep-alive, which a short benchmark does not need.
+        body = _text(b"MQTT") + bytes((4, flags, 0, 0)) + _text(name.encode())
+        if password is not None:
+            body += _text(name.encode()) + _text(password.encode())
+        if (await self._ask(CONNECT, body))[1]:  # the first byte says whether there was a session
             raise ConnectionError("the MQTT server refused the connection")
 
     async def subscribe(self, topics: Sequence[str]) -> None:

@@ -51,22 +51,24 @@ class Named(msgspec.Struct, kw_only=True):
     ratio: float
 
 
+def ratios(figures: dict[str, Figures], name: str) -> list[float]:
+    """`value` / `floor` of each round of one figure; empty if a part was not measured."""
+    source = SOURCES[name]
+    values = figures.get(source.part, {}).get(source.value, [])
+    floors = figures.get(source.floor_part, {}).get(source.floor, [])
+    return [one / below for one, below in zip(values, floors, strict=False)]
+
+
 def named(figures: dict[str, Figures]) -> list[Named]:
     """The named figures whose parts were measured."""
-    found = []
-    for name, source in SOURCES.items():
-        values = figures.get(source.part, {}).get(source.value)
-        floors = figures.get(source.floor_part, {}).get(source.floor)
-        if values and floors:
-            value, floor = statistics.median(values), statistics.median(floors)
-            ratios = [one / below for one, below in zip(values, floors, strict=False)]
-            found.append(
-                Named(
-                    name=name,
-                    value=value,
-                    unit=source.unit,
-                    floor=floor,
-                    ratio=statistics.median(ratios),
-                )
-            )
-    return found
+    return [
+        Named(
+            name=name,
+            value=statistics.median(figures[source.part][source.value]),
+            unit=source.unit,
+            floor=statistics.median(figures[source.floor_part][source.floor]),
+            ratio=statistics.median(found),
+        )
+        for name, source in SOURCES.items()
+        if (found := ratios(figures, name))
+    ]

@@ -100,7 +100,7 @@ async def mosquitto_server(home: Path) -> AsyncIterator[tuple[int, int]]:
     config.write_text(MOSQUITTO.format(port=port))
     async with process([mosquitto(), "-c", str(config)], home / "mosquitto.log") as server:
         async with asyncio.timeout(READY_WITHIN_SEC):
-            while not _accepts(port):  # noqa: ASYNC110 - the port of another process
+            while not accepts(port):  # noqa: ASYNC110 - the port of another process
                 await asyncio.sleep(LOOK_AGAIN_SEC)
         yield port, server.pid
 
@@ -146,7 +146,7 @@ async def broker(
     program += ["--http", f"127.0.0.1:{port}", where[0], f"{where[1]}127.0.0.1:{mqtt_port}"]
     async with process(program, home / "broker.log") as running:
         async with asyncio.timeout(READY_WITHIN_SEC):
-            while not (_accepts(port) and _ready(port)):
+            while not (accepts(port) and ready(port)):
                 if running.returncode is not None:
                     raise ConnectionError("the broker did not start")
                 await asyncio.sleep(LOOK_AGAIN_SEC)
@@ -163,10 +163,10 @@ def _show_end(log: Path) -> None:
     print(f"\n--- {log.name}\n{log.read_text(errors='replace')[-2_000:]}", file=sys.stderr)
 
 
-def _accepts(port: int) -> bool:
+def accepts(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _ready(port: int) -> bool:
+def ready(port: int) -> bool:
     return httpx2.get(f"http://127.0.0.1:{port}/readyz").status_code == 200

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import resource
-import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -140,7 +140,6 @@ def told(name: str, took: list[float]) -> None:
 
 
 async def measure(directory: Path, commands: int, quiet_sec: float) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
     storage = await SqliteStorage.open(directory)
     core = Core(storage, SystemClock(), SystemEntropy(), shipped_types(), Settings())
     past = await _made_in_the_past(core, commands)
@@ -199,10 +198,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--commands", type=int, default=1_000_000)
     parser.add_argument("--quiet-sec", type=float, default=20.0)
-    parser.add_argument("--dir", type=Path, required=True, help="a new directory on the disk to measure")
+    parser.add_argument("--dir", type=Path, help="directory for the log; not a file system in memory")
     given = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
-    uvloop.run(measure(given.dir, given.commands, given.quiet_sec))
+    with tempfile.TemporaryDirectory(prefix="ordain-purge-", dir=given.dir) as home:
+        uvloop.run(measure(Path(home) / "data", given.commands, given.quiet_sec))
 
 
 if __name__ == "__main__":

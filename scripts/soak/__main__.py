@@ -2,7 +2,7 @@
 
 backlog: a long queue while all devices are offline, two kill -9, then all devices come online at once. slope:
 does memory grow with the number of closed commands? away: the MQTT server or the broker is down for a while.
-faults (`make faults`): everything fails at random moments.
+overload: twice the load that the broker can hold. faults (`make faults`): everything fails at random moments.
 The exit code is 1 if a promise was broken. Speed is never judged.
 """
 
@@ -23,6 +23,7 @@ import uvloop
 from scripts.soak import away as soak_away
 from scripts.soak import backlog as soak_backlog
 from scripts.soak import faults as soak_faults
+from scripts.soak import overload as soak_overload
 from scripts.soak import slope as soak_slope
 from scripts.soak.judge import Figures
 
@@ -31,6 +32,7 @@ RUNS: dict[str, Run] = {
     "backlog": soak_backlog.run,
     "slope": soak_slope.run,
     "away": soak_away.run,
+    "overload": soak_overload.run,
     "faults": soak_faults.run,
 }
 
@@ -92,6 +94,12 @@ def _options() -> argparse.Namespace:
         "--time-out", type=int, default=5, help="ack time-out, s; the result time-out is three times it"
     )
     away.add_argument("--how", nargs="+", choices=soak_away.WAYS, default=list(soak_away.USUAL))
+    overload = runs.add_parser("overload", help="twice the load that the broker can hold")
+    overload.add_argument("--devices", type=int, default=20)
+    overload.add_argument("--warm-up", type=int, default=10_000, help="commands that measure what it holds")
+    overload.add_argument("--seconds", type=float, default=60)
+    overload.add_argument("--times", type=float, default=2, help="times what it can hold")
+    overload.add_argument("--queue", type=int, default=100, help="open commands of one name and device")
     faults = runs.add_parser("faults", help="kills, stops, cuts, full disks and power cuts at random moments")
     faults.add_argument("--devices", type=int, default=20)
     faults.add_argument("--rate", type=float, default=20, help="commands a second during the whole run")

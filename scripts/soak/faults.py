@@ -1,8 +1,9 @@
 """`make faults`: real processes under faults at random moments, and at named points of the broker's start.
 
-The broker is killed, stopped and ended; Mosquitto is stopped and restarted; the connections between them and
-the devices are slow, cut and half-open; writes fail; the disk is full and loses power (as root). Backups are
-taken meanwhile. When all faults are over, `judge` compares the log with the devices' books.
+The broker is killed, stopped and ended; its wall clock is stepped; Mosquitto is stopped and restarted; the
+connections between them and the devices are slow, cut and half-open; writes fail; the disk is full and loses
+power (as root). Backups are taken meanwhile. When all faults are over, `judge` compares the log with the
+devices' books.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from scripts.soak.drive import Drive
 from scripts.soak.judge import Figures, judge
 from scripts.soak.load import Load
 from scripts.soak.proxy import Proxy
+from scripts.soak.stepped import Step
 from scripts.soak.world import World, until
 
 # Longer than any fault, so that every command is executed in the end.
@@ -33,6 +35,7 @@ DEVICE_TYPE = 'name = "soak"\nopen = true\nack_timeout_sec = 10\nresult_timeout_
 SLOW, SLOW_SEC = 0.3, (0.2, 3.0)
 PAUSE_SEC = 4.0
 HALF_OPEN_SEC, STOPPED_SEC, DELAY_SEC, FULL_SEC = (2.0, 8.0), (1.0, 15.0), (0.05, 1.0), (1.0, 8.0)
+DAY_SEC, STEPPED_SEC = 86_400.0, (1.0, 8.0)
 ENDS_WITHIN_SEC, CLOSED_WITHIN_SEC = 60, 900
 LONGEST_FILE = 2 << 20  # shorter than the journal gets between two checkpoints, longer than what is logged
 POINTS = ("ordain.sock", "event=broker.serving", "event=mqtt.link_up")
@@ -45,9 +48,11 @@ async def run(home: Path, given: argparse.Namespace, figures: Figures) -> list[s
     drive = _drive(home)
     figures["disk faults"] = "yes" if drive else "no: they need root, mkfs.ext4 and loop devices"
     ports = processes.unused_port(), processes.unused_port()
-    world = World(home, DEVICE_TYPE, data=drive.root / "data" if drive else None, via=ports)
+    clock = Step(home / "clock")
+    data = drive.root / "data" if drive else None
+    world = World(home, DEVICE_TYPE, data=data, via=ports, clock=home / "clock")
     proxies = [Proxy(port, world.mqtt_port) for port in ports]
-    trouble = Trouble(world, drive, proxies, random.Random(given.seed))
+    trouble = Trouble(world, drive, proxies, clock, random.Random(given.seed))
     try:
         for proxy in proxies:
             await proxy.start()
@@ -87,11 +92,14 @@ def _drive(home: Path) -> Drive | None:
 class Trouble:
     """All faults, one after the other. Each is over when its method returns."""
 
-    def __init__(self, world: World, drive: Drive | None, proxies: list[Proxy], draw: random.Random) -> None:
+    def __init__(
+        self, world: World, drive: Drive | None, proxies: list[Proxy], clock: Step, draw: random.Random
+    ) -> None:
         self.found: list[str] = []
         self.counts: Counter[str] = Counter()
         self.backups: list[Path] = []
-        self._world, self._drive, self._proxies, self._random = world, drive, proxies, draw
+        self._world, self._drive, self._proxies, self._clock = world, drive, proxies, clock
+        self._random = draw
         self._faults: dict[Callable[[], Awaitable[None]], int] = {
             self._kill: 4,
             self._kill_at_a_point: 3,
@@ -103,6 +111,7 @@ class Trouble:
             self._cut: 3,
             self._halve: 3,
             self._back_up: 2,
+            self._step_clock: 2,
             self._fail: 1,
         }
         if drive is not None:
@@ -158,6 +167,17 @@ class Trouble:
         if broker.returncode != 0:
             self.found.append(f"after SIGTERM the broker ended with {broker.returncode}")
         await self._world.start_broker()
+
+    async def _step_clock(self) -> None:
+        """The wall clock jumps, and comes back. A start before the last event sends nothing until then."""
+        by = self._random.uniform(-DAY_SEC, DAY_SEC)
+        self._clock.set(by)
+        if by < 0:
+            await self._world.broker.end()
+            await self._world.broker.start()
+        await asyncio.sleep(self._random.uniform(*STEPPED_SEC))
+        self._clock.set(0)
+        await self._world.ready()
 
     async def _hold(self, process: asyncio.subprocess.Process) -> None:
         process.send_signal(signal.SIGSTOP)

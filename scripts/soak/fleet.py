@@ -118,11 +118,13 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--slow", type=float, required=True)
+    parser.add_argument("--doubled", type=float, required=True)
     parser.add_argument("--slow-sec", type=float, nargs=2, required=True)
     given = parser.parse_args()
     tokens = msgspec.json.decode(given.tokens.read_bytes(), type=dict[str, str])
     shortest, longest = given.slow_sec
-    uvloop.run(_serve(given.port, tokens, Faults(slow=given.slow, slow_sec=(shortest, longest))))
+    faults = Faults(slow=given.slow, slow_sec=(shortest, longest), duplicate=given.doubled)
+    uvloop.run(_serve(given.port, tokens, faults))
 
 
 if __name__ == "__main__":

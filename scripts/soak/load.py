@@ -42,6 +42,7 @@ class Load:
         self.accepted: dict[int, str] = {}
         self.refused = 0
         self.broken = 0
+        self.no_time = 0  # refusals that do not say when to come again
 
     async def run(self, count: int, rate: float | None = None) -> None:
         """Creates `count` more commands, `rate` a second. Returns when all are answered."""
@@ -61,7 +62,7 @@ class Load:
                 try:
                     line = line or await asyncio.open_connection("127.0.0.1", self._port)
                     async with asyncio.timeout(ANSWER_WITHIN_SEC):
-                        status, body = await self._ask(*line, number)
+                        status, head, body = await self._ask(*line, number)
                 except (OSError, EOFError):  # OSError includes TimeoutError
                     self.broken += line is not None
                     if line is not None:
@@ -73,6 +74,7 @@ class Load:
                     self.accepted[number] = _created(body).id
                 elif status in LATER:
                     self.refused += 1
+                    self.no_time += b"\r\nretry-after: " not in head
                     await asyncio.sleep(AGAIN_SEC)
                 else:
                     raise ValueError(f"command {number} was answered {status}: {body.decode()[:300]}")
@@ -81,11 +83,11 @@ class Load:
 
     async def _ask(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
-    ) -> tuple[int, bytes]:
+    ) -> tuple[int, bytes, bytes]:
         device = self._devices[number % len(self._devices)]
         name = NAMES[number // len(self._devices) % len(NAMES)]
         body = BODY.format(name=name, number=number)
         writer.write(REQUEST.format(device=device, key=self._key, length=len(body), body=body).encode())
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0])
-        return int(head[9:12]), await reader.readexactly(length)
+        return int(head[9:12]), head, await reader.readexactly(length)

@@ -31,13 +31,14 @@ listener {port} 127.0.0.1
 allow_anonymous true
 persistence true
 persistence_location {home}/
-autosave_interval 10
+autosave_interval {every}
 set_tcp_nodelay true
 max_inflight_messages 1000
 max_queued_messages 100000
 log_dest none
 """
 TRACED = "from scripts.soak.trace import main; main({path!r})"
+STEPPED = "from scripts.soak.stepped import main; main({path!r})"
 
 
 async def until(fact: Callable[[], bool], what: str, within: float = WITHIN_SEC) -> None:
@@ -111,7 +112,8 @@ class World:
     """The processes of one run, in its directory.
 
     `child`: the broker runs Mosquitto as its child process. `via`: ports through which broker and fleet reach
-    Mosquitto, if not its own.
+    Mosquitto, if not its own. `clock`: a file with the step of the broker's wall clock. `config`: more
+    settings of the broker.
     """
 
     def __init__(
@@ -123,6 +125,8 @@ class World:
         trace: Path | None = None,
         data: Path | None = None,
         via: tuple[int, int] | None = None,
+        clock: Path | None = None,
+        config: str = "",
     ) -> None:
         self.home, self.data, self.names = home, data or home / "data", list[str]()
         self.port, self.mqtt_port = processes.unused_port(), processes.unused_port()
@@ -130,8 +134,8 @@ class World:
         self.key = ""
         (home / "types").mkdir(parents=True)
         (home / "types" / "soak.toml").write_text(device_type)
-        (home / "soak.toml").write_text(f'types = "{home}/types"\n')
-        (home / "mosquitto.conf").write_text(MOSQUITTO.format(port=self.mqtt_port, home=home))
+        (home / "soak.toml").write_text(f'types = "{home}/types"\n{config}')
+        (home / "mosquitto.conf").write_text(MOSQUITTO.format(port=self.mqtt_port, home=home, every=10))
         serve = ["serve", "--data", str(self.data), "--config", str(home / "soak.toml")]
         serve += ["--http", f"127.0.0.1:{self.port}"]
         serve += (
@@ -142,11 +146,15 @@ class World:
         server = [processes.mosquitto(), "-c", str(home / "mosquitto.conf")]
         self.mosquitto = None if child else Program("mosquitto", server, home)
         code = processes.ORDAIN if trace is None else TRACED.format(path=str(trace.absolute()))
+        code = code if clock is None else STEPPED.format(path=str(clock.absolute()))
         self.broker = Program("broker", [sys.executable, "-c", code, *serve], home)
         self._fleet: Program | None = None
 
-    async def open(self, devices: int, *, slow: float = 0.0, slow_sec: tuple[float, float] = (1, 5)) -> None:
-        """Starts the servers, registers the devices, and starts the fleet, which is still offline."""
+    async def open(
+        self, devices: int, *, slow: float = 0.0, slow_sec: tuple[float, float] = (1, 5), doubled: float = 0.0
+    ) -> None:
+        """Starts the servers, registers the devices, and starts the fleet, which is still offline. `slow` and
+        `doubled`: the shares of the commands that take long, and that are answered twice."""
         await self.start_mosquitto()
         await self.start_broker()
         self.key = await asyncio.to_thread(
@@ -158,7 +166,7 @@ class World:
         (self.home / "tokens.json").write_bytes(msgspec.json.encode(tokens))
         fleet = [sys.executable, "-m", "scripts.soak.fleet", "--port", str(self._fleet_via)]
         fleet += ["--tokens", str(self.home / "tokens.json"), "--slow", str(slow)]
-        fleet += ["--slow-sec", *map(str, slow_sec)]
+        fleet += ["--slow-sec", *map(str, slow_sec), "--doubled", str(doubled)]
         self._fleet = Program("fleet", fleet, self.home)
         await self._fleet.start(pipes=True)
 
@@ -178,6 +186,9 @@ class World:
     async def start_broker(self) -> None:
         """Starts the broker; returns when it is ready."""
         await self.broker.start()
+        await self.ready()
+
+    async def ready(self) -> None:
         async with httpx2.AsyncClient(base_url=self._url, trust_env=False) as client:
             async with asyncio.timeout(WITHIN_SEC):
                 while self.broker.running:

@@ -11,6 +11,7 @@ import contextvars
 import itertools
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -61,8 +62,8 @@ class _Exchange:
         self._incoming = [body]
         self._outgoing = b""
 
-    async def run(self) -> None:
-        await _app()(cast(Any, self._scope), cast(Any, self._receive), cast(Any, self._send))
+    async def run(self, app: ASGIApp) -> None:
+        await app(cast(Any, self._scope), cast(Any, self._receive), cast(Any, self._send))
 
     async def _receive(self) -> dict[str, Any]:
         if self._incoming:
@@ -131,13 +132,17 @@ class Door:
         self._loop, self._history = loop, history
         self._random = loop.rng("door")
         self._numbers = itertools.count()
-        self._open: dict[int, _Exchange | Stream] = {}
+        self._open: dict[int, tuple[Node, _Exchange | Stream]] = {}
 
     def reset(self) -> None:
         """Closes all connections, because the process died."""
         self.node = None
-        for exchange in self._open.values():
+        for _, exchange in self._open.values():
             exchange.over.set()
+
+    def _listening(self) -> tuple[Node, ASGIApp] | None:
+        """Who takes the next connection: a process, and its app; None: nobody."""
+        return None if self.node is None else (self.node, self.node.context.run(_app))
 
     async def call(
         self,
@@ -157,13 +162,14 @@ class Door:
         secret = secret or self.secret
         call = self._history.invoked(kind, key=key, body=f"{path} {raw.decode()}", ids=ids, secret=secret)
         await asyncio.sleep(self._random.uniform(0.0003, 0.01))
-        if self.node is None:
+        if (listening := self._listening()) is None:
             return call
+        node, app = listening
         exchange = _Exchange(self._history, call, self._scope(method, path, key, secret), raw)
-        task = self._loop.spawn(self.node, exchange.run())
-        task.add_done_callback(self._ended, context=contextvars.Context())
+        task = self._loop.spawn(node, exchange.run(app))
+        task.add_done_callback(partial(self._ended, exchange), context=contextvars.Context())
         number = next(self._numbers)
-        self._open[number] = exchange
+        self._open[number] = node, exchange
         try:
             async with asyncio.timeout(patience):
                 await exchange.over.wait()
@@ -179,25 +185,27 @@ class Door:
     async def answered(self, within_sec: float) -> None:
         """Waits until all open requests and streams have ended, at most this long."""
         end = self._loop.time() + within_sec
-        for each in list(self._open.values()):
+        for _, each in list(self._open.values()):
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(end):
                     await each.over.wait()
 
     async def follow(self, stream: Stream, path: str, headers: dict[str, str]) -> None:
         """Opens an event stream and holds it until one of the two sides ends it."""
-        if self.node is None:
+        if (listening := self._listening()) is None:
             return
+        node, app = listening
         scope = self._scope("GET", path, None, self.secret)
         scope["headers"] += [(name.encode(), value.encode()) for name, value in headers.items()]
-        task = self._loop.spawn(self.node, stream.run(_app(), scope))
-        task.add_done_callback(self._ended, context=contextvars.Context())
+        task = self._loop.spawn(node, stream.run(app, scope))
+        task.add_done_callback(partial(self._ended, stream), context=contextvars.Context())
         number = next(self._numbers)
-        self._open[number] = stream
+        self._open[number] = node, stream
         await stream.over.wait()
         del self._open[number]
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, exchange: _Exchange | Stream, task: asyncio.Task[None]) -> None:
+        exchange.over.set()  # the server closes a connection whose answer is not whole
         if not task.cancelled() and (error := task.exception()) is not None:
             self.failures.append(f"HTTP: a request raised {error!r}")
 
@@ -270,7 +278,8 @@ class Clients:
             if self.stopped:
                 return
             request = self._random.choices(list(requests), list(requests.values()))[0]
-            await request()
+            if self._tide.allows(request.__name__):
+                await request()
 
     # --- what they ask ---
 

@@ -28,17 +28,18 @@ T = TypeVar("T")
 Operation = Literal["read", "write", "sync"]
 
 SECTOR = 512
+FLAGS = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_URI
 _UNIQUE = (apsw.SQLITE_CONSTRAINT_UNIQUE, apsw.SQLITE_CONSTRAINT_PRIMARYKEY, apsw.SQLITE_CONSTRAINT_ROWID)
 _BROKEN = (apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError, apsw.ConnectionClosedError)
 
 
 class _File:
-    """The file as programs see it. `undo` holds the durable content of each sector that is not synced yet."""
+    """The file as programs see it. `_written`: since the last sync, from where to where, what was there."""
 
     def __init__(self) -> None:
         self.data = bytearray()
-        self.undo: dict[int, bytes] = {}
-        self.durable_size = 0
+        self._written: list[tuple[int, int, bytes]] = []
+        self._durable_size = 0
 
     def write(self, data: bytes, offset: int) -> None:
         end = offset + len(data)
@@ -53,14 +54,15 @@ class _File:
         del self.data[size:]
 
     def sync(self) -> None:
-        self.undo.clear()
-        self.durable_size = len(self.data)
+        self._written.clear()
+        self._durable_size = len(self.data)
 
     def lose_power(self, rng: random.Random) -> None:
-        if self.undo or len(self.data) != self.durable_size:
+        undo = self.undo
+        if undo or len(self.data) != self._durable_size:
             survives = rng.choice((0.0, 0.5, 0.9))
-            size = len(self.data) if rng.random() < survives else self.durable_size
-            for sector, old in self.undo.items():
+            size = len(self.data) if rng.random() < survives else self._durable_size
+            for sector, old in undo.items():
                 if rng.random() >= survives:
                     start = sector * SECTOR
                     self.data.extend(bytes(max(0, start + SECTOR - len(self.data))))
@@ -70,10 +72,18 @@ class _File:
         self.sync()
 
     def _remember(self, start: int, end: int) -> None:
-        undo = self.undo
-        for sector in range(start // SECTOR, (end - 1) // SECTOR + 1):
-            if sector not in undo:
-                undo[sector] = bytes(self.data[sector * SECTOR : (sector + 1) * SECTOR])
+        self._written.append((start, end, bytes(self.data[start:end])))
+
+    @property
+    def undo(self) -> dict[int, bytes]:
+        """The durable content of each sector written since the last sync, in the order of writing."""
+        durable, sectors = bytearray(self.data), dict[int, bytes]()
+        for start, end, old in reversed(self._written):
+            durable[start:end] = old
+        for start, end, _ in self._written:
+            for sector in range(start // SECTOR, (end - 1) // SECTOR + 1):
+                sectors[sector] = bytes(durable[sector * SECTOR : (sector + 1) * SECTOR])
+        return sectors
 
 
 class SimDisk:
@@ -96,7 +106,7 @@ class SimDisk:
         _VFS.disks[self._id] = self
 
     def connect(self, *, synchronous: str = "FULL", checkpoint_pages: int = 1000) -> apsw.Connection:
-        connection = apsw.Connection(f"/{self._id}/ordain.db", vfs=_VFS.NAME)
+        connection = apsw.Connection(f"/{self._id}/ordain.db", flags=FLAGS, vfs=_VFS.NAME)
         # No checkpoint on close: an orderly end then leaves a WAL like a kill does, and every start tests
         # recovery.
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)

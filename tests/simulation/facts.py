@@ -39,7 +39,7 @@ ANSWER_EVENT = {
 FROM_DEVICE = frozenset({"device_ack", "device_result", "relay_report"})
 GRACE_MS = 15_000
 NEVER = 1 << 62
-_NO_COMMANDS = ("system", "erasures", "audit")
+NO_COMMANDS = ("system", "erasures", "audit", "owner")
 
 
 class Run(msgspec.Struct):
@@ -64,7 +64,7 @@ class Facts:
         for row in self.rows:
             self.streams[row["stream"]].append(row)
         self.commands = {
-            name: rows for name, rows in self.streams.items() if "/" not in name and name not in _NO_COMMANDS
+            name: rows for name, rows in self.streams.items() if "/" not in name and name not in NO_COMMANDS
         }
         self.created = {name: rows[0] for name, rows in self.commands.items() if rows[0]["type"] == "created"}
         self.publishes = [record for record in history.wire if record.what == "publish"]

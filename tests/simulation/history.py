@@ -131,6 +131,13 @@ class Write(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool
 
 
+class Backup(msgspec.Struct, frozen=True, kw_only=True):
+    """A copy of the log that was taken while the broker ran."""
+
+    seq: int
+    rows: list[Row]
+
+
 class Life(msgspec.Struct, frozen=True, kw_only=True):
     """What happened to the broker's process or its disk.
 
@@ -213,6 +220,7 @@ class History:
         self.hooks: list[Hook] = []
         self.streams: list[Streamed] = []
         self.writes: list[Write] = []
+        self.backups: list[Backup] = []
         self.lives: list[Life] = []
         self.granted: list[Granted] = []
         self.secrets: list[Secret] = []
@@ -414,6 +422,9 @@ class History:
     def said(self, what: str) -> None:
         self.notes.append(Note(seq=self._next(), t=self.now_ms(), what=what))
         self._note(what)
+
+    def backed_up(self, rows: list[Row]) -> None:
+        self.backups.append(Backup(seq=self._next(), rows=rows))
 
     def dumped(self, rows: list[Row]) -> None:
         self.dumps.append(rows)

@@ -1,8 +1,8 @@
 """An event loop on a virtual clock that takes every choice from one seed, with its clock and entropy.
 
 It never waits, opens a socket or starts a thread. Nothing in it may depend on real time, on hash seeds or on
-the time of garbage collection: one seed gives one run, and equal `trace` values show that two runs were the
-same.
+the time of garbage collection: one seed gives one run. Different `trace` values show that two runs
+differed. It is made of the times, the steps, the choices and the noted facts, not of what ran in each step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar, TypeVarTuple, cast
+from typing import Any, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -32,8 +32,7 @@ _RUNS, _RUNS_PER_COLLECTION = itertools.count(), 12
 # A coroutine that awaits in `finally` ignores its first GeneratorExit; each further one passes one more
 # await.
 _CLOSE_TRIES = 100
-_LABELS: dict[str, bytes] = {}
-_packed = struct.Struct("<d").pack
+_packed = struct.Struct("<dq").pack
 
 
 class Livelock(Exception):
@@ -67,24 +66,25 @@ class _Future(asyncio.Future[T]):
     hash is a memory address, which differs between runs."""
 
     __slots__ = ("_number",)
+    _number: int
 
     def __hash__(self) -> int:
         # Few futures are ever hashed: numbering all of them would cost a call for each.
         try:
             return self._number
         except AttributeError:
-            self._number: int = cast(SimLoop, self.get_loop()).number()
+            loop: Any = self.get_loop()
+            self._number = loop.number()
             return self._number
 
 
 class _Task(asyncio.Task[T]):
-    """A task that hashes by its number, for the same reason as `_Future`. `label`: its part of the trace."""
+    """A task that hashes by its number, for the same reason as `_Future`."""
 
-    __slots__ = ("_number", "label")
+    __slots__ = ("_number",)
 
     def __init__(self, coro: Coroutine[Any, Any, T], *, loop: SimLoop, **options: Any) -> None:
         self._number = loop.number()
-        self.label = _named(coro)
         super().__init__(coro, loop=loop, **options)
 
     def __hash__(self) -> int:
@@ -125,14 +125,6 @@ class _Handle:
     def when(self) -> float:
         return self._when
 
-    def run(self) -> None:
-        try:
-            self._context.run(self._callback, *self._args)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            self._loop.call_exception_handler({"message": "a callback failed", "exception": error})
-
 
 def _nothing() -> None:
     """The callback of a cancelled handle."""
@@ -144,6 +136,7 @@ class SimLoop(asyncio.BaseEventLoop):
     # Private attributes of BaseEventLoop; they are the same in Python 3.11 to 3.14.
     _ready: deque[_Handle]
     _scheduled: list[tuple[float, int, _Handle]]
+    _closed: bool
     _stopping: bool
     _thread_id: int | None
 
@@ -176,10 +169,23 @@ class SimLoop(asyncio.BaseEventLoop):
 
     # --- what the world uses ---------------------------------------------------------------------
 
+    async def until(
+        self, fact: Callable[[], bool], otherwise: str, within: float = 60, every: float = 0.1
+    ) -> None:
+        """Waits until the fact is true; looks each `every` seconds.
+
+        Raises:
+            AssertionError: it is not true within `within` seconds; the message is `otherwise`.
+        """
+        end = self.time() + within
+        while not fact():
+            assert self.time() < end, otherwise
+            await asyncio.sleep(every)
+
     def rng(self, name: str) -> random.Random:
         """A separate random stream for each part, so that one more draw in one part changes nothing in the
         others."""
-        return random.Random(f"{self.seed}/{name}")
+        return rng(self.seed, name)
 
     def spawn(self, node: Node, coro: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         return self.create_task(coro, context=node.context.copy())
@@ -255,8 +261,12 @@ class SimLoop(asyncio.BaseEventLoop):
                     node.held.append(handle)
                     continue
             self.steps += 1
-            self.trace = zlib.crc32(_label(handle._callback), self.trace)
-            handle.run()
+            try:
+                handle._context.run(handle._callback, *handle._args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                self.call_exception_handler({"message": "a callback failed", "exception": error})
             if self._stopping:
                 return
             if not self.steps % 1024:
@@ -268,11 +278,11 @@ class SimLoop(asyncio.BaseEventLoop):
         *args: *Ts,
         context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
-        if self.is_closed():
+        if self._closed:
             raise RuntimeError("Event loop is closed")
         handle = _Handle(self, self._now, callback, args, context)
         self._ready.append(handle)
-        return cast(asyncio.Handle, handle)
+        return handle  # type: ignore[return-value]
 
     def call_later(
         self,
@@ -281,7 +291,12 @@ class SimLoop(asyncio.BaseEventLoop):
         *args: *Ts,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
-        return self.call_at(self._now + delay, callback, *args, context=context)
+        # Most timers are set here: one call less than by `call_at`.
+        when = self._now + delay
+        timer = _Handle(self, when, callback, args, context)
+        heapq.heappush(self._scheduled, (when, self.number(), timer))
+        timer._scheduled = True
+        return timer  # type: ignore[return-value]
 
     def call_at(
         self,
@@ -294,14 +309,14 @@ class SimLoop(asyncio.BaseEventLoop):
         timer = _Handle(self, when, callback, args, context)
         heapq.heappush(self._scheduled, (when, self.number(), timer))
         timer._scheduled = True
-        return cast(asyncio.TimerHandle, timer)
+        return timer  # type: ignore[return-value]
 
     def timer_cancelled(self) -> None:
         self._cancelled += 1
 
     def _advance(self) -> None:
         """Nothing is ready: moves the clock to the next timer and makes all due timers ready."""
-        timers, pop = self._scheduled, heapq.heappop
+        timers, pop, ready = self._scheduled, heapq.heappop, self._ready
         if self._cancelled > 100 and self._cancelled * 2 > len(timers):
             self._keep_timers(lambda timer: not timer._cancelled)
             timers = self._scheduled
@@ -310,15 +325,15 @@ class SimLoop(asyncio.BaseEventLoop):
             self._cancelled -= 1
         if not timers:
             raise Deadlock(f"at {self._now:.3f} s nothing is ready and no timer is set")
-        self._now = now = max(self._now, timers[0][0])
+        self._now = now = timers[0][0] if timers[0][0] > self._now else self._now
         self._moved_at = self.steps
         if now > self._max_time:
             raise Deadlock(f"{self._max_time:.0f} s of virtual time are spent")
-        self.trace = zlib.crc32(_packed(now), self.trace)
+        self.trace = zlib.crc32(_packed(now, self.steps), self.trace)
         while timers and timers[0][0] <= now:
             timer = pop(timers)[2]
             timer._scheduled = False
-            self._ready.append(timer)
+            ready.append(timer)
 
     def _keep_timers(self, keep: Callable[[Any], bool]) -> None:
         kept = []
@@ -396,20 +411,8 @@ class SimLoop(asyncio.BaseEventLoop):
                         break
 
 
-def _label(callback: Any) -> bytes:
-    owner: Any = getattr(callback, "__self__", None)
-    if owner.__class__ is _Task:
-        label: bytes = owner.label
-        return label
-    return _named(callback)
-
-
-def _named(callback: Any) -> bytes:
-    name: str = getattr(callback, "__qualname__", None) or type(callback).__name__
-    label = _LABELS.get(name)
-    if label is None:
-        label = _LABELS[name] = name.encode()
-    return label
+def rng(seed: int | str, name: str) -> random.Random:
+    return random.Random(f"{seed}/{name}")
 
 
 def run(main: Callable[[SimLoop], Awaitable[T]], seed: int | str = 0, **budgets: Any) -> T:

@@ -70,8 +70,9 @@ class Nemesis:
             if self.stopped:
                 return
             fault = self._random.choices(list(self._faults), list(self._faults.values()))[0]
-            self._world.history.said(fault.__name__)
-            fault()
+            if self._world.tide.allows(fault.__name__):
+                self._world.history.said(fault.__name__)
+                fault()
 
     def heal(self) -> None:
         """Stops new faults and ends all lasting ones."""

@@ -36,8 +36,9 @@ class Pairs:
             if self._stopped:
                 return
             fault = self._random.choice(faults)
-            self._world.history.said(fault.__name__)
-            fault()
+            if self._world.tide.allows(fault.__name__):
+                self._world.history.said(fault.__name__)
+                fault()
 
     def heal(self) -> None:
         """Stops new faults, and ends the connections that are half-open."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
+import apsw
 import msgspec
 import structlog
 
@@ -29,6 +31,7 @@ from broker.engine.writer import Writer
 from broker.http.edge import streams
 from broker.http.v1 import reading
 from broker.log import erasing
+from broker.log import sqlite as log
 from broker.mqtt.listener import Listener
 from broker.mqtt.packets import Publish
 from broker.mqtt.session import Session
@@ -36,10 +39,12 @@ from broker.seams import Message, Outgoing, Receipt, Sqlite
 from broker.subscriptions.mqtt import MqttEvents
 from devices.grant import params_hash
 from devices.wire import Answer, Malformed, decode_status
+from tests.simulation.disk import FLAGS
 from tests.simulation.loop import current_node
 from tests.simulation.network import MOSQUITTO
 from tests.simulation.pipes import LISTENER
 from tests.simulation.planted import Bug
+from tests.simulation.tide import ALL
 
 logger = structlog.get_logger()
 
@@ -241,6 +246,16 @@ def _without_backlog(self: Intake) -> None:
     self._backlog_until = 0
 
 
+_watch_clock = Core._watch_clock
+
+
+def _follows_the_wall(self: Core) -> None:
+    """A step of the wall clock forward moves the broker's clock."""
+    if self.writer.wall_step_ms() > 0:
+        self.writer.reanchor()
+    _watch_clock(self)
+
+
 _recovered = Dispatch.recovered
 
 
@@ -312,6 +327,16 @@ def _salts_stay(sql: Sqlite, command_id: str) -> None:
     sql.execute("UPDATE events SET data = NULL WHERE stream = ?", (command_id,))
 
 
+_copy = log.copy
+
+
+def _without_the_newest(sql: Sqlite, to: str) -> None:
+    """A backup that misses the last event."""
+    _copy(sql, to)
+    with closing(apsw.Connection(to, flags=FLAGS)) as made:
+        made.execute("DELETE FROM events WHERE position = (SELECT max(position) FROM events)")
+
+
 async def _drains_slowly(self: Writer) -> None:
     await asyncio.sleep(20)
     await _drain(self)
@@ -326,93 +351,90 @@ def _taken_when_sent(self: MqttEvents, flight: Any, position: int, receipt: Rece
     self._checkpoint = self._feed.head
 
 
-def _bug(name: str, caught_by: str, *patches: tuple[Any, str, Any], **options: Any) -> Bug:
+def bug(name: str, caught_by: str, *patches: tuple[Any, str, Any], **options: Any) -> Bug:
     return Bug(name=name, caught_by=frozenset(caught_by.split()), patches=patches, **options)
 
 
 MORE_BUGS = (
-    _bug("a hang-up creates a second command", "R2", (Commands, "create", _again_when_left), first=4),
-    _bug("reads show an old copy", "R4", (reading, "find", _from_a_copy), first=21),
-    _bug("refused and recorded", "R5", (Commands, "create", _refused_and_recorded), first=6),
-    _bug("ready while the log is closed", "R7", (Core, "not_ready", _always_ready), first=3),
-    _bug("shown as expired before it is", "L3", (reading, "find", _expired_before_it_is)),
-    _bug("recorded and not written", "D2", (Dispatch, "_send", _recorded_only), kind=MOSQUITTO),
-    _bug("grants for no parameters", "D5", (grants, "params_hash", _of_nothing)),
-    _bug("grants outlive their command", "D5", (grants, "_end", _never_ending)),
-    _bug("sent to the neighbour", "D7", (Encoder, "encode", _to_the_neighbour)),
-    _bug("sent retained", "D7", (Session, "publish", _retained), kind=LISTENER),
-    _bug(
+    bug("a hang-up creates a second command", "R2", (Commands, "create", _again_when_left)),
+    bug("reads show an old copy", "R4", (reading, "find", _from_a_copy)),
+    bug("refused and recorded", "R5", (Commands, "create", _refused_and_recorded)),
+    bug("ready while the log is closed", "R7", (Core, "not_ready", _always_ready)),
+    bug("shown as expired before it is", "L3", (reading, "find", _expired_before_it_is)),
+    bug("recorded and not written", "D2", (Dispatch, "_send", _recorded_only), kind=MOSQUITTO),
+    bug("grants for no parameters", "D5", (grants, "params_hash", _of_nothing)),
+    bug("grants outlive their command", "D5", (grants, "_end", _never_ending)),
+    bug("sent to the neighbour", "D7", (Encoder, "encode", _to_the_neighbour)),
+    bug("sent retained", "D7", (Session, "publish", _retained), kind=LISTENER),
+    bug(
         "malformed messages stall the intake",
         "A4",
         (Intake, "_take", _notes_malformed),
         (Intake, "_take_batch", _upset),
         kind=MOSQUITTO,
-        first=1,
     ),
-    _bug("effects of one commit in the wrong order", "A4 D6 A1", (Writer, "then", _last_comes_first)),
-    _bug("a token in a log line", "S7", (Registry, "rotate_token", _told_in_the_log), first=23),
-    _bug("nobody asked for it", "S7", (Commands, "_accept", _by_the_broker)),
-    _bug("another project's commands", "C1", (Caller, "sees", _sees_all), first=8),
-    _bug("revoked keys work", "C2", (Key, "works", _works_for_ever), first=6),
-    _bug(
+    bug("effects of one commit in the wrong order", "A4", (Writer, "then", _last_comes_first)),
+    bug("a token in a log line", "S7", (Registry, "rotate_token", _told_in_the_log)),
+    bug("nobody asked for it", "S7", (Commands, "_accept", _by_the_broker)),
+    bug("another project's commands", "C1", (Caller, "sees", _sees_all)),
+    bug("revoked keys work", "C2", (Key, "works", _works_for_ever)),
+    bug(
         "the session of an old token",
         "C2",
         (Listener, "disconnect", _stays_connected),
         kind=LISTENER,
-        first=5,
     ),
-    _bug(
+    bug(
         "send slots without bound",
         "C3",
         (Dispatch, "__init__", _slots_without_bound),
         kind=MOSQUITTO,
-        first=11,
     ),
-    _bug("queues without bound", "C3", (Quotas, "check_queue", _room_for_all), first=4),
-    _bug("one stalled reader holds all", "C4", (streams, "_say", _one_after_the_other)),
-    _bug("the end takes its time", "O2", (Writer, "drain", _drains_slowly)),
-    _bug("a full disk is for ever", "O4", (writer, "RETRY_SEC", 3_600.0), first=2),
-    _bug("wills of older sessions", "D2 L4", (Intake, "_take_status", _any_will), kind=MOSQUITTO),
-    _bug(
+    bug("queues without bound", "C3", (Quotas, "check_queue", _room_for_all)),
+    bug("one stalled reader holds all", "C4", (streams, "_say", _one_after_the_other)),
+    bug("the end takes its time", "O2", (Writer, "drain", _drains_slowly)),
+    bug("a backup without the newest event", "O5", (log, "copy", _without_the_newest)),
+    bug("a full disk is for ever", "O4", (writer, "RETRY_SEC", 3_600.0)),
+    bug("wills of older sessions", "D2", (Intake, "_take_status", _any_will), kind=MOSQUITTO),
+    bug(
         "retained wills of older sessions",
-        "D2 L4",
+        "D2",
         (Intake, "_take_status", _any_retained_will),
         kind=MOSQUITTO,
-        first=1,
     ),
-    _bug(
+    bug(
         "presence outlives the MQTT session",
         "D9",
         (Intake, "link_up", _still_there),
         kind=MOSQUITTO,
-        first=11,
     ),
     # These need two faults at once: `pairs`.
-    _bug("no second look before the write", "D4", (Dispatch, "_send", _no_second_look), first=27),
-    _bug(
+    bug("no second look before the write", "D4", (Dispatch, "_send", _no_second_look), parts=ALL),
+    bug(
         "patience runs from the decision",
         "D13",
         (Dispatch, "_send", _patient_from_staging),
         kind=MOSQUITTO,
-        first=40,
+        parts=ALL,
     ),
-    _bug("the wall clock decides", "S6 D4", (Writer, "now", _wall_time), first=37),
-    _bug(
+    bug("the wall clock decides", "S6 D4", (Writer, "now", _wall_time), parts=ALL),
+    bug("a step forward moves the clock", "S6", (Core, "_watch_clock", _follows_the_wall), parts=ALL),
+    bug(
         "0x10 taken as offline",
-        "D2 L4",
+        "D2",
         (Dispatch, "_take_receipt", _offline_by_hint),
         kind=MOSQUITTO,
-        first=27,
+        parts=ALL,
     ),
-    _bug("presence from backlog", "D9", (Intake, "link_up", _without_backlog), kind=MOSQUITTO, first=16),
-    _bug("send slots leak when commits fail", "D2 L4", (Dispatch, "recovered", _slots_leak), first=50),
-    _bug("deadlines fire after standing still", "A5", (Deadlines, "run", _never_stalled), first=16),
-    _bug("salts outlive an erasure", "E3", (erasing, "erase", _salts_stay), first=11),
-    _bug(
+    bug("presence from backlog", "D9", (Intake, "link_up", _without_backlog), kind=MOSQUITTO, parts=ALL),
+    bug("send slots leak when commits fail", "D2", (Dispatch, "recovered", _slots_leak), parts=ALL),
+    bug("deadlines fire after standing still", "A5", (Deadlines, "run", _never_stalled), parts=ALL),
+    bug("salts outlive an erasure", "E3", (erasing, "erase", _salts_stay)),
+    bug(
         "MQTT events taken when sent",
         "S5",
         (MqttEvents, "_receipt", _taken_when_sent),
         kind=MOSQUITTO,
-        first=55,
+        parts=ALL,
     ),
 )

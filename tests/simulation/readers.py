@@ -17,6 +17,7 @@ from tests.simulation.tide import Tide
 # Reader name to the one event type it wants, or None for all.
 READERS = {"every event": None, "what was executed": "executed"}
 STAYS_SEC, STALLS_SEC, PAUSE_SEC = (1, 200), (1, 40), (0.01, 3)
+IN_THE_QUIET = 10  # times as long
 
 
 class Stream:
@@ -97,7 +98,7 @@ class Reader:
             wanted = READERS[self._name]
             query = "" if wanted is None else f"?event={wanted}"
             headers = {"accept": "text/event-stream", "last-event-id": str(self._last)}
-            timer = self._loop.call_later(self._random.uniform(*STAYS_SEC), self._tire)
+            timer = self._loop.call_later(self._stays(), self._tire)
             await self._door.follow(stream, f"/v1/events{query}", headers)
             self.reads(False)
             timer.cancel()
@@ -124,7 +125,11 @@ class Reader:
 
     def _wake(self) -> None:
         self._wake_up()
-        self._loop.call_later(self._random.uniform(*STAYS_SEC), self._tire)
+        self._loop.call_later(self._stays(), self._tire)
+
+    def _stays(self) -> float:
+        """For how many seconds it reads on."""
+        return self._random.uniform(*STAYS_SEC) * (1 if self._tide.busy.is_set() else IN_THE_QUIET)
 
     def _leave(self) -> None:
         if self._stream is not None:

@@ -51,6 +51,11 @@ def wrote(story: Story, *, ok: bool) -> Story:
     return story
 
 
+def backed_up(story: Story, events: int) -> Story:
+    story.history.backed_up([dict(row) for row in story.rows[:events]])
+    return story
+
+
 def spied(story: Story, answer: str) -> Story:
     error = {"error": {"message": answer}}
     return asked(story, "pry", 404, A, answer=error, body=f"/v1/commands/{A} ")
@@ -117,6 +122,21 @@ def delivered(story: Story, name: str) -> Story:
 def acknowledged(story: Story, name: str) -> Story:
     story.history.on_wire("puback", f"iotee/dev/{name}/ack", b"{}")
     return story
+
+
+def decided_before_the_session() -> Story:
+    story = link(Story().log("system", "started").defined(presence="required"), False, True)
+    story.history.on_wire("delivery", "iotee/dev/hw1/status", b"online")
+    story.created().log(B, "created", hardware_id="hw2", durable=False)
+    story.log(A, "published", attempt=1, durable=False)
+    link(later(story, 100), False, True).history.committed(len(story.rows) - 1)
+    return story.durable()
+
+
+def timed_out_before_the_cut() -> Story:
+    story = link(Story().log("system", "started").defined(ack_timeout_sec=1), False, True).sent()
+    later(story, 2_000).log(A, "timed_out", reason="no_answer", durable=False)
+    return later(link(story, False), 3_000).durable()
 
 
 def hurried() -> Story:
@@ -263,11 +283,33 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
         lambda: lived(later(lived(Story(), "stopping"), 11_000), "ended"),
         "O2: the process ended 11001 ms after it was asked to",
     ),
+    "O5 not all": (
+        lambda: backed_up(Story().created().published(), 1),
+        "O5: a backup has 1 events, and 2 were durable",
+    ),
+    "O5 another log": (
+        lambda: backed_up(Story().created(), 1).change(1, type="expired"),
+        "O5: the event at position 1 was changed",
+    ),
     "O4 never again": (
         lambda: wrote(later(lived(wrote(lived(Story(), "full"), ok=False), "room"), 6_000), ok=True),
         "O4: 6000 ms after there was space the log had not been written again",
     ),
 }  # fmt: skip
+
+
+RIGHT: dict[str, Callable[[], Story]] = {
+    "A5 the link went down while the commit was slow": timed_out_before_the_cut,
+    "D9 the session ended while the commit was slow": decided_before_the_session,
+    "O4 the last write of a killed process": lambda: wrote(
+        later(lived(wrote(lived(Story(), "full", "down"), ok=False), "room"), 6_000), ok=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_correct_history_has_no_violation(name: str) -> None:
+    assert check(RIGHT[name]().dump().history) == []
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any, Literal
 
 import apsw
@@ -32,7 +32,7 @@ from tests.reading import plain
 from tests.simulation.checkers.life import check, s4
 from tests.simulation.checkers.timing import FRESH
 from tests.simulation.clients import SERVICES, Clients, Door
-from tests.simulation.disk import SimDisk, SimStorage
+from tests.simulation.disk import FLAGS, SimDisk, SimStorage
 from tests.simulation.fleet import COMMANDS, ISSUER, PREFIX, TYPES, Device
 from tests.simulation.history import History
 from tests.simulation.link import SimLink
@@ -45,7 +45,7 @@ from tests.simulation.pipes import LISTENER, PipeNet
 from tests.simulation.readers import READERS, Reader
 from tests.simulation.receivers import URLS, Receivers
 from tests.simulation.strangers import Stranger
-from tests.simulation.tide import LONGEST_QUIET_SEC, SPELL_SEC, SPELLS, Tide
+from tests.simulation.tide import ALL, LONGEST_QUIET_SEC, SPELL_SEC, SPELLS, Parts, Tide
 
 SUBSCRIPTIONS = (f"{PREFIX}/dev/+/ack", f"{PREFIX}/dev/+/status")
 # Bounds that a run of this size comes near to.
@@ -60,6 +60,8 @@ FOREVER_SEC = 1e8
 # All spells, all quiet stretches and the healing.
 LONGEST_SEC = SPELLS[1] * (SPELL_SEC[1] + LONGEST_QUIET_SEC) + 2 * LONGEST_HEAL_SEC
 READ_WITHIN_SEC = 5
+COPY = "file:/backup?vfs=memdb"  # there as long as it is open
+BACKED_UP = 0.01  # of the commits
 # Log events that show a bug under any fault.
 WRONG = ("intake.failed", "http.unexpected", "webhook.failed")
 AFTERWARDS = "Event loop is closed"  # the error of tasks that are still running when the simulation ends
@@ -68,7 +70,7 @@ Synchronous = Literal["FULL", "NORMAL"]
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of one run. Two runs were the same if and only if their `trace` is equal."""
+    """The outcome of one run. Two runs whose `trace` differs were not the same."""
 
     seed: int
     found: list[str]
@@ -76,6 +78,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     history: History
     log: list[str]
+    asked: tuple[str, ...]  # names of its parts, for `Parts.only`
     virtual_sec: float
     cpu_sec: float
 
@@ -84,12 +87,16 @@ class World:
     """The parts of one run, and the starts and ends of the broker's process."""
 
     def __init__(
-        self, loop: SimLoop, synchronous: Synchronous = "FULL", kind: ServerKind | None = None
+        self,
+        loop: SimLoop,
+        synchronous: Synchronous = "FULL",
+        kind: ServerKind | None = None,
+        parts: Parts = ALL,
     ) -> None:
         self.loop = loop
         draw = loop.rng("world")
         self.clock = SimClock(loop)
-        self.tide = Tide(loop)
+        self.tide = Tide(loop, parts)
         self.history = History(self.clock.true_ms, loop.note)
         self.disk = SimDisk(loop)
         kind = draw.choice((LISTENER, MOSQUITTO)) if kind is None else kind
@@ -103,14 +110,18 @@ class World:
         kinds += [draw.choice(["generic", "recorder", "tag"]) for _ in range(3)]
         self.devices = [
             Device(loop, self.server, self.history, self.tide, f"hw{number}", kind)
-            for number, kind in enumerate(kinds[: draw.randint(4, 8)], 1)
+            for number, kind in enumerate(kinds[: min(parts.devices, draw.randint(4, 8))], 1)
         ]
         self.door = Door(loop, self.history)
         self.receivers = Receivers(loop, self.history)
         self.webhooks: list[str] = []
         # Not every run has everything: fewer parts give more runs, and other mixtures.
         names = list(READERS)[: draw.choice((0, 1, 2, 2))]
-        self.readers = [Reader(loop, self.door, self.tide, self.history, name) for name in names]
+        self.readers = [
+            Reader(loop, self.door, self.tide, self.history, name)
+            for name in names
+            if self.tide.allows(f"reader of {name}")
+        ]
         self.clients: Clients
         self.phones: list[Phone] = []
         self.core: Core | None = None
@@ -118,6 +129,7 @@ class World:
         self._node: Node | None = None
         self._lives = 0
         self._seen = 0  # the last position whose data this process recorded in the history
+        self._rows: dict[Row, dict[str, Any]] = {}  # of the last dump: most are the same in the next one
         self._stop = asyncio.Event()
         self._ended = asyncio.Event()
         self._latency = draw.choice(LATENCIES)
@@ -126,6 +138,7 @@ class World:
         self.history.most = self.limits.queue_per_device, self.limits.queue_per_name
         self._mqtt_events = not self.embedded and draw.random() < 0.4
         self.history.mqtt_events = self._mqtt_events
+        self._backups = loop.rng("backups")
         self._ending = False  # the next end of the process is the last
         self.stranger: Stranger
         self._draw = draw
@@ -207,6 +220,8 @@ class World:
                 self.history.recorded(position, data)
             self._seen = position
         self.history.committed(self._seen)
+        if self._backups.random() < BACKED_UP:
+            self.history.backed_up(backup(connection))
 
     def _process_ended(self, task: asyncio.Task[None]) -> None:
         """The process ended by itself: on request, or because its storage failed."""
@@ -283,8 +298,9 @@ class World:
         try:
             if sql.execute("SELECT 1 FROM sqlite_master WHERE name = 'lanes'").fetchone() is None:
                 return
-            rows = [_row(row) for row in read_now(sql, log.all_rows)]
-            self.history.dumped(rows)
+            rows = read_now(sql, log.all_rows)
+            self._rows = {row: self._rows.get(row) or _row(row) for row in rows}
+            self.history.dumped([*self._rows.values()])
             fault = read_now(sql, log.verify).fault
             if fault is not None:
                 self.found.append(f"S3: {fault}")
@@ -304,7 +320,7 @@ class World:
 
     async def live_through(self) -> None:
         await self.furnish()
-        clients = self._draw.randint(1, 4)
+        clients = min(self.tide.parts.clients, self._draw.randint(1, 4))
         self.clients = Clients(self.loop, self.door, self.tide, self.devices, clients, pause=8.0 * clients)
         self.clients.stranger = self.stranger
         nemesis = Nemesis(self, FAULT_EVERY_SEC)
@@ -335,7 +351,7 @@ class World:
     async def furnish(self) -> None:
         """Starts the broker and creates keys, devices and webhooks, before any fault."""
         self.start()
-        await self._wait(lambda: self.core is not None and self.core.link.up, "the broker did not start")
+        await self.loop.until(lambda: self.core is not None and self.core.link.up, "the broker did not start")
         core, node = self._core(), self._node
         assert node is not None
         key, self.door.secret = await self.loop.spawn(node, core.keys.create("acme", ("admin",), None))
@@ -354,6 +370,8 @@ class World:
             device.start()
         hooks = list(zip(URLS, ([], ["created", "executed", "online"]), strict=True))
         for url, events in hooks[: self._draw.choice((0, 1, 2, 2))]:
+            if not self.tide.allows(f"webhook of {url}"):
+                continue
             call = await self.door.call(
                 "webhook", "POST", "/v1/webhooks", {"url": url, "events": events, "project": "acme"}
             )
@@ -362,7 +380,9 @@ class World:
         for reader in self.readers:
             reader.start()
         self.phones = [
-            Phone(self.loop, self.door, self.tide, self.devices, n) for n in range(self._draw.randint(0, 2))
+            Phone(self.loop, self.door, self.tide, self.devices, number)
+            for number in range(self._draw.randint(0, 2))
+            if self.tide.allows(f"phone {number}")
         ]
         for phone in self.phones:
             phone.start()
@@ -372,19 +392,21 @@ class World:
         LONGEST_HEAL_SEC)."""
         if self.disk.armed:
             self.crash()
-        await self._wait(lambda: self._node is not None and self.core is not None, "the broker did not start")
+        await self.loop.until(
+            lambda: self._node is not None and self.core is not None, "the broker did not start"
+        )
         self.clock.offset_ms = max(0, self._core().writer.now() - self.clock.true_ms())
-        await self._wait(self._healthy, "the broker did not get ready")
+        await self.loop.until(self._healthy, "the broker did not get ready")
         self.history.healed_at = self._core().writer.now()
         self._core().erasures.pause_sec = 0
         with suppress(AssertionError):  # the checkers judge the commands that are still open
-            await self._wait(lambda: not self._open_commands(), "", LONGEST_HEAL_SEC, every=5)
+            await self.loop.until(lambda: not self._open_commands(), "", LONGEST_HEAL_SEC, every=5)
         await self._refresh()
         await asyncio.sleep(130)  # longer than the longest delay of a late message (120 s)
         for webhook in self.webhooks:
             call = await self.door.call("change", "POST", f"/v1/webhooks/{webhook}/resume")
             assert call.status == 200, call
-        await self._wait(self._all_sent, "the webhooks were not sent", LONGEST_HEAL_SEC, every=1)
+        await self.loop.until(self._all_sent, "the webhooks were not sent", LONGEST_HEAL_SEC, every=1)
         for reader in self.readers:
             reader.heal()
         head = self._core().feed.head
@@ -417,8 +439,9 @@ class World:
             await self.door.call("create", "POST", path, body, key=f"{FRESH}{why}-{device.hardware_id}")
 
     def _healthy(self) -> bool:
-        core = self.core
-        return core is not None and core.writer.open and core.link.up and core.dispatch.halted is None
+        core, node = self.core, self._node
+        runs = node is not None and node.held is None
+        return runs and core is not None and core.writer.open and core.link.up and not core.dispatch.halted
 
     def _all_sent(self) -> bool:
         webhooks = self._core().webhooks
@@ -426,14 +449,6 @@ class World:
 
     def _open_commands(self) -> int:
         return sum(len(lane.members) for lane in self._core().live.lanes.values())
-
-    async def _wait(
-        self, fact: Callable[[], bool], otherwise: str, within: float = UP_WITHIN_SEC, every: float = 0.1
-    ) -> None:
-        end = self.loop.time() + within
-        while not fact():
-            assert self.loop.time() < end, otherwise
-            await asyncio.sleep(every)
 
     def _core(self) -> Core:
         assert self.core is not None
@@ -456,12 +471,25 @@ class World:
                 self.found.append(f"L6: {command_id} is open and not in memory")
 
 
-def simulate(seed: int, *, synchronous: Synchronous = "FULL", kind: ServerKind | None = None) -> Outcome:
+def backup(connection: apsw.Connection) -> list[dict[str, Any]]:
+    """The log in a copy that is made as `ordain backup` does. The copy is in memory, so it fills no disk."""
+    with closing(apsw.Connection(COPY, flags=FLAGS)) as copy:
+        log.copy(connection, COPY)
+        return [_row(row) for row in read_now(copy, log.all_rows)]
+
+
+def simulate(
+    seed: int,
+    *,
+    synchronous: Synchronous = "FULL",
+    kind: ServerKind | None = None,
+    parts: Parts = ALL,
+) -> Outcome:
     """One whole run. The result lists violations as sentences that start with the invariant's name."""
     logged: list[str] = []
 
     async def main(loop: SimLoop) -> World:
-        world = World(loop, synchronous, kind)
+        world = World(loop, synchronous, kind, parts)
         try:
             await world.live_through()
         except AssertionError as error:
@@ -489,6 +517,7 @@ def simulate(seed: int, *, synchronous: Synchronous = "FULL", kind: ServerKind |
         steps=world.loop.steps,
         history=world.history,
         log=logged,
+        asked=tuple(world.tide.asked),
         virtual_sec=world.loop.time(),
         cpu_sec=time.process_time() - began,
     )

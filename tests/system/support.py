@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 # These limits end a hang; they do not judge speed.
-WITHIN_SEC = 120
+WITHIN_SEC = 400
 END_WITHIN_SEC = 60
 LOOK_AGAIN_SEC = 0.02
 # A key, a device token, a webhook secret or a JWT: none of these may be in a log line.
@@ -205,8 +205,15 @@ class Broker:
         if not self.key:
             self.key = self._make_key()
         headers = {"Authorization": f"Bearer {self.key}"} | headers
+        # `verify=False` because it is plain http: to read the authorities to trust takes 0.06 s of CPU.
         return httpx2.request(
-            method, self.url + path, json=body, headers=headers, timeout=WITHIN_SEC, trust_env=False
+            method,
+            self.url + path,
+            json=body,
+            headers=headers,
+            timeout=WITHIN_SEC,
+            verify=False,
+            trust_env=False,
         )
 
     def _make_key(self) -> str:
@@ -219,7 +226,7 @@ class Broker:
     def operator(self, method: str, path: str, body: object = None) -> httpx2.Response:
         """Through the private socket, as the operator of the machine."""
         with socket_path(self.data) as door:
-            transport = httpx2.HTTPTransport(uds=door)
+            transport = httpx2.HTTPTransport(uds=door, verify=False)
             with httpx2.Client(transport=transport, base_url="http://ordain", trust_env=False) as client:
                 return client.request(method, path, json=body)
 
@@ -273,21 +280,6 @@ def ordain(*arguments: str, data: Path | None = None, **env: str) -> subprocess.
     process = Forked([ORDAIN, *arguments], None, environment(**(where | env)))
     out, err = process.communicate(WITHIN_SEC * 2)
     return subprocess.CompletedProcess(process.args, process.wait(), out, err)
-
-
-def paste(script: str, broker: Broker, **variables: str) -> str:
-    """Runs a block in a shell as a reader would, with the broker's real address, and returns its output."""
-    script = script.replace("127.0.0.1:8080", broker.url.removeprefix("http://"))
-    path = f"{Path(ORDAIN).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euc", script],
-        env=environment(PATH=path, ORDAIN_DATA=str(broker.data), **variables),
-        capture_output=True,
-        text=True,
-        timeout=WITHIN_SEC,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def made(done: subprocess.CompletedProcess[str]) -> str:

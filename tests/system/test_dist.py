@@ -18,7 +18,7 @@ import pytest
 
 from tests.system.conftest import NewBroker
 from tests.system.faults.test_start import bash, welcome
-from tests.system.support import ROOT, environment, until
+from tests.system.support import ROOT, WITHIN_SEC, environment, until
 
 # A device as its maker would write it: it needs only `ordain-device`, and nothing of the broker.
 DEVICE = """
@@ -131,7 +131,7 @@ def test_the_wheel_serves_its_demo_and_the_devices_package_runs_a_device(
     until(lambda: '"state":"executed"' in bash(printed["look"], tmp_path))
     assert "executed" in bash(printed["log"], tmp_path)
     for path in ("/docs", "/openapi.json", "/sdk/app.mjs"):
-        assert httpx2.get(broker.url + path, trust_env=False).status_code == 200, path
+        assert httpx2.get(broker.url + path, trust_env=False, timeout=WITHIN_SEC).status_code == 200, path
 
     wheel = wheel_of(packages, "ordain_device")
     python = str(installed(tmp_path / "device-env", wheel) / "python")

@@ -13,6 +13,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from tests.system import zygote
 from tests.system.conftest import NewBroker
 from tests.system.support import ORDAIN, WITHIN_SEC, Broker, Device, environment
 
@@ -72,7 +73,7 @@ def test_under_systemd_lines_have_a_priority_and_no_time_and_the_manager_is_told
         status = os.fstat(journal.fileno())
         more = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}", "NOTIFY_SOCKET": place}
         started = subprocess.Popen(
-            [ORDAIN, "serve", "--http", "127.0.0.1:0", "--mqtt-listen", "127.0.0.1:0"],
+            [zygote.program(ORDAIN), "serve", "--http", "127.0.0.1:0", "--mqtt-listen", "127.0.0.1:0"],
             stderr=journal,
             env=environment(ORDAIN_DATA=str(tmp_path / "data"), ORDAIN_LOG_FORMAT=format, **more),
         )

@@ -47,6 +47,8 @@ async def _of_listener() -> str:
             term=lambda: 1,
             beat_age_sec=lambda: 1,
             alive=lambda: 1,
+            held=lambda: 0,
+            held_bytes=lambda: 0,
             outcomes={"answered": 1, "held": 1},
         )
         return metrics.text().decode()

@@ -6,7 +6,8 @@ signals and exit code. `tests/unit/cli/test_main.py` holds what a command may im
 own.
 
 Run as a program, this module is the helper: it takes one connection for each start, answers with the child's
-process id, and with its exit code when it has ended. It ends when its standard input is closed.
+process id, and with its exit code when it has ended. A child whose connection is closed is killed. The helper
+ends when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -14,17 +15,50 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
-ARGUMENT_BYTES = 1_000_000
+# For shells: asks the helper for a child with its own standard streams, and ends like it.
+PROGRAM = """\
+#!{python} -IS
+import json, os, signal, socket, sys
+
+def said(signed):
+    answer = helper.recv(4, socket.MSG_WAITALL)
+    if len(answer) != 4:
+        sys.exit("the helper has ended")
+    return int.from_bytes(answer, "big", signed=signed)
+
+def pass_on(number, _):
+    try:
+        os.kill(child, number)
+    except ProcessLookupError:  # it has just ended
+        pass
+
+stops = {{signal.SIGINT, signal.SIGTERM}}
+signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # until they can be passed on
+helper = socket.socket(socket.AF_UNIX)
+helper.connect({address!r})
+argv = [{program!r}, *sys.argv[1:]]
+request = json.dumps({{"argv": argv, "cwd": os.getcwd(), "env": dict(os.environ)}}).encode()
+socket.send_fds(helper, [len(request).to_bytes(4, "big")], [0, 1, 2])
+helper.sendall(request)
+child = said(signed=False)
+for number in stops:
+    signal.signal(number, pass_on)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+code = said(signed=True)
+sys.exit(code if code >= 0 else 128 - code)
+"""
 
 
 class Forked:
@@ -44,7 +78,12 @@ class Forked:
             os.close(used)
         self.stdout: IO[str] = os.fdopen(out[0], encoding="utf-8")
         self.stderr: IO[str] = os.fdopen(err[0], encoding="utf-8")
-        self.pid = int.from_bytes(self._helper.recv(4, socket.MSG_WAITALL), "big")
+        self.pid = self._said(signed=False)
+
+    def _said(self, *, signed: bool) -> int:
+        answer = self._helper.recv(4, socket.MSG_WAITALL)
+        assert len(answer) == 4, "the helper has ended"
+        return int.from_bytes(answer, "big", signed=signed)
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit code; minus the number of the signal that ended it.
@@ -55,11 +94,10 @@ class Forked:
         if self.returncode is None:
             self._helper.settimeout(timeout)
             try:
-                said = self._helper.recv(4, socket.MSG_WAITALL)
+                self.returncode = self._said(signed=True)
             except TimeoutError:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
             self._helper.close()
-            self.returncode = int.from_bytes(said, "big", signed=True)
         return self.returncode
 
     def poll(self) -> int | None:
@@ -100,6 +138,18 @@ class Forked:
 _running: list[tuple[subprocess.Popen[bytes], str]] = []
 
 
+def program(ordain: str) -> Path:
+    """A program that does what `ordain` does, without the time of a start. Its file has the same name.
+    SIGKILL ends this program first; its child is killed a moment later.
+    """
+    place = Path(_helper()).parent / "bin" / "ordain"
+    if not place.exists():
+        place.parent.mkdir()
+        place.write_text(PROGRAM.format(python=sys.executable, address=_helper(), program=ordain))
+        place.chmod(0o755)
+    return place
+
+
 def _helper() -> str:
     """The address of this test process's helper, which is started at the first use."""
     if not _running:
@@ -116,8 +166,7 @@ def end() -> None:
     """Ends the helper of this test process."""
     for started, address in _running:
         started.communicate(timeout=60)
-        Path(address).unlink()
-        Path(address).parent.rmdir()
+        shutil.rmtree(Path(address).parent)
     _running.clear()
 
 
@@ -131,10 +180,14 @@ def main() -> None:
 
     from broker.cli.main import COMMANDS
     from broker.cli.main import main as ordain
+    from broker.http.app import warm
+    from devices.types import shipped_types
 
     for place, _ in COMMANDS.values():
         importlib.import_module(place.partition(":")[0])
-    importlib.import_module("broker.http.app")
+    warm()  # the routes are the same for every broker
+    shipped_types()
+    importlib.import_module("anyio._backends._asyncio")  # loaded late, by the client for webhooks
     assert threading.active_count() == 1, "a fork must not leave a thread behind"
     gc.freeze()
     request = _serve(sys.argv[1])
@@ -160,10 +213,21 @@ def _serve(address: str) -> dict[str, Any] | None:
         sys.stdout.write("ready\n")
         sys.stdout.flush()
         while True:
-            sources = [key.fileobj for key, _ in ready.select()]
+            found = [key for key, _ in ready.select()]
+            sources = [key.fileobj for key in found]
+            for key in found:
+                if key.data is not None:  # a child's caller has gone
+                    ready.unregister(key.fileobj)
+                    os.kill(key.data, signal.SIGKILL)
+            if ended in sources:
+                ended.recv(4_096)
+                _report(children, ready)
             if door in sources:
                 caller, _ = door.accept()
                 request = _request(caller)
+                if request is None:
+                    caller.close()
+                    continue
                 pid = os.fork()
                 if pid == 0:
                     for each in (caller, *children.values(), ended, wakes):
@@ -171,33 +235,40 @@ def _serve(address: str) -> dict[str, Any] | None:
                     return request
                 for stream in request["streams"]:
                     os.close(stream)
-                caller.sendall(pid.to_bytes(4, "big"))
+                with suppress(OSError):  # the caller has gone; the next turn kills the child
+                    caller.sendall(pid.to_bytes(4, "big"))
                 children[pid] = caller
-            if ended in sources:
-                ended.recv(4_096)
-                _report(children)
+                ready.register(caller, selectors.EVENT_READ, pid)
             if sys.stdin in sources:
+                for pid in children:
+                    os.kill(pid, signal.SIGKILL)
                 return None
 
 
-def _request(caller: socket.socket) -> dict[str, Any]:
+def _request(caller: socket.socket) -> dict[str, Any] | None:
+    """None if the caller has gone before its request was complete."""
     size, streams, _, _ = socket.recv_fds(caller, 4, 3)
-    request: dict[str, Any] = json.loads(caller.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+    length = int.from_bytes(size, "big")
+    with caller.makefile("rb") as sent:
+        text = sent.read(length)
+    if not text or len(text) < length:
+        for stream in streams:
+            os.close(stream)
+        return None
+    request: dict[str, Any] = json.loads(text)
     return request | {"streams": streams}
 
 
-def _report(children: dict[int, socket.socket]) -> None:
+def _report(children: dict[int, socket.socket], ready: selectors.BaseSelector) -> None:
     """Tells the callers of all children that have ended their exit codes."""
     while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
         code = os.waitstatus_to_exitcode(status)
-        with children.pop(pid) as caller:
-            try:
-                caller.sendall(code.to_bytes(4, "big", signed=True))
-            except OSError:
-                continue  # the caller no longer wants to know
+        with children.pop(pid) as caller, suppress(KeyError, OSError):  # the caller has gone
+            ready.unregister(caller)
+            caller.sendall(code.to_bytes(4, "big", signed=True))
 
 
 def _become(request: dict[str, Any]) -> None:

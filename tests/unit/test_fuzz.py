@@ -61,7 +61,7 @@ BUGS: list[tuple[str, str, Any]] = [
     ("cursors", "broker.http.edge.pages.Pager.after", lambda pager, cursor: 0),
     ("settings", "broker.settings._useless", lambda value: value["x"]),
     ("types", "devices.types.toml.parse", tomllib.loads),
-    ("imports", "broker.operations.transfer._unfit", lambda row: None),
+    ("imports", "broker.operations.transfer.unfit", lambda row: None),
 ]
 
 

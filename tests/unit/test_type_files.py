@@ -64,6 +64,32 @@ def test_a_type_whose_topics_make_the_broker_hear_its_own_commands_is_refused(
         load_types(str(tmp_path))
 
 
+OF_ESPHOME = """
+name = "mine"
+payload = "bare"
+command_topic = "{hardware_id}/%s/{name}/command"
+state_topics = ["{hardware_id}/%s/{name}/state"]
+presence_topic = "{hardware_id}/status"
+online = "online"
+offline = "offline"
+[commands.open]
+text = "OPEN"
+done_when = "open"
+"""
+
+
+@pytest.mark.parametrize("part", ["cover", "switch"])
+def test_a_type_that_shares_topics_with_another_shares_them_with_its_variants_too(
+    tmp_path: Path, part: str
+) -> None:
+    text, file = OF_ESPHOME % (part, part), tmp_path / "mine.toml"
+    file.write_text('shares_topics_with = ["esphome_switch"]' + text)
+    assert "mine" in load_types(str(tmp_path))
+    file.write_text(text)
+    with pytest.raises(BadType, match="a device of type esphome_"):
+        load_types(str(tmp_path))
+
+
 def test_a_types_setting_that_is_not_a_directory_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path / "none", tmp_path / "file"):
         (tmp_path / "file").write_text(LAMP)

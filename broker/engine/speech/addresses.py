@@ -1,24 +1,31 @@
 """Which topics a device has, and which device a topic belongs to.
 
 In memory only: it is a function of the device types and of the registered devices. No two devices may have a
-topic in common: `taken` says so before a device is registered or changed.
+topic in common: `check` refuses that before a device is registered or changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from typing import NamedTuple
 
+from broker.domain.errors import invalid
 from broker.domain.fleet import DeviceState
 from broker.engine.live import Live, Recent
 from devices.names import answer_topic, device_topic, parse_topic
 from devices.speech.speech import Speech
 from devices.speech.topics import (
+    GATEWAY,
     HARDWARE_ID,
     NAME,
+    Owner,
     Router,
+    contains,
+    covers,
     filter_of,
     level_fault,
+    meeting,
     topic_of,
     with_prefix,
 )
@@ -35,6 +42,14 @@ class Place(NamedTuple):
     hardware_id: str
     roles: tuple[str, ...]
     pattern: str = ""
+
+
+class Names(NamedTuple):
+    """What the topics of a device are made of. `gateway`: the hardware id of its gateway."""
+
+    hardware_id: str
+    name: str | None
+    gateway: str | None
 
 
 class Reach(NamedTuple):
@@ -57,10 +72,14 @@ class Addresses:
         self.prefix = prefix
         self._live = live
         self._router = Router(with_prefix(each, prefix) for kind in types.values() for each in kind.says)
-        self._every = Router(each for kind in types.values() for each in _patterns(kind, prefix))
-        self._named: dict[str, str] = {}  # the name in topics -> device id, of types that use {name}
-        self._names: dict[str, str] = {}  # device id -> its name there
-        self._reaches: Recent[str, tuple[tuple[str | None, str], Reach]] = Recent()
+        every = [each for kind in types.values() for each in _patterns(kind, prefix)]
+        self._every = Router(every)
+        self._patterns = dict.fromkeys(every)
+        self._others = dict.fromkeys(each for kind in types.values() for each in _others(kind, prefix))
+        self._kept = [*every, f"{prefix}/evt/{HARDWARE_ID}"]  # the `other_topics` of no device cover these
+        self._named: dict[Owner, str] = {}  # the name in topics -> device id, of types that use {name}
+        self._names: dict[str, set[Owner]] = {}  # device id -> its names there
+        self._reaches: Recent[str, tuple[tuple[Names, str], Reach]] = Recent()
         self.used: Callable[[list[str]], None] = lambda filters: None
         self.filters: dict[str, None] = {}
 
@@ -73,15 +92,15 @@ class Addresses:
         to exactly its topics brings them; the common one has brought them already, when nobody knew the
         device.
         """
-        old = self._names.pop(device.id, None)
-        if old is not None and self._named.get(old) == device.id:
-            del self._named[old]
+        for old in self._names.pop(device.id, ()):
+            if self._named.get(old) == device.id:
+                del self._named[old]
         kind = self.types.get(device.device_type)
         if device.deleted_at is not None or kind is None:
             return
-        if _by_name(kind):
-            self._names[device.id] = device.name or device.hardware_id
-            self._named[self._names[device.id]] = device.id
+        if found := _owners(kind, names_of(device)):
+            self._names[device.id] = found
+            self._named |= dict.fromkeys(found, device.id)
         self._use(kind.says if kind.speeches else ())
         if kind.speeches and not loaded:
             said = self.reach(device).says.items()
@@ -103,14 +122,33 @@ class Addresses:
     @property
     def by_name(self) -> list[str]:
         """The types whose topics have the device's name."""
-        return [name for name, kind in self.types.items() if _by_name(kind)]
+        return [name for name, kind in self.types.items() if _owners(kind, Names("", "", None))]
 
     def alike(self, device: DeviceState) -> dict[str, DeviceType]:
         """The types that a command to this device may have instead of its own: those with the same rule for
-        signed answers, so that nobody can choose a type that accepts unsigned ones."""
+        signed answers, so that nobody can choose a type that accepts unsigned ones. None, if the rule is not
+        known because the file of its own type is missing."""
         own = self.types.get(device.device_type)
-        rule = "none" if own is None else own.answers_signed
-        return {name: kind for name, kind in self.types.items() if kind.answers_signed == rule}
+        if own is None:
+            return {}
+        return {name: kind for name, kind in self.types.items() if kind.answers_signed == own.answers_signed}
+
+    def kind(self, device: DeviceState, other: str | None) -> DeviceType:
+        """The type that a command to this device has. `other`: the one that the caller wants instead of its
+        own.
+
+        Raises:
+            Refusal: invalid_request.
+        """
+        own = device.device_type
+        wanted = own if other is None else other
+        if own not in self.types:
+            right = f"the device's own type {own} is not known to the broker: its file is missing"
+            raise invalid("device_type", right, wanted)
+        allowed = self.alike(device)
+        if (found := allowed.get(wanted)) is None:
+            raise invalid("device_type", f"must be one of {', '.join(sorted(allowed))}", wanted)
+        return found
 
     def load(self, used: Iterable[str], devices: Iterable[DeviceState]) -> None:
         """Forgets everything, and takes in the types in use and the devices of types with names in topics."""
@@ -122,40 +160,67 @@ class Addresses:
             if (kind := self.types.get(name)) is not None and kind.speeches:
                 self._use(kind.says)
 
-    def rivals(self, kind: DeviceType, hardware_id: str, name: str | None) -> dict[str, tuple[str, str]]:
-        """The devices of other types, if they exist, that may have a topic of a device with these names: each
-        with the field that decides it, and the topic."""
-        found: dict[str, tuple[str, str]] = {}
+    def rivals(self, kind: DeviceType, names: Names) -> dict[str, str]:
+        """The devices, if they exist, that may have a topic in common with a device of these names: each with
+        the field that decides it."""
+        found: dict[str, str] = {}
         if not kind.speeches:
             return found
         own = _patterns(kind, self.prefix)
-        for pattern in own:
-            topic = topic_of(pattern, self.prefix, hardware_id, name or hardware_id)
-            field = "name" if NAME in pattern and name is not None else "hardware_id"
-            for other, owner in self._every.matches(topic):
-                value = owner.value if owner.by != NAME else self._named.get(owner.value)
-                if other not in own and value is not None:
-                    found.setdefault(value, (field, topic))
+        pairs = [(each, self._others) for each in own]
+        pairs += [(each, self._patterns) for each in _others(kind, self.prefix)]
+        for pattern, others in pairs:
+            topic = self._topic(pattern, names)
+            field = "name" if NAME in pattern and names.name is not None else "hardware_id"
+            owners = (owner for other, owner in self._every.matches(topic) if other not in own)
+            met = [self._device_of(owner) for owner in owners]
+            for other in others:
+                met += self._named_by(meeting(other, topic), names.hardware_id)
+            found = dict.fromkeys(filter(None, met), field) | found
         return found
 
-    def taken(
-        self, kind: DeviceType, hardware_id: str, name: str | None, device_id: str
-    ) -> tuple[str, str] | None:
-        """Why a device cannot have this type and these names: (field, what would be right). Its `rivals` are
-        in memory, as far as they exist."""
-        field = "hardware_id" if name is None else "name"
+    def check(self, kind: DeviceType, names: Names, device_id: str) -> None:
+        """Checks that a device can have this type and these names. Its `rivals` are in memory, as far as they
+        exist.
+
+        Raises:
+            Refusal: invalid_request, which names the field.
+        """
+        value = names.name or names.hardware_id
+        field = "hardware_id" if names.name is None else "name"
         as_level = any(NAME in pattern for pattern in _patterns(kind, self.prefix))
-        if as_level and (fault := level_fault(name or hardware_id)):
-            return field, f"is a level of this type's topics: {fault}"
-        if _by_name(kind) and self._named.get(name or hardware_id, device_id) != device_id:
-            return field, f"another device has {name or hardware_id} in its topics already"
-        for rival, (field, topic) in self.rivals(kind, hardware_id, name).items():
+        if as_level and (fault := level_fault(value)):
+            raise invalid(field, f"is a level of this type's topics: {fault}", value)
+        for each in kind.other_topics:
+            wide = self._topic(each, names)
+            if (kept := next((one for one in self._kept if covers(wide, one)), None)) is not None:
+                field = "hardware_id" if NAME not in each else field
+                right = f"it might then publish on topics of other devices: {wide} covers {kept}"
+                raise invalid(field, right, value if field == "name" else names.hardware_id)
+        if any(self._named.get(each, device_id) != device_id for each in _owners(kind, names)):
+            raise invalid(field, f"another device has {value} in its topics already", value)
+        for rival, field in self.rivals(kind, names).items():
             device = self._live.device(rival)
             if device is None or device.id == device_id or device.deleted_at is not None:
                 continue
-            reach = self.reach(device)
-            if topic in reach.hears or topic in reach.says:
-                return field, f"its topic {topic} is one of another device's: {device.hardware_id}"
+            if (fault := self._shared(kind, names, device)) is not None:
+                raise invalid(field, fault, value if field == "name" else names.hardware_id)
+
+    def _shared(self, kind: DeviceType, names: Names, device: DeviceState) -> str | None:
+        """Which topic a device with these names would have in common with this device, as a sentence."""
+        reach = self.reach(device)
+        own = {self._topic(each, names) for each in _patterns(kind, self.prefix)}
+        theirs = {*reach.hears, *reach.says}
+        if both := own & theirs:
+            return f"its topic {min(both)} is one of another device's: {device.hardware_id}"
+        if (names.gateway or names.hardware_id) == (device.gateway or device.hardware_id):
+            return None  # one connection, which may use the topics of both
+        for wide, topic in product((self._topic(each, names) for each in kind.other_topics), theirs):
+            if contains(wide, topic):
+                return f"it might then publish on topics of {device.hardware_id}: {wide} covers {topic}"
+        for wide, topic in product(reach.others, own):
+            if contains(wide, topic):
+                return f"{device.hardware_id} might then publish on its topics: {wide} covers {topic}"
         return None
 
     # --- topics ---
@@ -164,11 +229,23 @@ class Addresses:
         """The devices (ids or hardware ids) that a topic may belong to. They may not exist."""
         if (own := parse_topic(self.prefix, topic)) is not None:
             return [own[0]]
-        return [
-            name
-            for owner in self._router.owners(topic)
-            if (name := owner.value if owner.by != NAME else self._named.get(owner.value)) is not None
-        ]
+        found = map(self._device_of, self._router.owners(topic))
+        return [name for name in found if name is not None]
+
+    def _device_of(self, owner: Owner) -> str | None:
+        return self._named.get(owner) if owner.by == NAME else owner.value
+
+    def _named_by(self, levels: dict[str, str] | None, own: str) -> Iterator[str | None]:
+        """The devices, if they exist, that these levels of a topic name. `own`: the hardware id of the device
+        that asks; it speaks for all devices behind itself."""
+        if levels is None or own in (levels.get(HARDWARE_ID), levels.get(GATEWAY)):
+            return
+        if HARDWARE_ID in levels:
+            yield levels[HARDWARE_ID]
+        elif NAME in levels:
+            yield self._named.get(Owner(NAME, levels[NAME], levels.get(GATEWAY)))
+        elif GATEWAY in levels:
+            yield from (each for owner, each in self._named.items() if owner.gateway == levels[GATEWAY])
 
     def place(self, topic: str) -> Place | None:
         """Whose topic this is. The owners are in memory already, as far as they exist; None: nobody's."""
@@ -195,7 +272,7 @@ class Addresses:
         lane = self._live.lanes.get(device.id)
         speeches = [] if lane is None else [member.definition.speech for member in lane.members.values()]
         foreign = [each for each in speeches if each is not None and each.command_topic]
-        key = (device.name, device.device_type)
+        key = (names_of(device), device.device_type)
         known = self._reaches.get(device.id)
         if known is not None and known[0] == key and self._covers(known[1], foreign, device):
             return known[1]
@@ -229,8 +306,8 @@ class Addresses:
         others = () if kind is None else tuple(self._topic(each, device) for each in kind.other_topics)
         return Reach(frozenset(hears), says, others, will)
 
-    def _topic(self, pattern: str, device: DeviceState) -> str:
-        return topic_of(pattern, self.prefix, device.hardware_id, device.name or device.hardware_id)
+    def _topic(self, pattern: str, of: DeviceState | Names) -> str:
+        return topic_of(pattern, self.prefix, of.hardware_id, of.name or of.hardware_id, of.gateway)
 
     def command_topic(self, device: DeviceState, definition: Definition) -> str:
         if definition.speech is None:
@@ -246,10 +323,9 @@ class Addresses:
         speech = definition.speech
         if speech is None:
             return answer_topic(self.prefix, hardware_id, definition)
-        device = self._live.device(hardware_id)
-        name = hardware_id if device is None or device.name is None else device.name
         pattern = speech.reply_topic or next(iter(speech.answer_topics), None)
-        return None if pattern is None else topic_of(pattern, self.prefix, hardware_id, name)
+        device = self._live.device(hardware_id) or Names(hardware_id, None, None)
+        return None if pattern is None else self._topic(pattern, device)
 
     def status_topic(self, hardware_id: str) -> str:
         """Where the device says whether it is online."""
@@ -259,10 +335,21 @@ class Addresses:
         return self.reach(device).will
 
 
-def _by_name(kind: DeviceType) -> bool:
-    """Whether only the name says whose a topic of this type is."""
-    return any(NAME in each and HARDWARE_ID not in each for each in (*kind.says, *kind.listens))
+def names_of(device: DeviceState) -> Names:
+    return Names(device.hardware_id, device.name, device.gateway)
+
+
+def _owners(kind: DeviceType, names: Names) -> set[Owner]:
+    """What tells a device with these names in topics where only the name, or name and gateway, says whose
+    they are."""
+    value, gateway = names.name or names.hardware_id, names.gateway or names.hardware_id
+    by_name = (each for each in (*kind.says, *kind.listens) if NAME in each and HARDWARE_ID not in each)
+    return {Owner(NAME, value, gateway if GATEWAY in each else None) for each in by_name}
 
 
 def _patterns(kind: DeviceType, prefix: str) -> list[str]:
     return [with_prefix(each, prefix) for each in (*kind.says, *kind.listens)]
+
+
+def _others(kind: DeviceType, prefix: str) -> list[str]:
+    return [with_prefix(each, prefix) for each in kind.other_topics]

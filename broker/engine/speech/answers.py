@@ -10,12 +10,21 @@ from broker.domain.events import Error
 from broker.domain.fleet import DeviceState
 from broker.domain.lifecycle import ANSWERS, Request, Signature
 from broker.engine.grants import Secrets
-from devices.speech.signing import is_signed_by, public_key
+from devices.speech.numbers import hard_numbers
+from devices.speech.signing import is_signed_by, looks_signed, public_key
 from devices.types import Definition
 from devices.wire import Answer
 
 # To check a signature takes as long as to read an unsigned answer of this many bytes.
 SIGNED_BYTES = 4_096
+HARD_BYTES = 128  # so does one hard number; in a signed answer it may have eight bytes
+
+
+def weight(payload: bytes) -> int:
+    """How many bytes of an unsigned answer take as long to read as this message."""
+    if looks_signed(payload.lstrip()):
+        return max(SIGNED_BYTES, HARD_BYTES // 8 * len(payload))
+    return len(payload) + HARD_BYTES * hard_numbers(payload)
 
 
 def request_of(

@@ -7,17 +7,22 @@ unknown until the device is heard.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
+import structlog
 from msgspec import UNSET
 
 from broker.domain.errors import Refusal, invalid
 from broker.domain.events import Changed
+from broker.domain.explain import Speaker
 from broker.domain.fleet import DeviceState
 from broker.domain.lanes import Presence
 from broker.engine.live import Live
-from broker.seams import Storage
+from broker.seams import UNREADABLE, Storage
 from devices.types import DeviceType
+
+logger = structlog.get_logger()
 
 NOT_ONE = "must be a gateway of the same project: a device whose type says `gateway = true`"
 
@@ -49,6 +54,7 @@ class Gateways:
         self._newest = newest
         self._children: dict[str, dict[str, str]] = {}  # of each gateway: hardware ids with device ids
         self._of: dict[str, str] = {}  # device id -> hardware id of its gateway
+        self._untold = deque[tuple[str, Callable[[DeviceState], None]]]()
 
     def load(self, devices: Iterable[DeviceState]) -> None:
         self._children.clear()
@@ -84,6 +90,11 @@ class Gateways:
     def is_gateway(self, type_name: str) -> bool:
         kind = self._types.get(type_name)
         return kind is not None and kind.gateway
+
+    def named(self, name: str | None) -> str | None:
+        """The hardware id of a gateway by its id or hardware id, if it is in memory."""
+        gateway = None if name is None else self._live.device(name)
+        return name if gateway is None else gateway.hardware_id
 
     def wanted(
         self, name: str | None, sees: Callable[[DeviceState], bool], own_type: str, project: str
@@ -137,13 +148,34 @@ class Gateways:
                 {"devices": count},
             )
 
+    async def tell(self, storage: Storage, name: str, change: Callable[[DeviceState], None]) -> None:
+        """Tells the MQTT server of a durable change of a device. Calls `change` with its newest state when it
+        and those that it speaks for are in memory; if they cannot be read now, `tell_rest` does it later."""
+        self._untold.append((name, change))
+        await self.tell_rest(storage)
+
     async def regroup(self, storage: Storage, *names: str | None) -> None:
         """Tells the MQTT server that these gateways have other topics now. The first one loses them."""
         for name in dict.fromkeys(each for each in names if each is not None):
-            await self._live.bring(storage, [name, *self.children(name)])
-            gateway = self._live.device(name)
-            if gateway is not None and gateway.deleted_at is None:
-                self.regrouped(gateway)
+            await self.tell(storage, name, self._regroup)
+
+    def _regroup(self, gateway: DeviceState) -> None:
+        if gateway.deleted_at is None:
+            self.regrouped(gateway)
+
+    async def tell_rest(self, storage: Storage) -> None:
+        """Tells the changes that were not told yet, in order."""
+        while self._untold:
+            first = name, change = self._untold[0]
+            try:
+                await self._live.bring(storage, [name, *self.children(name)])
+            except UNREADABLE as error:
+                logger.warning("mqtt.not_told", device=name, why=str(error))
+                return
+            if self._untold and self._untold[0] is first:  # else another request has told it
+                self._untold.popleft()
+                if (device := self._live.device(name)) is not None:
+                    change(device)
 
     # --- presence ---
 
@@ -191,3 +223,16 @@ class Gateways:
         device = self._live.device(name)
         heard = device is None or device.heard
         self.presence(device_id, Presence.UNKNOWN if heard else Presence.NEVER)
+
+
+async def speaker_of(device: DeviceState, live: Live, storage: Storage) -> Speaker | None:
+    """The gateway of a device. One that was heard before is offline, even if the live state says `never`."""
+    if device.gateway is None:
+        return None
+    await live.bring(storage, [device.gateway])
+    if (gateway := live.device(device.gateway)) is None:
+        return None
+    presence = live.presence.get(gateway.id, Presence.NEVER)
+    if presence is Presence.NEVER and gateway.heard:
+        presence = Presence.OFFLINE
+    return Speaker(gateway.hardware_id, presence)

@@ -26,8 +26,10 @@ from broker.http.edge.services import Services, served
 from broker.http.edge.strangers import PASSED
 from broker.settings import Limits
 from devices.names import RESERVED, is_name
+from devices.speech.numbers import too_hard
 
 PIECE_BYTES = 65_536
+MANY_VALUES = 12_000  # how many more a body may hold that names up to 10,000 devices, for the names
 FILTERS_BY_NAME = frozenset({"device", "type", "command"})
 OPERATOR = Caller(actor="operator:local", project=None, scopes=frozenset(SCOPES))
 
@@ -99,25 +101,39 @@ def check_size(body: bytes, limits: Limits, many: str) -> None:
 
     Decoding takes time per value, not per byte: 4 MB of `[],` are a million lists, and would block the event
     loop for seconds. Commas and brackets are counted instead of values, because that is fast. Those inside
-    texts count too.
+    texts count too. So do numbers that take long to read.
 
     Raises:
         Refusal: too_large.
         msgspec.DecodeError: it is not JSON.
     """
-    values = 0
-    for start in range(0, len(body), PIECE_BYTES):
-        piece = body[start : start + PIECE_BYTES]
-        values += piece.count(b",") + piece.count(b"[") + piece.count(b"{")
-        if values > limits.body_values:
-            raise Refusal("too_large", f"the body holds more than {limits.body_values} values")
-    if many and len(body) > limits.body_bytes:
+    values = _check_values(body, limits.body_values + (MANY_VALUES if many else 0))
+    if len(body) <= limits.body_bytes and values <= limits.body_values:
+        _check_numbers(body)
+    elif many:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        rest = sum(len(bytes(value)) for name, value in fields.items() if name != many)
-        if rest > limits.body_bytes:
-            raise Refusal(
-                "too_large", f"the body beside {many}: {rest} bytes; at most {limits.body_bytes} are allowed"
-            )
+        others = b",".join(bytes(value) for name, value in fields.items() if name != many)
+        if len(others) > limits.body_bytes:
+            what = f"{len(others)} bytes; at most {limits.body_bytes} are allowed"
+            raise Refusal("too_large", f"the body beside {many}: {what}")
+        _check_values(others, limits.body_values)
+        _check_numbers(others + b",")
+
+
+def _check_values(text: bytes, most: int) -> int:
+    """How many values a text of JSON holds, more or less."""
+    values = 0
+    for start in range(0, len(text), PIECE_BYTES):
+        piece = text[start : start + PIECE_BYTES]
+        values += piece.count(b",") + piece.count(b"[") + piece.count(b"{")
+        if values > most:
+            raise Refusal("too_large", f"the body holds more than {most} values")
+    return values
+
+
+def _check_numbers(text: bytes) -> None:
+    if (fault := too_hard(text)) is not None:
+        raise Refusal("too_large", f"the body: {fault}")
 
 
 async def authorize(request: Request[Any, Any, Any], scope: str = "") -> None:

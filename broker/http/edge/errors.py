@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import msgspec
 import structlog
@@ -70,7 +70,8 @@ DOCUMENTED = {
     415: "`unsupported_media_type`: a body must be `application/json`.",
     429: "`queue_full`: too many open commands, or `rate_limit_exceeded`: too many requests in a minute; "
     "`Retry-After` gives the seconds to wait.",
-    503: "`unavailable`: the log cannot be written now. The outcome is unknown; send the request again.",
+    503: "`unavailable`: the log cannot be written now, or the node that owns it ended before it answered. "
+    "The outcome is unknown; send the request again, with its idempotency key.",
 }
 # Refusals that get a log line, because they may be an attack.
 TOLD = frozenset({"unauthorized", "forbidden", "rate_limit_exceeded"})
@@ -216,6 +217,12 @@ HANDLERS: Any = {
     HTTPException: by_status,
     Exception: failed,
 }
+
+
+def answer_to(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorBody]:
+    """The answer to an exception: as in Litestar, the handler of its nearest class gives it."""
+    handler = next(HANDLERS[kind] for kind in type(error).__mro__ if kind in HANDLERS)
+    return cast(Response[ErrorBody], handler(request, error))
 
 
 def _services(request: Request[Any, Any, Any]) -> Services:

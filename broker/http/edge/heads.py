@@ -14,7 +14,7 @@ from typing import Literal
 
 Network = IPv4Network | IPv6Network
 Headers = list[tuple[bytes, bytes]]  # names in lower case
-Fault = tuple[Literal[400, 408, 415, 431], str, str]  # status, error code, message
+Fault = tuple[Literal[400, 408, 414, 415, 431], str, str]  # status, error code, message
 
 MOST_HOPS = 16  # proxies behind each other
 WEBSOCKET_PATH = b"/mqtt"

@@ -31,6 +31,9 @@ from broker.http.edge.heads import (
 from broker.http.edge.strangers import PASSED, Strangers
 
 HEAD_BYTES = 65_536
+TARGET_BYTES = 16_384
+MOST_HEADERS = 200
+SLICE = 4_096  # bytes that are parsed in one turn of the loop: a request may have thirty, and each takes time
 HEAD_SEC = 10.0
 BODY_SEC = 30.0
 STALLED_SEC = 10.0  # how long a client may leave full buffers unread before it is disconnected
@@ -39,6 +42,40 @@ LINGER_SEC = 1.0  # a client that still sends would lose the answer if the conne
 MALFORMED: Fault = (400, "invalid_request", "this is not HTTP/1.1")
 LATE: Fault = (408, "invalid_request", "the rest of the request did not arrive in time")
 TOO_LARGE: Fault = (431, "too_large", f"path, query and headers are larger than {HEAD_BYTES} bytes")
+TOO_MANY: Fault = (431, "too_large", f"there are more than {MOST_HEADERS} headers")
+TOO_LONG: Fault = (414, "too_large", f"path and query are larger than {TARGET_BYTES} bytes")
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # uvicorn writes it when the body is asked for
+
+
+class _Joined:
+    """The transport of one answer. It writes the head together with the first part of the body, if that comes
+    in the same turn of the event loop: two writes are two system calls, and may wake the client twice."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._begun = False
+        self._head = b""
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if data == CONTINUE:
+            self._transport.write(data)
+        elif not self._begun:
+            self._begun, self._head = True, data
+            self._loop.call_soon(self._flush)
+        else:
+            head, self._head = self._head, b""
+            self._transport.write(head + data)
+
+    def _flush(self) -> None:
+        if self._head and not self.is_closing():
+            self.write(b"")
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
 
 
 class Bounded(HttpToolsProtocol):
@@ -69,6 +106,8 @@ class Bounded(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._kept = 0  # bytes received since the parser last passed on a part
+        self._waiting = bytearray()  # received, and not parsed yet; meanwhile nothing is read
+        self._scheduled = False
         self._fault: Fault | None = None
         self._refused = False
 
@@ -91,6 +130,7 @@ class Bounded(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.passed()
+        self._waiting.clear()
         for timer in filter(None, (self._timer, self._stall)):
             timer.cancel()
 
@@ -106,6 +146,29 @@ class Bounded(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused or self._last:
             return
+        self._waiting += data
+        if self._scheduled:
+            self.transport.pause_reading()
+        else:
+            self._work()
+
+    def _work(self) -> None:
+        """Parses a slice of what was received. The rest follows in later turns of the loop."""
+        held, self._scheduled = self._scheduled, False
+        if self._waiting:
+            piece = bytes(self._waiting[:SLICE])
+            del self._waiting[:SLICE]
+            self._parse(piece)
+        if self._refused or self._last:
+            self._waiting.clear()
+        if self._waiting:
+            self._scheduled = True
+            self.transport.pause_reading()
+            self.loop.call_soon(self._work)
+        elif held and not self.flow.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def _parse(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         if self._part is None:
             self._enter("head")  # here, because the parser reports nothing for empty lines
@@ -114,7 +177,7 @@ class Bounded(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             # The parser stopped behind the head. What follows it is not read: it is no HTTP.
-            self._upgraded(rest=len(data) - upgrade.args[0])
+            self._upgraded(rest=len(data) - upgrade.args[0] + len(self._waiting))
         except httptools.HttpParserError:
             self._refuse(self._fault or MALFORMED)
         else:
@@ -133,6 +196,10 @@ class Bounded(HttpToolsProtocol):
         version, method = self.parser.get_http_version(), self.parser.get_method()
         if size > HEAD_BYTES:
             self._fault = TOO_LARGE
+        elif len(self.headers) > MOST_HEADERS:
+            self._fault = TOO_MANY
+        elif len(self.url) > TARGET_BYTES:
+            self._fault = TOO_LONG
         else:
             self._fault = fault_of(version, method, self.url, self.headers)
         if self._fault is not None:
@@ -147,8 +214,11 @@ class Bounded(HttpToolsProtocol):
             and is_websocket(version, method, self.url, self.headers)
         )
         super().on_headers_complete()
-        if self._last and not self._leaving:
-            self.cycle.keep_alive = False
+        if not self._leaving:
+            if self._last:
+                self.cycle.keep_alive = False
+            if method != b"HEAD":  # its answer has no body
+                self.cycle.transport = _Joined(self.transport, self.loop)  # type: ignore[assignment]
         self._enter("body")
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -213,6 +283,7 @@ class Bounded(HttpToolsProtocol):
             # head may be answered if the request before it has its complete answer.
             turn = turn and (not cycle.response_started if part == "body" else cycle.response_complete)
             cycle.disconnected = True
+            cycle.waiting_for_100_continue = False  # nothing may be written after the answer below
             cycle.message_event.set()
         if not turn or self.transport.is_closing():
             self.transport.close()

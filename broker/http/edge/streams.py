@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from litestar import Request, Response
@@ -18,6 +18,7 @@ from broker.domain.cloudevents import Entry, Wanted, encoded
 from broker.domain.errors import Refusal, Unavailable
 from broker.engine.commands import Caller
 from broker.http.edge.positions import full
+from broker.seams import Unknown
 from broker.subscriptions.feed import Feed, Subscription
 
 PING_SEC = 15.0
@@ -41,6 +42,7 @@ class Streams:
         self._most = most
         self._open: dict[Subscription, Caller] = {}
         self._closing = False
+        self._followed = 0  # streams so far
 
     @property
     def open(self) -> int:
@@ -96,7 +98,9 @@ class Streams:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             await _say(send, BEGIN % full(self._log_id, after).encode())
-            await self._follow(subscription, send)
+            # If the log is away, the client comes again, and goes on after its last event.
+            with suppress(Unknown):
+                await self._follow(subscription, send)
             await _say(send, b"", more=False)
         finally:
             gone.cancel()
@@ -104,7 +108,10 @@ class Streams:
 
     async def _follow(self, subscription: Subscription, send: Send) -> None:
         time = asyncio.get_running_loop().time
-        due = time() + PING_SEC
+        # Each stream has a pause of its own: all together would block the loop.
+        self._followed += 1
+        pause = PING_SEC * (1 - self._followed % 128 / 512)
+        due = time() + pause
         while not subscription.ended:
             entries = await subscription.next(max(0.0, due - time()))
             if entries:
@@ -119,7 +126,7 @@ class Streams:
                 continue
             else:
                 await _say(send, PING)
-            due = time() + PING_SEC
+            due = time() + pause
 
     def _pieces(self, entries: list[Entry]) -> Iterator[tuple[bytes, int]]:
         """The bytes of each write, and the position of the last event in it."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import TypeAlias
+from contextlib import suppress
+from typing import Protocol, TypeAlias
 
 import asyncpg
 from asyncpg import exceptions as pg
 
 from broker.log.postgresql.tables import SCHEMA
+from broker.log.postgresql.vanished import watch
 from broker.log_url import Address
 from broker.seams import Broken, Conflict, Fenced, Full, Unknown, UnknownFormat
 
@@ -17,21 +19,30 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 OLDEST = 15
 CONNECT_SEC = 5.0
+VANISHED_SEC = 8  # a server of which nothing is heard for so long is gone; see `vanished`
 SETTINGS = {
     "application_name": "ordain",
     "search_path": SCHEMA,
     "default_transaction_isolation": "read committed",
     "jit": "off",
     "bytea_output": "hex",
+    "array_nulls": "on",  # else the NULL in an array of texts would be the word
     # A backend whose client is gone must not hold a snapshot for hours.
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "10000",
     "idle_in_transaction_session_timeout": "600000",
 }
 # For the connection that appends. Its statements find rows by key, in tables of any size. A plan that was
 # made while a table was small must not be kept when it has grown.
 APPENDING = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
+
+
+class Connect(Protocol):
+    """How a connection is made: `connect`, or in the simulation a connection to a simulated server."""
+
+    async def __call__(self, where: Address, settings: Mapping[str, str] = ..., /) -> Connection: ...
 
 
 async def connect(where: Address, settings: Mapping[str, str] = {}) -> Connection:
@@ -49,14 +60,25 @@ async def connect(where: Address, settings: Mapping[str, str] = {}) -> Connectio
             server_settings={**SETTINGS, **settings},
             statement_cache_size=400,
         )
+        try:
+            await _set_up(connection, where)
+        except BaseException:
+            connection.terminate()
+            raise
     except (pg.InvalidAuthorizationSpecificationError, pg.InvalidCatalogNameError) as error:
         raise Broken(f"{where.shown}: {error}") from error
     except ValueError as error:  # of the URL
         raise Broken(f"{where.shown}: {error}") from error
-    except (OSError, TimeoutError, pg.PostgresError, asyncpg.InterfaceError) as error:
+    except FAILURES as error:
         raise Unknown(f"{where.shown} cannot be reached: {error or type(error).__name__}") from error
+    return connection
+
+
+async def _set_up(connection: Connection, where: Address) -> None:
+    # asyncpg has no setting for it, so this reads a private attribute of its. A test looks at the result.
+    transport = connection._transport  # type: ignore[attr-defined]
+    watch(transport.get_extra_info("socket"), VANISHED_SEC)
     if connection.get_server_version().major < OLDEST:
-        connection.terminate()
         raise Broken(
             f"{where.shown} is PostgreSQL {connection.get_server_version().major}; "
             f"the log needs {OLDEST} or later"
@@ -65,7 +87,6 @@ async def connect(where: Address, settings: Mapping[str, str] = {}) -> Connectio
     await connection.set_type_codec(
         "numeric", encoder=str, decoder=_number, schema="pg_catalog", format="text"
     )
-    return connection
 
 
 def _number(text: str) -> int | float:
@@ -83,10 +104,11 @@ async def goodbye(connection: Connection | None) -> None:
     if connection is None or connection.is_closed():
         return
     try:
-        async with asyncio.timeout(1):
-            await connection.close()
-    except (TimeoutError, OSError, pg.PostgresError, asyncpg.InterfaceError):
-        connection.terminate()
+        with suppress(TimeoutError, OSError, pg.PostgresError, asyncpg.InterfaceError):
+            async with asyncio.timeout(1):
+                await connection.close()
+    finally:
+        end(connection)
 
 
 FAILURES = (pg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)

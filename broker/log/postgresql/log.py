@@ -21,6 +21,7 @@ from broker.log.postgresql.arguments import APPEND, arguments
 from broker.log.postgresql.connection import (
     APPENDING,
     FAILURES,
+    Connect,
     Connection,
     connect,
     end,
@@ -37,10 +38,8 @@ T = TypeVar("T")
 logger = structlog.get_logger()
 
 ANSWER_SEC = 10.0  # for one statement of ours; a longer silence is a lost connection
-LOOK_SEC = 1.0  # a lost notification is made good by looking
-CHANNEL, OF_NODES = "ordain", "ordain_nodes"
+CHANNEL = "ordain_nodes"
 BEAT_WITHIN_SEC = 3.0
-HEAD = "SELECT coalesce(max(position), 0) FROM events"
 END = """SELECT
     coalesce((SELECT version FROM events WHERE stream = 'owner' ORDER BY version DESC LIMIT 1), 0),
     coalesce((SELECT coalesce(decided_at, recorded_at) FROM events ORDER BY position DESC LIMIT 1), 0)"""
@@ -50,30 +49,29 @@ BEAT = """INSERT INTO nodes (incarnation, name, address, beat, link_up, draining
         beat = nodes.beat + 1, link_up = excluded.link_up, draining = excluded.draining"""
 NODES = "SELECT incarnation, name, address, beat, link_up, draining FROM nodes ORDER BY incarnation"
 OWNED_BY = "SELECT version, data FROM events WHERE stream = 'owner' ORDER BY version DESC LIMIT 1"
-STIR = f"SELECT pg_notify('{OF_NODES}', '')"
-SETTLE = "SELECT pg_logical_emit_message(true, 'ordain', '')"
+NOTIFY = f"SELECT pg_notify('{CHANNEL}', '')"
 
 
 class PostgresLog:
     """One node's connections to a log. `incarnation`: this run of the process; its batches are numbered."""
 
-    def __init__(self, where: Address, incarnation: str, answer_sec: float = ANSWER_SEC) -> None:
+    def __init__(
+        self, where: Address, incarnation: str, answer_sec: float = ANSWER_SEC, connect: Connect = connect
+    ) -> None:
         self.where = where
         self.incarnation = incarnation
         self.answer_sec = answer_sec
-        self._readers = Readers(where)
+        self._connect = connect
+        self._readers = Readers(where, connect)
         self._appending: Connection | None = None
-        self._listening: Connection | None = None
         self._beating: Connection | None = None
         self._turn = asyncio.Lock()
         self._under_way: set[asyncio.Task[Any]] = set()
         self._warnings: list[str] = []
         self._seen: tuple[int, bytes] | None = None
-        self._heard = 0
         self._term = 0
         self._number = 0
-        self._news = asyncio.Event()
-        self.stirred = asyncio.Event()  # another node said that something about the nodes has changed
+        self.notified = asyncio.Event()  # another node said that something about the nodes has changed
 
     async def prepare(self, log_id: str, cursor_key: str) -> None:
         """Creates the tables, or checks those that are there. Rebuilds the projections if their form changed.
@@ -83,7 +81,7 @@ class PostgresLog:
             Broken: it cannot hold a log, or what it has is none.
             UnknownFormat: another release wrote it.
         """
-        connection = await connect(self.where)
+        connection = await self._connect(self.where)
         try:
             await making.prepare(connection, self.where, log_id, cursor_key)
         except FAILURES as error:
@@ -197,7 +195,7 @@ class PostgresLog:
     async def _connected(self) -> Connection:
         if self._appending is not None and not self._appending.is_closed():
             return self._appending
-        connection = await connect(self.where, APPENDING)
+        connection = await self._connect(self.where, APPENDING)
         try:
             if await connection.fetchval("SELECT pg_is_in_recovery()"):
                 raise Unknown(f"{self.where.shown} is a standby: it only reads")
@@ -234,58 +232,26 @@ class PostgresLog:
         """
         return await self._readers.read(work)
 
-    async def appended(self, after: int) -> int:
-        """Waits until the log reaches past a position; returns its last position."""
-        while self._heard <= after:
-            self._news.clear()
-            await self._listen()
-            if self._heard <= after:
-                try:
-                    async with asyncio.timeout(LOOK_SEC):
-                        await self._news.wait()
-                except TimeoutError:
-                    continue
-        return self._heard
-
-    async def _listen(self) -> None:
-        """Connects the listener if needed, and looks at the end of the log: no notification is relied on."""
-        try:
-            if self._listening is None or self._listening.is_closed():
-                self._listening = await connect(self.where)
-                await self._listening.add_listener(CHANNEL, self._notified)
-            async with asyncio.timeout(self.answer_sec):
-                head = await self._listening.fetchval(HEAD)
-                if self._seen is None or head > self._seen[0]:
-                    # Another node's events: they are durable when a commit after them is.
-                    await self._listening.execute(SETTLE)
-        except FAILURES as error:
-            end(self._listening)
-            raise translated(error) from error
-        self._heard = max(self._heard, head)
-
-    def _notified(self, connection: Any, pid: int, channel: str, payload: Any) -> None:
-        self._news.set()
-
     # --- nodes ---
 
-    async def beat(self, node: Node, *, stir: bool = False) -> View:
+    async def beat(self, node: Node, *, notify: bool = False) -> View:
         """Says that this node lives, and reads what the others said. On a connection of its own: an append
-        that waits must not look like a dead node. `stir`: makes the other nodes look at once.
+        that waits must not look like a dead node. `notify`: makes the other nodes look at once.
 
         Raises:
             Unknown: the server cannot be reached now.
         """
         try:
             if self._beating is None or self._beating.is_closed():
-                self._beating = await connect(self.where)
-                await self._beating.add_listener(OF_NODES, lambda *_: self.stirred.set())
+                self._beating = await self._connect(self.where)
+                await self._beating.add_listener(CHANNEL, lambda *_: self.notified.set())
             connection = self._beating
             async with asyncio.timeout(min(self.answer_sec, BEAT_WITHIN_SEC)):
                 await connection.execute(
                     BEAT, node.incarnation, node.name, node.address, int(node.link_up), int(node.draining)
                 )
-                if stir:
-                    await connection.execute(STIR)
+                if notify:
+                    await connection.execute(NOTIFY)
                 owner = await connection.fetchrow(OWNED_BY)
                 found = await connection.fetch(NODES)
         except FAILURES as error:
@@ -306,10 +272,10 @@ class PostgresLog:
             Unknown: the server cannot be reached now.
         """
         try:
-            connection = await connect(self.where)
+            connection = await self._connect(self.where)
             try:
                 await connection.execute("DELETE FROM nodes WHERE incarnation = $1", node.incarnation)
-                await connection.execute(STIR)
+                await connection.execute(NOTIFY)
             finally:
                 await goodbye(connection)
         except FAILURES as error:
@@ -322,7 +288,7 @@ class PostgresLog:
             Unknown: the server cannot be reached.
             ValueError: an event cannot be read.
         """
-        connection = await connect(self.where)
+        connection = await self._connect(self.where)
         try:
             async with connection.transaction():
                 await making.rebuild(connection)
@@ -339,6 +305,5 @@ class PostgresLog:
         if self._under_way:
             await asyncio.wait(self._under_way)
         await self._readers.close()
-        await goodbye(self._listening)
         await goodbye(self._beating)
         await goodbye(self._appending)

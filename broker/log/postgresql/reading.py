@@ -12,8 +12,8 @@ import structlog
 
 from broker.log.postgresql.connection import (
     FAILURES,
+    Connect,
     Connection,
-    connect,
     end,
     goodbye,
     passes,
@@ -29,6 +29,7 @@ logger = structlog.get_logger()
 
 CONNECTIONS = 8
 AGAIN_SEC = 0.5
+PAGE = 1_000
 HINT = re.compile(r" INDEXED BY \w+")
 FIELD = re.compile(r"json_extract\(CAST\((\w+) AS TEXT\), '\$\.(\w+)'\)")
 BEGIN = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
@@ -56,8 +57,10 @@ class Snapshot:
         return await self._connection.fetchrow(translation(text), *values)
 
     async def each(self, text: str, values: Sequence[Any] = (), /) -> AsyncIterator[Any]:
-        async for row in self._connection.cursor(translation(text), *values, prefetch=1_000):
-            yield row
+        cursor = await self._connection.cursor(translation(text), *values)
+        while page := await cursor.fetch(PAGE):
+            for row in page:
+                yield row
 
     async def form(self) -> str | None:
         return await fault(self._connection)
@@ -66,8 +69,8 @@ class Snapshot:
 class Readers:
     """At most `CONNECTIONS` reads at once; the next ones wait."""
 
-    def __init__(self, where: Address) -> None:
-        self._where = where
+    def __init__(self, where: Address, connect: Connect) -> None:
+        self._where, self._connect = where, connect
         self._idle: list[Connection] = []
         self._free = asyncio.Semaphore(CONNECTIONS)
         self._busy: set[Connection] = set()
@@ -122,7 +125,7 @@ class Readers:
                 end(connection)
             else:
                 return connection
-        connection = await connect(self._where)
+        connection = await self._connect(self._where)
         try:
             await connection.execute(BEGIN)
         except FAILURES as error:

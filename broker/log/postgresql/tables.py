@@ -59,7 +59,7 @@ CREATE TABLE IF NOT EXISTS commands (
     position bigint PRIMARY KEY, id text COLLATE "C" NOT NULL UNIQUE, project text COLLATE "C" NOT NULL,
     device_id text COLLATE "C" NOT NULL, type text COLLATE "C" NOT NULL, state text COLLATE "C" NOT NULL,
     version bigint NOT NULL, closed_at bigint, closed_position bigint, summary bytea NOT NULL)
-    WITH (fillfactor = 85);
+    WITH (fillfactor = 60);
 CREATE INDEX IF NOT EXISTS commands_device ON commands (device_id, position, type, closed_position);
 CREATE INDEX IF NOT EXISTS commands_project ON commands (project, position);
 CREATE INDEX IF NOT EXISTS commands_closed ON commands (closed_at) WHERE closed_at IS NOT NULL;
@@ -164,27 +164,38 @@ BEGIN
                         c_closed_at, c_summary)
                 AS s(id, over, first, last, project, device, type, state, version, closed_at, summary)
             WHERE s.over = 0;
-        UPDATE commands c SET state = s.state, version = s.version, closed_at = s.closed_at,
-                closed_position = CASE WHEN s.closed_at IS NULL THEN NULL ELSE base + s.last END,
-                summary = s.summary
-            FROM unnest(c_id, c_over, c_last, c_state, c_version, c_closed_at, c_summary)
-                AS s(id, over, last, state, version, closed_at, summary)
-            WHERE s.over > 0 AND c.id = s.id AND c.version = s.over;
-        GET DIAGNOSTICS done = ROW_COUNT;
+        WITH changed AS (
+            UPDATE commands c SET state = s.state, version = s.version, closed_at = s.closed_at,
+                    closed_position = CASE WHEN s.closed_at IS NULL THEN NULL ELSE base + s.last END,
+                    summary = s.summary
+                FROM unnest(c_id, c_over, c_last, c_opened, c_state, c_version, c_closed_at, c_summary)
+                    AS s(id, over, last, opened, state, version, closed_at, summary)
+                WHERE s.over > 0 AND c.id = s.id AND c.version = s.over
+                RETURNING c.device_id, c.position, c.closed_at, s.opened
+        ), reopened AS (
+            INSERT INTO lanes (device_id, position)
+                SELECT c.device_id, c.position FROM changed c WHERE c.opened AND c.closed_at IS NULL
+                ON CONFLICT DO NOTHING
+        ), closed AS (
+            -- Each lane is looked up by its key. A join could read all lanes, and all of `changed` for each.
+            -- Only appends and rebuilds write lanes, under the lock of appends, so no ctid changes meanwhile.
+            DELETE FROM lanes WHERE ctid = ANY (ARRAY(
+                SELECT l.ctid FROM changed c CROSS JOIN LATERAL (
+                    SELECT l.ctid FROM lanes l
+                        WHERE l.device_id = c.device_id AND l.position = c.position OFFSET 0) l
+                WHERE c.closed_at IS NOT NULL))
+        ) SELECT count(*) INTO done FROM changed;
         SELECT count(*) INTO due FROM unnest(c_over) AS s(over) WHERE s.over > 0;
         IF done <> due THEN
             RAISE EXCEPTION '% of % commands were changed by another writer', due - done, due
                 USING ERRCODE = 'OD002';
         END IF;
         INSERT INTO lanes (device_id, position)
-            SELECT c.device_id, c.position
-            FROM unnest(c_id, c_opened, c_closed_at) AS s(id, opened, closed_at)
-                JOIN commands c ON c.id = s.id
-            WHERE s.opened AND s.closed_at IS NULL
+            SELECT s.device, base + s.first
+            FROM unnest(c_over, c_first, c_opened, c_device, c_closed_at)
+                AS s(over, first, opened, device, closed_at)
+            WHERE s.over = 0 AND s.opened AND s.closed_at IS NULL
             ON CONFLICT DO NOTHING;
-        DELETE FROM lanes l USING unnest(c_id, c_closed_at) AS s(id, closed_at), commands c
-            WHERE s.closed_at IS NOT NULL AND c.id = s.id AND l.device_id = c.device_id
-                AND l.position = c.position;
     END IF;
 
     IF cardinality(d_id) > 0 THEN
@@ -318,7 +329,6 @@ BEGIN
         IF FOUND THEN
             RAISE EXCEPTION 'an event is not the next one of its stream' USING ERRCODE = 'OD002';
         END IF;
-        PERFORM pg_notify('ordain', last::text);
     END IF;
 
     PERFORM put_states(first,

@@ -7,6 +7,7 @@ the other packets mean is not its business.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from broker.seams import Message, Outgoing
@@ -192,6 +193,7 @@ def _text_end(data: bytes, at: int) -> int:
     return at + 2 + int.from_bytes(data[at : at + 2], "big")
 
 
+@lru_cache(1_024)
 def _varint(value: int) -> bytes:
     digits = bytearray()
     while value > 0x7F:

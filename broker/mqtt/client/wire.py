@@ -7,11 +7,15 @@ together, and what the network does not take yet asyncio keeps, in order.
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import cast
 
 # Long enough for a last packet on any network that still works.
 GOODBYE_SEC = 0.25
+NO_LINGER = struct.pack("ii", 1, 0)
 
 
 class Wire(asyncio.Protocol):
@@ -38,9 +42,13 @@ class Wire(asyncio.Protocol):
             self._transport.write(b"".join(out))
 
     def abort(self) -> None:
-        """Closes the connection at once, without what was not sent yet."""
+        """Resets the connection at once, also one that is closing in order. What the other side has not got
+        yet, it never gets: the system does not send it again either."""
         self._out.clear()
-        if self._transport is not None:
+        if self._transport is not None and not self._over.is_set():
+            with suppress(OSError):  # macOS, if the other side has ended it
+                there = self._transport.get_extra_info("socket")
+                there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             self._transport.abort()
 
     async def goodbye(self) -> None:
@@ -48,12 +56,14 @@ class Wire(asyncio.Protocol):
         if self._transport is None:
             return
         self.close()
+        # Not asyncio.timeout: before Python 3.11.3 it raises no TimeoutError in a cancelled task.
+        late = self._loop.call_later(GOODBYE_SEC, self.abort)
         try:
-            async with asyncio.timeout(GOODBYE_SEC):
-                await self._over.wait()
-        except TimeoutError:
-            self._transport.abort()
             await self._over.wait()
+        finally:
+            late.cancel()
+            if not self._over.is_set():
+                self.abort()
 
     # --- what asyncio calls ---
 

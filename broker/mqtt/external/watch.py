@@ -16,8 +16,9 @@ from broker.core import Core
 from broker.domain.errors import Refusal, Unavailable
 from broker.domain.mqtt_rules import MqttRules
 from broker.engine.commands import Caller, Order
-from broker.operations.passwords import CANARIES, TOKENS
-from broker.seams import Link
+from broker.engine.registry import NewDevice
+from broker.operations.passwords import CANARIES, CANARY_PROJECT, TOKENS, keep
+from broker.seams import UNREADABLE, Link
 from devices.canary import Canary, Login, Server, Untried, strangers
 
 logger = structlog.get_logger()
@@ -42,7 +43,7 @@ class Watch:
                 await asyncio.sleep(LOOK_AGAIN_SEC)
             try:
                 await self._look()
-            except (Untried, Refusal, Unavailable, OSError, msgspec.MsgspecError) as error:
+            except (Untried, Refusal, Unavailable, OSError, msgspec.MsgspecError, *UNREADABLE) as error:
                 logger.warning("mqtt.rules_not_tried", why=str(error))
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, EVERY_SEC)
@@ -54,7 +55,7 @@ class Watch:
                 await asyncio.sleep(EVERY_SEC)
 
     async def _look(self) -> None:
-        logins = self._logins()
+        logins = await self._logins()
         if logins is None:
             breaches = await strangers(self._server)
         else:
@@ -67,12 +68,25 @@ class Watch:
         for breach in breaches:
             logger.warning("mqtt.rule_broken", what=breach, do="ordain doctor --canary")
 
-    def _logins(self) -> tuple[Login, Login, Login] | None:
+    async def _logins(self) -> tuple[Login, Login, Login] | None:
+        """The canary's devices; None if the operator has not registered any. Those that a release added since
+        then are registered now."""
         if not self._tokens.exists():
             return None
         kept = msgspec.json.decode(self._tokens.read_bytes(), type=dict[str, str])
-        thief, victim, bought = (Login(name, kept.get(name, "")) for name in CANARIES)
-        return (thief, victim, bought) if thief.token and victim.token and bought.token else None
+        new = {name: await self._token(name, type) for name, type in CANARIES.items() if not kept.get(name)}
+        if new:
+            keep(self._tokens, kept := kept | new)
+        thief, victim, bought = (Login(name, kept[name]) for name in CANARIES)
+        return thief, victim, bought
+
+    async def _token(self, name: str, type_name: str) -> str:
+        registry, live = self._core.registry, self._core.live
+        await live.bring(self._core.storage, [name])
+        if live.device(name) is not None:
+            return (await registry.rotate_token(ME, name)).token
+        new = NewDevice(hardware_id=name, type=type_name, project=CANARY_PROJECT)
+        return (await registry.register(ME, new)).token
 
     async def _send(self, hardware_id: str, name: str) -> str:
         order = Order(device=hardware_id, type=name, ttl_sec=60)

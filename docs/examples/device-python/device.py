@@ -20,7 +20,7 @@ agent = Agent(
     os.environ["TOKEN"],
     MQTT_URL,
     memory=SqliteMemory(Path(f"{DEVICE}.db")),
-    jwks=f"{ORDAIN_URL}/.well-known/jwks.json",  # the keys that sign grants; read again every 5 minutes
+    jwks=f"{ORDAIN_URL}/.well-known/jwks.json",  # the keys that sign grants
 )
 
 

@@ -262,6 +262,21 @@ def test_a_name_in_topics_belongs_to_one_device() -> None:
     scene(names)
 
 
+@pytest.mark.parametrize(
+    "name", ["homeassistant", "zigbee2mqtt", "stat", "tele", "shellies", "esphome", "iotee"]
+)
+@pytest.mark.parametrize("kind", ["shelly_gen2", "esphome_switch", "esphome_node"])
+def test_a_device_cannot_be_called_so_that_it_may_publish_for_others(name: str, kind: str) -> None:
+    async def naming(bench: Bench) -> None:
+        with pytest.raises(Refusal, match=f"publish on topics of other devices: {name}/# covers"):
+            await register(bench, name, kind)
+        await register(bench, name, "generic")
+        with pytest.raises(Refusal, match="topics of other devices"):
+            await bench.core.registry.change(ME, name, Changed(device_type=kind))
+
+    scene(naming)
+
+
 def test_the_topics_of_others_are_counted_and_not_kept() -> None:
     async def others(bench: Bench) -> None:
         counted: list[str] = []

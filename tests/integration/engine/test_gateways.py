@@ -10,14 +10,19 @@ from typing import Any
 import msgspec
 import pytest
 
+from broker.core import TICK_SEC
 from broker.domain.errors import Refusal
 from broker.domain.events import Changed
 from broker.domain.lanes import Presence
+from broker.engine.commands import Caller
+from broker.engine.intake import BATCH_BYTES, CHILD_BYTES
 from broker.engine.registry import NewDevice
+from broker.limits import Limits
 from broker.operations import transfer
 from broker.operations.redecide import redecide
+from broker.seams import Message, Unknown
 from projections import past
-from tests.integration.core_support import ME, PROJECT, Bench
+from tests.integration.core_support import ME, PROJECT, Bench, running
 from tests.integration.engine.test_bought_devices import says, scene, sent
 from tests.reading import plain
 
@@ -71,6 +76,7 @@ def test_devices_go_offline_with_their_gateway_and_are_unknown_when_it_is_back(t
         await asyncio.sleep(1)
         assert bench.live.presence[lamp] is Presence.OFFLINE  # it is old news, and its gateway is away
         assert bench.state(command.id) == "pending"
+        assert f"its gateway {BRIDGE} is offline" in (await bench.core.dispatch.explain(command)).summary
 
         says(bench, f"{BRIDGE}/bridge/state", '{"state":"online"}')
         assert await sent(bench, 1) == ("zigbee2mqtt/lamp/set", {"state": "ON"})
@@ -309,3 +315,155 @@ def test_commands_are_sent_once_the_gateway_is_back_however_its_return_is_learnt
         assert bench.live.presence[lock] is Presence.UNKNOWN
 
     scene(returning)
+
+
+async def test_an_imported_log_has_the_same_gateways_and_topics(tmp_path: Path) -> None:
+    file, other = tmp_path / "log.jsonl", tmp_path / "other"
+    async with running(tmp_path / "data", embedded=False) as bench:
+        for node in ("garage", "shed"):
+            await register(bench, node, "esphome_node")
+        for name in ("door", "light", "gone"):
+            await register(bench, name, "esphome_node_switch", gateway="garage")
+        await register(bench, "moved", "esphome_node_switch", name="door", gateway="shed")
+        await bench.core.registry.change(ME, "light", Changed(gateway="shed"))
+        await bench.core.registry.delete(ME, "gone", force=False)
+        before = {node: dict(bench.core.registry.gateways.children(node)) for node in ("garage", "shed")}
+        export = plain(lambda sql: transfer.export(sql, file, transfer.Only(), lambda _: None))
+        await bench.writer.storage.read(export)
+
+    transfer.bring_in(file, other, lambda done, total: None)
+
+    async with running(other, embedded=False) as bench:
+        gateways, addresses = bench.core.registry.gateways, bench.core.commands.addresses
+        assert {node: gateways.children(node) for node in ("garage", "shed")} == before
+        assert [len(each) for each in before.values()] == [1, 2]
+        owners = {  # the node itself might be an `esphome_switch` with such a topic
+            "garage/switch/door/state": [before["garage"]["door"], "garage"],
+            "shed/switch/door/state": [before["shed"]["moved"], "shed"],
+            "shed/switch/light/state": [before["shed"]["light"], "shed"],
+            "garage/switch/light/state": ["garage"],
+        }
+        assert {topic: addresses.owners(topic) for topic in owners} == owners
+        command = await bench.order("light", "turn_on")
+        assert command.topic == "shed/switch/light/command"
+        with pytest.raises(Refusal, match="is the gateway of 2 devices"):
+            await bench.core.registry.delete(ME, "shed", force=True)
+
+
+class ToldLater:
+    """What the MQTT server is told. After `begin`, once an event is durable, no device can be read."""
+
+    def __init__(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bench, self.monkeypatch, self.read = bench, monkeypatch, bench.core.storage.read
+        self.seen = list[str]()
+        registry = bench.core.registry
+        registry.gateways.regrouped = lambda device: self.seen.append(device.hardware_id)
+        registry.entitled = lambda device: self.seen.append(
+            f"{device.hardware_id}{'' if device.deleted_at is None else ' deleted'}"
+        )
+        registry.issued = lambda device, token: self.seen.append(f"{device.hardware_id} {token}")
+
+    async def fail(self, work: Any) -> Any:
+        raise Unknown("the server does not answer")
+
+    def begin(self) -> None:
+        self.bench.writer.listeners.append(self.recorded)
+
+    def recorded(self, *_: Any) -> None:
+        for name in ("lamp", BRIDGE, OTHER):
+            self.bench.live.names.forget(name)
+        self.monkeypatch.setattr(self.bench.core.storage, "read", self.fail)
+
+    def can_read(self) -> None:
+        self.monkeypatch.setattr(self.bench.core.storage, "read", self.read)
+
+    async def end(self) -> None:
+        assert self.seen == []
+        self.can_read()
+        await asyncio.sleep(2 * TICK_SEC)
+
+
+def test_a_move_whose_devices_cannot_be_read_is_told_to_the_mqtt_server_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def moving(bench: Bench) -> None:
+        await family(bench)
+        server = ToldLater(bench, monkeypatch)
+        server.begin()
+        await bench.core.registry.change(ME, "lamp", Changed(gateway=OTHER))
+        await server.end()
+        assert server.seen == ["lamp", BRIDGE, OTHER]
+
+    scene(moving)
+
+
+def test_a_token_that_could_not_be_told_before_its_device_was_deleted_is_not_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def deleting(bench: Bench) -> None:
+        await register(bench, "lamp", "generic")
+        server = ToldLater(bench, monkeypatch)
+        server.begin()
+        await bench.core.registry.rotate_token(ME, "lamp")
+        server.can_read()
+
+        await bench.core.registry.delete(ME, "lamp", force=False)
+
+        await server.end()
+        assert set(server.seen) == {"lamp deleted"}
+
+    scene(deleting)
+
+
+def test_of_tokens_that_could_not_be_told_only_the_newest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def renewing(bench: Bench) -> None:
+        server = ToldLater(bench, monkeypatch)
+        server.begin()
+        await register(bench, "lamp", "generic")
+        server.can_read()
+
+        newest = await bench.core.registry.rotate_token(ME, "lamp")
+
+        await server.end()
+        assert [each for each in server.seen if each != "lamp"] == [f"lamp {newest.token}"]
+
+    scene(renewing)
+
+
+@pytest.mark.parametrize("known", ["secret-node", "dev_node"])
+def test_nobody_learns_which_topics_the_devices_of_another_projects_gateway_have(known: str) -> None:
+    async def guessing(bench: Bench) -> None:
+        registry, other = bench.core.registry, Caller(actor="key:key_2", project="other")
+        node = NewDevice(id="dev_node", hardware_id="secret-node", type="esphome_node", project="other")
+        await registry.register(other, node)
+        relay = NewDevice(hardware_id="theirs", type="esphome_switch", name="relay", project=PROJECT)
+        theirs = msgspec.structs.replace(relay, project="other", gateway="secret-node")
+        await registry.register(other, theirs)
+        mine = msgspec.structs.replace(relay, hardware_id="mine")
+        refused = "gateway: must be a gateway of the same project"
+
+        with pytest.raises(Refusal, match=refused):
+            await registry.register(ME, msgspec.structs.replace(mine, gateway=known))
+        await registry.register(ME, mine)
+        with pytest.raises(Refusal, match=refused):
+            await registry.change(ME, "mine", Changed(gateway=known))
+
+    scene(guessing)
+
+
+def test_a_gateways_own_messages_count_with_the_devices_that_they_may_change() -> None:
+    async def weighing(bench: Bench) -> None:
+        await family(bench)
+        intake = bench.core.intake
+
+        own, lamps = (
+            intake._cost(Message(topic=topic, payload=b"{}"))
+            for topic in (f"{BRIDGE}/bridge/state", "zigbee2mqtt/lamp")
+        )
+
+        assert (own, lamps) == (2 + CHILD_BYTES, 2)
+        assert (
+            BATCH_BYTES // (Limits().devices_per_gateway * CHILD_BYTES) == 1
+        )  # message of the largest gateway in one batch
+
+    scene(weighing)

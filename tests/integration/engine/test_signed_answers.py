@@ -17,13 +17,12 @@ from broker.domain.events import Changed, Executed, Progressed, Recorded
 from broker.domain.explain import Explanation
 from broker.domain.lifecycle import CommandState
 from broker.domain.said import with_answers
-from broker.engine.intake import BATCH_BYTES, _weight
+from broker.engine.intake import BATCH_BYTES
 from broker.engine.registry import NewDevice
-from broker.engine.speech.answers import SIGNED_BYTES
+from broker.engine.speech.answers import SIGNED_BYTES, weight
 from broker.http.v1.unmatched import of_command
 from broker.log import sqlite as log
 from broker.operations.redecide import redecide
-from broker.seams import Message
 from devices.grant import secret_key
 from devices.speech.signing import SigningKey, sign
 from devices.types import load_type
@@ -295,6 +294,17 @@ def test_a_command_cannot_have_a_type_that_believes_more_than_the_devices_own() 
     story(part)
 
 
+def test_a_device_whose_type_is_missing_gets_no_type_that_believes_more() -> None:
+    async def part(bench: Bench) -> None:
+        await lamp(bench)
+        del bench.core.commands.types["required"]
+        for other in (None, "required", "generic", "optional"):
+            with pytest.raises(Refusal, match="own type required is not known to the broker: its file is"):
+                await bench.order(device_type=other)
+
+    story(part)
+
+
 def test_a_retry_has_the_rule_that_the_devices_type_has_now() -> None:
     async def part(bench: Bench) -> None:
         await bench.device()
@@ -318,4 +328,4 @@ def test_a_retry_has_the_rule_that_the_devices_type_has_now() -> None:
 def test_a_signature_is_counted_with_the_time_that_it_takes_also_behind_white_space() -> None:
     token = sign(b'{"status":"executed"}', "lamp-1", PRIVATE)
     for payload in (token, b" \n" + token):
-        assert _weight(Message(topic="iotee/dev/lamp-1/ack", payload=payload)) == SIGNED_BYTES < BATCH_BYTES
+        assert weight(payload) == SIGNED_BYTES < BATCH_BYTES

@@ -20,8 +20,9 @@ NOBODY = Receipt(written=True, reason=0x10)
 DOOR = load_type(
     'name = "door"\npresence = "required"\npayload = "json"\nmax_attempts = 3\n[commands.open]\n'
 )
+GATE = load_type('name = "gate"\npayload = "json"\n[commands.open]\n[commands.reboot]\nrepeatable = false')
 BELL = load_type('name = "bell"\npresence = "none"\npayload = "json"\nmax_attempts = 3\n[commands.open]\n')
-TYPES = {"door": DOOR, "bell": BELL}
+TYPES = {"door": DOOR, "bell": BELL, "gate": GATE}
 
 
 def says(bench: Bench, word: str, **fields: Any) -> None:
@@ -102,6 +103,26 @@ def test_live_messages_end_only_one_pause() -> None:
             assert len(times) <= 8
             assert sum(await counts(bench, command.id)) == 1
             assert bench.state(command.id) == "published"
+
+    simulated(world)
+
+
+def test_no_subscriber_says_nothing_of_a_device_that_has_gone_offline() -> None:
+    """Its attempt stays open, because it may not be repeated. The next command must wait for the device."""
+
+    async def world(loop: SimLoop) -> None:
+        async with on_virtual_time(loop, types=TYPES, embedded=False) as (bench, _):
+            device = await bench.device(type="gate")
+            await bench.order(type="reboot", ttl_sec=None)
+            await until(lambda: len(bench.wire.sent) == 1)
+            says(bench, "offline")
+            await until(lambda: bench.live.presence.get(device.id) is Presence.OFFLINE)
+            bench.wire.receipt(NOBODY)
+            held = await bench.order(ttl_sec=None)
+            await asyncio.sleep(60)
+            assert bench.state(held.id) == "pending"
+            says(bench, "online")
+            await bench.becomes(held.id, "published")
 
     simulated(world)
 

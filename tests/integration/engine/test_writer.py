@@ -13,6 +13,7 @@ import pytest
 
 from broker.domain.errors import Refusal, Unavailable
 from broker.domain.events import Changed, Pending, Recorded, device_stream
+from broker.domain.lanes import Presence
 from broker.log import sqlite as log
 from broker.log.driven import read_now
 from broker.seams import Broken, Drop, Placed, Put, Sqlite, Storage
@@ -342,6 +343,32 @@ async def test_a_clock_behind_the_log_stops_hand_overs_until_it_is_corrected(
         await bench.becomes(state.id, "published")
         await until(lambda: len(bench.wire.sent) == 1)
         assert not bench.core.dispatch.halted
+
+
+async def test_a_clock_that_goes_on_with_a_jump_does_not_shorten_the_wait_for_the_backlog(
+    tmp_path: Path,
+) -> None:
+    """Otherwise an answer from before the session would show that its device is online now."""
+    async with running(tmp_path, ManualClock()) as bench:
+        device = await bench.device(online=False)
+    clock = ManualClock(T - 60_000)
+    async with running(tmp_path, clock, seed=2, embedded=False) as bench:
+        assert bench.core.dispatch.halted
+        clock.wall = T + 3_000
+        await until(lambda: not bench.core.dispatch.halted)
+        assert not bench.core.dispatch.drained(bench.writer.now(), device.id)
+
+        async def heard() -> Presence | None:
+            bench.answers("cmd_00000000000000000000000000")
+            await until(lambda: len(bench.wire.pubacks) == 1)
+            bench.wire.pubacks.clear()
+            return bench.live.presence.get(device.id)
+
+        clock.pass_ms(1_999)
+        assert await heard() is Presence.UNKNOWN
+        clock.pass_ms(1)
+        assert await heard() is Presence.ONLINE
+        assert bench.core.dispatch.drained(bench.writer.now(), device.id)
 
 
 async def test_a_step_of_the_wall_clock_is_recorded_once(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from broker.settings import Limits
 from tests.integration.http.support import READ, Broker, error_of, register, running
 
-DEADLINE_SEC = 120
+DEADLINE_SEC, LOOK_AGAIN_SEC = 120, 0.005
 BOTA = [
     "id", "device_id", "type", "status", "params", "grant_token", "result", "error", "expires_at",
     "delivered_at", "executed_at", "created_at",
@@ -44,6 +44,7 @@ async def state_is(client: httpx2.AsyncClient, command_id: str, *states: str) ->
             command: dict[str, Any] = (await client.get(f"/v1/commands/{command_id}")).json()
             if command["state"] in states:
                 return command
+            await asyncio.sleep(LOOK_AGAIN_SEC)
 
 
 async def ids(client: httpx2.AsyncClient, path: str, **query: Any) -> list[str]:

@@ -374,7 +374,10 @@ async def test_the_number_of_streams_per_project_is_limited(tmp_path: Path) -> N
         assert broker.streams.open == 0
 
 
-async def test_a_reader_that_stalls_resumes_from_the_log_and_delays_no_other(tmp_path: Path) -> None:
+async def test_a_reader_that_stalls_resumes_from_the_log_and_delays_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.subscriptions.feed.QUEUED", 1_000)
     async with running(tmp_path, Limits(queue_per_name=10_000, queue_per_device=10_000)) as broker:
         key = await key_of(broker)
         client = broker.client(key)

@@ -339,3 +339,10 @@ async def test_a_fan_out_of_many_values_to_devices_that_are_online_does_not_hold
         await until(lambda: len(broker.link.sent) == 100)
     assert answer.status_code == 200
     assert longest.cpu_sec < LONGEST_SEC
+
+
+async def test_more_values_are_allowed_for_the_names_only(broker: Broker) -> None:
+    client = await broker.someone()
+    body = {"devices": ["lamp-1"], "type": "blink", "params": [0] * 8_001}
+    answer = await client.post("/v1/commands", json=body)
+    assert "holds more than 8000 values" in error_of(answer, 413, "too_large")["message"]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 from asyncio import Server
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from itertools import product
@@ -128,6 +129,118 @@ async def test_large_heads_and_pipelined_requests_are_answered_in_order(sides: S
     writer.write((GET + b"a: " + b"x" * 60_000 + b"\r\n\r\n") * 5 + (GET + b"\r\n") * 50)
     for _ in range(55):
         assert (await answer(reader))[0] == 200
+
+
+async def test_of_many_requests_at_once_only_a_few_are_begun_in_one_turn_of_the_loop(
+    served: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, begin = asyncio.get_running_loop(), Bounded.on_message_begin
+    turn, begun = 0, Counter[int]()
+    handle: asyncio.Handle | None = None
+
+    def next_turn() -> None:
+        nonlocal turn, handle
+        turn += 1
+        handle = loop.call_soon(next_turn)
+
+    def counted(self: Bounded) -> None:
+        begun[turn] += 1
+        begin(self)
+
+    monkeypatch.setattr(Bounded, "on_message_begin", counted)
+    next_turn()
+    short = b"GET /healthz HTTP/1.1\r\nHost:a\r\n\r\n"
+    async with connected(served) as (reader, writer):
+        writer.write(short * 2_000)
+        for _ in range(2_000):
+            assert (await answer(reader))[0] == 200
+
+    assert handle is not None
+    handle.cancel()
+    assert begun.total() == 2_000
+    assert max(begun.values()) <= protocol.SLICE // len(short) + 1
+
+
+async def test_head_and_body_of_an_answer_are_one_write_and_a_head_alone_does_not_wait(
+    served: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, writes = Bounded.connection_made, list[bytes]()
+
+    def watched(self: Bounded, transport: Any) -> None:
+        write = transport.write
+
+        def noted(data: bytes) -> None:
+            writes.append(bytes(data))
+            write(data)
+
+        transport.write = noted
+        made(self, transport)
+
+    monkeypatch.setattr(Bounded, "connection_made", watched)
+    async with connected(served) as (reader, writer):
+        writer.write((GET + b"\r\n") * 2)
+        assert [(await answer(reader))[0] for _ in range(2)] == [200, 200]
+        writer.write(GET.replace(b"GET", b"HEAD") + b"\r\n")
+        async with asyncio.timeout(DEADLINE_SEC):
+            assert b" 200 OK" in await reader.readuntil(b"\r\n\r\n")
+
+    assert [write[:15] for write in writes] == [b"HTTP/1.1 200 OK"] * 3
+    assert [write.endswith(b"\r\n\r\n") for write in writes] == [False, False, True]
+
+
+async def test_nothing_is_written_after_the_refusal_of_a_body() -> None:
+    asked = list[str]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while True:
+            asked.append((await receive())["type"])
+            if asked[-1] == "http.disconnect":
+                return
+
+    loop, faults = asyncio.get_running_loop(), list[str]()
+    loop.set_exception_handler(lambda _, context: faults.append(str(context)))
+    config, state = Config(app, ws="none", lifespan="off", log_config=None), ServerState()
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with await loop.create_server(lambda: Bounded(config, state, {}), "127.0.0.1", 0) as server:
+        async with connected(server) as (reader, writer):
+            writer.write(head + b"1388\r\n" + b"a" * 5_000 + b"\r\nZZZ\r\n")
+            said = await ended(reader)
+    assert b" 400 " in said.removeprefix(protocol.CONTINUE).splitlines()[0]
+    assert asked[-1] == "http.disconnect"
+    assert faults == []
+
+
+async def test_the_head_of_a_stream_does_not_wait_for_its_first_part() -> None:
+    gate = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await gate.wait()
+        await send({"type": "http.response.body", "body": b"x", "more_body": False})
+
+    config, state = Config(app, ws="none", lifespan="off", log_config=None), ServerState()
+    loop = asyncio.get_running_loop()
+    async with await loop.create_server(lambda: Bounded(config, state, {}), "127.0.0.1", 0) as server:
+        async with connected(server) as (reader, writer):
+            writer.write(GET + b"Connection: close\r\n\r\n")
+            async with asyncio.timeout(DEADLINE_SEC):
+                assert b" 200 OK" in await reader.readuntil(b"\r\n\r\n")
+            gate.set()
+            assert await ended(reader) == b"1\r\nx\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (GET + b"a: b\r\n" * (protocol.MOST_HEADERS - 1), 200),
+        (GET + b"a: b\r\n" * protocol.MOST_HEADERS, 431),
+        (GET.replace(b"healthz", b"v1/" + b"a" * protocol.TARGET_BYTES), 414),
+    ],
+)
+async def test_the_parts_of_a_head_are_bounded(sides: Sides, head: bytes, status: int) -> None:
+    reader, writer = sides
+    writer.write(head + b"\r\n")
+    assert (await answer(reader))[0] == status
 
 
 @pytest.mark.parametrize("start", [b"GET", GET, b"\r\n"], ids=["a line", "a head", "an empty line"])

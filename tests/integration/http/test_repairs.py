@@ -15,8 +15,8 @@ import pytest
 from broker.cli.main import run
 from broker.engine import repairs
 from tests.integration.http.support import READ, WRITE, Broker, error_of, register, running
+from tests.integration.http.test_commands import DEADLINE_SEC, state_is
 
-DEADLINE_SEC = 120
 BLINK = "/v1/devices/lamp-1/commands"
 
 
@@ -31,15 +31,6 @@ async def send(client: httpx2.AsyncClient, device: str = "lamp-1", **body: Any) 
     assert answer.status_code == 201, answer.text
     command: dict[str, Any] = answer.json()
     return command
-
-
-async def state_is(client: httpx2.AsyncClient, command_id: str, state: str) -> dict[str, Any]:
-    """Waits until the command is in this state."""
-    async with asyncio.timeout(DEADLINE_SEC):
-        while True:
-            command: dict[str, Any] = (await client.get(f"/v1/commands/{command_id}")).json()
-            if command["state"] == state:
-                return command
 
 
 async def handed_over(broker: Broker, client: httpx2.AsyncClient, **body: Any) -> str:

@@ -3,6 +3,7 @@ exports."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
@@ -19,7 +20,8 @@ from broker.http.compat import app_command
 from broker.http.edge.errors import STATUS
 from broker.http.v1 import views
 from tests.integration.http.support import running
-from tests.sdk_driver import MODULE, node
+from tests.sdk_driver import MODULE, node, run_javascript
+from tests.streams import stream_server
 
 TYPES = MODULE.with_name("app.d.ts").read_text()
 # Public methods and fields of each exported class: name -> members.
@@ -34,6 +36,26 @@ names.App.push(...Object.keys(new module.App("http://127.0.0.1", "k")));
 names.AppError.push(...Object.keys(new module.AppError("c", "m")).filter((each) => each !== "name"));
 console.log(JSON.stringify(names));
 """
+
+
+# Prints what would keep node alive, apart from the connection, which may close a little later.
+LEFT_EARLY = """
+import { App } from "./app.mjs";
+for await (const event of new App(url, "sk_live_test").command.events()) break;
+console.log(process.getActiveResourcesInfo().filter((each) => each === "Timeout"));
+"""
+
+
+async def test_node_ends_by_itself_when_the_events_are_left_early(tmp_path: Path) -> None:
+    async def stays_open(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\nid: 1\ndata: {}\n\n")
+        await reader.read()
+
+    async with stream_server(stays_open) as port:
+        url = f"http://127.0.0.1:{port}"
+        printed = await asyncio.to_thread(run_javascript, LEFT_EARLY, tmp_path, url=url)
+    assert printed == "[]\n"
 
 
 async def test_module_and_types_are_served_unchanged_without_a_key(tmp_path: Path) -> None:

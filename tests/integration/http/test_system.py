@@ -12,7 +12,7 @@ import jsonschema_rs
 import pytest
 
 from broker.control import services
-from broker.http.app import create_app
+from broker.http.app import _routes, create_app, warm
 from broker.settings import Settings
 from tests.integration.http.support import Broker, error_of, register, running
 
@@ -182,6 +182,15 @@ async def test_metrics_are_rendered_at_most_once_a_second(broker: Broker) -> Non
     if metrics.now_ms() < metrics._text_at + 1_000:
         assert metrics.text() == first
     assert metrics.text(fresh=True) != first
+
+
+async def test_an_app_uses_the_routes_that_warm_built(broker: Broker) -> None:
+    _routes.cache_clear()
+    warm()
+    built = _routes.cache_info().misses
+    for local in (False, True):
+        create_app(services(broker.core), local=local)
+    assert _routes.cache_info().misses == built
 
 
 async def test_metrics_may_need_an_admin_key_or_be_off(broker: Broker) -> None:

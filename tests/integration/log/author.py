@@ -40,11 +40,11 @@ class Author:
         assert known is None or isinstance(known, DeviceState)
         self._touch(device_id, evolve_device(known, pending), opened=False)
 
-    def command(self, command_id: str, *events: Event) -> CommandState:
+    def command(self, command_id: str, *events: Event, device_id: str = DEVICE) -> CommandState:
         """Creates a command, unless it is there, and gives it further events."""
         first = [] if command_id in self._states else [created()]
         for event in [*first, *events]:
-            pending = self._stage(command_id, event, DEVICE)
+            pending = self._stage(command_id, event, device_id)
             known = self._states.get(command_id)
             assert known is None or isinstance(known, CommandState)
             now = evolve(known, pending)

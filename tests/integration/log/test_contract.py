@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from broker.domain.events import Acknowledged, Cancelled, Event, Executed, Progressed, Published, TimedOut
@@ -36,6 +36,7 @@ from broker.seams import (
 from broker.world import SqliteStorage
 from projections import devices as devices_view
 from projections import follower
+from projections import lanes as lanes_view
 from tests.integration.core_support import DEVICE, PROJECT, T
 from tests.integration.log.author import Author
 
@@ -102,6 +103,21 @@ async def test_events_get_positions_and_a_chain_that_verifies(storage: Storage) 
     await sound(storage)
 
 
+async def test_texts_are_stored_as_they_are(storage: Storage) -> None:
+    author = Author(storage.term)
+    texts = ["", " ", "NULL", "null", 'a "b"', "a\\", '\\"', "{a,b}", "'", "\n\t\r", "ß 😀", "a\\nb"]
+    for text in texts:
+        author.register(f"dev_{text}")
+        author.rename(text, f"dev_{text}")
+    await storage.append(author.batch())
+
+    found = {row.device_id: row.stream for row in await events(storage)}
+    assert found == {f"dev_{text}": f"device/dev_{text}" for text in texts}
+    kept = await read(storage, "SELECT id, hardware_id FROM devices")
+    assert sorted(kept) == sorted((f"dev_{text}", f"hw-dev_{text}") for text in texts)
+    await sound(storage)
+
+
 async def test_the_devices_of_gateways_are_found(storage: Storage) -> None:
     author = Author(storage.term)
     for name in ("dev_a", "dev_b", "dev_c"):
@@ -114,6 +130,26 @@ async def test_the_devices_of_gateways_are_found(storage: Storage) -> None:
     found = await storage.read(devices_view.with_gateway)
 
     assert {device.id: device.gateway for device in found} == {"dev_a": "gw", "dev_c": "other"}
+
+
+async def test_open_commands_are_read_as_they_are_folded_in_order_of_creation(storage: Storage) -> None:
+    author, sent, late = Author(storage.term), Published(attempt=1), TimedOut(reason="no_answer")
+    lives: list[tuple[Event, ...]] = [
+        (), (sent,), (sent, Acknowledged(), Progressed(percent=5)), (sent, late, Acknowledged(late=True)),
+        (sent, late), (Cancelled(by="key:key_1"),),
+    ]  # fmt: skip
+    # The ids and the devices come in another order than the commands.
+    made = [
+        author.command(f"cmd_{2_000 - number}", *lives[number % 6], device_id=f"dev_{-number % 7}")
+        for number in range(1_600)
+    ]
+    await storage.append(author.batch())
+    still_open = [state for state in made if not state.closed]
+
+    assert len(still_open) > 1_000
+    assert await storage.read(lanes_view.open_commands) == still_open
+    of_one = await storage.read(lambda sql: lanes_view.open_commands(sql, "dev_3"))
+    assert of_one == [state for state in still_open if state.device_id == "dev_3"]
 
 
 async def test_a_batch_is_recorded_once_however_often_it_is_sent(storage: Storage) -> None:
@@ -139,7 +175,7 @@ async def test_another_term_is_fenced(storage: Storage) -> None:
     assert await events(storage) == []
 
 
-@pytest.mark.parametrize("what", ["version taken", "state changed", "an earlier time"])
+@pytest.mark.parametrize("what", ["version taken", "a version left out", "state changed", "an earlier time"])
 async def test_what_does_not_follow_is_a_conflict_and_nothing_is_written(storage: Storage, what: str) -> None:
     author = Author(storage.term)
     author.register()
@@ -152,6 +188,8 @@ async def test_what_does_not_follow_is_a_conflict_and_nothing_is_written(storage
     batch = author.batch()
     if what == "version taken":
         batch.events[0] = msgspec.structs.replace(batch.events[0], version=1)
+    elif what == "a version left out":
+        batch.events[0] = msgspec.structs.replace(batch.events[0], version=3)
     elif what == "state changed":
         batch.states[0].over = 7
     else:
@@ -227,6 +265,13 @@ STEPS = st.one_of(
 )
 
 
+REOPENED: list[tuple[str, Any, Any]] = [
+    ("command", 0, [Published(attempt=1), TimedOut(reason="no_answer")]),
+    ("commit", True, None),
+    ("command", 0, [Acknowledged(late=True)]),
+]
+
+
 def played(steps: list[tuple[str, Any, Any]], term: int) -> Iterator[tuple[int, Batch]]:
     """The batches of a history, each with the time of its commit."""
     author, known = Author(term), set[int]()
@@ -272,6 +317,8 @@ async def held(storage: Storage) -> list[object]:
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, max_size=25))
+@example(steps=REOPENED)
+@example(steps=[*REOPENED, ("commit", True, None), ("command", 0, ENDS[:1])])
 def test_the_same_history_gives_both_logs_the_same_answers_and_the_same_bytes(
     steps: list[tuple[str, Any, Any]], remote: PostgresFor, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
@@ -13,7 +15,7 @@ import pytest
 
 from broker.domain.lifecycle import State
 from broker.log.postgresql.blocking import Blocking
-from broker.log.postgresql.connection import connect
+from broker.log.postgresql.connection import VANISHED_SEC, connect
 from broker.log.postgresql.log import PostgresLog
 from broker.log_url import address
 from broker.seams import Broken, Unknown
@@ -91,6 +93,12 @@ async def test_a_broker_with_a_certificate_keeps_its_log_there_and_nobody_else_c
     ((count,),) = reader.execute("SELECT count(*) FROM events WHERE type = 'created'").fetchall()
     reader.close()
     assert count == 1
+    sql = await connect(address(url))
+    options = sql._transport.get_extra_info("socket").getsockopt  # type: ignore[attr-defined]
+    assert options(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    if sys.platform == "linux":
+        assert options(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1_000 * VANISHED_SEC
+    sql.terminate()
     for refused in (
         {},
         {"sslmode": "disable"} | guarded.as_client(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -109,7 +110,7 @@ async def test_without_a_copy_there_is_no_upgrade(old: Path) -> None:
 
 
 @pytest.fixture
-def mixed(old: Path) -> sqlite3.Connection:
+def mixed(old: Path) -> Iterator[sqlite3.Connection]:
     """An upgraded log with rows of both formats, the last two of format 2."""
     sql = sqlite3.connect(old / DATABASE, isolation_level=None)
     follower.open_log(sql, "log_x", "00")
@@ -123,7 +124,8 @@ def mixed(old: Path) -> sqlite3.Connection:
         )
         head = log.append(sql, head, [made], bytes(16))
     assert read_now(sql, log.verify).fault is None
-    return sql
+    yield sql
+    sql.close()
 
 
 def test_the_format_of_a_row_cannot_be_changed_unnoticed(mixed: sqlite3.Connection) -> None:

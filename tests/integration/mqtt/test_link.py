@@ -27,6 +27,7 @@ from paho.mqtt.properties import Properties
 from structlog.testing import capture_logs
 
 from broker.mqtt.client.link import MqttLink
+from broker.mqtt.client.wire import Wire
 from broker.seams import Message, Outgoing, Receipt
 from devices.agent import Agent
 from devices.mqtt_url import joined, parse_url, parted
@@ -535,14 +536,45 @@ async def test_a_link_that_is_cut_while_it_connects_leaves_the_server_at_once() 
         writer.close()
 
     owner = Owner()
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        url = f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        async with linked(url, owner, holds=lambda: holding[0]) as link, asyncio.timeout(5):
+    async with stream_server(serve) as port:
+        async with (
+            linked(f"mqtt://127.0.0.1:{port}", owner, holds=lambda: holding[0]) as link,
+            asyncio.timeout(5),
+        ):
             await heard.wait()
             holding[0] = False
             link.cut()
             await left.wait()
     assert owner.told == []
+
+
+@pytest.mark.parametrize("loop_of", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("way", ["abort", "close and abort", "goodbye"])
+def test_what_is_under_way_when_a_link_is_cut_never_arrives(
+    loop_of: Callable[[], asyncio.AbstractEventLoop], way: str
+) -> None:
+    """Another node may have sent something newer meanwhile."""
+
+    async def fill_and_cut(server: socket.socket) -> socket.socket:
+        ended = asyncio.Event()
+        wire = Wire(lambda data: None, lambda error: ended.set())
+        await asyncio.get_running_loop().create_connection(lambda: wire, *server.getsockname())
+        taken, _ = server.accept()
+        wire.write(b"x" * 10_000_000)  # more than the system keeps for both sides
+        await asyncio.sleep(0.01)
+        if way == "goodbye":
+            await wire.goodbye()
+        else:
+            if way == "close and abort":
+                wire.close()
+            wire.abort()
+        async with asyncio.timeout(5):
+            await ended.wait()
+        return taken
+
+    with socket.create_server(("127.0.0.1", 0)) as server, asyncio.Runner(loop_factory=loop_of) as runner:
+        with runner.run(fill_and_cut(server)) as taken, pytest.raises(ConnectionResetError):
+            b"".join(iter(lambda: taken.recv(1_000_000), b""))
 
 
 @pytest.mark.parametrize("scheme", ["mqtt", "mqtts"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from broker.domain.mqtt_rules import MqttRules
 from broker.mqtt.external.watch import EVERY_SEC, Watch, untrusted
+from broker.operations.passwords import CANARIES, TOKENS, keep
 from devices.canary import server_of
 from tests.conftest import Mosquitto
 from tests.integration.core_support import running, until
@@ -62,3 +63,17 @@ def test_the_rules_are_tried_again_every_hour(mosquitto: Mosquitto, tmp_path: Pa
     (tmp_path / "data").mkdir()
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         runner.run(main())
+
+
+async def test_the_devices_that_an_older_release_did_not_have_are_registered(tmp_path: Path) -> None:
+    old = {name: f"dtok_{name}" for name in list(CANARIES)[:2]}
+    keep(tmp_path / TOKENS, old)
+    async with running(tmp_path / "data", embedded=False) as bench:
+        for lost in (False, True):  # a device whose token was lost gets a new one
+            watch = Watch(bench.core, bench.wire, server_of("mqtt://h"), tmp_path, MqttRules(users="none"))
+            logins = await watch._logins()
+            assert logins is not None
+            assert {login.hardware_id: login.token for login in logins[:2]} == old
+            assert await bench.core.registry.authenticate(*logins[2]) is not None, lost
+            assert await watch._logins() == logins
+            keep(tmp_path / TOKENS, old)

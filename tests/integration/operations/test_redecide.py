@@ -5,6 +5,8 @@ A manipulated log is detected, because one of its decisions would be different.
 
 from __future__ import annotations
 
+import asyncio
+import random
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -25,17 +27,35 @@ from broker.domain.events import (
     Recorded,
     TimedOut,
 )
+from broker.engine.commands import Caller
 from broker.log import lines
 from broker.operations import transfer
 from broker.operations.backup import Refused
 from broker.operations.redecide import Step, redecide
-from broker.seams import Sqlite
+from broker.seams import Message, Receipt, Sqlite
+from devices.types import load_type
 from tests.golden.write import lives
-from tests.integration.core_support import on_virtual_time, simulated
+from tests.integration.core_support import PROJECT, UNKNOWN, Bench, on_virtual_time, simulated
 from tests.reading import plain
 from tests.simulation.loop import SimLoop
 
 Events = list[Recorded]
+SHORT = """
+payload = "json"
+transports = ["mqtt", "heartbeat"]
+max_attempts = 2
+ack_timeout_sec = 3
+backoff_cap_sec = 10
+[commands.open]
+[commands.reboot]
+repeatable = false
+"""
+TYPES = {
+    name: load_type(f'name = "{name}"\npresence = "{presence}"{SHORT}')
+    for name, presence in (("door", "required"), ("bell", "none"), ("gate", "optional"))
+}
+KINDS = {f"{kind}-1": kind for kind in TYPES}  # hardware id and type of the devices of a random history
+REASONS = (0, 0, 0, None, 0x10, 0x10, 0x87, 0x97)
 
 
 @cache
@@ -134,12 +154,90 @@ def test_a_result_timeout_that_fired_too_early_is_found(tmp_path: Path) -> None:
     assert "not at" in first_fault(command, altered(events, command, "timed_out", decided_at=early))
 
 
+def test_a_lease_that_ended_too_early_is_found(tmp_path: Path) -> None:
+    async def world(loop: SimLoop) -> tuple[str, bytes]:
+        async with on_virtual_time(loop, types=TYPES) as (bench, _):
+            device = await bench.device(type="door", online=False)
+            made = await bench.order(type="reboot", ttl_sec=None)
+            caller = Caller(actor=f"device:{device.id}", project=PROJECT, device_id=device.id)
+            await bench.core.pull.fetch(caller, "me", "heartbeat")
+            await bench.becomes(made.id, "timed_out")
+            return made.id, (await bench.writer.storage.read(plain(everything)))[made.id]
+
+    made, content = simulated(world)
+    command, events = read(content, tmp_path)
+    early = at(events, command, "published") + 59_000
+
+    assert command == made
+    assert first_fault(command, events) == "none"
+    assert "not at" in first_fault(command, altered(events, command, "timed_out", decided_at=early))
+
+
 def test_an_end_before_the_last_attempt_is_found(tmp_path: Path) -> None:
     command, events = one(tmp_path, "created", *["published"] * 5, "timed_out")
     fifth = [each for each in events if (each.stream, each.type) == (command, "published")][-1]
     fewer = [each for each in events if each is not fifth]
 
     assert "attempt timer: attempt back_off" in first_fault(command, fewer)
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_decisions_of_a_random_history_are_repeated(tmp_path: Path, seed: int, *, embedded: bool) -> None:
+    """Attempts end in every way: by timers, receipts, answers, presence, and new sessions of the link."""
+    steps = [
+        step
+        for content in random_history(seed, embedded=embedded).values()
+        for step in decided(*read(content, tmp_path))
+    ]
+
+    assert [step for step in steps if step.fault is not None] == []
+    assert {step.recorded.type for step in steps} >= {"published", "timed_out", "executed", "failed"}
+
+
+def random_history(seed: int, *, embedded: bool) -> dict[str, bytes]:
+    draw = random.Random(seed)
+
+    async def world(loop: SimLoop) -> dict[str, bytes]:
+        async with on_virtual_time(loop, types=TYPES, embedded=embedded) as (bench, _):
+            for name, kind in KINDS.items():
+                await bench.device(name, kind, online=False)
+            for _ in range(200):
+                await asyncio.sleep(draw.choice((0.01, 0.1, 0.5, 2)))
+                await something(bench, draw, draw.choice(list(KINDS)))
+                while bench.wire.due and draw.random() < 0.7:
+                    bench.wire.receipt(Receipt(written=True, reason=draw.choice(REASONS)))
+            await asyncio.sleep(200)
+            await bench.writer.barrier()
+            return await bench.writer.storage.read(plain(everything))
+
+    return simulated(world, seed)
+
+
+async def something(bench: Bench, draw: random.Random, name: str) -> None:
+    """One thing that happens to a device or to the link."""
+    intake, wire = bench.core.intake, bench.wire
+    match draw.choice(("order", "order", "presence", "presence", "answer", "link")):
+        case "order":
+            type = draw.choice(("open", "reboot"))
+            await bench.order(name, type, ttl_sec=draw.choice((None, None, 5, 60)))
+        case "presence" if bench.core.dispatch.embedded:
+            draw.choice((intake.device_online, intake.device_offline))(name)
+        case "presence":
+            word, topic = draw.choice((b"online", b"offline")), f"iotee/dev/{name}/status"
+            intake.message(Message(topic=topic, payload=word, retain=draw.random() < 0.2))
+        case "answer" if wire.sent:
+            last = wire.sent[-1]
+            status = draw.choice(("acknowledged", "progress", "executed", "failed"))
+            bench.answers((last.correlation or b"").decode(), status, last.topic.split("/")[-2])
+        case "link" if draw.random() < 0.3:
+            wire.up = False
+            intake.link_down("lost")
+            while wire.due:
+                wire.receipt(UNKNOWN)
+            await asyncio.sleep(draw.uniform(0.1, 5))
+            wire.up = True
+            intake.link_up()
 
 
 @pytest.mark.parametrize(

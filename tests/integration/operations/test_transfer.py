@@ -13,12 +13,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from broker.domain.events import ERASURES, Erased, Recorded
+from broker.domain.events import ERASURES, NAMES, Changed, Erased, Recorded, TokenRotated, encode
 from broker.log import chain, lines, sqlite
+from broker.log.chain import Row
 from broker.log.driven import read_now
 from broker.opening import snapshot
 from broker.operations import transfer
 from broker.operations.backup import Refused
+from broker.operations.fit import unfit
 from broker.operations.transfer import Moved, Only
 from broker.settings import Settings
 from broker.world import DATABASE
@@ -221,6 +223,50 @@ def test_a_row_that_no_broker_records_is_not_imported(
 
     with pytest.raises(Refused, match=re.escape(f"line {at + 1}: {said}")):
         brought_in(tmp_path / "bad.jsonl", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("type", "fields", "said"),
+    [
+        ("registered", {"answer_key": "AA"}, "answer_key = 'AA' "),
+        ("registered", {"gateway": "a/b"}, "gateway = 'a/b' is no identifier"),
+        ("registered", {"hardware_id": "service"}, "hardware_id = 'service' is a reserved MQTT user name"),
+        ("registered", {"name": "x" * 201}, f"name = '{'x' * 64}' has more than 200 characters"),
+        ("registered", {"token_digest": "$7$1$a$b\nroot:$7$1$c$d"}, "token_digest = "),
+        ("registered", {"token_digest": f"$7$999999999${'A' * 16}${'A' * 86}=="}, "token_digest = "),
+        ("created", {"topic": "iotee/dev/+/rls"}, "topic = 'iotee/dev/+/rls' is no topic to publish on"),
+        ("created", {"device_type": "../a"}, "device_type = '../a' is no identifier"),
+        ("created", {"collapse_key": "a b"}, "collapse_key = 'a b' is no identifier"),
+        ("defined", {"definition": {"device_type": "generic"}}, "stream = "),
+    ],
+)
+def test_a_field_that_no_other_door_takes_is_not_imported(
+    data: Path, tmp_path: Path, type: str, fields: dict[str, Any], said: str
+) -> None:
+    exported(data, tmp_path / "log.jsonl")
+    found = (tmp_path / "log.jsonl").read_bytes().splitlines()
+    row = next(row for row in map(lines.as_row, found[1:]) if row.type == type and row.data is not None)
+    assert row.data is not None
+    forged = rechained(found, row.position, data=msgspec.json.encode(msgspec.json.decode(row.data) | fields))
+    (tmp_path / "bad.jsonl").write_bytes(b"".join(line + b"\n" for line in forged))
+
+    with pytest.raises(Refused, match=re.escape(f"line {row.position + 1}: {said}")):
+        brought_in(tmp_path / "bad.jsonl", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (Changed(device_type="a b"), "device_type = 'a b' is no identifier"),
+        (Changed(answer_key="AA"), "answer_key = 'AA' "),
+        (Changed(gateway="#"), "gateway = '#' is no identifier"),
+        (TokenRotated(token_digest="plain"), "token_digest = 'plain' is no digest of a token"),
+    ],
+)
+def test_a_change_that_no_other_door_takes_is_unfit(change: Changed | TokenRotated, said: str) -> None:
+    name, data = NAMES[type(change)], encode(change)
+    row = Row(1, "device/dev_1", 2, name, 1, 1, 1, "acme", "dev_1", "key:key_1", data, b"", b"", b"")
+    assert str(unfit(row)).startswith(said)
 
 
 def test_two_events_of_a_stream_with_the_same_version_are_not_imported(data: Path, tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -16,6 +17,8 @@ from broker.domain.errors import Unavailable
 from broker.engine.commands import Caller, Order
 from broker.engine.registry import NewDevice
 from broker.seams import Batch, Full, Placed, Sql, Sqlite, Storage
+from broker.subscriptions import feed
+from broker.subscriptions.feed import Subscription
 from broker.world import SqliteStorage
 from devices.clock import rfc3339
 from tests.integration.core_support import ME, PROJECT, Bench, running, until
@@ -180,3 +183,112 @@ async def test_events_queued_for_a_slow_reader_lose_their_data_when_erased(tmp_p
             entries = await subscription.next() or []
             assert [entry.type for entry in entries] == ["created", "cancelled"]
             assert [entry.event for entry in entries] == [None, None]
+
+
+async def test_of_many_subscribers_only_some_are_woken_in_one_turn_of_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as bench, AsyncExitStack() as opened:
+        await bench.device()
+        loop, turn, woken = asyncio.get_running_loop(), 0, Counter[int]()
+
+        def next_turn() -> None:
+            nonlocal turn
+            turn += 1
+            if len(reading) != sum(task.done() for task in reading) or not reading:
+                loop.call_soon(next_turn)
+
+        def wake(self: Subscription) -> None:
+            woken[turn] += 1
+            self._wake.set()
+
+        monkeypatch.setattr(Subscription, "wake", wake)
+        reading = list[asyncio.Task[list[str]]]()
+        loop.call_soon(next_turn)
+        after = bench.core.feed.head
+        subscribers = [
+            opened.enter_context(bench.core.feed.subscribed(Wanted(event="created"), after))
+            for _ in range(50)
+        ]
+
+        async def types(subscriber: Subscription) -> list[str]:
+            found = list[str]()
+            while len(found) < 2:
+                found += [entry.type for entry in await subscriber.next() or []]
+            return found
+
+        reading += [asyncio.create_task(types(subscriber)) for subscriber in subscribers]
+        await bench.order()
+        await bench.order()
+        assert [await each for each in reading] == [["created", "created"]] * 50
+
+    assert max(woken.values()) <= feed.WOKEN_AT_ONCE
+
+
+async def test_many_subscribers_of_many_events_get_all_in_order_before_they_leave_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "QUEUED", 50)
+    monkeypatch.setattr(feed, "LATE", 10)
+    monkeypatch.setattr(feed, "WOKEN_AT_ONCE", 0)  # only those that are late
+    async with running(tmp_path) as bench, AsyncExitStack() as opened:
+        await bench.device(online=False)
+        known, start = bench.core.feed, bench.core.feed.head
+        read = known.read
+        from_log = list[int]()
+
+        async def counted(wanted: Wanted, after: int, until: int, limit: int) -> tuple[list[Entry], int]:
+            from_log.append(after)
+            return await read(wanted, after, until, limit)
+
+        monkeypatch.setattr(known, "read", counted)
+
+        async def streams(subscriber: Subscription) -> list[str]:
+            found = list[str]()
+            while len(found) < 100:
+                found += [entry.stream for entry in await subscriber.next() or []]
+            return found
+
+        wanted = [Wanted(project=PROJECT), Wanted(event="created"), Wanted()]
+        subscribers = [
+            opened.enter_context(known.subscribed(wanted[number % 3], start)) for number in range(300)
+        ]
+        reading = [asyncio.create_task(streams(subscriber)) for subscriber in subscribers]
+        made = list[str]()
+        for _ in range(5):
+            made += [command.id for command in await asyncio.gather(*(bench.order() for _ in range(20)))]
+            assert len(known.recent) <= 50
+        monkeypatch.setattr(feed, "WOKEN_AT_ONCE", 10)
+        for each in reading:
+            assert await each == made
+        assert from_log == []
+
+
+async def test_a_subscriber_that_left_more_events_unread_than_are_listed_reads_them_from_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "QUEUED", 10)
+    async with running(tmp_path) as bench:
+        await bench.device(online=False)
+        start = bench.core.feed.head
+        with bench.core.feed.subscribed(Wanted(), start) as subscriber:
+            made = [(await bench.order()).id for _ in range(7)]
+            found = await subscriber.next() or []
+            made += [(await bench.order()).id for _ in range(25)]
+            assert subscriber.lag == 25
+            while subscriber.lag:
+                found += await subscriber.next() or []
+        assert [entry.stream for entry in found] == made
+
+
+async def test_no_subscriber_seems_to_have_read_all_while_an_event_waits_for_it(tmp_path: Path) -> None:
+    async with running(tmp_path) as bench, AsyncExitStack() as opened:
+        await bench.device(online=False)
+        known, lags = bench.core.feed, set[int]()
+        subscribers = [
+            opened.enter_context(known.subscribed(Wanted(event="created"), known.head)) for _ in range(1_100)
+        ]
+        bench.core.writer.listeners.append(lambda *_: lags.update(each.lag for each in subscribers))
+        await bench.order()
+        assert len(lags) == 1
+        assert 0 not in lags

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
+
+from broker import core
 from broker.engine.commands import Caller
 from broker.seams import Answer
+from broker.subscriptions import webhooks
 from broker.subscriptions.webhook_queue import CAP_MS, GIVE_UP_MS, HOLD_MS
 from broker.subscriptions.webhook_state import Webhook
 from devices.clock import rfc3339
@@ -43,7 +47,13 @@ async def made(bench: Bench, **fields: Any) -> Webhook:
     return webhook
 
 
-def test_after_three_days_of_failures_it_pauses_with_a_reason_and_skips_nothing() -> None:
+def test_after_three_days_of_failures_it_pauses_with_a_reason_and_skips_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Once a minute instead of once a second: three days have few of them.
+    monkeypatch.setattr(webhooks, "SAVE_SEC", 60.0)
+    monkeypatch.setattr(core, "TICK_SEC", 60.0)
+
     async def world(loop: SimLoop) -> None:
         far = Far(loop)
         far.answer = lambda _: Answer(status=500)

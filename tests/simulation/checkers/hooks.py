@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from tests.simulation.facts import Facts
+from tests.simulation.facts import NO_COMMANDS, Facts
 from tests.simulation.history import Call, Row
 
 
@@ -55,7 +55,5 @@ def _endpoint(facts: Facts, call: Call) -> Iterator[str]:
 
 def is_wanted(row: Row, events: list[str]) -> bool:
     stream = row["stream"]
-    outward = stream.startswith("device/") or (
-        "/" not in stream and stream not in ("system", "erasures", "audit")
-    )
+    outward = stream.startswith("device/") or ("/" not in stream and stream not in NO_COMMANDS)
     return outward and (not events or row["type"] in events)

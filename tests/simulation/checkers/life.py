@@ -325,15 +325,29 @@ def s1(facts: Facts) -> Iterator[str]:
         if after["recorded_at"] < before["recorded_at"]:
             yield f"recorded_at falls at position {after['position']}"
     for earlier, later in pairwise(dumps):
-        if len(later) < len(earlier):
-            yield f"the log had {len(earlier)} events and later {len(later)}"
-        for before, after in zip(earlier, later, strict=False):
-            if any(
-                before[name] != after[name]
-                for name in before
-                if name not in ("data", "salt") or after[name] is not None
-            ):
-                yield f"the event at position {before['position']} was changed"
+        yield from _begins_with(later, earlier)
+
+
+def _begins_with(log: list[Row], earlier: list[Row]) -> Iterator[str]:
+    """Is the earlier log a prefix, except for data that was erased since?"""
+    if len(log) < len(earlier):
+        yield f"the log had {len(earlier)} events and later {len(log)}"
+    for before, after in zip(earlier, log, strict=False):
+        if before is not after and any(
+            before[name] != after[name]
+            for name in before
+            if name not in ("data", "salt") or after[name] is not None
+        ):
+            yield f"the event at position {before['position']} was changed"
+
+
+def o5(facts: Facts) -> Iterator[str]:
+    """A backup that is taken while the broker runs is a prefix of the log, and has all that was durable."""
+    for backup in facts.history.backups:
+        yield from _begins_with(facts.history.log, backup.rows)
+        durable = max((each.head for each in facts.history.commits if each.seq < backup.seq), default=0)
+        if len(backup.rows) < durable:
+            yield f"a backup has {len(backup.rows)} events, and {durable} were durable"
 
 
 def s2(facts: Facts) -> Iterator[str]:
@@ -410,6 +424,7 @@ CHECKERS: dict[str, Callable[[Facts], Iterator[str]]] = {
     "C4": c4,
     "O2": o2,
     "O4": o4,
+    "O5": o5,
 }
 
 

@@ -174,8 +174,9 @@ def a5(facts: Facts) -> Iterator[str]:
             continue
         if "mqtt" not in facts.definition(row["stream"]).get("transports", ("mqtt",)):
             continue  # a device without MQTT does not answer there
-        life = [link for link in links if started < link.seq < commit.seq]
+        decided = facts.true_time(row, row["recorded_at"]) or commit.t  # its commit may be slow
+        life = [link for link in links if started < link.seq < commit.seq and link.t <= decided]
         if not any(link.up for link in life):
             yield f"{row['stream']} timed out before the link was up once"
-        elif not life[-1].up and commit.t - life[-1].t > COMMIT_MS:
-            yield f"{row['stream']} timed out, the link down for {commit.t - life[-1].t} ms"
+        elif not life[-1].up and decided - life[-1].t > COMMIT_MS:
+            yield f"{row['stream']} timed out, the link down for {decided - life[-1].t} ms"

@@ -130,11 +130,13 @@ def o4(facts: Facts) -> Iterator[str]:
     """O4: within 5 s of having space, the same process asks for a write that succeeds. A slow disk may take
     longer to carry it out."""
     events: list[Write | Life] = [*facts.history.writes, *facts.history.lives]
-    failing, room = False, None
+    failing, room, lives = False, None, True
     for each in sorted(events, key=lambda each: each.seq):
         if isinstance(each, Write) and not each.ok:
-            failing = True
+            failing = lives  # the last write of a killed process is lost with it
             continue
+        if not isinstance(each, Write) and each.what in ("up", "down", "ended"):
+            lives = each.what == "up"
         at = each.began if isinstance(each, Write) else each.t
         if room is not None and at - room > AGAIN_MS:
             yield f"{at - room} ms after there was space the log had not been written again"

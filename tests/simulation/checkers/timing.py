@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from tests.simulation.checkers.wire import CALM_MS, Calm
-from tests.simulation.facts import Facts, data
+from tests.simulation.facts import NEVER, Facts, data
 from tests.simulation.history import Row, Wire
 
 STOOD_MS = 1_000
@@ -106,7 +106,11 @@ def heard(facts: Facts) -> Iterator[str]:
             if row["type"] != "published" or not counts:
                 continue
             before, now = facts.not_durable(row), facts.durable(row)
-            since, up = next(((seq, up) for seq, up in reversed(ups) if up.seq < before), (0, None))
+            # The session in which it was decided: another one may have begun before it was durable.
+            decided = facts.true_time(row, row["recorded_at"]) or NEVER
+            since, up = next(
+                ((seq, up) for seq, up in reversed(ups) if up.seq < before and up.t <= decided), (0, None)
+            )
             name = data(rows[0]).get("hardware_id", "")
             if up is not None and not any(
                 since < each.seq < now and (each.topic.endswith("/status") or each.t >= up.t + BACKLOG_MS)

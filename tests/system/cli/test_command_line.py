@@ -80,6 +80,26 @@ def test_a_running_broker_accepts_a_new_key_and_refuses_a_revoked_one_at_once(br
     refused(broker.ordain("keys", "revoke", "key_unknown"), 1, "key_unknown")
 
 
+def test_one_key_is_shown_with_its_limits_and_its_devices_but_not_its_secret(broker: Broker) -> None:
+    limits = ("--requests-per-minute", "90", "--expires", "2h")
+    devices = ("--device-prefix", "gate-", "--device", "door-7", "--device", "door-8")
+    made(broker.ordain(*CREATE_KEY, "--name", "a door's", *limits, *devices))
+    [listed] = json.loads(broker.ordain("keys", "list", "--json").stdout)
+
+    shown = broker.ordain("keys", "show", listed["id"])
+
+    fields = dict(line.split(": ", 1) for line in shown.stdout.splitlines())
+    assert shown.returncode == 0
+    assert (fields["id"], fields["name"], fields["project"]) == (listed["id"], "a door's", "acme")
+    assert (fields["scopes"], fields["devices"]) == ("devices:read devices:write", "door-7 door-8")
+    assert (fields["device prefixes"], fields["requests per minute"]) == ("gate-", "90")
+    assert (fields["last used at"], fields["commands per minute"]) == ("-", "-")
+    assert fields["expires at"] == listed["expires_at"] is not None
+    assert json.loads(broker.ordain("keys", "show", listed["id"], "--json").stdout) == listed
+    assert not SECRET.search(shown.stdout)
+    refused(broker.ordain("keys", "show", "key_unknown"), 1, "key_unknown")
+
+
 def test_keys_and_devices_made_without_a_broker_exist_when_it_starts(new_broker: NewBroker) -> None:
     broker = new_broker()
     key = made(broker.ordain(*CREATE_KEY))

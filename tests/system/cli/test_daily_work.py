@@ -15,6 +15,7 @@ from broker.cli.main import COMMANDS, run
 from broker.operations.passwords import CANARIES
 from tests.conftest import program, unused_port
 from tests.integration.mqtt.test_link import certificate
+from tests.system import zygote
 from tests.system.conftest import NewBroker
 from tests.system.support import (
     ORDAIN,
@@ -41,7 +42,7 @@ def as_json(broker: Broker, *arguments: str) -> Any:
 def asked(broker: Broker, answer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs one command line, and answers its question."""
     return subprocess.run(
-        [ORDAIN, *arguments, "--data", str(broker.data)],
+        [zygote.program(ORDAIN), *arguments, "--data", str(broker.data)],
         input=answer,
         capture_output=True,
         text=True,

@@ -14,7 +14,7 @@ from broker.log import sqlite as log
 from broker.log.driven import read_now
 from tests.conftest import Mosquitto
 from tests.system.conftest import NewBroker
-from tests.system.support import Broker
+from tests.system.support import Broker, until
 
 
 def findings(broker: Broker, *options: str) -> tuple[int, list[dict[str, Any]]]:
@@ -52,9 +52,11 @@ def test_each_missing_rule_of_an_mqtt_server_is_a_named_fault(
 ) -> None:
     broker = new_broker("--mqtt-url", mosquitto.url).start()
     broker.device("lamp-1")
-    code, found = findings(broker, "--canary")
+    # The broker's own trial at its start uses the same devices.
+    until(lambda: broker.operator("GET", "/v1/system").json()["mqtt"]["rules"]["checked_at"])
+    # On a busy machine the trial may find no time; then that is what it says, as a warning.
+    found = until(lambda: found if (found := findings(broker, "--canary"))[0] == 1 else None)[1]
     says = "\n".join(each["says"] for each in found if each["level"] == "fault")
-    assert code == 1
     for breach in ("accepts clients without", "wrong password", "receives messages for other devices",
                    "can answer for another", "last will", "can take over",
                    "devices: homeassistant/lock/", "another device on homeassistant/lock/"):  # fmt: skip

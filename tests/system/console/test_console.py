@@ -129,6 +129,13 @@ def test_the_keyboard_reaches_everything(console: Console) -> None:
     page.keyboard.press("c")
     dialog = page.get_by_role("dialog")
     assert "Cancel unlock to away-3?" in dialog.inner_text()
+    page.locator("dialog button:focus").get_by_text("Back").wait_for()
+    page.keyboard.press("Enter")
+    dialog.wait_for(state="detached")
+    assert console.broker.command(made[1])["state"] == "pending"
+    page.keyboard.press("c")
+    page.locator("dialog button:focus").get_by_text("Back").wait_for()
+    page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.locator(".panehead .s-cancelled").wait_for()
     assert console.broker.command(made[1])["state"] == "cancelled"
@@ -387,6 +394,20 @@ def test_a_form_follows_the_schema_and_says_what_is_wrong(console: Console) -> N
     assert [each["params"] for each in made] == [
         {"max_duration_sec": 60, "upload_immediately": False, "metadata": {"room": 4}}
     ]
+
+
+def test_a_page_whose_files_do_not_arrive_says_so(console: Console) -> None:
+    tab = console.tab()
+    tab.page.route("**/main.mjs", lambda route: route.abort())
+    page = tab.open()
+    loading = page.get_by_text("a file did not arrive: reload the page")
+    until(lambda: loading.evaluate("each => getComputedStyle(each).opacity") == "1")
+    assert len(tab.said) == 1
+    tab.said.clear()
+    page.unroute("**/main.mjs")
+    page.reload()
+    page.get_by_role("navigation").first.wait_for()
+    assert loading.count() == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -26,6 +26,7 @@ from unittest.mock import patch
 import yaml  # type: ignore[import-untyped]
 
 from tests.sdk_driver import node
+from tests.system import zygote
 from tests.system.conftest import NewBroker
 from tests.system.support import ORDAIN, ROOT, WITHIN_SEC, Broker, Process, environment, until
 
@@ -228,9 +229,12 @@ class Reader:
         if self._broker is None:
             self._start("--demo")
         assert self._broker is not None
-        path = f"{Path(ORDAIN).parent}{os.pathsep}{os.environ['PATH']}"
+        places = [str(zygote.program(ORDAIN).parent), str(Path(ORDAIN).parent), os.environ["PATH"]]
         return (
-            environment(PATH=path, ORDAIN_DATA=str(self._broker.data), PYTHONPATH=str(ROOT)) | self._variables
+            environment(
+                PATH=os.pathsep.join(places), ORDAIN_DATA=str(self._broker.data), PYTHONPATH=str(ROOT)
+            )
+            | self._variables
         )
 
     def _script(self, text: str) -> str:
@@ -284,9 +288,10 @@ class Reader:
         return done.stdout
 
     def _here(self, text: str) -> str:
-        """A text of the page with the addresses of this broker."""
+        """A text of the page with the addresses of this broker, and with an `ordain` that starts quickly."""
         self._environment()
         assert self._broker is not None
+        text = text.replace(".venv/bin/ordain", str(zygote.program(ORDAIN)))
         text = text.replace("127.0.0.1:8080", self._broker.url.removeprefix("http://"))
         return text.replace("127.0.0.1:1883", f"127.0.0.1:{self._broker.mqtt_port}")
 

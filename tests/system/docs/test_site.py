@@ -24,7 +24,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("site")
     build = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", ".mkdocs.yml", "-d"]
     quiet = environment(NO_MKDOCS_2_WARNING="1")
-    done = subprocess.run([*build, place], cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*build, place], cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=400)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return place
 
@@ -46,7 +46,7 @@ def test_a_page_opened_as_a_file_asks_no_network_and_can_be_searched(site: Path,
         page.goto((site / "index.html").as_uri())
         page.get_by_role("textbox", name="Search").fill("checkpoint")
         with suppress(TimeoutError):
-            found.wait_for(timeout=20_000)
+            found.wait_for(timeout=200_000)
             break
     found.wait_for()
     assert [url for url in asked if not url.startswith(("file:", "blob:", "data:"))] == []

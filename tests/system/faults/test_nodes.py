@@ -26,27 +26,32 @@ NewNode = Callable[[str], Broker]
 @pytest.fixture
 def new_node(new_broker: NewBroker, database: str, mosquitto: Mosquitto, tmp_path: Path) -> NewNode:
     """Starts a node, and waits until it serves."""
-    settings = tmp_path / "ordain.toml"
-    (tmp_path / "secret").write_text("s" * 40)
-    (tmp_path / "pepper").write_text("p" * 40)
+    settings = settings_of_nodes(tmp_path, database, mosquitto.url)
+    return lambda name: node(new_broker, settings, name, "127.0.0.1").start()
+
+
+def settings_of_nodes(home: Path, database: str, mqtt_url: str) -> Path:
+    """The file with what all nodes have in common."""
+    settings = home / "ordain.toml"
+    (home / "secret").write_text("s" * 40)
+    (home / "pepper").write_text("p" * 40)
     settings.write_text(
-        f'log = "{database}"\nmqtt_url = "{mosquitto.url}"\n'
-        f'cluster_secret_file = "{tmp_path}/secret"\nkey_pepper_file = "{tmp_path}/pepper"\n'
+        f'log = "{database}"\nmqtt_url = "{mqtt_url}"\n'
+        f'cluster_secret_file = "{home}/secret"\nkey_pepper_file = "{home}/pepper"\n'
     )
+    return settings
 
-    def start(name: str) -> Broker:
-        place = f"127.0.0.1:{unused_port()}"
-        options = ("--config", str(settings), "--node", name, "--http", place, "--advertise", place)
-        node = new_broker(*options, data=tmp_path / name)
-        node.mqtt_port = mosquitto.port
-        return node.start()
 
-    return start
+def node(new_broker: NewBroker, settings: Path, name: str, host: str) -> Broker:
+    """A node that is not started yet."""
+    place = f"{host}:{unused_port()}"
+    options = ("--config", str(settings), "--node", name, "--http", place, "--advertise", place)
+    return new_broker(*options, data=settings.parent / name)
 
 
 def role(node: Broker) -> str:
     """`owner`, `door`, or why it is neither."""
-    answer = httpx2.get(f"{node.url}/readyz", trust_env=False, timeout=WITHIN_SEC)
+    answer = httpx2.get(f"{node.url}/readyz", verify=False, trust_env=False, timeout=WITHIN_SEC)
     said: dict[str, Any] = answer.json()
     return str(said["role"] if answer.status_code == 200 else said)
 
@@ -199,7 +204,7 @@ def following(node: Broker) -> Iterator[list[int]]:
     def read() -> None:
         headers = {"Authorization": f"Bearer {node.key}", "Accept": "text/event-stream"}
         with httpx2.stream(
-            "GET", node.url + "/v1/events", headers=headers, timeout=None, trust_env=False
+            "GET", node.url + "/v1/events", headers=headers, timeout=None, verify=False, trust_env=False
         ) as s:
             for line in s.iter_lines():
                 opened.set()
@@ -243,9 +248,13 @@ def test_event_streams_at_doors_go_on_through_the_end_of_the_owner(
         until(lambda: at_two[-1:] == at_three[-1:] == places[-1:], lambda: (at_two, at_three, places))
         assert at_two == at_three == places[places.index(at_two[0]) :]
         assert last in str(page)
-    figures = three.http("GET", "/metrics").text + two.http("GET", "/metrics").text
-    owners = re.findall(r"^ordain_node_owner (.*)$", figures, re.MULTILINE)
-    assert sorted(owners) == ["0.0", "1.0"]
+    figures = [dict(re.findall(r"^(ordain_node_\S+) (\S+)$", node.http("GET", "/metrics").text, re.MULTILINE))
+               for node in (two, three)]  # fmt: skip
+    assert sorted(each["ordain_node_owner"] for each in figures) == ["0.0", "1.0"]
+    assert {(each["ordain_node_term"], each["ordain_node_peers"]) for each in figures} == {("2.0", "2.0")}
+    door = next(each for each in figures if each["ordain_node_owner"] == "0.0")
+    assert float(door['ordain_node_passed_on_total{outcome="answered"}']) > 0
+    assert float(door["ordain_node_waiting_requests"]) == 0
 
 
 def test_after_an_outage_of_the_database_the_same_owner_goes_on(

@@ -52,6 +52,17 @@ def test_answers_that_wait_at_the_server_for_a_dead_broker_count_after_their_tim
     assert figures["log: executed"] == figures["log: created"]
 
 
+def test_under_more_load_than_it_holds_requests_are_refused_and_what_was_accepted_is_executed(
+    tmp_path: Path,
+) -> None:
+    # As fast as 32 connections can, so that more wait than fit however slow the warm-up was.
+    size = ("--devices", "2", "--warm-up", "40", "--seconds", "0.02", "--times", "100", "--queue", "2")
+
+    figures = soaked(tmp_path, "overload", *size)
+
+    assert figures["log: executed"] == figures["log: created"]
+
+
 def test_under_real_faults_every_command_is_executed_once_and_backups_are_prefixes(tmp_path: Path) -> None:
     size = ("--devices", "4", "--rate", "10", "--minutes", "0.1", "--seed", "1")
 

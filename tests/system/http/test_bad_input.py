@@ -34,7 +34,7 @@ KINDS: dict[str, Any] = {
     "object": {},
 }
 NOT_NAMES = ("", "a b", "x" * 65, "../up", "é", "a\n", "-a")
-NOT_JSON = (b"", b"{", b"nonsense", b'"\xff"', b"\xef\xbb\xbf{}", b"NaN", b"\x00", b"[" * 19_000, b"'a'")
+NOT_JSON = (b"", b"{", b"nonsense", b'"\xff"', b"\xef\xbb\xbf{}", b"NaN", b"\x00", b"[" * 7_900, b"'a'")
 # Wrong names in their URL-encoded form: not UTF-8, forbidden characters, too long.
 NOT_IN_A_PATH = ("%FF", "%C3%28", "a%20b", "%00", "x" * 65, "%C3%A9", "a%0A")
 
@@ -283,7 +283,7 @@ def test_requests_without_the_key_or_the_required_scope_are_refused(label: str, 
     ]
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
     before = here.position()
-    with httpx2.Client(base_url=here.url) as client:
+    with httpx2.Client(base_url=here.url, verify=False) as client:
         for headers, status in (
             ({}, 401),
             ({"X-API-Key": ""}, 401),

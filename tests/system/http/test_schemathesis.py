@@ -6,15 +6,16 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, settings
-from schemathesis import Case, CheckContext, Response
-from schemathesis.checks import positive_data_acceptance
 
 from tests.system.api_support import Served, description, is_stream, served
+
+if TYPE_CHECKING:  # only these tests need it, and it takes 0.7 s of CPU to load
+    from requests import Session
+    from schemathesis import Case, CheckContext, Response
 
 # Set EXAMPLES=2000 by hand to find rare faults; the default of 15 keeps the daily run short.
 EXAMPLES = int(os.environ.get("EXAMPLES", "15"))
@@ -26,15 +27,12 @@ BEYOND_A_SCHEMA = {
     "device_prefixes", "answer_key", "signed", "gateway",
 }  # fmt: skip
 
-schema = schemathesis.openapi.from_dict(
-    {
-        **description(),
-        "paths": {
-            path: {method: operation for method, operation in item.items() if not is_stream(operation)}
-            for path, item in description()["paths"].items()
-        },
-    }
-)
+OPERATIONS = [
+    (method, path)
+    for path, item in description()["paths"].items()
+    for method, operation in item.items()
+    if not is_stream(operation)
+]
 
 
 @pytest.fixture
@@ -73,21 +71,45 @@ def name_what_is_there(case: Case[Any], here: Served) -> None:
             case.path_parameters[name] = known[sum(given.encode()) % len(known)]
 
 
-@schema.parametrize()
-@settings(
-    max_examples=EXAMPLES,
-    derandomize=EXAMPLES == 15,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-def test_every_operation_behaves_as_described(case: Case[Any], here: Served) -> None:
+def behaves_as_described(case: Case[Any], here: Served, session: Session) -> None:
     if case.meta is not None and case.meta.generation.mode.is_positive:
         name_what_is_there(case, here)
+    from schemathesis.checks import positive_data_acceptance
+
     case.call_and_validate(
         base_url=here.url,
+        session=session,
         headers={"Authorization": f"Bearer {here.key}"},
         timeout=120,
         additional_checks=[fit_data_is_refused_only_for_what_a_schema_cannot_say, faults_are_named],
         excluded_checks=[positive_data_acceptance],
     )
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_every_operation_behaves_as_described(method: str, path: str, here: Served) -> None:
+    """Does not use `schema.parametrize()`: that makes the cases of all operations while tests are collected,
+    which takes seconds in every worker."""
+    import schemathesis
+    from requests import Session
+    from schemathesis.core.result import Ok
+    from schemathesis.pytest.lazy import get_all_tests
+
+    schema = schemathesis.openapi.from_dict(description()).include(method=method.upper(), path=path)
+    [made] = get_all_tests(
+        schema=schema,
+        test_func=behaves_as_described,
+        settings=settings(
+            max_examples=EXAMPLES,
+            derandomize=EXAMPLES == 15,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+        given_kwargs=None,
+    )
+    assert isinstance(made, Ok)
+    _, run = made.ok()
+    with Session() as session:
+        session.trust_env = False  # a fifth of a request is to look for proxies and a .netrc
+        run(here=here, session=session)

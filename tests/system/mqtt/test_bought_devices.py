@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from paho.mqtt import client as paho
@@ -16,6 +16,12 @@ from tests.system.conftest import NewBroker
 from tests.system.support import Broker, until
 
 SHELLY = "shellyplus1-a8032abe54dc"
+
+
+class Heard(NamedTuple):
+    topic: str
+    payload: bytes
+    retain: bool
 
 
 class Connected:
@@ -30,7 +36,7 @@ class Connected:
         reply: Callable[[str, bytes], list[tuple[str, str]]],
         will: tuple[str, str],
     ) -> None:
-        self.heard: list[tuple[str, bytes]] = []
+        self.heard: list[Heard] = []
         self.codes: list[int] = []
         self.ready = threading.Event()
         self.client = paho.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv311)
@@ -53,7 +59,7 @@ class Connected:
         self.ready.set()
 
     def _message(self, client: Any, data: Any, message: Any) -> None:
-        self.heard.append((message.topic, message.payload))
+        self.heard.append(Heard(message.topic, message.payload, message.retain))
         for topic, payload in self._reply(message.topic, message.payload):
             self.client.publish(topic, payload)
 

@@ -11,7 +11,7 @@ from tests.system.conftest import NewBroker
 from tests.system.mqtt.test_bought_devices import Connected, order
 from tests.system.support import Broker, until
 
-BRIDGE, OTHER = "zigbee2mqtt", "gw-2"
+BRIDGE, OTHER, NODE = "zigbee2mqtt", "gw-2", "garage"
 
 
 def zigbee(topic: str, payload: bytes) -> list[tuple[str, str]]:
@@ -23,6 +23,13 @@ def zigbee(topic: str, payload: bytes) -> list[tuple[str, str]]:
         answer = {"data": {"time": said["time"]}, "status": "ok", "transaction": said["transaction"]}
         return [(f"{BRIDGE}/bridge/response/{asked}", json.dumps(answer))]
     return [(f"{BRIDGE}/{name}", json.dumps({"state": "ON", "linkquality": 120} | said))]
+
+
+def esphome(topic: str, payload: bytes) -> list[tuple[str, str]]:
+    """ESPHome 2024.4: a switch reports the state that it was given; the node says who it is."""
+    if topic == f"esphome/ping/{NODE}":
+        return [(f"esphome/discover/{NODE}", '{"ip":"192.168.0.122","name":"garage","version":"2024.4.1"}')]
+    return [(topic.replace("/command", "/state"), payload.decode())]
 
 
 @pytest.fixture(params=["listener", "child"])
@@ -70,13 +77,54 @@ def test_one_connection_speaks_for_the_devices_of_a_gateway_and_for_no_others(se
     bridge.say(f"{BRIDGE}/lamp", '{"state":"OFF"}')
     until(lambda: state(served, "lamp")["state"] == "OFF" or None)
     assert state(served, "foreign") is None
-    assert not any("foreign" in topic for topic, _ in bridge.heard)
+    assert not any("foreign" in each.topic for each in bridge.heard)
 
     refused = served.http("DELETE", f"/v1/devices/{BRIDGE}?force=true")
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
     bridge.say(f"{BRIDGE}/bridge/state", '{"state":"offline"}', retain=True)
     bridge.end()
     until(lambda: presence(served, "lamp") == "offline" or None)
+
+
+def test_two_switches_of_one_node_have_the_topics_of_their_node(served: Broker) -> None:
+    token = register(served, NODE, "esphome_node")["device_token"]
+    register(served, "shed", "esphome_node")
+    for hardware_id, name, gateway in (
+        ("door", "relay", NODE),
+        ("light", "relay_2", NODE),
+        ("far", "relay", "shed"),
+    ):
+        register(served, hardware_id, "esphome_node_switch", name=name, gateway=gateway)
+    twice = {"hardware_id": "again", "type": "esphome_node_switch", "name": "relay", "gateway": NODE}
+    refused = served.http("POST", "/v1/devices", twice)
+    assert (refused.status_code, refused.json()["error"]["details"]["field"]) == (400, "name")
+    filters = ["esphome/discover", f"esphome/ping/{NODE}"]
+    filters += [f"{NODE}/switch/{name}/command" for name in ("relay", "relay_2")]
+    node = Connected(served.mqtt_port, NODE, token, filters, esphome, (f"{NODE}/status", "offline"))
+    assert node.ready.wait(60)
+    node.say(f"{NODE}/status", "online", retain=True)
+    for name in ("relay", "relay_2"):
+        node.say(f"{NODE}/switch/{name}/state", "OFF", retain=True)
+
+    for device, command, topic in (
+        ("door", "turn_on", "garage/switch/relay/command"),
+        ("light", "turn_on", "garage/switch/relay_2/command"),
+        ("light", "turn_off", "garage/switch/relay_2/command"),
+    ):
+        done = order(served, device, command)
+        assert (done["state"], node.heard[-1].topic) == ("executed", topic), done
+    assert order(served, NODE, "identify")["result"]["version"] == "2024.4.1"
+    assert [state(served, each) for each in ("door", "light", "far")] == [
+        {"state": "ON"},
+        {"state": "OFF"},
+        None,
+    ]
+
+    moved = served.http("PATCH", "/v1/devices/far", {"gateway": NODE})  # there is a relay already
+    assert (moved.status_code, moved.json()["error"]["details"]["field"]) == (400, "name")
+    node.say(f"{NODE}/status", "offline", retain=True)
+    node.end()
+    until(lambda: presence(served, "door") == presence(served, "light") == "offline" or None)
 
 
 def test_a_device_does_not_connect_beside_its_gateway_and_moves_with_its_open_commands(

@@ -70,7 +70,7 @@ def test_every_answer_that_had_its_puback_is_in_the_log_after_kill_9(
     try:
         orders = threading.Thread(target=order, args=(broker, names))
         orders.start()
-        until(lambda: sum(len(door.acknowledged) for door in doors) >= KILLED_AFTER, within=300)
+        until(lambda: sum(len(door.acknowledged) for door in doors) >= KILLED_AFTER, within=800)
         broker.kill()
         orders.join()
     finally:

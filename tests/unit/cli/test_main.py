@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from importlib import import_module
@@ -70,8 +70,24 @@ OWN_WORK = {
     "backup", "completion", "doctor", "log", "migrate", "mqtt", "nodes", "projections", "replay", "restore",
     "serve", "simulate", "types",
 }  # fmt: skip
-LOOK = "import json, sys; from broker.cli.main import run; c = run(sys.argv[1:]); sys.stdout.flush(); "
-LOOK += "print(json.dumps([c, sorted(sys.modules)]), file=sys.stderr)"
+# Runs each command line that it is told in a fork of its own: all begin with the same import. It answers with
+# the exit code and what is imported then.
+LOOK = """
+import json, os, sys
+from broker.cli.main import run
+for line in sys.stdin:
+    os.environ["ORDAIN_DATA"], arguments = json.loads(line)
+    if os.fork() == 0:
+        answers = os.dup(1)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nowhere, stream)
+        code = run(arguments)
+        os.write(answers, json.dumps([code, sorted(sys.modules)]).encode() + b"\\n")
+        os._exit(0)
+    if os.wait()[1] != 0:
+        os.write(1, b"[null, []]\\n")
+"""
 
 
 class Refuses(BaseHTTPRequestHandler):
@@ -107,21 +123,35 @@ def a_broker_that_refuses(directory: Path) -> Iterator[Counting]:
             thread.join(10)
 
 
-def started(arguments: list[str], directory: Path) -> tuple[int, set[str]]:
-    """The exit code of one command line, and what it imported. `scripts/bench/start.py` measures its time."""
+Started = Callable[[list[str], Path], tuple[int, set[str]]]
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Started]:
+    """Runs one command line on a data directory: its exit code, and what it imported.
+    `scripts/bench/start.py` measures its time."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ORDAIN_")}
-    done = subprocess.run(
-        [sys.executable, "-c", LOOK, *arguments],
-        capture_output=True,
+    with subprocess.Popen(
+        [sys.executable, "-c", LOOK],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=60,
-        env=environment | {"ORDAIN_DATA": str(directory)},
-    )
-    code, modules = json.loads(done.stderr.splitlines()[-1])
-    return code, set(modules)
+        env=environment,
+    ) as process:
+        told, answers = process.stdin, process.stdout
+        assert told is not None
+        assert answers is not None
+
+        def start(arguments: list[str], directory: Path) -> tuple[int, set[str]]:
+            print(json.dumps([str(directory), arguments]), file=told, flush=True)
+            code, modules = json.loads(answers.readline())
+            return code, set(modules)
+
+        yield start
+        told.close()
 
 
-def test_the_help_imports_no_command(tmp_path: Path) -> None:
+def test_the_help_imports_no_command(started: Started, tmp_path: Path) -> None:
     commands = {place.partition(":")[0] for place, _ in COMMANDS.values()}
     for arguments in HELP:
         code, modules = started(arguments, tmp_path)
@@ -130,7 +160,7 @@ def test_the_help_imports_no_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", ASKING, ids=" ".join)
 def test_a_command_that_asks_a_running_broker_imports_no_part_of_it(
-    arguments: list[str], tmp_path: Path
+    arguments: list[str], started: Started, tmp_path: Path
 ) -> None:
     with a_broker_that_refuses(tmp_path) as asked:
         code, modules = started(arguments, tmp_path)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import json
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devices.agent import Agent
+from devices.agent import Agent, Call
 from devices.clock import rfc3339
 from devices.core import MAX_WAITING, Core, Effect, Run, Send
 from devices.grant import TYPE, GrantVerifier, params_hash
 from devices.memory import Memory, RamMemory, Remembered, SqliteMemory
 from devices.types import shipped_types
 from devices.wire import Answer, CommandMessage
+from tests.streams import stream_server
 
 NOW = 1_800_000_000_000
 HANDLERS = {"lock": True, "reboot": False}
@@ -46,6 +51,13 @@ def said(effects: list[Effect]) -> list[tuple[str, str]]:
 
 def to_run(effects: list[Effect]) -> list[CommandMessage]:
     return [effect.command for effect in effects if isinstance(effect, Run)]
+
+
+def grant(private: Ed25519PrivateKey, command_id: str, command: str, seconds: int, lasts: int = 5) -> str:
+    """A grant from a time on, with the key `k`, for a command without parameters."""
+    claims = {"iss": "ordain", "aud": "ABC", "sub": command_id, "jti": command_id, "cmd": command}
+    times = {"iat": seconds, "nbf": seconds, "exp": seconds + lasts, "phs": params_hash({})}
+    return jwt.encode(claims | times, private, algorithm="EdDSA", headers={"typ": TYPE, "kid": "k"})
 
 
 def begin(device: Core, *args: Any, **more: Any) -> CommandMessage:
@@ -216,6 +228,74 @@ def test_after_a_crash_a_harmless_command_is_executed_again(memories: Callable[[
     assert (command.id, command.params) == ("cmd_1", {"a": 1})
 
 
+async def test_after_a_crash_the_keys_are_read_before_a_started_command_is_judged(
+    memories: Callable[[], Memory],
+) -> None:
+    private = Ed25519PrivateKey.generate()
+    x = base64.urlsafe_b64encode(private.public_key().public_bytes_raw()).rstrip(b"=").decode()
+    jwks = {"keys": [{"kty": "OKP", "crv": "Ed25519", "kid": "k", "x": x}]}
+    token = grant(private, "cmd_1", "lock", int(time.time()), lasts=3_600)
+    begin(core(memories()), "cmd_1", "lock", grant=token)
+    ran = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\n" + json.dumps(jwks).encode())
+        writer.close()
+
+    async with stream_server(answer) as port:
+        memory = memories()
+        agent = Agent("ABC", "token", "mqtt://127.0.0.1:1", memory=memory, jwks=f"http://127.0.0.1:{port}/")
+
+        @agent.command("lock", idempotent=True)
+        async def lock(call: Call) -> None:
+            ran.set()
+
+        running = asyncio.create_task(agent.run())
+        try:
+            async with asyncio.timeout(60):
+                await ran.wait()
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+
+
+async def test_an_address_of_keys_that_does_not_answer_holds_up_one_command_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("devices.agent.LEARN_WITHIN_SEC", 0.05)
+    asked, done = 0, asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        await done.wait()
+        writer.close()
+
+    async with stream_server(silent) as port:
+        agent = Agent("ABC", "token", "mqtt://127.0.0.1:1", jwks=f"http://127.0.0.1:{port}/")
+        for number in range(3):
+            command_id = f"cmd_{number}"
+            forged = grant(Ed25519PrivateKey.generate(), command_id, "reboot", NOW // 1_000)
+            await agent._learn_keys(TOPIC, message(command_id, grant=forged))
+        done.set()
+    assert asked == 1
+
+
+def test_a_repeated_command_needs_no_keys() -> None:
+    private = Ed25519PrivateKey.generate()
+    verifier = GrantVerifier({"k": private.public_key()}, "ordain", "ABC", lambda: NOW / 1_000)
+    device = core(verifier=verifier)
+    sent = message("cmd_1", grant=grant(private, "cmd_1", "reboot", NOW // 1_000))
+    [command] = to_run(device.receive(NOW, TOPIC, sent))
+    device.finish(NOW, command)
+    verifier.use({})
+
+    assert not device.needs_keys(TOPIC, sent)
+    assert device.needs_keys(TOPIC, message("cmd_2", grant=grant(private, "cmd_2", "reboot", NOW // 1_000)))
+
+
 def test_after_a_crash_commands_not_started_run_in_order(memories: Callable[[], Memory]) -> None:
     device = core(memories())
     begin(device, "cmd_1")
@@ -259,10 +339,7 @@ def test_a_device_with_a_verifier_executes_nothing_without_a_grant() -> None:
     device = core(verifier=GrantVerifier({"k": private.public_key()}, "ordain", "ABC", lambda: clock[0]))
 
     def granted(command_id: str) -> str:
-        seconds = NOW // 1000
-        claims = {"iss": "ordain", "aud": "ABC", "sub": command_id, "jti": command_id, "cmd": "reboot"}
-        times = {"iat": seconds, "nbf": seconds, "exp": seconds + 5, "phs": params_hash({})}
-        return jwt.encode(claims | times, private, algorithm="EdDSA", headers={"typ": TYPE, "kid": "k"})
+        return grant(private, command_id, "reboot", NOW // 1000)
 
     without = device.receive(NOW, TOPIC, message("cmd_0"))
     foreign = device.receive(NOW, TOPIC, message("cmd_1", grant=granted("cmd_2")))

@@ -271,6 +271,9 @@ def test_a_broken_key_is_refused(change: dict[str, Any]) -> None:
         keys_from_jwks({"keys": [good, good]})
     with pytest.raises(ValueError, match="list"):
         keys_from_jwks({})
+    for document in (["keys"], "keys", None):
+        with pytest.raises(ValueError, match="a list `keys`"):
+            keys_from_jwks(document)
 
 
 def test_a_device_refuses_an_unknown_key_until_it_reads_the_keys_again() -> None:

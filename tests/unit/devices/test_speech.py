@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from devices.speech.expressions import BadExpression, Unanswerable, compiled, ev
 from devices.speech.messages import Unreadable, decoded
 from devices.speech.rules import Decoded, Reading, Rule, holds, read
 from devices.speech.templates import Facts, Missing, filled, filled_text
-from devices.speech.topics import Owner, Router, clash, owner_of, pattern_fault, topic_of
+from devices.speech.topics import Owner, Router, clash, covers, owner_of, pattern_fault, topic_of
 from devices.types import BadType, load_type, shipped_types
 
 FACTS = Facts("cmd_1", 7, "Ring", {"level": 3, "to": {"room": "hall"}}, 2, None, None, "iotee/rpc/a")
@@ -31,6 +32,8 @@ FACTS = Facts("cmd_1", 7, "Ring", {"level": 3, "to": {"room": "hall"}}, 2, None,
         "{prefix}/evt/{hardware_id}",
         "{hardware_id}/{hardware_id}",
         "a/{id}/{name}",
+        "{gateway}/status",
+        "{gateway}/{name}/{gateway}",
         "",
         "{hardware_id}" + "/x" * 200,
     ],
@@ -50,11 +53,21 @@ def test_a_topic_names_its_device() -> None:
     assert owner_of("iotee/rpc/{hardware_id}/rpc", "iotee/rpc/lamp/rpc") == Owner("{hardware_id}", "lamp")
     assert owner_of("z/{name}", "z/kitchen lamp") == Owner("{name}", "kitchen lamp")
     assert owner_of("z/{name}", "z/a/b") is None
+    assert owner_of("{gateway}/{name}", "garage/relay") == Owner("{name}", "relay", "garage")
+    assert owner_of("{gateway}/{hardware_id}", "garage/r1") == Owner("{hardware_id}", "r1")
+    assert topic_of("{gateway}/{name}", "a", "r1", "relay", "garage") == "garage/relay"
+    assert topic_of("{gateway}/{name}", "a", "garage", "relay") == "garage/relay"
+    assert clash("{gateway}/x/{name}", "{hardware_id}/x/{name}")
     assert topic_of("{prefix}/{hardware_id}/{name}", "a/b", "lamp", "desk") == "a/b/lamp/desk"
     found = Router(["z/{name}", "{hardware_id}/online"]).owners("z/online")
     assert found == [Owner("{name}", "online"), Owner("{hardware_id}", "z")]
     assert clash("z/{name}", "z/{hardware_id}")
     assert not clash("z/{name}", "{hardware_id}/online")
+    assert covers("stat/#", "stat/{hardware_id}/RESULT")
+    assert covers("a/#", "a/b/dev/{hardware_id}/ack")
+    assert not covers("stat/lamp/#", "stat/{hardware_id}/RESULT")
+    assert not covers("lamp/#", "{hardware_id}/online")
+    assert not covers("a/b", "a/b/{name}")
 
 
 def test_a_template_is_filled_with_typed_values() -> None:
@@ -109,6 +122,9 @@ def test_an_expression_that_is_wrong_or_too_large_is_refused(expression: str) ->
         "|".join(["[@,@][]"] * 15),
         "|".join(["join('', [@,@])"] * 30),
         "|".join(["[@,@,@]"] * 15 + ["[]"] * 15),
+        "|".join(["[@,@]"] * 18),
+        "|".join(["[@,@]"] * 24) + "|to_string(@)",
+        "|".join(["{a:@,b:@}"] * 22) + "== `1`",
     ],
 )
 def test_an_expression_that_grows_is_stopped(expression: str) -> None:
@@ -117,6 +133,18 @@ def test_an_expression_that_grows_is_stopped(expression: str) -> None:
             assert len(str(evaluate(compiled(expression), message))) < 1_000_000
         except Unanswerable:
             continue
+
+
+def test_a_message_cannot_make_an_expression_take_much_memory() -> None:
+    message = {"separator": "x" * 30_000, "texts": [""] * 10_000}
+    tracemalloc.start()
+    try:
+        with pytest.raises(Unanswerable, match="steps"):
+            evaluate(compiled("join(separator, texts)"), message)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert evaluate(compiled("join('-', ['a', 'b'])"), message) == "a-b"
 
 
 def test_parameters_are_compared_as_values() -> None:

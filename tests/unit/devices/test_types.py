@@ -51,8 +51,8 @@ def shipped(name: str) -> DeviceType:
 def test_these_types_are_shipped() -> None:
     own = {"iotee_device", "generic", "recorder", "gateway"}
     bought = {
-        "shelly_gen1", "shelly_gen2", "tasmota", "zigbee2mqtt", "zigbee2mqtt_bridge", "esphome_switch",
-        "home_assistant_lock", "home_assistant_switch",
+        "shelly_gen1", "shelly_gen2", "tasmota", "zigbee2mqtt", "zigbee2mqtt_bridge", "esphome_node",
+        "esphome_node_switch", "esphome_switch", "home_assistant_lock", "home_assistant_switch",
     }  # fmt: skip
     assert set(shipped_types()) == own | bought
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from msgspec.structs import replace
 from devices.clock import parse_rfc3339, rfc3339
 from devices.names import answer_topic, command_topic, parse_topic, status_topic
 from devices.schema import MAX_CONTAINERS
+from devices.speech.messages import Unreadable
+from devices.speech.messages import decoded as foreign
+from devices.speech.numbers import MOST_HARD, too_hard
 from devices.types import AnswerStatus, Definition, shipped_types
 from devices.wire import (
     MAP_BYTES,
@@ -457,3 +461,23 @@ def test_an_answer_has_a_bounded_number_of_lists_and_objects(encode: Callable[[A
     said["result"] = [[]] * MAX_CONTAINERS
     with pytest.raises(Malformed, match="lists and objects"):
         decode_answer(encode(said), None, {})
+
+
+@pytest.mark.parametrize("number", ["1e-310", "-4.503599627370497E+00290", "5e290 \n"])
+def test_more_numbers_than_a_few_hundred_that_take_long_to_read_are_refused(number: str) -> None:
+    def said(count: int) -> bytes:
+        return f'{{"id":"cmd_1","status":"executed","result":[{",".join([number] * count)}]}}'.encode()
+
+    assert answer(said(MOST_HARD)).status == "executed"
+    with pytest.raises(Malformed, match="501 numbers"):
+        answer(said(MOST_HARD + 1))
+    with pytest.raises(Unreadable, match="501 numbers"):
+        foreign(said(MOST_HARD + 1))
+    assert too_hard(said(MOST_HARD + 1).replace(number.encode(), b"12e3, 1e99, 1e-23")) is None
+
+
+def test_a_signed_answer_has_no_more_of_them() -> None:
+    body = b'{"iss":"door-7","id":"cmd_1","result":[' + b"1e290," * (MOST_HARD + 1) + b"1]}"
+    middle = base64.urlsafe_b64encode(body).rstrip(b"=").decode()
+    with pytest.raises(Malformed, match="501 numbers"):
+        answer(f"eyJ.{middle}.x".encode())

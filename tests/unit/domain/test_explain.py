@@ -22,7 +22,7 @@ from broker.domain.events import (
     Published,
     TimedOut,
 )
-from broker.domain.explain import Explanation, Situation, explain
+from broker.domain.explain import Explanation, Situation, Speaker, explain
 from broker.domain.lanes import Flight, Lane, Member, Presence
 from broker.domain.lifecycle import State
 from devices.clock import parse_rfc3339, rfc3339
@@ -147,6 +147,38 @@ def test_a_held_command_names_the_topic_on_which_its_device_must_say_online() ->
 
     assert found.reasons == [{"code": "never_heard", "online": "status", "topic": "iotee/dev/lamp-1/status"}]
     assert "(it must publish `online` on iotee/dev/lamp-1/status)" in found.summary
+
+
+@pytest.mark.parametrize(
+    ("gateway", "around", "text", "facts"),
+    [
+        (Presence.OFFLINE, {}, "; its gateway gw-1 is offline", {}),
+        (Presence.NEVER, {}, "; its gateway gw-1 has not been heard either", {}),
+        (
+            Presence.ONLINE,
+            {},
+            f" (it is online while its gateway gw-1 is subscribed to {TOPIC})",
+            {"online": "connection", "topic": TOPIC},
+        ),
+        (
+            Presence.UNKNOWN,
+            {"status_topic": "x/y"},
+            " (its gateway gw-1 must publish a message of it)",
+            {"online": "status"},
+        ),
+    ],
+)
+def test_a_command_that_waits_for_a_device_behind_a_gateway_names_the_gateway(
+    gateway: Presence, around: dict[str, Any], text: str, facts: dict[str, Any]
+) -> None:
+    fields = {"presence": Presence.OFFLINE, "gateway": Speaker("gw-1", gateway), **around}
+    reason = {"code": "offline", "since": None, "gateway": "gw-1", "gateway_presence": gateway.value, **facts}
+    held = why(member(**REQUIRED), **fields)
+    between = why(member(*sent(), flight=Flight(due_at=T + 1_500), **REQUIRED), **fields)
+
+    assert held.summary == f"Not handed over yet: the device is offline{text}."
+    assert held.reasons == between.reasons[1:] == [reason]
+    assert f"the device is offline{text}, and the next attempt follows when it is back" in between.summary
 
 
 def test_a_command_whose_topic_its_device_does_not_read_names_the_topic() -> None:

@@ -3,6 +3,8 @@ refuses."""
 
 from __future__ import annotations
 
+from typing import get_args
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from broker.domain.events import (
     Acknowledged,
     Cancelled,
     CommandEvent,
+    Created,
     Error,
     Executed,
     Expired,
@@ -21,7 +24,7 @@ from broker.domain.events import (
     Published,
     TimedOut,
 )
-from broker.domain.lifecycle import CLOSED, FINAL, TRANSITIONS, CommandState, State, evolve
+from broker.domain.lifecycle import CHANGES, CLOSED, FINAL, TRANSITIONS, CommandState, State, evolve
 from tests.integration.core_support import PUBLISHED, WAYS, T, command_in, created, folded, recorded
 
 # Section 2 of the contract: event
@@ -101,6 +104,10 @@ def test_a_state_survives_encoding_as_json(event: CommandEvent) -> None:
     kept = msgspec.json.encode(state)
 
     assert msgspec.json.encode(msgspec.json.decode(kept, type=CommandState)) == kept
+
+
+def test_every_event_of_a_command_says_what_it_changes() -> None:
+    assert {Created, *CHANGES} == set(get_args(CommandEvent))
 
 
 def test_a_history_starts_with_created_and_contains_only_command_events() -> None:

@@ -36,6 +36,7 @@ def test_each_bought_device_gets_its_own_topics_and_others_share_patterns() -> N
         "topic read zigbee2mqtt/kitchen lamp/get",
         "topic read zigbee2mqtt/kitchen lamp/set",
         "topic write zigbee2mqtt/kitchen lamp",
+        "topic write zigbee2mqtt/kitchen lamp/#",
         "topic write zigbee2mqtt/kitchen lamp/availability",
     ]
     assert not any("Front door" in line for line in lines)
@@ -62,3 +63,22 @@ def test_a_gateway_has_the_topics_of_its_devices_which_have_no_rules_of_their_ow
         "topic write site/dev/door/ack",
         "topic write site/dev/door/status",
     ]
+
+
+def test_the_topics_of_a_device_may_have_the_name_of_its_gateway() -> None:
+    devices = [
+        device("garage", "esphome_node"),
+        device("door", "esphome_node_switch", "relay", gateway="garage"),
+        device("shed", "esphome_switch", "relay"),
+        device("attic", "esphome_switch", "fan", gateway="garage"),  # a node of its own
+    ]
+
+    lines = whole_file("site", shipped_types(), devices, "ordain")
+
+    assert "topic write +/switch/+/command" in lines
+    of_node = lines[lines.index("user garage") : lines.index("user shed")]
+    assert {"topic read garage/switch/relay/command", "topic write garage/switch/relay/state"} <= set(of_node)
+    assert "topic read attic/switch/fan/command" in of_node
+    assert {"topic read shed/switch/relay/command", "topic write shed/status"} <= set(
+        lines[lines.index("user shed") :]
+    )

@@ -85,6 +85,7 @@ class Seen:
         self.events: list[str] = []
         self.sent: list[int] = []
         self.counted = 0
+        self.vain = 0  # attempts that the MQTT server refused or had nobody to give to
         self.more_attempts = 0  # each restart and each attempt that does not count adds one
 
     def add(self, row: Row) -> None:
@@ -111,6 +112,7 @@ class Model(RuleBasedStateMachine):
         self.rows: list[Row] = []
         self.folded = follower.Fold()
         self.to_fold: list[Row] = []
+        self.kept: dict[str, Any] | None = None  # the projections, until the next commit or start
         self.commands: dict[str, Seen] = {}
         self.ended: dict[str, str] = {}
         self.called_off: set[str] = set()
@@ -125,6 +127,7 @@ class Model(RuleBasedStateMachine):
 
     def start(self) -> None:
         self.lives += 1
+        self.kept = None
         self.node, self.wire = Node(f"broker-{self.lives}"), Wire()
         self.wire.on_publish = self.published
         self.started: list[Bench] = []
@@ -173,6 +176,7 @@ class Model(RuleBasedStateMachine):
         return self.started[0].core
 
     def committed(self, connection: Any) -> None:
+        self.kept = None
         for row in read_now(connection, log.rows, len(self.rows), 100_000):
             self.rows.append(row)
             self.to_fold.append(row)
@@ -236,6 +240,7 @@ class Model(RuleBasedStateMachine):
         outgoing, done = self.wire.due.pop(pick % len(self.wire.due))
         seen = self.commands[(outgoing.correlation or b"").decode()]
         seen.more_attempts += reason == 0x10
+        seen.vain += bool(reason)
         done(Receipt(written=True, reason=reason))
         self.settle()
 
@@ -267,8 +272,8 @@ class Model(RuleBasedStateMachine):
         means = [c for c in self.known("published", "acknowledged") if c.device == "lock"]
         means += [c for c in self.known("timed_out") if c.device == "lock" and now < c.changed_at + LATE_MS]
         one = means[0] if len(means) == 1 else None
-        if one is not None and not one.sent:
-            one = None  # its bytes never left: the broker may know that, or have forgotten it in a restart
+        if one is not None and len(one.sent) <= one.vain:
+            one = None  # no device got it: the broker may know that, or have forgotten it in a restart
         for outgoing, done in [due for due in self.wire.due if one is not None]:
             # Before the MQTT server has confirmed a command, no answer can be to it.
             if one is not None and (outgoing.correlation or b"").decode() == one.id:
@@ -421,7 +426,9 @@ class Model(RuleBasedStateMachine):
         """Checks L6, S3 and S4."""
         if not self.core().writer.open or self.disk.capacity is not None:
             return
-        kept = self.look()
+        if self.kept is None or self.core().writer._last() is not None:
+            self.kept = self.look()
+        kept = self.kept
         touched = self.folded
         for row in self.to_fold:
             touched.fold(log.recorded(row))
@@ -465,6 +472,7 @@ class Model(RuleBasedStateMachine):
                 for hardware_id in sorted(DEVICES.keys() - self.online):
                     self.comes_or_goes(hardware_id, True)
                 self.settle(RESULT_SEC + 30 + GRACE_SEC)
+                self.kept = None
                 self.memory_projections_and_log_agree()
                 self.promises_hold()
                 assert self.read(log.verify).fault is None  # a fault of the chain stays until the end

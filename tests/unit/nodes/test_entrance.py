@@ -8,10 +8,13 @@ from typing import Any, cast
 
 import httpx2
 import pytest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from broker.http.app import _routes
 from broker.http.edge.strangers import PASSED
+from broker.nodes import cluster as cluster_module
 from broker.nodes import entrance as module
+from broker.nodes import streaming
 from broker.nodes.asked import KEYED, Asked
 from broker.nodes.cluster import Cluster
 from broker.nodes.entrance import Apps, Entrance
@@ -28,14 +31,14 @@ class Beats:
     """A log that only knows nodes. It refuses two beats at once, as one connection does."""
 
     def __init__(self, owner: str, address: str | None = None) -> None:
-        self.stirred = asyncio.Event()
+        self.notified = asyncio.Event()
         self.term, self.owner, self.address = int(owner == OURS), owner, address
         self.beats: list[Node] = []
         self.slow = asyncio.Event()
         self.slow.set()
         self._under_way = False
 
-    async def beat(self, node: Node, *, stir: bool = False) -> View:
+    async def beat(self, node: Node, *, notify: bool = False) -> View:
         assert not self._under_way, "another beat is under way"
         self._under_way = True
         self.beats.append(node)
@@ -132,7 +135,7 @@ def test_a_door_repeats_only_what_does_no_harm_twice(
 
 
 def test_the_routes_that_a_door_repeats_with_a_key_are_those_that_use_it() -> None:
-    for route in _routes(False).routes:
+    for route in _routes(local=False).routes:
         for handler in getattr(route, "route_handlers", ()):
             for method in handler.http_methods:
                 path = re.sub(r"{[^}]+}", "x", route.path)
@@ -202,6 +205,25 @@ async def test_the_bodies_of_waiting_requests_have_a_bound_together(monkeypatch:
     asking.cancel()
 
 
+async def test_requests_that_wait_for_the_end_of_a_command_take_no_place_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "HELD", 1)
+    cluster = cluster_on(Beats(THEIRS))
+    await cluster.beat()
+    entrance = Entrance(cluster, Peers(cluster, KEY), KEY)
+    long, short, third = Client("/v1/commands/c?wait=30"), Client(), Client()
+    asking = [asyncio.create_task(ask(entrance, each)) for each in (long, short)]
+    async with asyncio.timeout(WITHIN_SEC):
+        while entrance.held < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    await ask(entrance, third)
+    assert (long.sent, short.sent, third.status) == ([], [], 503)
+    for each in asking:
+        each.cancel()
+    await asyncio.wait(asking)
+
+
 async def test_a_node_that_let_the_log_go_does_not_act_for_the_rest_of_its_lease() -> None:
     log = Beats(OURS)
     cluster = cluster_on(log)
@@ -221,15 +243,50 @@ async def test_a_node_that_let_the_log_go_does_not_act_for_the_rest_of_its_lease
     assert not cluster.holds()
 
 
-async def test_news_during_a_beat_make_the_node_beat_again_at_once() -> None:
+class Unowned(Beats):
+    """A log that nobody owns yet."""
+
+    claims = 0
+
+    async def beat(self, node: Node, *, notify: bool = False) -> View:
+        view = await super().beat(node, notify=notify)
+        return view if self.claims else View(0, None, [])
+
+    async def own(self, name: str, address: str | None, now: int) -> int:
+        self.claims += 1
+        self.term = self.claims
+        return self.claims
+
+
+async def test_a_node_claims_the_log_once_however_late_its_beats_are_confirmed() -> None:
+    log, clock = Unowned(OURS), Clock()
+    log.term = 0
+    cluster = cluster_on(log, clock)
+    await cluster.beat()
+    claiming = asyncio.create_task(cluster.claimed())
+    await asyncio.sleep(0)
+    clock.ms = 8_000
+    await cluster.beat()  # so late that it may not act yet
+    for _ in range(5):
+        cluster.wake()
+        for _ in range(20):  # turns of the loop; one look of the node takes fewer
+            await asyncio.sleep(0)
+    claiming.cancel()
+    assert log.claims == 1
+
+
+async def test_a_notification_during_a_beat_makes_the_node_beat_again_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster_module, "BEAT_SEC", 3_600)
     log = Beats(THEIRS)
     cluster = cluster_on(log)
     log.slow.clear()
     running = asyncio.create_task(cluster.run())
-    async with asyncio.timeout(0.9):  # without news a beat comes each second
+    async with asyncio.timeout(WITHIN_SEC):
         while not log.beats:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        log.stirred.set()
+        log.notified.set()
         log.slow.set()
         while len(log.beats) < 2:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -270,31 +327,75 @@ async def test_an_owner_tells_the_door_whether_it_accepted_the_key() -> None:
 
 
 class Owner:
-    """An HTTP server that notes request lines, and answers all with 404."""
+    """An HTTP server that notes request lines, and gives all the same answer; `once`: only the first.
+    `ends_after_sec`: it keeps the first request so long, and does not answer it; its successor does."""
 
-    def __init__(self, *headers: str) -> None:
+    def __init__(
+        self,
+        *headers: str,
+        status: str = "404 Not Found",
+        once: bool = False,
+        ends_after_sec: float | None = None,
+    ) -> None:
         self.lines: list[str] = []
-        self._headers = "".join(f"{each}\r\n" for each in headers)
+        self._answer = "\r\n".join(
+            [f"HTTP/1.1 {status}", "date: then", "content-length: 0", *headers, "", ""]
+        )
+        self._once, self._ends_after_sec = once, ends_after_sec
 
     async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         self.lines.append(head.partition(b"\r\n")[0].decode())
-        answer = f"HTTP/1.1 404 Not Found\r\ndate: then\r\ncontent-length: 0\r\n{self._headers}\r\n"
-        writer.write(answer.encode())
+        if self._ends_after_sec is not None and len(self.lines) == 1:
+            await asyncio.sleep(self._ends_after_sec)
+        elif not self._once or len(self.lines) == 1:
+            writer.write(self._answer.encode())
         await writer.drain()
         writer.close()
 
 
-async def through_a_door(owner: Owner, client: Client) -> Client:
+async def through_a_door(owner: Owner, client: Client, metrics: bytes | None = None) -> Client:
+    """`metrics`: those of the door, which are only for holders of a key."""
     server = await asyncio.start_server(owner.take, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     async with server:
         cluster = cluster_on(Beats(THEIRS, f"127.0.0.1:{port}"))
         await cluster.beat()
         peers = Peers(cluster, KEY)
-        await ask(Entrance(cluster, peers, KEY), client)
+        entrance = Entrance(cluster, peers, KEY)
+        if metrics is not None:
+            entrance.metrics, entrance.shows_metrics = lambda: metrics, False
+        await ask(entrance, client)
         await peers.close()
     return client
+
+
+async def test_a_request_that_no_owner_can_be_reached_for_is_refused_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "HELD_SEC", 0.3)
+    cluster = cluster_on(Beats(THEIRS, f"127.0.0.1:{unused_port()}"))  # it lives, and nobody listens there
+    await cluster.beat()
+    assert (await ask(Entrance(cluster, Peers(cluster, KEY), KEY), Client())).status == 503
+
+
+async def test_a_request_that_waited_long_at_an_owner_goes_to_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "HELD_SEC", 0.05)
+    owner = Owner(status="200 OK", ends_after_sec=2 * module.HELD_SEC)
+    client = await through_a_door(owner, Client("/v1/commands/c?wait=30"))
+    assert (client.status, len(owner.lines)) == (200, 2)
+
+
+async def test_a_stream_ends_if_the_owner_cannot_be_reached_again_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streaming, "WITHIN_SEC", 0.3)
+    client = await through_a_door(
+        Owner(f"content-type: {streaming.STREAM}", status="200 OK", once=True), Client()
+    )
+    assert (client.status, client.sent[-1]["more_body"]) == (200, False)
 
 
 async def test_a_stranger_stays_one_at_a_door_until_the_owner_accepts_a_key() -> None:
@@ -302,6 +403,26 @@ async def test_a_stranger_stays_one_at_a_door_until_the_owner_accepts_a_key() ->
     known = await through_a_door(Owner(f"{ACCEPTED.decode()}: 1"), Client("/nothing"))
     assert known.passed
     assert set(known.headers) == {b"content-length"}  # this node's own server adds the date
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/"])
+async def test_a_door_shows_its_own_metrics_if_the_owner_accepts_the_key(path: str) -> None:
+    client = await through_a_door(Owner(status="200 OK"), Client(path), metrics=b"of the door")
+    assert (client.status, client.sent[1]["body"]) == (200, b"of the door")
+    assert client.headers == {
+        b"content-type": CONTENT_TYPE_LATEST.encode(),
+        b"content-length": b"11",
+        b"cache-control": b"no-store",
+        b"x-content-type-options": b"nosniff",
+    }
+    refused = await through_a_door(Owner(status="401 Unauthorized"), Client(path), metrics=b"of the door")
+    assert (refused.status, refused.sent[1]["body"]) == (401, b"")
+
+
+@pytest.mark.parametrize("path", ["/metrics/", "/healthz/"])
+async def test_a_door_answers_for_itself_also_with_a_slash_at_the_end(path: str) -> None:
+    owner = Owner(status="200 OK")
+    assert ((await through_a_door(owner, Client(path))).status, owner.lines) == (200, [])
 
 
 async def test_the_target_goes_on_as_it_came() -> None:

@@ -4,4 +4,6 @@ import "./theme.mjs";
 import { html, render } from "./html.mjs";
 import { Shell } from "./shell.mjs";
 
-render(html`<${Shell} />`, document.getElementById("app"));
+const app = document.getElementById("app");
+app.replaceChildren(); // index.html has a line there for when this file does not arrive
+render(html`<${Shell} />`, app);

@@ -195,7 +195,8 @@ export function Question() {
   useEffect(() => {
     if (!asked || dialog.current.open) return;
     dialog.current.showModal();
-    (input.current ?? dialog.current.querySelector("[type=submit]")).focus();
+    // Enter must not do what cannot be undone.
+    (input.current ?? dialog.current.querySelector(asked.danger ? "[type=button]" : "[type=submit]")).focus();
   }, [asked]);
   if (!asked) return null;
   const done = (answer) => {

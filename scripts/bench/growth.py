@@ -1,0 +1,90 @@
+"""What a log costs as it grows: processor time of a life, time of a start, and bytes per command.
+
+    python -m scripts.bench.growth --commands 10000 100000 1000000
+
+Each log is filled directly with closed commands, four events each. Then a broker serves each, and they make
+rounds of lives in turn, so that the load of the machine is the same for all. The ratios are those to the
+first log in the same round. It only prints figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import uvloop
+
+from broker.world import DATABASE
+from scripts.bench import processes
+from scripts.bench.life import living
+from scripts.bench.travel import fill
+
+DEVICES = 1_000  # of the commands in the log
+ONLINE, CONNECTIONS = 100, 4  # those of the lives
+
+Figures = dict[int, list[float]]  # number of commands in the log -> one figure a round
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--commands", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--lives", type=int, default=2_000, help="in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dir", type=Path, help="directory for the logs; not a file system in memory")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ordain-growth-", dir=given.dir) as home:
+        directories = {count: Path(home) / str(count) for count in given.commands}
+        for count, directory in directories.items():
+            directory.mkdir()
+            fill(directory / DATABASE, count, DEVICES)
+            size = (directory / DATABASE).stat().st_size
+            print(f"{count:>10,} commands {size / 1e6:8.1f} MB {size / count:8.0f} bytes each", flush=True)
+        for what, figures in uvloop.run(starts(directories, given.rounds)).items():
+            show(what, figures)
+        show("broker CPU of a life, µs", uvloop.run(lives(directories, given.rounds, given.lives)))
+
+
+async def starts(directories: dict[int, Path], rounds: int) -> dict[str, Figures]:
+    """Of a broker on each log until it is ready."""
+    took: Figures = {count: [] for count in directories}
+    spent: Figures = {count: [] for count in directories}
+    for _ in range(rounds):
+        for count, directory in directories.items():
+            since = time.perf_counter()
+            async with processes.broker(directory, processes.unused_port(), None, own=True) as (_, pid):
+                took[count].append(time.perf_counter() - since)
+                spent[count].append(processes.cpu_sec(pid))
+    return {"start, s": took, "start, CPU s": spent}
+
+
+async def lives(directories: dict[int, Path], rounds: int, count: int) -> Figures:
+    figures: Figures = {commands: [] for commands in directories}
+    async with AsyncExitStack() as stack:
+        serving = {
+            commands: await stack.enter_async_context(living(directory, count, ONLINE, CONNECTIONS))
+            for commands, directory in directories.items()
+        }
+        for number in range(rounds + 1):
+            for commands, one_round in serving.items():
+                found = await one_round()
+                if number:  # round 0 is the warm-up
+                    figures[commands].append(found["broker CPU µs per life"])
+    return figures
+
+
+def show(what: str, figures: Figures) -> None:
+    base = next(iter(figures.values()))
+    for commands, values in figures.items():
+        ratio = statistics.median(value / first for value, first in zip(values, base, strict=True))
+        each = " ".join(f"{value:.4g}" for value in values)
+        print(
+            f"{commands:>10,} commands  {what}: {statistics.median(values):.4g}  ratio {ratio:.2f}  ({each})"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What appending costs with the log in PostgreSQL: through the writer, beside bare inserts of the same rows.
+
+    python -m scripts.bench.postgresql --events 200000 --minutes 10
+
+A real PostgreSQL with fsync, on this machine. In the same run: bare batched inserts of the same events and
+states into tables with the same indexes; the writer on SQLite; the library `eventsourcing` on PostgreSQL; and
+appends while one snapshot is held open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+
+import asyncpg
+import uvloop
+
+from broker.engine.writer import Writer
+from broker.log.postgresql.log import PostgresLog
+from broker.log_url import address
+from broker.world import SystemClock, SystemEntropy
+from scripts.bench.append import PER_TRANSACTION, lives, through_the_library, through_the_writer
+from tests.postgres import Postgres
+
+WAITING = 100
+SLICES = 10
+TABLES = """CREATE TABLE bare_events (LIKE events INCLUDING ALL);
+    CREATE TABLE bare_commands (LIKE commands INCLUDING ALL)"""
+# Each event is inserted, and the state of its command written, as a commit of the broker does.
+BARE = (
+    "INSERT INTO bare_events SELECT * FROM events WHERE position BETWEEN $1 AND $2",
+    """INSERT INTO bare_commands SELECT c.* FROM events e JOIN commands c ON c.id = e.stream
+    WHERE e.position BETWEEN $1 AND $2 ON CONFLICT (id) DO UPDATE SET state = excluded.state,
+    version = excluded.version, closed_at = excluded.closed_at,
+    closed_position = excluded.closed_position, summary = excluded.summary""",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events", type=int, default=200_000)
+    parser.add_argument("--minutes", type=float, default=10)
+    asked = parser.parse_args()
+    postgres = Postgres(
+        fsync="on", full_page_writes="on", autovacuum="on", shared_buffers="512MB", max_wal_size="4GB"
+    )
+    postgres.start()
+    try:
+        with uvloop.Runner() if hasattr(uvloop, "Runner") else asyncio.Runner() as runner:
+            runner.run(_measure(postgres, asked.events, asked.minutes))
+    finally:
+        postgres.remove()
+
+
+async def _measure(postgres: Postgres, count: int, minutes: float) -> None:
+    url = postgres.create("log")
+    storage = PostgresLog(address(url), "node_bench")
+    await storage.prepare("log_bench", "00" * 32)
+    before = await _written(url)
+    ours = await _appended(storage, count)
+    written = (await _written(url) - before) / (count // 4)
+    bare = await _bare(url, count)
+    print(f"the writer on PostgreSQL: {ours:,.0f} events/s; bare inserts by {PER_TRANSACTION}: {bare:,.0f}")
+    print(f"the writer / bare inserts: {ours / bare:.2f} (aim: at least 0.6)")
+    print(
+        f"a command's whole life takes {await _bytes(url, count // 4):,.0f} bytes in the database, "
+        f"and {written:,.0f} of its write-ahead log"
+    )
+    with tempfile.TemporaryDirectory() as home:
+        local, _ = await through_the_writer(Path(home) / "sqlite", WAITING, count)
+    print(f"the writer on SQLite, in the same run: {local:,.0f} events/s")
+    library = through_the_library(_library_settings(postgres), count)
+    print(f"the library eventsourcing on PostgreSQL, which saves each step: {library:,.0f} events/s")
+    print(f"the writer / the library: {ours / library:.0f} (aim: at least 20)")
+    await _beside_a_snapshot(storage, url, minutes)
+    await storage.close()
+
+
+async def _appended(storage: PostgresLog, count: int) -> float:
+    """Events/s of command lives through the writer."""
+    writer = Writer(storage, SystemClock(), SystemEntropy())
+    await writer.start()
+    running = asyncio.create_task(writer.run())
+    numbers = iter(range(count // 4))
+    since = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(WAITING):
+            group.create_task(lives(writer, numbers))
+    seconds = time.perf_counter() - since
+    running.cancel()
+    await asyncio.wait({running})
+    return count / seconds
+
+
+async def _bare(url: str, count: int) -> float:
+    """Events/s of inserts of the rows that the writer made, in the server itself: no client is faster."""
+    sql = await asyncpg.connect(url, server_settings={"search_path": "ordain"})
+    await sql.execute(TABLES)
+    since = time.perf_counter()
+    for start in range(1, count, PER_TRANSACTION):
+        async with sql.transaction():
+            for text in BARE:
+                await sql.execute(text, start, start + PER_TRANSACTION - 1)
+    seconds = time.perf_counter() - since
+    await sql.close()
+    return count / seconds
+
+
+async def _written(url: str) -> int:
+    """How much write-ahead log the server has written so far, in bytes."""
+    sql = await asyncpg.connect(url)
+    try:
+        return int(await sql.fetchval("SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')"))
+    finally:
+        await sql.close()
+
+
+async def _bytes(url: str, commands: int) -> float:
+    """What the log and its projections take on the disk with all indexes, for each command."""
+    sql = await asyncpg.connect(url, server_settings={"search_path": "ordain"})
+    await sql.execute("VACUUM")
+    kept = await sql.fetchval(
+        "SELECT pg_total_relation_size('events') + pg_total_relation_size('commands')"
+        " + pg_total_relation_size('lanes')"
+    )
+    await sql.close()
+    return float(kept) / commands
+
+
+async def _beside_a_snapshot(storage: PostgresLog, url: str, minutes: float) -> None:
+    """Whether appends get slower while one snapshot is open, as pg_dump or `ordain log verify` holds one."""
+    reader = await asyncpg.connect(url, server_settings={"search_path": "ordain"})
+    async with reader.transaction(isolation="repeatable_read", readonly=True):
+        await reader.fetchval("SELECT count(*) FROM events")
+        end, rates = time.monotonic() + minutes * 60, list[float]()
+        while time.monotonic() < end or len(rates) < SLICES:
+            rates.append(await _appended(storage, 20_000))
+    await reader.close()
+    tenth = max(1, len(rates) // SLICES)
+    first, last = sum(rates[:tenth]) / tenth, sum(rates[-tenth:]) / tenth
+    print(
+        f"beside a snapshot held for {minutes:g} minutes: {first:,.0f} events/s at its beginning, "
+        f"{last:,.0f} at its end: {last / first:.2f} (aim: flat)"
+    )
+
+
+def _library_settings(postgres: Postgres) -> dict[str, str]:
+    postgres.create("library")
+    return {
+        "PERSISTENCE_MODULE": "eventsourcing.postgres", "POSTGRES_DBNAME": "library",
+        "POSTGRES_HOST": str(postgres.home), "POSTGRES_PORT": "5432", "POSTGRES_USER": "ordain",
+        "POSTGRES_PASSWORD": "none",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
