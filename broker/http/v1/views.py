@@ -289,9 +289,10 @@ def device(state: DeviceState, presence: Presence | None, token: str | UnsetType
 
 
 def presence_of(state: DeviceState, known: Presence | None) -> Presence:
-    """The presence that this process knows (`known`). Without one, the log decides: a device that was ever
-    heard is offline, all others are `never`."""
-    if known is None or known is Presence.NEVER:
+    """The presence that this process knows (`known`), except for the first `online` of a device while its
+    event is not durable: after a crash nothing would be left of it. Without one, the log decides: a device
+    that was ever heard is offline, all others are `never`."""
+    if known is None or known is Presence.NEVER or (known is Presence.ONLINE and not state.heard):
         return Presence.OFFLINE if state.heard else Presence.NEVER
     return known
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from broker.seams import Sql
+from broker.domain.lanes import Presence
+from broker.seams import Batch, Placed, Sql
 from devices.types import shipped_types
 from tests.integration.http.support import Broker, error_of, register, running
 
@@ -132,6 +134,34 @@ async def test_a_huge_number_in_attributes_is_returned_unchanged(broker: Broker)
     client = await broker.someone()
     await register(client, attributes={"serial": 10**30})
     assert (await client.get("/v1/devices/lamp-1")).json()["attributes"] == {"serial": 10**30}
+
+
+async def test_a_device_is_shown_online_when_its_first_presence_is_durable(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await broker.someone()
+    device = await register(client)
+    storage, gate = broker.core.storage, asyncio.Event()
+    append = storage.append
+
+    async def held(batch: Batch) -> Placed:
+        await gate.wait()
+        return await append(batch)
+
+    async def shown() -> set[str]:
+        one, page = await client.get("/v1/devices/lamp-1"), await client.get("/v1/devices")
+        return {one.json()["presence"], page.json()["data"][0]["presence"]}
+
+    monkeypatch.setattr(storage, "append", held)
+    broker.online("lamp-1")
+    while broker.core.live.presence.get(device["id"]) is not Presence.ONLINE:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    try:
+        assert await shown() == {"never"}
+    finally:
+        gate.set()
+    await broker.core.writer.barrier()
+    assert await shown() == {"online"}
 
 
 async def test_a_device_that_connects_is_shown_online(broker: Broker) -> None:
