@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -12,9 +12,9 @@ from litestar.types import Message, Receive, Send
 
 from broker.http.edge.errors import HEADERS, STATUS, error_body
 from broker.http.edge.strangers import PASSED
+from broker.nodes.connections import Headers
 
 T = TypeVar("T")
-Headers = Sequence[tuple[bytes, bytes]]
 
 BODY_BYTES = 4_194_304 + 65_536  # no route takes more
 # Harmless if done twice: answers of devices, and the end of a command.
@@ -30,12 +30,6 @@ KEYED = re.compile(
     r"|POST (/v1)?/commands/[^/]+/retry"
     r"|POST /v1/devices/[^/]+/commands/[^/]+/retry"
 )
-
-
-def let_go(task: asyncio.Future[Any]) -> None:
-    """Cancels a task that nobody waits for any more; what it then raises concerns nobody."""
-    task.cancel()
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 class Gone(Exception):
@@ -61,7 +55,8 @@ class Asked:
         self.body = b""
         self.started = self.accepted = False
         self.receive, self._send = receive, send
-        self._gone: asyncio.Future[None] | None = None
+        self._gone: asyncio.Task[None] | None = None
+        self._ends: asyncio.Timeout | None = None  # of the work that is under way
         self._room, self._taken = Room(0), 0
 
     @property
@@ -116,26 +111,32 @@ class Asked:
             if len(body) > BODY_BYTES:
                 raise ValueError("the body is too large")
         self.body = bytes(body)
-        self._gone = asyncio.ensure_future(self._watch())
+        self._gone = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
         while cast(dict[str, Any], await self.receive())["type"] != "http.disconnect":
             pass
+        if self._ends is not None:
+            self._ends.reschedule(0)
 
-    async def unless_gone(self, work: Awaitable[T]) -> T:
+    async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
         """Raises:
         Gone: the client went away first; the work was cancelled.
         """
         assert self._gone is not None
-        task = asyncio.ensure_future(work)
-        either: set[asyncio.Future[Any]] = {task, self._gone}
+        if self._gone.done():
+            work.close()
+            raise Gone
+        ends = self._ends = asyncio.timeout(None)
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise Gone
-            return task.result()
+            async with ends:
+                return await work
+        except TimeoutError:
+            if ends.expired():
+                raise Gone from None
+            raise
         finally:
-            let_go(task)
+            self._ends = None
 
     def close(self) -> None:
         self._room.taken -= self._taken

@@ -29,6 +29,7 @@ class Cluster:
         self.node = node
         self.members = Membership(node.incarnation)
         self.lapsed: Callable[[], None] = lambda: None
+        self.looked: Callable[[], None] = lambda: None
         self._log, self._now, self._wall = log, now, wall
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._notify = False
@@ -126,6 +127,7 @@ class Cluster:
 
     def wake(self) -> None:
         """Wakes those that wait for a change."""
+        self.looked()
         self._changed.set_result(None)
         self._changed = asyncio.get_running_loop().create_future()
 

@@ -19,7 +19,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from broker.http.edge.health import Health
 from broker.nodes.asked import Asked, Gone, NoRoom, Room
 from broker.nodes.cluster import Cluster
-from broker.nodes.forwarding import ACCEPTED, LOCAL, MOVED, PEER, SECRET, Lost, Peers
+from broker.nodes.connections import Lost
+from broker.nodes.forwarding import ACCEPTED, LOCAL, MOVED, PEER, SECRET, Peers, header
 from broker.nodes.streaming import is_stream, pass_on
 from broker.seams import Node
 
@@ -234,7 +235,7 @@ class Entrance:
         """
         answer = await asked.unless_gone(self._peers.send(owner, asked, local=local))
         try:
-            if ACCEPTED.decode() in answer.headers:
+            if header(answer, ACCEPTED) is not None:
                 asked.passed()
             if is_stream(answer) and asked.method != "HEAD":
                 stream = pass_on(self._peers, self._next_owner, owner, asked, answer, local=local)
@@ -243,13 +244,13 @@ class Entrance:
                     await asked.unless_gone(stream)
                 finally:
                     self._held[asked.lasts] += 1
-            elif asked.path == "/metrics" and answer.status_code == 200:
+            elif asked.path == "/metrics" and answer.status == 200:
                 await self._figures(asked)  # of this node; the owner has checked the key
             else:
                 await asked.unless_gone(self._peers.whole(owner, asked, answer))
             self.outcomes["answered"] += 1
         finally:
-            await answer.aclose()
+            answer.close()
 
     async def _next_owner(self) -> Node | None:
         """The node at which a stream goes on; this one too. None: there is none in time."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-import httpx2
-
 from broker.nodes.asked import Asked
-from broker.nodes.forwarding import Lost, Peers, shown
+from broker.nodes.connections import Answer, Lost
+from broker.nodes.forwarding import Peers, header, shown
 from broker.seams import Node
 
-STREAM = "text/event-stream"
+STREAM = b"text/event-stream"
 AGAIN_SEC = 0.2
 WITHIN_SEC = 30.0  # then the stream ends, and its client may find another door
 MESSAGE_BYTES = 16_777_216  # no event is larger; a peer must not fill our memory
@@ -24,18 +23,17 @@ MESSAGE_BYTES = 16_777_216  # no event is larger; a peer must not fill our memor
 Owner = Callable[[], Awaitable[Node | None]]
 
 
-def is_stream(answer: httpx2.Response) -> bool:
-    kind: str = answer.headers.get("content-type", "")
-    return answer.status_code == 200 and kind.startswith(STREAM)
+def is_stream(answer: Answer) -> bool:
+    return answer.status == 200 and (header(answer, b"content-type") or b"").startswith(STREAM)
 
 
 async def pass_on(
-    peers: Peers, next_owner: Owner, owner: Node, asked: Asked, answer: httpx2.Response, *, local: bool
+    peers: Peers, next_owner: Owner, owner: Node, asked: Asked, answer: Answer, *, local: bool
 ) -> None:
     """Passes on a stream until it ends for good: its key was revoked, or no owner was found in time."""
-    await asked.start(answer.status_code, shown(answer))
+    await asked.start(answer.status, shown(answer))
     after: bytes | None = None
-    opened: httpx2.Response | None = answer
+    opened: Answer | None = answer
     while opened is not None:
         resumed = after is not None
         try:
@@ -44,32 +42,29 @@ async def pass_on(
                 if not (begins and resumed):
                     await asked.piece(message)
                 after = _id(message) or after
-        except (httpx2.TransportError, Lost):
+        except Lost:
             pass  # the next owner goes on after the last message
         finally:
-            await opened.aclose()
+            opened.close()
         owner, opened = await _again(peers, next_owner, asked, after, local=local)
     await asked.piece(b"", more=False)
 
 
-async def _messages(peers: Peers, owner: Node, answer: httpx2.Response) -> AsyncIterator[bytes]:
+async def _messages(peers: Peers, owner: Node, answer: Answer) -> AsyncIterator[bytes]:
     """The messages of a stream, each one whole; comments are messages of one line."""
-    kept, pieces = b"", answer.aiter_raw().__aiter__()
-    while (piece := await peers.unless_moved(owner, _next(pieces))) is not None:
-        kept += piece
+    kept = b""
+    while piece := await peers.unless_moved(owner, answer.piece()):
+        kept, begin = kept + piece, 0
         while True:
-            end = b"\n" if kept.startswith(b":") else b"\n\n"
-            message, found, rest = kept.partition(end)
-            if not found:
+            mark = b"\n" if kept.startswith(b":", begin) else b"\n\n"
+            found = kept.find(mark, begin)
+            if found < 0:
                 break
-            kept = rest
-            yield message + end
+            yield kept[begin : found + len(mark)]
+            begin = found + len(mark)
+        kept = kept[begin:]
         if len(kept) > MESSAGE_BYTES:
             raise Lost(reached=True)
-
-
-async def _next(pieces: AsyncIterator[bytes]) -> bytes | None:
-    return await anext(pieces, None)
 
 
 def _id(message: bytes) -> bytes | None:
@@ -79,7 +74,7 @@ def _id(message: bytes) -> bytes | None:
 
 async def _again(
     peers: Peers, next_owner: Owner, asked: Asked, after: bytes | None, *, local: bool
-) -> tuple[Node, httpx2.Response | None]:
+) -> tuple[Node, Answer | None]:
     """Opens the stream once more at the owner; None if that refuses it, or none is found in time."""
     loop = asyncio.get_running_loop()
     until = loop.time() + WITHIN_SEC
@@ -91,8 +86,8 @@ async def _again(
             continue
         if is_stream(answer):
             return owner, answer
-        await answer.aclose()
-        if answer.status_code != 503:
+        answer.close()
+        if answer.status != 503:
             break
         await asyncio.sleep(AGAIN_SEC)
     return Node("", ""), None

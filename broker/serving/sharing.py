@@ -72,7 +72,7 @@ async def share(
         serving = _http(settings, entrance, strangers, listening, scraped, certificates)
         own = partial(_own, settings, shared, files, entrance, strangers, certificates, tls, stop)
         await take_turns(entrance, serving, own, stop)
-        await peers.close()
+        peers.close()
         with suppress(Unknown, Broken):  # then the others see it by its beats
             await shared.log.leave(cluster.node)
     finally:

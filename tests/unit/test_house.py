@@ -61,6 +61,7 @@ SEAMS = (
     "broker/mqtt/mosquitto",
     "broker/mqtt/external/password_file",
     "broker/subscriptions/outbound",
+    "broker/nodes/connections",
     "devices/agent",
     "devices/canary",
     "devices/tls",

@@ -5,33 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, cast
 
-import httpx2
 from litestar.types import ASGIApp
 
+from broker.nodes.connections import CONNECT_SEC, QUIET_SEC, Answer, Lost, Request, Transport
 from tests.simulation.loop import Node, SimLoop
 from tests.simulation.nodes.net import Net, Way
 
-CONNECT_SEC, QUIET_SEC = 2.0, 120.0
 
+class Exchange(Answer):
+    """One request and its answer. Each end is in a process of its own."""
 
-class Exchange(httpx2.AsyncByteStream):
-    """One request and its answer, which is also the body of that. Each end is in a process of its own."""
-
-    def __init__(self, net: Net, here: str, there: str, request: httpx2.Request) -> None:
+    def __init__(self, net: Net, here: str, there: str, request: Request) -> None:
+        self.status, self.headers = 0, list[tuple[bytes, bytes]]()
         self.begun: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._there = Way(net, here, there)
         self._back = Way(net, there, here, contextvars.copy_context())
-        self._pieces: deque[bytes | None] = deque()
+        self._pieces: deque[bytes] = deque()
+        self._ended = False
         self._came = asyncio.Event()
         self._broken = False
         self._gone = asyncio.Event()  # at the other end: we closed
         self._asked = False
-        target = request.extensions["target"]
-        path, _, query = target.partition(b"?")
-        self._body = request.content
+        path, _, query = request.target.partition(b"?")
+        self._body = request.body
         self.scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -42,7 +41,7 @@ class Exchange(httpx2.AsyncByteStream):
             "raw_path": path,
             "query_string": query,
             "root_path": "",
-            "headers": [(name.lower(), value) for name, value in request.headers.raw],
+            "headers": list(request.headers),
             "client": (here, 40_000),
             "server": (there, 80),
             "state": {},
@@ -75,33 +74,34 @@ class Exchange(httpx2.AsyncByteStream):
                 self.begun.set_result(message)
             return
         self._pieces.append(message.get("body", b""))
-        if not message.get("more_body"):
-            self._pieces.append(None)
+        self._ended = not message.get("more_body")
         self._came.set()
 
     def _break(self) -> None:
         self._broken = True
         self._came.set()
         if not self.begun.done():
-            self.begun.set_exception(httpx2.RemoteProtocolError("the owner closed the connection"))
+            self.begun.set_exception(Lost(reached=True))
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while True:
-            while not self._pieces and not self._broken:
-                self._came.clear()
+    async def piece(self) -> bytes:
+        while not any(self._pieces) and not self._ended and not self._broken:
+            self._came.clear()
+            try:
                 async with asyncio.timeout(QUIET_SEC):
                     await self._came.wait()
-            if not self._pieces:
-                raise httpx2.ReadError("the owner closed the connection")
-            if (piece := self._pieces.popleft()) is None:
-                return
-            yield piece
+            except TimeoutError as error:
+                raise Lost(reached=True) from error
+        piece = b"".join(self._pieces)
+        self._pieces.clear()
+        if not piece and not self._ended:
+            raise Lost(reached=True)
+        return piece
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         self._there.send(self._gone.set)
 
 
-class SimTransport(httpx2.AsyncBaseTransport):
+class SimTransport(Transport):
     """`find`: the process that listens on a machine, and its app; None: nobody does."""
 
     def __init__(
@@ -109,14 +109,17 @@ class SimTransport(httpx2.AsyncBaseTransport):
     ) -> None:
         self._loop, self._net, self._here, self._find = loop, net, here, find
 
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        there = request.url.host
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    async def ask(self, address: str, request: Request) -> Answer:
+        there = address.partition(":")[0]
         await asyncio.sleep(self._net.delay())
         if not self._net.reaches(self._here, there):
             await asyncio.sleep(CONNECT_SEC)
-            raise httpx2.ConnectTimeout("no answer")
+            raise Lost(reached=False)
         if (listening := self._find(there)) is None:
-            raise httpx2.ConnectError("refused")
+            raise Lost(reached=False)
         node, app = listening
         exchange = Exchange(self._net, self._here, there, request)
         node.on_kill.append(exchange.lose)
@@ -133,8 +136,9 @@ class SimTransport(httpx2.AsyncBaseTransport):
             async with asyncio.timeout(QUIET_SEC):
                 start = await exchange.begun
         except TimeoutError as error:
-            raise httpx2.ReadTimeout("no answer") from error
+            raise Lost(reached=True) from error
         except asyncio.CancelledError:
-            await exchange.aclose()
+            exchange.close()
             raise
-        return httpx2.Response(start["status"], headers=start["headers"], stream=exchange, request=request)
+        exchange.status, exchange.headers = start["status"], list(start["headers"])
+        return exchange

@@ -217,7 +217,7 @@ class Process:
         try:
             own = partial(self._own, log, entrance)
             await take_turns(entrance, self._serving(), own, self.stop)
-            await peers.close()
+            peers.close()
             with suppress(Unknown, Broken):
                 await log.leave(cluster.node)
         finally:

@@ -6,19 +6,16 @@ import asyncio
 import re
 from typing import Any, cast
 
-import httpx2
 import pytest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from broker.http.app import _routes
 from broker.http.edge.strangers import PASSED
 from broker.nodes import cluster as cluster_module
 from broker.nodes import entrance as module
-from broker.nodes import streaming
 from broker.nodes.asked import KEYED, Asked
 from broker.nodes.cluster import Cluster
 from broker.nodes.entrance import Apps, Entrance
-from broker.nodes.forwarding import ACCEPTED, LOCAL, MOVED, SECRET, Peers, shown
+from broker.nodes.forwarding import ACCEPTED, LOCAL, MOVED, SECRET, Peers
 from broker.seams import Node, View
 from tests.conftest import unused_port
 
@@ -324,113 +321,3 @@ async def test_an_owner_tells_the_door_whether_it_accepted_the_key() -> None:
     assert ACCEPTED in (await ask(entrance, Client(**given))).headers
     assert ACCEPTED not in (await ask(entrance, Client("/nothing", **given))).headers
     assert ACCEPTED not in (await ask(entrance, Client())).headers  # a client has no use for it
-
-
-class Owner:
-    """An HTTP server that notes request lines, and gives all the same answer; `once`: only the first.
-    `ends_after_sec`: it keeps the first request so long, and does not answer it; its successor does."""
-
-    def __init__(
-        self,
-        *headers: str,
-        status: str = "404 Not Found",
-        once: bool = False,
-        ends_after_sec: float | None = None,
-    ) -> None:
-        self.lines: list[str] = []
-        self._answer = "\r\n".join(
-            [f"HTTP/1.1 {status}", "date: then", "content-length: 0", *headers, "", ""]
-        )
-        self._once, self._ends_after_sec = once, ends_after_sec
-
-    async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        self.lines.append(head.partition(b"\r\n")[0].decode())
-        if self._ends_after_sec is not None and len(self.lines) == 1:
-            await asyncio.sleep(self._ends_after_sec)
-        elif not self._once or len(self.lines) == 1:
-            writer.write(self._answer.encode())
-        await writer.drain()
-        writer.close()
-
-
-async def through_a_door(owner: Owner, client: Client, metrics: bytes | None = None) -> Client:
-    """`metrics`: those of the door, which are only for holders of a key."""
-    server = await asyncio.start_server(owner.take, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with server:
-        cluster = cluster_on(Beats(THEIRS, f"127.0.0.1:{port}"))
-        await cluster.beat()
-        peers = Peers(cluster, KEY)
-        entrance = Entrance(cluster, peers, KEY)
-        if metrics is not None:
-            entrance.metrics, entrance.shows_metrics = lambda: metrics, False
-        await ask(entrance, client)
-        await peers.close()
-    return client
-
-
-async def test_a_request_that_no_owner_can_be_reached_for_is_refused_in_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "HELD_SEC", 0.3)
-    cluster = cluster_on(Beats(THEIRS, f"127.0.0.1:{unused_port()}"))  # it lives, and nobody listens there
-    await cluster.beat()
-    assert (await ask(Entrance(cluster, Peers(cluster, KEY), KEY), Client())).status == 503
-
-
-async def test_a_request_that_waited_long_at_an_owner_goes_to_the_next_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "HELD_SEC", 0.05)
-    owner = Owner(status="200 OK", ends_after_sec=2 * module.HELD_SEC)
-    client = await through_a_door(owner, Client("/v1/commands/c?wait=30"))
-    assert (client.status, len(owner.lines)) == (200, 2)
-
-
-async def test_a_stream_ends_if_the_owner_cannot_be_reached_again_in_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(streaming, "WITHIN_SEC", 0.3)
-    client = await through_a_door(
-        Owner(f"content-type: {streaming.STREAM}", status="200 OK", once=True), Client()
-    )
-    assert (client.status, client.sent[-1]["more_body"]) == (200, False)
-
-
-async def test_a_stranger_stays_one_at_a_door_until_the_owner_accepts_a_key() -> None:
-    assert not (await through_a_door(Owner(), Client("/nothing"))).passed
-    known = await through_a_door(Owner(f"{ACCEPTED.decode()}: 1"), Client("/nothing"))
-    assert known.passed
-    assert set(known.headers) == {b"content-length"}  # this node's own server adds the date
-
-
-@pytest.mark.parametrize("path", ["/metrics", "/metrics/"])
-async def test_a_door_shows_its_own_metrics_if_the_owner_accepts_the_key(path: str) -> None:
-    client = await through_a_door(Owner(status="200 OK"), Client(path), metrics=b"of the door")
-    assert (client.status, client.sent[1]["body"]) == (200, b"of the door")
-    assert client.headers == {
-        b"content-type": CONTENT_TYPE_LATEST.encode(),
-        b"content-length": b"11",
-        b"cache-control": b"no-store",
-        b"x-content-type-options": b"nosniff",
-    }
-    refused = await through_a_door(Owner(status="401 Unauthorized"), Client(path), metrics=b"of the door")
-    assert (refused.status, refused.sent[1]["body"]) == (401, b"")
-
-
-@pytest.mark.parametrize("path", ["/metrics/", "/healthz/"])
-async def test_a_door_answers_for_itself_also_with_a_slash_at_the_end(path: str) -> None:
-    owner = Owner(status="200 OK")
-    assert ((await through_a_door(owner, Client(path))).status, owner.lines) == (200, [])
-
-
-async def test_the_target_goes_on_as_it_came() -> None:
-    owner, target = Owner(), "/v1/devices/../../local/x?q=%zz&r='[\""
-    await through_a_door(owner, Client(target))
-    assert owner.lines == [f"GET {target} HTTP/1.1"]
-
-
-def test_headers_between_nodes_are_hidden_from_clients() -> None:
-    answer = httpx2.Response(200, headers=[(b"X-Ordain-Accepted", b"1"), (b"ETag", b"a")])
-    assert shown(answer) == [(b"etag", b"a")]
