@@ -12,6 +12,7 @@ ends when its standard input is closed.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import selectors
@@ -174,9 +175,12 @@ def end() -> None:
 
 
 def main() -> None:
-    import gc
+    import atexit
     import importlib
     import threading
+
+    code: list[int] = []
+    atexit.register(_leave, code)  # registered first, so it runs last
 
     from broker.cli.main import COMMANDS
     from broker.cli.main import main as ordain
@@ -193,7 +197,22 @@ def main() -> None:
     request = _serve(sys.argv[1])
     if request is not None:  # this is a child
         _become(request)
-        ordain()
+        try:
+            ordain()
+        except SystemExit as ended:
+            if isinstance(ended.code, int):
+                code.append(ended.code)
+            raise
+
+
+def _leave(code: list[int]) -> None:
+    """Ends a child after its threads and all that was registered for its end. Python would only free each
+    object now, in a copy of the helper's memory: that takes longer than most command lines work."""
+    if code:
+        gc.collect()  # what is left to complain does it here
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code[0])
 
 
 def _serve(address: str) -> dict[str, Any] | None:
