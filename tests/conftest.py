@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Generator, Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,29 @@ def program(name: str) -> str:
     return found
 
 
+def _own_ports() -> Iterator[int]:
+    """The ports of this test process, again and again. Others have others: a port is listened on only later,
+    and again after a kill. The system gives those from 32,768 on to whoever asks for any."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first, each = 10_000, 500
+    mine = first + number % 40 * each
+    start = os.getpid() % each  # another run of the tests may go on beside this one
+    return cycle([mine + (start + step) % each for step in range(each)])
+
+
+_ports = _own_ports()
+
+
 def unused_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A port that this process has not got for long, and that nobody listens on."""
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 class Mosquitto:

@@ -82,6 +82,13 @@ def programs() -> Path:
     )
 
 
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 class Postgres:
     """One PostgreSQL server. `kill()` is SIGKILL of all its processes; `start()` again recovers its data.
 
@@ -173,16 +180,23 @@ class Postgres:
         return mine and len(lines) > 7 and lines[7].strip() == "ready"
 
     def kill(self) -> None:
-        """Ends every process of the server at once. Does nothing if it is not running."""
-        if self._process is not None:
+        """Ends every process of the server at once. Does nothing if it is not running.
+
+        A child that is left makes the next start fail: its shared memory is still in use. So the first
+        process is stopped, to start no more of them, and all have ended when this returns.
+        """
+        if self._process is not None and self._process.poll() is None:
             pid = self._process.pid
+            self._process.send_signal(signal.SIGSTOP)
+            os.waitpid(pid, os.WUNTRACED)
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            self._process.kill()
-            for child in map(int, children):
+            for each in (pid, *map(int, children)):
                 with suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
+                    os.kill(each, signal.SIGKILL)
             self._process.wait()
-            self._process = None
+            while any(map(_runs, children)):
+                time.sleep(LOOK_AGAIN_SEC)
+        self._process = None
 
     def stop(self) -> None:
         """Ends the server in order; open connections are closed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -47,10 +48,16 @@ PROFILED = "import cProfile; from broker.cli.main import main; cProfile.run('mai
 
 
 def unused_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A port that nobody listens on. It is listened on later, and again after a kill, so it is none of those
+    that the system gives to whoever asks for any: from 32,768 on."""
+    while True:
+        port = random.randrange(30_000, 32_768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def mosquitto() -> str:

@@ -238,7 +238,9 @@ class World:
     async def _register(self, count: int) -> dict[str, str]:
         headers = {"Authorization": f"Bearer {self.key}"}
         tokens: dict[str, str] = {}
-        async with httpx2.AsyncClient(base_url=self._url, headers=headers, trust_env=False) as client:
+        async with httpx2.AsyncClient(
+            base_url=self._url, headers=headers, timeout=WITHIN_SEC, trust_env=False
+        ) as client:
             for number in range(count):
                 name = f"soak-{number:04}"
                 answer = await client.post("/v1/devices", json={"hardware_id": name, "type": "soak"})

@@ -61,7 +61,8 @@ class Served:
         self._loop = asyncio.get_running_loop()
 
     def client(self) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, verify=False)
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=WITHIN_SEC, verify=False)
 
     def path(self, template: str, **names: str) -> str:
         return template.format_map(Names({"device": "lamp-1", "command_id": self.commands[0]} | names))
@@ -134,7 +135,8 @@ async def _populate(broker: Broker, key: str, quiet: bool) -> list[str]:
         if not quiet:
             broker.online("lamp-1")
         for device, name in COMMANDS:
-            answer = await client.post(f"/v1/devices/{device}/commands", json={"type": name})
+            body = {"type": name, "ttl_sec": None}  # nothing ends by itself while a test counts events
+            answer = await client.post(f"/v1/devices/{device}/commands", json=body)
             made.append(answer.json()["id"])
         broker.says("lamp-1", b"[")
         while not quiet and broker.core.live.members[made[0]].state.attempts == 0:  # noqa: ASYNC110

@@ -60,7 +60,8 @@ def new_broker(tmp_path: Path) -> Iterator[NewBroker]:
     for broker in brokers:
         broker.kill()
         _end_child(broker)
-        assert not SECRET.search(broker.said())
+        for run in broker.runs:
+            assert not SECRET.search(run.err.all())
 
 
 def _end_child(broker: Broker) -> None:
@@ -84,7 +85,7 @@ def page() -> Iterator[Page]:
     if chromium is None:
         pytest.fail("chromium is not installed (Debian: apt install chromium)", pytrace=False)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS, timeout=WITHIN_MS)
         page = browser.new_page()
         page.set_default_timeout(WITHIN_MS)
         yield page

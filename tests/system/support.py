@@ -26,7 +26,7 @@ import pytest
 
 from broker.private_socket import socket_path
 from devices.agent import Agent
-from tests.conftest import program
+from tests.conftest import program, unused_port
 from tests.system.zygote import Forked
 
 T = TypeVar("T")
@@ -156,7 +156,7 @@ class Broker:
         self.options = options
         self.program = ORDAIN
         self.url = ""
-        self.mqtt_port = 0
+        self.mqtt_port = unused_port()
         self.key = ""
         self.runs: list[Process] = []
 
@@ -227,7 +227,9 @@ class Broker:
         """Through the private socket, as the operator of the machine."""
         with socket_path(self.data) as door:
             transport = httpx2.HTTPTransport(uds=door, verify=False)
-            with httpx2.Client(transport=transport, base_url="http://ordain", trust_env=False) as client:
+            with httpx2.Client(
+                transport=transport, base_url="http://ordain", timeout=WITHIN_SEC, trust_env=False
+            ) as client:
                 return client.request(method, path, json=body)
 
     def device(self, hardware_id: str, type: str = "generic") -> str:
@@ -267,6 +269,16 @@ class Broker:
         """The reasons in the answer of /readyz; empty if the broker is ready."""
         answer = self.http("GET", "/readyz")
         return [] if answer.status_code == 200 else answer.json()["error"]["details"]["reasons"]
+
+    def canary(self) -> str:
+        """What the doctor's canary finds. On a busy machine its trial may find no time, and it says so; then
+        it is asked again."""
+
+        def tried() -> str | None:
+            said = self.ordain("doctor", "--canary").stdout
+            return None if "could not be checked" in said else said
+
+        return until(tried)
 
     def verified(self) -> bool:
         checked = self.ordain("log", "verify")
@@ -348,11 +360,11 @@ class Device:
     def online(self) -> None:
         assert self.say("online", suffix="status", retain=True) == 0
 
-    def subscribe(self) -> None:
+    def subscribe(self, suffix: str = "rls") -> None:
         """Leaves a session at the server that queues messages for this device."""
         done = Process(
             program("mosquitto_sub"), "-p", str(self.port), "-i", self.hardware_id, *self._login, "-c", "-E",
-            "-q", "1", "-t", self.topic("rls"),
+            "-q", "1", "-t", self.topic(suffix),
         )  # fmt: skip
         assert done.wait() == 0
 

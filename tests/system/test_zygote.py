@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.system import zygote
-from tests.system.support import ORDAIN, environment
+from tests.system.support import ORDAIN, WITHIN_SEC, environment
 from tests.system.zygote import Forked
 
 
@@ -18,7 +18,7 @@ def test_the_helper_goes_on_after_a_caller_that_left_at_once() -> None:
     with socket.socket(socket.AF_UNIX) as caller:
         caller.connect(str(zygote.program(ORDAIN).parents[1] / "socket"))
     child = Forked([ORDAIN, "--version"], None, environment())
-    child.communicate(timeout=60)
+    child.communicate(timeout=WITHIN_SEC)
     assert child.returncode == 0
 
 
@@ -37,5 +37,5 @@ def test_a_helper_that_died_does_not_look_like_success(
                 size = int.from_bytes(caller.recv(4), "big")
                 caller.recv(size, socket.MSG_WAITALL)
                 caller.sendall(answer)
-            _, said = asks.communicate(timeout=60)
+            _, said = asks.communicate(timeout=WITHIN_SEC)
     assert (asks.returncode, said) == (1, "the helper has ended\n")

@@ -7,7 +7,6 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from tests.conftest import unused_port
 from tests.postgres import Postgres
 from tests.system.conftest import NewBroker
 from tests.system.support import Broker, Device, executed, refused
@@ -15,7 +14,7 @@ from tests.system.support import Broker, Device, executed, refused
 
 def lived_in(new_broker: NewBroker) -> tuple[Broker, str, str]:
     """A stopped broker with an executed and an open command."""
-    broker = new_broker("--mqtt-listen", f"127.0.0.1:{unused_port()}").start()
+    broker = new_broker().start()
     door = Device(broker.mqtt_port, "door-7", broker.device("door-7"))
     done = broker.create("door-7", "lock", params={"name": "Größe"})
     door.next()

@@ -8,11 +8,13 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, Response, sync_playwright
+from playwright.sync_api import Browser, Page, Response, expect, sync_playwright
 
 from devices.agent import Agent, Call, CommandFailed
 from tests.system.conftest import ARGUMENTS, WITHIN_MS
 from tests.system.support import SECRET, Broker, running
+
+expect.set_options(timeout=WITHIN_MS)
 
 Scheme = Literal["light", "dark"]
 WIDE = {"width": 1440, "height": 900}
@@ -107,7 +109,7 @@ def browser() -> Iterator[Browser]:
     if chromium is None:
         pytest.fail("chromium is not installed (Debian: apt install chromium)", pytrace=False)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS, timeout=WITHIN_MS)
         yield browser
         browser.close()
 

@@ -16,16 +16,16 @@ import pytest
 
 from devices.agent import Agent, Call
 from devices.memory import SqliteMemory
-from tests.conftest import Mosquitto, unused_port
+from tests.conftest import Mosquitto
 from tests.system.conftest import NewBroker
-from tests.system.support import Broker, Device, Process, executed, running, until
+from tests.system.support import WITHIN_SEC, Broker, Device, Process, executed, running, until
 
 CLIENTS = 20
 ANSWERS = 200
 
 
 def test_after_a_crash_a_command_is_sent_again_as_its_second_attempt(new_broker: NewBroker) -> None:
-    broker = new_broker("--mqtt-listen", f"127.0.0.1:{unused_port()}").start()
+    broker = new_broker().start()
     door = Device(broker.mqtt_port, "door-7", broker.device("door-7"))
     command_id = broker.create("door-7")
     first = json.loads(door.next())
@@ -50,12 +50,12 @@ def test_after_a_crash_the_reference_device_executes_a_repeated_command_once(
     queue.subscribe()
     queue.online()
     command_id = broker.create("door-7")
-    until(lambda: broker.events(command_id) == ["created", "published"])
+    until(lambda: broker.events(command_id).count("published") >= 1)
 
     broker.kill()
     broker.start()
     queue.online()
-    until(lambda: broker.events(command_id) == ["created", "published", "published"])
+    until(lambda: broker.events(command_id).count("published") >= 2)
     calls: list[tuple[str, int]] = []
 
     def agent() -> Agent:
@@ -81,7 +81,7 @@ def test_after_a_crash_the_reference_device_executes_a_repeated_command_once(
 def test_an_answer_without_its_puback_is_sent_again_after_a_crash(
     new_broker: NewBroker, version: str
 ) -> None:
-    broker = new_broker("--mqtt-listen", f"127.0.0.1:{unused_port()}").start()
+    broker = new_broker().start()
     token, calls = broker.device("door-7"), []
     stopped = threading.Event()
 
@@ -142,7 +142,9 @@ def test_after_a_crash_a_device_is_offline_until_it_reconnects(broker: Broker) -
 async def keep_creating(url: str, key: str, device: str, accepted: list[str]) -> None:
     """One client that creates commands until the broker is killed."""
     headers = {"Authorization": f"Bearer {key}"}
-    async with httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False) as client:
+    async with httpx2.AsyncClient(
+        base_url=url, headers=headers, timeout=WITHIN_SEC, trust_env=False
+    ) as client:
         while True:
             try:
                 answer = await client.post(f"/v1/devices/{device}/commands", json={"type": "lock"})

@@ -6,7 +6,6 @@ import json
 import signal
 from pathlib import Path
 
-from tests.conftest import unused_port
 from tests.postgres import Postgres
 from tests.system.conftest import NewBroker
 from tests.system.support import Device, executed, refused, until
@@ -15,7 +14,7 @@ from tests.system.support import Device, executed, refused, until
 def test_after_kill_9_a_broker_goes_on_with_its_log_in_postgresql(
     new_broker: NewBroker, database: str, tmp_path: Path
 ) -> None:
-    broker = new_broker("--log", database, "--mqtt-listen", f"127.0.0.1:{unused_port()}").start()
+    broker = new_broker("--log", database).start()
     door = Device(broker.mqtt_port, "door-7", broker.device("door-7"))
     done = broker.create("door-7")
     door.next()
@@ -46,7 +45,7 @@ def test_after_kill_9_a_broker_goes_on_with_its_log_in_postgresql(
 def test_the_broker_refuses_while_postgresql_is_away_and_goes_on_after_that(
     new_broker: NewBroker, postgres: Postgres, database: str
 ) -> None:
-    broker = new_broker("--log", database, "--mqtt-listen", f"127.0.0.1:{unused_port()}").start()
+    broker = new_broker("--log", database).start()
     broker.device("door-7")
     before = broker.create("door-7")
     postgres.kill()
@@ -66,7 +65,7 @@ def test_the_broker_refuses_while_postgresql_is_away_and_goes_on_after_that(
 def test_commands_of_the_operator_take_a_log_in_postgresql(
     new_broker: NewBroker, database: str, tmp_path: Path
 ) -> None:
-    broker = new_broker("--log", database, "--mqtt-listen", f"127.0.0.1:{unused_port()}").start()
+    broker = new_broker("--log", database).start()
     broker.device("door-7")
     command = broker.create("door-7")
 
