@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,6 +135,27 @@ class ManualClock:
     def pass_ms(self, ms: int) -> None:
         self.wall += ms
         self.monotonic += ms
+
+
+STEP_MS = 5
+
+
+@asynccontextmanager
+async def by_turns() -> AsyncIterator[ManualClock]:
+    """A clock that starts now and moves by the turns of the loop. On a machine so busy that the loop stands
+    still for seconds, a real clock would bring a second attempt in the middle of a test."""
+    clock = ManualClock(SystemClock().wall_ms())
+
+    async def ticks() -> None:
+        while True:
+            await asyncio.sleep(STEP_MS / 1_000)
+            clock.pass_ms(STEP_MS)
+
+    ticking = asyncio.create_task(ticks())
+    try:
+        yield clock
+    finally:
+        ticking.cancel()
 
 
 class SeededEntropy:
@@ -276,19 +297,20 @@ async def running(
     mqtt_events: bool = False,
     embedded: bool = True,
 ) -> AsyncIterator[Bench]:
-    """A core with its link up, on a directory or on a storage that the test owns."""
-    storage = await SqliteStorage.open(place) if isinstance(place, Path) else place
-    try:
+    """A core with its link up, on a directory or on a storage that the test owns. `clock`: by default one
+    that moves by the turns of the loop."""
+    async with AsyncExitStack() as stack:
+        storage = await SqliteStorage.open(place) if isinstance(place, Path) else place
+        if isinstance(place, Path):
+            stack.push_async_callback(storage.close)
+        clock = clock or await stack.enter_async_context(by_turns())
         core = new_core(storage, clock, limits, seed, types, outbound, mqtt_events=mqtt_events)
         await core.open(embedded=embedded)
         wire = Wire()
         core.attach(wire)
-        async with core.running("embedded" if embedded else "external"):
-            core.intake.link_up()
-            yield Bench(core, wire)
-    finally:
-        if isinstance(place, Path):
-            await storage.close()
+        await stack.enter_async_context(core.running("embedded" if embedded else "external"))
+        core.intake.link_up()
+        yield Bench(core, wire)
 
 
 class Held:

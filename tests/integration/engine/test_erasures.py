@@ -578,7 +578,7 @@ async def test_replaced_device_events_lose_their_data_and_all_else_stays(tmp_pat
         assert await bench.writer.storage.read(lambda sql: devices_view.by_name(sql, ["lamp-1"])) == before
         await sound(bench)
     async with running(tmp_path, clock) as bench:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             entries, _ = await bench.core.feed.page(Wanted(device="lamp-1"), 0, 100)
         assert [entry.version for entry in entries if entry.stream == stream and entry.event is None] == empty
         await sound(bench)

@@ -16,9 +16,9 @@ from broker.core import Core
 from broker.http.app import create_app
 from broker.seams import Clock, Message, Outbound, Outgoing, Receipt
 from broker.settings import Limits, ProjectLimits, Settings
-from broker.world import SqliteStorage, SystemClock, SystemEntropy
+from broker.world import SqliteStorage, SystemEntropy
 from devices.types import shipped_types
-from tests.integration.core_support import ManualClock
+from tests.integration.core_support import by_turns
 
 WRITE = ("devices:read", "devices:write", "events:read")
 READ = ("devices:read",)
@@ -86,27 +86,6 @@ class Broker:
         """Sends an answer of the device."""
         self.link.confirm()
         self.core.intake.message(Message(topic=f"iotee/dev/{hardware_id}/ack", payload=payload))
-
-
-STEP_MS = 5
-
-
-@asynccontextmanager
-async def by_turns() -> AsyncIterator[ManualClock]:
-    """A clock that starts now and moves by the turns of the loop. On a machine so busy that the loop stands
-    still for seconds, a real clock would bring a second attempt in the middle of a test."""
-    clock = ManualClock(SystemClock().wall_ms())
-
-    async def ticks() -> None:
-        while True:
-            await asyncio.sleep(STEP_MS / 1_000)
-            clock.pass_ms(STEP_MS)
-
-    ticking = asyncio.create_task(ticks())
-    try:
-        yield clock
-    finally:
-        ticking.cancel()
 
 
 @asynccontextmanager

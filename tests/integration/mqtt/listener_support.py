@@ -21,7 +21,7 @@ from broker.seams import Message, Outgoing, Receipt
 from broker.settings import MqttLimits
 from broker.subscriptions.feed import Feed
 from devices.mqtt_url import Endpoint
-from tests.integration.mqtt.test_link import DEADLINE_SEC, NODELAY
+from tests.integration.mqtt.test_link import CLOSED_SEC, DEADLINE_SEC, NODELAY
 
 TOKENS = {name: f"dtok-{name}" for name in ("door", "gate")}
 RLS, ACK, STATUS = "iotee/dev/door/rls", "iotee/dev/door/ack", "iotee/dev/door/status"
@@ -141,7 +141,7 @@ async def listening(
     try:
         yield Server(listener, sockets)
     finally:
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(CLOSED_SEC):
             await sockets.close()
             await listener.close()
         assert listener.crowd.all == {}
@@ -157,7 +157,7 @@ def _is_ours(task: asyncio.Task[Any]) -> bool:
 
 def device(server: Server, name: str = "door", **more: Any) -> aiomqtt.Client:
     settings: dict[str, Any] = {"identifier": name, "username": name, "password": TOKENS.get(name)}
-    settings |= {"socket_options": [NODELAY], "protocol": V5} | more
+    settings |= {"socket_options": [NODELAY], "protocol": V5, "timeout": DEADLINE_SEC} | more
     return aiomqtt.Client(server.host, server.port, **settings)
 
 

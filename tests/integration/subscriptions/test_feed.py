@@ -68,8 +68,8 @@ async def test_a_subscriber_that_fell_behind_continues_from_the_log(tmp_path: Pa
         assert [entry.stream for entry in got] == made
 
 
-def test_filters_select_by_project_device_command_name_and_event(tmp_path: Path) -> None:
-    async def work(bench: Bench) -> None:
+async def test_filters_select_by_project_device_command_name_and_event(tmp_path: Path) -> None:
+    async with running(tmp_path) as bench:
         lamp = await bench.device()
         other = Caller(actor="key:key_2", project="other")
         await bench.core.registry.register(

@@ -26,6 +26,7 @@ from tests.stretches import LONGEST_SEC, Stretches
 HERE = "127.0.0.0/8"
 NAME = "hooks.example"
 LONGEST_WAIT_SEC = 60
+WITHIN_SEC = 60
 
 
 class Names:
@@ -60,7 +61,7 @@ async def receiver() -> AsyncIterator[Receiver]:
 async def test_body_and_headers_arrive_and_the_answer_is_returned(receiver: Receiver) -> None:
     receiver.reply = lambda _: (429, {"Retry-After": "7"})
     async with outbound(HERE) as out:
-        answer = await out.post(receiver.url + "?a=b", {"webhook-id": "x"}, b"{}", 5)
+        answer = await out.post(receiver.url + "?a=b", {"webhook-id": "x"}, b"{}", WITHIN_SEC)
 
     assert (answer.status, answer.error, answer.retry_after) == (429, None, "7")
     (got,) = receiver.got
@@ -71,7 +72,7 @@ async def test_body_and_headers_arrive_and_the_answer_is_returned(receiver: Rece
 async def test_a_connection_is_reused(receiver: Receiver) -> None:
     async with outbound(HERE) as out:
         for _ in range(3):
-            assert (await out.post(receiver.url, {}, b"", 5)).status == 204
+            assert (await out.post(receiver.url, {}, b"", WITHIN_SEC)).status == 204
 
     assert (len(receiver.got), receiver.connections) == (3, 1)
 
@@ -80,7 +81,7 @@ async def test_no_redirect_is_followed(receiver: Receiver) -> None:
     async with receiving() as secret:
         receiver.reply = lambda _: (307, {"Location": secret.url})
         async with outbound(HERE) as out:
-            assert (await out.post(receiver.url, {}, b"", 5)).status == 307
+            assert (await out.post(receiver.url, {}, b"", WITHIN_SEC)).status == 307
 
     assert secret.connections == 0
 
@@ -92,7 +93,7 @@ async def test_no_proxy_of_the_environment_is_used(
         for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, proxy.url)
         async with outbound(HERE) as out:
-            assert (await out.post(receiver.url, {}, b"", 5)).status == 204
+            assert (await out.post(receiver.url, {}, b"", WITHIN_SEC)).status == 204
 
     assert (len(receiver.got), proxy.connections) == (1, 0)
 
@@ -146,8 +147,8 @@ async def test_a_refused_connection_and_a_non_http_answer_are_errors_and_no_exce
         writer.close()
 
     async with stream_server(rude) as port, outbound(HERE) as out:
-        nobody = await out.post(f"http://127.0.0.1:{free_port}/", {}, b"", 5)
-        nonsense = await out.post(f"http://127.0.0.1:{port}/", {}, b"", 5)
+        nobody = await out.post(f"http://127.0.0.1:{free_port}/", {}, b"", WITHIN_SEC)
+        nonsense = await out.post(f"http://127.0.0.1:{port}/", {}, b"", WITHIN_SEC)
 
     assert nobody.status is None
     assert "ConnectError" in (nobody.error or "")
@@ -191,7 +192,7 @@ async def test_tls_checks_the_name_while_the_connection_goes_to_the_address(tmp_
     server.sni_callback = lambda _socket, name, _context: asked.append(name)
     names = Names(["127.0.0.1"])
     async with receiving(context=server) as receiver, outbound(HERE, lookup=names, verify=client) as out:
-        answer = await out.post(f"https://{NAME}:{receiver.port}/x", {}, b"", 5)
+        answer = await out.post(f"https://{NAME}:{receiver.port}/x", {}, b"", WITHIN_SEC)
 
         assert (answer.status, answer.error) == (204, None)
         assert asked == [NAME]
@@ -206,7 +207,7 @@ async def test_a_certificate_of_another_name_or_an_unknown_issuer_gets_no_reques
     names = Names(["127.0.0.1"])
     verify = client if trusted else None
     async with receiving(context=server) as receiver, outbound(HERE, lookup=names, verify=verify) as out:
-        answer = await out.post(f"https://{NAME}:{receiver.port}/x", {}, b"", 5)
+        answer = await out.post(f"https://{NAME}:{receiver.port}/x", {}, b"", WITHIN_SEC)
 
         assert "CERTIFICATE_VERIFY_FAILED" in (answer.error or "")
         assert receiver.got == []
@@ -237,7 +238,7 @@ async def test_no_local_address_is_reached_unless_allowed(receiver: Receiver) ->
             for scheme in ("http", "https"):
                 url = f"{scheme}://{host}:{receiver.port}/"
                 fault = await out.fault(url)
-                answer = await out.post(url, {}, b"", 5)
+                answer = await out.post(url, {}, b"", WITHIN_SEC)
                 assert fault is not None, url
                 assert "public internet" in fault, url
                 assert "public internet" in (answer.error or ""), url
@@ -252,9 +253,9 @@ async def test_the_address_is_checked_at_connection_time() -> None:
         names = Names(["127.0.0.2"], ["127.0.0.2"], ["127.0.0.1"])
         async with outbound("127.0.0.2/32", lookup=names) as out:
             assert await out.fault(url) is None
-            assert (await out.post(url, {"connection": "close"}, b"", 5)).status == 204
+            assert (await out.post(url, {"connection": "close"}, b"", WITHIN_SEC)).status == 204
             assert len(names.asked) == 2, "one DNS look-up per connection"
-            answer = await out.post(url, {}, b"", 5)
+            answer = await out.post(url, {}, b"", WITHIN_SEC)
 
         assert "127.0.0.1" in (answer.error or "")
         assert (len(open_one.got), inner.connections) == (1, 0)
@@ -275,7 +276,7 @@ async def test_plain_http_is_allowed_only_for_allowed_networks(receiver: Receive
 async def test_an_unknown_host_name_is_an_error() -> None:
     async with outbound() as out:
         assert await out.fault("https://nobody.invalid/") == "the host nobody.invalid cannot be looked up"
-        answer = await out.post("https://nobody.invalid/", {}, b"", 20)
+        answer = await out.post("https://nobody.invalid/", {}, b"", WITHIN_SEC)
     assert "cannot be looked up" in (answer.error or "")
 
 
