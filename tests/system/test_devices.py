@@ -131,8 +131,11 @@ def test_answers_given_while_the_broker_is_down_are_recorded_before_timeouts(
     broker.device("door-7")
     door.subscribe()
     door.online()
-    command_id = broker.create("door-7", ttl_sec=3)
-    door.next(door.listen("rls", "-c"))
+    until(lambda: broker.http("GET", "/v1/devices/door-7").json()["presence"] == "online")
+    listening = door.listen("rls", "-c")
+    # It must be sent and the broker killed before it expires; then it is waited for.
+    command_id = broker.create("door-7", ttl_sec=10)
+    door.next(listening)
     expires_at = broker.command(command_id)["expires_at"]
 
     broker.kill()

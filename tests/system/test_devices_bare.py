@@ -33,7 +33,9 @@ LIVES = (
 def lives(broker: Broker, lock: Device) -> None:
     """Runs one command after the other, because an answer without id counts for the command in flight."""
     for command, suffix, payload, answers, status in LIVES:
-        listening = lock.listen(suffix, "-V", "311")
+        if lock.separate:  # then the server keeps the command until the device listens
+            lock.subscribe(suffix)
+        listening = lock.listen(suffix, "-V", "311", *(["-c"] if lock.separate else []))
         if not lock.separate:
             until(lambda: broker.http("GET", "/v1/devices/ABC123").json()["presence"] == "online")
         sent = broker.http("POST", "/devices/ABC123/commands", {"command": command}).json()

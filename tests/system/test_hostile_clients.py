@@ -15,7 +15,7 @@ from broker.settings import MqttLimits
 from tests.conftest import unused_port
 from tests.integration.mqtt.test_sockets import Authority
 from tests.system.conftest import NewBroker
-from tests.system.support import Broker, Device
+from tests.system.support import WITHIN_SEC, Broker, Device
 
 CONNECT = bytes.fromhex("101000044d5154540402003c00046c616d70")  # client id lamp, no password
 
@@ -24,7 +24,7 @@ CONNECT = bytes.fromhex("101000044d5154540402003c00046c616d70")  # client id lam
 def reset(port: int) -> Iterator[socket.socket]:
     """A connection that ends with a TCP reset."""
     with socket.create_connection(("127.0.0.1", port)) as client:
-        client.settimeout(20)
+        client.settimeout(WITHIN_SEC)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         yield client
 
@@ -37,7 +37,7 @@ def test_refusals_of_strangers_are_short_escaped_masked_and_counted(broker: Brok
     secret = "dtok_" + "s" * 30
     for path in ("/v1/devices/" + "n" * 300, "/v1/devices/%1b%5b2J%0aforged", f"/v1/devices/{secret}"):
         assert broker.http("GET", path, Authorization="Bearer sk_live_nobody").status_code == 401
-    with httpx2.Client(base_url=broker.url, trust_env=False) as client:
+    with httpx2.Client(base_url=broker.url, timeout=WITHIN_SEC, trust_env=False) as client:
         assert {client.get("/v1/devices").status_code for _ in range(100)} == {401}
     assert Device(broker.mqtt_port, "u" * 300, secret).say("online", suffix="status") != 0
     broker.run.err.wait("event=mqtt.refused")

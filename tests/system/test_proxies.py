@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import ssl
 import threading
@@ -18,7 +19,7 @@ import pytest
 from tests.conftest import unused_port
 from tests.integration.mqtt.test_sockets import Authority
 from tests.system.conftest import NewBroker
-from tests.system.support import Broker, Process, until
+from tests.system.support import WITHIN_SEC, Broker, Process, until
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin")
@@ -57,11 +58,11 @@ class Proxy:
         self.trusting = ssl.create_default_context(cafile=authority.file)
 
     def http(self, method: str, path: str, **headers: str) -> httpx2.Response:
-        with httpx2.Client(verify=self.trusting, trust_env=False) as client:
+        with httpx2.Client(verify=self.trusting, timeout=WITHIN_SEC, trust_env=False) as client:
             return client.request(method, self.url + path, headers=headers)
 
     def raw(self, sent: bytes) -> ssl.SSLSocket:
-        client = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=WITHIN_SEC)
         wrapped = self.trusting.wrap_socket(client, server_hostname="127.0.0.1")
         wrapped.sendall(sent)
         return wrapped
@@ -104,7 +105,8 @@ def proxied(kind: str, broker: Broker, home: Path, *, usual: bool = False) -> It
         until(serves, process.err.so_far)
         yield proxy
     finally:
-        process.kill()
+        process.signal(signal.SIGTERM)  # nginx killed would leave its workers, and they the port
+        process.wait()
 
 
 @pytest.fixture
@@ -175,7 +177,8 @@ def test_https_can_ask_every_client_for_a_certificate(new_broker: NewBroker, tmp
     broker.device("lamp")
     url, headers = f"https://127.0.0.1:{port}/v1/devices/lamp", {"X-API-Key": broker.key}
     for pair in (None, stranger.issue("other"), authority.issue("service")):
-        with httpx2.Client(verify=authority.client(pair), trust_env=False) as client:
+        trusting = authority.client(pair)
+        with httpx2.Client(verify=trusting, timeout=WITHIN_SEC, trust_env=False) as client:
             if pair is not None and "service" in pair[0]:
                 assert client.get(url, headers=headers).status_code == 200
                 assert client.get(url).status_code == 401, "the certificate is no key"

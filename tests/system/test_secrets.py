@@ -10,7 +10,7 @@ import httpx2
 
 from tests.conftest import Mosquitto
 from tests.system.conftest import NewBroker
-from tests.system.support import SECRET, Broker, Device, executed, made
+from tests.system.support import SECRET, WITHIN_SEC, Broker, Device, executed, made
 
 
 def test_no_key_token_or_grant_of_a_session_is_in_a_log_line(broker: Broker) -> None:
@@ -21,7 +21,8 @@ def test_no_key_token_or_grant_of_a_session_is_in_a_log_line(broker: Broker) -> 
     Device(broker.mqtt_port, "door-7", "a-wrong-password").say("ok")
     door.say(executed(command_id), "not JSON " + token)
     headers = {"Authorization": "Bearer sk_live_a_wrong_but_long_key"}
-    httpx2.get(f"{broker.url}/v1/devices?key={broker.key}", headers=headers, trust_env=False)
+    url = f"{broker.url}/v1/devices?key={broker.key}"
+    httpx2.get(url, headers=headers, timeout=WITHIN_SEC, trust_env=False)
     broker.http("GET", f"/nowhere/{broker.key}")
     broker.reaches(command_id, "executed")
     assert broker.end(signal.SIGTERM) == 0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.support import ROOT
+from tests.system.support import ROOT, WITHIN_SEC
 from tests.system.test_dist import uv
 
 WHEEL = "tiny-1.0-py3-none-any.whl"
@@ -126,7 +126,7 @@ def set_up(home: Path, index: str, **variables: str) -> subprocess.CompletedProc
         [home / "scripts" / "setup", "lock"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=WITHIN_SEC,
         env=given | variables,
     )
 

@@ -19,6 +19,7 @@ from tests.system.conftest import NewBroker
 from tests.system.support import (
     ORDAIN,
     SECRET,
+    WITHIN_SEC,
     Broker,
     Process,
     environment,
@@ -35,7 +36,8 @@ Answering = Callable[[str], Callable[[], Agent]]
 
 def status(broker: Broker, key: str) -> int:
     headers = {"Authorization": f"Bearer {key}"}
-    return httpx2.get(f"{broker.url}/v1/devices", headers=headers, trust_env=False).status_code
+    answer = httpx2.get(f"{broker.url}/v1/devices", headers=headers, timeout=WITHIN_SEC, trust_env=False)
+    return answer.status_code
 
 
 def door(broker: Broker) -> Callable[[], Agent]:
@@ -109,7 +111,8 @@ def test_keys_and_devices_made_without_a_broker_exist_when_it_starts(new_broker:
     broker.start()
 
     headers = {"Authorization": f"Bearer {key}"}
-    answer = httpx2.get(f"{broker.url}/v1/commands/{sent}", headers=headers, trust_env=False)
+    url = f"{broker.url}/v1/commands/{sent}"
+    answer = httpx2.get(url, headers=headers, timeout=WITHIN_SEC, trust_env=False)
     assert answer.json()["status"] == "pending"
 
 
@@ -263,7 +266,7 @@ def test_a_closed_pipe_is_no_error(broker: Broker) -> None:
 
     piped = f"{ORDAIN} log tail -n 1000 | head -n 1"
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", piped], capture_output=True, text=True, timeout=120,
+        ["bash", "-o", "pipefail", "-c", piped], capture_output=True, text=True, timeout=WITHIN_SEC,
         env=environment(ORDAIN_DATA=str(broker.data), PYTHONUNBUFFERED="1"),
     )  # fmt: skip
 
@@ -359,7 +362,7 @@ def test_another_users_data_cannot_be_read(broker: Broker) -> None:
         pytest.skip("another user cannot run this checkout's program")
     for command in (("keys", "list"), ("log", "tail"), ("log", "verify"), ("serve",)):
         done = subprocess.run(
-            [*nobody, ORDAIN, *command], capture_output=True, text=True, timeout=120,
+            [*nobody, ORDAIN, *command], capture_output=True, text=True, timeout=WITHIN_SEC,
             env=environment(ORDAIN_DATA=str(broker.data), ORDAIN_HTTP="127.0.0.1:0"),
         )  # fmt: skip
         refused(done, 3, "Permission denied")

@@ -22,21 +22,37 @@ from broker.seams import Sqlite
 from broker.world import SqliteStorage, SystemClock
 from tests.conftest import Mosquitto, program
 from tests.system.conftest import NewBroker
-from tests.system.support import WITHIN_SEC, Broker, Device, Process, executed, one_sentence, ordain, refused
+from tests.system.support import (
+    WITHIN_SEC,
+    Broker,
+    Device,
+    Process,
+    executed,
+    one_sentence,
+    ordain,
+    refused,
+    until,
+)
 
 SECRET = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
 
 
 @pytest.fixture
 def lived(broker: Broker) -> tuple[Broker, str]:
-    """A broker whose only device executed one command, and the command's id."""
+    """A broker whose only device executed one command and left, and the command's id."""
     device = Device(broker.mqtt_port, "lamp-1", broker.device("lamp-1"))
     listening = device.listen()
     command_id = broker.create("lamp-1", "on")
     device.next(listening)
     device.say(executed(command_id))
     broker.reaches(command_id, "executed")
+    until(lambda: "offline" in kinds(broker), lambda: kinds(broker))
     return broker, command_id
+
+
+def kinds(broker: Broker) -> list[str]:
+    events = broker.http("GET", "/v1/events?limit=1000").json()["data"]
+    return [str(event["type"].split(".")[2]) for event in events]
 
 
 def shown(broker: Broker, *options: str) -> list[dict[str, Any]]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import signal
 
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Page
 
 from tests.conftest import unused_port
 from tests.system.conftest import NewBroker
 from tests.system.console.conftest import Console
+from tests.system.support import until
+
+
+def shown(page: Page) -> list[str | None]:
+    return [each.get_attribute("href") for each in page.locator(".row a").all()]
 
 
 def test_the_page_says_that_the_broker_is_away_and_then_shows_the_missed_commands(
@@ -33,7 +38,7 @@ def test_the_page_says_that_the_broker_is_away_and_then_shows_the_missed_command
     page.locator(f"a[href$='{made[-1]}']").wait_for()
     page.get_by_text("The broker has not answered since").wait_for(state="detached")
     page.locator(".row", has=page.locator(f"a[href$='{before}']")).locator(".s-cancelled").wait_for()
-    shown = [each.get_attribute("href") for each in page.locator(".row a").all()]
-    assert shown == [f"/console/commands/{each}" for each in [*reversed(made), before]]
+    wanted = [f"/console/commands/{each}" for each in [*reversed(made), before]]
+    until(lambda: shown(page) == wanted, lambda: shown(page))
     tab.said.clear()  # the browser itself logs each failed request
     tab.close()

@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import Mosquitto, program, unused_port
 from tests.packages import EXAMPLES, has_c, need, node_modules, python_packages
 from tests.system.conftest import NewBroker
-from tests.system.support import ROOT, Broker, Process, environment, until
+from tests.system.support import ROOT, WITHIN_SEC, Broker, Process, environment, until
 
 
 @pytest.fixture
@@ -45,7 +45,11 @@ class Attacker:
 
     def __init__(self, server: Mosquitto) -> None:
         self._at = ["-p", str(server.port), "-q", "1"]
-        self._ear = Process(program("mosquitto_sub"), *self._at, "-v", "-t", "iotee/dev/door-7/+")
+        # Its answer to the subscription is printed too: nothing is sent before it.
+        self._ear = Process(
+            "stdbuf", "-oL", program("mosquitto_sub"), *self._at, "-d", "-v", "-t", "iotee/dev/door-7/+"
+        )
+        self._ear.out.wait("SUBACK")
 
     def close(self) -> None:
         self._ear.kill()
@@ -227,12 +231,14 @@ def test_a_receiver_accepts_only_signed_requests_and_handles_each_id_once(
     unsigned = {"webhook-id": "1", "webhook-timestamp": "1", "webhook-signature": "v1,AAAA"}
     body = {"type": "forged", "subject": "x"}
     url = f"http://127.0.0.1:{port}/ordain"
-    assert httpx2.post(url, json=body, headers=unsigned, trust_env=False).status_code == 400
+    refused = httpx2.post(url, json=body, headers=unsigned, timeout=WITHIN_SEC, trust_env=False)
+    assert refused.status_code == 400
     assert receiver.out.so_far().splitlines() == [f"ordain.command.created.v1 {command_id}"]
 
 
 def accepts(port: int) -> bool:
     try:
-        return httpx2.get(f"http://127.0.0.1:{port}/", trust_env=False).status_code == 404
+        answer = httpx2.get(f"http://127.0.0.1:{port}/", timeout=WITHIN_SEC, trust_env=False)
+        return answer.status_code == 404
     except httpx2.HTTPError:
         return False

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from devices.grant import params_hash
 from tests.packages import EXAMPLES, has_c, node_modules
-from tests.sdk_driver import node
+from tests.sdk_driver import WITHIN_SEC, node
 
 DEVICE = "door-7"
 COMMAND: dict[str, Any] = {"id": "cmd_1", "type": "unlock", "params": {"for_sec": 5, "b": ["ü", 1.5, None]}}
@@ -116,7 +116,7 @@ def javascript(grants: list[str], home: Path) -> list[bool]:
           const checked = check(grant, {json.dumps(COMMAND)}, "{DEVICE}", keys);
           console.log(await checked.then(() => true, () => false));
         }}""")
-    done = subprocess.run([node(), "asks.mjs"], cwd=home, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([node(), "asks.mjs"], cwd=home, capture_output=True, text=True, timeout=WITHIN_SEC)
     assert done.returncode == 0, done.stderr
     return [line == "true" for line in done.stdout.splitlines()]
 

@@ -18,7 +18,15 @@ from tests.elsewhere import Elsewhere, NotHere
 from tests.postgres import Postgres
 from tests.system import zygote
 from tests.system.conftest import NewBroker
-from tests.system.faults.test_nodes import heard, is_door, node, owns, registered, settings_of_nodes
+from tests.system.faults.test_nodes import (
+    created,
+    heard,
+    is_door,
+    node,
+    owns,
+    registered,
+    settings_of_nodes,
+)
 from tests.system.mqtt.test_bought_devices import Connected
 from tests.system.support import ORDAIN, WITHIN_SEC, Broker, executed, until
 
@@ -85,19 +93,6 @@ def nodes(place: Elsewhere, new_broker: NewBroker, tmp_path: Path) -> Iterator[N
         yield Nodes(far, near, place, mosquitto, tap)
 
 
-def repeated(node: Broker) -> str:
-    """A command, asked for again with the same key while the answer is 503: when an owner ends before it
-    answers, a door cannot know whether it recorded the command."""
-    path, key = "/v1/devices/door-7/commands", {"Idempotency-Key": "k"}
-
-    def created() -> str | None:
-        answer = node.http("POST", path, {"type": "lock"}, **key)
-        assert answer.status_code in (201, 503), answer.text
-        return str(answer.json()["id"]) if answer.status_code == 201 else None
-
-    return until(created)
-
-
 def status(node: Broker, path: str) -> int:
     """What a read of the operator at that node gets, soon, and not when a cable is there again. A door waits
     10 s for the owner: longer than httpx does by default."""
@@ -117,7 +112,7 @@ def test_an_owner_that_is_cut_from_the_database_does_nothing_and_is_a_door_later
     with ThreadPoolExecutor() as pool:  # they reach the far node before it knows that it is cut off
         reads = pool.submit(far.http, "GET", "/v1/events?limit=1000")
         creates = pool.submit(far.http, "POST", "/v1/devices/door-7/commands", {"type": "lock"})
-        second = repeated(near)  # waits for the new owner, at most for a lease and 5 s
+        second = created(near)  # waits for the new owner, at most for a lease and 5 s
         assert owns(near)
         assert [each.result(SOON_SEC).status_code for each in (reads, creates)] == [503, 503]
     assert far.http("GET", f"/v1/commands/{first}").status_code == 503

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import unused_port
 from tests.system.conftest import NewBroker
-from tests.system.support import WITHIN_SEC, Broker, Device, until
+from tests.system.support import END_WITHIN_SEC, WITHIN_SEC, Broker, Device, until
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
@@ -42,7 +42,7 @@ def test_an_open_request_is_finished_and_its_command_is_kept(broker: Broker, num
         broker.run.err.wait("event=broker.ending")
         connection.sendall(rest)
         answer = b"".join(iter(lambda: connection.recv(65_536), b""))
-    code = broker.run.wait(10)
+    code = broker.run.wait(END_WITHIN_SEC)
 
     assert answer.startswith(b"HTTP/1.1 201 ")
     assert code == 0
@@ -119,5 +119,5 @@ def test_a_signal_during_startup_ends_it_cleanly(
 
     run.signal(number)
 
-    assert run.wait(10) == 0
+    assert run.wait(END_WITHIN_SEC) == 0
     assert "Traceback" not in run.err.all()

@@ -16,6 +16,7 @@ from broker.cli.main import run
 from broker.settings import Settings, load
 from tests.system.conftest import NewBroker
 from tests.system.support import (
+    WITHIN_SEC,
     Broker,
     Device,
     environment,
@@ -29,7 +30,7 @@ from tests.system.support import (
 
 def bash(text: str, cwd: Path) -> str:
     done = subprocess.run(
-        ["bash", "-c", text], capture_output=True, text=True, timeout=120, env=environment(), cwd=cwd
+        ["bash", "-c", text], capture_output=True, text=True, timeout=WITHIN_SEC, env=environment(), cwd=cwd
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -58,7 +59,7 @@ def test_each_line_the_demo_prints_can_be_pasted(new_broker: NewBroker, tmp_path
     assert status == "201"
     assert '"status":"pending"' in answer
     until(lambda: '"state":"executed"' in bash(printed["look"], tmp_path))
-    assert httpx2.get(printed["docs"], trust_env=False).status_code == 200
+    assert httpx2.get(printed["docs"], timeout=WITHIN_SEC, trust_env=False).status_code == 200
     assert "executed" in bash(printed["log"], tmp_path)
 
 
@@ -80,17 +81,17 @@ def test_the_demo_leaves_out_deleted_devices_and_devices_of_others(
     broker = new_broker("--demo")
     token = made(broker.ordain("devices", "add", "ABC123", "--type", "iotee_device"))
     printed = welcome(broker.start())
-    assert "demo.device_left_out hardware_id=ABC123" in broker.said()
+    broker.run.err.wait("demo.device_left_out hardware_id=ABC123")
     device = Device(broker.mqtt_port, "ABC123", token)
     assert device.say("online", suffix="status") == 0
     path = f"{broker.url}/v1/devices/demo_lock"
     writer = {"X-API-Key": printed["key"].removeprefix("export KEY=")}
-    assert httpx2.delete(path, headers=writer, trust_env=False).is_success
+    assert httpx2.delete(path, headers=writer, timeout=WITHIN_SEC, trust_env=False).is_success
     broker.end()
 
     printed = welcome(broker.start())
 
-    assert "demo.device_left_out hardware_id=demo_lock" in broker.run.err.so_far()
+    broker.run.err.wait("demo.device_left_out hardware_id=demo_lock")
     bash(printed["send"], tmp_path)
     until(lambda: '"state":"executed"' in bash(printed["look"], tmp_path))
 

@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from broker.engine.keys import SCOPES
-from tests.system.api_support import Served, description, is_stream, served
+from tests.system.api_support import WITHIN_SEC, Served, description, is_stream, served
 
 DOCUMENT = description()
 OPERATIONS = {
@@ -283,7 +283,7 @@ def test_requests_without_the_key_or_the_required_scope_are_refused(label: str, 
     ]
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
     before = here.position()
-    with httpx2.Client(base_url=here.url, verify=False) as client:
+    with httpx2.Client(base_url=here.url, timeout=WITHIN_SEC, verify=False) as client:
         for headers, status in (
             ({}, 401),
             ({"X-API-Key": ""}, 401),

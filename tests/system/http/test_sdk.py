@@ -269,7 +269,7 @@ async ([url, key, door]) => {
   })();
   const sent = await app.command.send({ name: "unlock", device_ident: [door], data: { first: true } });
   const id = sent[door].command_id;
-  const command = await app.command.wait(id, 20);
+  const command = await app.command.wait(id, 300);
   await app.command.send({ name: "unlock", device_ident: [door] });
   await following;
   const asked = { name: "unlock", device_idents: [door], start: "2026-01-01" };

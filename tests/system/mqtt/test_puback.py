@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import pytest
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
@@ -54,7 +53,6 @@ class Counting:
             self.acknowledged.add(self._answers[mid])
 
 
-@pytest.mark.timeout(600)
 def test_every_answer_that_had_its_puback_is_in_the_log_after_kill_9(
     new_broker: NewBroker, tmp_path: Path
 ) -> None:

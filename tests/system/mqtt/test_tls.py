@@ -30,7 +30,8 @@ def test_https_is_served_with_the_same_certificate_and_read_again_on_sighup(
     broker = new_broker("--config", str(config), "--mqtt-listen", "mqtts://127.0.0.1:0,127.0.0.1:0").start()
     listening = [line for line in broker.said().splitlines() if "event=mqtt.listening" in line]
     assert ["mqtts://" in line for line in listening] == [True, False]
-    with httpx2.Client(verify=ssl.create_default_context(cafile=authority.file), trust_env=False) as client:
+    trusting = ssl.create_default_context(cafile=authority.file)
+    with httpx2.Client(verify=trusting, timeout=WITHIN_SEC, trust_env=False) as client:
         assert client.get(f"https://127.0.0.1:{port}/healthz").status_code == 200
     authority.issue("server")
     broker.run.signal(signal.SIGHUP)
@@ -38,7 +39,8 @@ def test_https_is_served_with_the_same_certificate_and_read_again_on_sighup(
     Path(certificate).write_text("nonsense")
     broker.run.signal(signal.SIGHUP)
     broker.run.err.wait("event=tls.not_reloaded")
-    with httpx2.Client(verify=ssl.create_default_context(cafile=authority.file), trust_env=False) as client:
+    trusting = ssl.create_default_context(cafile=authority.file)
+    with httpx2.Client(verify=trusting, timeout=WITHIN_SEC, trust_env=False) as client:
         until(lambda: client.get(f"https://127.0.0.1:{port}/healthz").status_code == 200)
 
 
