@@ -7,7 +7,7 @@ end, in whatever thread the connection belongs to. No event loop is needed.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from broker.seams import Readable, Rows
 
@@ -69,7 +69,8 @@ def drive(work: Awaitable[T]) -> T:
     try:
         next(iter(steps))
     except StopIteration as done:
-        return cast(T, done.value)
+        value: T = done.value
+        return value
     raise RuntimeError("a read of the log must wait for nothing but the log")
 
 

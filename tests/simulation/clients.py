@@ -9,46 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import itertools
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import msgspec
 from litestar.types import ASGIApp
 
-from broker.http.app import create_app
-from broker.http.edge.services import Services
 from tests.simulation.fleet import COMMANDS, Device
 from tests.simulation.history import Call, History
 from tests.simulation.loop import Node, SimLoop
 from tests.simulation.tide import Tide
 
-SERVICES: contextvars.ContextVar[Services] = contextvars.ContextVar("services")
 PATIENCE_SEC = 15
 TTLS = (5, 20, 60, 60, 300, 300, 600, None)
-
-
-class _Current:
-    """Forwards to the services of the node that runs now. The app is built only once because building it
-    costs as much as a whole run."""
-
-    def __init__(self, look: Callable[[], Any]) -> None:
-        self._look = look
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._look(), name)
-
-
-_APP: list[ASGIApp] = []
-
-
-def _app() -> ASGIApp:
-    if not _APP:
-        current = _Current(SERVICES.get)
-        current.__dict__["metrics"] = _Current(lambda: SERVICES.get().metrics)
-        _APP.append(create_app(cast(Services, current)))
-    return _APP[0]
 
 
 class _Exchange:
@@ -62,8 +36,8 @@ class _Exchange:
         self._incoming = [body]
         self._outgoing = b""
 
-    async def run(self, app: ASGIApp) -> None:
-        await app(cast(Any, self._scope), cast(Any, self._receive), cast(Any, self._send))
+    async def run(self, app: Any) -> None:
+        await app(self._scope, self._receive, self._send)
 
     async def _receive(self) -> dict[str, Any]:
         if self._incoming:
@@ -119,14 +93,14 @@ class Stream(Protocol):
 
     over: asyncio.Event
 
-    async def run(self, app: ASGIApp, scope: dict[str, Any]) -> None: ...
+    async def run(self, app: Any, scope: dict[str, Any]) -> None: ...
 
 
 class Door:
-    """The HTTP connection to the broker. `node` is the process that listens, or None."""
+    """The HTTP connection to the broker. `listening`: the process that listens, and its app, or None."""
 
     def __init__(self, loop: SimLoop, history: History) -> None:
-        self.node: Node | None = None
+        self.listening: tuple[Node, ASGIApp] | None = None
         self.secret = ""
         self.failures: list[str] = []
         self._loop, self._history = loop, history
@@ -136,13 +110,13 @@ class Door:
 
     def reset(self) -> None:
         """Closes all connections, because the process died."""
-        self.node = None
+        self.listening = None
         for _, exchange in self._open.values():
             exchange.over.set()
 
     def _listening(self) -> tuple[Node, ASGIApp] | None:
         """Who takes the next connection: a process, and its app; None: nobody."""
-        return None if self.node is None else (self.node, self.node.context.run(_app))
+        return self.listening
 
     async def call(
         self,

@@ -1,7 +1,8 @@
 """What was seen from outside in one run: by HTTP clients, on the wire, by devices, on the disk, in the log.
 
 Plain records in the order in which they happened (`seq`), with the true time in milliseconds (`t`). This
-module judges nothing and reads none of the broker's state; the checkers do the judging.
+module judges nothing and reads none of the broker's state; the checkers do the judging. No record can be part
+of a cycle, so the search for garbage leaves them out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ What = Literal["publish", "accepted", "delivery", "puback", "reached"]
 Row = dict[str, Any]  # an event as the log stores it, `data` decoded; `data` is None for an erased event
 
 
-class Call(msgspec.Struct, kw_only=True):
+class Call(msgspec.Struct, kw_only=True, gc=False):
     """One HTTP request. While `status` is None the outcome is unknown: the request may have been carried out
     or not.
 
@@ -40,7 +41,7 @@ class Call(msgspec.Struct, kw_only=True):
         return "" if self.secret is None else self.secret.who
 
 
-class Commit(msgspec.Struct, frozen=True, kw_only=True):
+class Commit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """From this `seq` on, every event up to position `head` is durable."""
 
     seq: int
@@ -48,7 +49,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     head: int
 
 
-class Wire(msgspec.Struct, frozen=True, kw_only=True):
+class Wire(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One MQTT message, seen at one end of its way. The fields hold what its payload says.
 
     `what` is one of:
@@ -72,7 +73,7 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True):
     transport: str = "mqtt"
 
 
-class Link(msgspec.Struct, frozen=True, kw_only=True):
+class Link(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The broker's connection to the MQTT server came up or went down, as seen by the broker."""
 
     seq: int
@@ -80,7 +81,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     up: bool
 
 
-class Execution(msgspec.Struct, frozen=True, kw_only=True):
+class Execution(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The device executed the command. Its answer may have been lost."""
 
     seq: int
@@ -89,7 +90,7 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
     command_id: str
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The device sent an answer (by MQTT or HTTP), forged answers included. Copies made on the way do not
     count."""
 
@@ -100,7 +101,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     status: str
 
 
-class Hook(msgspec.Struct, frozen=True, kw_only=True):
+class Hook(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A webhook receiver saw a request. `taken`: the receiver answers 2xx; the answer itself may be lost."""
 
     seq: int
@@ -112,7 +113,7 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True):
     taken: bool
 
 
-class Streamed(msgspec.Struct, frozen=True, kw_only=True):
+class Streamed(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A reader of the event stream received an event."""
 
     seq: int
@@ -122,7 +123,7 @@ class Streamed(msgspec.Struct, frozen=True, kw_only=True):
     type: str
 
 
-class Write(msgspec.Struct, frozen=True, kw_only=True):
+class Write(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One transaction of the broker on its disk, when it ended. `began`: when it was asked for, ms."""
 
     seq: int
@@ -131,14 +132,14 @@ class Write(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool
 
 
-class Backup(msgspec.Struct, frozen=True, kw_only=True):
+class Backup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A copy of the log that was taken while the broker ran."""
 
     seq: int
     rows: list[Row]
 
 
-class Life(msgspec.Struct, frozen=True, kw_only=True):
+class Life(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What happened to the broker's process or its disk.
 
     `full` and `room`: the disk has no free byte, and has some again. `stopping`: it was asked to end.
@@ -150,7 +151,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     what: Literal["up", "down", "stopping", "ended", "paused", "resumed", "full", "room"]
 
 
-class Granted(msgspec.Struct, frozen=True, kw_only=True):
+class Granted(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A command with a grant reached its device. `fault`: why the grant does not allow it, or None."""
 
     seq: int
@@ -161,7 +162,7 @@ class Granted(msgspec.Struct, frozen=True, kw_only=True):
     fault: str | None
 
 
-class Secret(msgspec.Struct, kw_only=True):
+class Secret(msgspec.Struct, kw_only=True, gc=False):
     """Something that nobody else may learn. `ended`: the answer that ended it was seen at this time, ms."""
 
     who: str
@@ -170,7 +171,7 @@ class Secret(msgspec.Struct, kw_only=True):
     ended: int | None = None
 
 
-class Reading(msgspec.Struct, frozen=True, kw_only=True):
+class Reading(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A reader of the event stream takes what comes from now on (`on`), or does not any more."""
 
     seq: int
@@ -179,7 +180,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     on: bool
 
 
-class Note(msgspec.Struct, frozen=True, kw_only=True):
+class Note(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What the simulation did to the broker, for people who read the history. Checkers may not use it."""
 
     seq: int

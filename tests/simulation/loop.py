@@ -19,8 +19,11 @@ import threading
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from functools import cache
 from typing import Any, TypeVar, TypeVarTuple
+
+import msgspec
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -28,11 +31,11 @@ Ts = TypeVarTuple("Ts")
 _NODE: contextvars.ContextVar[Node | None] = contextvars.ContextVar("node", default=None)
 # Collect garbage after a fixed number of steps, not by allocation count, which differs between processes.
 _STEPS_PER_COLLECTION = 1 << 16
-_RUNS, _RUNS_PER_COLLECTION = itertools.count(), 12
 # A coroutine that awaits in `finally` ignores its first GeneratorExit; each further one passes one more
 # await.
 _CLOSE_TRIES = 100
 _packed = struct.Struct("<dq").pack
+_copied, _push = contextvars.copy_context, heapq.heappush
 
 
 class Livelock(Exception):
@@ -91,26 +94,17 @@ class _Task(asyncio.Task[T]):
         return self._number
 
 
-class _Handle:
+class _Handle(msgspec.Struct, eq=False):
     """A call that is due, or a timer: asyncio's handles without their debug mode, which costs more than most
-    calls."""
+    calls. A Struct is made without a call of Python."""
 
-    __slots__ = ("_args", "_callback", "_cancelled", "_context", "_loop", "_scheduled", "_when")
-
-    def __init__(
-        self,
-        loop: SimLoop,
-        when: float,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        context: contextvars.Context | None,
-    ) -> None:
-        self._loop = loop
-        self._when = when
-        self._callback = callback
-        self._args = args
-        self._context = contextvars.copy_context() if context is None else context
-        self._cancelled = self._scheduled = False
+    _loop: SimLoop
+    _when: float
+    _callback: Callable[..., object]
+    _args: tuple[Any, ...]
+    _context: contextvars.Context
+    _cancelled: bool = False
+    _scheduled: bool = False
 
     def cancel(self) -> None:
         if not self._cancelled:
@@ -140,6 +134,8 @@ class SimLoop(asyncio.BaseEventLoop):
     _stopping: bool
     _thread_id: int | None
 
+    get_debug = bool  # False. asyncio asks for each future, and this is no call of Python.
+
     def __init__(
         self,
         seed: int | str,
@@ -154,6 +150,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self.trace = 0
         self.unhandled: list[tuple[str, BaseException | None]] = []
         self._now = 0.0
+        self.now_ms = 0
         self._cancelled = 0  # of the timers that are kept
         self._moved_at = 0
         self._max_steps = max_steps
@@ -229,13 +226,8 @@ class SimLoop(asyncio.BaseEventLoop):
         return self._now
 
     def run_forever(self) -> None:
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
+        with no_search():
             super().run_forever()
-        finally:
-            if collecting:
-                gc.enable()
 
     def _run_once(self) -> None:
         choose = self._random.random
@@ -280,7 +272,7 @@ class SimLoop(asyncio.BaseEventLoop):
     ) -> asyncio.Handle:
         if self._closed:
             raise RuntimeError("Event loop is closed")
-        handle = _Handle(self, self._now, callback, args, context)
+        handle = _Handle(self, self._now, callback, args, _copied() if context is None else context)
         self._ready.append(handle)
         return handle  # type: ignore[return-value]
 
@@ -293,9 +285,8 @@ class SimLoop(asyncio.BaseEventLoop):
     ) -> asyncio.TimerHandle:
         # Most timers are set here: one call less than by `call_at`.
         when = self._now + delay
-        timer = _Handle(self, when, callback, args, context)
-        heapq.heappush(self._scheduled, (when, self.number(), timer))
-        timer._scheduled = True
+        timer = _Handle(self, when, callback, args, _copied() if context is None else context, False, True)
+        _push(self._scheduled, (when, self.number(), timer))
         return timer  # type: ignore[return-value]
 
     def call_at(
@@ -306,9 +297,8 @@ class SimLoop(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         """Keeps timers as tuples: comparing two TimerHandles is slow Python code."""
-        timer = _Handle(self, when, callback, args, context)
-        heapq.heappush(self._scheduled, (when, self.number(), timer))
-        timer._scheduled = True
+        timer = _Handle(self, when, callback, args, _copied() if context is None else context, False, True)
+        _push(self._scheduled, (when, self.number(), timer))
         return timer  # type: ignore[return-value]
 
     def timer_cancelled(self) -> None:
@@ -326,6 +316,8 @@ class SimLoop(asyncio.BaseEventLoop):
         if not timers:
             raise Deadlock(f"at {self._now:.3f} s nothing is ready and no timer is set")
         self._now = now = timers[0][0] if timers[0][0] > self._now else self._now
+        # A timer for 1.001 s must not be read as 1000 ms because of binary fractions.
+        self.now_ms = int(now * 1000 + 1e-3)
         self._moved_at = self.steps
         if now > self._max_time:
             raise Deadlock(f"{self._max_time:.0f} s of virtual time are spent")
@@ -417,21 +409,39 @@ def rng(seed: int | str, name: str) -> random.Random:
 
 def run(main: Callable[[SimLoop], Awaitable[T]], seed: int | str = 0, **budgets: Any) -> T:
     """Runs a whole world from one seed. Raises RuntimeError for an exception that no code handled."""
-    if next(_RUNS) % _RUNS_PER_COLLECTION == 0:
-        gc.collect()  # the worlds of earlier runs
-    gc.freeze()  # only this world is searched for garbage: all modules and tests of a process take 0.4 s
+    _set_aside()
     loop = SimLoop(seed, **budgets)
     try:
         result = loop.run_until_complete(main(loop))
         loop.forget_done_tasks()
-        gc.collect()  # a failed task whose exception was not read reports it when it is collected
+        # A failed task whose exception was not read reports it when it is collected. The world of the run
+        # before goes too.
+        gc.collect()
         if loop.unhandled:
             message, error = loop.unhandled[0]
             raise RuntimeError(f"unhandled in the simulation: {message}") from error
         return result
     finally:
         loop.close()
-        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def no_search() -> Iterator[None]:
+    """Garbage is not searched for meanwhile, except where the code asks for it."""
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searching:
+            gc.enable()
+
+
+@cache
+def _set_aside() -> None:
+    """Only worlds are searched for garbage, not what was there before the first: modules take 0.4 s."""
+    gc.collect()
+    gc.freeze()
 
 
 # The epoch is 5 minutes before midnight UTC, because purges count whole days. All clocks share it, so that a
@@ -449,14 +459,13 @@ class SimClock:
 
     def true_ms(self) -> int:
         """The wall time without steps, in ms. Histories use this time."""
-        return self._epoch_ms + self.monotonic_ms()
+        return self._epoch_ms + self._loop.now_ms
 
     def wall_ms(self) -> int:
-        return self.true_ms() + self.offset_ms
+        return self._epoch_ms + self._loop.now_ms + self.offset_ms
 
     def monotonic_ms(self) -> int:
-        # A timer for 1.001 s must not be read as 1000 ms because of binary fractions.
-        return int(self._loop.time() * 1000 + 1e-3)
+        return self._loop.now_ms
 
     def step(self, by_ms: int) -> None:
         self.offset_ms += by_ms

@@ -4,10 +4,9 @@ id."""
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from typing import Any
 
 import msgspec
-from litestar.types import ASGIApp
 
 from tests.simulation.clients import Door
 from tests.simulation.history import History
@@ -31,8 +30,8 @@ class Stream:
         self._asked = False
         self._rest = b""
 
-    async def run(self, app: ASGIApp, scope: dict[str, Any]) -> None:
-        await app(cast(Any, scope), cast(Any, self.receive), cast(Any, self.send))
+    async def run(self, app: Any, scope: dict[str, Any]) -> None:
+        await app(scope, self.receive, self.send)
 
     async def receive(self) -> dict[str, Any]:
         if not self._asked:

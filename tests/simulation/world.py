@@ -22,6 +22,7 @@ from broker.core import Core
 from broker.domain.errors import Unavailable
 from broker.domain.events import subject_kind
 from broker.domain.fleet import DeviceState
+from broker.http.app import create_app
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.driven import read_now
@@ -31,12 +32,12 @@ from projections import follower
 from tests.reading import plain
 from tests.simulation.checkers.life import check, s4
 from tests.simulation.checkers.timing import FRESH
-from tests.simulation.clients import SERVICES, Clients, Door
+from tests.simulation.clients import Clients, Door
 from tests.simulation.disk import FLAGS, SimDisk, SimStorage
 from tests.simulation.fleet import COMMANDS, ISSUER, PREFIX, TYPES, Device
 from tests.simulation.history import History
 from tests.simulation.link import SimLink
-from tests.simulation.loop import EPOCH_MS, Node, SimClock, SimEntropy, SimLoop, run
+from tests.simulation.loop import EPOCH_MS, Node, SimClock, SimEntropy, SimLoop, no_search, run
 from tests.simulation.nemesis import Nemesis
 from tests.simulation.network import LATEST_WILL_SEC, MOSQUITTO, ServerKind, SimMqttServer
 from tests.simulation.pairs import Pairs
@@ -175,12 +176,11 @@ class World:
         async with core.running("embedded" if self.embedded else "external") as group:
             close = await self._linked(core, group)
             parts = services(core)
-            node.context.run(SERVICES.set, parts)
-            self.core, self.door.node = core, node
+            self.core, self.door.listening = core, (node, create_app(parts))
             self.history.lived("up")
             await self._stop.wait()
             self.history.lived("stopping")
-            self.door.node = None  # like a server that takes no new connection
+            self.door.listening = None  # like a server that takes no new connection
             parts.streams.close()
             parts.waits.close()
             await self.door.answered(GRACE_SEC)
@@ -498,10 +498,10 @@ def simulate(
         return world
 
     began = time.process_time()
-    with quiet(logged):
+    with quiet(logged), no_search():
         world = run(main, seed, max_time=LONGEST_SEC)
-    world.history.lines = logged
-    found = [*world.found, *world.door.failures, *check(world.history)]
+        world.history.lines = logged
+        found = [*world.found, *world.door.failures, *check(world.history)]
     if isinstance(world.server, PipeNet):
         found += world.server.still_half_open()
     found += [f"LOG: {line}" for line in logged if line.startswith(WRONG) and AFTERWARDS not in line]
