@@ -112,6 +112,8 @@ class Connections(Transport):
                 await asyncio.get_running_loop().create_connection(lambda: made, host, port)
         except OSError as error:  # TimeoutError is one
             raise Lost(reached=False) from error
+        if made.ends():  # an answer would be waited for in vain
+            raise Lost(reached=False)
         return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -178,6 +178,26 @@ async def test_what_could_not_be_sent_has_not_reached_the_other_node(monkeypatch
             await got(ours, other)
         assert (refused.value.reached, late.value.reached) == (False, False)
         await other.ends(1)
+
+
+async def test_a_connection_that_closes_at_once_has_not_carried_the_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = Other()
+    loop = asyncio.get_running_loop()
+    connect = loop.create_connection
+
+    async def closed(factory: Callable[[], asyncio.Protocol], host: str, port: int) -> None:
+        transport, protocol = await connect(factory, host, port)
+        transport.abort()  # as if the other node had closed it
+        while protocol in ours._open:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+    async with listening(other) as ours:
+        monkeypatch.setattr(loop, "create_connection", closed)
+        with pytest.raises(Lost) as caught:
+            await ours.ask(other.address, Request("GET", b"/", [], b""))
+        assert not caught.value.reached
 
 
 async def test_a_cancelled_request_ends_its_connection_and_its_answer_is_not_anothers() -> None:
