@@ -151,7 +151,8 @@ def put(sql: Sqlite, row: SideRow, first: int) -> None:
             erasing.erase_positions(sql, row.positions)
         case Purge():
             erasing.begin_purge(sql, first + row.position.index, row.cutoff, row.at)
-            hidden = f"EXISTS (SELECT 1 FROM commands c WHERE c.id = command_id AND {commands.HIDDEN})"
+            of_answer = commands.CREATED.format("command_id")
+            hidden = f"EXISTS (SELECT 1 FROM commands c WHERE c.position = {of_answer} AND {commands.HIDDEN})"
             erasing.forget_answers(sql, f"at < ? OR {hidden}", row.cutoff)
         case _:
             assert_never(row)

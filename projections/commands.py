@@ -1,31 +1,36 @@
 """The table `commands`: the current state of every command, one row each, and the queries on it.
 
 A row is written from the folded state, in the transaction of the events that changed it. Folding the
-log again gives the same rows. Parameters, results and errors are read from their events, not copied
-here: SQLite moves a row that grows to another page and may leave parts of it in the old one, where
-erased data could be found. Commands that a running purge will erase are hidden from all queries.
+log again gives the same rows. What the `created` event says, and result and error, are read from the events
+and not copied here. That keeps the rows small. And SQLite moves a row that grows to another page and may
+leave parts of it in the old one, where erased data could be found. Commands that a running purge will erase
+are hidden from all queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
+from types import GenericAlias
 from typing import Any, NamedTuple
 
 import msgspec
 
 from broker.domain.events import Executed, Failed, decode, subject_kind
 from broker.domain.fleet import DeviceSet
-from broker.domain.lifecycle import NO_RESULT, CommandState, State
+from broker.domain.lifecycle import CommandState, State, evolve
+from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.erasing import Purge, bound, purges
 from broker.seams import Sql, Sqlite
 from projections.devices import in_set
 
+# `position`: of the `created` event. The log finds it by the command's id: see `CREATED`.
 TABLES = (
     """CREATE TABLE IF NOT EXISTS commands (
-        position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, project TEXT NOT NULL, device_id TEXT NOT NULL,
-        type TEXT NOT NULL, state TEXT NOT NULL, version INTEGER NOT NULL,
-        closed_at INTEGER, closed_position INTEGER, summary BLOB NOT NULL)""",
+        position INTEGER PRIMARY KEY, project TEXT NOT NULL, device_id TEXT NOT NULL, type TEXT NOT NULL,
+        state TEXT NOT NULL, version INTEGER NOT NULL, closed_at INTEGER, closed_position INTEGER,
+        later BLOB NOT NULL)""",
     # With `type` in the index, a history skips other types without reading their rows. With
     # `closed_position`, `past.lane` finds a lane without reading every row of the device.
     "CREATE INDEX IF NOT EXISTS commands_device ON commands (device_id, position, type, closed_position)",
@@ -33,27 +38,67 @@ TABLES = (
     "CREATE INDEX IF NOT EXISTS commands_closed ON commands (closed_at) WHERE closed_at IS NOT NULL",
 )
 KEYS = {"commands": "position"}
+# The position of the `created` event of a command id.
+CREATED = "(SELECT i.position FROM events i WHERE i.stream = {} AND i.version = 1)"
 INSERT = """INSERT INTO commands
-    (position, id, project, device_id, type, state, version, closed_at, closed_position, summary)
-    VALUES (?,?,?,?,?,?,?,?,?,?)"""
-UPDATE = """UPDATE commands SET state = ?, version = ?, closed_at = ?, closed_position = ?, summary = ?
-    WHERE id = ? AND version = ?"""
+    (position, project, device_id, type, state, version, closed_at, closed_position, later)
+    VALUES (?,?,?,?,?,?,?,?,?)"""
+UPDATE = f"""UPDATE commands SET state = ?, version = ?, closed_at = ?, closed_position = ?, later = ?
+    WHERE position = {CREATED.format("?")} AND version = ?"""
 
 # Condition on a row `c`: a running purge will erase this command (older than its cutoff, closed before it).
 HIDDEN = "EXISTS (SELECT 1 FROM purges p WHERE c.position < p.bound AND c.closed_at < p.at)"
+# The columns that `opened` reads, of a row `c` and its `created` event `f`.
+OPENED = (
+    f"c.later, c.state, c.version, c.closed_at, {', '.join(f'f.{name}' for name in log.OF_EVENT.split(', '))}"
+)
 # The columns that `folded` reads. CROSS JOIN fixes the join order, because the filters are on `commands`.
-COLUMNS = """c.summary, f.data, c.state, CASE WHEN c.state IN ('executed', 'failed')
-    THEN (SELECT l.data FROM events l WHERE l.stream = c.id ORDER BY l.version DESC LIMIT 1) END"""
+COLUMNS = f"""CASE WHEN c.state IN ('executed', 'failed')
+    THEN (SELECT l.data FROM events l WHERE l.stream = f.stream ORDER BY l.version DESC LIMIT 1) END,
+    {OPENED}"""
 FOUND = f"SELECT {COLUMNS} FROM commands c CROSS JOIN events f ON f.position = c.position"
+ONE = f"""SELECT {COLUMNS} FROM events f CROSS JOIN commands c ON c.position = f.position
+    WHERE f.stream = ? AND f.version = 1 AND NOT {HIDDEN}"""
 
 LAST = 2**63 - 1
-NO_PARAMS = msgspec.Raw(b"{}")
-_encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(CommandState).decode
+# The fields in the column `later`, an array in msgpack. The times are stored as ms since the creation: most
+# take 1 to 3 bytes instead of 9.
+TIMES = (
+    "updated_at",
+    "published_at",
+    "handed_over_at",
+    "delivered_at",
+    "acknowledged_at",
+    "reported_at",
+    "executed_at",
+)
+OTHERS = (
+    "attempts",
+    "counted",
+    "counting",
+    "transport",
+    "pulled",
+    "percent",
+    "note",
+    "progress_count",
+    "reason",
+    "by",
+    "superseded_by",
+    "late",
+    "reopened",
+    "numbers",
+    "signed",
+    "seq",
+)
+LATER = (*TIMES, *OTHERS)
+_types = {field.name: field.type for field in msgspec.structs.fields(CommandState)}
+_values = attrgetter(*LATER)
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(GenericAlias(tuple, tuple(_types[name] for name in LATER))).decode
 
 
 class _Created(msgspec.Struct):
-    """The part of a `created` event that is not in the row of its command."""
+    """The part of a `created` event that a history shows."""
 
     params: msgspec.Raw
 
@@ -61,17 +106,23 @@ class _Created(msgspec.Struct):
 _created = msgspec.json.Decoder(_Created).decode
 
 
-def summary(state: CommandState) -> bytes:
-    """The state as its row stores it: without parameters, result and error."""
-    return _encode(msgspec.structs.replace(state, params=NO_PARAMS, result=NO_RESULT, error=None))
+def later(state: CommandState) -> bytes:
+    """What the events after `created` changed, as the row stores it; without result and error."""
+    values, since = _values(state), state.created_at
+    times = [None if at is None else at - since for at in values[: len(TIMES)]]
+    return _encode((*times, *values[len(TIMES) :]))
+
+
+def times(known: bytes) -> dict[str, int | None]:
+    """The times in a column `later`, ms since the creation, by the name of the field."""
+    return dict(zip(TIMES, _decode(known), strict=False))
 
 
 def folded(row: Any) -> CommandState:
     """The full state from a row of `COLUMNS`; equal to the fold of the command's events."""
-    known, first, name, last = row
-    state = opened(known, first)
+    last, state = row[0], opened(row[1:])
     if last is not None:
-        match decode(name, last):
+        match decode(state.state, last):
             case Executed(result=result):
                 return msgspec.structs.replace(state, result=result)
             case Failed(error=error):
@@ -79,17 +130,24 @@ def folded(row: Any) -> CommandState:
     return state
 
 
-def opened(known: bytes, first: bytes) -> CommandState:
-    """The full state of a command without result and error. `known`: its summary; `first`: the data of its
-    `created`."""
-    state = _decode(known)
-    msgspec.structs.force_setattr(state, "params", _created(first).params.copy())  # nobody else has it yet
-    return state
+def opened(row: Any) -> CommandState:
+    """The full state of a command without result and error, from a row of `OPENED`."""
+    known, name, version, closed_at = row[:4]
+    state = evolve(None, log.recorded(row[4:]))
+    # A copy, because the original holds the whole event in memory. Nobody else has the state yet.
+    msgspec.structs.force_setattr(state, "params", state.params.copy())
+    if version == 1:
+        return state
+    changed = dict(zip(LATER, _decode(known), strict=True))
+    for time in TIMES:
+        if changed[time] is not None:
+            changed[time] += state.created_at
+    return msgspec.structs.replace(state, state=State(name), version=version, closed_at=closed_at, **changed)
 
 
 def added(s: CommandState, position: int, last: int) -> tuple[Any, ...]:
     """The values of `INSERT` for a new command. `position`: of its first event; `last`: of its last one."""
-    return (position, s.id, s.project, s.device_id, s.type, *_latest(s, last))
+    return (position, s.project, s.device_id, s.type, *_latest(s, last))
 
 
 def changed(s: CommandState, last: int, over: int) -> tuple[Any, ...]:
@@ -98,17 +156,19 @@ def changed(s: CommandState, last: int, over: int) -> tuple[Any, ...]:
 
 
 def _latest(s: CommandState, last: int) -> tuple[Any, ...]:
-    return s.state.value, s.version, s.closed_at, last if s.closed else None, summary(s)
+    return s.state.value, s.version, s.closed_at, last if s.closed else None, later(s)
 
 
 async def get(sql: Sql, command_id: str) -> CommandState | None:
-    row = await sql.one(f"{FOUND} WHERE c.id = ? AND NOT {HIDDEN}", (command_id,))
+    row = await sql.one(ONE, (command_id,))
     return folded(row) if row else None
 
 
 async def position(sql: Sql, command_id: str) -> int:
     """The position of the first event of a command; 0 if it was erased meanwhile."""
-    row = await sql.one("SELECT position FROM commands WHERE id = ?", (command_id,))
+    row = await sql.one(
+        f"SELECT position FROM commands WHERE position = {CREATED.format('?')}", (command_id,)
+    )
     return 0 if row is None else int(row[0])
 
 
@@ -180,7 +240,7 @@ async def sent(sql: Sql, device_id: str, type: str, first: int, before: int | No
     `first`: the first position. `before`: the position to stop before; None: the end of the log.
     """
     found = await sql.all(
-        "SELECT c.id, c.state, coalesce(f.decided_at, f.recorded_at), f.data "
+        "SELECT f.stream, c.state, coalesce(f.decided_at, f.recorded_at), f.data "
         "FROM commands c CROSS JOIN events f ON f.position = c.position "
         "WHERE c.device_id = ? AND c.type = ? AND c.position >= ? "
         f"AND c.position < ? AND NOT {HIDDEN} ORDER BY c.position LIMIT ?",
@@ -199,14 +259,16 @@ async def timed_out_since(sql: Sql, at: int) -> list[CommandState]:
 
 
 async def answered_since(sql: Sql, at: int) -> list[CommandState]:
-    """Commands executed or failed at or after `at` (ms), without parameters, results and errors.
+    """Commands executed or failed at or after `at` (ms), without results and errors.
 
     Includes commands that a running purge will erase.
     """
     found = await sql.all(
-        "SELECT summary FROM commands WHERE closed_at >= ? AND state IN ('executed', 'failed')", (at,)
+        f"SELECT {OPENED} FROM commands c CROSS JOIN events f ON f.position = c.position "
+        "WHERE c.closed_at >= ? AND c.state IN ('executed', 'failed')",
+        (at,),
     )
-    return [_decode(row[0]) for row in found]
+    return [opened(row) for row in found]
 
 
 async def forgotten_since(sql: Sql, at: int) -> list[tuple[str, int]]:
@@ -214,7 +276,8 @@ async def forgotten_since(sql: Sql, at: int) -> list[tuple[str, int]]:
     found = await sql.all(
         "SELECT e.device_id, coalesce(e.decided_at, e.recorded_at) FROM events e WHERE e.position >= ? "
         "AND e.type = 'timed_out' "
-        f"AND NOT EXISTS (SELECT 1 FROM commands c WHERE c.id = e.stream AND NOT {HIDDEN})",
+        f"AND NOT EXISTS (SELECT 1 FROM commands c WHERE c.position = {CREATED.format('e.stream')} "
+        f"AND NOT {HIDDEN})",
         ((await bound(sql, at)),),
     )
     return [(row[0], row[1]) for row in found]
@@ -233,10 +296,11 @@ async def veiled(sql: Sql, rows: list[Row]) -> list[Row]:
         return rows
     last = max(purge.position for purge in pending)
     streams = {row.stream for row in rows if row.position < last and subject_kind(row.stream) == "command"}
+    first = CREATED.format("?")
     hidden = {
         stream
         for stream in streams
-        if (await sql.one(f"SELECT 1 FROM commands c WHERE c.id = ? AND {HIDDEN}", (stream,)))
+        if (await sql.one(f"SELECT 1 FROM commands c WHERE c.position = {first} AND {HIDDEN}", (stream,)))
     }
     return [row._replace(data=None, salt=None) if row.stream in hidden else row for row in rows]
 
@@ -262,15 +326,16 @@ class Purgeable(NamedTuple):
 async def purgeable(sql: Sql, purge: Purge, after: int, limit: int) -> list[Purgeable]:
     """The next commands that a purge erases, ascending, from position `after` + 1."""
     found = await sql.all(
-        "SELECT position, id, version FROM commands WHERE position > ? AND position < ? AND closed_at < ? "
-        "ORDER BY position LIMIT ?",
+        "SELECT c.position, f.stream, c.version "
+        "FROM commands c CROSS JOIN events f ON f.position = c.position "
+        "WHERE c.position > ? AND c.position < ? AND c.closed_at < ? ORDER BY c.position LIMIT ?",
         (after, purge.bound, purge.at, limit),
     )
     return [Purgeable(*row) for row in found]
 
 
 def remove(sql: Sqlite, command_id: str) -> None:
-    sql.execute("DELETE FROM commands WHERE id = ?", (command_id,))
+    sql.execute(f"DELETE FROM commands WHERE position = {CREATED.format('?')}", (command_id,))
 
 
 async def dump(sql: Sql) -> list[tuple[Any, ...]]:

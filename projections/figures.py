@@ -10,13 +10,11 @@ from collections import Counter
 from itertools import pairwise
 from typing import NamedTuple
 
-import msgspec
-
 from broker.domain.fleet import DeviceSet
 from broker.domain.lifecycle import CLOSED, State
 from broker.log import sqlite as log
 from broker.seams import Sql
-from projections.commands import HIDDEN
+from projections.commands import HIDDEN, times
 from projections.devices import in_set
 
 MOST_POSITIONS = 500_000  # of the log
@@ -26,14 +24,6 @@ MOST_TIMED = 2_000  # executed commands whose latency is read, the newest
 # few projects and many commands.
 PROJECTS = """WITH RECURSIVE p (project) AS (SELECT min(project) FROM commands UNION ALL SELECT
     (SELECT min(project) FROM commands WHERE project > p.project) FROM p WHERE p.project IS NOT NULL)"""
-
-
-class _Times(msgspec.Struct, frozen=True):
-    """The times in a command's summary that the latencies need, ms."""
-
-    published_at: int | None = None
-    delivered_at: int | None = None
-    executed_at: int | None = None
 
 
 class Figures(NamedTuple):
@@ -67,9 +57,6 @@ class _Of(NamedTuple):
         return where.replace("c.project =", "c.project || '' =").replace(
             "c.device_id IN", "c.device_id || '' IN"
         ), values
-
-
-_times = msgspec.json.Decoder(_Times).decode
 
 
 async def figures(
@@ -137,17 +124,17 @@ async def _created(sql: Sql, of: _Of, since: int, length: int, pieces: int) -> l
 async def _took(sql: Sql, of: _Of, since: int) -> tuple[list[int], list[int]]:
     whose, values = of.beside_time()
     found = await sql.all(
-        "SELECT c.summary FROM commands c WHERE c.closed_at >= ? "
+        "SELECT c.later FROM commands c WHERE c.closed_at >= ? "
         f"AND c.state = 'executed' AND {whose} AND NOT {HIDDEN} ORDER BY c.closed_at DESC LIMIT ?",
         (since, *values, MOST_TIMED),
     )
     acknowledged, executed = [], []
-    for (summary,) in found:
-        times = _times(summary)
-        if times.published_at is None:
+    for (later,) in found:
+        at = times(later)
+        if (start := at["published_at"]) is None:
             continue
-        if times.delivered_at is not None:
-            acknowledged.append(times.delivered_at - times.published_at)
-        if times.executed_at is not None:
-            executed.append(times.executed_at - times.published_at)
+        if (delivered := at["delivered_at"]) is not None:
+            acknowledged.append(delivered - start)
+        if (done := at["executed_at"]) is not None:
+            executed.append(done - start)
     return sorted(acknowledged), sorted(executed)

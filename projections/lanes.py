@@ -10,7 +10,7 @@ from typing import Any
 
 from broker.domain.lifecycle import CommandState
 from broker.seams import Sql
-from projections.commands import opened
+from projections.commands import CREATED, OPENED, opened
 
 TABLES = (
     """CREATE TABLE IF NOT EXISTS lanes (
@@ -19,9 +19,9 @@ TABLES = (
 )
 KEYS = {"lanes": "device_id, position"}
 INSERT = "INSERT INTO lanes (device_id, position) VALUES (?, ?)"
-REOPEN = """INSERT INTO lanes (device_id, position) SELECT device_id, position FROM commands WHERE id = ?
-    ON CONFLICT DO NOTHING"""
-CLOSE = "DELETE FROM lanes WHERE device_id = ? AND position = (SELECT position FROM commands WHERE id = ?)"
+REOPEN = """INSERT INTO lanes (device_id, position)
+    SELECT device_id, position FROM events WHERE stream = ? AND version = 1 ON CONFLICT DO NOTHING"""
+CLOSE = f"DELETE FROM lanes WHERE device_id = ? AND position = {CREATED.format('?')}"
 
 
 async def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:
@@ -30,12 +30,11 @@ async def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandS
     # PostgreSQL would sort the rows of 100,000 commands on its disk. With their positions sorted first, it
     # reads the rows in nearly this order. SQLite reads them lane by lane. So they are sorted here as well.
     rows = sql.each(
-        "SELECT l.position, c.summary, f.data "
-        f"FROM (SELECT position FROM lanes {where} ORDER BY position) l "
+        f"SELECT l.position, {OPENED} FROM (SELECT position FROM lanes {where} ORDER BY position) l "
         "CROSS JOIN commands c ON c.position = l.position CROSS JOIN events f ON f.position = l.position",
         values,
     )
-    found = [(position, opened(known, first)) async for position, known, first in rows]
+    found = [(row[0], opened(row[1:])) async for row in rows]
     found.sort(key=itemgetter(0))
     return [state for _, state in found]
 

@@ -20,7 +20,9 @@ TAKEN_BYTES = 262_144
 # CROSS JOIN makes SQLite scan `events` in log order, whatever its query planner estimates.
 PAGE = f"""SELECT e.position, e.stream, e.version, e.recorded_at, e.project, e.device_id, d.hardware_id,
     e.actor, e.type, e.schema, c.type, CASE WHEN {HIDDEN} THEN NULL ELSE e.data END
-    FROM events e CROSS JOIN devices d ON d.id = e.device_id LEFT JOIN commands c ON c.id = e.stream
+    FROM events e CROSS JOIN devices d ON d.id = e.device_id
+    LEFT JOIN events i ON i.stream = e.stream AND i.version = 1
+    LEFT JOIN commands c ON c.position = i.position
     WHERE e.position > ? AND e.position <= ?{{}} ORDER BY e.position LIMIT ?"""
 
 

@@ -16,7 +16,7 @@ from broker.domain.lifecycle import CommandState, State, evolve
 from broker.log import sqlite as log
 from broker.log.erasing import DECIDED
 from broker.seams import Sql
-from projections.commands import HIDDEN, Filter, get
+from projections.commands import CREATED, HIDDEN, Filter, get
 from projections.devices import in_set
 
 # Limits of one read: rows that are scanned, and commands that are folded. A search for a rare state in a
@@ -52,7 +52,8 @@ Change = CommandChange | DeviceChange
 
 async def command(sql: Sql, command_id: str, position: int) -> CommandState | None:
     row = await sql.one(
-        f"SELECT closed_position FROM commands c WHERE id = ? AND NOT {HIDDEN}", (command_id,)
+        f"SELECT closed_position FROM commands c WHERE position = {CREATED.format('?')} AND NOT {HIDDEN}",
+        (command_id,),
     )
     return None if row is None else (await _command_at(sql, command_id, row[0], position))
 
@@ -87,13 +88,13 @@ async def commands(
     states = tuple(State) if wanted.states is None else wanted.states
     most = limit + 1 if wanted.states is None and wanted.type is None else SCANNED
     rows = await sql.all(
-        f"SELECT position, id, type, state, closed_position, {HIDDEN} FROM commands c "
+        f"SELECT position, type, state, closed_position, {HIDDEN} FROM commands c "
         f"WHERE {where} ORDER BY position DESC LIMIT ?",
         (*values, most),
     )
     found: list[CommandState] = []
     folded, reached = 0, None
-    for created, command_id, type_name, state, closed, hidden in rows:
+    for created, type_name, state, closed, hidden in rows:
         if len(found) == limit or folded == FOLDED:
             return found, reached
         reached = created
@@ -101,6 +102,7 @@ async def commands(
         if hidden or wanted.type not in (None, type_name) or (ended and state not in states):
             continue
         folded += not ended
+        (command_id,) = await sql.one("SELECT stream FROM events WHERE position = ?", (created,))
         then = await _command_at(sql, command_id, closed, position)
         if then is not None and then.state in states:
             found.append(then)
@@ -111,9 +113,9 @@ async def lane(sql: Sql, device_id: str, position: int) -> list[CommandState]:
     """The commands of a device that were open, in order of creation."""
     # The rows include commands that had timed out by then and were answered later: the fold filters them.
     rows = await sql.all(
-        "SELECT id, closed_position FROM commands c WHERE position IN (SELECT position FROM commands "
-        "WHERE device_id = ? AND position <= ? "
-        f"AND (closed_position IS NULL OR closed_position > ?)) AND NOT {HIDDEN} ORDER BY position",
+        "SELECT f.stream, c.closed_position FROM commands c CROSS JOIN events f ON f.position = c.position "
+        "WHERE c.position IN (SELECT position FROM commands WHERE device_id = ? AND position <= ? "
+        f"AND (closed_position IS NULL OR closed_position > ?)) AND NOT {HIDDEN} ORDER BY c.position",
         (device_id, position, position),
     )
     states = [(await _command_at(sql, command_id, closed, position)) for command_id, closed in rows]

@@ -27,7 +27,7 @@ from broker.world import DATABASE, SystemEntropy, create, part_of
 from devices.clock import rfc3339
 from devices.names import is_name
 from projections import devices, follower
-from projections.commands import HIDDEN, veiled
+from projections.commands import CREATED, HIDDEN, veiled
 
 PAGE = 5_000
 Reached = Callable[[int], None]
@@ -142,15 +142,17 @@ def export_command(sql: Readable, to: Path | None, command_id: str) -> Moved:
         Refused: the command is not known, or the file already exists.
     """
     found = sql.execute(
-        f"SELECT device_id, position FROM commands c WHERE id = ? AND NOT {HIDDEN}", (command_id,)
+        f"SELECT device_id, position FROM commands c WHERE position = {CREATED.format('?')} AND NOT {HIDDEN}",
+        (command_id,),
     ).fetchone()
     if found is None:
         raise Refused(f"there is no command {command_id[:80]!r}")
     device_id, first = found
     last = read_now(sql, log.stream, command_id)[-1].position
     mates = sql.execute(
-        "SELECT id FROM commands c WHERE device_id = ? AND position <= ? "
-        f"AND (closed_position IS NULL OR closed_position >= ?) AND NOT {HIDDEN}",
+        "SELECT f.stream FROM commands c CROSS JOIN events f ON f.position = c.position "
+        "WHERE c.device_id = ? AND c.position <= ? "
+        f"AND (c.closed_position IS NULL OR c.closed_position >= ?) AND NOT {HIDDEN}",
         (device_id, last, first),
     ).fetchall()
     rows = {row for (mate,) in mates for row in read_now(sql, log.stream, mate, last)}

@@ -32,10 +32,11 @@ TABLES = """CREATE TABLE bare_events (LIKE events INCLUDING ALL);
 # Each event is inserted, and the state of its command written, as a commit of the broker does.
 BARE = (
     "INSERT INTO bare_events SELECT * FROM events WHERE position BETWEEN $1 AND $2",
-    """INSERT INTO bare_commands SELECT c.* FROM events e JOIN commands c ON c.id = e.stream
-    WHERE e.position BETWEEN $1 AND $2 ON CONFLICT (id) DO UPDATE SET state = excluded.state,
+    """INSERT INTO bare_commands SELECT c.* FROM events e
+    JOIN events i ON i.stream = e.stream AND i.version = 1 JOIN commands c ON c.position = i.position
+    WHERE e.position BETWEEN $1 AND $2 ON CONFLICT (position) DO UPDATE SET state = excluded.state,
     version = excluded.version, closed_at = excluded.closed_at,
-    closed_position = excluded.closed_position, summary = excluded.summary""",
+    closed_position = excluded.closed_position, later = excluded.later""",
 )
 
 

@@ -173,7 +173,10 @@ def _end(draw: random.Random) -> tuple[CommandEvent, ...]:
 async def measure(data: Path, home: Path, reads: int, size: float) -> None:
     with sqlite3.connect(data / DATABASE) as sql:
         head = read_now(sql, log.head).position
-        ids = [row[0] for row in sql.execute("SELECT id FROM commands WHERE position % 997 = 0")]
+        ids = [
+            row[0]
+            for row in sql.execute("SELECT stream FROM events WHERE type = 'created' AND position % 997 = 0")
+        ]
         devices = sql.execute("SELECT count(*) FROM devices").fetchone()[0]
     sql.close()
     print(f"{head:,} events, {size:.1f} GB", flush=True)

@@ -20,7 +20,7 @@ from projections import commands, devices
 TEXT, NUMBER, FLAG, BYTES = "text", "bigint", "boolean", "bytea"
 # The arrays: stream, version, type, schema, decided_at, project, device_id, actor, data, salt;
 OF_EVENTS = (TEXT, NUMBER, TEXT, NUMBER, NUMBER, TEXT, TEXT, TEXT, BYTES, BYTES)
-# id, over, first, last, opened, project, device_id, type, state, version, closed_at, summary;
+# id, over, first, last, opened, project, device_id, type, state, version, closed_at, later;
 OF_COMMANDS = (TEXT, *[NUMBER] * 3, FLAG, *[TEXT] * 4, NUMBER, NUMBER, BYTES)
 # id, over, first, last, project, hardware_id, deleted, version, online, body.
 OF_DEVICES = (TEXT, *[NUMBER] * 3, TEXT, TEXT, FLAG, NUMBER, NUMBER, BYTES)
@@ -86,9 +86,7 @@ def states(newest: Iterable[Newest]) -> list[Any]:
         match each.state:
             case CommandState() as s:
                 header = (s.id, *places, each.opened, s.project, s.device_id, s.type, s.state.value)
-                of_commands.append(
-                    (*header, s.version, s.closed_at if s.closed else None, commands.summary(s))
-                )
+                of_commands.append((*header, s.version, s.closed_at if s.closed else None, commands.later(s)))
             case DeviceState() as d:
                 about = (d.id, *places, d.project, d.hardware_id, d.deleted_at is not None, d.version)
                 of_devices.append((*about, int(d.online), devices.body(d)))

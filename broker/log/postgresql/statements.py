@@ -19,7 +19,8 @@ _json = msgspec.json.Encoder().encode
 
 ERASE = (
     "UPDATE events SET data = NULL, salt = NULL WHERE stream IN (SELECT jsonb_array_elements_text($1))",
-    "DELETE FROM commands WHERE id IN (SELECT jsonb_array_elements_text($1))",
+    "DELETE FROM commands c USING events i WHERE c.position = i.position AND i.version = 1 "
+    "AND i.stream IN (SELECT jsonb_array_elements_text($1))",
     "DELETE FROM unmatched WHERE command_id IN (SELECT jsonb_array_elements_text($1))",
 )
 ERASE_EVENTS = (

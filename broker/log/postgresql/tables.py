@@ -56,9 +56,9 @@ CREATE TABLE IF NOT EXISTS webhooks (
 
 PROJECTIONS = """
 CREATE TABLE IF NOT EXISTS commands (
-    position bigint PRIMARY KEY, id text COLLATE "C" NOT NULL UNIQUE, project text COLLATE "C" NOT NULL,
-    device_id text COLLATE "C" NOT NULL, type text COLLATE "C" NOT NULL, state text COLLATE "C" NOT NULL,
-    version bigint NOT NULL, closed_at bigint, closed_position bigint, summary bytea NOT NULL)
+    position bigint PRIMARY KEY, project text COLLATE "C" NOT NULL, device_id text COLLATE "C" NOT NULL,
+    type text COLLATE "C" NOT NULL, state text COLLATE "C" NOT NULL, version bigint NOT NULL,
+    closed_at bigint, closed_position bigint, later bytea NOT NULL)
     WITH (fillfactor = 60);
 CREATE INDEX IF NOT EXISTS commands_device ON commands (device_id, position, type, closed_position);
 CREATE INDEX IF NOT EXISTS commands_project ON commands (project, position);
@@ -75,6 +75,9 @@ CREATE TABLE IF NOT EXISTS names (name text COLLATE "C" PRIMARY KEY, device_id t
 CREATE TABLE IF NOT EXISTS definitions (digest text COLLATE "C" PRIMARY KEY, body bytea NOT NULL);
 """
 PROJECTED = ("commands", "lanes", "devices", "names", "definitions")
+
+# PostgreSQL replaces no function by one whose parameters have other names.
+REPLACED = "DROP FUNCTION IF EXISTS put_states, append"
 
 # Functions that make the texts of the queries mean the same as on SQLite, and parts of `append`.
 FUNCTIONS = """
@@ -136,7 +139,8 @@ LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO purges VALUES (place, cut, bound(cut), upto);
     DELETE FROM unmatched WHERE at < cut OR EXISTS (
-        SELECT 1 FROM commands c WHERE c.id = command_id AND EXISTS (
+        SELECT 1 FROM events i JOIN commands c ON c.position = i.position
+        WHERE i.stream = command_id AND i.version = 1 AND EXISTS (
             SELECT 1 FROM purges p WHERE c.position < p.bound AND c.closed_at < p.at));
 END $$;
 """
@@ -147,7 +151,7 @@ CREATE OR REPLACE FUNCTION put_states(
     base bigint,
     c_id text[], c_over bigint[], c_first bigint[], c_last bigint[], c_opened boolean[], c_project text[],
     c_device text[], c_type text[], c_state text[], c_version bigint[], c_closed_at bigint[],
-    c_summary bytea[],
+    c_later bytea[],
     d_id text[], d_over bigint[], d_first bigint[], d_last bigint[], d_project text[], d_hardware text[],
     d_deleted boolean[], d_version bigint[], d_online bigint[], d_body bytea[])
 RETURNS void LANGUAGE plpgsql AS $$
@@ -156,21 +160,23 @@ DECLARE
     done bigint;
 BEGIN
     IF cardinality(c_id) > 0 THEN
-        INSERT INTO commands (position, id, project, device_id, type, state, version, closed_at,
-                              closed_position, summary)
-            SELECT base + s.first, s.id, s.project, s.device, s.type, s.state, s.version, s.closed_at,
-                CASE WHEN s.closed_at IS NULL THEN NULL ELSE base + s.last END, s.summary
-            FROM unnest(c_id, c_over, c_first, c_last, c_project, c_device, c_type, c_state, c_version,
-                        c_closed_at, c_summary)
-                AS s(id, over, first, last, project, device, type, state, version, closed_at, summary)
+        INSERT INTO commands (position, project, device_id, type, state, version, closed_at,
+                              closed_position, later)
+            SELECT base + s.first, s.project, s.device, s.type, s.state, s.version, s.closed_at,
+                CASE WHEN s.closed_at IS NULL THEN NULL ELSE base + s.last END, s.later
+            FROM unnest(c_over, c_first, c_last, c_project, c_device, c_type, c_state, c_version,
+                        c_closed_at, c_later)
+                AS s(over, first, last, project, device, type, state, version, closed_at, later)
             WHERE s.over = 0;
         WITH changed AS (
             UPDATE commands c SET state = s.state, version = s.version, closed_at = s.closed_at,
                     closed_position = CASE WHEN s.closed_at IS NULL THEN NULL ELSE base + s.last END,
-                    summary = s.summary
-                FROM unnest(c_id, c_over, c_last, c_opened, c_state, c_version, c_closed_at, c_summary)
-                    AS s(id, over, last, opened, state, version, closed_at, summary)
-                WHERE s.over > 0 AND c.id = s.id AND c.version = s.over
+                    later = s.later
+                FROM unnest(c_id, c_over, c_last, c_opened, c_state, c_version, c_closed_at, c_later)
+                    AS s(id, over, last, opened, state, version, closed_at, later)
+                    CROSS JOIN LATERAL (SELECT i.position FROM events i
+                        WHERE i.stream = s.id AND i.version = 1 OFFSET 0) i
+                WHERE s.over > 0 AND c.position = i.position AND c.version = s.over
                 RETURNING c.device_id, c.position, c.closed_at, s.opened
         ), reopened AS (
             INSERT INTO lanes (device_id, position)
@@ -243,7 +249,7 @@ CREATE OR REPLACE FUNCTION append(
     device_ids text[], actors text[], datas bytea[], salts bytea[],
     c_id text[], c_over bigint[], c_first bigint[], c_last bigint[], c_opened boolean[], c_project text[],
     c_device text[], c_type text[], c_state text[], c_version bigint[], c_closed_at bigint[],
-    c_summary bytea[],
+    c_later bytea[],
     d_id text[], d_over bigint[], d_first bigint[], d_last bigint[], d_project text[], d_hardware text[],
     d_deleted boolean[], d_version bigint[], d_online bigint[], d_body bytea[],
     statements text[], payloads jsonb[],
@@ -333,7 +339,7 @@ BEGIN
 
     PERFORM put_states(first,
         c_id, c_over, c_first, c_last, c_opened, c_project, c_device, c_type, c_state, c_version, c_closed_at,
-        c_summary,
+        c_later,
         d_id, d_over, d_first, d_last, d_project, d_hardware, d_deleted, d_version, d_online, d_body);
     PERFORM put_rows(first, statements, payloads);
     INSERT INTO batches VALUES (of_incarnation, of_number, of_digest, first, cardinality(streams), recorded);
@@ -368,4 +374,4 @@ LOCK = int.from_bytes(b"ordain")
 def statements() -> list[str]:
     """Everything that makes an empty schema a log, and an older one current."""
     locked = [text.replace("LOCK", str(LOCK)) for text in (APPEND, LANDED)]
-    return [LOG, PROJECTIONS, FUNCTIONS, STATES, *locked]
+    return [LOG, PROJECTIONS, REPLACED, FUNCTIONS, STATES, *locked]

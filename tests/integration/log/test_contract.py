@@ -242,7 +242,9 @@ async def test_erasing_removes_data_and_salt_and_what_else_names_the_command(sto
 
     empty = [(row.data is None, row.salt is None) for row in await events(storage)]
     assert empty == [(True, True)] * 3 + [(False, False)] * 2
-    assert await read(storage, "SELECT id FROM commands") == [(TWO,)]
+    assert await read(
+        storage, "SELECT e.stream FROM events e JOIN commands c ON c.position = e.position"
+    ) == [(TWO,)]
     assert await read(storage, "SELECT * FROM unmatched") == []
 
 

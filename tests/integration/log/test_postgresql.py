@@ -14,7 +14,7 @@ import pytest
 from broker.domain.events import Cancelled
 from broker.log import sqlite as log
 from broker.log.chain import Row
-from broker.log.postgresql import connection
+from broker.log.postgresql import connection, tables
 from broker.log.postgresql.log import PostgresLog
 from broker.log.postgresql.reading import Snapshot
 from broker.log_url import address
@@ -351,6 +351,21 @@ async def test_a_log_keeps_its_id_and_another_format_is_refused(database: str) -
         author.note()
         with pytest.raises(UnknownFormat):
             await storage.append(author.batch())
+
+
+async def test_functions_of_an_older_release_are_replaced(database: str) -> None:
+    async with opened(database), admin(database) as sql:
+        older = next(text for text in tables.statements() if "FUNCTION put_states" in text)
+        await sql.execute("DROP FUNCTION put_states")
+        await sql.execute(older.replace("c_id", "c_name"))
+        await sql.execute("UPDATE meta SET value = 'older' WHERE key = 'tables'")
+
+        again = PostgresLog(address(database), "node_2")
+        await again.prepare("log_1", "00" * 32)
+        await again.close()
+
+        names = await sql.fetchval("SELECT proargnames FROM pg_proc WHERE proname = 'put_states'")
+        assert "c_id" in names
 
 
 async def test_a_server_that_is_not_there_is_named_without_its_password() -> None:

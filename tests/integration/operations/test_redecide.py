@@ -74,7 +74,9 @@ def exported() -> dict[str, bytes]:
 def everything(sql: Sqlite) -> dict[str, bytes]:
     found = {}
     with tempfile.TemporaryDirectory() as home:
-        for (command_id,) in sql.execute("SELECT id FROM commands ORDER BY position").fetchall():
+        for (command_id,) in sql.execute(
+            "SELECT stream FROM events JOIN commands USING (position) ORDER BY position"
+        ).fetchall():
             file = Path(home) / command_id
             transfer.export_command(sql, file, command_id)
             found[command_id] = file.read_bytes()

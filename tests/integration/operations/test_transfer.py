@@ -349,7 +349,9 @@ def test_data_covered_by_a_purge_is_not_exported(data: Path, tmp_path: Path) -> 
             "INSERT INTO purges VALUES (?, ?, ?, ?)",
             (purged.position, head.recorded_at + 1, head.position + 1, head.recorded_at + 1),
         )
-        hidden = sql.execute("SELECT id FROM commands WHERE closed_at IS NOT NULL LIMIT 1").fetchone()[0]
+        hidden = sql.execute(
+            "SELECT stream FROM events JOIN commands USING (position) WHERE closed_at IS NOT NULL LIMIT 1"
+        ).fetchone()[0]
 
     exported(data, tmp_path / "log.jsonl")
 

@@ -50,8 +50,8 @@ def test_projections_rebuilt_in_another_database_are_the_same(
             "commands, the row of position 47: state",
         ),
         (
-            "UPDATE commands SET summary = x'7b7d' WHERE position = 8",
-            "commands, the row of position 8: summary",
+            "UPDATE commands SET later = x'90' WHERE position = 8",
+            "commands, the row of position 8: later",
         ),
         ("DELETE FROM commands WHERE position = 8", "commands, the row of position 8 is missing"),
         ("UPDATE commands SET position = 9 WHERE position = 8", "commands, the row of position 8 is missing"),
@@ -73,8 +73,8 @@ def test_the_first_row_that_does_not_follow_from_the_log_is_named(
 
 def test_an_added_row_is_named_and_not_the_row_after_it(kept: sqlite3.Connection) -> None:
     kept.execute(
-        "INSERT INTO commands SELECT 9, 'cmd_x', project, device_id, type, state, version, closed_at, "
-        "closed_position, summary FROM commands WHERE position = 8"
+        "INSERT INTO commands SELECT 9, project, device_id, type, state, version, closed_at, "
+        "closed_position, later FROM commands WHERE position = 8"
     )
 
     assert verified(kept) == "commands, the row of position 9 does not follow from the log"

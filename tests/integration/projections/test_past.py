@@ -128,7 +128,7 @@ def test_a_past_list_of_commands_is_correct(
 def test_past_commands_and_lanes_are_correct(
     whole: sqlite3.Connection, prefixes: list[tuple[int, sqlite3.Connection]]
 ) -> None:
-    ids = [row[0] for row in whole.execute("SELECT id FROM commands")]
+    ids = [row[0] for row in whole.execute("SELECT stream FROM events JOIN commands USING (position)")]
     opened = 0
     for position, sql in prefixes:
         for command_id in ids:
@@ -226,7 +226,7 @@ def test_erased_commands_are_absent_from_the_past_too(whole: sqlite3.Connection)
         assert gone.id not in {each.id for each in paged(sql, Filter(), position, ALL)}
         assert gone.id not in {each.id for each in read_now(sql, past.lane, gone.device_id, position)}
 
-        sql.execute("DELETE FROM commands WHERE id = ?", (gone.id,))
+        commands.remove(sql, gone.id)
         assert read_now(sql, past.command, gone.id, read_now(sql, log.head).position) is None
         changed, _ = read_now(sql, past.changes, None, 0, read_now(sql, log.head).position, 0, ALL)
         assert gone.id not in {c.after.id for c in changed if isinstance(c, past.CommandChange)}

@@ -16,6 +16,7 @@ from broker.seams import Sqlite
 from broker.settings import Limits
 from broker.subscriptions.outbound import HttpOutbound
 from broker.subscriptions.webhook_worker import PARALLEL
+from projections import commands
 from tests.integration.core_support import ME, until
 from tests.integration.http.support import Broker, error_of, register, running
 from tests.integration.subscriptions.receiver import Got, Receiver, receiving
@@ -168,7 +169,7 @@ async def test_events_erased_before_delivery_are_sent_without_their_data(
 
     def erase(sql: Sqlite) -> None:
         sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE stream = ?", (secret,))
-        sql.execute("DELETE FROM commands WHERE id = ?", (secret,))
+        commands.remove(sql, secret)
 
     await tamper(broker.core.storage, erase)
     receiver.gate.set()

@@ -215,7 +215,9 @@ def purge_everything(data: Path) -> None:
 
         def work(sql: Sqlite) -> None:
             log.append(sql, head, [erased], bytes(16))
-            for (stream,) in sql.execute("SELECT id FROM commands").fetchall():
+            for (stream,) in sql.execute(
+                "SELECT stream FROM events JOIN commands USING (position)"
+            ).fetchall():
                 erasing.erase(sql, stream)
 
         await storage.write(work)

@@ -433,13 +433,16 @@ class Model(RuleBasedStateMachine):
         for row in self.to_fold:
             touched.fold(log.recorded(row))
         self.to_fold.clear()
-        bodies = {row[1]: row[-1] for row in kept["projections.commands"]}
-        assert bodies == {name: commands_view.summary(state) for name, state in touched.commands.items()}
+        bodies = {row[0]: row[-1] for row in kept["projections.commands"]}
+        assert bodies == {
+            self.commands[name].position: commands_view.later(state)
+            for name, state in touched.commands.items()
+        }
         assert {name: seen.state for name, seen in self.commands.items()} == {
             name: state.state for name, state in touched.commands.items()
         }
         for name, member in self.core().live.members.items():
-            assert commands_view.summary(member.state) == bodies[name]
+            assert commands_view.later(member.state) == bodies[self.commands[name].position]
             assert msgspec.json.encode(member.state) == msgspec.json.encode(touched.commands[name])
         lane = sorted(row[1] for row in kept["projections.lanes"])
         assert lane == [seen.position for seen in self.known() if not seen.closed]
