@@ -23,6 +23,8 @@ FORMAT_2 = b"\x00\x00\x00\x08ordain-2"  # the first part of what is hashed
 NULL = b"\xff\xff\xff\xff"  # an impossible length, so a null value differs from an empty one
 _number = Struct(">Iq").pack  # a part with a number: its length, which is 8, and the number
 _numbers = Struct(">IqIqIq").pack
+_length = Struct(">I").pack  # what comes before every other part
+_number_and_length = Struct(">IqI").pack
 
 Header = tuple[int, str, int, str, int, int, int | None, str, str | None, str]
 
@@ -57,20 +59,26 @@ class Row(NamedTuple):
         return self.recorded_at if self.decided_at is None else self.decided_at
 
 
-def _part(value: bytes) -> bytes:
-    return len(value).to_bytes(4, "big") + value
+# What the first row follows.
+BEFORE_ALL = Row(0, "", 0, "", 1, 0, None, "", None, "", None, None, b"", GENESIS)
 
 
 def _text(value: str) -> bytes:
-    return _part(value.encode())
+    text = value.encode()
+    return _length(len(text)) + text
 
 
-_often = lru_cache(4_096)(_text)  # of columns whose values repeat
+_often = lru_cache(4_096)(_text)  # of a column whose values repeat
+
+
+@lru_cache(4_096)
+def _whose(project: str, device_id: str | None, actor: str) -> bytes:
+    return _text(project) + (NULL if device_id is None else _text(device_id)) + _text(actor)
 
 
 def digest(salt: bytes, data: bytes) -> bytes:
     """SHA-256 over salt and stored data. Without the salt, short erased data could be guessed."""
-    return sha256(_part(salt) + _part(data)).digest()
+    return sha256(b"".join((_length(len(salt)), salt, _length(len(data)), data))).digest()
 
 
 def link(
@@ -92,33 +100,42 @@ def link(
         form, times = b"", _number(8, schema) + _number(8, recorded_at)
     else:
         form, times = FORMAT_2, _numbers(8, schema, 8, recorded_at, 8, decided_at)
+    name = stream.encode()
     parts = (
         form,
-        _part(previous),
-        _number(8, position),
-        _text(stream),
+        _length(len(previous)),
+        previous,
+        _number_and_length(8, position, len(name)),
+        name,
         _number(8, version),
         _often(type_name),
         times,
-        _often(project),
-        NULL if device_id is None else _often(device_id),
-        _often(actor),
-        _part(row_digest),
+        _whose(project, device_id, actor),
+        _length(len(row_digest)),
+        row_digest,
     )
     return sha256(b"".join(parts)).digest()
 
 
-def fault(row: Row, previous: bytes, expected_position: int, erased: bool) -> str | None:
-    """Checks the row after the one with the hash `previous`; a sentence about its fault, or None.
+def fault(row: Row, last: Row, erased: bool) -> str | None:
+    """Checks the row after the good row `last`; a sentence about its fault, or None.
 
     `erased`: an `erased` event names or covers this row, so its data may be missing.
     """
-    if row.position != expected_position:
-        return f"position {expected_position} is missing: the next row is {row.position}"
+    if row.position != last.position + 1:
+        return f"position {last.position + 1} is missing: the next row is {row.position}"
     try:
-        return _mismatch(row, previous, erased)
+        return _mismatch(row, last.hash, erased) or _untimely(row, last)
     except (TypeError, AttributeError, StructError):  # SQLite stores text in a BLOB column without an error
         return f"position {row.position} was changed: a column has the wrong type"
+
+
+def _untimely(row: Row, last: Row) -> str | None:
+    if row.recorded_at < last.recorded_at or row.decided < last.decided:
+        return f"position {row.position} is older than the row before it"
+    if row.decided_at is None and last.decided_at is not None:
+        return f"position {row.position} has format 1 and follows a row of format 2"
+    return None
 
 
 def _mismatch(row: Row, previous: bytes, erased: bool) -> str | None:

@@ -305,13 +305,19 @@ class Walk:
     """
 
     def __init__(self) -> None:
-        self.rows, self.hash = 0, chain.GENESIS
         self.fault: str | None = None
+        self._last = chain.BEFORE_ALL  # the last good row
         self._excused = Excused()
-        self._recorded_at = self._decided_at = 0
-        self._format = 1  # of the last good row
         self._begun = False
         self._stream = ""  # streams up to this name have all their versions
+
+    @property
+    def rows(self) -> int:
+        return self._last.position
+
+    @property
+    def hash(self) -> bytes:
+        return self._last.hash
 
     @property
     def later(self) -> int:
@@ -329,23 +335,16 @@ class Walk:
         batch = await rows(sql, self.rows, page)
         if any(row.data is None for row in batch):
             (await self._excused.read(sql))
+        last = self._last
         for row in batch:
             may_be_empty = row.data is None and await self._excused(row)
-            self.fault = chain.fault(row, self.hash, self.rows + 1, may_be_empty)
-            self.fault = self.fault or self._untimely(row)
-            if self.fault is not None:
+            fault = chain.fault(row, last, may_be_empty)
+            if fault is not None:
+                self.fault, self._last = fault, last
                 return False
-            self.hash, self.rows = row.hash, row.position
-            self._recorded_at, self._decided_at = row.recorded_at, row.decided
-            self._format = 1 if row.decided_at is None else 2
+            last = row
+        self._last = last
         return bool(batch) or (await self._streams(sql, page))
-
-    def _untimely(self, row: Row) -> str | None:
-        if row.recorded_at < self._recorded_at or row.decided < self._decided_at:
-            return f"position {row.position} is older than the row before it"
-        if row.decided_at is None and self._format > 1:
-            return f"position {row.position} has format 1 and follows a row of format 2"
-        return None
 
     async def _streams(self, sql: Sql, page: int) -> bool:
         found = await sql.all(

@@ -260,27 +260,28 @@ def _fill(
     sql.execute("PRAGMA synchronous = OFF")
     sql.execute("BEGIN")
     log.create(sql, header.log_id, SystemEntropy().token(32).hex())
-    position, previous, page = 0, chain.GENESIS, list[Row]()
+    last, page = chain.BEFORE_ALL, list[Row]()
     for number, line in enumerate(file, 2):
         try:
             row = lines.as_row(line, header.version)
         except ValueError as error:
             raise Refused(f"{source}, line {number}: it is not a row of a log: {error}") from error
         # A row without data needs an `erased` event, which comes later: `verify` checks that at the end.
-        if (fault := chain.fault(row, previous, position + 1, erased=True)) is not None:
+        if (fault := chain.fault(row, last, erased=True)) is not None:
             raise Refused(f"{source}, line {number}: {fault}")
         if (fault := unfit(row)) is not None:
             raise Refused(f"{source}, line {number}: {fault}")
-        position, previous = row.position, row.hash
+        last = row
         page.append(row)
         if len(page) == PAGE:
             _put(sql, source, page)
             page.clear()
-            reached(position, header.position)
+            reached(last.position, header.position)
     _put(sql, source, page)
-    if (position, previous) != (header.position, header.hash if header.position else previous):
+    if (last.position, last.hash) != (header.position, header.hash if header.position else last.hash):
         raise Refused(
-            f"{source} ends at position {position}; its first line says that the log had {header.position}"
+            f"{source} ends at position {last.position}; "
+            f"its first line says that the log had {header.position}"
         )
     if (fault := read_now(sql, log.verify).fault) is not None:
         raise Refused(f"{source}: {fault}")
@@ -289,7 +290,7 @@ def _fill(
     except (ValueError, TypeError, LookupError, AssertionError, sqlite3.Error) as error:
         raise Refused(f"{source}: its events do not follow from each other: {error}") from error
     sql.execute("COMMIT")
-    return Moved(header.log_id, position, position, previous)
+    return Moved(header.log_id, last.position, last.position, last.hash)
 
 
 def _put(sql: sqlite3.Connection, source: Path, page: list[Row]) -> None:
