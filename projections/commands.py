@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import attrgetter
-from types import GenericAlias
+from sys import intern
 from typing import Any, NamedTuple
 
 import msgspec
 
-from broker.domain.events import Executed, Failed, decode, subject_kind
+from broker.domain.events import Executed, Failed, Pending, Transport, decode, subject_kind
 from broker.domain.fleet import DeviceSet
 from broker.domain.lifecycle import CommandState, State, evolve
-from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.erasing import Purge, bound, purges
 from broker.seams import Sql, Sqlite
@@ -40,18 +39,16 @@ TABLES = (
 KEYS = {"commands": "position"}
 # The position of the `created` event of a command id.
 CREATED = "(SELECT i.position FROM events i WHERE i.stream = {} AND i.version = 1)"
-INSERT = """INSERT INTO commands
-    (position, project, device_id, type, state, version, closed_at, closed_position, later)
-    VALUES (?,?,?,?,?,?,?,?,?)"""
+FIELDS = "position, project, device_id, type, state, version, closed_at, closed_position, later"
+INSERT = f"INSERT INTO commands ({FIELDS}) VALUES (?,?,?,?,?,?,?,?,?)"
 UPDATE = f"""UPDATE commands SET state = ?, version = ?, closed_at = ?, closed_position = ?, later = ?
     WHERE position = {CREATED.format("?")} AND version = ?"""
 
 # Condition on a row `c`: a running purge will erase this command (older than its cutoff, closed before it).
 HIDDEN = "EXISTS (SELECT 1 FROM purges p WHERE c.position < p.bound AND c.closed_at < p.at)"
 # The columns that `opened` reads, of a row `c` and its `created` event `f`.
-OPENED = (
-    f"c.later, c.state, c.version, c.closed_at, {', '.join(f'f.{name}' for name in log.OF_EVENT.split(', '))}"
-)
+OPENED = """c.later, c.state, c.version, c.closed_at,
+    f.stream, coalesce(f.decided_at, f.recorded_at), f.project, f.device_id, f.actor, f.data"""
 # The columns that `folded` reads. CROSS JOIN fixes the join order, because the filters are on `commands`.
 COLUMNS = f"""CASE WHEN c.state IN ('executed', 'failed')
     THEN (SELECT l.data FROM events l WHERE l.stream = f.stream ORDER BY l.version DESC LIMIT 1) END,
@@ -61,40 +58,43 @@ ONE = f"""SELECT {COLUMNS} FROM events f CROSS JOIN commands c ON c.position = f
     WHERE f.stream = ? AND f.version = 1 AND NOT {HIDDEN}"""
 
 LAST = 2**63 - 1
-# The fields in the column `later`, an array in msgpack. The times are stored as ms since the creation: most
-# take 1 to 3 bytes instead of 9.
-TIMES = (
-    "updated_at",
-    "published_at",
-    "handed_over_at",
-    "delivered_at",
-    "acknowledged_at",
-    "reported_at",
-    "executed_at",
-)
-OTHERS = (
-    "attempts",
-    "counted",
-    "counting",
-    "transport",
-    "pulled",
-    "percent",
-    "note",
-    "progress_count",
-    "reason",
-    "by",
-    "superseded_by",
-    "late",
-    "reopened",
-    "numbers",
-    "signed",
-    "seq",
-)
-LATER = (*TIMES, *OTHERS)
-_types = {field.name: field.type for field in msgspec.structs.fields(CommandState)}
-_values = attrgetter(*LATER)
+STATES = {state.value: state for state in State}
+
+
+class Later(msgspec.Struct, array_like=True, gc=False):
+    """The column `later`, an array in msgpack: what the events after `created` changed. The times are in ms
+    since the creation: most take 1 to 3 bytes instead of 9."""
+
+    updated_at: int
+    published_at: int | None
+    handed_over_at: int | None
+    delivered_at: int | None
+    acknowledged_at: int | None
+    reported_at: int | None
+    executed_at: int | None
+    attempts: int
+    counted: int
+    counting: bool
+    transport: Transport | None
+    pulled: bool
+    percent: int | float | None
+    note: str | None
+    progress_count: int
+    reason: str | None
+    by: str | None
+    superseded_by: str | None
+    late: bool
+    reopened: bool
+    numbers: tuple[int, ...]
+    signed: bool | None
+    seq: int | None
+
+
+COMMON = ("project", "device_id", "hardware_id", "type", "device_type", "definition", "topic", "actor")
+TIMES = 7  # the first fields
+_values = attrgetter(*Later.__struct_fields__)
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(GenericAlias(tuple, tuple(_types[name] for name in LATER))).decode
+changes = msgspec.msgpack.Decoder(Later).decode
 
 
 class _Created(msgspec.Struct):
@@ -109,13 +109,7 @@ _created = msgspec.json.Decoder(_Created).decode
 def later(state: CommandState) -> bytes:
     """What the events after `created` changed, as the row stores it; without result and error."""
     values, since = _values(state), state.created_at
-    times = [None if at is None else at - since for at in values[: len(TIMES)]]
-    return _encode((*times, *values[len(TIMES) :]))
-
-
-def times(known: bytes) -> dict[str, int | None]:
-    """The times in a column `later`, ms since the creation, by the name of the field."""
-    return dict(zip(TIMES, _decode(known), strict=False))
+    return _encode((*[None if at is None else at - since for at in values[:TIMES]], *values[TIMES:]))
 
 
 def folded(row: Any) -> CommandState:
@@ -132,17 +126,58 @@ def folded(row: Any) -> CommandState:
 
 def opened(row: Any) -> CommandState:
     """The full state of a command without result and error, from a row of `OPENED`."""
-    known, name, version, closed_at = row[:4]
-    state = evolve(None, log.recorded(row[4:]))
-    # A copy, because the original holds the whole event in memory. Nobody else has the state yet.
+    known, name, version, closed_at, command_id, created_at, project, device_id, actor, data = row
+    created = Pending(
+        stream=command_id,
+        version=1,
+        decided_at=created_at,
+        project=project,
+        device_id=device_id,
+        actor=actor,
+        event=decode("created", data),
+    )
+    state = evolve(None, created)
+    # Nobody else has the state yet. Parameters are copied, because the original holds the whole event in
+    # memory. Texts that many commands have in common are kept once: they are half of what a command takes.
     msgspec.structs.force_setattr(state, "params", state.params.copy())
+    for field in COMMON:
+        msgspec.structs.force_setattr(state, field, intern(getattr(state, field)))
     if version == 1:
         return state
-    changed = dict(zip(LATER, _decode(known), strict=True))
-    for time in TIMES:
-        if changed[time] is not None:
-            changed[time] += state.created_at
-    return msgspec.structs.replace(state, state=State(name), version=version, closed_at=closed_at, **changed)
+    now = changes(known)
+
+    def time(since: int | None) -> int | None:
+        return None if since is None else created_at + since
+
+    return msgspec.structs.replace(
+        state,
+        state=STATES[name],
+        version=version,
+        closed_at=closed_at,
+        updated_at=created_at + now.updated_at,
+        published_at=time(now.published_at),
+        handed_over_at=time(now.handed_over_at),
+        delivered_at=time(now.delivered_at),
+        acknowledged_at=time(now.acknowledged_at),
+        reported_at=time(now.reported_at),
+        executed_at=time(now.executed_at),
+        attempts=now.attempts,
+        counted=now.counted,
+        counting=now.counting,
+        transport=now.transport,
+        pulled=now.pulled,
+        percent=now.percent,
+        note=now.note,
+        progress_count=now.progress_count,
+        reason=now.reason,
+        by=now.by,
+        superseded_by=now.superseded_by,
+        late=now.late,
+        reopened=now.reopened,
+        numbers=now.numbers,
+        signed=now.signed,
+        seq=now.seq,
+    )
 
 
 def added(s: CommandState, position: int, last: int) -> tuple[Any, ...]:
@@ -182,8 +217,7 @@ async def get_many(sql: Sql, command_ids: Iterable[str]) -> dict[str, CommandSta
 
 
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
-    """The filter of a list; None means any. `before`: only commands created before this position (cursor).
-    `within`: only commands of these devices."""
+    """The filter of a list; None: any. `before`: a position (cursor). `within`: only of these devices."""
 
     project: str | None = None
     within: DeviceSet | None = None
@@ -336,6 +370,28 @@ async def purgeable(sql: Sql, purge: Purge, after: int, limit: int) -> list[Purg
 
 def remove(sql: Sqlite, command_id: str) -> None:
     sql.execute(f"DELETE FROM commands WHERE position = {CREATED.format('?')}", (command_id,))
+
+
+async def at(sql: Sql, positions: list[int]) -> list[tuple[Any, ...]]:
+    """The rows that these positions have, ascending."""
+    found = await sql.all(
+        f"SELECT {FIELDS} FROM commands "
+        "WHERE position IN (SELECT CAST(value AS BIGINT) FROM json_each(?)) ORDER BY position",
+        (msgspec.json.encode(positions).decode(),),
+    )
+    return [*map(tuple, found)]
+
+
+async def stray(sql: Sql, right: int) -> int | None:
+    """The position of the first row that no `created` event belongs to. `right`: how many rows have one."""
+    if (await sql.one("SELECT count(*) FROM commands"))[0] == right:
+        return None
+    found = await sql.one(
+        "SELECT c.position FROM commands c WHERE NOT EXISTS (SELECT 1 FROM events f "
+        "WHERE f.position = c.position AND f.type = 'created' AND f.data IS NOT NULL) "
+        "ORDER BY c.position LIMIT 1"
+    )
+    return int(found[0])
 
 
 async def dump(sql: Sql) -> list[tuple[Any, ...]]:

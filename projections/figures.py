@@ -14,7 +14,7 @@ from broker.domain.fleet import DeviceSet
 from broker.domain.lifecycle import CLOSED, State
 from broker.log import sqlite as log
 from broker.seams import Sql
-from projections.commands import HIDDEN, times
+from projections.commands import HIDDEN, changes
 from projections.devices import in_set
 
 MOST_POSITIONS = 500_000  # of the log
@@ -130,11 +130,11 @@ async def _took(sql: Sql, of: _Of, since: int) -> tuple[list[int], list[int]]:
     )
     acknowledged, executed = [], []
     for (later,) in found:
-        at = times(later)
-        if (start := at["published_at"]) is None:
+        times = changes(later)
+        if times.published_at is None:
             continue
-        if (delivered := at["delivered_at"]) is not None:
-            acknowledged.append(delivered - start)
-        if (done := at["executed_at"]) is not None:
-            executed.append(done - start)
+        if times.delivered_at is not None:
+            acknowledged.append(times.delivered_at - times.published_at)
+        if times.executed_at is not None:
+            executed.append(times.executed_at - times.published_at)
     return sorted(acknowledged), sorted(executed)

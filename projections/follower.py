@@ -171,12 +171,51 @@ async def folded(
         await put(fold.take(list(islice(fold.states, PAGE))))
 
 
-async def difference(kept: Sql, made: Sql) -> str | None:
+class _Comparison:
+    """Compares each row of a command as soon as it is folded, so that nothing has a copy of all of them. All
+    other rows go to `made`."""
+
+    def __init__(self, kept: Sql, made: Sqlite) -> None:
+        self._kept, self._made = kept, made
+        self._rows = 0
+        self.fault: str | None = None
+
+    async def put(self, fold: Fold) -> None:
+        if self.fault is not None:
+            return
+        rows, opened, others = [], [], {}
+        for stream, each in fold.states.items():
+            if not isinstance(each.state, CommandState):
+                others[stream] = each
+                continue
+            rows.append(commands.added(each.state, each.first, each.last))
+            if not each.state.closed:
+                opened.append((each.state.device_id, each.first))
+        rows.sort()
+        self._rows += len(rows)
+        found = await commands.at(self._kept, [row[0] for row in rows])
+        if found != rows:
+            there = {row[0]: row for row in found}
+            row = next(row for row in rows if there.get(row[0]) != row)
+            columns = commands.FIELDS.split(", ")
+            self.fault = _difference("commands", columns, ["position"], there.get(row[0]), row)
+        self._made.executemany(lanes.INSERT, opened)
+        fold.states = others
+        write(self._made, fold)
+
+    async def end(self) -> str | None:
+        """The first difference, as a sentence; None if there is none."""
+        if self.fault is None and (stray := (await commands.stray(self._kept, self._rows))) is not None:
+            self.fault = f"commands, the row of position {stray} does not follow from the log"
+        return self.fault or (await difference(self._kept, Driven(self._made), (lanes, devices)))
+
+
+async def difference(kept: Sql, made: Sql, parts: Iterable[Any] = PARTS) -> str | None:
     """The first row that differs between the projections of two databases, as a sentence; None if none does.
 
     `kept`: the maintained projections. `made`: the rebuilt ones.
     """
-    for part in PARTS:
+    for part in parts:
         for table, key in part.KEYS.items():
             columns = [row[1] for row in (await made.all(f"PRAGMA table_info({table})"))]
             query = f"SELECT {', '.join(columns)} FROM {table} ORDER BY {key}"
@@ -217,8 +256,10 @@ async def fault(kept: Sql, progress: Callable[[int], None]) -> str | None:
         return "another release made the projections; the next start of the broker rebuilds them"
     # The empty name makes a temporary database: SQLite keeps it in memory and moves it to disk if it grows.
     with closing(sqlite3.connect("")) as made:
+        create(made, "TABLE")
+        comparison = _Comparison(kept, made)
         try:
-            await replay(kept, made, progress)
+            await folded(kept, comparison.put, progress)
         except ValueError as error:
             return f"{error}; see ordain log verify"
-        return await difference(kept, Driven(made))
+        return await comparison.end()
