@@ -67,9 +67,10 @@ SEEDS ?= 1000
 simulate: .venv/dev ## run the real broker under simulated faults, with SEEDS seeds; a second call goes on where the first ended
 	@.venv/bin/python -m scripts.simulate --seeds $(SEEDS) --keep .simulate.jsonl
 
-soak: .venv/dev mosquitto ## long runs: 100,000 queued commands, 5,000 devices at once, twice the load, memory, outages
+soak: .venv/dev mosquitto ## long runs: 100,000 and 1,000,000 queued commands, 5,000 devices at once, twice the load, memory, outages
 	@.venv/bin/python -m scripts.soak backlog
 	@.venv/bin/python -m scripts.soak backlog --devices 5000 --count 50000
+	@.venv/bin/python -m scripts.soak drain
 	@.venv/bin/python -m scripts.soak overload
 	@.venv/bin/python -m scripts.soak slope
 	@.venv/bin/python -m scripts.soak away

@@ -10,10 +10,11 @@ first log in the same round. It only prints figures.
 from __future__ import annotations
 
 import argparse
+import sqlite3
 import statistics
 import tempfile
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 import uvloop
@@ -43,9 +44,22 @@ def main() -> None:
             fill(directory / DATABASE, count, DEVICES)
             size = (directory / DATABASE).stat().st_size
             print(f"{count:>10,} commands {size / 1e6:8.1f} MB {size / count:8.0f} bytes each", flush=True)
+        for name, size in shares(directory / DATABASE):
+            print(f"{name:>30} {size / count:8.0f} bytes a command", flush=True)
         for what, figures in uvloop.run(starts(directories, given.rounds)).items():
             show(what, figures)
         show("broker CPU of a life, µs", uvloop.run(lives(directories, given.rounds, given.lives)))
+
+
+def shares(path: Path) -> list[tuple[str, int]]:
+    """The tables and indexes that take most of a log, and their bytes."""
+    with closing(sqlite3.connect(path)) as sql:
+        try:
+            return sql.execute(
+                "SELECT name, sum(pgsize) FROM dbstat GROUP BY name ORDER BY 2 DESC LIMIT 6"
+            ).fetchall()
+        except sqlite3.OperationalError:
+            return []  # this SQLite was built without dbstat
 
 
 async def starts(directories: dict[int, Path], rounds: int) -> dict[str, Figures]:

@@ -120,6 +120,7 @@ async def devices(
     connections: int,
     answers: Sequence[str],
     tokens: Mapping[str, str] | None = None,
+    within: float = READY_WITHIN_SEC,
 ) -> AsyncIterator[int]:
     """Runs the devices. Yields their process id when all are online. `tokens` by hardware id: each device
     connects as itself."""
@@ -130,7 +131,7 @@ async def devices(
         program += ["--tokens", str(home / "tokens.json")]
     async with process(program, home / "devices.log") as running:
         assert running.stdout is not None
-        async with asyncio.timeout(READY_WITHIN_SEC):
+        async with asyncio.timeout(within):
             if await running.stdout.readline() != b"ready\n":
                 raise ConnectionError("the devices did not come online")
         yield running.pid
@@ -138,7 +139,12 @@ async def devices(
 
 @asynccontextmanager
 async def broker(
-    home: Path, mqtt_port: int, profile: Path | None, *, own: bool = False
+    home: Path,
+    mqtt_port: int,
+    profile: Path | None,
+    *,
+    own: bool = False,
+    within: float = READY_WITHIN_SEC,
 ) -> AsyncIterator[tuple[int, int]]:
     """Runs `ordain serve` on the data directory `home`. Yields (HTTP port, process id) when it is ready.
 
@@ -152,7 +158,7 @@ async def broker(
     where = ["--mqtt-listen", ""] if own else ["--mqtt-url", "mqtt://"]
     program += ["--http", f"127.0.0.1:{port}", where[0], f"{where[1]}127.0.0.1:{mqtt_port}"]
     async with process(program, home / "broker.log") as running:
-        async with asyncio.timeout(READY_WITHIN_SEC):
+        async with asyncio.timeout(within):
             while not (accepts(port) and ready(port)):
                 if running.returncode is not None:
                     raise ConnectionError("the broker did not start")

@@ -13,7 +13,7 @@ import sqlite3
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import httpx2
@@ -76,9 +76,14 @@ def main() -> None:
 
 
 def fill(path: Path, commands: int, devices: int) -> None:
-    """Fills a log with whole command lives and its projections. Uses the broker's own functions, a few
-    thousand events per transaction."""
+    """Fills a log with whole command lives and its projections."""
     draw = random.Random(1)
+    write(path, _batches(commands, devices, draw), draw)
+
+
+def write(path: Path, batches: Iterable[list[Recorded]], draw: random.Random) -> None:
+    """Makes a log of these events, and its projections. Uses the broker's own functions, one transaction for
+    each batch."""
     sql = sqlite3.connect(path, isolation_level=None)
     sql.execute("PRAGMA journal_mode = WAL")
     sql.execute("PRAGMA synchronous = OFF")
@@ -86,7 +91,7 @@ def fill(path: Path, commands: int, devices: int) -> None:
     log.create(sql, "log_bench", "00" * 32)
     follower.prepare(sql)
     head = log.Head()
-    for batch in _batches(commands, devices, draw):
+    for batch in batches:
         fold = Fold()
         for recorded in batch:
             fold.fold(recorded)

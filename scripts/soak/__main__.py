@@ -1,9 +1,10 @@
 """`make soak`: long runs with real processes and faults. They print figures and check the delivery promises.
 
-backlog: a long queue while all devices are offline, two kill -9, then all devices come online at once. slope:
-does memory grow with the number of closed commands? away: the MQTT server or the broker is down for a while.
-overload: twice the load that the broker can hold. faults (`make faults`): everything fails at random moments.
-The exit code is 1 if a promise was broken. Speed is never judged.
+backlog: a long queue while all devices are offline, two kill -9, then all devices come online at once.
+drain: a longer queue for many more devices, and the memory of a waiting command. slope: does memory grow with
+the number of closed commands? away: the MQTT server or the broker is down for a while. overload: twice the
+load that the broker can hold. faults (`make faults`): everything fails at random moments. The exit code is 1
+if a promise was broken. Speed is never judged.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import uvloop
 
 from scripts.soak import away as soak_away
 from scripts.soak import backlog as soak_backlog
+from scripts.soak import drain as soak_drain
 from scripts.soak import faults as soak_faults
 from scripts.soak import overload as soak_overload
 from scripts.soak import slope as soak_slope
@@ -30,6 +32,7 @@ from scripts.soak.judge import Figures
 Run = Callable[[Path, argparse.Namespace, Figures], Coroutine[None, None, list[str]]]
 RUNS: dict[str, Run] = {
     "backlog": soak_backlog.run,
+    "drain": soak_drain.run,
     "slope": soak_slope.run,
     "away": soak_away.run,
     "overload": soak_overload.run,
@@ -78,6 +81,9 @@ def _options() -> argparse.Namespace:
     backlog.add_argument(
         "--ack-timeout", type=int, default=10, help="seconds; interrupted commands wait for it"
     )
+    drain = runs.add_parser("drain", help="very many queued commands for very many devices that come online")
+    drain.add_argument("--devices", type=int, default=100_000)
+    drain.add_argument("--count", type=int, default=1_000_000)
     slope = runs.add_parser("slope", help="memory by number of closed commands")
     slope.add_argument("--devices", type=int, default=100)
     slope.add_argument("--count", type=int, default=300_000)
