@@ -11,6 +11,7 @@ from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.system.console.conftest import WIDE, Console
@@ -86,6 +87,22 @@ def test_the_list_is_live_and_the_address_has_its_filters(console: Console) -> N
     expect(page.get_by_label("Only of this device")).to_have_value("away-1")
     assert broker.http("DELETE", f"/v1/devices/away-1/commands/{waiting}").status_code == 200
     page.get_by_text("No command fits these filters.").wait_for()
+
+
+@pytest.mark.parametrize("label", ["Only commands of this name", "Only of this device"])
+def test_a_filter_keeps_what_is_typed_while_commands_arrive(console: Console, label: str) -> None:
+    console.broker.create("door-7", "unlock")
+    page = console.tab().open()
+    page.get_by_role("grid").wait_for()
+    field = page.get_by_label(label)
+    field.fill("do")
+    arrived = console.broker.create("door-7", "unlock")
+    page.locator(".row", has=page.locator(f"a[href$='{arrived}']")).locator(".s-executed").wait_for()
+    assert field.input_value() == "do"
+    page.keyboard.press("Escape")  # leaves the field
+    page.get_by_text("No command fits these filters.").wait_for()
+    page.get_by_role("button", name="Show all").click()
+    expect(field).to_have_value("")
 
 
 def test_the_first_view_is_small(console: Console) -> None:

@@ -3,7 +3,7 @@
 import { get, may } from "./api.mjs";
 import { Blocks } from "./blocks.mjs";
 import { clock, length, moment, now, number, span } from "./format.mjs";
-import { html, useEffect, useMemo, useRef, useState } from "./html.mjs";
+import { html, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./html.mjs";
 import { useKeys } from "./keys.mjs";
 import { foldOnce, follow, paint, painted, polled, rowOf, stats, stream } from "./live.mjs";
 import { Ago, Chip, Empty, Failure, Lazy, Name, OPEN_STATES, STATES, Skeleton, VirtualList } from "./parts.mjs";
@@ -190,10 +190,19 @@ function Filters({ wanted, list, pause }) {
       ${Object.keys(STATES).map((name) => html`<button key=${name} type="button" class="s-${name}" aria-pressed=${wanted.state === name} onClick=${() => change({ state: wanted.state === name ? "" : name })}>
         <span class="sign" aria-hidden="true">${STATES[name]}</span>${name.replace("_", " ")}${live && states && html`<span class="count" title=${OPEN_STATES.includes(name) ? "now" : "in the last 5 minutes"}>${number(states[name])}</span>`}</button>`)}
     </div>
-    <input aria-label="Only commands of this name" placeholder="command" value=${wanted.type} onChange=${set("type")} maxlength="64" />
-    <input aria-label="Only of this device" placeholder="device" value=${wanted.device} onChange=${set("device")} maxlength="64" />
+    <${Only} label="Only commands of this name" placeholder="command" text=${wanted.type} set=${set("type")} />
+    <${Only} label="Only of this device" placeholder="device" text=${wanted.device} set=${set("device")} />
     ${live && html`<button type="button" class="pause" aria-pressed=${list.paused} onClick=${pause}>${list.paused ? `Resume (${number(list.held.length)} new)` : "Pause"}</button>`}
   </div>`;
+}
+
+/** The field of a filter. It is drawn again with every event; what somebody is typing in it must stay. */
+function Only({ label, placeholder, text, set }) {
+  const field = useRef(null);
+  useLayoutEffect(() => {
+    field.current.value = text;
+  }, [text]);
+  return html`<input ref=${field} aria-label=${label} placeholder=${placeholder} onChange=${set} maxlength="64" />`;
 }
 
 // --- the list --------------------------------------------------------------------------------------
