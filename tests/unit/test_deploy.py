@@ -153,7 +153,7 @@ def unit(tmp_path: Path) -> Path:
 
 @pytest.mark.skipif(SYSTEMD is None, reason="systemd is not installed")
 def test_systemd_finds_no_fault_in_the_unit(unit: Path) -> None:
-    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=400)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -161,7 +161,7 @@ def test_systemd_finds_no_fault_in_the_unit(unit: Path) -> None:
 @pytest.mark.skipif(SYSTEMD is None, reason="systemd is not installed")
 def test_systemd_calls_the_exposure_of_the_unit_small(unit: Path) -> None:
     command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     level = re.search(r"Overall exposure level for ordain.service: ([\d.]+)", done.stdout)
 
     assert level is not None, done.stdout + done.stderr

@@ -251,6 +251,6 @@ def test_serving_loads_no_http_client_and_no_pydantic() -> None:
         "import broker.cli.serve, sys; from broker.http.app import _Litestar; _Litestar(openapi_config=None);"
         "print(*sorted({'httpx2', 'pydantic', 'pydantic_core'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=400)
 
     assert (done.stderr, done.stdout) == ("", "\n")

@@ -175,7 +175,7 @@ async def test_a_device_connects_with_name_and_token_subscribes_and_reports_onli
     one, _ = device()
     wire = connected(one, late=late)
     sent = wire.packets()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         wire.connection.data_received(packet(CONNACK, b"\0\0"))
         while len(sent) < (3 if late else 2):
             sent += wire.packets()

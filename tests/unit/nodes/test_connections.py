@@ -12,7 +12,7 @@ from broker.nodes import connections as module
 from broker.nodes.connections import Connections, Lost, Request
 from tests.conftest import unused_port
 
-WITHIN_SEC = 10
+WITHIN_SEC = 60
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: "
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
