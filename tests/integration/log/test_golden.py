@@ -48,8 +48,10 @@ def row_of(line: bytes) -> Row:
 def put(sql: Any, release: str) -> None:
     log.create(sql, "log_golden", "00")
     follower.create(sql)
+    sql.execute("SAVEPOINT lines")  # on a disk, a commit of each line would take minutes
     for line in lines(release):
         sql.execute(log.INSERT, row_of(line))
+    sql.execute("RELEASE lines")
 
 
 @pytest.fixture(params=RELEASES)

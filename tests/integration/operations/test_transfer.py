@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -32,11 +33,10 @@ DEEP = 100_000
 GONE = "UPDATE events SET data = NULL, salt = NULL WHERE stream = ?"
 
 
-@pytest.fixture(params=RELEASES)
-def data(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module", params=RELEASES)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data directory with the log of a release, in which one command was erased."""
-    directory = tmp_path / "data"
-    directory.mkdir()
+    directory = tmp_path_factory.mktemp("written")
     with closing(sqlite3.connect(directory / DATABASE, isolation_level=None)) as sql:
         put(sql, request.param)
         head = read_now(sql, sqlite.head)
@@ -56,6 +56,12 @@ def data(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         sql.execute(GONE, (stream,))
         follower.renew(sql)
     return directory
+
+
+@pytest.fixture
+def data(written: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
+    return Path(shutil.copytree(written, tmp_path / "data"))
 
 
 def exported(data: Path, to: Path | None, **only: Any) -> Moved:

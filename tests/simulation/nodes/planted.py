@@ -29,7 +29,7 @@ from tests.simulation.planting import Planted
 
 
 class NodesBug(Planted, frozen=True, kw_only=True):
-    """One of the `seeds` must find it, with these `faults` only."""
+    """One of the `seeds` must find it, with these `faults` only. A quick one that does comes first."""
 
     seeds: tuple[int, ...]
     faults: tuple[str, ...] = ()
@@ -134,7 +134,7 @@ BUGS = (
         name="the lease is measured by the wall clock",
         caught_by=frozenset({"N2"}),
         patches=((Cluster, "__init__", _by_wall_clock),),
-        seeds=(2, *range(20)),
+        seeds=tuple(range(20)),
         faults=("_part_and_step_clock",),
     ),
     NodesBug(
@@ -147,7 +147,7 @@ BUGS = (
         name="a warning is taken for success",
         caught_by=frozenset({"R1", "A1", "D1", "S1"}),
         patches=((PostgresLog, "_noticed", _not_noticed),),
-        seeds=(1, *range(20)),
+        seeds=(3, *range(20)),
         faults=("_fail_over",),
     ),
     NodesBug(
@@ -179,7 +179,7 @@ BUGS = (
         name="the time of the log is taken for the owner's clock",
         caught_by=frozenset({"L4", "N3", "L6"}),
         patches=((Row, "decided", property(lambda self: self.recorded_at)),),
-        seeds=tuple(range(20)),
+        seeds=(4, *range(20)),
     ),
     NodesBug(
         name="an owner holds the log until it learns of the next one",
@@ -192,7 +192,7 @@ BUGS = (
         name="a node claims the log without waiting for the end of the lease",
         caught_by=frozenset({"N2"}),
         patches=((Membership, "may_claim", _may_claim_at_once),),
-        seeds=tuple(range(20)),
+        seeds=(2, *range(20)),
     ),
     NodesBug(
         name="a node lists only the events that it recorded itself",
