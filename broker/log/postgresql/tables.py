@@ -54,12 +54,14 @@ CREATE TABLE IF NOT EXISTS webhooks (
     id text COLLATE "C" PRIMARY KEY, endpoint bytea NOT NULL, progress bytea NOT NULL);
 """
 
+# Half of each page of `commands` stays free for the next versions of its rows: one batch may change all of
+# them, and a version on the same page needs no new entries in the indexes.
 PROJECTIONS = """
 CREATE TABLE IF NOT EXISTS commands (
     position bigint PRIMARY KEY, project text COLLATE "C" NOT NULL, device_id text COLLATE "C" NOT NULL,
     type text COLLATE "C" NOT NULL, state text COLLATE "C" NOT NULL, version bigint NOT NULL,
     closed_at bigint, closed_position bigint, later bytea NOT NULL)
-    WITH (fillfactor = 60);
+    WITH (fillfactor = 50);
 CREATE INDEX IF NOT EXISTS commands_device ON commands (device_id, position, type, closed_position);
 CREATE INDEX IF NOT EXISTS commands_project ON commands (project, position);
 CREATE INDEX IF NOT EXISTS commands_closed ON commands (closed_at) WHERE closed_at IS NOT NULL;
@@ -200,8 +202,7 @@ BEGIN
             SELECT s.device, base + s.first
             FROM unnest(c_over, c_first, c_opened, c_device, c_closed_at)
                 AS s(over, first, opened, device, closed_at)
-            WHERE s.over = 0 AND s.opened AND s.closed_at IS NULL
-            ON CONFLICT DO NOTHING;
+            WHERE s.over = 0 AND s.opened AND s.closed_at IS NULL;
     END IF;
 
     IF cardinality(d_id) > 0 THEN
