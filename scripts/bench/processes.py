@@ -182,4 +182,7 @@ def accepts(port: int) -> bool:
 
 
 def ready(port: int) -> bool:
-    return httpx2.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+    try:
+        return httpx2.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+    except httpx2.TimeoutException:
+        return False  # it reads many open commands
