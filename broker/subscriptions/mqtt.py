@@ -32,9 +32,10 @@ NEVER = frozenset({0x90, 0x95, 0x99})
 
 
 class _Flight:
-    """The publishes of one run that wait for a PUBACK, in order of position."""
+    """The publishes of one run that wait for a PUBACK, in order of position. `stop`: called when it fails."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
         self.open: deque[int] = deque()
         self.failed: str | None = None
         self._taken: set[int] = set()
@@ -53,6 +54,8 @@ class _Flight:
         while self.open and self.open[0] in self._taken:
             self._taken.discard(self.open.popleft())
         self._news.set()
+        if self.failed is not None:
+            self._stop()
 
     async def room(self) -> bool:
         """Waits until another event may be published; returns whether it had to wait."""
@@ -82,13 +85,23 @@ class MqttEvents:
         self._prefix = prefix
         self._checkpoint = 0
         self._saved = 0
-        self._flight = _Flight()
+        self._flight = _Flight(lambda: None)
+        self._live: Subscription | None = None  # while it waits for the next entries
         self._why: str | None = None
         self._pause_sec = AGAIN_SEC  # doubles while the MQTT server acknowledges nothing
+        self._changed = asyncio.Event()  # there may be something to save
+        self._changed.set()
+        writer.listeners.append(lambda events, placed: self._changed.set() if events else None)
 
     @property
     def lag(self) -> int:
-        return max(0, self._feed.head - self._checkpoint)
+        return 0 if self._at_head else max(0, self._feed.head - self._checkpoint)
+
+    @property
+    def _at_head(self) -> bool:
+        """Whether the MQTT server has taken every event up to the head that is to be published."""
+        waits, flight = self._live, self._flight
+        return waits is not None and waits.lag == 0 and not flight.open and flight.failed is None
 
     async def load(self, log_id: str) -> None:
         """Reads the checkpoint of the last process; without one, begins with events from now on."""
@@ -113,8 +126,8 @@ class MqttEvents:
                 self._pause_sec = min(2 * self._pause_sec, LONGEST_PAUSE_SEC) if self.link.up else AGAIN_SEC
 
     async def _tell_all(self) -> None:
-        self._flight = flight = _Flight()
         with self._feed.subscribed(Wanted(), self._checkpoint) as subscription:
+            self._flight = flight = _Flight(subscription.end)
             while flight.failed is None:
                 await self._tell(subscription, flight)
         if self.link.up and flight.failed != self._why:
@@ -122,7 +135,12 @@ class MqttEvents:
         self._why = flight.failed
 
     async def _tell(self, subscription: Subscription, flight: _Flight) -> None:
-        for entry in await subscription.next(SAVE_SEC) or ():
+        self._live = subscription
+        try:
+            entries = await subscription.next()
+        finally:
+            self._live = None
+        for entry in entries or ():
             if entry.command_id is not None and self.wanted():
                 if await flight.room() and subscription.stale:
                     subscription.give_back(entry.position - 1)
@@ -174,28 +192,37 @@ class MqttEvents:
         if flight is self._flight and flight.failed is None:
             self._why, self._pause_sec = None, AGAIN_SEC
             self._checkpoint = flight.open[0] - 1 if flight.open else max(self._checkpoint, position)
+            self._changed.set()
 
     def _looked(self, reached: int, flight: _Flight) -> None:
         if not flight.open and flight.failed is None:
             self._checkpoint = max(self._checkpoint, reached)
+            self._changed.set()
 
     async def _keep(self) -> None:
+        """Saves at most once a second, and sleeps while nothing changes."""
         while True:
+            await self._changed.wait()
             await asyncio.sleep(SAVE_SEC)
+            self._changed.clear()
             self.save()
 
     def save(self) -> None:
         """Stages the checkpoint for the next commit. After a crash, events since the last saved checkpoint
         are published again."""
+        if self._at_head:
+            self._checkpoint = max(self._checkpoint, self._feed.head)
         checkpoint = self._checkpoint
         if checkpoint == self._saved:
             return
         try:
             self._writer.also(Put("meta", ("mqtt_events", str(checkpoint))))
         except Unavailable:
-            return  # the log cannot be written now; the next save stages it again
+            self._changed.set()  # the log cannot be written now; the next save stages it again
+            return
         self._saved = checkpoint
         self._writer.then(lambda: None, self._not_saved)
 
     def _not_saved(self) -> None:
         self._saved = -1
+        self._changed.set()

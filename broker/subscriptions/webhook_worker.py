@@ -290,7 +290,10 @@ class Worker:
 
     async def _deliver(self, pending: Pending, *, extra: bool) -> None:
         try:
-            entry = await self._sender.entry(self._endpoint, pending.position)
+            # The feed forgets everything when something is erased; then only the log tells what is left.
+            entry = self._feed.recent.get(pending.position)
+            if entry is None:
+                entry = await self._sender.entry(self._endpoint, pending.position)
             assert entry is not None, "positions of the log are never removed"
             made, answer = await self._sender.send(self._endpoint, entry, pending.attempts + 1)
             self._judge(pending, made, answer)

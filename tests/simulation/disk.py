@@ -28,6 +28,7 @@ T = TypeVar("T")
 Operation = Literal["read", "write", "sync"]
 
 SECTOR = 512
+STATEMENTS = 400  # all that the broker and the checkers have: to prepare one takes longer than to run it
 FLAGS = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_URI
 _UNIQUE = (apsw.SQLITE_CONSTRAINT_UNIQUE, apsw.SQLITE_CONSTRAINT_PRIMARYKEY, apsw.SQLITE_CONSTRAINT_ROWID)
 _BROKEN = (apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError, apsw.ConnectionClosedError)
@@ -106,7 +107,8 @@ class SimDisk:
         _VFS.disks[self._id] = self
 
     def connect(self, *, synchronous: str = "FULL", checkpoint_pages: int = 1000) -> apsw.Connection:
-        connection = apsw.Connection(f"/{self._id}/ordain.db", flags=FLAGS, vfs=_VFS.NAME)
+        path = f"/{self._id}/ordain.db"
+        connection = apsw.Connection(path, flags=FLAGS, vfs=_VFS.NAME, statementcachesize=STATEMENTS)
         # No checkpoint on close: an orderly end then leaves a WAL like a kill does, and every start tests
         # recovery.
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)

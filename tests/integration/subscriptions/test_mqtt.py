@@ -225,3 +225,33 @@ def test_events_are_skipped_while_no_client_can_subscribe() -> None:
             assert listener.events[0]["subject"] == second.id
 
     simulated(world)
+
+
+def test_an_idle_hour_takes_no_more_steps_than_without_mqtt_events() -> None:
+    async def world(loop: SimLoop) -> None:
+        taken = []
+        for mqtt_events in (False, True):
+            async with running(new_storage(loop), SimClock(loop), mqtt_events=mqtt_events) as bench:
+                await bench.device()
+                await asyncio.sleep(10)
+                assert bench.core.mqtt_events.lag == 0 or not mqtt_events
+                before = loop.steps
+                await asyncio.sleep(3_600)
+                taken.append(loop.steps - before)
+        assert abs(taken[1] - taken[0]) < 10
+
+    simulated(world)
+
+
+def test_a_failed_publish_is_noticed_while_nothing_else_happens() -> None:
+    async def world(loop: SimLoop) -> None:
+        async with listening(new_storage(loop), loop) as listener:
+            await listener.bench.device(online=False)
+            await listener.bench.order()
+            await until(lambda: len(listener.told) == 1)
+            await asyncio.sleep(60)
+            listener.receipts(UNKNOWN)
+            await asyncio.sleep(3)
+            assert listener.ids == listener.ids[:1] * 2
+
+    simulated(world)

@@ -12,15 +12,13 @@ import httpx2
 import pytest
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
-from broker.seams import Sqlite
+from broker.domain.cloudevents import Entry
 from broker.settings import Limits
 from broker.subscriptions.outbound import HttpOutbound
-from broker.subscriptions.webhook_worker import PARALLEL
-from projections import commands
+from broker.subscriptions.webhook_worker import PARALLEL, Endpoint
 from tests.integration.core_support import ME, until
 from tests.integration.http.support import Broker, error_of, register, running
 from tests.integration.subscriptions.receiver import Got, Receiver, receiving
-from tests.reading import tamper
 
 WITHIN_SEC = 120
 HERE = ("127.0.0.0/8",)
@@ -167,17 +165,33 @@ async def test_events_erased_before_delivery_are_sent_without_their_data(
     await receiver.count(1)
     secret = await create(client, type="s3cret")
 
-    def erase(sql: Sqlite) -> None:
-        sql.execute("UPDATE events SET data = NULL, salt = NULL WHERE stream = ?", (secret,))
-        commands.remove(sql, secret)
-
-    await tamper(broker.core.storage, erase)
+    await broker.core.erasures.delete(ME, secret)
     receiver.gate.set()
     got = await receiver.count(2)
 
     assert got[1].event["erased"] is True
     assert got[1].event["subject"] == secret
     assert b"s3cret" not in got[1].body
+
+
+async def test_a_new_event_is_sent_without_another_read_of_the_log(
+    broker: Broker, receiver: Receiver
+) -> None:
+    client, sender, read = await broker.someone(), broker.core.webhooks.sender, list[int]()
+    entry = sender.entry
+
+    async def reading(endpoint: Endpoint, position: int) -> Entry | None:
+        read.append(position)
+        return await entry(endpoint, position)
+
+    sender.entry = reading  # type: ignore[method-assign]
+    made = await hook(client, receiver)
+    await register(client)
+    await create(client)
+    await settled(client, made)
+
+    assert len(receiver.got) == 2
+    assert read == []
 
 
 # --- order and independence ------------------------------------------------------------------------
