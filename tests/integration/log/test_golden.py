@@ -48,7 +48,7 @@ def row_of(line: bytes) -> Row:
 def put(sql: Any, release: str) -> None:
     log.create(sql, "log_golden", "00")
     follower.create(sql)
-    sql.execute("SAVEPOINT lines")  # on a disk, a commit of each line would take minutes
+    sql.execute("SAVEPOINT lines")  # on a disk, a commit of each line would take seconds
     for line in lines(release):
         sql.execute(log.INSERT, row_of(line))
     sql.execute("RELEASE lines")
