@@ -8,6 +8,7 @@ gives one, and nobody could tell it from one that broke off. Nothing is sent twi
 from __future__ import annotations
 
 import asyncio
+import select
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
@@ -23,7 +24,7 @@ CONNECT_SEC = 2.0
 QUIET_SEC = 120.0  # longer than any request waits, and than an event stream is silent
 VANISHED_SEC = 8  # a node whose machine confirms nothing for so long gives no answer any more
 KEPT = 100
-KEPT_SEC = 5.0  # so short that the other node does not close the connection just when it is used again
+KEPT_SEC = 5.0
 HEAD_BYTES = 65_536
 AHEAD_BYTES = 65_536  # of a body: received, and not read yet; then the other node has to wait
 WITH_BODY = ("POST", "PUT", "PATCH")
@@ -75,9 +76,11 @@ class Transport(Protocol):
 
 class Connections(Transport):
     """The connections of this node to others. Here is no bound of their number: the entrance bounds the
-    requests that wait, and the owner each project's streams."""
+    requests that wait, and the owner each project's streams. `kept_sec`: how long one stays open without a
+    request."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept_sec: float = KEPT_SEC) -> None:
+        self._kept_sec = kept_sec
         self._open = set[_Connection]()
         self._idle = dict[_Connection, None]()  # in order: the one used last is the last
 
@@ -96,7 +99,7 @@ class Connections(Transport):
             each.end()
 
     def _kept(self, address: str) -> _Connection | None:
-        oldest = asyncio.get_running_loop().time() - KEPT_SEC
+        oldest = asyncio.get_running_loop().time() - self._kept_sec
         while self._idle:
             found, _ = self._idle.popitem()
             if found.address == address and found.idle_since > oldest and not found.ends():
@@ -113,7 +116,9 @@ class Connections(Transport):
         except OSError as error:  # TimeoutError is one
             raise Lost(reached=False) from error
         if made.ends():  # an answer would be waited for in vain
+            made.end()
             raise Lost(reached=False)
+        self._open.add(made)  # not earlier: uvloop does not say that one is lost if this wait is cancelled
         return made
 
 
@@ -129,11 +134,18 @@ class _Connection(asyncio.Protocol):
 
     def send(self, request: Request) -> _Answer:
         self._answer = _Answer(self._transport, bodiless=request.method == "HEAD")
-        self._transport.writelines(_encoded(request))
+        # Not an empty part: from Python 3.12 on, asyncio would try to write it again and again.
+        self._transport.writelines([part for part in _encoded(request) if part])
         return self._answer
 
     def ends(self) -> bool:
-        return self._transport.is_closing()
+        """Whether it is closed, or something came unasked: also an end that the event loop has not read yet,
+        because it was held up."""
+        if self._transport.is_closing():
+            return True
+        unread = select.poll()
+        unread.register(self._transport.get_extra_info("socket"), select.POLLIN)
+        return bool(unread.poll(0))
 
     def end(self) -> None:
         self._transport.abort()
@@ -142,7 +154,6 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._all.add(self)
         watch(transport.get_extra_info("socket"), VANISHED_SEC)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -24,6 +24,7 @@ from broker.metrics import Metrics
 from broker.mqtt.client.link import MqttLink
 from broker.mqtt.tls import Certificates
 from broker.nodes.cluster import Cluster
+from broker.nodes.connections import KEPT_SEC, Connections
 from broker.nodes.entrance import Apps, Entrance
 from broker.nodes.figures import watch_node
 from broker.nodes.forwarding import Peers
@@ -65,7 +66,9 @@ async def share(
         gc.set_threshold(10_000, 20, 50)
         await _prepared(shared)
         cluster = Cluster(shared.log, shared.node, boot_ms, SystemClock().wall_ms)
-        peers = Peers(cluster, shared.secret)
+        # The other nodes have the same settings, and must not close a connection just when it is used again.
+        kept_sec = min(KEPT_SEC, settings.http_keep_alive_sec / 2)
+        peers = Peers(cluster, shared.secret, Connections(kept_sec))
         entrance = Entrance(cluster, peers, shared.secret)
         entrance.shows_metrics = settings.metrics == "open"
         strangers = Strangers(settings.limits.strangers, settings.limits.strangers_per_address)

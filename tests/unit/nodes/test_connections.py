@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import pytest
+import uvloop
 
 from broker.nodes import connections as module
 from broker.nodes.connections import Connections, Lost, Request
@@ -222,19 +225,60 @@ async def test_an_answer_that_is_not_read_to_its_end_ends_its_connection() -> No
         assert other.connections == 2
 
 
-async def test_an_idle_connection_is_left_when_the_other_node_closed_it_or_it_is_old(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_an_idle_connection_is_left_when_the_other_node_closed_it_or_it_is_old() -> None:
     other = Other(Last(OK), OK, OK, OK)
     async with listening(other) as ours:
         await got(ours, other)
         while ours._open:  # noqa: ASYNC110
             await asyncio.sleep(0)
         await got(ours, other)
-        monkeypatch.setattr(module, "KEPT_SEC", 0)
+        ours._kept_sec = 0
         await got(ours, other)
         assert other.connections == 3
         await other.ends(2)
+
+
+async def test_an_idle_connection_is_left_when_its_end_was_not_read_yet() -> None:
+    def answer_once(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65_536)
+            connection.sendall(OK)
+            ended.wait(WITHIN_SEC)
+
+    other, ended = Other(OK), threading.Event()
+    ours = Connections()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        other.address = f"127.0.0.1:{listener.getsockname()[1]}"
+        for _ in range(2):
+            node = threading.Thread(target=answer_once, args=[listener])
+            node.start()
+            assert (await got(ours, other))[2] == b"ok"
+            ended.set()
+            node.join()  # the event loop is held up meanwhile
+    ours.close()
+    while ours._open:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_connection_whose_request_is_cancelled_is_not_kept(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def cancelled() -> None:
+        other = Other()
+        async with listening(other) as ours:
+            for turns in range(10):
+                asks = asyncio.create_task(ours.ask(other.address, Request("GET", b"/", [], b"")))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                asks.cancel()
+                await asyncio.wait([asks])
+            while ours._open:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(cancelled())
 
 
 async def test_an_idle_connection_to_another_node_is_ended() -> None:
