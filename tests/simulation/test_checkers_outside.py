@@ -36,6 +36,11 @@ def later(story: Story, ms: int) -> Story:
     return story
 
 
+def again() -> Story:
+    """A process that has started after an event."""
+    return Story().log("audit", "operated").log("system", "started")
+
+
 def ended_unheard(story: Story) -> Story:
     return story.published().wire().ended(event="expired")
 
@@ -300,6 +305,14 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
 
 RIGHT: dict[str, Callable[[], Story]] = {
     "A5 the link went down while the commit was slow": timed_out_before_the_cut,
+    "D4 the clock stands from the start, before it could be seen": lambda: (
+        later(again().created(ttl_ms=5_000, expires_at=FAR), 6_000)
+        .published()
+        .wire()
+        .change(2, recorded_at=1_001)
+        .change(3, recorded_at=1_001)
+        .change(4, recorded_at=1_001)
+    ),
     "D9 the session ended while the commit was slow": decided_before_the_session,
     "O4 the last write of a killed process": lambda: wrote(
         later(lived(wrote(lived(Story(), "full", "down"), ok=False), "room"), 6_000), ok=True

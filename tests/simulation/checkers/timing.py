@@ -186,7 +186,8 @@ def late_by_true_time(facts: Facts, record: Wire, row: Row, starts: list[int]) -
     made = facts.commit_of(created)
     if begun is None or made is None:
         return -1
-    if made.t - begun.t - (created["recorded_at"] - started["recorded_at"]) > STOOD_MS:
+    stood = made.t - begun.t - (created["recorded_at"] - started["recorded_at"])
+    if stood > STOOD_MS or (started["type"] == "started" and facts.behind(started)):
         return -1
     commit, ttl = facts.commit_of(created), data(created).get("ttl_ms")
     if commit is None or ttl is None or any(created["position"] < at < row["position"] for at in starts):
