@@ -88,19 +88,23 @@ async def run(home: Path, given: argparse.Namespace, figures: Figures) -> list[s
 def _judge(data: Path, count: int) -> list[str]:
     """Compares the order of hand-over with the order of creation, and the states with what must be."""
     faults = []
-    orders: list[dict[str, list[str]]] = []
-    for event in ("created", "published"):
-        order: dict[str, list[str]] = {}
-        for device, command in _ask(data, ORDER, event):
-            order.setdefault(device, []).append(command)
-        orders.append(order)
-    created, published = orders
-    wrong = [device for device, commands in created.items() if published.get(device) != commands]
-    if wrong:
-        faults.append(f"{len(wrong)} devices got their commands in another order or number: {wrong[:3]}")
+    created, published, executed = [_in_order(data, event) for event in ("created", "published", "executed")]
+    first = {device: [*dict.fromkeys(commands)] for device, commands in published.items()}  # without resends
+    for what, order in (("got", first), ("executed", executed)):
+        wrong = [device for device, commands in created.items() if order.get(device) != commands]
+        if wrong:
+            faults.append(f"{len(wrong)} devices {what} commands in another order or number: {wrong[:3]}")
     if (states := _ask(data, STATES)) != [("executed", count)]:
         faults.append(f"{count} commands were created, but their states are {states}")
     return faults
+
+
+def _in_order(data: Path, event: str) -> dict[str, list[str]]:
+    """The commands of each device that have this event, in its order in the log."""
+    order: dict[str, list[str]] = {}
+    for device, command in _ask(data, ORDER, event):
+        order.setdefault(device, []).append(command)
+    return order
 
 
 async def _memory(data: Path, devices: int, count: int) -> float:
