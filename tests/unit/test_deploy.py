@@ -126,6 +126,7 @@ def test_the_kubernetes_manifest_has_settings_that_ordain_knows_and_services_tha
     assert kinds == {"Service", "PodDisruptionBudget", "StatefulSet"}
     (nodes,) = (each["spec"] for each in found if each["kind"] == "StatefulSet")
     services = {each["metadata"]["name"]: each["spec"] for each in found if each["kind"] == "Service"}
+    assert nodes["updateStrategy"] == {"type": "OnDelete"}  # nodes of two releases may not write one log
     labels = nodes["template"]["metadata"]["labels"]
     assert all(each["selector"] == labels for each in services.values())
     assert services[nodes["serviceName"]]["clusterIP"] == "None"

@@ -39,19 +39,19 @@ APPEND = (
     f"SELECT * FROM append($1, $2, $3, $4, $5, {_arrays(6, (*OF_EVENTS, *OF_COMMANDS, *OF_DEVICES))}, "
     f"${_LAST}, ${_LAST + 1})"
 )
-PUT_STATES = f"SELECT put_states($1, {_arrays(2, (*OF_COMMANDS, *OF_DEVICES))})"
+PUT_NEWEST = f"SELECT put_newest($1, {_arrays(2, (*OF_COMMANDS, *OF_DEVICES))})"
 PUT_ROWS = "SELECT put_rows($1, $2, $3)"
 
 
-def arguments(batch: Batch, incarnation: str, table_format: int) -> list[Any]:
-    """The arguments of `APPEND`, in order."""
+def arguments(batch: Batch, incarnation: str, of_tables: str) -> list[Any]:
+    """The arguments of `APPEND`, in order. `of_tables`: `making.TABLES`."""
     texts, payloads = statements(batch.rows)
     return [
         incarnation,
         batch.number,
         _digest(batch, payloads),
         batch.term,
-        str(table_format),
+        of_tables,
         *_columns(_events(batch), OF_EVENTS),
         *states(batch.states),
         texts,
@@ -78,7 +78,7 @@ def _digest(batch: Batch, payloads: list[str]) -> bytes:
 
 
 def states(newest: Iterable[Newest]) -> list[Any]:
-    """The columns of `put_states`: of commands, then of devices."""
+    """The columns of `put_newest`: of commands, then of devices."""
     of_commands: list[tuple[Any, ...]] = []
     of_devices: list[tuple[Any, ...]] = []
     for each in newest:

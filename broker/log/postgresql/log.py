@@ -29,7 +29,6 @@ from broker.log.postgresql.connection import (
     translated,
 )
 from broker.log.postgresql.reading import Readers, Snapshot
-from broker.log.postgresql.tables import FORMAT
 from broker.log_url import Address
 from broker.seams import Batch, Broken, Conflict, Fenced, Node, Placed, Unknown, View
 
@@ -137,8 +136,10 @@ class PostgresLog:
             Conflict, Fenced, Full, ValueError: nothing was recorded.
             Unknown: it may be recorded: ask `landed`.
             Broken: the database is damaged, or has lost what it had confirmed.
+            UnknownFormat: another release made the tables since; nothing was recorded.
         """
-        first, recorded_at, last, head = await self._ask(APPEND, *arguments(batch, self.incarnation, FORMAT))
+        values = arguments(batch, self.incarnation, making.TABLES)
+        first, recorded_at, last, head = await self._ask(APPEND, *values)
         self._seen = (last, head)
         return Placed(first, [recorded_at] * len(batch.events))
 

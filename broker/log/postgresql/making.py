@@ -12,8 +12,9 @@ from broker.seams import Broken, UnknownFormat
 from projections.follower import SHAPE, Fold, folded
 
 LOCK = f"SELECT pg_advisory_xact_lock({tables.LOCK})"
-# Digest of the tables and functions: if it changes, they are made anew.
-TABLES = sha256(repr(tables.statements()).encode()).hexdigest()[:16]
+# Digest of the tables, of what their rows hold, and of the functions. If it changes, they are made anew. Each
+# append names it, so an owner of another release is refused.
+TABLES = sha256(repr((tables.FORMAT, SHAPE, tables.statements())).encode()).hexdigest()[:16]
 PUT_META = "INSERT INTO meta VALUES ($1, $2) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
 
@@ -97,7 +98,7 @@ async def rebuild(connection: Connection) -> None:
 
     async def put(fold: Fold) -> None:
         # The indices of a fold are positions.
-        await connection.execute(arguments.PUT_STATES, 0, *arguments.states(fold.states.values()))
+        await connection.execute(arguments.PUT_NEWEST, 0, *arguments.states(fold.states.values()))
         await connection.execute(arguments.PUT_ROWS, 0, *arguments.rows(fold.rows))
 
     await folded(Snapshot(connection), put)

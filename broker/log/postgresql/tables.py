@@ -78,8 +78,9 @@ CREATE TABLE IF NOT EXISTS definitions (digest text COLLATE "C" PRIMARY KEY, bod
 """
 PROJECTED = ("commands", "lanes", "devices", "names", "definitions")
 
-# PostgreSQL replaces no function by one whose parameters have other names.
-REPLACED = "DROP FUNCTION IF EXISTS put_states, append"
+# PostgreSQL replaces no function by one whose parameters have other names. `put_states` is of an earlier
+# release: an `append` of it that waits for the lock meanwhile must not find it.
+REPLACED = "DROP FUNCTION IF EXISTS put_states, put_newest, append"
 
 # Functions that make the texts of the queries mean the same as on SQLite, and parts of `append`.
 FUNCTIONS = """
@@ -149,7 +150,7 @@ END $$;
 
 # The newest states, written over the versions that the batch follows. `base`: what makes an index a position.
 STATES = """
-CREATE OR REPLACE FUNCTION put_states(
+CREATE OR REPLACE FUNCTION put_newest(
     base bigint,
     c_id text[], c_over bigint[], c_first bigint[], c_last bigint[], c_opened boolean[], c_project text[],
     c_device text[], c_type text[], c_state text[], c_version bigint[], c_closed_at bigint[],
@@ -242,7 +243,11 @@ END $$;
 #
 # The lock orders all appends. The end of the log is read from its last row and not from a counter: under one
 # open snapshot an updated row becomes slow, because its dead versions cannot be removed.
-# OD001 fenced, OD002 conflict, OD003 a number used twice, OD004 the clock is ahead, OD005 another format.
+# OD001 fenced, OD002 conflict, OD003 a number used twice, OD004 the clock is ahead, OD005 another release.
+#
+# `of_format` is the digest of the tables that the caller knows. Once another release made the tables anew,
+# an owner is refused here: it would write rows that nobody can read. This parameter and `c_summary` have the
+# names that an earlier release gave them, because that one replaces this function without dropping it.
 APPEND = """
 CREATE OR REPLACE FUNCTION append(
     of_incarnation text, of_number bigint, of_digest bytea, of_term bigint, of_format text,
@@ -250,7 +255,7 @@ CREATE OR REPLACE FUNCTION append(
     device_ids text[], actors text[], datas bytea[], salts bytea[],
     c_id text[], c_over bigint[], c_first bigint[], c_last bigint[], c_opened boolean[], c_project text[],
     c_device text[], c_type text[], c_state text[], c_version bigint[], c_closed_at bigint[],
-    c_later bytea[],
+    c_summary bytea[],
     d_id text[], d_over bigint[], d_first bigint[], d_last bigint[], d_project text[], d_hardware text[],
     d_deleted boolean[], d_version bigint[], d_online bigint[], d_body bytea[],
     statements text[], payloads jsonb[],
@@ -291,9 +296,9 @@ BEGIN
     IF coalesce(found_term, 0) <> of_term THEN
         RAISE EXCEPTION '%', coalesce(found_term, 0) USING ERRCODE = 'OD001';
     END IF;
-    IF of_format <> (SELECT value FROM meta WHERE key = 'format') THEN
-        RAISE EXCEPTION 'the log has the format %, and this release writes %',
-            (SELECT value FROM meta WHERE key = 'format'), of_format USING ERRCODE = 'OD005';
+    IF of_format IS DISTINCT FROM (SELECT value FROM meta WHERE key = 'tables') THEN
+        RAISE EXCEPTION 'another release made the tables of this log: all nodes must run the same release'
+            USING ERRCODE = 'OD005';
     END IF;
 
     clock := now_ms();
@@ -338,9 +343,9 @@ BEGIN
         END IF;
     END IF;
 
-    PERFORM put_states(first,
+    PERFORM put_newest(first,
         c_id, c_over, c_first, c_last, c_opened, c_project, c_device, c_type, c_state, c_version, c_closed_at,
-        c_later,
+        c_summary,
         d_id, d_over, d_first, d_last, d_project, d_hardware, d_deleted, d_version, d_online, d_body);
     PERFORM put_rows(first, statements, payloads);
     INSERT INTO batches VALUES (of_incarnation, of_number, of_digest, first, cardinality(streams), recorded);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import runpy
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,7 +15,8 @@ import pytest
 from broker.domain.events import Cancelled
 from broker.log import sqlite as log
 from broker.log.chain import Row
-from broker.log.postgresql import connection, tables
+from broker.log.postgresql import connection, making, tables
+from broker.log.postgresql.arguments import APPEND, arguments
 from broker.log.postgresql.log import PostgresLog
 from broker.log.postgresql.reading import Snapshot
 from broker.log_url import address
@@ -26,6 +28,7 @@ from broker.seams import (
     Unknown,
     UnknownFormat,
 )
+from projections import follower
 from tests.integration.core_support import T
 from tests.integration.log.author import Author
 from tests.postgres import Postgres
@@ -347,16 +350,12 @@ async def test_a_log_keeps_its_id_and_another_format_is_refused(database: str) -
         await sql.execute("UPDATE meta SET value = '9' WHERE key = 'format'")
         with pytest.raises(UnknownFormat, match="its format is 9"):
             await again.prepare("log_2", "11" * 32)
-        author = Author(term=0)
-        author.note()
-        with pytest.raises(UnknownFormat):
-            await storage.append(author.batch())
 
 
 async def test_functions_of_an_older_release_are_replaced(database: str) -> None:
     async with opened(database), admin(database) as sql:
-        older = next(text for text in tables.statements() if "FUNCTION put_states" in text)
-        await sql.execute("DROP FUNCTION put_states")
+        older = next(text for text in tables.statements() if "FUNCTION put_newest" in text)
+        await sql.execute("DROP FUNCTION put_newest")
         await sql.execute(older.replace("c_id", "c_name"))
         await sql.execute("UPDATE meta SET value = 'older' WHERE key = 'tables'")
 
@@ -364,8 +363,125 @@ async def test_functions_of_an_older_release_are_replaced(database: str) -> None
         await again.prepare("log_1", "00" * 32)
         await again.close()
 
-        names = await sql.fetchval("SELECT proargnames FROM pg_proc WHERE proname = 'put_states'")
+        names = await sql.fetchval("SELECT proargnames FROM pg_proc WHERE proname = 'put_newest'")
         assert "c_id" in names
+
+
+async def test_an_owner_is_refused_once_another_release_made_the_tables(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    author = Author(term=0)
+    async with opened(database) as storage:
+        author.command(ONE)
+        await storage.append(author.batch())
+        before = await rows(storage)
+        with monkeypatch.context() as newer:
+            newer.setattr(making, "TABLES", "newer")
+            await PostgresLog(address(database), "node_2").prepare("log_1", "00" * 32)
+
+        author.command(TWO)
+        with pytest.raises(UnknownFormat, match="all nodes must run the same release"):
+            await storage.append(author.batch())
+        assert await rows(storage) == before
+
+
+async def test_an_owner_that_names_the_format_as_earlier_releases_did_is_refused(database: str) -> None:
+    """It would write rows that no later release can read."""
+    author = Author(term=0)
+    author.command(ONE)
+    async with opened(database) as storage, admin(database) as sql:
+        with pytest.raises(asyncpg.PostgresError) as refused:
+            await sql.fetchrow(APPEND, *arguments(author.batch(), "node_1", str(tables.FORMAT)))
+        assert isinstance(connection.translated(refused.value), UnknownFormat)
+        assert await rows(storage) == []
+
+
+EARLIER = {"put_newest": "put_states", "key = 'tables'": "key = 'format'"}
+
+
+@pytest.mark.parametrize(
+    ("function", "named", "refusal"),
+    [
+        (EARLIER, str(tables.FORMAT), Broken),  # a function that is no longer there
+        ({}, making.TABLES, UnknownFormat),
+    ],
+)
+async def test_an_append_that_waits_while_another_release_makes_the_tables_records_nothing(
+    database: str, function: dict[str, str], named: str, refusal: type[Exception]
+) -> None:
+    author = Author(term=0)
+    author.command(ONE)
+    async with opened(database) as storage, admin(database) as sql, admin(database) as owner:
+        for text in tables.statements()[-3:-1]:  # put_newest and append
+            for now, then in function.items():
+                text = text.replace(now, then)
+            await sql.execute(text)
+        async with sql.transaction():
+            await sql.execute(making.LOCK)
+            values = arguments(author.batch(), "node_1", named)
+            append = asyncio.create_task(owner.fetchrow(APPEND, *values))
+            async with asyncio.timeout(30):
+                while not await sql.fetchval(
+                    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                ):
+                    pass
+            await making.make(sql)
+            await at(sql, T)
+            await sql.execute("UPDATE meta SET value = 'newer' WHERE key = 'tables'")
+        with pytest.raises(asyncpg.PostgresError) as refused:
+            await append
+        assert isinstance(connection.translated(refused.value), refusal)
+        assert await rows(storage) == []
+
+
+# The functions of a release that replaces them without dropping them first.
+REPLACING = """
+CREATE OR REPLACE FUNCTION append(
+    of_incarnation text, of_number bigint, of_digest bytea, of_term bigint, of_format text,
+    streams text[], versions bigint[], types text[], schemas bigint[], decided bigint[], projects text[],
+    device_ids text[], actors text[], datas bytea[], salts bytea[],
+    c_id text[], c_over bigint[], c_first bigint[], c_last bigint[], c_opened boolean[], c_project text[],
+    c_device text[], c_type text[], c_state text[], c_version bigint[], c_closed_at bigint[],
+    c_summary bytea[],
+    d_id text[], d_over bigint[], d_first bigint[], d_last bigint[], d_project text[], d_hardware text[],
+    d_deleted boolean[], d_version bigint[], d_online bigint[], d_body bytea[],
+    statements text[], payloads jsonb[],
+    OUT first bigint, OUT recorded bigint, OUT last bigint, OUT head bytea) LANGUAGE plpgsql AS $$
+BEGIN
+END $$;
+CREATE OR REPLACE FUNCTION put_states(
+    base bigint,
+    c_id text[], c_over bigint[], c_first bigint[], c_last bigint[], c_opened boolean[], c_project text[],
+    c_device text[], c_type text[], c_state text[], c_version bigint[], c_closed_at bigint[],
+    c_summary bytea[],
+    d_id text[], d_over bigint[], d_first bigint[], d_last bigint[], d_project text[], d_hardware text[],
+    d_deleted boolean[], d_version bigint[], d_online bigint[], d_body bytea[])
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+END $$;
+"""
+
+
+async def test_an_earlier_release_can_make_its_functions_again_and_this_one_its_own_after_it(
+    database: str,
+) -> None:
+    author = Author(term=0)
+    author.command(ONE)
+    async with opened(database), admin(database) as sql:
+        await sql.execute(REPLACING)
+        await sql.execute("UPDATE meta SET value = 'older' WHERE key = 'tables'")
+    async with opened(database, "node_2") as storage:
+        await storage.append(author.batch())
+        assert len(await rows(storage)) == 1
+
+
+def test_the_tables_of_a_log_change_with_what_its_rows_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runpy` makes the digest again, as the next release does."""
+    assert runpy.run_path(making.__file__)["TABLES"] == making.TABLES
+    for module, name in ((follower, "SHAPE"), (tables, "FORMAT")):
+        with monkeypatch.context() as newer:
+            newer.setattr(module, name, "another")
+            assert runpy.run_path(making.__file__)["TABLES"] != making.TABLES
 
 
 async def test_a_server_that_is_not_there_is_named_without_its_password() -> None:

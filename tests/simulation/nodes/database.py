@@ -204,7 +204,7 @@ class SimDatabase:
         return _execute(self._sql, request.text, request.values).fetchall()
 
     def _append(
-        self, incarnation: str, number: int, digest: bytes, term: int, table_format: str, batch: Batch
+        self, incarnation: str, number: int, digest: bytes, term: int, of_tables: str, batch: Batch
     ) -> tuple[int, int, int, bytes]:
         sql, head = self._sql, read_now(self._sql, log.head)
         text = "SELECT digest, first, recorded_at FROM batches WHERE incarnation = ? AND number = ?"

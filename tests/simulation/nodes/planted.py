@@ -51,9 +51,9 @@ def _by_wall_clock(
 _as_data = world.as_data
 
 
-def _without_incarnation(batch: Batch, incarnation: str, table_format: int) -> list[Any]:
+def _without_incarnation(batch: Batch, incarnation: str, of_tables: str) -> list[Any]:
     """Numbers the batches of all runs as if there were only one."""
-    return _as_data(batch, "node", table_format)
+    return _as_data(batch, "node", of_tables)
 
 
 def _not_noticed(self: PostgresLog, connection: Any, message: Any) -> None:

@@ -356,9 +356,9 @@ class NodesWorld:
                 self.found.append(f"L6: {command_id} is open and not in memory")
 
 
-def as_data(batch: Batch, incarnation: str, table_format: int) -> list[Any]:
+def as_data(batch: Batch, incarnation: str, of_tables: str) -> list[Any]:
     """The arguments of `append` as the simulated database takes them: the batch is not made into columns."""
-    real = arguments(batch, incarnation, table_format)
+    real = arguments(batch, incarnation, of_tables)
     return [*real[:5], batch]
 
 
