@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import attrgetter
-from sys import intern
 from typing import Any, NamedTuple
 
 import msgspec
@@ -90,7 +89,6 @@ class Later(msgspec.Struct, array_like=True, gc=False):
     seq: int | None
 
 
-COMMON = ("project", "device_id", "hardware_id", "type", "device_type", "definition", "topic", "actor")
 TIMES = 7  # the first fields
 _values = attrgetter(*Later.__struct_fields__)
 _encode = msgspec.msgpack.Encoder().encode
@@ -137,11 +135,8 @@ def opened(row: Any) -> CommandState:
         event=decode("created", data),
     )
     state = evolve(None, created)
-    # Nobody else has the state yet. Parameters are copied, because the original holds the whole event in
-    # memory. Texts that many commands have in common are kept once: they are half of what a command takes.
+    # Nobody else has the state yet. Parameters are copied: the original holds the whole event in memory.
     msgspec.structs.force_setattr(state, "params", state.params.copy())
-    for field in COMMON:
-        msgspec.structs.force_setattr(state, field, intern(getattr(state, field)))
     if version == 1:
         return state
     now = changes(known)
@@ -382,16 +377,19 @@ async def at(sql: Sql, positions: list[int]) -> list[tuple[Any, ...]]:
     return [*map(tuple, found)]
 
 
-async def stray(sql: Sql, right: int) -> int | None:
-    """The position of the first row that no `created` event belongs to. `right`: how many rows have one."""
-    if (await sql.one("SELECT count(*) FROM commands"))[0] == right:
+async def stray(sql: Sql, right: int) -> str | None:
+    """A sentence about the first row that belongs to none of the log's `right` commands, or None. The rows of
+    these are all there."""
+    if (count := (await sql.one("SELECT count(*) FROM commands"))[0]) == right:
         return None
     found = await sql.one(
         "SELECT c.position FROM commands c WHERE NOT EXISTS (SELECT 1 FROM events f "
         "WHERE f.position = c.position AND f.type = 'created' AND f.data IS NOT NULL) "
         "ORDER BY c.position LIMIT 1"
     )
-    return int(found[0])
+    if found is None:  # an event was changed so that it looks like that of the row
+        return f"commands has {count} rows, and the log has {right} commands; see ordain log verify"
+    return f"commands, the row of position {found[0]} does not follow from the log"
 
 
 async def dump(sql: Sql) -> list[tuple[Any, ...]]:

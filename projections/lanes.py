@@ -8,6 +8,8 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import Any
 
+import msgspec
+
 from broker.domain.lifecycle import CommandState
 from broker.seams import Sql
 from projections.commands import CREATED, OPENED, opened
@@ -22,6 +24,7 @@ INSERT = "INSERT INTO lanes (device_id, position) VALUES (?, ?)"
 REOPEN = """INSERT INTO lanes (device_id, position)
     SELECT device_id, position FROM events WHERE stream = ? AND version = 1 ON CONFLICT DO NOTHING"""
 CLOSE = f"DELETE FROM lanes WHERE device_id = ? AND position = {CREATED.format('?')}"
+COMMON = ("project", "device_id", "hardware_id", "type", "device_type", "definition", "topic", "actor")
 
 
 async def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:
@@ -34,9 +37,24 @@ async def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandS
         "CROSS JOIN commands c ON c.position = l.position CROSS JOIN events f ON f.position = l.position",
         values,
     )
-    found = [(row[0], opened(row[1:])) async for row in rows]
+    found: list[tuple[int, CommandState]] = []
+    texts: dict[str, str] = {}
+    async for row in rows:
+        state = opened(row[1:])
+        _share(state, texts)
+        found.append((row[0], state))
     found.sort(key=itemgetter(0))
     return [state for _, state in found]
+
+
+def _share(state: CommandState, texts: dict[str, str]) -> None:
+    """Texts that many commands have in common are kept once: they are half of what a command takes in memory.
+
+    `state`: one that nobody else has yet. `texts`: those of the commands that are read together with it.
+    """
+    for field in COMMON:
+        text = getattr(state, field)
+        msgspec.structs.force_setattr(state, field, texts.setdefault(text, text))
 
 
 async def dump(sql: Sql) -> list[tuple[Any, ...]]:

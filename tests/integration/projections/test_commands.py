@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from contextlib import closing
 
 import msgspec
 import pytest
 
-from broker.domain.events import encode
+from broker.domain.events import Created, encode
 from broker.domain.lifecycle import CommandState, State, evolve
 from broker.log import sqlite as log
 from broker.log.driven import read_now
-from projections import commands, follower
+from projections import batches, commands, follower, lanes
 from tests.integration.core_support import created, recorded
+from tests.integration.log.author import Author
 from tests.integration.log.test_golden import RELEASES, put
 
 CREATED = recorded(
@@ -63,6 +65,31 @@ def test_a_row_and_the_created_event_have_every_field() -> None:
     about = (CREATED.stream, AT, CREATED.project, CREATED.device_id, CREATED.actor, encode(CREATED.event))
 
     assert commands.opened((*row, *about)) == state
+
+
+def test_the_row_the_created_event_and_the_last_one_have_every_field_between_them() -> None:
+    columns = {"id", "project", "device_id", "actor", "created_at", "state", "version", "closed_at"}
+    of_later, of_created = commands.Later.__struct_fields__, Created.__struct_fields__
+
+    known = {*of_later, *of_created, *columns, *ELSEWHERE}
+    assert {*CommandState.__struct_fields__} <= known
+    assert {*of_later} <= {*CommandState.__struct_fields__} - {*of_created, *columns, *ELSEWHERE}
+
+
+def test_open_commands_that_are_read_together_share_their_texts_and_nobody_else_keeps_them() -> None:
+    device_id = "-".join(["dev", "with", "two", "commands"])
+    with closing(sqlite3.connect(":memory:")) as sql:
+        follower.open_log(sql, "log_1", "00" * 32)
+        author = Author(term=batches.TERM)
+        for each in ("cmd_1", "cmd_2"):
+            author.command(each, device_id=device_id)
+        batches.carry_out(sql, author.batch())
+        one, two = read_now(sql, lanes.open_commands)
+
+    for field in lanes.COMMON:
+        assert getattr(one, field) is getattr(two, field)
+    copy = "".join([*device_id])
+    assert sys.intern(copy) is copy  # sys.intern would give the text that it has
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 
+import msgspec
 import pytest
 
 from broker.log import sqlite as log
 from broker.log.driven import Driven, read_now
-from projections import follower
+from projections import commands, follower
 from tests.integration.log.test_golden import RELEASES, put
 
 
@@ -77,6 +79,33 @@ def test_an_added_row_is_named_and_not_the_row_after_it(kept: sqlite3.Connection
     )
 
     assert verified(kept) == "commands, the row of position 9 does not follow from the log"
+
+
+def test_a_row_too_many_whose_event_was_changed_as_well_is_found(kept: sqlite3.Connection) -> None:
+    kept.execute(
+        "UPDATE events SET type = 'created', data = (SELECT data FROM events WHERE position = 8) "
+        "WHERE position = (SELECT min(position) FROM events WHERE stream NOT LIKE 'cmd%')"
+    )
+    kept.execute(
+        "INSERT INTO commands SELECT e.position, c.project, c.device_id, c.type, c.state, c.version, "
+        "c.closed_at, c.closed_position, c.later FROM commands c, events e WHERE c.position = 8 "
+        "AND e.type = 'created' AND e.stream NOT LIKE 'cmd%'"
+    )
+    count = kept.execute("SELECT count(*) FROM commands").fetchone()[0]
+
+    found = f"commands has {count} rows, and the log has {count - 1} commands; see ordain log verify"
+    assert verified(kept) == found
+
+
+def test_projections_are_rebuilt_when_what_a_row_holds_by_place_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`runpy` makes the digest again, as the next release does."""
+    assert runpy.run_path(follower.__file__)["SHAPE"] == follower.SHAPE
+    moved = msgspec.defstruct("Later", [*reversed(commands.Later.__struct_fields__)])
+    monkeypatch.setattr(commands, "Later", moved)
+
+    assert runpy.run_path(follower.__file__)["SHAPE"] != follower.SHAPE
 
 
 def test_projections_of_another_schema_are_rebuilt(kept: sqlite3.Connection) -> None:
