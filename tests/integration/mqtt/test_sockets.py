@@ -227,7 +227,7 @@ async def test_connections_in_a_tls_handshake_are_bounded_and_end_in_time(author
         await owner.until(lambda: server.listener.counts["turned_away"] == 2)
         for _, writer in silent:
             writer.close()
-        await owner.until(lambda: server.listener.connections == 0)
+        await owner.until(lambda: server.listener.crowd.strangers == 0)
         async with device(server, tls_context=authority.client()):
             assert server.connected == 1
     async with listening(owner, endpoints=TLS, certificates=certificates, connect_sec=0.2) as server:
