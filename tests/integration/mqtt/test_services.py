@@ -208,10 +208,10 @@ async def test_the_receive_maximum_of_a_service_is_its_window(tmp_path: Path) ->
 async def test_a_service_that_does_not_acknowledge_is_disconnected_and_delays_no_other(
     tmp_path: Path,
 ) -> None:
-    async with house(tmp_path, stalled_sec=0.3) as home:
+    async with house(tmp_path, stalled_sec=3) as home:
         async with (
             serving(home.server, properties={"receive_maximum": 1}) as slow,
-            serving(home.server, qos=0) as quick,
+            serving(home.server) as quick,
         ):
             await home.orders(5)
             assert len([await event(quick) for _ in range(5)]) == 5

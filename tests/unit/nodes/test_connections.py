@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -38,7 +39,9 @@ class Other:
         self.connections += 1
         try:
             while self.answers:
-                self.asked.append(await reader.readuntil(b"\r\n\r\n"))
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"\r\ncontent-length: ([0-9]+)\r\n", head)
+                self.asked.append(head + await reader.readexactly(int(length[1]) if length else 0))
                 answer = self.answers.pop(0)
                 writer.write(answer)
                 if isinstance(answer, Last):
@@ -248,17 +251,18 @@ async def test_an_idle_connection_is_left_when_its_end_was_not_read_yet() -> Non
 
     other, ended = Other(OK), threading.Event()
     ours = Connections()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        other.address = f"127.0.0.1:{listener.getsockname()[1]}"
-        for _ in range(2):
-            node = threading.Thread(target=answer_once, args=[listener])
-            node.start()
-            assert (await got(ours, other))[2] == b"ok"
-            ended.set()
-            node.join()  # the event loop is held up meanwhile
-    ours.close()
-    while ours._open:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    async with asyncio.timeout(WITHIN_SEC):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            other.address = f"127.0.0.1:{listener.getsockname()[1]}"
+            for _ in range(2):
+                node = threading.Thread(target=answer_once, args=[listener], daemon=True)
+                node.start()
+                assert (await got(ours, other))[2] == b"ok"
+                ended.set()
+                node.join()  # the event loop is held up meanwhile
+            ours.close()
+            while ours._open:  # noqa: ASYNC110
+                await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
@@ -297,6 +301,16 @@ async def test_requests_at_the_same_time_have_connections_of_their_own() -> None
         assert other.connections == 2
 
 
+async def test_no_more_connections_are_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT", 1)
+    other = Other(OK, OK, OK)
+    async with listening(other) as ours:
+        await asyncio.gather(got(ours, other), got(ours, other))
+        await other.ends(1)
+        await got(ours, other)
+        assert other.connections == 2
+
+
 async def test_what_is_not_read_makes_the_other_node_wait() -> None:
     length = 64 * module.AHEAD_BYTES
     other = Other(HEAD + b"%d\r\n\r\n" % length + bytes(length), OK, OK)
@@ -304,6 +318,8 @@ async def test_what_is_not_read_makes_the_other_node_wait() -> None:
         answer = await ours.ask(other.address, Request("GET", b"/", [], b""))
         for _ in range(1_000):  # turns of the loop, each of which would read more
             await asyncio.sleep(0)
+        assert isinstance(answer, module._Answer)
+        assert answer._ahead_bytes <= module.AHEAD_BYTES + 262_144  # what the loop reads at once
         sizes = [len(await answer.piece())]
         while size := len(await answer.piece()):
             sizes.append(size)
@@ -314,12 +330,14 @@ async def test_what_is_not_read_makes_the_other_node_wait() -> None:
         assert other.connections == 1
 
 
-async def test_the_length_of_a_body_is_said_where_one_is_expected() -> None:
-    other = Other(OK, OK)
+async def test_a_body_goes_on_and_its_length_is_said_where_one_is_expected() -> None:
+    other = Other(OK, OK, OK)
     async with listening(other) as ours:
+        await got(ours, other, "POST", b"body")
         await got(ours, other, "POST")
         await got(ours, other, "DELETE")
         assert other.asked == [
+            b"POST /a?b HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\n\r\nbody",
             b"POST /a?b HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\n\r\n",
             b"DELETE /a?b HTTP/1.1\r\nhost: h\r\n\r\n",
         ]

@@ -13,8 +13,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from broker.nodes import entrance as module
 from broker.nodes import streaming
+from broker.nodes.connections import Lost
 from broker.nodes.entrance import Entrance
-from broker.nodes.forwarding import ACCEPTED, Peers
+from broker.nodes.forwarding import ACCEPTED, MOVED, Peers
+from broker.seams import Node
 from tests.conftest import unused_port
 from tests.unit.nodes.test_entrance import KEY, THEIRS, WITHIN_SEC, Beats, Client, ask, cluster_on
 
@@ -95,7 +97,7 @@ async def test_a_stream_ends_if_the_owner_cannot_be_reached_again_in_time(
 
 async def test_a_stranger_stays_one_at_a_door_until_the_owner_accepts_a_key() -> None:
     assert not (await through_a_door(Owner(), Client("/nothing"))).passed
-    known = await through_a_door(Owner(f"{ACCEPTED.decode()}: 1"), Client("/nothing"))
+    known = await through_a_door(Owner(f"{ACCEPTED.decode().title()}: 1"), Client("/nothing"))
     assert known.passed
     assert set(known.headers) == {b"content-length"}  # this node's own server adds the date
 
@@ -133,14 +135,30 @@ async def test_a_request_of_http_1_0_without_a_host_goes_on_with_one() -> None:
     assert re.search(rb"\r\nhost: 127.0.0.1:[0-9]+\r\n", owner.heads[0])
 
 
-class Silent:
-    """An owner that never answers. `gone`: the door has closed its connection."""
+async def test_headers_of_one_connection_and_those_between_nodes_do_not_go_on() -> None:
+    owner = Owner()
+    theirs = {"x-ordain-peer": "203.0.113.9", "x-ordain-local": "1", "x-ordain-accepted": "1"}
+    await through_a_door(owner, Client(connection="x", te="trailers", if_match="a", **theirs))
+    assert owner.heads[0].split(b"\r\n")[1:-2] == [
+        b"host: a",
+        b"if-match: a",
+        b"x-ordain-secret: " + KEY.encode(),
+        b"x-ordain-peer: 192.0.2.1",
+        b"x-ordain-local: 0",
+        b"content-length: 7",
+    ]
 
-    def __init__(self) -> None:
+
+class Silent:
+    """An owner that gives no whole answer. `gone`: the door has closed its connection."""
+
+    def __init__(self, head: bytes = b"") -> None:
         self.asked, self.gone = asyncio.Event(), asyncio.Event()
+        self._head = head
 
     async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
+        writer.write(self._head)
         self.asked.set()
         with suppress(ConnectionError):
             await reader.read()
@@ -198,3 +216,24 @@ async def test_when_another_node_owns_the_log_nobody_waits_for_the_one_before(me
         await asking
     repeated = method == "DELETE"  # the other might be done twice
     assert (client.status, len(next_owner.lines)) == ((200, 1) if repeated else (503, 0))
+
+
+async def test_what_a_node_that_is_not_the_owner_did_not_take_goes_to_the_owner() -> None:
+    moved = b"HTTP/1.1 503 Service Unavailable\r\n" + MOVED + b": 1\r\ncontent-length: 7\r\n\r\n"
+    before, owner = Silent(moved), Owner(status="200 OK")
+    client = Client("/v1/devices/a/commands", "POST")
+    server = await asyncio.start_server(owner.take, "127.0.0.1", 0)
+    async with server, door_of(before) as (entrance, log):
+        asking = asyncio.create_task(ask(entrance, client))
+        await before.gone.wait()  # nobody waits for the rest of its answer
+        log.owner, log.address = "node_c", f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        await entrance.cluster.beat()
+        await asking
+    assert (client.status, len(owner.lines)) == (200, 1)
+
+
+async def test_nothing_of_a_node_that_is_not_the_owner_any_more_is_waited_for() -> None:
+    cluster = cluster_on(Beats(THEIRS))
+    await cluster.beat()
+    with pytest.raises(Lost):
+        await Peers(cluster, KEY).unless_moved(Node("node_c", "c"), asyncio.sleep(0))
