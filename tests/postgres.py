@@ -25,7 +25,7 @@ import pytest
 OLDEST = 15
 UNPRIVILEGED = "nobody"
 USER = "ordain"
-READY_WITHIN_SEC = 200
+READY_WITHIN_SEC = ENDED_WITHIN_SEC = 200
 LOOK_AGAIN_SEC = 0.01
 # The data only has to survive the end of a process, not a power cut.
 SETTINGS = {
@@ -194,7 +194,9 @@ class Postgres:
                 with suppress(ProcessLookupError):
                     os.kill(each, signal.SIGKILL)
             self._process.wait()
+            deadline = time.monotonic() + ENDED_WITHIN_SEC
             while any(map(_runs, children)):
+                assert time.monotonic() < deadline, "PostgreSQL's children do not end"
                 time.sleep(LOOK_AGAIN_SEC)
         self._process = None
 

@@ -109,7 +109,7 @@ def _array(values: tuple[Any, ...], kind: str) -> Any:
     else:
         # Few texts have a character that must be quoted, and one look at all of them is faster.
         together = '","'.join(values)
-        if values and "\\" not in together and together.count('"') == 2 * (len(values) - 1):
+        if "\\" not in together and together.count('"') == 2 * (len(values) - 1):
             return f'{{"{together}"}}'
         texts = map(_quoted, values)
     return "{" + ",".join(texts) + "}"

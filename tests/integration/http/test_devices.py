@@ -14,6 +14,7 @@ from broker.domain.lanes import Presence
 from broker.seams import Batch, Placed, Sql
 from devices.types import shipped_types
 from tests.integration.http.support import Broker, error_of, register, running
+from tests.integration.http.test_commands import DEADLINE_SEC
 
 
 @pytest.fixture
@@ -154,8 +155,9 @@ async def test_a_device_is_shown_online_when_its_first_presence_is_durable(
 
     monkeypatch.setattr(storage, "append", held)
     broker.online("lamp-1")
-    while broker.core.live.presence.get(device["id"]) is not Presence.ONLINE:  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(DEADLINE_SEC):
+        while broker.core.live.presence.get(device["id"]) is not Presence.ONLINE:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
     try:
         assert await shown() == {"never"}
     finally:
@@ -170,8 +172,9 @@ async def test_a_device_that_connects_is_shown_online(broker: Broker) -> None:
     command = await client.post("/v1/devices/lamp-1/commands", json={"type": "blink"})
 
     broker.online("lamp-1")
-    while (await client.get(f"/v1/commands/{command.json()['id']}")).json()["state"] == "pending":
-        pass
+    async with asyncio.timeout(DEADLINE_SEC):
+        while (await client.get(f"/v1/commands/{command.json()['id']}")).json()["state"] == "pending":
+            pass
 
     device = (await client.get("/v1/devices/lamp-1")).json()
     assert device["presence"] == "online"

@@ -108,16 +108,18 @@ async def test_texts_are_stored_as_they_are(storage: Storage) -> None:
     texts = ["", " ", "NULL", "null", 'a "b"', "a\\", '\\"', "{a,b}", "'", "\n\t\r", "ß 😀", "a\\nb"]
     names = [f"dev_{text}" for text in texts]
     plain = [f"plain_{text}" for text in texts if not {'"', "\\"} & set(text)]
-    for batch in (names, plain):  # PostgreSQL gets the texts of a batch together, quoted where needed
+    slashes, quotes = ["slash_\\", "slash_a\\nb"], ['quote_"', 'quote_a","b']
+    batches = (names, plain, slashes, quotes)
+    for batch in batches:  # PostgreSQL gets the texts of a batch together, quoted where needed
         for name in batch:
             author.register(name)
             author.rename(name.partition("_")[2], name)
         await storage.append(author.batch())
 
     found = {row.device_id: row.stream for row in await events(storage)}
-    assert found == {name: f"device/{name}" for name in names + plain}
+    assert found == {name: f"device/{name}" for batch in batches for name in batch}
     kept = await read(storage, "SELECT id, hardware_id FROM devices")
-    assert sorted(kept) == sorted((name, f"hw-{name}") for name in names + plain)
+    assert sorted(kept) == sorted((name, f"hw-{name}") for name in found)
     await sound(storage)
 
 

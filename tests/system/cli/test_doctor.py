@@ -60,7 +60,8 @@ def test_each_missing_rule_of_an_mqtt_server_is_a_named_fault(
     broker.device("lamp-1")
     # The broker's own trial at its start uses the same devices.
     until(lambda: broker.operator("GET", "/v1/system").json()["mqtt"]["rules"]["checked_at"])
-    _, found = findings(broker, "--canary")
+    code, found = findings(broker, "--canary")
+    assert code == 1
     says = "\n".join(each["says"] for each in found if each["level"] == "fault")
     for breach in ("accepts clients without", "wrong password", "receives messages for other devices",
                    "can answer for another", "last will", "can take over",
