@@ -61,12 +61,13 @@ def program(name: str) -> str:
 
 
 def _own_ports() -> Iterator[int]:
-    """The ports of this test process, again and again. Others have others: a port is listened on only later,
-    and again after a kill. The system gives those from 32,768 on to whoever asks for any."""
+    """The ports of this test process, again and again. The other processes of this run have others: a port is
+    listened on only later, and again after a kill. Runs beside each other share their ports, and only begin
+    elsewhere. The system gives those from 32,768 on to whoever asks for any."""
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     first, each = 10_000, 500
     mine = first + number % 40 * each
-    start = os.getpid() % each  # another run of the tests may go on beside this one
+    start = os.getpid() % each  # elsewhere than a run beside this one
     return cycle([mine + (start + step) % each for step in range(each)])
 
 
@@ -74,7 +75,7 @@ _ports = _own_ports()
 
 
 def unused_port() -> int:
-    """A port that this process has not got for long, and that nobody listens on."""
+    """A port that this process has not given out lately, and that nobody listens on."""
     while True:
         port = next(_ports)
         with socket.socket() as probe:

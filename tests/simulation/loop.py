@@ -133,7 +133,8 @@ class SimLoop(asyncio.BaseEventLoop):
     _stopping: bool
     _thread_id: int | None
 
-    get_debug = bool  # False. asyncio asks for each future, and this is no call of Python.
+    # asyncio asks for each future, and `bool()` returns False without running Python code.
+    get_debug = bool
 
     def __init__(
         self,

@@ -133,7 +133,7 @@ def test_answers_given_while_the_broker_is_down_are_recorded_before_timeouts(
     door.online()
     until(lambda: broker.http("GET", "/v1/devices/door-7").json()["presence"] == "online")
     listening = door.listen("rls", "-c")
-    # It must be sent and the broker killed before it expires; then it is waited for.
+    # It must be sent and the broker killed before it expires; then the test waits for the expiry.
     command_id = broker.create("door-7", ttl_sec=10)
     door.next(listening)
     expires_at = broker.command(command_id)["expires_at"]

@@ -210,7 +210,7 @@ def _leave(code: list[int]) -> None:
     """Ends a child after its threads and all that was registered for its end. Python would only free each
     object now, in a copy of the helper's memory: that takes longer than most command lines work."""
     if code:
-        gc.collect()  # what is left to complain does it here
+        gc.collect()  # unclosed files and unawaited coroutines warn now
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code[0])

@@ -399,7 +399,7 @@ async def test_a_silent_server_is_noticed(mosquitto: Mosquitto) -> None:
 async def test_an_idle_connection_is_kept_and_sent_packets_count_for_the_keepalive(tmp_path: Path) -> None:
     with another_mosquitto(tmp_path, "log_type all\n") as server:
         owner = Owner()
-        # The server ends a connection after one and a half times this: so long a machine may stand still.
+        # The server ends a connection after one and a half times this: a machine may stand still for 6 s.
         async with linked(server.url, owner, keepalive=4) as link:
             await owner.until(lambda: link.up)
             assert link._connection is not None
