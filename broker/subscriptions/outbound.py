@@ -135,6 +135,7 @@ class HttpOutbound:
         self.lookups = Lookups(bounds.lookups, bounds.lookups_per_project)
         self._lookup = lookup or self.lookups
         self._verify = verify
+        self.open = set[_Slow]()
         # One pool per scheme, because plain http is allowed only to some addresses.
         self._pools: dict[bool, httpcore2.AsyncConnectionPool] = {}
 
@@ -224,6 +225,8 @@ class HttpOutbound:
     async def aclose(self) -> None:
         for pool in self._pools.values():
             await pool.aclose()
+        for stream in tuple(self.open):  # a pool that is cancelled while it closes connections loses the rest
+            await stream.aclose()
 
 
 class _Guarded(httpcore2.AsyncNetworkBackend):
@@ -242,7 +245,7 @@ class _Guarded(httpcore2.AsyncNetworkBackend):
         for address in await self._outbound.addresses(host, port, tls=self._tls):
             try:
                 stream = await self._network.connect_tcp(address, port, timeout, *more, **options)
-                return _Slow(stream, self._turn)
+                return _Slow(stream, self._turn, self._outbound.open)
             except httpcore2.ConnectError as error:
                 failure = error
         assert failure is not None, "there was an address"
@@ -256,12 +259,17 @@ class _Slow(httpcore2.AsyncNetworkStream):
     """A connection whose responses are read in small pieces, and only up to a limit.
 
     A receiver may answer with thousands of tiny chunks or 1xx responses. The HTTP parser handles all that was
-    read in one go, so a large piece would stop the loop. `turn` is common to all connections.
+    read in one go, so a large piece would stop the loop. `turn` is common to all connections, and so is
+    `open_`: those that were not closed.
     """
 
-    def __init__(self, stream: httpcore2.AsyncNetworkStream, turn: asyncio.Semaphore) -> None:
+    def __init__(
+        self, stream: httpcore2.AsyncNetworkStream, turn: asyncio.Semaphore, open_: set[_Slow]
+    ) -> None:
         self._stream = stream
         self._turn = turn
+        self._open = open_
+        open_.add(self)
         self._left = ANSWER_BYTES
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
@@ -278,12 +286,19 @@ class _Slow(httpcore2.AsyncNetworkStream):
         await self._stream.write(buffer, timeout)
 
     async def aclose(self) -> None:
+        self._open.discard(self)
         await self._stream.aclose()
 
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.AsyncNetworkStream:
-        return _Slow(await self._stream.start_tls(ssl_context, server_hostname, timeout), self._turn)
+        try:
+            secured = await self._stream.start_tls(ssl_context, server_hostname, timeout)
+        except BaseException:
+            await self.aclose()
+            raise
+        self._open.discard(self)
+        return _Slow(secured, self._turn, self._open)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
