@@ -344,9 +344,10 @@ class SimStorage:
     def _write_first(self) -> None:
         work, outcome, began = self._writes[0]
         ok = self._run("BEGIN IMMEDIATE", work, "COMMIT", outcome)
+        if ok is None:
+            return  # `_abandon` reports it
         self._writes.popleft()
-        if ok is not None:
-            self._on_write(round(1_000 * began), ok)
+        self._on_write(round(1_000 * began), ok)
         if self._writes:
             self._write_later()
 

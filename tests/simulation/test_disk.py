@@ -225,3 +225,26 @@ def test_writes_commit_in_request_order() -> None:
         return asked
 
     assert len({tuple(run(main, seed)) for seed in range(10)}) > 1
+
+
+def test_a_write_in_which_the_machine_stops_is_reported_once_from_its_beginning() -> None:
+    async def main(loop: SimLoop) -> list[tuple[int, bool]]:
+        disk, node, stopped = SimDisk(loop), Node("writer"), asyncio.Event()
+        writes: list[tuple[int, bool]] = []
+
+        def stop() -> None:
+            loop.kill(node)
+            stopped.set()
+
+        async def writer() -> None:
+            storage = await opened(loop, disk, on_write=lambda began, ok: writes.append((began, ok)))
+            await asyncio.sleep(5 - loop.time())
+            disk.slow_sec = 3.0
+            disk.stop_after(0, stop)
+            await tamper(storage, insert(1))
+
+        loop.spawn(node, writer())
+        await stopped.wait()
+        return writes[1:]  # the first write makes the table
+
+    assert run(main) == [(5_000, False)]
