@@ -135,7 +135,7 @@ class HttpOutbound:
         self.lookups = Lookups(bounds.lookups, bounds.lookups_per_project)
         self._lookup = lookup or self.lookups
         self._verify = verify
-        self.open = set[_Slow]()
+        self.closing = set[asyncio.Task[None]]()
         # One pool per scheme, because plain http is allowed only to some addresses.
         self._pools: dict[bool, httpcore2.AsyncConnectionPool] = {}
 
@@ -225,8 +225,7 @@ class HttpOutbound:
     async def aclose(self) -> None:
         for pool in self._pools.values():
             await pool.aclose()
-        for stream in tuple(self.open):  # a pool that is cancelled while it closes connections loses the rest
-            await stream.aclose()
+        await asyncio.gather(*self.closing)
 
 
 class _Guarded(httpcore2.AsyncNetworkBackend):
@@ -245,7 +244,7 @@ class _Guarded(httpcore2.AsyncNetworkBackend):
         for address in await self._outbound.addresses(host, port, tls=self._tls):
             try:
                 stream = await self._network.connect_tcp(address, port, timeout, *more, **options)
-                return _Slow(stream, self._turn, self._outbound.open)
+                return _Slow(stream, self._turn, self._outbound.closing)
             except httpcore2.ConnectError as error:
                 failure = error
         assert failure is not None, "there was an address"
@@ -260,16 +259,15 @@ class _Slow(httpcore2.AsyncNetworkStream):
 
     A receiver may answer with thousands of tiny chunks or 1xx responses. The HTTP parser handles all that was
     read in one go, so a large piece would stop the loop. `turn` is common to all connections, and so is
-    `open_`: those that were not closed.
+    `closing`: those that are being closed.
     """
 
     def __init__(
-        self, stream: httpcore2.AsyncNetworkStream, turn: asyncio.Semaphore, open_: set[_Slow]
+        self, stream: httpcore2.AsyncNetworkStream, turn: asyncio.Semaphore, closing: set[asyncio.Task[None]]
     ) -> None:
         self._stream = stream
         self._turn = turn
-        self._open = open_
-        open_.add(self)
+        self._closing = closing
         self._left = ANSWER_BYTES
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
@@ -286,8 +284,11 @@ class _Slow(httpcore2.AsyncNetworkStream):
         await self._stream.write(buffer, timeout)
 
     async def aclose(self) -> None:
-        self._open.discard(self)
-        await self._stream.aclose()
+        # In a task of its own: a pool closes several connections in turn. If it could be cancelled at one of
+        # them, it would lose the others.
+        task = asyncio.create_task(self._stream.aclose())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
@@ -297,8 +298,7 @@ class _Slow(httpcore2.AsyncNetworkStream):
         except BaseException:
             await self.aclose()
             raise
-        self._open.discard(self)
-        return _Slow(secured, self._turn, self._open)
+        return _Slow(secured, self._turn, self._closing)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)

@@ -77,6 +77,38 @@ async def test_a_connection_is_reused(receiver: Receiver) -> None:
     assert (len(receiver.got), receiver.connections) == (3, 1)
 
 
+@pytest.mark.parametrize("turns", range(1, 13))
+async def test_a_request_that_is_cancelled_in_any_turn_leaves_no_connection_open(turns: int) -> None:
+    """The pool closes connections that their server has ended when the next request comes."""
+    together, answered, ended, closed = asyncio.Barrier(4), asyncio.Event(), asyncio.Barrier(5), list[int]()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := (await reader.read(1_000)):
+            if not head.startswith(b"POST /together"):
+                continue  # the request that is cancelled
+            await together.wait()
+            writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+            await answered.wait()
+            writer.write_eof()
+            await ended.wait()
+        closed.append(1)
+        writer.close()
+
+    async with stream_server(serve) as port, outbound(HERE) as out:
+        url = f"http://127.0.0.1:{port}"
+        posts = (out.post(f"{url}/together", {}, b"", WITHIN_SEC) for _ in range(4))
+        assert {each.status for each in await asyncio.gather(*posts)} == {204}
+        answered.set()
+        await ended.wait()
+        late = asyncio.create_task(out.post(f"{url}/late", {}, b"", WITHIN_SEC))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        late.cancel()
+        with suppress(asyncio.CancelledError):
+            await late
+        await until(lambda: len(closed) >= 4)
+
+
 async def test_no_redirect_is_followed(receiver: Receiver) -> None:
     async with receiving() as secret:
         receiver.reply = lambda _: (307, {"Location": secret.url})
