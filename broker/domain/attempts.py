@@ -93,12 +93,11 @@ def interrupted(member: Member, since: int, uniform: Callable[[float, float], fl
     `since`: time (ms) at which the answers of the old session have been read. Returns False if nothing
     changed.
     """
-    definition, flight = member.definition, member.flight
-    if (
-        member.state.state is not State.PUBLISHED
-        or not definition.repeatable
-        or flight.lease_until is not None
-    ):
+    definition = member.definition
+    if member.state.state is not State.PUBLISHED or not definition.repeatable:
+        return False
+    flight = member.flight
+    if flight.lease_until is not None:
         return False
     if flight.open and (is_last(member) or is_exhausted(member)):
         return False  # the last attempt is not repeated: its timer ends it

@@ -82,11 +82,21 @@ class Flight(msgspec.Struct, gc=False):
 
 
 class Member(msgspec.Struct, gc=False):
-    """A command that is open, or that timed out so recently that a late answer may still come."""
+    """A command that is open, or that timed out so recently that a late answer may still come.
+
+    `begun`: its flight, once something has asked for it. A command that only waits has none, which saves a
+    fifth of its memory.
+    """
 
     state: CommandState
     definition: Definition
-    flight: Flight = msgspec.field(default_factory=Flight)
+    begun: Flight | None = None
+
+    @property
+    def flight(self) -> Flight:
+        if self.begun is None:
+            self.begun = Flight()
+        return self.begun
 
     @property
     def holds_slot(self) -> bool:
@@ -271,11 +281,12 @@ def wake_at(member: Member, now: int) -> int | None:
 
     A next attempt that is already due has no timer: it waits for the link, a slot or the device.
     """
-    state, flight = member.state, member.flight
+    state = member.state
     match state.state:
         case State.PENDING:
             return state.expires_at
         case State.PUBLISHED:
+            flight = member.flight
             due_at = flight.due_at if flight.due_at > now else None
             times = (state.expires_at, attempt_ends_at(member) if flight.open else due_at)
             return min((at for at in times if at is not None), default=None)
@@ -304,11 +315,11 @@ def result_due_at(member: Member) -> int:
 
 def overdue(member: Member, now: int) -> Input | None:
     """The timer of this command that is over; None if none is."""
-    state, flight = member.state, member.flight
+    state = member.state
     unanswered = state.state in (State.PENDING, State.PUBLISHED)
     if unanswered and state.expires_at is not None and now >= state.expires_at:
         return Input.EXPIRY
-    if state.state is State.PUBLISHED and flight.open:
+    if state.state is State.PUBLISHED and member.flight.open:
         timer = attempt_ends_at(member)
         if timer is not None and now >= timer:
             return Input.ATTEMPT_TIMER
@@ -343,52 +354,6 @@ def reopened(lane: Lane, member: Member) -> None:
     """Puts a command that a late answer reopened back into its lane. It takes no window slot."""
     lane.late.pop(member.state.id, None)
     lane.members[member.state.id] = member
-
-
-def candidates(lane: Lane, arrived_at: int) -> list[Member]:
-    """The commands that an answer without id can belong to: handed over, and not final.
-
-    A timed-out command is a candidate for `late_answer_sec`. `arrived_at`: when the answer reached the
-    intake, ms; it may have waited there. A command handed over after that is no candidate. Nor is one
-    of which the device has nothing yet, although the log already has its `published`.
-    """
-    found = [
-        member
-        for member in lane.members.values()
-        if member.state.state in (State.PUBLISHED, State.ACKNOWLEDGED) and not _unwritten(member, arrived_at)
-    ]
-    return found + [
-        member
-        for member in lane.late.values()
-        if arrived_at < late_until(member) and not _unwritten(member, arrived_at)
-    ]
-
-
-def observable(lane: Lane, arrived_at: int) -> list[Member]:
-    """The commands that a state which arrived at this time (ms) may show to be done.
-
-    Only a state after the bytes of the last attempt counts: an older one says nothing about the command.
-    """
-    return [
-        member
-        for member in (*lane.members.values(), *lane.late.values())
-        if member.flight.sent_at is not None
-        and arrived_at >= member.flight.sent_at
-        and (not member.state.closed or arrived_at < late_until(member))
-    ]
-
-
-def is_answerable(member: Member, at: int) -> bool:
-    """Not before the MQTT server has confirmed it, unless an earlier attempt may have reached the device."""
-    flight = member.flight
-    left = member.state.attempts - flight.refused - flight.missed - flight.unsent
-    return left > 1 or not (flight.unconfirmed or at < flight.confirmed_at)
-
-
-def _unwritten(member: Member, at: int) -> bool:
-    state, flight = member.state, member.flight
-    unwritten = flight.open and flight.written_at is None
-    return at < (state.published_at or at) or state.attempts <= flight.refused + flight.missed + unwritten
 
 
 def late_until(member: Member) -> int:

@@ -147,7 +147,7 @@ class Dispatch:
             return
         if presence in (Presence.ONLINE, Presence.OFFLINE):
             came, drained = presence is Presence.ONLINE, self.drained(self.writer.now(), device_id)
-            for member in list(lane.members.values()):
+            for member in [each for each in lane.members.values() if each.state.state is not State.PENDING]:
                 if came:
                     self.attempts.end(member, Input.CAME_ONLINE)
                 elif member.definition.presence == "none" or member.flight.lease_until is not None:

@@ -14,11 +14,12 @@ from collections.abc import Iterable
 import msgspec
 import structlog
 
+from broker.domain.answerable import candidates, is_answerable
 from broker.domain.decisions import Verdict, decide
 from broker.domain.errors import Unavailable
 from broker.domain.events import Evidence
 from broker.domain.fleet import DeviceState
-from broker.domain.lanes import Member, Presence, candidates, is_answerable, ms
+from broker.domain.lanes import Member, Presence, ms
 from broker.domain.lifecycle import CommandState, Input, Request
 from broker.domain.waiting import first
 from broker.engine.commands import Commands

@@ -211,7 +211,7 @@ class Live:
         read = await storage.read(work)
         for cache in (self.closed, self.devices, self.names, self.keys, self.numbers):
             cache.clear()
-        heard = {command_id: member.flight.heard_at for command_id, member in self.members.items()}
+        heard = {key: each.begun.heard_at for key, each in self.members.items() if each.begun is not None}
         self.lanes.clear()
         self.members.clear()
         promised = [(purge.cutoff, purge.at) for purge in read.purges]
@@ -222,8 +222,11 @@ class Live:
             if count % AT_ONCE == 0:
                 await asyncio.sleep(0)  # a node must show signs of life while it reads
             definition = self.definitions[state.definition]
-            member = Member(state, definition, attempts.recovered(state, definition, now, entropy.uniform))
-            member.flight.heard_at = heard.get(state.id, 0)
+            member = Member(state, definition)
+            if state.state is not State.PENDING:
+                member.begun = attempts.recovered(state, definition, now, entropy.uniform)
+            if state.id in heard:
+                member.flight.heard_at = heard[state.id]
             self.members[state.id] = self.lane(state.device_id).members[state.id] = member
             self.closed.forget(state.id)
             for number in state.numbers:

@@ -128,16 +128,16 @@ class _Then:
     def _untimely(self, member: Member, event: CommandEvent, request: Request, now: int) -> str | None:
         """Why a timer would not have been due, or the lane would not have sent the command; else None."""
         state = member.state
-        timers, member.flight = [Input.EXPIRY, Input.RESULT_TIMER], Flight()
+        timers, member.begun = [Input.EXPIRY, Input.RESULT_TIMER], None
         if state.handed_over_at is not None and state.transport in ("heartbeat", "relay"):
             timers.append(Input.ATTEMPT_TIMER)
             lease = lanes.lease_ms(member.definition, state.transport)
-            member.flight = Flight(open=True, lease_until=state.handed_over_at + lease)
+            member.begun = Flight(open=True, lease_until=state.handed_over_at + lease)
         if request.input in timers and lanes.overdue(member, now) is not request.input:
             return f"{request.input.value}: not at {now}"
         if isinstance(event, Published) and event.transport == "mqtt":
             for each in self.lane.members.values():
-                each.flight = Flight(open=each is not member)
+                each.begun = Flight(open=each is not member)
             presence = self._presence(sure=event.counts)
             if member not in lanes.due(self.lane, presence, now, SLOTS):
                 return f"hand over by MQTT: not due at {now}, with the device {presence.value}"

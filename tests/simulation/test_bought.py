@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from broker.domain import lanes
+from broker.domain import answerable, lanes
 from broker.engine.registry import NewDevice
 from broker.engine.speech import reading
 from broker.engine.speech.encoder import Encoder
@@ -171,7 +171,7 @@ def _last_rule_first(given: Any, *rest: Any) -> Any:
 read = rules.read
 BUGS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("number reused", Encoder, "number", _same_number),
-    ("state older than the command taken as done", lanes, "observable", _any_state),
+    ("state older than the command taken as done", answerable, "observable", _any_state),
     ("rule order ignored", reading, "read", _last_rule_first),
 ]
 

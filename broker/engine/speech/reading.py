@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 import structlog
 
-from broker.domain import lanes
+from broker.domain import answerable
 from broker.domain.events import Evidence
 from broker.domain.fleet import DeviceState, News, same_attributes
 from broker.domain.lanes import Member
@@ -104,7 +104,7 @@ class Reader:
                 return self._named(device, place, message, reading)
             fits = fits or isinstance(reading, Reading)
         lane = self._live.lanes.get(device.id)
-        candidates = lanes.candidates(lane, arrived_at) if lane is not None and live else []
+        candidates = answerable.candidates(lane, arrived_at) if lane is not None and live else []
         read_by = [(each, self._read(each, place, message)) for each in candidates]
         found = [(each, reading) for each, reading in read_by if isinstance(reading, Reading)]
         if len(found) > 1:
@@ -147,7 +147,7 @@ class Reader:
             return []
         return [
             member
-            for member in lanes.observable(lane, arrived_at)
+            for member in answerable.observable(lane, arrived_at)
             if (speech := member.definition.speech) is not None
             and speech.done_when is not None
             and place.pattern in speech.state_topics

@@ -565,6 +565,23 @@ def test_a_deadline_that_passed_without_a_link_waits_for_answers_kept_by_the_ser
     play(scene)
 
 
+def test_a_command_that_only_waits_has_no_flight_in_memory() -> None:
+    async def world(loop: SimLoop) -> None:
+        disk = SimDisk(loop)
+        async with running(SimStorage(loop, disk), SimClock(loop)) as bench:
+            device = await bench.device()
+            for _ in range(3):
+                await bench.order(ttl_sec=600)
+            await sent(bench, 1)
+            for presence in (Presence.OFFLINE, Presence.ONLINE):
+                bench.core.dispatch.presence(device.id, presence)
+            assert [each.begun is not None for each in bench.live.members.values()] == [True, False, False]
+        async with running(SimStorage(loop, disk), SimClock(loop)) as bench:
+            assert [each.begun is not None for each in bench.live.members.values()] == [True, False, False]
+
+    simulated(world)
+
+
 def test_a_device_id_and_hardware_id_belong_to_one_project_for_ever() -> None:
     async def scene(bench: Bench) -> None:
         device = await bench.device(online=False)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.domain import lanes
+from broker.domain import answerable, lanes
 from broker.domain.events import Acknowledged, Event, Executed, Progressed, Published, TimedOut, Transport
 from broker.domain.lanes import Flight, Lane, Member, Presence
 from broker.domain.lifecycle import Input
@@ -173,7 +173,7 @@ def test_candidates_of_an_answer_without_id_are_handed_over_and_not_final_or_lon
     lanes.closed(found, late, T)
 
     def named(now: int) -> set[str]:
-        return {candidate.state.id for candidate in lanes.candidates(found, now)}
+        return {candidate.state.id for candidate in answerable.candidates(found, now)}
 
     assert named(T + 19_999) == {"late", "flying", "heard"}
     assert named(T + 20_000) == {"flying", "heard"}
@@ -181,8 +181,8 @@ def test_candidates_of_an_answer_without_id_are_handed_over_and_not_final_or_lon
 
 def test_a_command_handed_over_after_an_answer_without_id_is_no_candidate() -> None:
     found = lane(member("flying", PUBLISHED))
-    assert [candidate.state.id for candidate in lanes.candidates(found, T)] == ["flying"]
-    assert lanes.candidates(found, T - 1) == []
+    assert [candidate.state.id for candidate in answerable.candidates(found, T)] == ["flying"]
+    assert answerable.candidates(found, T - 1) == []
 
 
 @pytest.mark.parametrize("end", [(), (TimedOut(reason="no_answer"),)], ids=["open", "timed out"])
@@ -194,7 +194,7 @@ def test_a_command_that_reached_nobody_is_no_candidate_of_an_answer_without_id(
     def found(flight: Flight) -> list[str]:
         made = member("a", PUBLISHED, Published(attempt=2), *end, flight=flight, **BARE)
         held = Lane(DEVICE, {}, {"a": made}) if end else lane(made)
-        return [candidate.state.id for candidate in lanes.candidates(held, T + 1)]
+        return [candidate.state.id for candidate in answerable.candidates(held, T + 1)]
 
     assert found(Flight(missed=2)) == found(Flight(missed=1, refused=1)) == []
     assert found(Flight(missed=1, open=True)) == []
