@@ -78,9 +78,40 @@ CREATE TABLE IF NOT EXISTS definitions (digest text COLLATE "C" PRIMARY KEY, bod
 """
 PROJECTED = ("commands", "lanes", "devices", "names", "definitions")
 
-# PostgreSQL replaces no function by one whose parameters have other names. `put_states` is of an earlier
-# release: an `append` of it that waits for the lock meanwhile must not find it.
-REPLACED = "DROP FUNCTION IF EXISTS put_states, put_newest, append"
+# PostgreSQL replaces no function by one whose parameters have other names, and keeps one with other types
+# beside it. `put_states` is of an earlier release: an `append` of it that waits for the lock meanwhile must
+# not find it. The last three were parts of `append`.
+REPLACED = """
+DO $$
+DECLARE
+    old regprocedure;
+BEGIN
+    FOR old IN SELECT p.oid FROM pg_proc p WHERE p.pronamespace = 'ordain'::regnamespace
+        AND p.proname IN ('put_states', 'put_newest', 'append', 'part', 'words', 'whole')
+    LOOP
+        EXECUTE format('DROP FUNCTION %s', old);
+    END LOOP;
+END $$;
+"""
+
+# The rows of a batch, which `arguments` makes. A type is never changed or dropped: with other columns it gets
+# another name. Else the owner of another release would get an error of the system, and not a refusal.
+ROWS = {
+    "new_event": """stream text, version bigint, type text, schema bigint, decided_at bigint, project text,
+        device_id text, actor text, data bytea, salt bytea""",
+    "put_command": """id text, over bigint, first bigint, last bigint, opened boolean, project text,
+        device_id text, type text, state text, version bigint, closed_at bigint, later bytea""",
+    "put_device": """id text, over bigint, first bigint, last bigint, project text, hardware_id text,
+        deleted boolean, version bigint, online bigint, body bytea""",
+}
+TYPE = """
+DO $$
+BEGIN
+    IF to_regtype('ordain.{name}') IS NULL THEN
+        CREATE TYPE {name} AS ({columns});
+    END IF;
+END $$;
+"""
 
 # Functions that make the texts of the queries mean the same as on SQLite, and parts of `append`.
 FUNCTIONS = """
@@ -94,15 +125,6 @@ $$ SELECT current_setting('block_size')::bigint $$;
 CREATE OR REPLACE FUNCTION pragma_page_count() RETURNS TABLE (page_count bigint) LANGUAGE sql STABLE AS
 $$ SELECT (sum(pg_total_relation_size(c.oid)) / current_setting('block_size')::bigint)::bigint
     FROM pg_class c WHERE c.relkind = 'r' AND c.relnamespace = 'ordain'::regnamespace $$;
-
-CREATE OR REPLACE FUNCTION part(bytes bytea) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE AS
-$$ SELECT int4send(octet_length(bytes)) || bytes $$;
-
-CREATE OR REPLACE FUNCTION words(value text) RETURNS bytea LANGUAGE sql STABLE PARALLEL SAFE AS
-$$ SELECT int4send(octet_length(value)) || convert_to(value, 'UTF8') $$;
-
-CREATE OR REPLACE FUNCTION whole(value bigint) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE AS
-$$ SELECT '\\x00000008'::bytea || int8send(value) $$;
 
 -- The clock of the database, Unix time in ms. A function of its own, so that a test can say what time it is.
 CREATE OR REPLACE FUNCTION now_ms() RETURNS bigint LANGUAGE sql VOLATILE AS
@@ -151,34 +173,24 @@ END $$;
 # The newest states, written over the versions that the batch follows. `base`: what makes an index a position.
 STATES = """
 CREATE OR REPLACE FUNCTION put_newest(
-    base bigint,
-    c_id text[], c_over bigint[], c_first bigint[], c_last bigint[], c_opened boolean[], c_project text[],
-    c_device text[], c_type text[], c_state text[], c_version bigint[], c_closed_at bigint[],
-    c_later bytea[],
-    d_id text[], d_over bigint[], d_first bigint[], d_last bigint[], d_project text[], d_hardware text[],
-    d_deleted boolean[], d_version bigint[], d_online bigint[], d_body bytea[])
+    base bigint, of_commands put_command[], of_devices put_device[])
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     due bigint;
     done bigint;
 BEGIN
-    IF cardinality(c_id) > 0 THEN
+    IF cardinality(of_commands) > 0 THEN
         INSERT INTO commands (position, project, device_id, type, state, version, closed_at,
                               closed_position, later)
-            SELECT base + s.first, s.project, s.device, s.type, s.state, s.version, s.closed_at,
+            SELECT base + s.first, s.project, s.device_id, s.type, s.state, s.version, s.closed_at,
                 CASE WHEN s.closed_at IS NULL THEN NULL ELSE base + s.last END, s.later
-            FROM unnest(c_over, c_first, c_last, c_project, c_device, c_type, c_state, c_version,
-                        c_closed_at, c_later)
-                AS s(over, first, last, project, device, type, state, version, closed_at, later)
-            WHERE s.over = 0;
+            FROM unnest(of_commands) s WHERE s.over = 0;
         WITH changed AS (
             UPDATE commands c SET state = s.state, version = s.version, closed_at = s.closed_at,
                     closed_position = CASE WHEN s.closed_at IS NULL THEN NULL ELSE base + s.last END,
                     later = s.later
-                FROM unnest(c_id, c_over, c_last, c_opened, c_state, c_version, c_closed_at, c_later)
-                    AS s(id, over, last, opened, state, version, closed_at, later)
-                    CROSS JOIN LATERAL (SELECT i.position FROM events i
-                        WHERE i.stream = s.id AND i.version = 1 OFFSET 0) i
+                FROM unnest(of_commands) s CROSS JOIN LATERAL (
+                    SELECT i.position FROM events i WHERE i.stream = s.id AND i.version = 1 OFFSET 0) i
                 WHERE s.over > 0 AND c.position = i.position AND c.version = s.over
                 RETURNING c.device_id, c.position, c.closed_at, s.opened
         ), reopened AS (
@@ -194,35 +206,28 @@ BEGIN
                         WHERE l.device_id = c.device_id AND l.position = c.position OFFSET 0) l
                 WHERE c.closed_at IS NOT NULL))
         ) SELECT count(*) INTO done FROM changed;
-        SELECT count(*) INTO due FROM unnest(c_over) AS s(over) WHERE s.over > 0;
+        SELECT count(*) INTO due FROM unnest(of_commands) s WHERE s.over > 0;
         IF done <> due THEN
             RAISE EXCEPTION '% of % commands were changed by another writer', due - done, due
                 USING ERRCODE = 'OD002';
         END IF;
         INSERT INTO lanes (device_id, position)
-            SELECT s.device, base + s.first
-            FROM unnest(c_over, c_first, c_opened, c_device, c_closed_at)
-                AS s(over, first, opened, device, closed_at)
+            SELECT s.device_id, base + s.first FROM unnest(of_commands) s
             WHERE s.over = 0 AND s.opened AND s.closed_at IS NULL;
     END IF;
 
-    IF cardinality(d_id) > 0 THEN
+    IF cardinality(of_devices) > 0 THEN
         INSERT INTO devices (id, position, project, hardware_id, deleted, version, last_position, online,
                              body)
-            SELECT s.id, base + s.first, s.project, s.hardware,
+            SELECT s.id, base + s.first, s.project, s.hardware_id,
                 CASE WHEN s.deleted THEN base + s.last ELSE 0 END, s.version, base + s.last,
                 s.online, s.body
-            FROM unnest(d_id, d_over, d_first, d_last, d_project, d_hardware, d_deleted, d_version, d_online,
-                        d_body)
-                AS s(id, over, first, last, project, hardware, deleted, version, online, body)
-            WHERE s.over = 0;
+            FROM unnest(of_devices) s WHERE s.over = 0;
         UPDATE devices d SET deleted = CASE WHEN s.deleted THEN base + s.last ELSE 0 END,
                 version = s.version, last_position = base + s.last, online = s.online, body = s.body
-            FROM unnest(d_id, d_over, d_last, d_deleted, d_version, d_online, d_body)
-                AS s(id, over, last, deleted, version, online, body)
-            WHERE s.over > 0 AND d.id = s.id AND d.version = s.over;
+            FROM unnest(of_devices) s WHERE s.over > 0 AND d.id = s.id AND d.version = s.over;
         GET DIAGNOSTICS done = ROW_COUNT;
-        SELECT count(*) INTO due FROM unnest(d_over) AS s(over) WHERE s.over > 0;
+        SELECT count(*) INTO due FROM unnest(of_devices) s WHERE s.over > 0;
         IF done <> due THEN
             RAISE EXCEPTION '% of % devices were changed by another writer', due - done, due
                 USING ERRCODE = 'OD002';
@@ -246,18 +251,11 @@ END $$;
 # OD001 fenced, OD002 conflict, OD003 a number used twice, OD004 the clock is ahead, OD005 another release.
 #
 # `of_format` is the digest of the tables that the caller knows. Once another release made the tables anew,
-# an owner is refused here: it would write rows that nobody can read. This parameter and `c_summary` have the
-# names that an earlier release gave them, because that one replaces this function without dropping it.
+# an owner is refused here: it would write rows that nobody can read.
 APPEND = """
 CREATE OR REPLACE FUNCTION append(
     of_incarnation text, of_number bigint, of_digest bytea, of_term bigint, of_format text,
-    streams text[], versions bigint[], types text[], schemas bigint[], decided bigint[], projects text[],
-    device_ids text[], actors text[], datas bytea[], salts bytea[],
-    c_id text[], c_over bigint[], c_first bigint[], c_last bigint[], c_opened boolean[], c_project text[],
-    c_device text[], c_type text[], c_state text[], c_version bigint[], c_closed_at bigint[],
-    c_summary bytea[],
-    d_id text[], d_over bigint[], d_first bigint[], d_last bigint[], d_project text[], d_hardware text[],
-    d_deleted boolean[], d_version bigint[], d_online bigint[], d_body bytea[],
+    new_events new_event[], of_commands put_command[], of_devices put_device[],
     statements text[], payloads jsonb[],
     OUT first bigint, OUT recorded bigint, OUT last bigint, OUT head bytea) LANGUAGE plpgsql AS $$
 DECLARE
@@ -266,10 +264,10 @@ DECLARE
     before bigint;
     decided_before bigint;
     clock bigint;
-    hashes bytea[] := '{}';
+    event new_event;
+    digest bytea;
     digests bytea[] := '{}';
-    suffix bytea;
-    row_digest bytea;
+    hashes bytea[] := '{}';
 BEGIN
     PERFORM pg_advisory_xact_lock(LOCK);
     IF current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') THEN
@@ -304,51 +302,44 @@ BEGIN
     clock := now_ms();
     first := before + 1;
     recorded := greatest(coalesce(recorded, 0), clock);
-    IF cardinality(streams) > 0 THEN
-        IF decided[1] < decided_before THEN
-            RAISE EXCEPTION 'decided at %, before the last event (%)', decided[1], decided_before
-                USING ERRCODE = 'OD002';
-        ELSIF decided[cardinality(decided)] > clock + 1000 THEN
+    IF cardinality(new_events) > 0 THEN
+        IF new_events[1].decided_at < decided_before THEN
+            RAISE EXCEPTION 'decided at %, before the last event (%)',
+                new_events[1].decided_at, decided_before USING ERRCODE = 'OD002';
+        ELSIF new_events[cardinality(new_events)].decided_at > clock + 1000 THEN
             RAISE EXCEPTION 'the clock of this node is % ms ahead of the database''s',
-                decided[cardinality(decided)] - clock USING ERRCODE = 'OD004';
+                new_events[cardinality(new_events)].decided_at - clock USING ERRCODE = 'OD004';
         END IF;
-        FOR suffix, row_digest IN
-            SELECT words(e.stream) || whole(e.version) || words(e.type) || whole(e.schema) || whole(recorded)
-                || whole(e.decided_at) || words(e.project) || coalesce(words(e.device_id), '\\xffffffff')
-                || words(e.actor), sha256(part(e.salt) || part(e.data))
-            FROM unnest(streams, versions, types, schemas, decided, projects, device_ids, actors, datas,
-                        salts)
-                WITH ORDINALITY AS e(stream, version, type, schema, decided_at, project, device_id, actor,
-                                     data, salt, place)
-            ORDER BY e.place
-        LOOP
+        -- From its byte 21 on, `array_send` has what the chain hashes: each part after its length in 4 bytes,
+        -- and ffffffff for NULL.
+        FOREACH event IN ARRAY new_events LOOP
             last := last + 1;
-            head := sha256('\\x000000086f726461696e2d3200000020' || head || '\\x00000008' || int8send(last)
-                || suffix || '\\x00000020' || row_digest);
+            digest := sha256(substr(array_send(ARRAY[event.salt, event.data]), 21));
+            head := sha256(substr(array_send(ARRAY['ordain-2'::bytea, head, int8send(last),
+                textsend(event.stream), int8send(event.version), textsend(event.type), int8send(event.schema),
+                int8send(recorded), int8send(event.decided_at), textsend(event.project),
+                textsend(event.device_id), textsend(event.actor), digest]), 21));
+            digests := array_append(digests, digest);
             hashes := array_append(hashes, head);
-            digests := array_append(digests, row_digest);
         END LOOP;
         INSERT INTO events (position, stream, version, type, schema, recorded_at, decided_at, project,
                             device_id, actor, data, salt, digest, hash)
             SELECT before + e.place, e.stream, e.version, e.type, e.schema, recorded, e.decided_at, e.project,
                 e.device_id, e.actor, e.data, e.salt, e.digest, e.hash
-            FROM unnest(streams, versions, types, schemas, decided, projects, device_ids, actors, datas,
-                        salts, digests, hashes)
+            FROM unnest(new_events, digests, hashes)
                 WITH ORDINALITY AS e(stream, version, type, schema, decided_at, project, device_id, actor,
                                      data, salt, digest, hash, place);
-        PERFORM 1 FROM unnest(streams, versions) AS e(stream, version) WHERE e.version > 1 AND NOT EXISTS (
+        PERFORM 1 FROM unnest(new_events) e WHERE e.version > 1 AND NOT EXISTS (
             SELECT 1 FROM events p WHERE p.stream = e.stream AND p.version = e.version - 1);
         IF FOUND THEN
             RAISE EXCEPTION 'an event is not the next one of its stream' USING ERRCODE = 'OD002';
         END IF;
     END IF;
 
-    PERFORM put_newest(first,
-        c_id, c_over, c_first, c_last, c_opened, c_project, c_device, c_type, c_state, c_version, c_closed_at,
-        c_summary,
-        d_id, d_over, d_first, d_last, d_project, d_hardware, d_deleted, d_version, d_online, d_body);
+    PERFORM put_newest(first, of_commands, of_devices);
     PERFORM put_rows(first, statements, payloads);
-    INSERT INTO batches VALUES (of_incarnation, of_number, of_digest, first, cardinality(streams), recorded);
+    INSERT INTO batches
+        VALUES (of_incarnation, of_number, of_digest, first, cardinality(new_events), recorded);
     DELETE FROM batches b WHERE b.incarnation = of_incarnation AND b.number = of_number - 100;
 END $$;
 """
@@ -379,5 +370,6 @@ LOCK = int.from_bytes(b"ordain")
 
 def statements() -> list[str]:
     """Everything that makes an empty schema a log, and an older one current."""
+    types = [TYPE.format(name=name, columns=columns) for name, columns in ROWS.items()]
     locked = [text.replace("LOCK", str(LOCK)) for text in (APPEND, LANDED)]
-    return [LOG, PROJECTIONS, REPLACED, FUNCTIONS, STATES, *locked]
+    return [LOG, PROJECTIONS, REPLACED, *types, FUNCTIONS, STATES, *locked]

@@ -356,7 +356,7 @@ async def test_functions_of_an_older_release_are_replaced(database: str) -> None
     async with opened(database), admin(database) as sql:
         older = next(text for text in tables.statements() if "FUNCTION put_newest" in text)
         await sql.execute("DROP FUNCTION put_newest")
-        await sql.execute(older.replace("c_id", "c_name"))
+        await sql.execute(older.replace("of_commands", "of_lanes"))
         await sql.execute("UPDATE meta SET value = 'older' WHERE key = 'tables'")
 
         again = PostgresLog(address(database), "node_2")
@@ -364,7 +364,7 @@ async def test_functions_of_an_older_release_are_replaced(database: str) -> None
         await again.close()
 
         names = await sql.fetchval("SELECT proargnames FROM pg_proc WHERE proname = 'put_newest'")
-        assert "c_id" in names
+        assert "of_commands" in names
 
 
 async def test_an_owner_is_refused_once_another_release_made_the_tables(
