@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-What = Literal["publish", "accepted", "delivery", "puback", "reached"]
+What = Literal["publish", "queued", "accepted", "delivery", "puback", "reached"]
 Row = dict[str, Any]  # an event as the log stores it, `data` decoded; `data` is None for an erased event
 
 

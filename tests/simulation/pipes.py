@@ -386,6 +386,7 @@ class _Telling(Listener):
         handed = super().publish(outgoing, done)
         if net.handing is not None and routed:
             net.queued.setdefault(outgoing.topic, []).append(outgoing)
+            net.record("queued", outgoing)
         net.handing = None
         return handed
 

@@ -46,11 +46,13 @@ class Calm:
 
 
 def d2(facts: Facts) -> Iterator[str]:
-    """D2: without faults, the bytes of every hand-over by MQTT are written, unless the command ends first."""
+    """D2: without faults, the bytes of every hand-over by MQTT are written, unless the command ends first or
+    they wait behind the device's own window."""
     healed, ended = facts.history.healed_at, facts.history.ended_at
     if healed is None or ended is None:
         return
-    written = {(record.command_id, record.attempt) for record in facts.publishes}
+    wire = facts.history.wire
+    written = {(each.command_id, each.attempt) for each in wire if each.what in ("publish", "queued")}
     calm = Calm(facts, slow_too=False)
     for command_id, rows in facts.commands.items():
         for row in rows:
