@@ -49,10 +49,11 @@ JSON ?=
 bench: .venv/dev mosquitto ## measure this machine; JSON=FILE writes the named figures
 	@.venv/bin/python -m scripts.bench $(if $(JSON),--json $(JSON))
 
-bench-long: .venv/dev mosquitto ## measure a million events read again, growth, purges, travel in time, PostgreSQL, peers and failover
+bench-long: .venv/dev mosquitto ## measure a million events read again, growth, purges, latencies, travel in time, PostgreSQL, peers and failover
 	@.venv/bin/python -m scripts.bench --only h --events 1000000
 	@.venv/bin/python -m scripts.bench.growth
 	@.venv/bin/python -m scripts.bench.purge
+	@.venv/bin/python -m scripts.bench.latency
 	@.venv/bin/python -m scripts.bench.travel
 	@.venv/bin/python -m scripts.bench.postgresql
 	@.venv/bin/python -m scripts.bench.peers

@@ -36,9 +36,10 @@ Figures = dict[str, list[float]]
 
 
 class Round(Protocol):
-    """Makes one round of lives: one request for each command, or, `fan_out`, one for all devices."""
+    """Makes one round of lives: one request for each command, or, `fan_out`, one for all devices. `rate`:
+    requests a second; 0: as fast as possible."""
 
-    def __call__(self, *, fan_out: bool = False) -> Awaitable[dict[str, float]]: ...
+    def __call__(self, *, fan_out: bool = False, rate: float = 0) -> Awaitable[dict[str, float]]: ...
 
 
 class _Trips:
@@ -124,22 +125,22 @@ async def living(
         port, pids["broker"] = await stack.enter_async_context(served)
         scopes = ["--scope", "devices:read", "--scope", "devices:write"]
         key = processes.ordain("keys", "create", "--project", "bench", *scopes, "--data", str(home))
-        tokens = await _register(port, key, devices)
+        tokens = await register(port, key, devices)
         answers = ["acknowledged", "executed"]
         fleet = processes.devices(home, mqtt_port, devices, connections, answers, tokens if own else None)
         pids["devices"] = await stack.enter_async_context(fleet)
         log = open_for_reading(home)
         stack.callback(log.close)
 
-        async def one_round(*, fan_out: bool = False) -> dict[str, float]:
+        async def one_round(*, fan_out: bool = False, rate: float = 0) -> dict[str, float]:
             async with asyncio.timeout(ROUND_WITHIN_SEC):
-                load = _load(port, key, devices, count, fan_out)
+                load = _load(port, key, devices, count, fan_out, rate)
                 return await _round(log, load, count - count % devices if fan_out else count, pids)
 
         yield one_round
 
 
-async def _register(port: int, key: str, devices: int) -> dict[str, str]:
+async def register(port: int, key: str, devices: int) -> dict[str, str]:
     """Registers the devices. Returns their tokens by hardware id."""
     headers, tokens = {"Authorization": f"Bearer {key}"}, {}
     async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as client:
@@ -165,8 +166,8 @@ async def _round(
     if len(times) != count:
         raise AssertionError(f"{count} commands were accepted, but {len(times)} were executed")
     seconds = (max(end for _, end in times) - min(start for start, _ in times)) / 1_000
-    p50, p99 = _quantiles([float(end - start) for start, end in times])
-    http_p50, http_p99 = _quantiles(report.latencies_ms)
+    p50, p99 = quantiles([float(end - start) for start, end in times])
+    http_p50, http_p99 = quantiles(report.latencies_ms)
     return {
         "lives/s": count / seconds,
         **{f"{name} CPU µs per life": value / count * 1e6 for name, value in spent.items()},
@@ -177,9 +178,9 @@ async def _round(
     }
 
 
-async def _load(port: int, key: str, devices: int, count: int, fan_out: bool) -> Report:
+async def _load(port: int, key: str, devices: int, count: int, fan_out: bool, rate: float) -> Report:
     program = [sys.executable, "-m", "scripts.bench.load", "--port", str(port), "--key", key]
-    program += ["--devices", str(devices), "--count", str(count)]
+    program += ["--devices", str(devices), "--count", str(count), "--rate", str(rate)]
     program += ["--fan-out"] if fan_out else []
     load = await asyncio.create_subprocess_exec(*program, cwd=processes.ROOT, stdout=asyncio.subprocess.PIPE)
     try:
@@ -193,7 +194,7 @@ async def _load(port: int, key: str, devices: int, count: int, fan_out: bool) ->
     return msgspec.json.decode(said, type=Report)
 
 
-def _quantiles(values: list[float]) -> tuple[float, float]:
+def quantiles(values: list[float]) -> tuple[float, float]:
     """p50 and p99."""
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     return cuts[49], cuts[98]

@@ -1,4 +1,5 @@
-"""The benchmark's load: creates commands over keep-alive HTTP, one request at a time per connection.
+"""The benchmark's load: creates commands over keep-alive HTTP, one request at a time per connection, as fast
+as they are answered or at a fixed rate.
 
 It is a separate process, so that it does not use the CPU time of the measured process. It prints one line of
 JSON: seconds, CPU seconds, and the latencies of the requests in ms. A status that is not 200 or 201 ends it.
@@ -28,7 +29,7 @@ LENGTH = b"\r\ncontent-length: "
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """The result of the load. `latencies_ms` has one entry per request."""
+    """The result of the load. `latencies_ms` has one entry per request, from the time at which it was due."""
 
     seconds: float
     cpu_sec: float
@@ -36,9 +37,13 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 class _Load:
-    """The shared state of all connections: the requests, and how many are still to be sent."""
+    """The shared state of all connections: the requests, and how many are still to be sent. `gap`: seconds
+    between two requests; 0: as fast as they are answered. `idle`: connections that wait for a request."""
 
-    def __init__(self, key: str, devices: int, count: int, fan_out: bool) -> None:
+    def __init__(self, key: str, devices: int, count: int, fan_out: bool, gap: float) -> None:
+        self._gap = gap
+        self._start = time.perf_counter()
+        self.idle: list[_Connection] = []
         names = [hardware_id(number) for number in range(devices)]
         bodies = {f"/v1/devices/{name}/commands": BODY for name in names}
         if fan_out:
@@ -51,11 +56,26 @@ class _Load:
         self.latencies_ms: list[float] = []
         self.done = asyncio.get_running_loop().create_future()
 
-    def next(self) -> bytes | None:
-        if self._sent == self._count:
+    def begin(self) -> None:
+        self._start = time.perf_counter()
+
+    def next(self) -> tuple[bytes, float] | None:
+        """A request and when it is due; None if none is due now."""
+        due = self._start + self._sent * self._gap if self._gap else time.perf_counter()
+        if self._sent == self._count or due > time.perf_counter():
             return None
         self._sent += 1
-        return self._requests[self._sent % len(self._requests)]
+        return self._requests[self._sent % len(self._requests)], due
+
+    async def pace(self) -> None:
+        """Gives each request to an idle connection when it is due."""
+        while self._gap and self._sent < self._count:
+            await asyncio.sleep(max(0, self._start + self._sent * self._gap - time.perf_counter()))
+            waiting, self.idle = self.idle, []
+            for connection in waiting:
+                connection.send()
+            if not waiting:
+                await asyncio.sleep(self._gap)  # all are busy: the next one that is answered takes it
 
     def answered(self, seconds: float) -> None:
         self.latencies_ms.append(seconds * 1_000)
@@ -81,9 +101,10 @@ class _Connection(asyncio.Protocol):
         self._load.failed(f"the broker closed a connection: {error}")
 
     def send(self) -> None:
-        request = self._load.next()
-        if request is not None:
-            self._since = time.perf_counter()
+        if (found := self._load.next()) is None:
+            self._load.idle.append(self)
+        else:
+            request, self._since = found
             self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
@@ -100,16 +121,18 @@ class _Connection(asyncio.Protocol):
             self.send()
 
 
-async def _run(port: int, key: str, devices: int, count: int, fan_out: bool) -> Report:
-    load = _Load(key, devices, count, fan_out)
+async def _run(port: int, key: str, devices: int, count: int, fan_out: bool, rate: float) -> Report:
+    load = _Load(key, devices, count, fan_out, 1 / rate if rate else 0)
     loop = asyncio.get_running_loop()
     connections = [
         (await loop.create_connection(lambda: _Connection(load), "127.0.0.1", port))[1]
         for _ in range(CONNECTIONS)
     ]
     since, cpu = time.perf_counter(), time.process_time()
+    load.begin()
     for connection in connections:
         connection.send()
+    await load.pace()
     await load.done
     return Report(
         seconds=time.perf_counter() - since,
@@ -123,10 +146,13 @@ def main() -> None:
     for name in ("--port", "--devices", "--count"):
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--key", required=True)
+    parser.add_argument("--rate", type=float, default=0, help="requests a second; 0: as fast as possible")
     parser.add_argument("--fan-out", action="store_true", help="each request is for all devices")
     given = parser.parse_args()
     try:
-        report = uvloop.run(_run(given.port, given.key, given.devices, given.count, given.fan_out))
+        report = uvloop.run(
+            _run(given.port, given.key, given.devices, given.count, given.fan_out, given.rate)
+        )
     except OSError as error:
         sys.exit(f"load: {error}")
     print(msgspec.json.encode(report).decode())

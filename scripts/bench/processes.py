@@ -32,7 +32,10 @@ allow_anonymous true
 set_tcp_nodelay true
 max_inflight_messages 1000
 max_queued_messages 100000
-log_dest none
+log_dest stderr
+log_type error
+log_type warning
+log_type notice
 """
 # High limits, so that the benchmark measures work and not refusals.
 CONFIG = """
