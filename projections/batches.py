@@ -9,6 +9,7 @@ from broker.domain.fleet import DeviceState
 from broker.log import erasing, rows
 from broker.log import sqlite as log
 from broker.log.driven import read_now
+from broker.log.many import many
 from broker.seams import (
     Batch,
     Change,
@@ -113,8 +114,8 @@ def put_states(sql: Sqlite, states: Iterable[Newest], first: int) -> None:
                 closed.append((state.device_id, state.id))
             elif newest.opened:
                 reopened.append((state.id,))
+    many(sql, commands.INSERT, new)
     for text, values in (
-        (commands.INSERT, new),
         (lanes.INSERT, opened),
         (lanes.REOPEN, reopened),
         (lanes.CLOSE, closed),
@@ -141,8 +142,7 @@ def put(sql: Sqlite, row: SideRow, first: int) -> None:
         case New() | Put() | Change() | Drop():
             sql.execute(*rows.statement(row, first))
         case Unmatched():
-            entry = (row.at, row.project, row.device_id, row.reason, row.topic, row.command_id, row.payload)
-            log.add_unmatched(sql, [entry], row.per_device, row.in_all)
+            log.add_unmatched(sql, row)
         case Erase():
             erasing.erase(sql, row.stream)
             erasing.forget_answers(sql, "command_id = ?", row.stream)

@@ -39,7 +39,7 @@ KEYS = {"commands": "position"}
 # The position of the `created` event of a command id.
 CREATED = "(SELECT i.position FROM events i WHERE i.stream = {} AND i.version = 1)"
 FIELDS = "position, project, device_id, type, state, version, closed_at, closed_position, later"
-INSERT = f"INSERT INTO commands ({FIELDS}) VALUES (?,?,?,?,?,?,?,?,?)"
+INSERT = f"INSERT INTO commands ({FIELDS}) VALUES {{}}"
 UPDATE = f"""UPDATE commands SET state = ?, version = ?, closed_at = ?, closed_position = ?, later = ?
     WHERE position = {CREATED.format("?")} AND version = ?"""
 

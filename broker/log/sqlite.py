@@ -7,7 +7,7 @@ deleted. The unique index on (stream, version) is the only concurrency rule.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from broker.domain.events import NAMES, SCHEMA, Pending, Recorded, decode, encode
@@ -15,7 +15,8 @@ from broker.log import chain, shape
 from broker.log.chain import Row
 from broker.log.driven import read_now
 from broker.log.erasing import REPLACEABLE, REPORTED, Excused, first_at
-from broker.seams import Conflict, Sql, Sqlite, UnknownFormat
+from broker.log.many import many
+from broker.seams import Conflict, Sql, Sqlite, UnknownFormat, Unmatched
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -59,8 +60,11 @@ UNWRITABLE = (
     ValueError, TypeError, OverflowError, Warning,
     sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError,
 )  # fmt: skip
-HAS_VERSION = "SELECT 1 FROM events WHERE stream = ? AND version = ?"
-INSERT = f"INSERT INTO events ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+# Which of these versions of streams the log has. CROSS JOIN fixes the join order.
+VERSIONS = """SELECT e.stream FROM (VALUES {}) v
+    CROSS JOIN events e ON e.stream = v.column1 AND e.version = v.column2"""
+INSERT_MANY = f"INSERT INTO events ({COLUMNS}) VALUES {{}}"
+INSERT = INSERT_MANY.format("(?,?,?,?,?,?,?,?,?,?,?,?,?,?)")
 
 
 class Head(NamedTuple):
@@ -167,13 +171,16 @@ def append(sql: Sqlite, after: Head, events: Sequence[Pending], salts: bytes) ->
     rows: list[Row] = []
     position, recorded_at, previous, decided_at = after
     versions: dict[str, int] = {}
+    follows: dict[str, int] = {}  # stream -> the version that the log must have
     for index, event in enumerate(events):
         position += 1
         # The unique index refuses a version that is taken; a version that leaves a gap is refused here.
         stream, before = event.stream, event.version - 1
-        if before != versions.get(stream, 0) and not sql.execute(HAS_VERSION, (stream, before)).fetchone():
-            raise Conflict(f"position {position}: {stream} has no version {before} yet")
-        versions[event.stream] = event.version
+        if before != versions.get(stream, 0):
+            if stream in versions:
+                raise Conflict(f"position {position}: {stream} has version {versions[stream]} before it")
+            follows[stream] = before
+        versions[stream] = event.version
         if event.decided_at < decided_at:
             raise Conflict(f"position {position} would be older than the event before it")
         decided_at = event.decided_at
@@ -194,7 +201,11 @@ def append(sql: Sqlite, after: Head, events: Sequence[Pending], salts: bytes) ->
         )
         previous = chain.link(previous, *header, row_digest)
         rows.append(Row(*header, data, salt, row_digest, previous))
-    sql.executemany(INSERT, rows)
+    there = {row[0] for row in many(sql, VERSIONS, list(follows.items()))}
+    for stream, before in follows.items():
+        if stream not in there:
+            raise Conflict(f"{stream} has no version {before} yet")
+    many(sql, INSERT_MANY, rows)
     return Head(position, recorded_at, previous, decided_at)
 
 
@@ -372,23 +383,17 @@ async def verify(sql: Sql, progress: Callable[[int], None] = lambda _: None) -> 
     return Verified(walk.rows, walk.hash, walk.fault, walk.later)
 
 
-def add_unmatched(sql: Sqlite, entries: Iterable[tuple[object, ...]], per_device: int, in_all: int) -> None:
-    """Stores unmatched answers. Keeps the newest: `per_device` for each device, and `in_all` in total.
-
-    An entry is (at, project, device_id, reason, topic, command_id, payload); `at` is Unix time in ms.
-    """
-    devices = set()
-    for entry in entries:
-        sql.execute(
-            "INSERT INTO unmatched (at, project, device_id, reason, topic, command_id, payload) "
-            "VALUES (?,?,?,?,?,?,?)",
-            entry,
-        )
-        devices.add(entry[2])
-    for device in devices:
-        sql.execute(
-            "DELETE FROM unmatched WHERE device_id IS ? AND id <= (SELECT id FROM unmatched "
-            "WHERE device_id IS ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
-            (device, device, per_device),
-        )
-    sql.execute("DELETE FROM unmatched WHERE id <= (SELECT max(id) FROM unmatched) - ?", (in_all,))
+def add_unmatched(sql: Sqlite, row: Unmatched) -> None:
+    """Stores an unmatched answer. Keeps the newest: so many of each device, and so many in all."""
+    entry = (row.at, row.project, row.device_id, row.reason, row.topic, row.command_id, row.payload)
+    sql.execute(
+        "INSERT INTO unmatched (at, project, device_id, reason, topic, command_id, payload) "
+        "VALUES (?,?,?,?,?,?,?)",
+        entry,
+    )
+    sql.execute(
+        "DELETE FROM unmatched WHERE device_id IS ? AND id <= (SELECT id FROM unmatched "
+        "WHERE device_id IS ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
+        (row.device_id, row.device_id, row.per_device),
+    )
+    sql.execute("DELETE FROM unmatched WHERE id <= (SELECT max(id) FROM unmatched) - ?", (row.in_all,))

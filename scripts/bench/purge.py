@@ -170,7 +170,7 @@ async def measure(directory: Path, commands: int, quiet_sec: float) -> None:
 async def _made_in_the_past(core: Core, commands: int) -> list[DeviceState]:
     """Registers devices and writes the old commands with the clock set back a year; then resets the clock."""
     writer = core.writer
-    writer._anchor_wall -= YEAR_MS
+    writer._since_ms -= YEAR_MS
     await core.open(embedded=True)
     running = asyncio.create_task(writer.run())
     issued = []
@@ -181,7 +181,7 @@ async def _made_in_the_past(core: Core, commands: int) -> list[DeviceState]:
     await writer.drain()
     running.cancel()
     await fill(core, devices, commands)
-    writer._anchor_wall += YEAR_MS
+    writer._since_ms += YEAR_MS
     await writer.start()
     return devices
 

@@ -124,7 +124,7 @@ LOG_BUGS: tuple[Bug, ...] = (
         "versions with gaps",
         "S2",
         (Writer, "operated", _with_gaps),
-        (log, "HAS_VERSION", "SELECT ?, ?"),
+        (log, "VERSIONS", "SELECT v.column1 FROM (VALUES {}) v"),
     ),
     bug("a projection has the first position of a commit", "S4", (Writer, "touch", _where_it_was_first)),
 )
