@@ -5,7 +5,6 @@ The only module of the broker that reads a clock, draws random bytes or opens th
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import fcntl
 import os
@@ -180,10 +179,9 @@ class SqliteStorage:
     async def _run(
         self, connection: aiosqlite.Connection, begin: str | None, work: Callable[[Sqlite], T]
     ) -> T:
-        # A cancelled caller cannot stop the statement. The shield lets the transaction finish by itself.
-        hop = asyncio.ensure_future(connection.execute_fetchall(RUN, (begin, work)))
+        # The transaction is one call in the thread, so it finishes even if the caller is cancelled.
         try:
-            rows = await asyncio.shield(hop)
+            rows = await connection.execute_fetchall(RUN, (begin, work))
         except sqlite3.Error as error:
             raise _translated(error) from error
         return cast(T, next(iter(rows)))
