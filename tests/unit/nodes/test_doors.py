@@ -95,6 +95,40 @@ async def test_a_stream_ends_if_the_owner_cannot_be_reached_again_in_time(
     assert (client.status, client.sent[-1]["more_body"]) == (200, False)
 
 
+class Endless(Owner):
+    """Its event has no end. `taken`: how many bytes of each event were read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[int] = []
+
+    async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n\r\n" % streaming.STREAM
+        if self.taken:  # the door asks once more
+            head = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
+        writer.write(head + b"data: ")
+        self.taken.append(0)
+        with suppress(ConnectionError):
+            while len(self.taken) == 1:
+                writer.write(bytes(100))
+                await writer.drain()
+                self.taken[0] += 100
+        writer.close()
+
+
+async def test_an_event_without_end_does_not_fill_the_memory_of_a_door(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streaming, "MESSAGE_BYTES", 10_000)
+    owner = Endless()
+    async with asyncio.timeout(WITHIN_SEC):
+        client = await through_a_door(owner, Client())
+    assert (client.status, [each["body"] for each in client.sent[1:]]) == (200, [b""])
+    assert owner.taken[0] > 10_000
+    assert len(owner.taken) == 2
+
+
 async def test_a_stranger_stays_one_at_a_door_until_the_owner_accepts_a_key() -> None:
     assert not (await through_a_door(Owner(), Client("/nothing"))).passed
     known = await through_a_door(Owner(f"{ACCEPTED.decode().title()}: 1"), Client("/nothing"))
