@@ -27,7 +27,7 @@ from broker.seams import (
     Sqlite,
     Unmatched,
 )
-from projections import commands, devices, lanes
+from projections import commands, devices
 
 TERM = 1  # with SQLite one node owns everything
 
@@ -94,9 +94,6 @@ def put_states(sql: Sqlite, states: Iterable[Newest], first: int) -> None:
     known: list[tuple[Any, ...]] = []
     new_devices: list[tuple[Any, ...]] = []
     known_devices: list[tuple[Any, ...]] = []
-    opened: list[tuple[str, int]] = []
-    reopened: list[tuple[str]] = []
-    closed: list[tuple[str, str]] = []
     for newest in states:
         state, last = newest.state, first + newest.last
         if isinstance(state, DeviceState):
@@ -106,23 +103,11 @@ def put_states(sql: Sqlite, states: Iterable[Newest], first: int) -> None:
                 known_devices.append(devices.changed(state, last, newest.over))
         elif newest.over == 0:
             new.append(commands.added(state, first + newest.first, last))
-            if not state.closed:
-                opened.append((state.device_id, first + newest.first))
         else:
             known.append(commands.changed(state, last, newest.over))
-            if state.closed:
-                closed.append((state.device_id, state.id))
-            elif newest.opened:
-                reopened.append((state.id,))
     many(sql, commands.INSERT, new)
-    for text, values in (
-        (lanes.INSERT, opened),
-        (lanes.REOPEN, reopened),
-        (lanes.CLOSE, closed),
-        (devices.INSERT, new_devices),
-    ):
-        if values:
-            sql.executemany(text, values)
+    if new_devices:
+        sql.executemany(devices.INSERT, new_devices)
     for text, values in ((commands.UPDATE, known), (devices.UPDATE, known_devices)):
         if values:
             _change(sql, text, values)

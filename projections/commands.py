@@ -34,10 +34,12 @@ TABLES = (
     "CREATE INDEX IF NOT EXISTS commands_device ON commands (device_id, position, type, closed_position)",
     "CREATE INDEX IF NOT EXISTS commands_project ON commands (project, position)",
     "CREATE INDEX IF NOT EXISTS commands_closed ON commands (closed_at) WHERE closed_at IS NOT NULL",
+    "CREATE INDEX IF NOT EXISTS commands_open ON commands (device_id, position) WHERE closed_at IS NULL",
 )
 KEYS = {"commands": "position"}
 # The position of the `created` event of a command id.
 CREATED = "(SELECT i.position FROM events i WHERE i.stream = {} AND i.version = 1)"
+OPEN = "commands INDEXED BY commands_open WHERE closed_at IS NULL"  # it reads no row of a closed command
 FIELDS = "position, project, device_id, type, state, version, closed_at, closed_position, later"
 INSERT = f"INSERT INTO commands ({FIELDS}) VALUES {{}}"
 UPDATE = f"""UPDATE commands SET state = ?, version = ?, closed_at = ?, closed_position = ?, later = ?
@@ -247,7 +249,7 @@ async def newest(sql: Sql, wanted: Filter, limit: int, offset: int = 0) -> list[
         # A purge is running. Below its bound there may be a million hidden rows, which a scan would read.
         # So rows below the bound are found through the open commands and the commands closed since.
         query = f"""{query} AND c.position >= ? UNION ALL {query} AND NOT {HIDDEN} AND c.position IN (
-            SELECT position FROM lanes WHERE position < ? UNION
+            SELECT position FROM {OPEN} AND position < ? UNION
             SELECT position FROM commands WHERE closed_at >= ? AND position < ?)"""
         values = [*values, newest, *values, newest, oldest, newest]
     found = await sql.all(f"{query} ORDER BY 1 DESC LIMIT ? OFFSET ?", (*values, limit, offset))

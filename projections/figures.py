@@ -99,8 +99,8 @@ async def figures(
 async def _open(sql: Sql, of: _Of) -> dict[str, int]:
     whose, values = of.where()
     found = await sql.all(
-        f"SELECT c.state, count(*) FROM lanes l JOIN commands c ON c.position = l.position WHERE {whose} "
-        "GROUP BY c.state",
+        "SELECT c.state, count(*) FROM commands c INDEXED BY commands_open "
+        f"WHERE c.closed_at IS NULL AND {whose} GROUP BY c.state",
         values,
     )
     return dict(found)

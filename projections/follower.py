@@ -18,9 +18,10 @@ from broker.domain.lifecycle import FINAL, CommandState, evolve
 from broker.log import sqlite as log
 from broker.log.driven import Driven, read_now
 from broker.seams import New, Newest, Put, SideRow, Sql, Sqlite
-from projections import batches, commands, devices, lanes
+from projections import batches, commands, devices
 
-PARTS = (commands, lanes, devices)
+PARTS = (commands, devices)
+EARLIER = ("lanes",)  # tables that earlier releases made
 PAGE = 5_000
 # Digest of the tables and of the fields that they hold. If it changes, the projections are rebuilt.
 SHAPE = sha256(
@@ -51,7 +52,7 @@ class Fold:
         if kind == "command":
             state = self.commands.get(recorded.stream)
             self.commands[recorded.stream] = now = evolve(state, recorded)
-            self._put(now, recorded, now.version == 1 or now.reopened)
+            self._put(now, recorded)
             if now.state in FINAL:
                 self.ended[recorded.stream] = None
         elif kind == "device":
@@ -65,12 +66,12 @@ class Fold:
             digest = recorded.stream.removeprefix("type/")
             self.rows.append(devices.defined(digest, recorded.event.definition))
 
-    def _put(self, state: CommandState | DeviceState, recorded: Recorded, opened: bool = False) -> None:
+    def _put(self, state: CommandState | DeviceState, recorded: Recorded) -> None:
         at = recorded.position
         newest = self.states.get(recorded.stream)
         if newest is None:
             newest = self.states[recorded.stream] = Newest(state, at, at, recorded.version - 1)
-        newest.state, newest.last, newest.opened = state, at, newest.opened or opened
+        newest.state, newest.last = state, at
 
     def take(self, streams: Iterable[str]) -> Fold:
         """Moves what changed in these streams, and all rows, into a fold of its own."""
@@ -128,9 +129,8 @@ def write(sql: Sqlite, fold: Fold) -> None:
 
 def rebuild(sql: Sqlite) -> None:
     """Drops every projection and rebuilds it from the log, in the caller's transaction."""
-    for part in PARTS:
-        for table in part.KEYS:
-            sql.execute(f"DROP TABLE IF EXISTS {table}")
+    for table in (*EARLIER, *(table for part in PARTS for table in part.KEYS)):
+        sql.execute(f"DROP TABLE IF EXISTS {table}")
     # Before the rows: SQLite builds an index of many rows in a temporary file, which may find no space.
     create(sql)
     read_now(sql, replay, sql)
@@ -181,14 +181,12 @@ class _Comparison:
     async def put(self, fold: Fold) -> None:
         if self.fault is not None:
             return
-        rows, opened, others = [], [], {}
+        rows, others = [], {}
         for stream, each in fold.states.items():
             if not isinstance(each.state, CommandState):
                 others[stream] = each
                 continue
             rows.append(commands.added(each.state, each.first, each.last))
-            if not each.state.closed:
-                opened.append((each.state.device_id, each.first))
         rows.sort()
         self._rows += len(rows)
         found = await commands.at(self._kept, [row[0] for row in rows])
@@ -197,14 +195,13 @@ class _Comparison:
             row = next(row for row in rows if there.get(row[0]) != row)
             columns = commands.FIELDS.split(", ")
             self.fault = _difference("commands", columns, ["position"], there.get(row[0]), row)
-        self._made.executemany(lanes.INSERT, opened)
         fold.states = others
         write(self._made, fold)
 
     async def end(self) -> str | None:
         """The first difference, as a sentence; None if there is none."""
         fault = self.fault or (await commands.stray(self._kept, self._rows))
-        return fault or (await difference(self._kept, Driven(self._made), (lanes, devices)))
+        return fault or (await difference(self._kept, Driven(self._made), (devices,)))
 
 
 async def difference(kept: Sql, made: Sql, parts: Iterable[Any] = PARTS) -> str | None:

@@ -1,42 +1,28 @@
-"""The table `lanes`: the open commands of each device, in order of creation. A starting broker reads it.
-
-Rows are written in the transaction of the events that open and close commands.
-"""
+"""The open commands of each device, in order of creation. A starting broker reads them."""
 
 from __future__ import annotations
 
 from array import array
 from itertools import pairwise
-from typing import Any
 
 import msgspec
 
 from broker.domain.lifecycle import CommandState
 from broker.seams import Sql
-from projections.commands import CREATED, LAST, OPENED, opened
+from projections.commands import LAST, OPEN, OPENED, opened
 
-TABLES = (
-    """CREATE TABLE IF NOT EXISTS lanes (
-        device_id TEXT NOT NULL, position INTEGER NOT NULL,
-        PRIMARY KEY (device_id, position)) WITHOUT ROWID""",
-)
-KEYS = {"lanes": "device_id, position"}
-INSERT = "INSERT INTO lanes (device_id, position) VALUES (?, ?)"
-REOPEN = """INSERT INTO lanes (device_id, position)
-    SELECT device_id, position FROM events WHERE stream = ? AND version = 1 ON CONFLICT DO NOTHING"""
-CLOSE = f"DELETE FROM lanes WHERE device_id = ? AND position = {CREATED.format('?')}"
 COMMON = ("project", "device_id", "hardware_id", "type", "device_type", "definition", "topic", "actor")
 
 
 async def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:
     """All open commands, or those of one device, in order of creation."""
-    where, values = ("WHERE device_id = ?", (device_id,)) if device_id is not None else ("", ())
+    where, values = ("AND device_id = ?", (device_id,)) if device_id is not None else ("", ())
     # PostgreSQL would sort the rows of 100,000 commands on its disk. With their positions sorted first, it
     # reads the rows in nearly this order. SQLite reads them in exactly this one: LIMIT keeps it from
     # dropping the inner ORDER BY.
     rows = sql.each(
         f"SELECT l.position, {OPENED} "
-        f"FROM (SELECT position FROM lanes {where} ORDER BY position LIMIT {LAST}) l "
+        f"FROM (SELECT position FROM {OPEN} {where} ORDER BY position LIMIT {LAST}) l "
         "CROSS JOIN commands c ON c.position = l.position CROSS JOIN events f ON f.position = l.position",
         values,
     )
@@ -60,8 +46,3 @@ def _share(state: CommandState, texts: dict[str, str]) -> None:
     for field in COMMON:
         text = getattr(state, field)
         msgspec.structs.force_setattr(state, field, texts.setdefault(text, text))
-
-
-async def dump(sql: Sql) -> list[tuple[Any, ...]]:
-    found = await sql.all("SELECT device_id, position FROM lanes ORDER BY device_id, position")
-    return [tuple(row) for row in found]

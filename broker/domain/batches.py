@@ -97,15 +97,13 @@ class Newest(msgspec.Struct):
     """The newest state of a command or device that a batch changes.
 
     `first` and `last`: the indices of its first and last event in the batch. `over`: the version that its
-    row in the projection must have before, or `Conflict`; 0: it has no row yet. `opened`: the command was
-    created or reopened.
+    row in the projection must have before, or `Conflict`; 0: it has no row yet.
     """
 
     state: CommandState | DeviceState
     first: int
     last: int
     over: int
-    opened: bool = False
 
 
 class Batch(msgspec.Struct, frozen=True):

@@ -115,7 +115,7 @@ class Commands:
         stage, touch = self.writer.stage, self.writer.touch
         pending = stage(command_id, version, event, project=project, device_id=device_id, actor=actor)
         state = evolve(before, pending)
-        touch(state, opened=before is None or (before.closed and not state.closed))
+        touch(state)
         self.changed(self.live.put_command(state, definition))
         return state
 

@@ -193,15 +193,15 @@ class Writer:
         self.stage(AUDIT, version, event, project=project, device_id=None, actor=actor)
         self._operated = version
 
-    def touch(self, state: CommandState | DeviceState, opened: bool = False) -> None:
-        """Queues the state after the last staged event. `opened`: a command was created or reopened."""
+    def touch(self, state: CommandState | DeviceState) -> None:
+        """Queues the state after the last staged event."""
         batch = self._batch
         index = len(batch.events) - 1
         newest = batch.states.get(state.id)
         if newest is None:
-            batch.states[state.id] = Newest(state, index, index, state.version - 1, opened)
+            batch.states[state.id] = Newest(state, index, index, state.version - 1)
         else:
-            newest.state, newest.last, newest.opened = state, index, newest.opened or opened
+            newest.state, newest.last = state, index
 
     def also(self, *rows: SideRow) -> None:
         """Queues other rows (such as idempotency keys) for the next commit's transaction.

@@ -119,7 +119,7 @@ async def lives(writer: Writer, numbers: Iterator[int]) -> None:
                 command_id, version, event, project=PROJECT, device_id=f"dev_{name}", actor=ACTOR
             )
             state = evolve(state, pending)
-            writer.touch(state, opened=version == 1)
+            writer.touch(state)
             await writer.barrier()
 
 

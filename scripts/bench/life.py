@@ -158,7 +158,7 @@ async def _round(
     (after,) = log.execute("SELECT max(position) FROM events").fetchone()
     before = {name: processes.cpu_sec(pid) for name, pid in pids.items()}
     report = await load
-    while log.execute("SELECT 1 FROM lanes LIMIT 1").fetchone():  # noqa: ASYNC110 - another process's
+    while log.execute("SELECT 1 FROM commands WHERE closed_at IS NULL LIMIT 1").fetchone():  # noqa: ASYNC110 - another process's
         await asyncio.sleep(LOOK_AGAIN_SEC)
     spent = {name: processes.cpu_sec(pid) - before[name] for name, pid in pids.items()}
     spent["load"] = report.cpu_sec

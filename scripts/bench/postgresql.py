@@ -128,10 +128,7 @@ async def _bytes(url: str, commands: int) -> float:
     """What the log and its projections take on the disk with all indexes, for each command."""
     sql = await asyncpg.connect(url, server_settings={"search_path": "ordain"})
     await sql.execute("VACUUM")
-    kept = await sql.fetchval(
-        "SELECT pg_total_relation_size('events') + pg_total_relation_size('commands')"
-        " + pg_total_relation_size('lanes')"
-    )
+    kept = await sql.fetchval("SELECT pg_total_relation_size('events') + pg_total_relation_size('commands')")
     await sql.close()
     return float(kept) / commands
 

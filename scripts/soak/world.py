@@ -226,7 +226,7 @@ class World:
             log.close()
 
     def open_commands(self) -> int:
-        return self._number("SELECT count(*) FROM lanes")
+        return self._number("SELECT count(*) FROM commands WHERE closed_at IS NULL")
 
     def recorded(self, event: str) -> int:
         """How many events of this type are in the log. It scans the whole log."""

@@ -93,11 +93,11 @@ def _with_gaps(self: Writer, *what: str, **details: Any) -> None:
 _touch = Writer.touch
 
 
-def _where_it_was_first(self: Writer, state: CommandState | DeviceState, opened: bool = False) -> None:
+def _where_it_was_first(self: Writer, state: CommandState | DeviceState) -> None:
     """A projection keeps the position of the first event of a commit, and not of the last one."""
     known = self._batch.states.get(state.id)
     last = None if known is None else known.last
-    _touch(self, state, opened)
+    _touch(self, state)
     if known is not None and last is not None:
         known.last = last
 

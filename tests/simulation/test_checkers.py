@@ -581,10 +581,10 @@ def test_a_wrong_history_is_named(name: str) -> None:
 
 
 def test_rebuilt_projections_must_equal_the_incremental_ones() -> None:
-    kept = {"commands": [("cmd_a", "executed")], "lanes": []}
+    kept = {"commands": [("cmd_a", "executed")], "devices": []}
 
     assert s4(kept, kept) == []
-    assert s4(kept, {**kept, "lanes": [("dev_1",)]}) == ["S4: lanes has 0 rows and rebuilt 1"]
+    assert s4(kept, {**kept, "devices": [("dev_1",)]}) == ["S4: devices has 0 rows and rebuilt 1"]
     assert s4(kept, {**kept, "commands": [("cmd_a", "failed")]}) == [
         "S4: commands has ('cmd_a', 'executed') and rebuilt ('cmd_a', 'failed')"
     ]

@@ -296,7 +296,7 @@ class World:
         capacity, self.disk.capacity = self.disk.capacity, None
         sql = self.disk.connect()
         try:
-            if sql.execute("SELECT 1 FROM sqlite_master WHERE name = 'lanes'").fetchone() is None:
+            if sql.execute("SELECT 1 FROM sqlite_master WHERE name = 'commands'").fetchone() is None:
                 return
             rows = read_now(sql, log.all_rows)
             self._rows = {row: self._rows.get(row) or _row(row) for row in rows}

@@ -358,7 +358,7 @@ async def _find(sql: Sql, project: str | None, within: DeviceSet | None, online:
     whose, values = f"{whose} AND {condition}", [*values, *more]
     open_commands = (
         await sql.one(
-            f"SELECT count(*) FROM lanes l JOIN commands c ON c.position = l.position WHERE 1 = 1{whose}",
+            f"SELECT count(*) FROM commands c INDEXED BY commands_open WHERE c.closed_at IS NULL{whose}",
             values,
         )
     )[0]
@@ -370,8 +370,8 @@ async def _find(sql: Sql, project: str | None, within: DeviceSet | None, online:
     first = await sql.one("SELECT recorded_at FROM events WHERE position = 1")
     pages, size = await sql.one("SELECT page_count, page_size FROM pragma_page_count(), pragma_page_size()")
     longest = await sql.one(
-        "SELECT d.hardware_id, found.n FROM (SELECT c.device_id, count(*) AS n FROM lanes l "
-        f"JOIN commands c ON c.position = l.position WHERE 1 = 1{whose} GROUP BY c.device_id "
+        "SELECT d.hardware_id, found.n FROM (SELECT c.device_id, count(*) AS n "
+        f"FROM commands c INDEXED BY commands_open WHERE c.closed_at IS NULL{whose} GROUP BY c.device_id "
         "ORDER BY n DESC LIMIT 1) found JOIN devices d ON d.id = found.device_id",
         values,
     )

@@ -60,7 +60,7 @@ def states(newest: Iterable[Newest]) -> tuple[list[tuple[Any, ...]], list[tuple[
         places = (each.over, each.first, each.last)
         match each.state:
             case CommandState() as s:
-                header = (s.id, *places, each.opened, s.project, s.device_id, s.type, s.state.value)
+                header = (s.id, *places, s.project, s.device_id, s.type, s.state.value)
                 of_commands.append((*header, s.version, s.closed_at if s.closed else None, commands.later(s)))
             case DeviceState() as d:
                 about = (d.id, *places, d.project, d.hardware_id, d.deleted_at is not None, d.version)

@@ -65,8 +65,7 @@ CREATE TABLE IF NOT EXISTS commands (
 CREATE INDEX IF NOT EXISTS commands_device ON commands (device_id, position, type, closed_position);
 CREATE INDEX IF NOT EXISTS commands_project ON commands (project, position);
 CREATE INDEX IF NOT EXISTS commands_closed ON commands (closed_at) WHERE closed_at IS NOT NULL;
-CREATE TABLE IF NOT EXISTS lanes (
-    device_id text COLLATE "C" NOT NULL, position bigint NOT NULL, PRIMARY KEY (device_id, position));
+CREATE INDEX IF NOT EXISTS commands_open ON commands (device_id, position) WHERE closed_at IS NULL;
 CREATE TABLE IF NOT EXISTS devices (
     id text COLLATE "C" PRIMARY KEY, position bigint NOT NULL UNIQUE, project text COLLATE "C" NOT NULL,
     hardware_id text COLLATE "C" NOT NULL, deleted bigint NOT NULL, version bigint NOT NULL,
@@ -76,6 +75,7 @@ CREATE INDEX IF NOT EXISTS devices_project ON devices (project, position);
 CREATE TABLE IF NOT EXISTS names (name text COLLATE "C" PRIMARY KEY, device_id text COLLATE "C" NOT NULL);
 CREATE TABLE IF NOT EXISTS definitions (digest text COLLATE "C" PRIMARY KEY, body bytea NOT NULL);
 """
+# `lanes` is of an earlier release.
 PROJECTED = ("commands", "lanes", "devices", "names", "definitions")
 
 # PostgreSQL replaces no function by one whose parameters have other names, and keeps one with other types
@@ -99,9 +99,9 @@ END $$;
 ROWS = {
     "new_event": """stream text, version bigint, type text, schema bigint, decided_at bigint, project text,
         device_id text, actor text, data bytea, salt bytea""",
-    "put_command": """id text, over bigint, first bigint, last bigint, opened boolean, project text,
-        device_id text, type text, state text, version bigint, closed_at bigint, later bytea""",
-    "put_device": """id text, over bigint, first bigint, last bigint, project text, hardware_id text,
+    "newest_command": """id text, over bigint, first bigint, last bigint, project text, device_id text,
+        type text, state text, version bigint, closed_at bigint, later bytea""",
+    "newest_device": """id text, over bigint, first bigint, last bigint, project text, hardware_id text,
         deleted boolean, version bigint, online bigint, body bytea""",
 }
 TYPE = """
@@ -173,7 +173,7 @@ END $$;
 # The newest states, written over the versions that the batch follows. `base`: what makes an index a position.
 STATES = """
 CREATE OR REPLACE FUNCTION put_newest(
-    base bigint, of_commands put_command[], of_devices put_device[])
+    base bigint, of_commands newest_command[], of_devices newest_device[])
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     due bigint;
@@ -185,35 +185,22 @@ BEGIN
             SELECT base + s.first, s.project, s.device_id, s.type, s.state, s.version, s.closed_at,
                 CASE WHEN s.closed_at IS NULL THEN NULL ELSE base + s.last END, s.later
             FROM unnest(of_commands) s WHERE s.over = 0;
-        WITH changed AS (
-            UPDATE commands c SET state = s.state, version = s.version, closed_at = s.closed_at,
-                    closed_position = CASE WHEN s.closed_at IS NULL THEN NULL ELSE base + s.last END,
-                    later = s.later
-                FROM unnest(of_commands) s CROSS JOIN LATERAL (
-                    SELECT i.position FROM events i WHERE i.stream = s.id AND i.version = 1 OFFSET 0) i
-                WHERE s.over > 0 AND c.position = i.position AND c.version = s.over
-                RETURNING c.device_id, c.position, c.closed_at, s.opened
-        ), reopened AS (
-            INSERT INTO lanes (device_id, position)
-                SELECT c.device_id, c.position FROM changed c WHERE c.opened AND c.closed_at IS NULL
-                ON CONFLICT DO NOTHING
-        ), closed AS (
-            -- Each lane is looked up by its key. A join could read all lanes, and all of `changed` for each.
-            -- Only appends and rebuilds write lanes, under the lock of appends, so no ctid changes meanwhile.
-            DELETE FROM lanes WHERE ctid = ANY (ARRAY(
-                SELECT l.ctid FROM changed c CROSS JOIN LATERAL (
-                    SELECT l.ctid FROM lanes l
-                        WHERE l.device_id = c.device_id AND l.position = c.position OFFSET 0) l
-                WHERE c.closed_at IS NOT NULL))
-        ) SELECT count(*) INTO done FROM changed;
+        -- Each row is looked up by its key. A plan from a time with few commands could read all of them. Only
+        -- appends and rebuilds write commands, under the lock of appends, so no ctid changes meanwhile.
+        UPDATE commands c SET state = s.state, version = s.version, closed_at = s.closed_at,
+                closed_position = CASE WHEN s.closed_at IS NULL THEN NULL ELSE base + s.last END,
+                later = s.later
+            FROM unnest(of_commands) s CROSS JOIN LATERAL (
+                SELECT i.position FROM events i WHERE i.stream = s.id AND i.version = 1 OFFSET 0) i
+                CROSS JOIN LATERAL (SELECT k.ctid FROM commands k
+                    WHERE k.position = i.position AND k.version = s.over OFFSET 0) k
+            WHERE s.over > 0 AND c.ctid = k.ctid;
+        GET DIAGNOSTICS done = ROW_COUNT;
         SELECT count(*) INTO due FROM unnest(of_commands) s WHERE s.over > 0;
         IF done <> due THEN
             RAISE EXCEPTION '% of % commands were changed by another writer', due - done, due
                 USING ERRCODE = 'OD002';
         END IF;
-        INSERT INTO lanes (device_id, position)
-            SELECT s.device_id, base + s.first FROM unnest(of_commands) s
-            WHERE s.over = 0 AND s.opened AND s.closed_at IS NULL;
     END IF;
 
     IF cardinality(of_devices) > 0 THEN
@@ -255,7 +242,7 @@ END $$;
 APPEND = """
 CREATE OR REPLACE FUNCTION append(
     of_incarnation text, of_number bigint, of_digest bytea, of_term bigint, of_format text,
-    new_events new_event[], of_commands put_command[], of_devices put_device[],
+    new_events new_event[], of_commands newest_command[], of_devices newest_device[],
     statements text[], payloads jsonb[],
     OUT first bigint, OUT recorded bigint, OUT last bigint, OUT head bytea) LANGUAGE plpgsql AS $$
 DECLARE

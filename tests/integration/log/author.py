@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from broker.domain.events import Changed, Created, Event, Operated, Pending, Registered, device_stream
+from broker.domain.events import Changed, Event, Operated, Pending, Registered, device_stream
 from broker.domain.fleet import DeviceState, evolve_device
 from broker.domain.lifecycle import CommandState, evolve
 from broker.seams import At, Batch, Newest, SideRow
@@ -38,7 +38,7 @@ class Author:
         pending = self._stage(device_stream(device_id), event, device_id)
         known = self._states.get(device_id)
         assert known is None or isinstance(known, DeviceState)
-        self._touch(device_id, evolve_device(known, pending), opened=False)
+        self._touch(device_id, evolve_device(known, pending))
 
     def command(self, command_id: str, *events: Event, device_id: str = DEVICE) -> CommandState:
         """Creates a command, unless it is there, and gives it further events."""
@@ -48,7 +48,7 @@ class Author:
             known = self._states.get(command_id)
             assert known is None or isinstance(known, CommandState)
             now = evolve(known, pending)
-            self._touch(command_id, now, opened=isinstance(event, Created) or now.reopened)
+            self._touch(command_id, now)
         state = self._states[command_id]
         assert isinstance(state, CommandState)
         return state
@@ -95,11 +95,11 @@ class Author:
         self._events.append(pending)
         return pending
 
-    def _touch(self, name: str, state: CommandState | DeviceState, *, opened: bool) -> None:
+    def _touch(self, name: str, state: CommandState | DeviceState) -> None:
         self._states[name] = state
         index = len(self._events) - 1
         newest = self._newest.get(name)
         if newest is None:
-            self._newest[name] = Newest(state, index, index, state.version - 1, opened)
+            self._newest[name] = Newest(state, index, index, state.version - 1)
         else:
-            newest.state, newest.last, newest.opened = state, index, newest.opened or opened
+            newest.state, newest.last = state, index

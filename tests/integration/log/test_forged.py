@@ -53,7 +53,7 @@ def without_an_entry(sql: sqlite3.Connection) -> None:
         ),
         (
             lambda sql: sql.executescript(
-                "CREATE TRIGGER t AFTER INSERT ON commands BEGIN DELETE FROM lanes; END"
+                "CREATE TRIGGER t AFTER INSERT ON commands BEGIN DELETE FROM devices; END"
             ),
             "a trigger named 't'",
         ),

@@ -148,7 +148,7 @@ async def test_appends_of_many_connections_leave_no_gap_in_the_positions(databas
             await each.close()
 
 
-async def test_an_append_reads_only_the_lanes_that_it_closes(database: str) -> None:
+async def test_an_append_reads_only_the_commands_that_it_changes(database: str) -> None:
     """Also with statistics and plans from a time without open commands."""
     author = Author(term=0)
     names = [f"cmd_{number}" for number in range(2_000)]
@@ -169,10 +169,11 @@ async def test_an_append_reads_only_the_lanes_that_it_closes(database: str) -> N
                 "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ordain'"
             ):
                 await asyncio.sleep(0.01)
-        deleted, read = await sql.fetchrow(
-            "SELECT n_tup_del, seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'lanes'"
+        changed, read = await sql.fetchrow(
+            "SELECT n_tup_upd, seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables "
+            "WHERE relname = 'commands'"
         ) or (0, 0)
-    assert deleted == 100
+    assert changed == 100
     assert read <= 200
 
 

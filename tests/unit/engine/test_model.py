@@ -444,7 +444,7 @@ class Model(RuleBasedStateMachine):
         for name, member in self.core().live.members.items():
             assert commands_view.later(member.state) == bodies[self.commands[name].position]
             assert msgspec.json.encode(member.state) == msgspec.json.encode(touched.commands[name])
-        lane = sorted(row[1] for row in kept["projections.lanes"])
+        lane = sorted(row[0] for row in kept["projections.commands"] if row[6] is None)
         assert lane == [seen.position for seen in self.known() if not seen.closed]
 
     def look(self) -> dict[str, Any]:
