@@ -276,8 +276,8 @@ class Core:
         async def work(sql: Sql) -> list[tuple[str, str, str]]:
             return await sql.all(
                 "SELECT project, key, scope FROM idempotency WHERE created_at < ? AND NOT EXISTS (SELECT 1 "
-                "FROM events c JOIN lanes l ON l.device_id = c.device_id AND l.position = c.position "
-                "WHERE c.stream = command_id AND c.version = 1) LIMIT ?",
+                "FROM events e JOIN commands c ON c.position = e.position AND c.closed_at IS NULL "
+                "WHERE e.stream = command_id AND e.version = 1) LIMIT ?",
                 (before, KEYS_AT_ONCE),
             )
 
