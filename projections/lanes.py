@@ -11,7 +11,17 @@ from broker.domain.lifecycle import CommandState
 from broker.seams import Sql
 from projections.commands import LAST, OPEN, OPENED, opened
 
-COMMON = ("project", "device_id", "hardware_id", "type", "device_type", "definition", "topic", "actor")
+COMMON = (
+    "project",
+    "device_id",
+    "hardware_id",
+    "type",
+    "device_type",
+    "definition",
+    "topic",
+    "actor",
+    "ttl_ms",
+)
 
 
 async def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandState]:
@@ -28,21 +38,21 @@ async def open_commands(sql: Sql, device_id: str | None = None) -> list[CommandS
     )
     states: list[CommandState] = []
     positions = array("q")  # a list of pairs would take a tenth of the memory of a million open commands
-    texts: dict[str, str] = {}
+    known: dict[object, object] = {}
     async for row in rows:
         states.append(opened(row[1:]))
-        _share(states[-1], texts)
+        _share(states[-1], known)
         positions.append(row[0])
     if all(before < after for before, after in pairwise(positions)):
         return states
     return [states[index] for index in sorted(range(len(states)), key=positions.__getitem__)]
 
 
-def _share(state: CommandState, texts: dict[str, str]) -> None:
-    """Texts that many commands have in common are kept once: they are half of what a command takes in memory.
+def _share(state: CommandState, known: dict[object, object]) -> None:
+    """Values that many commands have in common are kept once: they are half of what one takes in memory.
 
-    `state`: one that nobody else has yet. `texts`: those of the commands that are read together with it.
+    `state`: one that nobody else has yet. `known`: those of the commands that are read together with it.
     """
     for field in COMMON:
-        text = getattr(state, field)
-        msgspec.structs.force_setattr(state, field, texts.setdefault(text, text))
+        value = getattr(state, field)
+        msgspec.structs.force_setattr(state, field, known.setdefault(value, value))

@@ -45,6 +45,7 @@ READY_WITHIN_SEC, DRAINED_WITHIN_SEC = 300, 3_600
 LOOK_AGAIN_SEC = 0.5
 DIGEST = "5d41402abc4b2a76b9719d911017c592"
 PARAMS = msgspec.Raw(b'{"duration_sec":30,"reason":"door 7","by":"soak"}')
+TTL_MS = 86_400_000
 ORDER = "SELECT device_id, stream FROM events WHERE type = ? ORDER BY position"
 # From the `online` of a device to its last `executed`, ms.
 WAITS = """SELECT max(CASE WHEN type = 'executed' THEN recorded_at END)
@@ -167,8 +168,9 @@ def _events(devices: int, count: int) -> Iterator[tuple[str, str | None, Event]]
         yield device_stream(device_id), device_id, about
     for number in range(count):
         name = hardware_id(number % devices)
+        now = time.time_ns() // 1_000_000
         yield (
-            new_id("cmd", time.time_ns() // 1_000_000, entropy),
+            new_id("cmd", now, entropy),
             ids[number % devices],
             Created(
                 hardware_id=name,
@@ -177,5 +179,7 @@ def _events(devices: int, count: int) -> Iterator[tuple[str, str | None, Event]]
                 definition=DIGEST,
                 topic=f"{PREFIX}/{name}/rls",
                 params=PARAMS,
+                expires_at=now + TTL_MS,
+                ttl_ms=TTL_MS,
             ),
         )
