@@ -176,8 +176,9 @@ CREATE OR REPLACE FUNCTION put_newest(
     base bigint, of_commands newest_command[], of_devices newest_device[])
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-    due bigint;
-    done bigint;
+    added bigint;
+    changed bigint;
+    missing bigint;
 BEGIN
     IF cardinality(of_commands) > 0 THEN
         INSERT INTO commands (position, project, device_id, type, state, version, closed_at,
@@ -185,6 +186,7 @@ BEGIN
             SELECT base + s.first, s.project, s.device_id, s.type, s.state, s.version, s.closed_at,
                 CASE WHEN s.closed_at IS NULL THEN NULL ELSE base + s.last END, s.later
             FROM unnest(of_commands) s WHERE s.over = 0;
+        GET DIAGNOSTICS added = ROW_COUNT;
         -- Each row is looked up by its key. A plan from a time with few commands could read all of them. Only
         -- appends and rebuilds write commands, under the lock of appends, so no ctid changes meanwhile.
         UPDATE commands c SET state = s.state, version = s.version, closed_at = s.closed_at,
@@ -195,10 +197,10 @@ BEGIN
                 CROSS JOIN LATERAL (SELECT k.ctid FROM commands k
                     WHERE k.position = i.position AND k.version = s.over OFFSET 0) k
             WHERE s.over > 0 AND c.ctid = k.ctid;
-        GET DIAGNOSTICS done = ROW_COUNT;
-        SELECT count(*) INTO due FROM unnest(of_commands) s WHERE s.over > 0;
-        IF done <> due THEN
-            RAISE EXCEPTION '% of % commands were changed by another writer', due - done, due
+        GET DIAGNOSTICS changed = ROW_COUNT;
+        missing := cardinality(of_commands) - added - changed;
+        IF missing <> 0 THEN
+            RAISE EXCEPTION '% of % commands were changed by another writer', missing, missing + changed
                 USING ERRCODE = 'OD002';
         END IF;
     END IF;
@@ -210,13 +212,14 @@ BEGIN
                 CASE WHEN s.deleted THEN base + s.last ELSE 0 END, s.version, base + s.last,
                 s.online, s.body
             FROM unnest(of_devices) s WHERE s.over = 0;
+        GET DIAGNOSTICS added = ROW_COUNT;
         UPDATE devices d SET deleted = CASE WHEN s.deleted THEN base + s.last ELSE 0 END,
                 version = s.version, last_position = base + s.last, online = s.online, body = s.body
             FROM unnest(of_devices) s WHERE s.over > 0 AND d.id = s.id AND d.version = s.over;
-        GET DIAGNOSTICS done = ROW_COUNT;
-        SELECT count(*) INTO due FROM unnest(of_devices) s WHERE s.over > 0;
-        IF done <> due THEN
-            RAISE EXCEPTION '% of % devices were changed by another writer', due - done, due
+        GET DIAGNOSTICS changed = ROW_COUNT;
+        missing := cardinality(of_devices) - added - changed;
+        IF missing <> 0 THEN
+            RAISE EXCEPTION '% of % devices were changed by another writer', missing, missing + changed
                 USING ERRCODE = 'OD002';
         END IF;
     END IF;
