@@ -112,6 +112,8 @@ class SimDisk:
         # No checkpoint on close: an orderly end then leaves a WAL like a kill does, and every start tests
         # recovery.
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        # Otherwise this build of SQLite prepares some statements anew for each value. Python's does not.
+        connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
         # Must be set before WAL: then SQLite keeps the WAL index in the heap and this VFS needs no shared
         # memory.
         connection.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()

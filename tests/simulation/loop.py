@@ -440,7 +440,7 @@ def no_search() -> Iterator[None]:
 def _set_aside() -> None:
     """Only worlds are searched for garbage, not what modules and other tests left: that would take 0.4 s for
     each world. A world has about 20,000 objects."""
-    if len(gc.get_objects(generation=2)) > 60_000:
+    if len(gc.get_objects(generation=2)) > 15_000:
         gc.collect()
         gc.freeze()
 
