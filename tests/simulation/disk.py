@@ -43,15 +43,16 @@ class _File:
         self._durable_size = 0
 
     def write(self, data: bytes, offset: int) -> None:
-        end = offset + len(data)
-        size = len(self.data)
-        self._remember(min(offset, size), end)
-        if offset > size:
-            self.data.extend(bytes(offset - size))
-        self.data[offset:end] = data
+        content, end = self.data, offset + len(data)
+        if offset > (size := len(content)):
+            self._written.append((size, end, b""))
+            content.extend(bytes(offset - size))
+        else:
+            self._written.append((offset, end, bytes(content[offset:end])))
+        content[offset:end] = data
 
     def truncate(self, size: int) -> None:
-        self._remember(size, len(self.data))
+        self._written.append((size, len(self.data), bytes(self.data[size:])))
         del self.data[size:]
 
     def sync(self) -> None:
@@ -71,9 +72,6 @@ class _File:
             del self.data[size:]
             self.data.extend(bytes(size - len(self.data)))
         self.sync()
-
-    def _remember(self, start: int, end: int) -> None:
-        self._written.append((start, end, bytes(self.data[start:end])))
 
     @property
     def undo(self) -> dict[int, bytes]:
@@ -152,7 +150,9 @@ class SimDisk:
         self.stopped = False
         self._then = None
 
-    def allow(self, operation: Operation) -> None:
+    def allow(self, operation: Operation, epoch: int) -> None:
+        if epoch != self.epoch:
+            raise apsw.IOError("this process is dead")
         if self.stopped or operation in self.failing:
             raise apsw.IOError(f"simulated I/O error: {operation}")
         if self._then is not None and operation != "read":
@@ -177,26 +177,23 @@ class _Handle:
         self._file = file
         self._epoch = disk.epoch
 
-    def _allow(self, operation: Operation) -> None:
-        if self._epoch != self._disk.epoch:
-            raise apsw.IOError("this process is dead")
-        self._disk.allow(operation)
-
     def xRead(self, amount: int, offset: int) -> bytes:
-        self._allow("read")
+        self._disk.allow("read", self._epoch)
         return bytes(self._file.data[offset : offset + amount])
 
     def xWrite(self, data: bytes, offset: int) -> None:
-        self._allow("write")
-        self._disk.make_room(offset + len(data) - len(self._file.data))
-        self._file.write(data, offset)
+        disk, file = self._disk, self._file
+        disk.allow("write", self._epoch)
+        if disk.capacity is not None:
+            disk.make_room(offset + len(data) - len(file.data))
+        file.write(data, offset)
 
     def xTruncate(self, size: int) -> None:
-        self._allow("write")
+        self._disk.allow("write", self._epoch)
         self._file.truncate(size)
 
     def xSync(self, _flags: int) -> None:
-        self._allow("sync")
+        self._disk.allow("sync", self._epoch)
         self._file.sync()
 
     def xFileSize(self) -> int:
