@@ -50,6 +50,10 @@ class Run(msgspec.Struct):
     ahead: int = NEVER
     runs: bool = False
 
+    def true_time(self, broker_time: int) -> int | None:
+        """When its clock showed this time, at the latest; None if that is not known."""
+        return broker_time + self.ahead if self.runs and self.ahead != NEVER else None
+
 
 class Facts:
     """A history, indexed for lookups."""
@@ -113,17 +117,19 @@ class Facts:
         """When the process that recorded the row saw this time on its clock, at the latest; None if that
         is not known."""
         life = self.life_of(row)
-        if life is None or not life.runs or life.ahead == NEVER:
-            return None
-        return broker_time + life.ahead
+        return None if life is None else life.true_time(broker_time)
 
     def life_of(self, row: Row) -> Run | None:
         """The life of the process that recorded the row; None if that is not known."""
         commit = self.commit_of(row)
         if commit is None:
             return None
-        life = self.lives[bisect_left(self._downs, commit.seq)]
+        life = self.life_at(commit.seq)
         return life if row["position"] > life.first else None
+
+    def life_at(self, seq: int) -> Run:
+        """The life of the process that ran at this moment, or that ran next."""
+        return self.lives[bisect_left(self._downs, seq)]
 
     def durable(self, row: Row) -> int:
         commit = self.commit_of(row)

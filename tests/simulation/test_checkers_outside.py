@@ -41,6 +41,11 @@ def again() -> Story:
     return Story().log("audit", "operated").log("system", "started")
 
 
+def sent_and_killed() -> Story:
+    sent = Story().log("system", "started").created(ttl_ms=5_000, expires_at=6_500).published().wire()
+    return later(lived(sent, "down"), 10).log("system", "started").log("audit", "operated")
+
+
 def ended_unheard(story: Story) -> Story:
     return story.published().wire().ended(event="expired")
 
@@ -229,6 +234,10 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
         lambda: later(Story().created(ttl_ms=5_000, expires_at=FAR).published(), 6_000).wire(),
         "D4: cmd_a attempt 1 was sent 1003 ms after it expired",
     ),
+    "D4 sent again by the next process": (
+        lambda: later(sent_and_killed(), 6_000).wire(),
+        "D4: cmd_a attempt 1 was sent 522 ms after it expired",
+    ),
     "D5 a wrong grant": (
         lambda: granted("wrong_device: for hw2", 1),
         "D5: hw1 got cmd_a with a wrong grant: wrong_device: for hw2",
@@ -313,6 +322,9 @@ RIGHT: dict[str, Callable[[], Story]] = {
         .change(3, recorded_at=1_001)
         .change(4, recorded_at=1_001)
     ),
+    "D4 sent again by a process whose clock stands from its start": lambda: later(
+        sent_and_killed().change(4, recorded_at=1_005).change(5, recorded_at=1_005), 6_000
+    ).wire(),
     "D9 the session ended while the commit was slow": decided_before_the_session,
     "O4 the last write of a killed process": lambda: wrote(
         later(lived(wrote(lived(Story(), "full", "down"), ok=False), "room"), 6_000), ok=True

@@ -195,8 +195,9 @@ def d3(facts: Facts) -> Iterator[str]:
 def d4(facts: Facts) -> Iterator[str]:
     """The broker publishes nothing after `expires_at`, by its own clock.
 
-    When the bytes left, that clock showed at least the event's `recorded_at` plus the time since its commit;
-    and as much as it ran since then, if it ran all the time.
+    When the bytes left, that clock showed at least the event's `recorded_at`. In the life of the process that
+    recorded it, it showed that plus the time since the commit, and as much as it ran since then, if it ran
+    all the time. In a later life it may have started again from there.
     """
     starts = [row["position"] for row in facts.rows if row["type"] == "started"]
     for record in facts.publishes:
@@ -206,9 +207,12 @@ def d4(facts: Facts) -> Iterator[str]:
         expires_at = data(created).get("expires_at") if created else None
         if row is None or commit is None or expires_at is None:
             continue
-        late_by = row["recorded_at"] + max(0, record.t - commit.t) - expires_at
-        late_by = max(late_by, late_by_true_time(facts, record, row, starts))
-        if (end := facts.true_time(row, expires_at)) is not None:
+        sender = facts.life_at(record.seq)
+        late_by = row["recorded_at"] - expires_at
+        if sender is facts.life_at(commit.seq):
+            late_by += max(0, record.t - commit.t)
+            late_by = max(late_by, late_by_true_time(facts, record, row, starts))
+        if (end := sender.true_time(expires_at)) is not None:
             late_by = max(late_by, record.t - end)
         if late_by >= 0:
             yield f"{record.command_id} attempt {record.attempt} was sent {late_by} ms after it expired"
