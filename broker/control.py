@@ -24,7 +24,7 @@ from broker.http.edge.strangers import Strangers
 from broker.http.edge.streams import Streams
 from broker.http.edge.tickets import Tickets
 from broker.http.edge.waits import Waits
-from broker.metrics import Metrics
+from broker.metrics.metrics import Metrics
 from broker.often import Often
 from broker.opening import open_log
 from broker.pepper import pepper_of

@@ -25,6 +25,7 @@ BARE_TYPES = {
     for known in (name, f"ordain.{kind}.{name}.v1")
 }
 EVENTS = tuple(dict.fromkeys(BARE_TYPES.values()))
+Outward = CommandEvent | DeviceEvent
 
 _encode = msgspec.json.Encoder().encode
 
@@ -69,7 +70,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     type: str
     schema: int = events.SCHEMA
     command: str | None = None
-    event: CommandEvent | DeviceEvent | None = None
+    event: Outward | None = None
 
     @property
     def command_id(self) -> str | None:
@@ -105,15 +106,10 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def is_outward(pending: Pending) -> bool:
-    """Is it an event of a command or a device? Events of the broker itself are not published."""
-    return subject_kind(pending.stream) != "broker"
-
-
 def entry(pending: Pending, position: int, recorded_at: int, hardware_id: str, command: str | None) -> Entry:
     """The entry of an event of a command or device. `command`: the command's name, None for a device."""
     event = pending.event
-    assert isinstance(event, CommandEvent | DeviceEvent), "callers pass only events with `is_outward`"
+    assert isinstance(event, Outward), "callers pass no event of the broker itself"
     return Entry(
         position=position,
         stream=pending.stream,
@@ -123,7 +119,7 @@ def entry(pending: Pending, position: int, recorded_at: int, hardware_id: str, c
         device_id=pending.device_id or "",
         hardware_id=hardware_id,
         actor=pending.actor,
-        type=pending.type,
+        type=NAMES[type(event)],
         command=command,
         event=event,
     )
@@ -131,10 +127,10 @@ def entry(pending: Pending, position: int, recorded_at: int, hardware_id: str, c
 
 def cloud_event(log_id: str, entry: Entry) -> CloudEvent:
     """The CloudEvent of one entry. Its `data` always names the command and the device."""
-    data: dict[str, Any] = {"device_id": entry.device_id, "hardware_id": entry.hardware_id}
-    if entry.command_id is not None:
-        data = {"command_id": entry.command_id, **data}
-    if entry.command is not None and entry.command_id is not None:
+    command_id = entry.command_id
+    data: dict[str, Any] = {} if command_id is None else {"command_id": command_id}
+    data["device_id"], data["hardware_id"] = entry.device_id, entry.hardware_id
+    if entry.command is not None and command_id is not None:
         data["type"] = entry.command
     if entry.event is not None:
         data |= event_data(entry.event)
@@ -142,7 +138,7 @@ def cloud_event(log_id: str, entry: Entry) -> CloudEvent:
         id=str(entry.position),
         source=f"/ordain/{log_id}",
         type=entry.full_type,
-        subject=entry.command_id or entry.device_id,
+        subject=command_id or entry.device_id,
         time=rfc3339(entry.recorded_at),
         project=entry.project,
         actor=entry.actor,

@@ -20,7 +20,7 @@ import structlog
 from broker.engine.ids import new_id
 from broker.http.app import create_app, metrics_app, warm
 from broker.http.edge.strangers import Strangers
-from broker.metrics import Metrics
+from broker.metrics.metrics import Metrics
 from broker.mqtt.client.link import MqttLink
 from broker.mqtt.tls import Certificates
 from broker.nodes.cluster import Cluster

@@ -11,8 +11,8 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 
-from broker.domain.cloudevents import Entry, Wanted, entry, is_outward
-from broker.domain.events import Erased, Pending, subject_kind
+from broker.domain.cloudevents import Entry, Wanted, entry
+from broker.domain.events import ERASURES, Pending, subject_kind
 from broker.engine.live import Live
 from broker.engine.writer import Writer
 from broker.seams import Placed
@@ -26,6 +26,7 @@ BATCH = 100  # entries that one subscriber gets at a time: bounds the memory tha
 WOKEN_AT_ONCE = 10  # in one turn of the loop; each may have a batch to encode
 
 Key = tuple[str | None, str | None, str | None]  # project, device (id or hardware id), command id; None: any
+Form = tuple[bool, bool, bool]  # which of the three a key has
 
 
 class Channel:
@@ -142,7 +143,8 @@ class Feed:
         self._writer = writer
         self._live = live
         # Dicts keep the order of insertion, so a simulation run is the same in every process.
-        self._channels: dict[Key, dict[Wanted, Channel]] = {}
+        # By form first: few forms are in use at a time, mostly one, so an event is looked up with few keys.
+        self._channels: dict[Form, dict[Key, dict[Wanted, Channel]]] = {}
         self._asleep: dict[Subscription, int] = {}  # those to be woken, with the head since then
         self._waking = False
         writer.listeners.append(self._committed)
@@ -164,7 +166,8 @@ class Feed:
         """Makes every subscriber continue from the log, for example after a failed commit, whose outcome
         was not reported."""
         self._told = self.head
-        channels = [channel for found in self._channels.values() for channel in found.values()]
+        keyed = (found for by_key in self._channels.values() for found in by_key.values())
+        channels = [channel for found in keyed for channel in found.values()]
         for channel in channels:
             for subscription in channel.subscriptions:
                 subscription.fall_behind()
@@ -173,7 +176,7 @@ class Feed:
     def _committed(self, events: list[Pending], placed: Placed) -> None:
         gap, self._told = placed.first != self._told + 1, placed.last
         # After a gap only the log has all events: another node recorded some in between.
-        if gap or any(isinstance(pending.event, Erased) for pending in events):
+        if gap or ERASURES in {pending.stream for pending in events}:
             # Queued entries may contain the erased data; a read of the log leaves it out.
             self.erasures += 1
             self.recent.clear()
@@ -181,11 +184,12 @@ class Feed:
             return
         told: dict[Channel, None] = {}
         for index, pending in enumerate(events) if self._channels else ():
-            if not is_outward(pending):
-                continue
-            state = self._live.command(pending.stream)
-            device = state or self._live.devices.get(pending.device_id or "")
-            if device is None or (state is None and subject_kind(pending.stream) == "command"):
+            kind = subject_kind(pending.stream)
+            if kind == "broker":
+                continue  # such events are not published
+            state = self._live.command(pending.stream) if kind == "command" else None
+            device = state if kind == "command" else self._live.devices.get(pending.device_id or "")
+            if device is None:
                 self.reread()  # the device's names are no longer in memory; the log has them
                 return
             found = self._interested(pending, device.hardware_id)
@@ -220,15 +224,14 @@ class Feed:
             asyncio.get_running_loop().call_soon(self._wake_some)
 
     def _interested(self, pending: Pending, hardware_id: str) -> list[tuple[Wanted, Channel]]:
-        # The device id and the hardware id can be equal: the dict removes the duplicate.
-        devices = dict.fromkeys((None, pending.device_id, hardware_id))
-        return [
-            found
-            for owner in (None, pending.project)
-            for device in devices
-            for command in (None, pending.stream)
-            for found in self._channels.get((owner, device, command), {}).items()
-        ]
+        found: list[tuple[Wanted, Channel]] = []
+        for (of_project, of_device, of_command), by_key in self._channels.items():
+            project = pending.project if of_project else None
+            command = pending.stream if of_command else None
+            # The device id and the hardware id can be equal: the dict removes the duplicate.
+            for device in dict.fromkeys((pending.device_id, hardware_id)) if of_device else (None,):
+                found += by_key.get((project, device, command), {}).items()
+        return found
 
     def _keep(self, made: Entry) -> None:
         self.recent[made.position] = made
@@ -239,7 +242,9 @@ class Feed:
     def subscribed(self, wanted: Wanted, after: int) -> Iterator[Subscription]:
         """A subscription to everything after a position."""
         key = wanted.project, wanted.device, wanted.command_id
-        channels = self._channels.setdefault(key, {})
+        form = key[0] is not None, key[1] is not None, key[2] is not None
+        by_key = self._channels.setdefault(form, {})
+        channels = by_key.setdefault(key, {})
         channel = channels.setdefault(wanted, Channel())
         subscription = Subscription(self, wanted, after, channel)
         channel.subscriptions[subscription] = None
@@ -250,7 +255,9 @@ class Feed:
             if not channel.subscriptions:
                 del channels[wanted]
             if not channels:
-                del self._channels[key]
+                del by_key[key]
+            if not by_key:
+                del self._channels[form]
 
     async def page(self, wanted: Wanted, after: int, limit: int) -> tuple[list[Entry], int]:
         """The durable and wanted entries after a position, ascending, at most `limit`; and the position up

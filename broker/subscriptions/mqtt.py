@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 
@@ -57,14 +58,15 @@ class _Flight:
         if self.failed is not None:
             self._stop()
 
-    async def room(self) -> bool:
-        """Waits until another event may be published; returns whether it had to wait."""
-        waited = False
-        while len(self.open) >= IN_FLIGHT and self.failed is None:
-            waited = True
+    @property
+    def full(self) -> bool:
+        return len(self.open) >= IN_FLIGHT and self.failed is None
+
+    async def room(self) -> None:
+        """Waits until another event may be published."""
+        while self.full:
             self._news.clear()
             await self._news.wait()
-        return waited
 
 
 class MqttEvents:
@@ -141,20 +143,22 @@ class MqttEvents:
         finally:
             self._live = None
         for entry in entries or ():
-            if entry.command_id is not None and self.wanted():
-                if await flight.room() and subscription.stale:
-                    subscription.give_back(entry.position - 1)
-                    return
-                if flight.failed is not None or not self._publish(entry, flight):
+            if (command_id := entry.command_id) is not None and self.wanted():
+                if flight.full:
+                    await flight.room()
+                    if subscription.stale:
+                        subscription.give_back(entry.position - 1)
+                        return
+                if flight.failed is not None or not self._publish(entry, command_id, flight):
                     flight.failed = flight.failed or "the link is down"
                     return
         self._looked(subscription.reached, flight)
 
-    def message(self, entry: Entry) -> Outgoing:
+    def message(self, entry: Entry, command_id: str) -> Outgoing:
         """The MQTT message of one command event."""
         self.devices.put(entry.hardware_id, (entry.project, entry.device_id, entry.hardware_id))
         return Outgoing(
-            topic=f"{self._prefix}/evt/{entry.hardware_id}/{entry.command_id}",
+            topic=f"{self._prefix}/evt/{entry.hardware_id}/{command_id}",
             payload=encoded(self.log_id, entry),
         )
 
@@ -168,21 +172,19 @@ class MqttEvents:
         found, _ = await self._feed.page(Wanted(), position - 1, 1)
         if not found or found[0].position != position:
             raise not_found("event", str(position))
-        if found[0].command_id is None:
+        if (command_id := found[0].command_id) is None:
             return None
         taken: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
-        message = self.message(found[0])
+        message = self.message(found[0], command_id)
         sent = self.link.publish(message, taken.set_result)
         if not sent or (reason := (await taken).reason) is None or reason >= REFUSED:
             raise Unavailable("the MQTT server did not take the event")
         return message.topic
 
-    def _publish(self, entry: Entry, flight: _Flight) -> bool:
-        position = entry.position
-        flight.open.append(position)
-        if not self.link.publish(
-            self.message(entry), lambda receipt: self._receipt(flight, position, receipt)
-        ):
+    def _publish(self, entry: Entry, command_id: str, flight: _Flight) -> bool:
+        flight.open.append(entry.position)
+        receipt = partial(self._receipt, flight, entry.position)
+        if not self.link.publish(self.message(entry, command_id), receipt):
             return False
         self.sent(1)
         return True

@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
 from broker.domain.events import TYPES
-from broker.metrics import Metrics
+from broker.metrics.metrics import Metrics
 from broker.mqtt.figures import figures
 from broker.nodes.figures import watch_node
 from broker.world import SystemClock

@@ -9,12 +9,12 @@ from litestar import Response, Router, get
 from litestar.openapi.datastructures import ResponseSpec
 from msgspec import UNSET, UnsetType
 
-from broker import metrics
 from broker.domain.errors import Refusal
 from broker.http.edge.answers import Json
 from broker.http.edge.auth import Call, authorize
 from broker.http.edge.errors import ErrorBody, answer
 from broker.http.edge.services import served
+from broker.metrics import metrics
 
 NOT_READY = {503: ResponseSpec(ErrorBody, generate_examples=False, description="`unavailable`: not ready.")}
 

@@ -22,7 +22,7 @@ from broker.http.edge.strangers import Strangers
 from broker.http.edge.streams import Streams
 from broker.http.edge.tickets import Tickets
 from broker.http.edge.waits import Waits
-from broker.metrics import Metrics
+from broker.metrics.metrics import Metrics
 from broker.often import Often
 from broker.seams import Link
 from broker.settings import Limits, Settings

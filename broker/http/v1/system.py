@@ -24,7 +24,7 @@ from broker.http.edge.services import NodeFacts, Services
 from broker.http.v1.stats import percentile
 from broker.http.v1.views import Time
 from broker.log import sqlite as log
-from broker.metrics import Listening
+from broker.metrics.metrics import Listening
 from broker.seams import Sql
 from broker.settings import Settings, listened
 from devices.clock import rfc3339

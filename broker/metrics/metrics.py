@@ -15,7 +15,6 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     Info,
     ProcessCollector,
     disable_created_metrics,
@@ -28,11 +27,12 @@ from prometheus_client.registry import Collector
 from broker import __version__
 from broker.core import Core
 from broker.domain.errors import Kind
-from broker.domain.events import TYPES, Acknowledged, Executed, Failed, Pending, Published, TimedOut
+from broker.domain.events import NAMES, TYPES, Acknowledged, Executed, Failed, Pending, Published, TimedOut
 from broker.domain.lanes import Presence
 from broker.domain.mqtt_rules import MqttRules
 from broker.engine.live import Live
 from broker.engine.writer import Writer
+from broker.metrics.histogram import Histogram, Series
 from broker.seams import Clock, Placed
 from broker.subscriptions.webhook_worker import Attempt
 from broker.subscriptions.webhooks import Webhooks
@@ -45,6 +45,7 @@ FAST_SEC = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 ATTEMPTS = (1, 2, 3, 4, 5, 10, 100)
 RECENT_COMMITS = 256
 TEXT_MS = 1_000  # strangers may ask as often as they like, and rendering blocks the loop for milliseconds
+STAGED = frozenset({Published, Acknowledged, Executed, Failed, TimedOut})
 BATCHES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
 
 
@@ -82,13 +83,13 @@ class Metrics:
         )
         self._batch = Histogram(
             "ordain_commit_events", "Events in one commit", buckets=BATCHES, registry=self.registry
-        )
+        ).labels()
         self._commit = Histogram(
             "ordain_commit_seconds",
             "From the decision of a batch's first event until the batch is durable",
             buckets=FAST_SEC,
             registry=self.registry,
-        )
+        ).labels()
         self._hand_overs = Counter(
             "ordain_hand_overs_total",
             "Hand-over attempts recorded, by transport",
@@ -114,7 +115,7 @@ class Metrics:
         self.listener: Listening | None = None
         self.recent_commits_ms = deque[int](maxlen=RECENT_COMMITS)
         self._wrongs()
-        self._request_labels: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._request_labels: dict[tuple[str, str, int], tuple[Counter, Series]] = {}
         self._live: Live | None = None
         self._writer: Writer | None = None
 
@@ -292,33 +293,35 @@ class Metrics:
         took_ms = self._writer.now() - events[0].decided_at
         self._commit.observe(took_ms / 1_000)
         self.recent_commits_ms.append(took_ms)
-        for name, count in Counts(pending.type for pending in events).items():
-            self._events.labels(name).inc(count)
+        for kind, count in Counts(type(pending.event) for pending in events).items():
+            self._events.labels(NAMES[kind]).inc(count)
         for pending in events:
-            event = pending.event
-            if isinstance(event, Published):
-                self._hand_overs.labels(event.transport).inc()
-            if isinstance(event, Published | Acknowledged | Executed | Failed | TimedOut):
+            if type(pending.event) in STAGED:
                 self._stage(self._live, pending)
+        transports = (each.event.transport for each in events if type(each.event) is Published)
+        for transport, count in Counts(transports).items():
+            self._hand_overs.labels(transport).inc(count)
 
     def _stage(self, live: Live, pending: Pending) -> None:
         state = live.command(pending.stream)
         if state is None:
             return
-        at, event = pending.decided_at, pending.event
+        at, event, since = pending.decided_at, pending.event, state.published_at
         if isinstance(event, Published):
             if event.attempt == 1:
                 self._observe("created_to_published", at - state.created_at)
-        elif state.published_at is not None:
-            since = state.published_at
-            if isinstance(event, Acknowledged) and state.acknowledged_at == at:
-                self._observe("published_to_acknowledged", at - since)
-            if isinstance(event, Executed | Failed):
+        elif since is not None:
+            if isinstance(event, Acknowledged):
+                if state.acknowledged_at == at:
+                    self._observe("published_to_acknowledged", at - since)
+                return
+            if isinstance(event, (Executed, Failed)):
                 self._observe("published_to_result", at - since)
                 if state.acknowledged_at is not None:
                     self._observe("acknowledged_to_result", at - state.acknowledged_at)
-            if isinstance(event, TimedOut) or (isinstance(event, Executed | Failed) and not event.late):
-                self._attempts.labels(pending.type).observe(state.attempts)
+                if event.late:
+                    return
+            self._attempts.labels(pending.type).observe(state.attempts)
 
     def _observe(self, stage: str, ms: int) -> None:
         self._stages.labels(stage).observe(ms / 1_000)

@@ -1,0 +1,1 @@
+"""Metrics for Prometheus: what is counted, and histograms that cost little."""
