@@ -219,15 +219,16 @@ def decode_answer(payload: bytes, correlation: bytes | None, answers: Mapping[st
         raise Malformed(f"the answer has {len(payload)} bytes, at most {MAX_ANSWER_BYTES} are allowed")
     if (fault := too_hard(payload)) is not None:
         raise Malformed(fault)
-    if looks_signed(trimmed := _trimmed(payload)):
+    trimmed, packed = _trimmed(payload), _is_map(payload)
+    if looks_signed(trimmed):
         return _signed_answer(trimmed.decode("ascii", "replace"))
     word = bare_word(payload)
     if word is not None:
         return _bare_answer(word, correlation, answers)
-    said = _decode_map(payload) if _is_map(payload) else _decode(_ANSWERS, _trimmed(payload))
+    said = _decode_map(payload) if packed else _decode(_ANSWERS, trimmed)
     _check_value(said.result)
     _check_value(said.error)
-    packed, unfit = _is_map(payload), []
+    unfit = []
     at = _informs(said.at, str, packed)
     try:
         _check_time("at", at or None)
@@ -253,9 +254,9 @@ def decode_answer(payload: bytes, correlation: bytes | None, answers: Mapping[st
 
 def bare_word(payload: bytes) -> str | None:
     """The text of an answer that is neither JSON nor msgpack nor a JWS, else None."""
-    text = _trimmed(payload)
-    wordless = text.startswith(b"{") or _is_map(payload) or looks_signed(text)
-    return None if wordless else text.decode(errors="replace")
+    if payload.startswith(b"{") or (text := _trimmed(payload)).startswith(b"{"):
+        return None
+    return None if _is_map(payload) or looks_signed(text) else text.decode(errors="replace")
 
 
 def _signed_answer(token: str) -> Answer:

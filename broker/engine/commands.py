@@ -210,10 +210,12 @@ class Commands:
             known = self._digests.get((kind.name, kind.declared(order.type)))
             definition = kind.definition(order.type) if known is None else known[0]
             given = {} if order.params is msgspec.UNSET else order.params
-            self.quotas.check_params(device.project, given, msgspec.json.encode(given))
+            encoded = msgspec.json.encode(given)
+            self.quotas.check_params(device.project, given, encoded)
             params = kind.check_params(order.type, given)
-            encoded = msgspec.json.encode(params)
-            self.quotas.check_params(device.project, params, encoded)
+            if params != given:  # with defaults
+                encoded = msgspec.json.encode(params)
+                self.quotas.check_params(device.project, params, encoded)
         except UnknownCommand as error:
             raise invalid("type", str(error)) from error
         except BadParams as error:

@@ -232,7 +232,9 @@ class Dispatch:
         now = self.writer.now()
         self.live.forget_late(lane, now)
         ends = [*map(lanes.late_until, lane.late.values()), lane.shut_until, self._drain.ends(device_id) or 0]
-        self.deadlines.set(f"lane/{device_id}", min((at for at in ends if at > now), default=None))
+        self.deadlines.set(f"lane/{device_id}", min([at for at in ends if at > now], default=None))
+        if not lane.members:
+            return
         free = self._slots - self.staged - self.outstanding
         if not self.link.up or self.halted or free <= 0 or not self.writer.open or self.waits:
             self._waiting[device_id] = None

@@ -7,7 +7,6 @@ their events without an `await` in between, so that no other request can change 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -36,35 +35,41 @@ KEPT_PURGES = 100
 
 
 class Recent(Generic[K, V]):
-    """A bounded map that drops the least recently used entry (LRU)."""
+    """A bounded map that drops what was not used for longest.
+
+    It has two halves, so that a look-up need not note its time: what is found in the older half moves to the
+    newer one, and when that is full, the older one is dropped.
+    """
 
     def __init__(self, bound: int = KEPT) -> None:
-        self._bound = bound
-        self._items: OrderedDict[K, V] = OrderedDict()
+        self._most = bound // 2
+        self._newer: dict[K, V] = {}
+        self._older: dict[K, V] = {}
 
     def get(self, key: K) -> V | None:
-        if key in self._items:
-            self._items.move_to_end(key)
-            return self._items[key]
-        return None
+        found = self._newer.get(key)
+        if found is None and (found := self._older.get(key)) is not None:
+            self.put(key, found)
+        return found
 
     def put(self, key: K, value: V) -> None:
-        self._items[key] = value
-        self._items.move_to_end(key)
-        if len(self._items) > self._bound:
-            self._items.popitem(last=False)
+        self._newer[key] = value
+        if len(self._newer) >= self._most:
+            self._newer, self._older = {}, self._newer
 
     def __contains__(self, key: K) -> bool:
-        return key in self._items
+        return key in self._newer or key in self._older
 
     def values(self) -> list[V]:
-        return list(self._items.values())
+        return [*(self._older | self._newer).values()]
 
     def forget(self, key: K) -> None:
-        self._items.pop(key, None)
+        self._newer.pop(key, None)
+        self._older.pop(key, None)
 
     def clear(self) -> None:
-        self._items.clear()
+        self._newer.clear()
+        self._older.clear()
 
 
 class _Read(NamedTuple):

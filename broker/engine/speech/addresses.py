@@ -7,6 +7,7 @@ topic in common: `check` refuses that before a device is registered or changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from devices.speech.topics import (
 from devices.types import Definition, DeviceType
 
 STATUS = "status"
+PARSED, PARSED_CHARS = 8_192, 256  # topics that are kept parsed, and how long each may be
 ANSWER, STATE, PRESENCE = "answer", "state", "presence"
 
 
@@ -71,6 +73,7 @@ class Addresses:
         self.types = types
         self.prefix = prefix
         self._live = live
+        self._parsed = lru_cache(PARSED)(partial(parse_topic, prefix))
         self._router = Router(with_prefix(each, prefix) for kind in types.values() for each in kind.says)
         every = [each for kind in types.values() for each in _patterns(kind, prefix)]
         self._every = Router(every)
@@ -227,10 +230,14 @@ class Addresses:
 
     def owners(self, topic: str) -> list[str]:
         """The devices (ids or hardware ids) that a topic may belong to. They may not exist."""
-        if (own := parse_topic(self.prefix, topic)) is not None:
+        if (own := self._own(topic)) is not None:
             return [own[0]]
         found = map(self._device_of, self._router.owners(topic))
         return [name for name in found if name is not None]
+
+    def _own(self, topic: str) -> tuple[str, str] | None:
+        """(hardware_id, suffix) of a topic in Ordain's own layout. Each message asks several times."""
+        return self._parsed(topic) if len(topic) <= PARSED_CHARS else parse_topic(self.prefix, topic)
 
     def _device_of(self, owner: Owner) -> str | None:
         return self._named.get(owner) if owner.by == NAME else owner.value
@@ -255,7 +262,7 @@ class Addresses:
                 continue
             if (found := self.reach(device).says.get(topic)) is not None:
                 return found
-        own = parse_topic(self.prefix, topic)
+        own = self._own(topic)
         return None if own is None else Place(own[0], (PRESENCE,) if own[1] == STATUS else (ANSWER,))
 
     def shared(self, topic: str) -> bool:

@@ -234,7 +234,10 @@ def _unknown(name: str, known: Collection[str]) -> str:
 
 def header(request: Request[Any, Any, Any], name: bytes) -> bytes:
     """A header, read from the scope: building Litestar's headers costs more than the rest of `authorize`."""
-    return next((value for key, value in request.scope["headers"] if key == name), b"")
+    for key, value in request.scope["headers"]:
+        if key == name:
+            return value
+    return b""
 
 
 def _secret(request: Request[Any, Any, Any]) -> str:

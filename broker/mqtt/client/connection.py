@@ -79,7 +79,7 @@ class Connection:
         self._paho.on_socket_register_write = self._paho.on_socket_unregister_write = None
         self._splitter = Splitter()
         self._inbox: deque[Message | tuple[int, int]] = deque()
-        self._wire = Wire(self._received, self._ended)
+        self._wire = Wire(self._received, self._ended, self._sent)
         self._alive: asyncio.Task[None] | None = None
         self._subscribed: set[str] = set()
 
@@ -152,13 +152,13 @@ class Connection:
             self._lose(aiomqtt.MqttError(f"{WINDOW} messages are not acknowledged"))
             return False
         mid = self.receipts.next_id()
-        self._write(publish_packet(mid, outgoing, five=self._five))
+        self._wire.write(publish_packet(mid, outgoing, five=self._five))
         self.receipts.expect(mid, done)
         return True
 
     def puback(self, mid: int, qos: int) -> None:
         if self.up:
-            self._write(acknowledgement(mid, qos))
+            self._wire.write(acknowledgement(mid, qos))
 
     def cut(self) -> None:
         """Closes the socket without a word; what was not sent yet is never sent."""
@@ -178,8 +178,7 @@ class Connection:
         self._paho.disconnect()
         await self._wire.goodbye()  # it closes before it waits, so a cancellation leaves no open socket
 
-    def _write(self, packet: bytes) -> None:
-        self._wire.write(packet)
+    def _sent(self) -> None:
         self._paho._last_msg_out = time.monotonic()  # paho sends PINGREQ only after a time without writes
 
     def _received(self, data: bytes) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from struct import Struct
 from typing import Any
 
 from broker.seams import Message, Outgoing
 
 PUBLISH, PUBACK = 0x30, 0x40
 QOS_1, DUP, RETAIN = 0x02, 0x08, 0x01
+_USUAL, _RETAINED = bytes((PUBLISH | QOS_1,)), bytes((PUBLISH | QOS_1 | RETAIN,))
+_two = Struct(">H").pack
 # What acknowledges a PUBLISH of this QoS. After PUBREC a QoS 2 message does not come again.
 _ACKNOWLEDGE = {1: b"\x40\x02", 2: b"\x50\x02"}
 # An answer with the largest payload allowed fits four times over. Of a longer PUBLISH only the beginning is
@@ -33,15 +36,15 @@ class BadPacket(Exception):
 
 def publish_packet(mid: int, outgoing: Outgoing, *, five: bool) -> bytes:
     """QoS 1, sent for the first time."""
-    topic = _text(outgoing.topic.encode()) + mid.to_bytes(2, "big")
-    head = topic + _properties(outgoing) if five else topic
-    length = _varint(len(head) + len(outgoing.payload))
-    first = PUBLISH | QOS_1 | (RETAIN if outgoing.retain else 0)
-    return b"".join((bytes((first,)), length, head, outgoing.payload))
+    topic, payload = outgoing.topic.encode(), outgoing.payload
+    properties = _properties(outgoing) if five else b""
+    length = _varint(4 + len(topic) + len(properties) + len(payload))
+    first = _RETAINED if outgoing.retain else _USUAL
+    return b"".join((first, length, _two(len(topic)), topic, _two(mid), properties, payload))
 
 
 def acknowledgement(mid: int, qos: int) -> bytes:
-    return _ACKNOWLEDGE[qos] + mid.to_bytes(2, "big")
+    return _ACKNOWLEDGE[qos] + _two(mid)
 
 
 def whole(first: int, body: bytes) -> bytes:
@@ -172,7 +175,7 @@ def _correlation(properties: bytes) -> bytes | None:
 
 
 def _properties(outgoing: Outgoing) -> bytes:
-    parts = []
+    parts: list[bytes] = []
     if outgoing.expiry_sec is not None:
         parts.append(b"\x02" + outgoing.expiry_sec.to_bytes(4, "big"))
     if outgoing.response_topic is not None:
@@ -181,12 +184,14 @@ def _properties(outgoing: Outgoing) -> bytes:
         parts.append(b"\x09" + _text(outgoing.correlation))
     for key, value in outgoing.user_properties:
         parts.append(b"\x26" + _text(key.encode()) + _text(value.encode()))
+    if not parts:  # an event
+        return b"\0"
     packed = b"".join(parts)
     return _varint(len(packed)) + packed
 
 
 def _text(value: bytes) -> bytes:
-    return len(value).to_bytes(2, "big") + value
+    return _two(len(value)) + value
 
 
 def _text_end(data: bytes, at: int) -> int:

@@ -19,11 +19,18 @@ NO_LINGER = struct.pack("ii", 1, 0)
 
 
 class Wire(asyncio.Protocol):
-    """`received` and `ended` are called from the loop, never from `write`, and must not raise."""
+    """`received` and `ended` are called from the loop, never from `write`, and must not raise. `sent` is
+    called after each send."""
 
-    def __init__(self, received: Callable[[bytes], None], ended: Callable[[Exception | None], None]) -> None:
+    def __init__(
+        self,
+        received: Callable[[bytes], None],
+        ended: Callable[[Exception | None], None],
+        sent: Callable[[], None],
+    ) -> None:
         self._received = received
         self._ended = ended
+        self._sent = sent
         self._loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
         self._transport: asyncio.WriteTransport | None = None
@@ -40,6 +47,7 @@ class Wire(asyncio.Protocol):
         out, self._out = self._out, []
         if out and self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"".join(out))
+            self._sent()
 
     def abort(self) -> None:
         """Resets the connection at once, also one that is closing in order. What the other side has not got

@@ -562,7 +562,7 @@ def test_what_is_under_way_when_a_link_is_cut_never_arrives(
 
     async def fill_and_cut(server: socket.socket) -> socket.socket:
         ended = asyncio.Event()
-        wire = Wire(lambda data: None, lambda error: ended.set())
+        wire = Wire(lambda data: None, lambda error: ended.set(), lambda: None)
         await asyncio.get_running_loop().create_connection(lambda: wire, *server.getsockname())
         taken, _ = server.accept()
         wire.write(b"x" * 10_000_000)  # more than the system keeps for both sides
