@@ -35,8 +35,14 @@ SETTINGS = {
     "idle_in_transaction_session_timeout": "600000",
 }
 # For the connection that appends. Its statements find rows by key, in tables of any size. A plan that was
-# made while a table was small must not be kept when it has grown.
-APPENDING = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
+# made while a table was small must not be kept when it has grown. And the server must not plan the statements
+# of a small batch again each time: that takes longer than to carry them out.
+APPENDING = {
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "plan_cache_mode": "force_generic_plan",
+}
 
 
 class Connect(Protocol):

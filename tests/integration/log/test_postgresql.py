@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import runpy
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import asyncpg
 import msgspec
 import pytest
 
-from broker.domain.events import Cancelled
+from broker.domain.events import Cancelled, Event
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.postgresql import connection, making, tables
@@ -148,21 +148,35 @@ async def test_appends_of_many_connections_leave_no_gap_in_the_positions(databas
             await each.close()
 
 
-async def test_an_append_reads_only_the_commands_that_it_changes(database: str) -> None:
-    """Also with statistics and plans from a time without open commands."""
-    author = Author(term=0)
-    names = [f"cmd_{number}" for number in range(2_000)]
+def _commands(author: Author, numbers: range, *then: Event) -> None:
+    for number in numbers:
+        author.command(f"cmd_{number}", *then)
+
+
+def _devices(author: Author, numbers: range, *then: Event) -> None:
+    for number in numbers:
+        if then:
+            author.rename("Lamp", f"dev_{number}")
+        else:
+            author.register(f"dev_{number}")
+
+
+@pytest.mark.parametrize(("table", "stage"), [("commands", _commands), ("devices", _devices)])
+async def test_an_append_reads_only_the_rows_that_it_changes(
+    database: str, table: str, stage: Callable[..., None]
+) -> None:
+    """Also with statistics and plans from a time without rows."""
+    author, change = Author(term=0), Cancelled(by="key:key_1")
     async with admin(database) as sql:
         async with opened(database) as storage:
             await sql.execute("VACUUM ANALYZE")
-            for name in names[:20]:
-                author.command(name, Cancelled(by="key:key_1"))
+            for number in range(20):
+                stage(author, range(number, number + 1))
+                stage(author, range(number, number + 1), change)
                 await storage.append(author.batch())
-            for name in names[20:]:
-                author.command(name)
+            stage(author, range(20, 2_000))
             await storage.append(author.batch())
-            for name in names[20:120]:
-                author.command(name, Cancelled(by="key:key_1"))
+            stage(author, range(20, 120), change)
             await storage.append(author.batch())
         async with asyncio.timeout(60):
             while await sql.fetchval(  # noqa: ASYNC110 # a session counts its work at the latest when it ends
@@ -170,11 +184,11 @@ async def test_an_append_reads_only_the_commands_that_it_changes(database: str) 
             ):
                 await asyncio.sleep(0.01)
         changed, read = await sql.fetchrow(
-            "SELECT n_tup_upd, seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables "
-            "WHERE relname = 'commands'"
+            "SELECT n_tup_upd, seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = $1",
+            table,
         ) or (0, 0)
     assert changed == 100
-    assert read <= 200
+    assert read <= 220
 
 
 # --- unknown outcomes
