@@ -74,6 +74,17 @@ class Flight(msgspec.Struct, gc=False):
     trip_ms: int = 0
     seq: int = -1
 
+    def keep(self, old: Flight, *, more: int) -> None:
+        """Takes over what no event holds, when the log is read again: the last report that was not recorded,
+        and what became of the bytes. `more`: how many attempts the log has that `old` does not know."""
+        self.heard_at = old.heard_at
+        if more > 0:
+            return
+        waited = more == 0 and old.open and old.written_at is None  # until its event was durable
+        self.missed, self.refused, self.unsent = old.missed, old.refused, old.unsent + waited
+        self.unconfirmed, self.confirmed_at = old.unconfirmed or waited, old.confirmed_at
+        self.trip_ms = old.trip_ms
+
     def confirm(self, now: int, *, known: bool) -> None:
         """The receipt for the open attempt came. Not `known`: the link died, and none will come."""
         self.unconfirmed, self.confirmed_at = False, now

@@ -336,13 +336,20 @@ class Dispatch:
         member = self._at(send, closed_too=again)
         if member is None:
             return
+        flight = member.flight
+        counted = flight.missed, flight.refused
         self.attempts.receipt(member, reason)
         held = member.definition.presence != "none"
         offline = self.live.presence.get(member.state.device_id) is Presence.OFFLINE
         if reason == NO_SUBSCRIBER and held and not offline and not self.link.direct:
             # Nobody was subscribed at one moment: the device may be away. Of an offline one it says nothing.
             self.presence(member.state.device_id, Presence.UNKNOWN)
-        self.writer.then(lambda: None, lambda: self._untaken.append((send, reason)))
+
+        def lost() -> None:
+            flight.missed, flight.refused = counted
+            self._untaken.append((send, reason))
+
+        self.writer.then(lambda: None, lost)
 
     # --- time ---
 

@@ -196,7 +196,7 @@ class Live:
         """Reads everything from the log again, as after a restart.
 
         Keeps what no event holds: the presence of devices, which `Intake` puts back if it was learnt in a
-        commit that failed, and the time of the last progress report that was not recorded.
+        commit that failed, and of each command what `Flight.keep` names.
         """
 
         async def work(sql: Sql) -> _Read:
@@ -216,7 +216,7 @@ class Live:
         read = await storage.read(work)
         for cache in (self.closed, self.devices, self.names, self.keys, self.numbers):
             cache.clear()
-        heard = {key: each.begun.heard_at for key, each in self.members.items() if each.begun is not None}
+        before = {key: each for key, each in self.members.items() if each.begun is not None}
         self.lanes.clear()
         self.members.clear()
         promised = [(purge.cutoff, purge.at) for purge in read.purges]
@@ -230,8 +230,6 @@ class Live:
             member = Member(state, definition)
             if state.state is not State.PENDING:
                 member.begun = attempts.recovered(state, definition, now, entropy.uniform)
-            if state.id in heard:
-                member.flight.heard_at = heard[state.id]
             self.members[state.id] = self.lane(state.device_id).members[state.id] = member
             self.closed.forget(state.id)
             for number in state.numbers:
@@ -241,6 +239,9 @@ class Live:
                 self.lane(state.device_id).shut_until = now + lanes.IDLESS_PAUSE_MS
         for state in read.late:
             self.put_command(state, self.definitions[state.definition])
+        for command_id, old in before.items():
+            if (found := self.members.get(command_id)) is not None:
+                found.flight.keep(old.flight, more=found.state.attempts - old.state.attempts)
         for state in read.ended:
             definition = self.definitions[state.definition]
             if not definition.carries_ids:

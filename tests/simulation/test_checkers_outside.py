@@ -46,6 +46,15 @@ def sent_and_killed() -> Story:
     return later(lived(sent, "down"), 10).log("system", "started").log("audit", "operated")
 
 
+def answered_before_the_next(after_ms: int) -> Story:
+    """A command without id times out, and this long afterwards its device answers, and gets the next one."""
+    story = Story().log("system", "started").defined(carries_ids=False, late_answer_sec=1).sent("cmd_b")
+    story.history.linked(True)
+    later(story.ended("cmd_b", "timed_out", evidence="timer"), after_ms)
+    story.created().answers("executed", command_id=None).published().wire()
+    return story.ended(evidence="inferred")
+
+
 def ended_unheard(story: Story) -> Story:
     return story.published().wire().ended(event="expired")
 
@@ -234,6 +243,10 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
         lambda: later(Story().created(ttl_ms=5_000, expires_at=FAR).published(), 6_000).wire(),
         "D4: cmd_a attempt 1 was sent 1003 ms after it expired",
     ),
+    "A3 an answer for which the broker had to wait": (
+        lambda: answered_before_the_next(990),
+        "A3: cmd_a: executed was inferred from an answer older than the command",
+    ),
     "D4 sent again by the next process": (
         lambda: later(sent_and_killed(), 6_000).wire(),
         "D4: cmd_a attempt 1 was sent 522 ms after it expired",
@@ -322,6 +335,7 @@ RIGHT: dict[str, Callable[[], Story]] = {
         .change(3, recorded_at=1_001)
         .change(4, recorded_at=1_001)
     ),
+    "A3 an answer later than the broker waits for it": lambda: answered_before_the_next(1_001),
     "D4 sent again by a process whose clock stands from its start": lambda: later(
         sent_and_killed().change(4, recorded_at=1_005).change(5, recorded_at=1_005), 6_000
     ).wire(),

@@ -34,6 +34,13 @@ async def no_space(bench: Bench, disk: SimDisk) -> AsyncIterator[None]:
     disk.capacity = None
 
 
+async def lose_a_batch(bench: Bench, disk: SimDisk) -> None:
+    async with no_space(bench, disk):
+        bench.core.intake.device_offline("lamp-1")
+        await until(lambda: not bench.writer.open)
+    await until(lambda: bench.writer.open)
+
+
 async def refused(request: Awaitable[Any]) -> None:
     with suppress(Unavailable):
         await request
@@ -146,6 +153,46 @@ async def late_receipts(bench: Bench, disk: SimDisk) -> None:
     assert found.error.code == "refused"
 
 
+async def confirmations(bench: Bench, disk: SimDisk) -> None:
+    """An answer without id is still not to a command that the MQTT server does not have yet."""
+    await bench.device(type="iotee_device")
+    command = await bench.order(type="reboot")
+    await until(lambda: len(bench.wire.sent) == 1)
+    await lose_a_batch(bench, disk)
+    bench.says(b"ok")
+    await until(lambda: len(bench.wire.pubacks) == 1)
+    assert bench.state(command.id) == "published"
+    bench.wire.receipt()
+    bench.says(b"ok")
+    await bench.becomes(command.id, "executed")
+
+
+async def unsent(bench: Bench, disk: SimDisk) -> None:
+    """Nor is it to a command whose bytes never left, also after that has timed out."""
+    await bench.device(type="iotee_device")
+    with patch.object(bench.wire, "publish", lambda *_: False):
+        command = await bench.order(type="reboot")
+        await bench.becomes(command.id, "published")
+    await lose_a_batch(bench, disk)
+    await bench.becomes(command.id, "timed_out")
+    bench.says(b"ok")
+    await until(lambda: len(bench.wire.pubacks) == 1)
+    assert bench.state(command.id) == "timed_out"
+
+
+async def misses(bench: Bench, disk: SimDisk) -> None:
+    """Nor to one that met no subscriber."""
+    await bench.device(type="iotee_device")
+    command = await bench.order(type="reboot")
+    await until(lambda: len(bench.wire.sent) == 1)
+    bench.wire.receipt(Receipt(written=True, reason=0x10))
+    await lose_a_batch(bench, disk)
+    await bench.becomes(command.id, "timed_out")
+    bench.says(b"ok")
+    await until(lambda: len(bench.wire.pubacks) == 1)
+    assert bench.state(command.id) == "timed_out"
+
+
 LEARNT: list[Callable[[Bench, SimDisk], Awaitable[None]]] = [
     presence,
     quotas,
@@ -156,6 +203,9 @@ LEARNT: list[Callable[[Bench, SimDisk], Awaitable[None]]] = [
     cursors,
     receipts,
     late_receipts,
+    confirmations,
+    unsent,
+    misses,
 ]
 
 

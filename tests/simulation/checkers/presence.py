@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from tests.simulation.facts import CLOSING, NEVER, Facts, data
-from tests.simulation.history import Row
+from tests.simulation.history import Answer, Row, Wire
 
 # The longest time in ms from decision to durable event, on the slowest simulated disk.
 COMMIT_MS = 2_000
@@ -110,23 +110,24 @@ def a3(facts: Facts) -> Iterator[str]:
     A pause follows each end, so that a duplicated or late answer does not match the next command.
     """
     yield from _hasty(facts)
-    said: dict[tuple[str, str], list[int]] = defaultdict(list)
+    said: dict[tuple[str, str], list[Answer]] = defaultdict(list)
     for answer in facts.history.answers:
         if answer.command_id is None:
             event = {"progress": "progressed"}.get(answer.status, answer.status)
-            said[answer.hardware_id, event].append(answer.seq)
-    first: dict[str, int] = {}
+            said[answer.hardware_id, event].append(answer)
+    first: dict[str, Wire] = {}
     for record in facts.publishes:
-        first.setdefault(record.command_id or "", record.seq)
+        first.setdefault(record.command_id or "", record)
     for command_id, rows in facts.commands.items():
         hardware_id = str(data(rows[0]).get("hardware_id"))
         for row in rows:
             if data(row).get("evidence") != "inferred":
                 continue
-            sent, durable = first.get(command_id, NEVER), facts.durable(row)
-            if _doubled(facts, hardware_id, durable):
+            sent, durable = first.get(command_id), facts.durable(row)
+            answers = [each for each in said[hardware_id, row["type"]] if each.seq < durable]
+            if _doubled(facts, hardware_id, durable) or _overdue(facts, row, sent, answers):
                 continue
-            if not any(sent < seq < durable for seq in said[hardware_id, row["type"]]):
+            if sent is None or not any(sent.seq < each.seq for each in answers):
                 yield f"{command_id}: {row['type']} was inferred from an answer older than the command"
 
 
@@ -144,6 +145,25 @@ def _doubled(facts: Facts, hardware_id: str, before: int) -> bool:
     )
 
 
+def _overdue(facts: Facts, row: Row, sent: Wire | None, answers: list[Answer]) -> bool:
+    """Whether the device answered as the command was about to be sent, and later than the broker waits for
+    answers to what timed out before. Such an answer can be taken for one to the next command."""
+    ends = [
+        (facts.true_time(each, each["recorded_at"]) or NEVER) + _pause_ms(facts, each)
+        for each in facts.rows[: row["position"] - 1]
+        if each["type"] == "timed_out" and each["device_id"] == row["device_id"]
+    ]
+    if sent is None or not ends:
+        return False
+    return any(max(ends) <= each.t and sent.t - COMMIT_MS < each.t <= sent.t for each in answers)
+
+
+def _pause_ms(facts: Facts, row: Row) -> int:
+    """How long the lane of a device without ids is shut after this end."""
+    late_sec = facts.definition(row["stream"])["late_answer_sec"] if row["type"] == "timed_out" else 0
+    return round(1_000 * late_sec) or IDLESS_PAUSE_MS
+
+
 def _hasty(facts: Facts) -> Iterator[str]:
     # per device and command: the end of the pause, in ms
     quiet: dict[str, dict[str, int]] = defaultdict(dict)
@@ -157,9 +177,8 @@ def _hasty(facts: Facts) -> Iterator[str]:
         if row["type"] == "published" and state == "pending" and at < max(ended.values(), default=0):
             yield f"{command_id} was handed over {max(ended.values()) - at} ms too soon after another's end"
         if row["type"] in CLOSING and state != "pending":
-            pause = 1_000 * definition["late_answer_sec"] if row["type"] == "timed_out" else IDLESS_PAUSE_MS
             # overwrites the longer pause of `timed_out`: the late answer has come
-            ended[command_id] = at + round(pause)
+            ended[command_id] = at + _pause_ms(facts, row)
 
 
 def a5(facts: Facts) -> Iterator[str]:
