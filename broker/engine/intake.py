@@ -283,7 +283,7 @@ class Intake(Kept):
         elif found and STATE not in place.roles:
             self.unmatched(message, device, found)
         if STATE in place.roles:
-            if live and (self.embedded or self.writer.now() >= self._backlog_until):
+            if live and (self.embedded or message.arrived_at >= self._backlog_until):
                 for member in self.reader.done(device, place, said, message.arrived_at):
                     self._observed(member, said, device)
             self.reader.remember(device, place, message.topic, said, self.registry.told)
@@ -324,10 +324,10 @@ class Intake(Kept):
             self.registry.heard(device, Presence.OFFLINE, session)
 
     def _heard(self, device: DeviceState, message: Message) -> None:
-        """A live message shows that the device is online. A retained one, or one in the first 2 s of a
-        session (backlog), shows only that it once was."""
+        """A live message shows that the device is online. A retained one, or one that came before the first
+        2 s of this session were over (backlog), shows only that it once was."""
         known = self.live.presence.get(device.id, Presence.NEVER)
-        if message.retain or self.writer.now() < self._backlog_until:
+        if message.retain or message.arrived_at < self._backlog_until:
             if known is Presence.NEVER and not self.embedded:
                 self.registry.heard(device, Presence.UNKNOWN, device.session)
             return

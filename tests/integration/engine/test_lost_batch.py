@@ -276,6 +276,20 @@ def test_a_new_session_of_our_link_outlives_the_presence_of_a_lost_commit() -> N
     simulated(world)
 
 
+def test_backlog_that_waited_until_the_log_could_be_written_is_still_backlog() -> None:
+    async def world(loop: SimLoop) -> None:
+        async with on_virtual_time(loop, embedded=False) as (bench, disk):
+            device = await bench.device(online=False)
+            bench.core.intake.link_up()
+            async with no_space(bench, disk):
+                bench.says(b"?")
+                await asyncio.sleep(3)
+            await until(lambda: len(bench.wire.pubacks) == 1)
+            assert bench.live.presence.get(device.id) is Presence.UNKNOWN
+
+    simulated(world)
+
+
 def test_a_retained_will_of_an_older_session_holds_nothing_back() -> None:
     """The MQTT server noticed the end of an old connection after the device had come back."""
 
