@@ -336,8 +336,7 @@ class Dispatch:
         member = self._at(send, closed_too=again)
         if member is None:
             return
-        flight = member.flight
-        counted = flight.missed, flight.refused
+        counted = (flight := member.flight).missed, flight.refused
         self.attempts.receipt(member, reason)
         held = member.definition.presence != "none"
         offline = self.live.presence.get(member.state.device_id) is Presence.OFFLINE
