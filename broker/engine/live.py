@@ -121,6 +121,15 @@ class Live:
             lane = self.lanes[device_id] = Lane(device_id)
         return lane
 
+    def numbered(self, device_id: str, number: int) -> str | None:
+        """The id of the command of which one attempt had this number. An open command is always found; of
+        the closed ones only those whose numbers are in memory."""
+        found = self.numbers.get((device_id, number))
+        if found is None and (lane := self.lanes.get(device_id)) is not None:
+            states = (member.state for member in (*lane.members.values(), *lane.late.values()))
+            found = next((state.id for state in states if number in state.numbers), None)
+        return found
+
     def put_device(self, device: DeviceState) -> None:
         self.devices.put(device.id, device)
         self.names.put(device.id, device.id)

@@ -123,7 +123,7 @@ class Reader:
     def _named(self, device: DeviceState, place: Place, message: Decoded, reading: Reading) -> Found | str:
         command_id = reading.id
         if reading.number is not None:
-            command_id = self._live.numbers.get((device.id, reading.number))
+            command_id = self._live.numbered(device.id, reading.number)
         state = None if command_id is None else self._live.command(command_id)
         if state is None:
             return "unknown"

@@ -13,6 +13,7 @@ import pytest
 from broker.domain.errors import Refusal
 from broker.domain.events import Changed
 from broker.domain.lanes import Presence
+from broker.engine.live import KEPT
 from broker.engine.registry import NewDevice
 from broker.seams import Message
 from devices.types import load_type
@@ -121,6 +122,21 @@ def test_the_error_of_a_shelly_fails_the_command_that_its_number_names() -> None
         assert state.error is not None
         assert (state.error.code, state.error.message) == ("-105", "Argument 'id', value 7 not found!")
         assert await bench.unmatched() == ["unknown"]
+
+    scene(shelly)
+
+
+def test_an_answer_names_its_command_although_many_other_devices_had_attempts_since() -> None:
+    async def shelly(bench: Bench) -> None:
+        await register(bench, SHELLY, "shelly_gen2")
+        says(bench, f"{SHELLY}/online", "true")
+        command = await bench.order(SHELLY, "toggle", params={"channel": 0})
+        _, request = await sent(bench, 1)
+        for other in range(2 * KEPT):
+            bench.core.live.numbers.put((f"dev_{other}", 1), f"cmd_{other}")
+        said = '{"id":%d,"src":"%s","dst":"iotee/rpc/%s","result":{"was_on":false}}'
+        says(bench, f"iotee/rpc/{SHELLY}/rpc", said % (request["id"], SHELLY, SHELLY))
+        await bench.becomes(command.id, "executed")
 
     scene(shelly)
 
