@@ -28,7 +28,8 @@ TTLS = (5, 20, 60, 60, 300, 300, 600, None)
 class _Exchange:
     """One request to the app in one broker process."""
 
-    def __init__(self, history: History, call: Call, scope: dict[str, Any], body: bytes) -> None:
+    def __init__(self, history: History, node: Node, call: Call, scope: dict[str, Any], body: bytes) -> None:
+        self._node = node
         self.status = 0
         self.gone = asyncio.Event()
         self.over = asyncio.Event()
@@ -46,6 +47,8 @@ class _Exchange:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: dict[str, Any]) -> None:
+        if not self._node.alive:
+            return  # what coroutines of a dead process do when they are freed reaches nobody
         if message["type"] == "http.response.start":
             self.status = message["status"]
             return
@@ -139,7 +142,7 @@ class Door:
         if (listening := self._listening()) is None:
             return call
         node, app = listening
-        exchange = _Exchange(self._history, call, self._scope(method, path, key, secret), raw)
+        exchange = _Exchange(self._history, node, call, self._scope(method, path, key, secret), raw)
         task = self._loop.spawn(node, exchange.run(app))
         task.add_done_callback(partial(self._ended, exchange), context=contextvars.Context())
         number = next(self._numbers)
