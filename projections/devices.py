@@ -117,8 +117,11 @@ async def counted(
         condition, values = f"{condition} AND project = ?", [*values, project]
     rows = await sql.all(f"SELECT id, online FROM devices WHERE deleted = 0 AND {condition}", values)
     sure = sum(row[1] for row in rows if row[0] in online)
-    unsure = await by_name(sql, (row[0] for row in rows if row[0] in online and not row[1]))
-    return len(rows), sure + sum(state.heard for state in unsure.values())
+    unsure = msgspec.json.encode([row[0] for row in rows if row[0] in online and not row[1]]).decode()
+    found = await sql.all(
+        "SELECT body FROM devices WHERE id IN (SELECT value FROM json_each(CAST(? AS TEXT)))", (unsure,)
+    )
+    return len(rows), sure + sum(_decode(row[0]).heard for row in found)
 
 
 async def deleted(sql: Sql) -> list[DeviceState]:

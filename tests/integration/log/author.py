@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import random
 
-from broker.domain.events import Changed, Event, Operated, Pending, Registered, device_stream
+from broker.domain.events import (
+    Changed,
+    Event,
+    Offline,
+    Online,
+    Operated,
+    Pending,
+    Registered,
+    device_stream,
+)
 from broker.domain.fleet import DeviceState, evolve_device
 from broker.domain.lifecycle import CommandState, evolve
 from broker.seams import At, Batch, Newest, SideRow
@@ -33,6 +42,9 @@ class Author:
 
     def move(self, gateway: str | None, device_id: str = DEVICE) -> None:
         self._device(device_id, Changed(gateway=gateway))
+
+    def presence(self, event: Online | Offline, device_id: str = DEVICE) -> None:
+        self._device(device_id, event)
 
     def _device(self, device_id: str, event: Event) -> None:
         pending = self._stage(device_stream(device_id), event, device_id)

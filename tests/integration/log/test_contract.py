@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from broker.domain.events import Acknowledged, Cancelled, Event, Executed, Progressed, Published, TimedOut
+from broker.domain.events import (
+    Acknowledged,
+    Cancelled,
+    Event,
+    Executed,
+    Offline,
+    Online,
+    Progressed,
+    Published,
+    TimedOut,
+)
 from broker.log import sqlite as log
 from broker.log.chain import Row
 from broker.log.postgresql.log import PostgresLog
@@ -135,6 +145,37 @@ async def test_the_devices_of_gateways_are_found(storage: Storage) -> None:
     found = await storage.read(devices_view.with_gateway)
 
     assert {device.id: device.gateway for device in found} == {"dev_a": "gw", "dev_c": "other"}
+
+
+async def test_devices_that_came_back_are_counted_with_two_reads_however_many_they_are(
+    storage: Storage,
+) -> None:
+    author, names = Author(storage.term), [f"dev_{number}" for number in range(20)]
+    for name in ("dev_never", "dev_there", *names):
+        author.register(name)
+    author.presence(Online(), "dev_there")
+    for name in names:  # they are online again, and no event says it yet
+        author.presence(Online(), name)
+        author.presence(Offline(), name)
+    await storage.append(author.batch())
+    reads: list[str] = []
+
+    async def work(sql: Sql) -> tuple[int, int]:
+        class Noting:
+            async def all(self, text: str, values: Sequence[Any] = (), /) -> list[Any]:
+                reads.append(text)
+                return await sql.all(text, values)
+
+            async def one(self, text: str, values: Sequence[Any] = (), /) -> Any | None:
+                reads.append(text)
+                return await sql.one(text, values)
+
+            each, form = sql.each, sql.form
+
+        return await devices_view.counted(Noting(), PROJECT, None, {"dev_never", "dev_there", *names})
+
+    assert await storage.read(work) == (22, 21)
+    assert len(reads) == 2
 
 
 async def test_open_commands_are_read_as_they_are_folded_in_order_of_creation(storage: Storage) -> None:
