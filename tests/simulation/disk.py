@@ -254,6 +254,11 @@ class _Vfs(apsw.VFS):
         return self.disks[path.split("/")[1]]
 
 
+# A simulation has one thread, and nobody asks how much memory SQLite has.
+apsw.shutdown()
+apsw.config(apsw.SQLITE_CONFIG_SINGLETHREAD)
+apsw.config(apsw.SQLITE_CONFIG_MEMSTATUS, False)
+apsw.initialize()
 _VFS = _Vfs()
 
 

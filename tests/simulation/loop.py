@@ -20,6 +20,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any, TypeVar, TypeVarTuple
 
 import msgspec
@@ -103,14 +104,13 @@ class _Handle(msgspec.Struct, eq=False):
     _args: tuple[Any, ...]
     _context: contextvars.Context
     _cancelled: bool = False
-    _scheduled: bool = False
 
     def cancel(self) -> None:
         if not self._cancelled:
             self._cancelled = True
-            self._callback, self._args = _nothing, ()
-            if self._scheduled:
-                self._loop.timer_cancelled()
+            if self._when > self._loop.now:  # it is still among the timers, and may stay there for long
+                self._callback, self._args = _nothing, ()
+                self._loop.cancelled += 1
 
     def cancelled(self) -> bool:
         return self._cancelled
@@ -149,9 +149,9 @@ class SimLoop(asyncio.BaseEventLoop):
         self.steps = 0
         self.trace = 0
         self.unhandled: list[tuple[str, BaseException | None]] = []
-        self._now = 0.0
+        self.now = 0.0
         self.now_ms = 0
-        self._cancelled = 0  # of the timers that are kept
+        self.cancelled = 0  # how many of the timers that are kept, about
         self._moved_at = 0
         self._max_steps = max_steps
         self._max_idle_steps = max_idle_steps
@@ -162,6 +162,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._tasks: list[tuple[Node | None, asyncio.Task[Any]]] = []
         self._sweep_at = 64
         self.number = itertools.count(1).__next__
+        self.create_future = partial(_Future, loop=self)  # type: ignore[method-assign]
         self.set_task_factory(self._make_task)  # type: ignore[arg-type]
 
     # --- what the world uses ---------------------------------------------------------------------
@@ -223,7 +224,7 @@ class SimLoop(asyncio.BaseEventLoop):
     # --- what asyncio uses -----------------------------------------------------------------------
 
     def time(self) -> float:
-        return self._now
+        return self.now
 
     def run_forever(self) -> None:
         with no_search():
@@ -245,23 +246,24 @@ class SimLoop(asyncio.BaseEventLoop):
                 handle = ready.popleft()
             if handle._cancelled:
                 continue
-            node = handle._context.get(_NODE)
+            context = handle._context
+            node = context.get(_NODE)
             if node is not None:
                 if not node.alive:
                     continue
                 if node.held is not None:
                     node.held.append(handle)
                     continue
-            self.steps += 1
+            self.steps = steps = self.steps + 1
             try:
-                handle._context.run(handle._callback, *handle._args)
+                context.run(handle._callback, *handle._args)
             except (SystemExit, KeyboardInterrupt):
                 raise
             except BaseException as error:
                 self.call_exception_handler({"message": "a callback failed", "exception": error})
             if self._stopping:
                 return
-            if not self.steps % 1024:
+            if not steps % 1024:
                 self._check_budget()
 
     def call_soon(
@@ -272,7 +274,7 @@ class SimLoop(asyncio.BaseEventLoop):
     ) -> asyncio.Handle:
         if self._closed:
             raise RuntimeError("Event loop is closed")
-        handle = _Handle(self, self._now, callback, args, _copied() if context is None else context)
+        handle = _Handle(self, self.now, callback, args, _copied() if context is None else context)
         self._ready.append(handle)
         return handle  # type: ignore[return-value]
 
@@ -284,8 +286,8 @@ class SimLoop(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         # Most timers are set here: one call less than by `call_at`.
-        when = self._now + delay
-        timer = _Handle(self, when, callback, args, _copied() if context is None else context, False, True)
+        when = self.now + delay
+        timer = _Handle(self, when, callback, args, _copied() if context is None else context)
         _push(self._scheduled, (when, self.number(), timer))
         return timer  # type: ignore[return-value]
 
@@ -297,25 +299,22 @@ class SimLoop(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         """Keeps timers as tuples: comparing two TimerHandles is slow Python code."""
-        timer = _Handle(self, when, callback, args, _copied() if context is None else context, False, True)
+        timer = _Handle(self, when, callback, args, _copied() if context is None else context)
         _push(self._scheduled, (when, self.number(), timer))
         return timer  # type: ignore[return-value]
-
-    def timer_cancelled(self) -> None:
-        self._cancelled += 1
 
     def _advance(self) -> None:
         """Nothing is ready: moves the clock to the next timer and makes all due timers ready."""
         timers, pop, ready = self._scheduled, heapq.heappop, self._ready
-        if self._cancelled > 100 and self._cancelled * 2 > len(timers):
+        if self.cancelled > 100 and self.cancelled * 2 > len(timers):
             self._keep_timers(lambda timer: not timer._cancelled)
             timers = self._scheduled
         while timers and timers[0][2]._cancelled:
-            pop(timers)[2]._scheduled = False
-            self._cancelled -= 1
+            pop(timers)
+            self.cancelled -= 1
         if not timers:
-            raise Deadlock(f"at {self._now:.3f} s nothing is ready and no timer is set")
-        self._now = now = timers[0][0] if timers[0][0] > self._now else self._now
+            raise Deadlock(f"at {self.now:.3f} s nothing is ready and no timer is set")
+        self.now = now = timers[0][0] if timers[0][0] > self.now else self.now
         # A timer for 1.001 s must not be read as 1000 ms because of binary fractions.
         self.now_ms = int(now * 1000 + 1e-3)
         self._moved_at = self.steps
@@ -323,26 +322,19 @@ class SimLoop(asyncio.BaseEventLoop):
             raise Deadlock(f"{self._max_time:.0f} s of virtual time are spent")
         self.trace = zlib.crc32(_packed(now, self.steps), self.trace)
         while timers and timers[0][0] <= now:
-            timer = pop(timers)[2]
-            timer._scheduled = False
-            ready.append(timer)
+            ready.append(pop(timers)[2])
 
     def _keep_timers(self, keep: Callable[[Any], bool]) -> None:
-        kept = []
-        for each in self._scheduled:
-            if not each[2]._cancelled and keep(each[2]):
-                kept.append(each)
-            else:
-                each[2]._scheduled = False
+        kept = [each for each in self._scheduled if not each[2]._cancelled and keep(each[2])]
         heapq.heapify(kept)
         self._scheduled = kept
-        self._cancelled = 0
+        self.cancelled = 0
 
     def _check_budget(self) -> None:
         if self.steps > self._max_steps:
-            raise Livelock(f"{self._max_steps} steps were used by {self._now:.3f} s")
+            raise Livelock(f"{self._max_steps} steps were used by {self.now:.3f} s")
         if self.steps - self._moved_at > self._max_idle_steps:
-            raise Livelock(f"{self._max_idle_steps} steps without progress of the clock at {self._now:.3f} s")
+            raise Livelock(f"{self._max_idle_steps} steps without progress of the clock at {self.now:.3f} s")
         if not self.steps % _STEPS_PER_COLLECTION:
             gc.collect(1)
 
@@ -361,9 +353,6 @@ class SimLoop(asyncio.BaseEventLoop):
     def forget_done_tasks(self) -> None:
         self._tasks = [kept for kept in self._tasks if not kept[1].done()]
         self._sweep_at = 64 + 2 * len(self._tasks)
-
-    def create_future(self) -> asyncio.Future[Any]:
-        return _Future(loop=self)
 
     def run_in_executor(self, executor: Any, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """Runs `func` at once in the loop's thread: the seed cannot control a second thread."""
