@@ -223,6 +223,20 @@ class Live:
             )
 
         read = await storage.read(work)
+        found: dict[str, Member] = {}
+        by_device: dict[str, Lane] = {}
+        for count, state in enumerate(read.open, 1):
+            if count % AT_ONCE == 0:
+                await asyncio.sleep(0)  # a node must show signs of life while it reads
+            member = Member(state, read.definitions[state.definition])
+            if state.state is not State.PENDING:
+                member.begun = attempts.recovered(state, member.definition, now, entropy.uniform)
+            lane = by_device.setdefault(state.device_id, Lane(state.device_id))
+            found[state.id] = lane.members[state.id] = member
+            if not member.definition.carries_ids:
+                # A command that closed just before the stop may be answered a second time now.
+                lane.shut_until = now + lanes.IDLESS_PAUSE_MS
+        # From here on: no await. A receipt that came meanwhile is noted in the commands of before.
         for cache in (self.closed, self.devices, self.names, self.keys, self.numbers):
             cache.clear()
         before = {key: each for key, each in self.members.items() if each.begun is not None}
@@ -232,25 +246,16 @@ class Live:
         self._purged = [*self._purged, *(each for each in promised if each not in self._purged)]
         self.epoch += 1
         self.definitions = read.definitions
-        for count, state in enumerate(read.open, 1):
-            if count % AT_ONCE == 0:
-                await asyncio.sleep(0)  # a node must show signs of life while it reads
-            definition = self.definitions[state.definition]
-            member = Member(state, definition)
-            if state.state is not State.PENDING:
-                member.begun = attempts.recovered(state, definition, now, entropy.uniform)
-            self.members[state.id] = self.lane(state.device_id).members[state.id] = member
-            self.closed.forget(state.id)
-            for number in state.numbers:
-                self.numbers.put((state.device_id, number), state.id)
-            if not definition.carries_ids:
-                # A command that closed just before the stop may be answered a second time now.
-                self.lane(state.device_id).shut_until = now + lanes.IDLESS_PAUSE_MS
+        self.lanes.update(by_device)
+        self.members.update(found)
+        for member in found.values():
+            for number in member.state.numbers:
+                self.numbers.put((member.state.device_id, number), member.state.id)
         for state in read.late:
             self.put_command(state, self.definitions[state.definition])
         for command_id, old in before.items():
-            if (found := self.members.get(command_id)) is not None:
-                found.flight.keep(old.flight, more=found.state.attempts - old.state.attempts)
+            if (again := self.members.get(command_id)) is not None:
+                again.flight.keep(old.flight, more=again.state.attempts - old.state.attempts)
         for state in read.ended:
             definition = self.definitions[state.definition]
             if not definition.carries_ids:

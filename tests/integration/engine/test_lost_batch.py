@@ -10,8 +10,10 @@ from unittest.mock import patch
 
 import pytest
 
+from broker.domain import attempts
 from broker.domain.errors import Refusal, Unavailable
-from broker.domain.lanes import Presence
+from broker.domain.lanes import Flight, Presence
+from broker.engine import live
 from broker.engine.intake import Intake
 from broker.seams import Message, Receipt
 from broker.settings import Limits
@@ -215,6 +217,27 @@ def test_what_a_failed_commit_taught_is_unlearnt(learnt: Callable[[Bench, SimDis
         limits = Limits(commands_per_minute=1)
         async with on_virtual_time(loop, limits, types={"siren": SIREN}) as (bench, disk):
             await learnt(bench, disk)
+
+    simulated(world)
+
+
+def test_a_confirmation_that_comes_while_the_log_is_read_again_counts() -> None:
+    async def world(loop: SimLoop) -> None:
+        async with on_virtual_time(loop) as (bench, disk):
+            await bench.device(type="iotee_device")
+            command = await bench.order(type="reboot")
+            await bench.order(type="reboot")
+            await until(lambda: len(bench.wire.sent) == 1)
+
+            def recovered(*of: Any) -> Flight:
+                loop.call_soon(bench.wire.receipt)  # in the pause before the next command
+                return attempts.recovered(*of)
+
+            with patch.object(live, "AT_ONCE", 1), patch.object(live, "attempts") as found:
+                found.recovered = recovered
+                await lose_a_batch(bench, disk)
+            bench.says(b"ok")
+            await bench.becomes(command.id, "executed")
 
     simulated(world)
 
