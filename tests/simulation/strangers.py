@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from math import inf
 from typing import Any
 
 from tests.simulation.clients import Door
 from tests.simulation.loop import SimLoop
 
 NAME = "rv1"
-QUEUE = 2  # commands that a broker with narrow limits lets wait
-ROOM_SEC = 8.0  # after this time a command of 2 s has expired, also where the disk is slow
 PATHS = ("/v1/commands/{}", "/v1/commands/{}/events", "/v1/commands/{}/explain", "/commands/{}")
 
 
@@ -21,7 +17,6 @@ class Stranger:
     def __init__(self, loop: SimLoop, door: Door, secret: str) -> None:
         self._loop, self._door, self._secret = loop, door, secret
         self._random = loop.rng("stranger")
-        self._ordered = deque((-inf, -inf), maxlen=QUEUE)
 
     async def furnish(self) -> None:
         body = {"hardware_id": NAME, "type": "tag"}
@@ -29,10 +24,6 @@ class Stranger:
         assert call.status == 201, call
 
     def order(self) -> None:
-        """Sends a command, unless those before it may still fill its queue."""
-        if self._loop.time() < self._ordered[0] + ROOM_SEC:
-            return
-        self._ordered.append(self._loop.time())
         body: dict[str, Any] = {"type": "beep", "params": {}, "ttl_sec": 2}
         path = f"/v1/devices/{NAME}/commands"
         call = self._door.call("create", "POST", path, body, secret=self._secret)

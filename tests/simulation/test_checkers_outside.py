@@ -112,6 +112,16 @@ def crowded() -> Story:
     return story
 
 
+def refused_to_the_rival(*, full: bool) -> Story:
+    """The neighbour's command did not expire, because the broker's clock stands."""
+    story = Story().created()
+    story.history.most = (5, 1) if full else (5, 2)
+    story.history.secret("rival", "s")
+    story.history.returned(story.history.invoked("create", secret="s"), 201, ids=(A,))
+    story.history.returned(later(story, 20_000).history.invoked("create", secret="s"), 429)
+    return story
+
+
 def not_told() -> Story:
     story = Story()
     story.history.readers = {"every event": None}
@@ -305,6 +315,10 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
     "C2 an ended key": (after_its_key, "C2: read with the ended secret of key_1 was answered 200"),
     "C3 a bound": (bounded, "C3: send slots: 4 of at most 3"),
     "C3 a queue": (crowded, "C3: cmd_b was taken while its device had 1 open commands"),
+    "C3 the neighbour": (
+        lambda: refused_to_the_rival(full=False),
+        "C3: a create of another project was answered 429 after 1 ms",
+    ),
     "C4 not in time": (not_told, "C4: the reader of every event did not get position 1 in time"),
     "O2 too slow": (
         lambda: lived(later(lived(Story(), "stopping"), 11_000), "ended"),
@@ -327,6 +341,7 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
 
 RIGHT: dict[str, Callable[[], Story]] = {
     "A5 the link went down while the commit was slow": timed_out_before_the_cut,
+    "C3 the neighbour's own queue is full": lambda: refused_to_the_rival(full=True),
     "D4 the clock stands from the start, before it could be seen": lambda: (
         later(again().created(ttl_ms=5_000, expires_at=FAR), 6_000)
         .published()

@@ -304,8 +304,9 @@ def a2(facts: Facts) -> Iterator[str]:
 
 
 def _of_device(row: Row) -> bool:
-    """Whether the event comes from the device. The default evidence is not written to the log."""
-    return data(row).get("evidence", "device_result") in FROM_DEVICE
+    """Whether the event comes from the device. The default evidence is not written to the log. An event that
+    was erased before anybody saw it does not say who it is from."""
+    return row["data"] is not None and data(row).get("evidence", "device_result") in FROM_DEVICE
 
 
 def _told(row: Row) -> tuple[Any, ...]:
