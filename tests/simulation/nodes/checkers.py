@@ -45,6 +45,7 @@ class Passed(msgspec.Struct, frozen=True, kw_only=True):
 class Acts:
     def __init__(self, now_ms: Callable[[], int]) -> None:
         self.all: list[Act] = []
+        self.claims: list[tuple[int, Act]] = []  # by position, without those that a failover lost
         self.by: list[tuple[int, str]] = []  # the last position of each append, and who appended
         self.arrived: list[tuple[str, str]] = []  # topic and command of what reached the MQTT server
         self.failed_over: float | None = None  # how long nobody answered when the owner was killed, s
@@ -59,13 +60,16 @@ class Acts:
     def acted(self, incarnation: str, what: str) -> None:
         self.all.append(Act(seq=next(self._seq), t=self._now_ms(), incarnation=incarnation, what=what))
 
-    def claimed(self, incarnation: str) -> None:
+    def claimed(self, incarnation: str, position: int) -> None:
         self.acted(incarnation, "claimed")
+        self.claims.append((position, self.all[-1]))
 
     def appended(self, incarnation: str, position: int) -> None:
         # What a failover of the database lost was appended by somebody else, or never.
         while self.by and self.by[-1][0] >= position:
             self.by.pop()
+        while self.claims and self.claims[-1][0] >= position:
+            self.claims.pop()
         self.by.append((position, incarnation))
 
 
@@ -128,7 +132,7 @@ def n4(acts: Acts, facts: Facts) -> Iterator[str]:
 def n5(acts: Acts, facts: Facts) -> Iterator[str]:
     """A lost notification does no harm: from its start to its end each node asks the log again and again, and
     passes requests on to the owner that it found there."""
-    claims = [act for act in acts.all if act.what == "claimed"]
+    claims = [act for _, act in acts.claims]
     for incarnation, began in acts.began.items():
         looks = [look for look in acts.looks if look.incarnation == incarnation]
         woken = [t for t, who in acts.woken if who == incarnation]

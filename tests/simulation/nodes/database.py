@@ -66,7 +66,7 @@ class SimDatabase:
         self.up, self.standby, self.asynchronous = True, True, False
         self.lose_replies = self.lose_notifications = 0.0
         self.durable: Callable[[sqlite3.Connection], object] = lambda sql: None
-        self.claimed: Callable[[str], object] = lambda incarnation: None
+        self.claimed: Callable[[str, int], object] = lambda incarnation, position: None
         self.appended: Callable[[str, int], object] = lambda incarnation, position: None
         self.connections: dict[SimConnection, None] = {}
         self.random = loop.rng("database")
@@ -192,9 +192,9 @@ class SimDatabase:
         first, _, last, _ = answer[0]
         if last < first or not batch.events:
             return
-        if batch.events[0].stream == "owner":
-            self.claimed(incarnation)
         self.appended(incarnation, last)
+        if batch.events[0].stream == "owner":
+            self.claimed(incarnation, last)
 
     def _work(self, request: Request) -> list[Any]:
         if request.text == APPEND:

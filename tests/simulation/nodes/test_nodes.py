@@ -79,8 +79,11 @@ def test_nodes_that_saw_what_the_database_then_lost_end() -> None:
 
 def acts(*told: tuple[str, str]) -> Acts:
     made = Acts(lambda: 1_000)
-    for who, what in told:
-        made.acted(who, what)
+    for position, (who, what) in enumerate(told, 1):
+        if what == "claimed":
+            made.claimed(who, position)
+        else:
+            made.acted(who, what)
     return made
 
 
@@ -142,6 +145,16 @@ def test_a_node_that_does_not_ask_the_log_or_does_not_believe_it_is_found() -> N
     made.looks.append(look(25_100))
     assert found(made) == ["N5"]
     made.woken.append((25_000, "c"))
+    assert found(made) == []
+
+
+def test_a_claim_that_a_failover_of_the_database_lost_is_known_to_nobody() -> None:
+    made = acts(("a", "claimed"), ("b", "claimed"))
+    made.looks.append(Look(t=2_000, incarnation="c", began=1_990, confirmed=True))
+    made.began["c"] = 900
+    made.passed.append(Passed(t=4_000, incarnation="c", owner="a"))
+    assert found(made) == ["N5"]
+    made.appended("a", 2)  # where b's claim was
     assert found(made) == []
 
 

@@ -184,8 +184,8 @@ class NodesWorld:
     def acted(self, incarnation: str, what: str) -> None:
         self.acts.acted(incarnation, what)
 
-    def _claimed(self, incarnation: str) -> None:
-        self.acts.claimed(incarnation)
+    def _claimed(self, incarnation: str, position: int) -> None:
+        self.acts.claimed(incarnation, position)
         self.history.lived("down")  # for the checkers of one process, each owner is a life of it
 
     def _durable(self, sql: sqlite3.Connection) -> None:
