@@ -315,6 +315,17 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
     "C2 an ended key": (after_its_key, "C2: read with the ended secret of key_1 was answered 200"),
     "C3 a bound": (bounded, "C3: send slots: 4 of at most 3"),
     "C3 a queue": (crowded, "C3: cmd_b was taken while its device had 1 open commands"),
+    "A3 the bytes never left": (
+        lambda: (
+            Story()
+            .log("system", "started")
+            .created()
+            .published()
+            .answers("executed", command_id=None)
+            .ended(evidence="inferred")
+        ),
+        "A3: cmd_a: executed was inferred from an answer older than the command",
+    ),
     "C3 the neighbour": (
         lambda: refused_to_the_rival(full=False),
         "C3: a create of another project was answered 429 after 1 ms",
@@ -341,6 +352,14 @@ WRONG: dict[str, tuple[Callable[[], Story], str]] = {
 
 RIGHT: dict[str, Callable[[], Story]] = {
     "A5 the link went down while the commit was slow": timed_out_before_the_cut,
+    "A3 after a start nobody knows that the bytes never left": lambda: (
+        Story()
+        .created()
+        .published()
+        .log("system", "started")
+        .answers("executed", command_id=None)
+        .ended(evidence="inferred")
+    ),
     "C3 the neighbour's own queue is full": lambda: refused_to_the_rival(full=True),
     "D4 the clock stands from the start, before it could be seen": lambda: (
         later(again().created(ttl_ms=5_000, expires_at=FAR), 6_000)

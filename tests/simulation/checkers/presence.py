@@ -127,6 +127,8 @@ def a3(facts: Facts) -> Iterator[str]:
             answers = [each for each in said[hardware_id, row["type"]] if each.seq < durable]
             if _doubled(facts, hardware_id, durable) or _overdue(facts, row, sent, answers):
                 continue
+            if (sent is None or sent.seq > durable) and _restarted(facts, rows, row):
+                continue
             if sent is None or not any(sent.seq < each.seq for each in answers):
                 yield f"{command_id}: {row['type']} was inferred from an answer older than the command"
 
@@ -143,6 +145,13 @@ def _doubled(facts: Facts, hardware_id: str, before: int) -> bool:
         each.what == "reached" and extra[each.command_id] > 0 and each.t > wire[-1].t - DOUBLED_MS
         for each in wire
     )
+
+
+def _restarted(facts: Facts, rows: list[Row], row: Row) -> bool:
+    """Whether the broker started between the first `published` and this event. Then it does not know that the
+    bytes never left."""
+    handed_over = next((each["position"] for each in rows if each["type"] == "published"), row["position"])
+    return any(each["type"] == "started" for each in facts.rows[handed_over : row["position"] - 1])
 
 
 def _overdue(facts: Facts, row: Row, sent: Wire | None, answers: list[Answer]) -> bool:
