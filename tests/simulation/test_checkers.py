@@ -187,6 +187,15 @@ RIGHT: dict[str, Callable[[], Story]] = {
     "L4 it expired while everything was broken": lambda: (
         Story().created(expires_at=1100).well(50_000, 99_000).log(A, "expired").change(2, recorded_at=64_000)
     ),
+    "L4 the clock stood until everything was well": lambda: (
+        Story()
+        .log("audit", "operated")
+        .log("system", "started", mqtt="embedded")
+        .created(expires_at=1100)
+        .well(1_000, 99_000)
+        .log(A, "expired")
+        .change(4, recorded_at=47_500)
+    ),
     "L4 there was no time to end it": lambda: Story().created(expires_at=90_000).well(1000, 99_000),
     "D1 bare payloads, each with its event": lambda: (
         Story().created().published().wire(None).published(attempt=2).wire(None)

@@ -47,6 +47,7 @@ def _succeeded(call: Call, *kinds: str) -> bool:
 
 
 COME_BACK_MS = 30_000
+CLOCK_SEEN_MS = 2_000  # the broker looks at the wall clock once a second
 
 
 # --- requests --------------------------------------------------------------------------------------
@@ -127,10 +128,13 @@ def l2(facts: Facts) -> Iterator[str]:
 def l4(facts: Facts) -> Iterator[str]:
     """Once faults have stopped, every command closes: by `expires_at` + 15 s, or, once acknowledged, by its
     last report + its result timeout + 15 s. A command without expiry closes as well, because its device is
-    online then. A start of the listener is the end of a fault: devices have some time to come back."""
+    online then. A start of the listener is the end of a fault: devices have some time to come back. So is the
+    moment when a clock that stood since the start goes on; the wall clock is right once all is healed."""
     healed, ended = facts.history.healed_at or 0, facts.history.ended_at or 0
     starts = [row for row in facts.streams.get("system", ()) if data(row).get("mqtt") == "embedded"]
-    healed = max(healed, *(row["recorded_at"] + COME_BACK_MS for row in starts[-1:]), 0)
+    if starts:
+        went_on = healed + CLOCK_SEEN_MS if facts.behind(starts[-1]) else starts[-1]["recorded_at"]
+        healed = max(healed, went_on + COME_BACK_MS)
     for command_id, created in facts.created.items() if ended else ():
         due: int = data(created).get("expires_at") or NEVER
         result_ms = round(1000 * facts.definition(command_id).get("result_timeout_sec", 60))
