@@ -194,6 +194,7 @@ RIGHT: dict[str, Callable[[], Story]] = {
         .created(expires_at=1100)
         .well(1_000, 99_000)
         .log(A, "expired")
+        .change(2, recorded_at=1_001)
         .change(4, recorded_at=47_500)
     ),
     "L4 there was no time to end it": lambda: Story().created(expires_at=90_000).well(1000, 99_000),
