@@ -253,18 +253,27 @@ class PostgresLog:
                 )
                 if notify:
                     await connection.execute(NOTIFY)
-                owner = await connection.fetchrow(OWNED_BY)
-                found = await connection.fetch(NODES)
+                return await _view(connection)
         except FAILURES as error:
             end(self._beating)
             raise translated(error) from error
-        nodes = [
-            Node(row[0], row[1], row[2], beat=row[3], link_up=bool(row[4]), draining=bool(row[5]))
-            for row in found
-        ]
-        if owner is None:
-            return View(0, None, nodes)
-        return View(owner[0], cast(Owned, decode("owned", owner[1])).incarnation, nodes)
+
+    async def view(self) -> View | None:
+        """Reads what the nodes said, and changes nothing. None: there is no log yet.
+
+        Raises:
+            Unknown: the server cannot be reached now.
+        """
+        try:
+            connection = await self._connect(self.where)
+            try:
+                if await connection.fetchval("SELECT to_regclass('nodes') IS NULL"):
+                    return None
+                return await _view(connection)
+            finally:
+                await goodbye(connection)
+        except FAILURES as error:
+            raise translated(error) from error
 
     async def leave(self, node: Node) -> None:
         """Takes a node off the list, so that nobody has to wait for its end.
@@ -308,3 +317,14 @@ class PostgresLog:
         await self._readers.close()
         await goodbye(self._beating)
         await goodbye(self._appending)
+
+
+async def _view(connection: Connection) -> View:
+    owner = await connection.fetchrow(OWNED_BY)
+    nodes = [
+        Node(row[0], row[1], row[2], beat=row[3], link_up=bool(row[4]), draining=bool(row[5]))
+        for row in await connection.fetch(NODES)
+    ]
+    if owner is None:
+        return View(0, None, nodes)
+    return View(owner[0], cast(Owned, decode("owned", owner[1])).incarnation, nodes)

@@ -45,15 +45,22 @@ class OwnedLog(PostgresLog):
     async def prepare(self, log_id: str, cursor_key: str) -> None:
         """As `PostgresLog.prepare`; then claims the log, at once if its last owner is known to have ended.
 
+        While its owner lives nothing is changed: the tables of another release would end the owner.
+
         Raises:
             InUse: the owner lives.
             Conflict: another node claimed it at the same moment.
         """
+        ended = self._predecessor
+        if not self.term and (found := await self.view()) and (before := _owner(found)) is not None:
+            if before.incarnation != ended:
+                await self._silent(before)
+            ended = before.incarnation
         await super().prepare(log_id, cursor_key)
         if self.term:
             return
         first = _owner(await self.beat(self._node))
-        if first is not None and first.incarnation != self._predecessor:
+        if first is not None and first.incarnation != ended:
             await self._silent(first)
         await self.own(self._node.name, self._node.address, self._now())
         if first is not None:
@@ -63,7 +70,8 @@ class OwnedLog(PostgresLog):
         """Waits until the owner has shown no sign of life for a lease, or has left in order."""
         for _ in range(round(self._lease_sec / self._beat_sec) + 1):
             await asyncio.sleep(self._beat_sec)
-            owner = _owner(await self.beat(self._node))
+            view = await self.view()
+            owner = None if view is None else _owner(view)
             if owner is None:
                 return
             if (owner.incarnation, owner.beat) != (first.incarnation, first.beat):

@@ -12,6 +12,7 @@ import asyncpg
 import msgspec
 import pytest
 
+from broker.domain.batches import Batch
 from broker.domain.events import Cancelled, Event
 from broker.log import sqlite as log
 from broker.log.chain import Row
@@ -19,11 +20,14 @@ from broker.log.postgresql import connection, making, tables
 from broker.log.postgresql.arguments import APPEND, arguments
 from broker.log.postgresql.log import PostgresLog
 from broker.log.postgresql.reading import Snapshot
+from broker.log.postgresql.taking import OwnedLog
 from broker.log_url import address
 from broker.seams import (
     Broken,
     Conflict,
     Fenced,
+    InUse,
+    Node,
     Put,
     Unknown,
     UnknownFormat,
@@ -398,6 +402,27 @@ async def test_an_owner_is_refused_once_another_release_made_the_tables(
         with pytest.raises(UnknownFormat, match="all nodes must run the same release"):
             await storage.append(author.batch())
         assert await rows(storage) == before
+
+
+async def test_a_broker_of_another_release_that_finds_the_owner_alive_changes_nothing(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owned, another = (
+        OwnedLog(address(database), Node(each, each), lambda: 0, lease_sec=0.3, beat_sec=0.02)
+        for each in ("node_1", "node_2")
+    )
+    async with asyncio.TaskGroup() as group:
+        await owned.prepare("log_1", "00" * 32)
+        alive = group.create_task(owned.keep())
+        with monkeypatch.context() as newer:
+            newer.setattr(making, "TABLES", "newer")
+            with pytest.raises(InUse, match="node node_1"):
+                await another.prepare("log_1", "00" * 32)
+
+        await owned.append(Batch(owned.number(), owned.term, [], b"", [], [Put("meta", ("probe", "x"))]))
+        alive.cancel()
+    await another.close()
+    await owned.close()
 
 
 async def test_an_owner_that_names_the_format_as_earlier_releases_did_is_refused(database: str) -> None:
