@@ -46,8 +46,8 @@ class Calm:
 
 
 def d2(facts: Facts) -> Iterator[str]:
-    """D2: without faults, the bytes of every hand-over by MQTT are written, unless the command ends first or
-    they wait behind the device's own window."""
+    """D2: without faults, the bytes of every hand-over by MQTT are written, unless the command ends first, an
+    answer to it came first, or they wait behind the device's own window."""
     healed, ended = facts.history.healed_at, facts.history.ended_at
     if healed is None or ended is None:
         return
@@ -66,7 +66,8 @@ def d2(facts: Facts) -> Iterator[str]:
             commit = facts.commit_of(row)
             if commit is None or not calm.between(commit.t - WRITTEN_MS, commit.t + WRITTEN_MS):
                 continue
-            if _left(facts, row["device_id"], at):
+            together = [each["type"] for each in rows if facts.commit_of(each) is commit]
+            if _left(facts, row["device_id"], at) or "acknowledged" in together:
                 continue
             if not written.intersection({(command_id, said.get("attempt")), (command_id, None)}):
                 yield f"{command_id} attempt {said.get('attempt')} was recorded and never sent"
