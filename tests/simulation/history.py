@@ -7,7 +7,7 @@ of a cycle, so the search for garbage leaves them out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -346,6 +346,16 @@ class History:
     ) -> None:
         self.lives.append(Life(seq=self._next(), t=self.now_ms(), what=what))
         self._note(what)
+
+    def stops(self) -> Iterator[tuple[int, Life]]:
+        """When the process began to stand still, ms, and what ended that: SIGCONT, or its own end."""
+        since = None
+        for each in self.lives:
+            if each.what in ("full", "room"):
+                continue  # of the disk, also while the process stands
+            if since is not None:
+                yield since, each
+            since = each.t if each.what == "paused" else None
 
     def grant(self, hardware_id: str, command_id: str, exp: int, fault: str | None) -> None:
         self.granted.append(

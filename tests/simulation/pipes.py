@@ -468,12 +468,9 @@ class PipeNet(SimMqttServer):
     def _stood_still(self, since: float) -> float:
         """For how long the broker's process was stopped from then on, s: it notices nothing meanwhile."""
         assert self.history is not None
-        stood, paused, start = 0.0, None, EPOCH_MS + 1_000 * since
-        for each in self.history.lives:
-            if paused is not None and each.t > start:
-                stood += each.t - max(paused, start)
-            paused = each.t if each.what == "paused" else None
-        return stood / 1_000
+        start = EPOCH_MS + 1_000 * since
+        stops = self.history.stops()
+        return sum(end.t - max(paused, start) for paused, end in stops if end.t > start) / 1_000
 
     def of(self, packet: Publish) -> Outgoing:
         """What the broker handed over as this packet, which on MQTT 3.1.1 does not name its command."""

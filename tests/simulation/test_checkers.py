@@ -201,16 +201,17 @@ RIGHT: dict[str, Callable[[], Story]] = {
     "D1 bare payloads, each with its event": lambda: (
         Story().created().published().wire(None).published(attempt=2).wire(None)
     ),
-    "D2 its device had answered": lambda: (
+    "D2 its device had answered an earlier attempt": lambda: (
         Story()
-        .created()
+        .sent()
         .well(1, 99_000)
-        .change(1, recorded_at=50_000)
-        .log(A, "published", durable=False, attempt=1)
         .answers("acknowledged")
+        .log(A, "published", attempt=2)
         .log(A, "acknowledged")
-        .change(2, recorded_at=50_001)
-        .change(3, recorded_at=50_002)
+        .change(3, recorded_at=50_001)
+        .change(4, recorded_at=50_002)
+        .log(A, "timed_out", evidence="operator")
+        .change(5, recorded_at=60_000)
     ),
     "D3 what may be repeated was": lambda: Story().defined().sent().published(attempt=2).wire(attempt=2),
     "D6 the pipe was late": lambda: (

@@ -374,6 +374,13 @@ RIGHT: dict[str, Callable[[], Story]] = {
         sent_and_killed().change(4, recorded_at=1_005).change(5, recorded_at=1_005), 6_000
     ).wire(),
     "D9 the session ended while the commit was slow": decided_before_the_session,
+    "S6 the clock stood since the start, and then went on": lambda: (
+        later(again(), 500_000)
+        .created(ttl_ms=60_000)
+        .log(A, "expired")
+        .change(2, recorded_at=1_001)
+        .change(3, recorded_at=1_001)
+    ),
     "O4 the last write of a killed process": lambda: wrote(
         later(lived(wrote(lived(Story(), "full", "down"), ok=False), "room"), 6_000), ok=True
     ),
@@ -390,6 +397,12 @@ def test_a_wrong_history_is_named(name: str) -> None:
     story, sentence = WRONG[name]
 
     assert sentence in check(story().dump().history)
+
+
+def test_a_process_still_stands_when_its_disk_gets_space() -> None:
+    ((since, end),) = lived(Story(), "full", "paused", "room", "resumed", "down").history.stops()
+
+    assert (since, end.what, end.t) == (1_002, "resumed", 1_004)
 
 
 def test_every_checker_has_a_wrong_history() -> None:

@@ -10,11 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
-from tests.simulation.checkers.wire import CALM_MS, Calm
+from tests.simulation.checkers.wire import CALM_MS, STOOD_MS, Calm
 from tests.simulation.facts import NEVER, Facts, data
 from tests.simulation.history import Row, Wire
 
-STOOD_MS = 1_000
 SLACK_MS = 1_500  # of a commit, and of what waits for it
 STOOD_STILL_MS = 10_000
 DRAINED_MS = 1_500
@@ -60,16 +59,9 @@ def _by_device(facts: Facts, suffix: str) -> dict[str, list[int]]:
 
 def stood_still(facts: Facts) -> Iterator[str]:
     """A5: deadlines that passed while the process stood still wait for the answers of that time."""
-    since = None
-    for each in facts.history.lives:
-        if each.what == "paused":
-            since = each.t
-        elif each.what == "resumed" and since is not None:
-            if each.t - since >= STOOD_STILL_MS:
-                yield from _hurried(facts, since, each.t)
-            since = None
-        else:
-            since = None
+    for since, end in facts.history.stops():
+        if end.what == "resumed" and end.t - since >= STOOD_STILL_MS:
+            yield from _hurried(facts, since, end.t)
 
 
 def _hurried(facts: Facts, since: int, until: int) -> Iterator[str]:
