@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
-from tests.simulation.checkers.wire import CALM_MS, STOOD_MS, Calm
+from tests.simulation.checkers.wire import CALM_MS, Calm
 from tests.simulation.facts import NEVER, Facts, data
 from tests.simulation.history import Row, Wire
 
@@ -19,6 +19,7 @@ STOOD_STILL_MS = 10_000
 DRAINED_MS = 1_500
 BACKLOG_MS = 1_900
 MQTT = ("mqtt",)
+STOOD_MS = 1_000
 
 
 def d13(facts: Facts) -> Iterator[str]:

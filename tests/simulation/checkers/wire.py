@@ -9,8 +9,8 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
 from collections.abc import Iterator
 
-from tests.simulation.facts import CLOSING, NEVER, Facts, data
-from tests.simulation.history import Wire
+from tests.simulation.facts import CLOSING, Facts, data
+from tests.simulation.history import Row, Wire
 
 CALM_MS = 30_000  # after the faults end: sessions, presence and pauses settle
 WRITTEN_MS = 2_000
@@ -18,7 +18,6 @@ TAKEN_MS = 1_000
 SLOW_MS = 400
 EARLY_MS = 15_000
 MENDED_MS = 400_000
-STOOD_MS = 1_000
 DAY_MS = 86_400_000
 LEEWAY_MS = 3_000
 WAITED_MS = 1_000
@@ -149,7 +148,7 @@ def s6(facts: Facts) -> Iterator[str]:
     Judged by true time; the moment of a commit may be some seconds after that of its event.
     """
     behind = [row for row in facts.rows if row["type"] == "started" and facts.behind(row)]
-    begun = [(commit.t, row["recorded_at"]) for row in behind if (commit := facts.commit_of(row))]
+    begun = [commit.t for row in behind if (commit := facts.commit_of(row))]
     stood = [(since, end.t) for since, end in facts.history.stops()]
     for command_id, created in facts.created.items():
         ttl = data(created).get("ttl_ms")
@@ -165,9 +164,7 @@ def s6(facts: Facts) -> Iterator[str]:
                 continue
             # A process that starts with a clock before its log takes a new one once it is mended. Until then
             # its clock stands, and what is created has the time that the clock shows.
-            since, shown = next((each for each in reversed(begun) if each[0] <= first.t), (-NEVER, 0))
-            lived, ran = first.t - since, created["recorded_at"] - shown
-            if lived < MENDED_MS or (since > -NEVER and ran < lived - STOOD_MS):
+            if any(0 <= first.t - at < MENDED_MS for at in begun) or _stood(facts, created):
                 continue
             # It was decided before its write was asked for, maybe while the write before that took long.
             own = [write.began for write in facts.history.writes if write.ok and write.t == first.t]
@@ -180,3 +177,13 @@ def s6(facts: Facts) -> Iterator[str]:
             asked += [since for since, until in stood if own and own[0] - WAITED_MS <= until <= first.t]
             if (took := last.t - min([first.t, *asked])) < ttl - EARLY_MS:
                 yield f"{command_id} had {ttl} ms and ended by time after {took} ms"
+
+
+def _stood(facts: Facts, created: Row) -> bool:
+    """Whether the clock of the process still stood when it created this command. A clock that has stood since
+    the start moves by no more than 1 ms for each event."""
+    starts = (row for row in reversed(facts.rows[: created["position"]]) if row["type"] == "started")
+    started = next(starts, None)
+    if started is None or not facts.behind(started):
+        return False
+    return bool(created["recorded_at"] - started["recorded_at"] <= created["position"] - started["position"])
